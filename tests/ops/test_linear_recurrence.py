@@ -1,0 +1,185 @@
+"""The chunked form and the summaries against the token loop in float64, over awkward shapes and extreme gates."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from torchlmoe.ops import linear_recurrence, span_summary
+from torchlmoe.ops.chunked import chunked_forward
+
+TERMS = {
+    "none": dict(decay=None, erase=None),
+    "head": dict(decay="head", erase=None),
+    "scalar": dict(decay="scalar", erase=None),
+    "channel": dict(decay="channel", erase=None),
+    "delta": dict(decay=None, erase="beta"),
+    "gated_delta": dict(decay="scalar", erase="beta"),
+    "channel_delta": dict(decay="channel", erase="beta"),
+    "erase_vector": dict(decay="scalar", erase="vector"),
+}
+LENGTHS = [1, 2, 63, 64, 65, 200]
+DOCUMENTS = [0, 0, 1, 2, 66, 66, 67, 190, 200, 200]  # empty, one-token, and longer ones
+
+
+def make_inputs(terms, batch_size, length, *, heads=1, value_heads=2, key_dim=6, value_dim=10, num_states=None, seed=0):
+    """Float64 inputs with zero keys and gates of 0, -30 and ordinary mixed in one tensor."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+    def gates(*shape):
+        gate = -torch.rand(*shape, dtype=torch.float64, generator=generator)
+        kind = torch.rand(*shape, generator=generator)
+        return torch.where(kind < 0.1, 0.0, torch.where(kind < 0.2, -30.0, gate))
+
+    tokens = (batch_size, length)
+    k = F.normalize(randn(*tokens, heads, key_dim), dim=-1)
+    k = k * (torch.rand(*tokens, heads, 1, generator=generator) > 0.1)
+    inputs = dict(q=randn(*tokens, heads, key_dim), k=k, v=randn(*tokens, value_heads, value_dim))
+    shapes = {"head": (value_heads,), "scalar": (*tokens, value_heads), "channel": (*tokens, value_heads, key_dim)}
+    if terms["decay"]:
+        inputs["log_decay"] = gates(*shapes[terms["decay"]])
+    if terms["erase"] == "beta":
+        inputs["erase"] = torch.rand(*tokens, value_heads, dtype=torch.float64, generator=generator) * 2
+    elif terms["erase"] == "vector":
+        inputs["erase"] = F.normalize(randn(*tokens, value_heads, key_dim), dim=-1)
+    inputs["initial_state"] = randn(num_states or batch_size, value_heads, key_dim, value_dim)
+    return {name: tensor.requires_grad_() for name, tensor in inputs.items()}
+
+
+def run(inputs, dtype=torch.float64, **options):
+    """Output, final state and the gradient of every input, for a fixed random cotangent."""
+    leaves = {name: x.detach().to(dtype).requires_grad_() for name, x in inputs.items()}
+    o, state = linear_recurrence(**leaves, scale=0.7, output_final_state=True, **options)
+    generator = torch.Generator().manual_seed(1)
+    loss = sum(
+        (x * torch.randn(x.shape, dtype=torch.float64, generator=generator).to(x.dtype)).sum() for x in (o, state)
+    )
+    grads = torch.autograd.grad(loss, list(leaves.values()))
+    return {"o": o, "final_state": state, **{f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}}
+
+
+def assert_close(found, expected, tolerance, gradient_tolerance=None):
+    for name, reference in expected.items():
+        limit = gradient_tolerance or tolerance if name.startswith("d") else tolerance
+        reference = reference.double()
+        error = (found[name].double() - reference).norm() / reference.norm().clamp_min(1e-30)
+        assert torch.isfinite(found[name]).all(), name
+        assert error <= limit, f"{name}: {error:.2e} > {limit:.0e}"
+
+
+@pytest.mark.parametrize("terms", TERMS)
+@pytest.mark.parametrize("length", LENGTHS)
+def test_chunked_equals_token_loop(terms, length):
+    inputs = make_inputs(TERMS[terms], 3 if length < 64 else 1, length)
+    expected = run(inputs, backend="reference")
+    assert_close(run(inputs, backend="chunked"), expected, 1e-9)
+    assert_close(run(inputs, torch.float32, backend="chunked"), expected, 1e-5, 1e-4)
+
+
+@pytest.mark.parametrize("terms", TERMS)
+def test_packed_documents(terms):
+    """Packed = each document alone, states included; empty documents hand their state on."""
+    bounds = torch.tensor(DOCUMENTS, dtype=torch.int32)
+    inputs = make_inputs(TERMS[terms], 1, DOCUMENTS[-1], num_states=len(DOCUMENTS) - 1)
+    expected = run(inputs, backend="reference", cu_seqlens=bounds)
+    assert_close(run(inputs, backend="chunked", cu_seqlens=bounds), expected, 1e-9)
+    assert_close(run(inputs, torch.float32, backend="chunked", cu_seqlens=bounds), expected, 1e-5, 1e-4)
+
+    per_token = {name for name, x in inputs.items() if x.dim() > 1 and name != "initial_state"}
+    for document, (start, end) in enumerate(itertools.pairwise(DOCUMENTS)):
+        alone = {name: x[:, start:end] if name in per_token else x for name, x in inputs.items()}
+        alone["initial_state"] = inputs["initial_state"][document : document + 1]
+        o, state = linear_recurrence(**alone, scale=0.7, output_final_state=True, backend="chunked")
+        torch.testing.assert_close(o, expected["o"][:, start:end], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(state[0], expected["final_state"][document], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("terms", TERMS)
+@pytest.mark.parametrize("split", [1, 63, 64, 100])
+def test_prefill_then_decode(terms, split):
+    """Any split into a prefix, and token-by-token steps after it, gives the whole."""
+    inputs = {name: x.detach() for name, x in make_inputs(TERMS[terms], 2, 130).items()}
+    expected, last = linear_recurrence(**inputs, output_final_state=True, backend="reference")
+    state, pieces = inputs.pop("initial_state"), []
+    for start, end in [(0, split), *((t, t + 1) for t in range(split, split + 5)), (split + 5, 130)]:
+        piece = {name: x[:, start:end] if x.dim() > 1 else x for name, x in inputs.items()}
+        o, state = linear_recurrence(**piece, initial_state=state, output_final_state=True, backend="chunked")
+        pieces.append(o)
+    torch.testing.assert_close(torch.cat(pieces, 1), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(state, last, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("terms", TERMS)
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_span_summary(terms, backend):
+    """S_out = transition S_in + state, for every packed document, and differentiable."""
+    bounds = torch.tensor(DOCUMENTS, dtype=torch.int32)
+    inputs = make_inputs(TERMS[terms], 1, DOCUMENTS[-1], num_states=len(DOCUMENTS) - 1)
+    q, incoming = inputs.pop("q"), inputs.pop("initial_state")
+    transition, state = span_summary(**inputs, cu_seqlens=bounds, backend=backend)
+    moved = transition @ incoming if transition.dim() == 4 else transition[..., None] * incoming
+    _, expected = linear_recurrence(
+        q, **inputs, initial_state=incoming, output_final_state=True, cu_seqlens=bounds, backend="reference"
+    )
+    torch.testing.assert_close(moved + state, expected, rtol=1e-9, atol=1e-9)
+    found = torch.autograd.grad((moved + state).square().sum(), list(inputs.values()))
+    wanted = torch.autograd.grad(expected.square().sum(), list(inputs.values()))
+    torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("terms", TERMS)
+def test_registered_operation(terms):
+    """torch's own checks of a custom operation, and the traceable function differentiated by autograd."""
+    inputs = make_inputs(TERMS[terms], 2, 20)
+    order = ("q", "k", "v", "log_decay", "erase")
+    torch.library.opcheck(
+        torch.ops.torchlmoe.linear_recurrence.default,
+        (*[inputs.get(name) for name in order], 0.7, inputs["initial_state"], None),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"),
+    )
+    o, _ = chunked_forward(*[inputs.get(name) for name in order], 0.7, inputs["initial_state"], None)
+    used = [x for name, x in inputs.items()]
+    traced = torch.autograd.grad(o.square().sum(), used)
+    o, _ = linear_recurrence(**inputs, scale=0.7)
+    torch.testing.assert_close(torch.autograd.grad(o.square().sum(), used), traced, rtol=1e-9, atol=1e-9)
+
+
+def test_low_precision_inputs():
+    """bfloat16 in and out, the state in float32 within."""
+    inputs = make_inputs(TERMS["gated_delta"], 1, 130)
+    expected = run({name: x.to(torch.bfloat16) for name, x in inputs.items()}, backend="reference")
+    leaves = {name: x.detach().to(torch.bfloat16) for name, x in inputs.items()}
+    o, state = linear_recurrence(**leaves, scale=0.7, output_final_state=True, backend="chunked")
+    assert o.dtype is torch.bfloat16
+    assert state.dtype is torch.float32
+    assert_close({"o": o, "final_state": state}, {name: expected[name] for name in ("o", "final_state")}, 1e-2)
+
+
+def test_refusals():
+    inputs = {name: x.detach() for name, x in make_inputs(TERMS["scalar"], 1, 8).items()}
+    bonus = torch.zeros(2, 6, dtype=torch.float64)
+    with pytest.raises(ValueError, match="'chunked' does not support bonus"):
+        linear_recurrence(**inputs, bonus=bonus, backend="chunked")
+    with pytest.raises(ValueError, match="no kernels yet"):
+        linear_recurrence(**inputs, backend="triton")
+    with pytest.raises(ValueError, match="backend = 'fast' is unknown"):
+        linear_recurrence(**inputs, backend="fast")
+    with pytest.raises(ValueError, match="bonus cannot be combined with erase"):
+        linear_recurrence(**inputs, bonus=bonus, erase=torch.zeros(1, 8, 2))
+    with pytest.raises(ValueError, match=r"log_decay has shape \[1, 8, 1\]"):
+        linear_recurrence(**(inputs | {"log_decay": torch.zeros(1, 8, 1)}))
+    with pytest.raises(ValueError, match="must be int32"):
+        linear_recurrence(**inputs, cu_seqlens=torch.tensor([0, 8]))
+    with pytest.raises(ValueError, match="must rise from 0 to the number of tokens, 8"):
+        linear_recurrence(**inputs, cu_seqlens=torch.tensor([0, 9], dtype=torch.int32))
+
+
+def test_fallback_is_said_once(caplog):
+    inputs = {name: x.detach() for name, x in make_inputs(TERMS["scalar"], 1, 3).items()}
+    for _ in range(2):
+        linear_recurrence(**inputs, bonus=torch.zeros(2, 6, dtype=torch.float64))
+    assert caplog.text.count("token by token (slow): bonus") == 1

@@ -1,0 +1,70 @@
+"""Parameter initialisation that does not depend on how the model is laid out.
+
+Every parameter is drawn whole, from a generator seeded by (seed, the parameter's global name), and a
+sharded parameter keeps its slice of that draw. So one process, FSDP over any number of ranks and a
+pipeline stage that holds only some of the layers all start from the same weights.
+
+Modules write ordinary `init_weights()` methods with the functions below; the decoder opens
+`named_draws(model, seed)` around them. Outside of it (a module used alone) torch's default generator serves.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+_generator_of: ContextVar[Callable[[Tensor], torch.Generator | None]] = ContextVar(
+    "generator_of", default=lambda parameter: None
+)
+
+
+@contextmanager
+def named_draws(model: nn.Module, seed: int) -> Iterator[None]:
+    """Within it, each parameter of `model` is drawn from (seed, its name in `model`)."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+
+    def generator_of(parameter: Tensor) -> torch.Generator:
+        digest = hashlib.sha256(f"{seed}/{names[id(parameter)]}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+
+    token = _generator_of.set(generator_of)
+    try:
+        yield
+    finally:
+        _generator_of.reset(token)
+
+
+@torch.no_grad()
+def fill_(parameter: Tensor, draw: Callable[[Tensor, torch.Generator | None], object]) -> None:
+    """Fills `parameter` with `draw(whole, generator)`, which writes in place into the whole tensor on the CPU.
+
+    parameter: any shape, a plain tensor or a DTensor (which keeps its own shard of the whole).
+    """
+    # Drawn in at least float32, so that a float64 run and a float32 run start from nearby values.
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    whole = torch.empty(parameter.shape, dtype=dtype, device="cpu")
+    draw(whole, _generator_of.get()(parameter))
+    whole = whole.to(parameter.device)
+    if isinstance(parameter, DTensor):
+        # src_data_rank=None: every rank has drawn the same whole, so each slices its own without a broadcast.
+        whole = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    parameter.copy_(whole)
+
+
+def normal_(parameter: Tensor, std: float, mean: float = 0.0) -> None:
+    """Normal with the given standard deviation and mean."""
+    fill_(parameter, lambda whole, generator: whole.normal_(mean, std, generator=generator))
+
+
+def uniform_(parameter: Tensor, low: float, high: float) -> None:
+    """Uniform in [low, high)."""
+    fill_(parameter, lambda whole, generator: whole.uniform_(low, high, generator=generator))
+
+
+def constant_(parameter: Tensor, value: float) -> None:
+    """Every element `value`."""
+    fill_(parameter, lambda whole, generator: whole.fill_(value))

@@ -1,0 +1,41 @@
+"""What a layer is told about the tokens it sees: their places, and where documents begin and end."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """Describes x [B, T, dim] to every layer of the model.
+
+    positions: int64 [B, T], each token's place in its document.
+    cu_seqlens: int32 [N + 1] bounds of the documents packed into one row (B = 1), empty ones allowed; None where each
+        row is one document.
+    row_length: tokens in one row of data (with B = 1 the rows of a batch lie back to back).
+    loss_weight: this microbatch's share of the optimizer step's tokens over all ranks.
+    """
+
+    positions: Tensor
+    cu_seqlens: Tensor | None = None
+    row_length: int | None = None
+    loss_weight: float = 1.0
+
+    @classmethod
+    def of_rows(cls, batch_size: int, length: int, device: torch.device | None = None) -> "Sequence":
+        """Rows that are one document each."""
+        positions = torch.arange(length, device=device).expand(batch_size, length)
+        return cls(positions, row_length=length)
+
+    @classmethod
+    def of_packed_rows(cls, document_bounds: Tensor, length: int, loss_weight: float = 1.0) -> "Sequence":
+        """The B rows of a microbatch laid back to back; document_bounds int32 [B, max_docs + 1], padded with `length`."""
+        batch_size = document_bounds.shape[0]
+        row_start = torch.arange(batch_size, device=document_bounds.device, dtype=torch.int32) * length
+        ends = (document_bounds[:, 1:].to(torch.int32) + row_start[:, None]).reshape(-1)
+        cu_seqlens = torch.cat([ends.new_zeros(1), ends])
+        tokens = torch.arange(batch_size * length, device=document_bounds.device)
+        document = torch.searchsorted(ends, tokens.to(torch.int32), right=True)
+        positions = (tokens - cu_seqlens[document])[None]
+        return cls(positions, cu_seqlens, length, loss_weight)

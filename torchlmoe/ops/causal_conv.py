@@ -1,0 +1,104 @@
+"""Depthwise causal convolution over tokens, with SiLU, that does not look across documents.
+
+    y_t = silu(sum_i w_i x_{t-i})        i = 0 .. width - 1, tokens of earlier documents left out
+
+Written as shifted multiply-adds on [B, T, channels]: on a CPU that is several times faster than `conv1d` with its
+transposes, forward and backward. One operation to torch; the backward recomputes the sum before the SiLU.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def causal_conv(x: Tensor, weight: Tensor, *, cu_seqlens: Tensor | None = None, activation: bool = True) -> Tensor:
+    """x [B, T, channels], weight [channels, width] (the last column meets the newest token) -> like x.
+
+    cu_seqlens: int32 [N + 1] bounds of documents packed into one row (B = 1), or None. activation: whether SiLU follows.
+    """
+    return _forward(x, weight, cu_seqlens, activation)
+
+
+def _edges(cu_seqlens: Tensor, reach: int, at_end: bool) -> tuple[Tensor, Tensor]:
+    """The tokens within `reach` of their document's start (or end), and for each how far it is (from 0)."""
+    bounds = cu_seqlens.long()
+    length = bounds[1:] - bounds[:-1]
+    distance = torch.arange(reach, device=bounds.device).expand(len(length), -1)
+    tokens = (bounds[1:, None] - 1 - distance) if at_end else (bounds[:-1, None] + distance)
+    inside = distance < length[:, None]
+    return tokens[inside], distance[inside]
+
+
+def _shifted_sum(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None, forward: bool) -> Tensor:
+    """sum_i w_i x_{t-i}, or x_{t+i} for the backward, over the tokens of the same document."""
+    width = weight.shape[1]
+    columns = [weight[:, width - 1 - shift].contiguous() for shift in range(width)]
+    y = x * columns[0]
+    for shift in range(1, min(width, x.shape[1])):
+        if forward:
+            y[:, shift:].addcmul_(x[:, :-shift], columns[shift])
+        else:
+            y[:, :-shift].addcmul_(x[:, shift:], columns[shift])
+    if cu_seqlens is not None and width > 1:
+        # Near a document's edge the sum is taken again, so that not even rounding tells of the neighbour.
+        tokens, distance = _edges(cu_seqlens, width - 1, at_end=not forward)
+        edge = x[0, tokens] * columns[0]
+        for shift in range(1, width):
+            reach = (distance >= shift)[:, None]
+            source = (tokens - shift if forward else tokens + shift).clamp(0, x.shape[1] - 1)
+            edge = edge + torch.where(reach, x[0, source], 0) * columns[shift]
+        y[0, tokens] = edge
+    return y
+
+
+@torch.library.custom_op("torchlmoe::causal_conv", mutates_args=())
+def _forward(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None, activation: bool) -> Tensor:
+    y = _shifted_sum(x, weight, cu_seqlens, forward=True)
+    return F.silu(y) if activation else y
+
+
+@_forward.register_fake
+def _(x, weight, cu_seqlens, activation):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("torchlmoe::causal_conv_backward", mutates_args=())
+def _backward(
+    grad: Tensor, x: Tensor, weight: Tensor, cu_seqlens: Tensor | None, activation: bool
+) -> tuple[Tensor, Tensor]:
+    if activation:
+        grad = torch.ops.aten.silu_backward(grad, _shifted_sum(x, weight, cu_seqlens, forward=True))
+    width = weight.shape[1]
+    edges = None if cu_seqlens is None else _edges(cu_seqlens, width - 1, at_end=False)
+    accumulate = torch.promote_types(weight.dtype, torch.float32)
+    columns = []
+    for shift in range(width):
+        if shift >= x.shape[1]:
+            columns.append(weight.new_zeros(weight.shape[0], dtype=accumulate))
+            continue
+        product = grad[:, shift:] * x[:, : x.shape[1] - shift]
+        if edges is not None and shift:
+            tokens, distance = edges
+            crossing = tokens[(distance < shift) & (tokens >= shift)] - shift
+            product.index_fill_(1, crossing, 0)
+        columns.append(product.sum((0, 1), dtype=accumulate))
+    grad_weight = torch.stack(columns[::-1], 1).to(weight.dtype)
+    return _shifted_sum(grad, weight, cu_seqlens, forward=False), grad_weight
+
+
+@_backward.register_fake
+def _(grad, x, weight, cu_seqlens, activation):
+    return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(weight)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, weight, cu_seqlens, ctx.activation = inputs
+    ctx.save_for_backward(x, weight, cu_seqlens)
+
+
+def _autograd(ctx, grad):
+    x, weight, cu_seqlens = ctx.saved_tensors
+    return (*_backward(grad, x, weight, cu_seqlens, ctx.activation), None, None)
+
+
+torch.library.register_autograd("torchlmoe::causal_conv", _autograd, setup_context=_setup_context)

@@ -1,0 +1,102 @@
+"""Where each token goes when documents are cut into chunks.
+
+Every document is cut into chunks of C tokens, its last one padded. Chunks are ordered by their place in the document
+first and documents from the longest to the shortest, so that the documents which still have a j-th chunk are always
+the first `num_active[j]` ones and the j-th chunks are one contiguous slice: the scan over chunks runs over slices,
+in parallel over documents, and no token is computed that belongs to padding beyond a document's last chunk.
+
+    three documents of 5, 1 and 3 chunks  ->  | a0 c0 b0 | a1 c1 | a2 c2 | a3 | a4 |      num_active = [3, 2, 2, 1, 1]
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ChunkLayout:
+    """Legend: T tokens in all (batch times length), M chunks, C tokens a chunk, N documents (empty ones included)."""
+
+    chunk_size: int
+    num_active: list[int]  # documents that have a j-th chunk, for each j
+    tokens_MC: Tensor  # int64: the token at each slot (0 at padded ones)
+    padded_M_C: Tensor | None  # int64: padded slots, counted over M * C; None where there are none
+    slot_of_token_T: Tensor  # int64: each token's slot, counted over M * C
+    order_N: Tensor  # int64: documents from the longest to the shortest
+
+    def starts(self) -> list[int]:
+        """The first chunk of each step of the scan."""
+        starts = [0]
+        for count in self.num_active[:-1]:
+            starts.append(starts[-1] + count)
+        return starts
+
+    def to_chunks(self, x: Tensor, num_heads: int) -> Tensor:
+        """[B, T, Hx, ...] -> [M * num_heads, C, ...], zero where padded; head j reads head j // (num_heads / Hx)."""
+        num_source_heads = x.shape[2]
+        heads = torch.arange(num_heads, device=x.device) // (num_heads // num_source_heads)
+        index = self.tokens_MC[:, None, :] * num_source_heads + heads[None, :, None]
+        rows = x.reshape(-1, *x.shape[3:]).index_select(0, index.reshape(-1))
+        rows = rows.view(-1, num_heads, self.chunk_size, *x.shape[3:])
+        if self.padded_M_C is not None:
+            chunk, slot = self.padded_M_C // self.chunk_size, self.padded_M_C % self.chunk_size
+            rows = rows.index_put((chunk, torch.arange(num_heads, device=x.device)[:, None], slot), rows.new_zeros(()))
+        return rows.flatten(0, 1)
+
+    def to_tokens(self, x: Tensor, num_heads: int, shape: tuple[int, int], num_target_heads: int) -> Tensor:
+        """[M * num_heads, C, ...] -> [B, T, num_target_heads, ...]; heads that shared a source are summed."""
+        chunk, slot = self.slot_of_token_T // self.chunk_size, self.slot_of_token_T % self.chunk_size
+        heads = torch.arange(num_heads, device=x.device)
+        index = (chunk[:, None] * num_heads + heads) * self.chunk_size + slot[:, None]
+        rows = x.flatten(0, 1).index_select(0, index.reshape(-1))
+        rows = rows.view(*shape, num_heads, *x.shape[2:])
+        if num_target_heads != num_heads:
+            rows = rows.unflatten(2, (num_target_heads, -1)).sum(3)
+        return rows
+
+
+def chunk_layout(
+    batch_size: int, length: int, cu_seqlens: Tensor | None, max_chunk_size: int, device: torch.device
+) -> ChunkLayout:
+    """The layout of `batch_size` rows of `length` tokens, or of the documents that `cu_seqlens` bounds in one row."""
+    if cu_seqlens is None:
+        num_documents = batch_size
+        starts_list = [row * length for row in range(batch_size)]
+        lengths_list = [length] * batch_size
+    else:
+        bounds = cu_seqlens.tolist()
+        if bounds[0] != 0 or bounds[-1] != length or bounds != sorted(bounds):
+            raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens, {length}; it is {bounds[:8]} ... {bounds[-1]}.")
+        num_documents = len(bounds) - 1
+        starts_list = bounds[:-1]
+        lengths_list = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
+    order = sorted(range(num_documents), key=lambda document: -lengths_list[document])
+    longest = max(lengths_list, default=0)
+    # Short documents take one short chunk; a longer one is a whole number of sub-blocks.
+    chunk_size = max(1, min(max_chunk_size, longest if longest < 16 else -(-longest // 16) * 16))
+
+    num_chunks = [-(-lengths_list[document] // chunk_size) for document in order]
+    num_steps = max(num_chunks, default=0)
+    num_active = [sum(count > step for count in num_chunks) for step in range(num_steps)]
+
+    first_token, num_valid = [], []
+    for step, count in enumerate(num_active):
+        for document in order[:count]:
+            first_token.append(starts_list[document] + step * chunk_size)
+            num_valid.append(min(chunk_size, lengths_list[document] - step * chunk_size))
+    slots = torch.arange(chunk_size, device=device)
+    tokens = torch.tensor(first_token, device=device)[:, None] + slots
+    valid = slots < torch.tensor(num_valid, device=device)[:, None]
+    all_valid = sum(num_valid) == len(num_valid) * chunk_size
+    flat_tokens = tokens.reshape(-1)
+    if all_valid:
+        valid_slots, padded = torch.arange(tokens.numel(), device=device), None
+    else:
+        valid_slots, padded = valid.reshape(-1).nonzero()[:, 0], (~valid).reshape(-1).nonzero()[:, 0]
+        tokens = tokens.masked_fill(~valid, 0)
+    slot_of_token = torch.empty(batch_size * length, dtype=torch.int64, device=device)
+    slot_of_token[flat_tokens[valid_slots]] = valid_slots
+    return ChunkLayout(
+        chunk_size, num_active, tokens, padded, slot_of_token, torch.tensor(order, dtype=torch.int64, device=device)
+    )
