@@ -28,7 +28,7 @@ class ShortConvolution(nn.Module):
         cache["inputs"].copy_(extended[:, extended.shape[1] - (width - 1) :])
         return causal_conv(extended, self.weight)[:, width - 1 :]
 
-    def init_cache(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> TensorDict:
+    def init_cache(self, batch_size: int, dtype: torch.dtype, device: torch.device | None = None) -> TensorDict:
         """The last width - 1 inputs."""
         channels, width = self.weight.shape
         inputs = torch.zeros(batch_size, width - 1, channels, dtype=dtype, device=device)

@@ -1,0 +1,229 @@
+"""Every setting: a dataclass per TOML table, a field per key, with its range, unit and meaning.
+
+`config_loader.py` fills them from a flavor, a TOML file and the command line, in this order, and rejects what does
+not fit. What is listed here but not supported yet is refused when it is asked for, never ignored.
+"""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+
+from torchlmoe.ops.linear_recurrence import Backend
+
+
+@dataclass
+class Table:
+    """Unknown keys are errors, and no value is bent to fit (a string is not a number)."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+@dataclass
+class Job(Table):
+    config_file: Annotated[str | None, Field(description="TOML file with settings.")] = None
+    dump_folder: Annotated[str, Field(description="Where all that a run writes goes.")] = "outputs"
+    print_config: Annotated[bool, Field(description="Print the resolved settings as TOML and stop.")] = False
+    debug: Annotated[bool, Field(description="Show the whole traceback of an error.")] = False
+
+
+@dataclass
+class Model(Table):
+    name: Annotated[Literal["linear_moe"], Field(description="Architecture family.")] = "linear_moe"
+    flavor: Annotated[
+        Literal["debug", "a0.3b_2b", "a1b_7b"], Field(description="Named sizes, below TOML and command line.")
+    ] = "debug"
+    layer_pattern: Annotated[
+        str, Field(pattern="^[A-Za-z]+$", description="One letter a block, repeated to num_layers.")
+    ] = "LLLN"
+    mixer: Annotated[str | None, Field(description="Short for model.layers.L.mixer.")] = None
+    backend: Annotated[Backend, Field(description="How recurrences run.")] = "auto"
+    vocab_size: Annotated[int | None, Field(ge=2, description="Rows of the embedding; the tokenizer's if unset.")] = None
+    dim: Annotated[int, Field(ge=1, description="Width of the residual stream.")] = 256
+    num_layers: Annotated[int, Field(ge=1, description="Blocks.")] = 4
+    num_heads: Annotated[int, Field(ge=1, description="Heads of every mixer that does not say otherwise.")] = 4
+    mlp_dim: Annotated[int | None, Field(ge=1, description="Width of dense MLPs; 8/3 of dim if unset.")] = None
+    rope_base: Annotated[float, Field(gt=1, description="Base of the rotary wavelengths.")] = 10_000.0
+    norm_eps: Annotated[float, Field(gt=0, description="Added under the root of every norm.")] = 1e-6
+    init_std: Annotated[float, Field(gt=0, description="Standard deviation of projections at the start.")] = 0.02
+    tie_embeddings: Annotated[bool, Field(description="Share the embedding with the output head.")] = False
+    loss_chunk_size: Annotated[int, Field(ge=1, description="Tokens whose logits are held at once.")] = 1024
+    layers: Annotated[
+        dict[str, dict[str, Any]],
+        Field(description="Per letter: mixer, mlp (moe | dense) and the mixer's own settings."),
+    ] = field(default_factory=dict)
+
+
+@dataclass
+class MoE(Table):
+    num_experts: Annotated[int, Field(ge=1, description="Routed experts.")] = 16
+    top_k: Annotated[int, Field(ge=1, description="Experts that a token is sent to.")] = 4
+    expert_dim: Annotated[int, Field(ge=1, description="Hidden width of an expert.")] = 128
+    num_shared_experts: Annotated[int, Field(ge=0, description="Experts that every token passes.")] = 0
+    shared_expert_dim: Annotated[
+        int | None, Field(ge=1, description="Hidden width of all shared experts; num_shared_experts * expert_dim if unset.")
+    ] = None
+    shared_expert_gate: Annotated[bool, Field(description="Sigmoid gate on the shared experts (Qwen2-MoE).")] = False
+    score_function: Annotated[Literal["softmax", "sigmoid"], Field(description="Router scores.")] = "softmax"
+    normalize_top_k: Annotated[bool, Field(description="Chosen weights sum to one.")] = True
+    num_expert_groups: Annotated[int, Field(ge=1, description="Groups of experts (DeepSeek).")] = 1
+    num_limited_groups: Annotated[int, Field(ge=1, description="Groups that a token may choose from.")] = 1
+    group_score: Annotated[
+        Literal["max", "top2_sum"], Field(description="A group's score: DeepSeek-V2's or DeepSeek-V3's.")
+    ] = "max"
+    routed_scaling_factor: Annotated[float, Field(gt=0, description="Multiplies the routed experts' weights.")] = 1.0
+    capacity_factor: Annotated[
+        float | None, Field(gt=0, description="Room per expert over an even share; dropless if unset.")
+    ] = None
+    balance: Annotated[Literal["aux_loss", "loss_free", "none"], Field(description="How load is balanced.")] = "aux_loss"
+    aux_loss_weight: Annotated[float, Field(ge=0, description="Weight of the balance loss.")] = 1e-2
+    aux_loss_scope: Annotated[
+        Literal["sequence", "global_batch"], Field(description="Over what the balance loss takes the load.")
+    ] = "sequence"
+    z_loss_weight: Annotated[float, Field(ge=0, description="Weight of the router z-loss (arXiv 2202.08906).")] = 0.0
+    bias_update_rate: Annotated[float, Field(gt=0, description="Step of the loss-free bias (arXiv 2408.15664).")] = 1e-3
+
+
+@dataclass
+class Data(Table):
+    dataset: Annotated[
+        str, Field(description="embedded, a local file or folder (json, parquet, text), or a hub id (streamed).")
+    ] = "embedded"
+    dataset_config: Annotated[str | None, Field(description="Configuration of a hub dataset.")] = None
+    tokenizer: Annotated[str, Field(description="embedded, or a tokenizer.json or its folder.")] = "embedded"
+    end_token: Annotated[str | None, Field(description="Token between documents; found by name if unset.")] = None
+    text_column: Annotated[str, Field(description="Column that holds the text.")] = "text"
+    train_split: Annotated[str, Field(description="Split to train on.")] = "train"
+    validation_split: Annotated[str, Field(description="Split to validate on.")] = "validation"
+    validation_dataset: Annotated[str | None, Field(description="Where it comes from; `dataset` if unset.")] = None
+    validation_fraction: Annotated[
+        float, Field(gt=0, lt=1, description="Documents held out where there is no validation split.")
+    ] = 0.01
+    max_tokens: Annotated[int | None, Field(ge=1, description="Stop tokenising after so many tokens.")] = None
+    cache_dir: Annotated[
+        str | None, Field(description="Where tokenised text is kept; ~/.cache/torchlmoe if unset.")
+    ] = None
+    num_prefetch: Annotated[int, Field(ge=1, description="Steps that are read ahead.")] = 2
+
+
+@dataclass
+class Training(Table):
+    steps: Annotated[int, Field(ge=1, description="Optimizer steps.")] = 100
+    seq_len: Annotated[int, Field(ge=1, description="Tokens in a row.")] = 512
+    local_batch_size: Annotated[int, Field(ge=1, description="Rows a rank holds at once.")] = 8
+    global_batch_size: Annotated[
+        int | None, Field(ge=1, description="Rows an optimizer step; local_batch_size on every data rank if unset.")
+    ] = None
+    seed: Annotated[int, Field(ge=0, description="Of initialisation and data order.")] = 0
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float64"],
+        Field(description="bfloat16 keeps float32 masters; float64 is for proofs of parity."),
+    ] = "float32"
+    max_norm: Annotated[float | None, Field(gt=0, description="Gradient norm is clipped to it.")] = 1.0
+    deterministic: Annotated[bool, Field(description="Only algorithms that repeat bit for bit.")] = False
+    device: Annotated[Literal["auto", "cpu", "cuda"], Field(description="Where to run.")] = "auto"
+
+
+@dataclass
+class Optimizer(Table):
+    name: Annotated[Literal["adamw"], Field(description="Update rule (arXiv 1711.05101).")] = "adamw"
+    lr: Annotated[float, Field(gt=0, description="Peak learning rate.")] = 1e-3
+    beta1: Annotated[float, Field(ge=0, lt=1, description="Decay of the gradient's mean.")] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1, description="Decay of its square's mean.")] = 0.95
+    eps: Annotated[float, Field(gt=0, description="Added to the update's denominator.")] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0, description="Of matrices; vectors have none.")] = 0.1
+
+
+@dataclass
+class LRScheduler(Table):
+    warmup_steps: Annotated[int, Field(ge=0, description="Steps of linear rise.")] = 0
+    decay: Annotated[
+        Literal["cosine", "linear", "wsd"], Field(description="wsd: stable, then linear over the last part.")
+    ] = "cosine"
+    min_lr_factor: Annotated[float, Field(ge=0, le=1, description="Last learning rate over the peak.")] = 0.1
+    decay_fraction: Annotated[float, Field(gt=0, le=1, description="wsd: share of the steps that decay.")] = 0.2
+
+
+@dataclass
+class Checkpoint(Table):
+    enable: Annotated[bool, Field(description="Not supported yet.")] = False
+
+
+@dataclass
+class Validation(Table):
+    enable: Annotated[bool, Field(description="Validate at intervals and at the end.")] = True
+    interval: Annotated[int, Field(ge=1, description="Steps between validations.")] = 1000
+    max_batches: Annotated[
+        int | None, Field(ge=1, description="Batches at intervals; all if unset. The last validation takes all.")
+    ] = None
+    local_batch_size: Annotated[int | None, Field(ge=1, description="Rows at once; training's if unset.")] = None
+
+
+@dataclass
+class Metrics(Table):
+    log_freq: Annotated[int, Field(ge=1, description="Steps between logged steps.")] = 10
+    tensorboard: Annotated[bool, Field(description="Write TensorBoard files.")] = True
+    plot: Annotated[bool, Field(description="Draw loss_curve.png.")] = True
+    peak_tflops: Annotated[
+        float | None, Field(gt=0, description="A device's peak for MFU, TFLOP/s; known or measured if unset.")
+    ] = None
+
+
+@dataclass
+class Profiling(Table):
+    enable: Annotated[bool, Field(description="Not supported yet.")] = False
+
+
+@dataclass
+class Float8(Table):
+    enable: Annotated[bool, Field(description="Not supported yet.")] = False
+
+
+@dataclass
+class Compile(Table):
+    enable: Annotated[bool, Field(description="Not supported yet.")] = False
+
+
+@dataclass
+class ActivationCheckpoint(Table):
+    mode: Annotated[Literal["none", "selective", "full"], Field(description="Only none is supported yet.")] = "none"
+
+
+@dataclass
+class Parallelism(Table):
+    data_parallel_replicate_degree: Annotated[int, Field(ge=1, description="Replicas (HSDP).")] = 1
+    data_parallel_shard_degree: Annotated[
+        int, Field(ge=-1, description="Ranks that share the parameters (FSDP2); -1 for the rest.")
+    ] = -1
+    tensor_parallel_degree: Annotated[int, Field(ge=1, description="Only 1 is supported yet.")] = 1
+    pipeline_parallel_degree: Annotated[int, Field(ge=1, description="Only 1 is supported yet.")] = 1
+    pipeline_parallel_schedule: Annotated[str, Field(description="Of torch.distributed.pipelining.")] = "1F1B"
+    expert_parallel_degree: Annotated[int, Field(ge=1, description="Only 1 is supported yet.")] = 1
+    context_parallel_degree: Annotated[int, Field(ge=1, description="Only 1 is supported yet.")] = 1
+    lsm_context_parallel: Annotated[
+        Literal["all_gather", "ring"], Field(description="How LSM states cross ranks.")
+    ] = "all_gather"
+    attention_context_parallel: Annotated[
+        Literal["all_gather", "ulysses"], Field(description="How softmax blocks see other ranks' tokens.")
+    ] = "all_gather"
+
+
+@dataclass
+class Config(Table):
+    """Linear-MoE training. Values come from the flavor, then the TOML file, then the command line."""
+
+    job: Job = field(default_factory=Job)
+    model: Model = field(default_factory=Model)
+    moe: MoE = field(default_factory=MoE)
+    data: Data = field(default_factory=Data)
+    training: Training = field(default_factory=Training)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    validation: Validation = field(default_factory=Validation)
+    metrics: Metrics = field(default_factory=Metrics)
+    profiling: Profiling = field(default_factory=Profiling)
+    float8: Float8 = field(default_factory=Float8)
+    compile: Compile = field(default_factory=Compile)
+    activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
+    parallelism: Parallelism = field(default_factory=Parallelism)

@@ -1,0 +1,345 @@
+"""Settings from a flavor, a TOML file and the command line: merged, checked, printed.
+
+Whatever does not fit is a `ConfigError`: one sentence that names the value and the remedy.
+"""
+
+import copy
+import dataclasses
+import difflib
+import inspect
+import json
+import sys
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import tomli
+import tomli_w
+from pydantic import ConfigDict, TypeAdapter, ValidationError, create_model
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from torchlmoe.config import Config
+from torchlmoe.mixers import MIXERS
+from torchlmoe.model.presets import FLAVORS
+
+# What a mixer takes from [model] unless its letter says otherwise.
+MODEL_WIDE = ("num_heads", "norm_eps", "init_std", "backend", "rope_base")
+DEFAULT_LAYERS = {"L": {"mixer": "gated_deltanet", "mlp": "moe"}, "N": {"mixer": "attention", "mlp": "moe"}}
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used."""
+
+
+def load_config(arguments: list[str]) -> Config:
+    """arguments: the command line after the program's name, `--table.key value` or `--table.key=value`.
+
+    Raises:
+        ConfigError: unknown, mistyped, out-of-range or contradictory settings, or a file that cannot be read.
+        SystemExit: after `--help`.
+    """
+    if "--help" in arguments or "-h" in arguments:
+        print_help()
+        raise SystemExit(0)
+    from_command_line = _parse_command_line(arguments)
+    config_file = from_command_line.get("job", {}).get("config_file")
+    sources = [{} if config_file is None else _read_toml(config_file), from_command_line]
+    flavor = "debug"
+    for source in sources:
+        _check_table_shape(source)
+        flavor = source.get("model", {}).get("flavor", flavor)
+    if flavor not in FLAVORS:
+        raise ConfigError(f"model.flavor = {flavor!r} is unknown{_nearest(str(flavor), FLAVORS)}.")
+    merged: dict[str, Any] = {}
+    for source in [{"model": {"layers": DEFAULT_LAYERS}}, FLAVORS[flavor], *sources]:
+        _merge(merged, _with_mixer_in_its_letter(source))
+    try:
+        # As JSON, where a strict dataclass may come from a table.
+        config = TypeAdapter(Config).validate_json(json.dumps(merged, default=str))
+    except ValidationError as error:
+        raise ConfigError(_sentence(error, Config)) from None
+    _check_layers(config)
+    _check_consistency(config)
+    return config
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The resolved settings, unset ones left out."""
+
+    def given(value: Any) -> Any:
+        return {key: given(item) for key, item in value.items() if item is not None} if isinstance(value, dict) else value
+
+    return given(dataclasses.asdict(config))
+
+
+def to_toml(config: Config) -> str:
+    """The resolved settings as a TOML file that gives them again."""
+    settings = to_dict(config)
+    for name in ("config_file", "print_config", "debug"):
+        settings["job"].pop(name, None)
+    return tomli_w.dumps(settings)
+
+
+def layer_options(config: Config, letter: str) -> tuple[str, str, dict[str, Any]]:
+    """The mixer's name, the kind of MLP (moe | dense) and the mixer's constructor arguments of a letter's blocks."""
+    options = dict(config.model.layers[letter])
+    mixer, mlp = options.pop("mixer"), options.pop("mlp", "moe")
+    accepted = _option_types(mixer)
+    shared = {name: getattr(config.model, name) for name in MODEL_WIDE if name in accepted}
+    return mixer, mlp, shared | options
+
+
+def check_degrees(config: Config, world_size: int) -> None:
+    """Whether the degrees fit the number of ranks and the global batch fits the data ranks."""
+    degrees = config.parallelism
+    replicate, shard = degrees.data_parallel_replicate_degree, degrees.data_parallel_shard_degree
+    if shard == 0:
+        raise ConfigError("parallelism.data_parallel_shard_degree = 0 is impossible; give -1 (the rest) or at least 1.")
+    if shard == -1:
+        if world_size % replicate:
+            raise ConfigError(
+                f"parallelism.data_parallel_replicate_degree = {replicate} does not divide the {world_size} ranks; "
+                "choose a divisor."
+            )
+    elif replicate * shard != world_size:
+        raise ConfigError(
+            f"parallelism.data_parallel_replicate_degree = {replicate} times data_parallel_shard_degree = {shard} is "
+            f"{replicate * shard}, but there are {world_size} ranks; their product must be the number of ranks."
+        )
+    training = config.training
+    rows = training.local_batch_size * world_size
+    if training.global_batch_size is not None and training.global_batch_size % rows:
+        raise ConfigError(
+            f"training.global_batch_size = {training.global_batch_size} must be a multiple of local_batch_size times "
+            f"the data ranks, {training.local_batch_size} x {world_size} = {rows}."
+        )
+
+
+def _read_toml(path: str) -> dict[str, Any]:
+    try:
+        return tomli.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"job.config_file = {path!r} does not exist; see train_configs/ for recipes.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"job.config_file = {path!r} cannot be read: {error}.") from None
+    except tomli.TOMLDecodeError as error:
+        raise ConfigError(f"job.config_file = {path!r} is not TOML: {error}.") from None
+
+
+def _parse_command_line(arguments: list[str]) -> dict[str, Any]:
+    settings: dict[str, Any] = {}
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        name, equals, text = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or "." not in name:
+            raise ConfigError(f"{argument!r} is not a setting; write --table.key value (see --help).")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                if _is_boolean(name):
+                    text = "true"
+                else:
+                    raise ConfigError(f"--{name} needs a value.")
+            else:
+                text = rest.pop(0)
+        table = settings
+        *path, key = name.split(".")
+        for part in path:
+            table = table.setdefault(part, {})
+            if not isinstance(table, dict):
+                raise ConfigError(f"--{name} goes into {part}, which was given a value; remove one of the two.")
+        if key in table:
+            raise ConfigError(f"--{name} is given twice; give it once.")
+        table[key] = _value(name, text)
+    return settings
+
+
+def _fields(table: type) -> dict[str, Any]:
+    return get_type_hints(table, include_extras=True)
+
+
+def _annotation(name: str) -> Any:
+    """The type of a `table.key`, or None where there is no such setting."""
+    table, _, key = name.partition(".")
+    return _fields(_fields(Config)[table]).get(key) if table in _fields(Config) else None
+
+
+def _is_boolean(name: str) -> bool:
+    return getattr(_annotation(name), "__origin__", None) is bool
+
+
+def _value(name: str, text: str) -> Any:
+    """A command-line value as TOML would read it; as it stands where the setting is a string, or TOML reads nothing."""
+    inner = getattr(_annotation(name), "__origin__", None)
+    if inner is str or inner == str | None:
+        return text
+    try:
+        return tomli.loads(f"value = {text}")["value"]
+    except tomli.TOMLDecodeError:
+        return text
+
+
+def _check_table_shape(source: dict[str, Any]) -> None:
+    """Only what merging needs: tables are tables, and a letter's settings are one too."""
+    for name, table in source.items():
+        if name not in _fields(Config):
+            raise ConfigError(f"[{name}] is not a table of settings{_nearest(name, _fields(Config))}.")
+        if not isinstance(table, dict):
+            raise ConfigError(f"{name} = {table!r} must be a table, [{name}].")
+    layers = source.get("model", {}).get("layers", {})
+    for letter, table in layers.items() if isinstance(layers, dict) else [("layers", layers)]:
+        if not isinstance(table, dict):
+            raise ConfigError(f"model.layers.{letter} = {table!r} must be a table with the settings of a letter's blocks.")
+
+
+def _with_mixer_in_its_letter(source: dict[str, Any]) -> dict[str, Any]:
+    """`model.mixer` is short for `model.layers.L.mixer`."""
+    source = copy.deepcopy(source)
+    mixer = source.get("model", {}).get("mixer")
+    if mixer is not None:
+        letter = source["model"].setdefault("layers", {}).setdefault("L", {})
+        if letter.setdefault("mixer", mixer) != mixer:
+            raise ConfigError(
+                f"model.mixer = {mixer!r} contradicts model.layers.L.mixer = {letter['mixer']!r}; give one of the two."
+            )
+    return source
+
+
+def _merge(into: dict[str, Any], source: dict[str, Any]) -> None:
+    for key, value in source.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = copy.deepcopy(value)
+
+
+def _option_types(mixer: str) -> dict[str, tuple[Any, Any]]:
+    """The keyword arguments of a mixer's constructor: name -> (type with limits, default)."""
+    constructor = MIXERS[mixer].__init__
+    hints = get_type_hints(constructor, include_extras=True)
+    return {
+        name: (hints[name], ... if parameter.default is inspect.Parameter.empty else parameter.default)
+        for name, parameter in inspect.signature(constructor).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+
+
+def _check_layers(config: Config) -> None:
+    for letter, table in config.model.layers.items():
+        prefix = f"model.layers.{letter}"
+        if len(letter) != 1 or not letter.isalpha():
+            raise ConfigError(f"[{prefix}] must be named by one letter, as in layer_pattern.")
+        mixer, mlp = table.get("mixer"), table.get("mlp", "moe")
+        if mixer is None:
+            raise ConfigError(f"{prefix}.mixer is missing; choose one of {', '.join(MIXERS)}.")
+        if mixer not in MIXERS:
+            raise ConfigError(f"{prefix}.mixer = {mixer!r} is unknown{_nearest(str(mixer), MIXERS)}.")
+        if mlp not in ("moe", "dense"):
+            raise ConfigError(f"{prefix}.mlp = {mlp!r} is unknown; choose moe or dense.")
+        types = _option_types(mixer)
+        options = {name: value for name, value in table.items() if name not in ("mixer", "mlp")}
+        given = {name: getattr(config.model, name) for name in MODEL_WIDE if name in types} | options
+        model = create_model(f"{letter}", __config__=ConfigDict(extra="forbid", strict=True), **types)  # type: ignore[call-overload]
+        try:
+            model.model_validate(given)
+        except ValidationError as error:
+            raise ConfigError(_sentence(error, None, prefix, {**types, "mixer": 0, "mlp": 0})) from None
+    for letter in config.model.layer_pattern:
+        if letter not in config.model.layers:
+            raise ConfigError(
+                f"model.layer_pattern = {config.model.layer_pattern!r} names {letter!r}, which has no table; add "
+                f"[model.layers.{letter}] with a mixer."
+            )
+
+
+def _check_consistency(config: Config) -> None:
+    unsupported = {
+        "checkpoint.enable": (config.checkpoint.enable, False),
+        "profiling.enable": (config.profiling.enable, False),
+        "float8.enable": (config.float8.enable, False),
+        "compile.enable": (config.compile.enable, False),
+        "activation_checkpoint.mode": (config.activation_checkpoint.mode, "none"),
+        "parallelism.tensor_parallel_degree": (config.parallelism.tensor_parallel_degree, 1),
+        "parallelism.pipeline_parallel_degree": (config.parallelism.pipeline_parallel_degree, 1),
+        "parallelism.expert_parallel_degree": (config.parallelism.expert_parallel_degree, 1),
+        "parallelism.context_parallel_degree": (config.parallelism.context_parallel_degree, 1),
+    }
+    for name, (value, supported) in unsupported.items():
+        if value != supported:
+            raise ConfigError(f"{name} = {_toml(value)} is not supported yet; leave it at {_toml(supported)}.")
+    if config.model.backend == "triton":
+        raise ConfigError("model.backend = 'triton' is not supported yet; use 'auto', 'chunked' or 'reference'.")
+    if config.lr_scheduler.warmup_steps > config.training.steps:
+        raise ConfigError(
+            f"lr_scheduler.warmup_steps = {config.lr_scheduler.warmup_steps} is more than training.steps = "
+            f"{config.training.steps}; warm up for fewer."
+        )
+
+
+def _toml(value: Any) -> str:
+    return {True: "true", False: "false"}[value] if isinstance(value, bool) else repr(value)
+
+
+def _nearest(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; the nearest is {close[0]}" if close else f"; choose one of {', '.join(known)}"
+
+
+def _sentence(error: ValidationError, root: type | None, prefix: str = "", known: Any = ()) -> str:
+    """pydantic's first complaint in our words."""
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"]]
+    name = ".".join([*([prefix] if prefix else []), *path])
+    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        if root is not None:
+            known = _fields(_fields(root)[path[0]]) if len(path) > 1 else _fields(root)
+        return f"{name} is not a setting{_nearest(path[-1], known)}."
+    if first["type"] == "missing":
+        return f"{name} is missing; give it a value."
+    message = first["msg"].removeprefix("Input ").replace("String should", "should")
+    return f"{name} = {_toml(first['input'])} is not valid: it {message}."
+
+
+def _kind(annotation: Any) -> tuple[str, str]:
+    """A type and its limits in words, and the field's description."""
+    inner, field = annotation.__origin__, annotation.__metadata__[0]
+    if getattr(inner, "__args__", None) and "Literal" in str(inner):
+        kind = " | ".join(map(str, inner.__args__))
+    else:
+        kind = str(inner.__name__ if isinstance(inner, type) else inner).replace(" | None", "")
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    limits = [
+        f"{sign} {getattr(item, name)}"
+        for item in field.metadata
+        for name, sign in signs.items()
+        if getattr(item, name, None) is not None
+    ]
+    return " ".join([kind, ", ".join(limits)]).strip(), field.description
+
+
+def print_help() -> None:
+    """Every setting with its type, limits, default and meaning, made from the dataclasses."""
+    console = Console()
+    console.print("usage: train.py --job.config_file FILE [--table.key value | --table.key=value ...]\n", markup=False)
+    table = RichTable(box=None, pad_edge=False)
+    for column in ("setting", "type", "default", "meaning"):
+        table.add_column(column, overflow="fold")
+    default = Config()
+    for name in _fields(Config):
+        for key, annotation in _fields(type(getattr(default, name))).items():
+            kind, description = _kind(annotation)
+            value = getattr(getattr(default, name), key)
+            table.add_row(f"--{name}.{key}", kind, "" if value is None else _toml(value), description)
+    for mixer in MIXERS:
+        for key, (annotation, value) in _option_types(mixer).items():
+            if key not in MODEL_WIDE:
+                kind, description = _kind(annotation)
+                table.add_row(
+                    f"--model.layers.<letter>.{key} ({mixer})", kind, "" if value is None else _toml(value), description
+                )
+    console.print(table)
+
+
+def fail(error: Exception) -> None:
+    """One sentence on the error stream, for a program's last words."""
+    print(f"error: {error}", file=sys.stderr)

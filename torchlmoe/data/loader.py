@@ -1,0 +1,162 @@
+"""Batches of packed rows: training in an order that depends on (seed, step) alone, validation in stored order.
+
+Nothing but the step has to be saved: row number `step * global_batch_size + i` of the run is found by arithmetic,
+and each epoch's shuffle is a permutation computed place by place. The number of data-parallel ranks does not enter
+either: it only says which of a step's rows this rank reads.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+from tensordict import TensorDict
+
+from torchlmoe.data.packing import max_documents, num_rows, row
+from torchlmoe.data.shuffle import permuted
+from torchlmoe.data.store import TokenStore
+
+
+class TrainLoader:
+    """The microbatches of any training step, read ahead by a background thread.
+
+    store: tokens of the training split.
+    seq_len: tokens in a row.
+    local_batch_size: rows in one microbatch of one rank.
+    global_batch_size: rows in one optimizer step, over all ranks and microbatches.
+    rank, world_size: the place in, and the size of, the data-parallel dimension.
+    seed: of the shuffle.
+    num_prefetch: steps to read ahead.
+
+    Attributes: `num_rows` (rows in an epoch), `num_microbatches` (of a step), `max_docs`.
+    Raises ValueError where the global batch is not whole microbatches, or the store is shorter than a row.
+    """
+
+    def __init__(
+        self,
+        store: TokenStore,
+        *,
+        seq_len: int,
+        local_batch_size: int,
+        global_batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        num_prefetch: int = 2,
+    ):
+        if global_batch_size % (local_batch_size * world_size):
+            raise ValueError(
+                f"training.global_batch_size = {global_batch_size} must be a multiple of "
+                f"training.local_batch_size x data-parallel ranks = {local_batch_size} x {world_size}."
+            )
+        if store.num_tokens < seq_len:
+            raise ValueError(
+                f"training.seq_len = {seq_len} is longer than the training data of {store.num_tokens} tokens: "
+                "choose a shorter one or give more data."
+            )
+        assert 0 <= rank < world_size
+        self.store, self.seq_len, self.seed = store, seq_len, seed
+        self.local_batch_size, self.global_batch_size = local_batch_size, global_batch_size
+        self.rank, self.world_size, self.num_prefetch = rank, world_size, num_prefetch
+        self.num_rows = num_rows(store, seq_len)
+        self.num_microbatches = global_batch_size // (local_batch_size * world_size)
+        self.max_docs = max_documents(store, seq_len)
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="train_loader")
+        self._ahead: dict[int, Future[list[TensorDict]]] = {}
+
+    def batches(self, step: int) -> list[TensorDict]:
+        """The microbatches of step `step`, counted from 0; an error while reading them ahead is raised here.
+
+        Each holds tokens, labels int64 [local_batch_size, seq_len] and document_bounds int32
+        [local_batch_size, max_docs + 1]; see packing.row.
+        """
+        wanted = range(step, step + self.num_prefetch + 1)
+        for other in [ahead for ahead in self._ahead if ahead not in wanted]:
+            self._ahead.pop(other).cancel()
+        for ahead in wanted:
+            if ahead not in self._ahead:
+                self._ahead[ahead] = self._executor.submit(self._read, ahead)
+        return self._ahead.pop(step).result()
+
+    def rows_of_step(self, step: int) -> np.ndarray:
+        """Indices of the step's rows over all ranks, int64 [global_batch_size]: by microbatch, then by rank."""
+        places = np.arange(step * self.global_batch_size, (step + 1) * self.global_batch_size)
+        epochs = places // self.num_rows
+        return np.concatenate(
+            [
+                permuted(places[epochs == epoch] % self.num_rows, self.num_rows, (self.seed, int(epoch)))
+                for epoch in np.unique(epochs)
+            ]
+        )
+
+    def _read(self, step: int) -> list[TensorDict]:
+        indices_MWB = self.rows_of_step(step).reshape(
+            self.num_microbatches, self.world_size, self.local_batch_size
+        )
+        return [
+            _microbatch(self.store, indices_B, self.seq_len, self.max_docs)
+            for indices_B in indices_MWB[:, self.rank]
+        ]
+
+    def close(self) -> None:
+        """Ends the background thread."""
+        self._executor.shutdown(wait=True, cancel_futures=True)
+
+
+def validation_batches(
+    store: TokenStore,
+    *,
+    seq_len: int,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    max_batches: int | None = None,
+) -> Iterator[TensorDict]:
+    """This rank's microbatches of the store's rows, each row once and in order, as TrainLoader.batches has them.
+
+    Every rank gets equally many. Where rows run out, rows with no labels take their place.
+    max_batches: batches of each rank at most; None covers the whole split.
+    """
+    max_docs = max_documents(store, seq_len)
+    for batch in range(_num_validation_batches(store, seq_len, batch_size * world_size, max_batches)):
+        first = (batch * world_size + rank) * batch_size
+        yield _microbatch(store, np.arange(first, first + batch_size), seq_len, max_docs)
+
+
+def validation_text_bytes(
+    store: TokenStore, *, seq_len: int, batch_size: int, world_size: int = 1, max_batches: int | None = None
+) -> int:
+    """UTF-8 bytes of text that the labels of `validation_batches` stand for, over all ranks.
+
+    Bits per byte is the sum of all labels' negative log likelihoods (end tokens included) / ln 2 / these bytes.
+    For a whole split they were counted from the text. For a part of one they are counted from its labels, which
+    takes a byte-level tokenizer that leaves the text as it is: ValueError otherwise.
+    """
+    num_batches = _num_validation_batches(store, seq_len, batch_size * world_size, max_batches)
+    num_labels = num_batches * world_size * batch_size * seq_len
+    if num_labels >= store.num_tokens:
+        return store.text_bytes
+    if store.token_bytes is None:
+        raise ValueError(
+            "With this tokenizer the bytes of text in a part of the validation split are not known: validate on all "
+            "of the split, and make it shorter with data.validation_max_tokens."
+        )
+    # The labels of tokens [0, n) are tokens [1, n + 1).
+    counts = np.bincount(store.tokens(1, num_labels + 1), minlength=store.vocab_size)
+    return int(counts @ store.token_bytes.astype(np.int64))
+
+
+def _num_validation_batches(
+    store: TokenStore, seq_len: int, rows_at_once: int, max_batches: int | None
+) -> int:
+    needed = -(-num_rows(store, seq_len) // rows_at_once)
+    return needed if max_batches is None else min(needed, max_batches)
+
+
+def _microbatch(store: TokenStore, indices: np.ndarray, seq_len: int, max_docs: int) -> TensorDict:
+    rows = [row(store, int(index), seq_len, max_docs) for index in indices]
+    tokens_BL, labels_BL, document_bounds_BN = map(torch.stack, zip(*rows, strict=True))
+    return TensorDict(
+        {"tokens": tokens_BL, "labels": labels_BL, "document_bounds": document_bounds_BN},
+        batch_size=[len(rows)],
+    )

@@ -1,0 +1,57 @@
+"""Cuts a token stream into rows of `seq_len` tokens and says where documents begin in each.
+
+Row r holds tokens [r L, (r + 1) L) of the store, and the label of a token is the next token of the stream. A document
+is stored as [end, t1 .. tn], so its last token has an end token for a label (the next document's; after the last
+document, one that is not stored): the model learns to stop, and every token of the text is a label exactly once,
+also at row boundaries. A document cut by a row boundary goes on in the next row as a document of its own.
+
+Only the last row can be short. It is filled with end tokens, a document of their own with IGNORE for labels.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchlmoe.data.store import TokenStore
+
+IGNORE = -100
+
+
+def num_rows(store: TokenStore, seq_len: int) -> int:
+    """Rows of `seq_len` tokens, the last one filled up."""
+    return -(-store.num_tokens // seq_len)
+
+
+def max_documents(store: TokenStore, seq_len: int) -> int:
+    """The largest number of documents in any row, so that `document_bounds` has one shape throughout."""
+    starts = store.document_starts[:-1]
+    inside = starts[starts % seq_len != 0]  # a document that starts with its row does not split it
+    documents = 1 + np.bincount(inside // seq_len, minlength=num_rows(store, seq_len))
+    documents[-1] += store.num_tokens % seq_len != 0  # the filling
+    return int(documents.max())
+
+
+def row(store: TokenStore, index: int, seq_len: int, max_docs: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Row `index` of the store; past the last row, one that is filling throughout.
+
+    Returns tokens int64 [seq_len], labels int64 [seq_len] (IGNORE where there is none) and document_bounds
+    int32 [max_docs + 1]: 0, the later documents' starts, and then `seq_len`.
+    """
+    begin = index * seq_len
+    stream = store.tokens(begin, begin + seq_len + 1)
+    length = min(seq_len, max(store.num_tokens - begin, 0))
+    tokens_L = np.full(seq_len, store.end_id, dtype=np.int64)
+    tokens_L[:length] = stream[:length]
+    labels_L = np.full(seq_len, IGNORE, dtype=np.int64)
+    labels_L[:length] = store.end_id
+    labels_L[: max(len(stream) - 1, 0)] = stream[1:]
+
+    starts = store.document_starts
+    # The end of the last document counts as a start: the filling's.
+    first, last = np.searchsorted(starts, [begin + 1, begin + seq_len])
+    inside = starts[first:last] - begin
+    assert len(inside) < max_docs, "max_docs must come from max_documents(store, seq_len)"
+    bounds_N = np.full(max_docs + 1, seq_len, dtype=np.int32)
+    bounds_N[0] = 0
+    bounds_N[1 : len(inside) + 1] = inside
+    return torch.from_numpy(tokens_L), torch.from_numpy(labels_L), torch.from_numpy(bounds_N)

@@ -1,0 +1,126 @@
+"""Tokenizes one split of a dataset into a token store, once: later runs, and other processes, open what is there."""
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from filelock import AcquireReturnProxy, FileLock, Timeout
+
+from torchlmoe.data.corpus import Corpus, open_corpus
+from torchlmoe.data.progress import TokenizationProgress
+from torchlmoe.data.store import StoreWriter, TokenStore
+from torchlmoe.data.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+# Part of every store's name: raise it when the same recipe would be written differently.
+FORMAT = 1
+DOCUMENTS_AT_ONCE = 512
+
+
+def prepare(
+    dataset: str,
+    split: str,
+    *,
+    tokenizer: Tokenizer,
+    cache_dir: str | Path,
+    dataset_config: str | None = None,
+    text_column: str = "text",
+    train_split: str = "train",
+    validation_split: str = "validation",
+    validation_dataset: str | None = None,
+    validation_fraction: float = 0.01,
+    max_tokens: int | None = None,
+) -> TokenStore:
+    """The token store of one split, "train" or "validation", built if `cache_dir` does not have it yet.
+
+    Its folder is named by a hash of all that it depends on: the dataset (local files by path, size and time of
+    change), the tokenizer, `max_tokens` and the options. Of several processes one builds, the others wait for it.
+
+    max_tokens: stop there, within a document if need be; end tokens count. None takes all.
+    The dataset's options are those of corpus.open_corpus. Documents without text are left out.
+    Raises ValueError where the dataset is not there or has no text.
+    """
+    if max_tokens is not None and max_tokens < 2:
+        raise ValueError(f"max_tokens = {max_tokens} leaves no text to read: give at least 2.")
+    corpus = open_corpus(
+        dataset,
+        split,
+        dataset_config=dataset_config,
+        text_column=text_column,
+        train_split=train_split,
+        validation_split=validation_split,
+        validation_dataset=validation_dataset,
+        validation_fraction=validation_fraction,
+    )
+    recipe = {
+        "format": FORMAT,
+        "corpus": corpus.identity,
+        "tokenizer": tokenizer.fingerprint,
+        "end_token": tokenizer.end_token,
+        "max_tokens": max_tokens,
+    }
+    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
+    readable = re.sub(r"[^\w.-]+", "-", Path(corpus.name).name)
+    folder = Path(cache_dir).expanduser() / f"{readable}-{split}-{digest}"
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(folder):
+            if not folder.exists():
+                return _build(folder, corpus, split, tokenizer, recipe, max_tokens)
+    return TokenStore(folder)
+
+
+def _lock(folder: Path) -> AcquireReturnProxy:
+    """Acquired already, and released at the end of its `with`."""
+    lock = FileLock(f"{folder}.lock")
+    try:
+        return lock.acquire(timeout=0)
+    except Timeout:
+        logger.info(f"Another process is tokenizing {folder.name}: waiting for it.")
+        return lock.acquire()
+
+
+def _build(
+    folder: Path, corpus: Corpus, split: str, tokenizer: Tokenizer, recipe: dict, max_tokens: int | None
+) -> TokenStore:
+    token_bytes = tokenizer.token_bytes()
+    with (
+        StoreWriter(
+            folder, vocab_size=tokenizer.vocab_size, end_id=tokenizer.end_id, recipe=recipe
+        ) as writer,
+        TokenizationProgress(f"{corpus.name}, {split}") as progress,
+    ):
+        for text, ids in _encoded(corpus, tokenizer):
+            text_bytes = len(text.encode())
+            # A normalizer may have rewritten the text: only the text itself proves that a token's bytes are its own.
+            if token_bytes is not None and int(token_bytes[ids].sum()) != text_bytes:
+                token_bytes = None
+            room = len(ids) if max_tokens is None else max_tokens - writer.num_tokens - 1
+            if room < 0:
+                break
+            if room < len(ids):
+                ids = ids[:room]
+                exact = token_bytes is not None
+                text_bytes = int(token_bytes[ids].sum()) if exact else tokenizer.bytes_covered(text, room)
+            writer.append(ids, text_bytes)
+            progress.update(writer.num_documents, writer.text_bytes, writer.num_tokens)
+        if writer.num_documents == 0:
+            raise ValueError(
+                f"The {split} split of {corpus.name} has no documents with text: give it some, or for validation a "
+                "data.validation_dataset or a larger data.validation_fraction."
+            )
+        return writer.finish(token_bytes)
+
+
+def _encoded(corpus: Corpus, tokenizer: Tokenizer) -> Iterator[tuple[str, np.ndarray]]:
+    """Every document that has text, and its ids."""
+    texts = filter(None, corpus.documents())
+    while batch := list(islice(texts, DOCUMENTS_AT_ONCE)):
+        for text, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
+            yield text, np.array(ids, dtype=np.int64)

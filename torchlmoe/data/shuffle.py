@@ -1,0 +1,42 @@
+"""A keyed permutation of 0 .. size - 1, computed place by place, so that no array of it is ever held.
+
+A balanced Feistel network permutes the smallest power of four that holds `size`, whatever its round function is.
+Places that land outside are sent through it again until they are inside ("cycle walking": Black and Rogaway, Ciphers
+with Arbitrary Finite Domains, CT-RSA 2002); at worst a quarter lies inside, so it takes four passes on average.
+"""
+
+import hashlib
+
+import numpy as np
+
+NUM_ROUNDS = 8
+
+
+def permuted(places: np.ndarray, size: int, key: tuple[int, ...]) -> np.ndarray:
+    """Where the permutation of range(size) that `key` names sends `places`, int64 in [0, size): int64, as many."""
+    half_bits = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
+    round_keys = [
+        np.frombuffer(hashlib.sha256(repr((key, i)).encode()).digest()[:8], dtype="<u8")[0]
+        for i in range(NUM_ROUNDS)
+    ]
+    out = places.astype(np.uint64)
+    outside = np.ones(len(out), dtype=bool)
+    while outside.any():
+        out[outside] = _feistel(out[outside], half_bits, round_keys)
+        outside = out >= size
+    return out.astype(np.int64)
+
+
+def _feistel(x: np.ndarray, half_bits: np.uint64, round_keys: list[np.uint64]) -> np.ndarray:
+    mask = (np.uint64(1) << half_bits) - np.uint64(1)
+    left, right = x >> half_bits, x & mask
+    for key in round_keys:
+        left, right = right, left ^ (_mix(right ^ key) & mask)
+    return (left << half_bits) | right
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser: every input bit moves every output bit (Steele, Lea, Flood, OOPSLA 2014)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

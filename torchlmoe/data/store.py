@@ -1,0 +1,168 @@
+"""Tokens on disk: memory-mapped shards, the bounds of the documents, and an index that says what is there.
+
+A store is a folder of raw little-endian files:
+
+    index.json         counts, data types, and what the store was made from
+    tokens_00000.bin   the documents back to back, each as [end_id, t1 .. tn]; uint16, uint32 for a vocabulary over
+                       65,536; a shard has `shard_size` tokens, the last fewer, and documents run on into the next
+    documents.bin      int64 [num_documents + 1], where each document starts, and the end of the last
+    token_bytes.bin    uint16 [vocab_size], UTF-8 bytes of each token; only where they are exact for this text
+"""
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import numpy as np
+
+SHARD_SIZE = 2**27
+
+
+@dataclass(frozen=True)
+class StoreIndex:
+    """The content of index.json. `recipe` says what the store was made from, for people and for the cache."""
+
+    recipe: dict
+    vocab_size: int
+    end_id: int
+    token_dtype: str
+    shard_size: int
+    num_tokens: int
+    num_documents: int
+    text_bytes: int
+    has_token_bytes: bool
+
+
+class TokenStore:
+    """A finished store, opened for reading; the attributes of StoreIndex are its own.
+
+    document_starts: int64 [num_documents + 1].
+    token_bytes: uint16 [vocab_size] or None.
+    Raises ValueError where a file is missing or does not have the size that the index gives.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        try:
+            self.index = StoreIndex(**json.loads((folder / "index.json").read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise _damaged(folder / "index.json", "cannot be read") from error
+        index = self.index
+        self.num_tokens, self.num_documents = index.num_tokens, index.num_documents
+        self.vocab_size, self.end_id, self.text_bytes = index.vocab_size, index.end_id, index.text_bytes
+        sizes = [
+            min(index.shard_size, index.num_tokens - start)
+            for start in range(0, index.num_tokens, index.shard_size)
+        ]
+        self._shards = [self._map(_shard_name(i), index.token_dtype, size) for i, size in enumerate(sizes)]
+        self.document_starts = self._map("documents.bin", "<i8", index.num_documents + 1)
+        self.token_bytes = (
+            self._map("token_bytes.bin", "<u2", index.vocab_size) if index.has_token_bytes else None
+        )
+
+    def _map(self, name: str, dtype: str, size: int) -> np.ndarray:
+        path = self.folder / name
+        expected = size * np.dtype(dtype).itemsize
+        if not path.is_file() or path.stat().st_size != expected:
+            raise _damaged(path, f"does not have the {expected} bytes that index.json gives")
+        return np.memmap(path, dtype=dtype, mode="r", shape=(size,))
+
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        """int64 tokens [start, stop) of the stream, cut off at its end."""
+        stop = min(stop, self.num_tokens)
+        out = np.empty(max(stop - start, 0), dtype=np.int64)
+        position = start
+        while position < stop:
+            shard, offset = divmod(position, self.index.shard_size)
+            piece = self._shards[shard][offset : offset + stop - position]
+            out[position - start : position - start + len(piece)] = piece
+            position += len(piece)
+        return out
+
+
+class StoreWriter:
+    """Builds a store beside `folder` and moves it there in one step by `finish`; left early, it leaves nothing.
+
+    Use it as a context manager, and under a lock where several processes may write the same folder.
+    """
+
+    def __init__(
+        self, folder: Path, *, vocab_size: int, end_id: int, recipe: dict, shard_size: int = SHARD_SIZE
+    ):
+        self.folder = folder
+        self.partial = folder.with_name(f"{folder.name}.partial")
+        self.vocab_size, self.end_id, self.recipe, self.shard_size = vocab_size, end_id, recipe, shard_size
+        self.token_dtype = "<u2" if vocab_size <= 2**16 else "<u4"
+        self.num_tokens = self.num_documents = self.text_bytes = 0
+        self._shard: BinaryIO | None = None
+        self._documents: BinaryIO | None = None
+
+    def __enter__(self) -> "StoreWriter":
+        # What a killed process left behind is of no use to anyone.
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self.partial.mkdir(parents=True)
+        self._documents = (self.partial / "documents.bin").open("wb")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._close()
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+    def append(self, ids: list[int] | np.ndarray, text_bytes: int) -> None:
+        """Adds one document: its tokens, without an end token, and the length of its text in UTF-8."""
+        assert self._documents is not None
+        self._documents.write(np.array([self.num_tokens], dtype="<i8").tobytes())
+        tokens = np.array([self.end_id, *ids], dtype=self.token_dtype)
+        while len(tokens):
+            room = self.shard_size - self.num_tokens % self.shard_size
+            if room == self.shard_size:
+                if self._shard is not None:
+                    self._shard.close()
+                self._shard = (self.partial / _shard_name(self.num_tokens // self.shard_size)).open("wb")
+            assert self._shard is not None
+            self._shard.write(tokens[:room].tobytes())
+            self.num_tokens += len(tokens[:room])
+            tokens = tokens[room:]
+        self.num_documents += 1
+        self.text_bytes += text_bytes
+
+    def finish(self, token_bytes: np.ndarray | None = None) -> TokenStore:
+        """Completes the store. token_bytes: uint16 [vocab_size], if exact for every document."""
+        assert self._documents is not None
+        assert self.num_documents > 0
+        self._documents.write(np.array([self.num_tokens], dtype="<i8").tobytes())
+        self._close()
+        if token_bytes is not None:
+            (self.partial / "token_bytes.bin").write_bytes(token_bytes.astype("<u2").tobytes())
+        index = StoreIndex(
+            recipe=self.recipe,
+            vocab_size=self.vocab_size,
+            end_id=self.end_id,
+            token_dtype=self.token_dtype,
+            shard_size=self.shard_size,
+            num_tokens=self.num_tokens,
+            num_documents=self.num_documents,
+            text_bytes=self.text_bytes,
+            has_token_bytes=token_bytes is not None,
+        )
+        (self.partial / "index.json").write_text(json.dumps(asdict(index), indent=2))
+        self.partial.rename(self.folder)
+        return TokenStore(self.folder)
+
+    def _close(self) -> None:
+        for file in (self._shard, self._documents):
+            if file is not None:
+                file.close()
+
+
+def _shard_name(shard: int) -> str:
+    return f"tokens_{shard:05d}.bin"
+
+
+def _damaged(path: Path, what: str) -> ValueError:
+    return ValueError(f"{path} {what}: delete the folder {path.parent} and the tokens are built again.")

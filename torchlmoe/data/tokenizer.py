@@ -1,0 +1,99 @@
+"""Text to token ids and back: a thin wrapper over `tokenizers.Tokenizer` that knows its end token."""
+
+import hashlib
+from collections.abc import Iterable
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from tokenizers.pre_tokenizers import ByteLevel
+
+END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "</s>")
+
+
+class Tokenizer:
+    """A tokenizer.json and the token that both begins and ends a document.
+
+    path: the tokenizer.json.
+    end_token: its end token; None looks for one of END_TOKENS, in that order.
+
+    Attributes: `vocab_size` (one past the largest id), `end_token`, `end_id`, `fingerprint` (the file's sha256).
+    Raises ValueError for a file that is no tokenizer, and for an end token that the vocabulary lacks.
+    """
+
+    def __init__(self, path: Path, end_token: str | None = None):
+        content = path.read_bytes()
+        self.fingerprint = hashlib.sha256(content).hexdigest()
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
+        except ValueError as error:
+            raise ValueError(
+                f"{path} is not a tokenizer.json that this version of `tokenizers` reads: {error}."
+            ) from error
+        # A tokenizer.json may carry the truncation and padding of whoever saved it.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        # A document that spells out "<|endoftext|>" is text like any other, and does not end there.
+        self._tokenizer.encode_special_tokens = True
+
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values()) + 1
+        candidates = END_TOKENS if end_token is None else (end_token,)
+        found = [token for token in candidates if token in vocabulary]
+        if not found:
+            raise ValueError(
+                f"The vocabulary of {path} has no end token {' or '.join(candidates)}: "
+                "set data.end_token to one that it has."
+            )
+        self.end_token = found[0]
+        self.end_id = vocabulary[self.end_token]
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """One list of ids per text, without special tokens; runs on several threads."""
+        return [
+            encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        ]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`, special tokens left out."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def token_bytes(self) -> np.ndarray | None:
+        """UTF-8 bytes of text in each token, uint16 [vocab_size]; None unless the tokenizer is byte-level BPE.
+
+        Special tokens stand for no text. Where a normalizer rewrites the text, these are bytes of what it wrote.
+        """
+        added = self._tokenizer.get_added_tokens_decoder()
+        table = np.zeros(self.vocab_size, dtype=np.uint16)
+        alphabet = set(ByteLevel.alphabet())
+        for token, index in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            if index in added:
+                table[index] = 0 if added[index].special else len(token.encode())
+            elif alphabet.issuperset(token):
+                table[index] = len(token)  # byte-level BPE writes every byte as one character
+            else:
+                return None
+        return table
+
+    def bytes_covered(self, text: str, num_tokens: int) -> int:
+        """UTF-8 bytes of `text` up to the end of its token `num_tokens`, in whole characters."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        end = encoding.offsets[num_tokens - 1][1] if num_tokens else 0
+        return len(text[:end].encode())
+
+
+def load_tokenizer(name_or_path: str | Path, end_token: str | None = None) -> Tokenizer:
+    """The tokenizer "embedded" (byte-level BPE, 4096 tokens), or a tokenizer.json, or one in a folder.
+
+    Raises ValueError where there is no such file.
+    """
+    if str(name_or_path) == "embedded":
+        return Tokenizer(Path(str(files("torchlmoe.assets") / "tokenizer.json")), end_token)
+    path = Path(name_or_path).expanduser()
+    path = path / "tokenizer.json" if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(
+            f'data.tokenizer = "{name_or_path}" is not there: give "embedded", a tokenizer.json or a folder with one.'
+        )
+    return Tokenizer(path, end_token)

@@ -1,0 +1,29 @@
+"""The linear recurrence as a submodule, so that a sequence-parallel plan can name it."""
+
+from tensordict import TensorDict
+from torch import Tensor, nn
+
+from torchlmoe.layers.sequence import Sequence
+from torchlmoe.ops.linear_recurrence import linear_recurrence
+
+
+class LinearRecurrence(nn.Module):
+    """`ops.linear_recurrence` with its signature and a backend of its own. Looks across tokens."""
+
+    def __init__(self, backend: str = "auto"):
+        super().__init__()
+        self.backend = backend
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, **terms) -> tuple[Tensor, Tensor | None]:
+        return linear_recurrence(q, k, v, backend=self.backend, **terms)
+
+
+def recur(
+    recurrence: nn.Module, q: Tensor, k: Tensor, v: Tensor, *, sequence: Sequence, cache: TensorDict | None, **terms
+) -> Tensor:
+    """Runs `recurrence` from `cache["state"]` and leaves the last state there; without a cache, from zero."""
+    if cache is None:
+        return recurrence(q, k, v, cu_seqlens=sequence.cu_seqlens, **terms)[0]
+    o, state = recurrence(q, k, v, initial_state=cache["state"], output_final_state=True, **terms)
+    cache["state"].copy_(state)
+    return o

@@ -1,0 +1,71 @@
+"""What every sequence mixer is: the small protocol that the model, the trainer and the parallel styles rely on."""
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor, nn
+from torch.distributed.tensor.parallel import ParallelStyle
+
+from torchlmoe.layers.initialization import normal_
+from torchlmoe.layers.linear import Linear
+from torchlmoe.layers.sequence import Sequence
+
+
+class Mixer(nn.Module):
+    """x [B, T, dim] -> [B, T, dim], looking across tokens only inside its recurrence, its convolutions or `inner`.
+
+    The keyword arguments of a mixer's constructor are its settings in `[model.layers.<letter>]`: annotate each with
+    its type and, through `pydantic.Field`, its range and meaning.
+    """
+
+    init_std: float
+
+    def forward(self, x: Tensor, *, sequence: Sequence, cache: TensorDict | None = None) -> Tensor:
+        """cache: what `init_cache` returned, brought up to date in place; then each row is one document."""
+        raise TypeError(f"{type(self).__name__} must define forward(x, *, sequence, cache=None).")
+
+    def init_weights(self) -> None:
+        """Draws the parameters: projections normal with `init_std`, all else by its own `init_weights`."""
+        for module in self.modules():
+            if module is self:
+                continue
+            if isinstance(module, Linear):
+                normal_(module.weight, self.init_std)
+            elif callable(init_weights := getattr(module, "init_weights", None)):
+                init_weights()
+
+    def init_cache(
+        self, batch_size: int, max_length: int, dtype: torch.dtype, device: torch.device | None = None
+    ) -> TensorDict:
+        """Decoding state of `batch_size` rows of at most `max_length` tokens."""
+        raise TypeError(f"{type(self).__name__} must define init_cache(batch_size, max_length, dtype, device).")
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Forward FLOPs of one token in a sequence of `seq_len`, a multiply-add counting two, recurrence included."""
+        raise TypeError(f"{type(self).__name__} must define flops_per_token(seq_len).")
+
+    def tensor_parallel_plan(self) -> dict[str, ParallelStyle]:
+        """Styles by submodule; empty where the mixer cannot be split by heads."""
+        return {}
+
+    def sequence_parallel_plan(self) -> dict[str, ParallelStyle]:
+        """Styles by submodule; empty where the mixer cannot be split along the sequence."""
+        return {}
+
+    def projection_flops(self) -> int:
+        """Forward FLOPs of one token in all projections."""
+        return sum(2 * module.weight.numel() for module in self.modules() if isinstance(module, Linear))
+
+
+def split_heads(dim: int, num_heads: int, what: str = "dim") -> int:
+    """dim / num_heads, or a sentence that says why not."""
+    if dim % num_heads:
+        raise ValueError(f"{what} = {dim} cannot be split into num_heads = {num_heads} heads; choose a divisor of {dim}.")
+    return dim // num_heads
+
+
+def recurrent_state(
+    batch_size: int, num_heads: int, key_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device | None
+) -> Tensor:
+    """A zero state [batch, heads, K, V] in at least float32."""
+    dtype = torch.promote_types(dtype, torch.float32)
+    return torch.zeros(batch_size, num_heads, key_dim, value_dim, dtype=dtype, device=device)

@@ -1,0 +1,211 @@
+"""The mixture-of-experts layer: route, dispatch, experts, combine, plus the shared experts.
+
+Presets, each equal to the published model's routing:
+
+    Mixtral       score_function="softmax", normalize_top_k=True
+    Qwen2-MoE     score_function="softmax", normalize_top_k=False, shared_expert_dim=...,
+    shared_expert_gate=True DeepSeek-V2   score_function="softmax", normalize_top_k=False,
+    num_shared_experts=2, group_score="max", ... DeepSeek-V3   score_function="sigmoid", normalize_top_k=True,
+    balance="loss_free", group_score="top2_sum", ...
+
+Legend: T tokens, D width, E experts, K experts per token, M = T * K slots.
+"""
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from torchlmoe.layers.initialization import normal_
+from torchlmoe.layers.linear import Linear
+from torchlmoe.layers.mlp import MLP
+from torchlmoe.layers.sequence import Sequence
+from torchlmoe.moe.balance import LoadBalance
+from torchlmoe.moe.dispatch import Slots, gather_slots, reorder_choices, sum_slots
+from torchlmoe.moe.experts import Experts
+from torchlmoe.moe.router import Router
+
+
+class MoE(nn.Module):
+    """x [B, T, dim] -> like x.
+
+    num_experts, top_k, expert_dim: routed SwiGLU experts, how many serve a token, and their hidden width.
+    num_shared_experts, shared_expert_dim, shared_expert_gate: one MLP for every token, of hidden width
+        shared_expert_dim (default num_shared_experts * expert_dim), times a sigmoid gate if asked.
+    score_function: "softmax" or "sigmoid". normalize_top_k: whether a token's weights are made to sum to one.
+    num_expert_groups, num_limited_groups, group_score: choose among the experts of the num_limited_groups
+        best groups, judged by their best ("max") or two best ("top2_sum") scores.
+    routed_scaling_factor: multiplies the routed experts' weights.
+    capacity_factor: None for no drops; else an expert serves at most ceil(factor * top_k * T / num_experts)
+        tokens of a microbatch, the first ones in token order, as in Switch; the choices beyond get weight
+        zero and are counted. The other weights of the token stay as they are.
+    balance: "aux_loss" (with aux_loss_weight, aux_loss_scope), "loss_free" (with bias_update_rate), "none".
+    z_loss_weight: weight of the router z-loss, with any balance.
+
+    `balance_group` is the process group over which the "global_batch" auxiliary loss counts; None for one
+    process. Raises ValueError where settings contradict each other.
+    """
+
+    balance_group: dist.ProcessGroup | None = None
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_experts: int,
+        top_k: int,
+        expert_dim: int,
+        num_shared_experts: int = 0,
+        shared_expert_dim: int | None = None,
+        shared_expert_gate: bool = False,
+        score_function: str = "softmax",
+        normalize_top_k: bool = True,
+        num_expert_groups: int = 1,
+        num_limited_groups: int = 1,
+        group_score: str = "max",
+        routed_scaling_factor: float = 1.0,
+        capacity_factor: float | None = None,
+        balance: str = "aux_loss",
+        aux_loss_weight: float = 0.01,
+        aux_loss_scope: str = "global_batch",
+        z_loss_weight: float = 0.0,
+        bias_update_rate: float = 0.001,
+        init_std: float = 0.02,
+    ):
+        super().__init__()
+        _check_choices(score_function, group_score, balance, aux_loss_scope)
+        _check_groups(num_experts, top_k, num_expert_groups, num_limited_groups, group_score)
+        shared_dim = num_shared_experts * expert_dim if shared_expert_dim is None else shared_expert_dim
+        if shared_expert_gate and shared_dim == 0:
+            raise ValueError("shared_expert_gate has no shared expert to gate: set num_shared_experts.")
+        if capacity_factor is not None and capacity_factor <= 0:
+            raise ValueError(f"capacity_factor = {capacity_factor} must be positive, or None for no drops.")
+        for name, value in {"aux_loss_weight": aux_loss_weight, "z_loss_weight": z_loss_weight}.items():
+            if value < 0:
+                raise ValueError(f"{name} = {value} must not be negative: it would reward imbalance.")
+        if balance == "loss_free" and bias_update_rate <= 0:
+            raise ValueError(
+                f"bias_update_rate = {bias_update_rate} must be positive with balance = 'loss_free'."
+            )
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self.capacity_factor = capacity_factor
+        self.bias_update_rate = bias_update_rate
+        self.init_std = init_std
+        self.router = Router(
+            dim,
+            num_experts=num_experts,
+            top_k=top_k,
+            score_function=score_function,
+            normalize_top_k=normalize_top_k,
+            num_expert_groups=num_expert_groups,
+            num_limited_groups=num_limited_groups,
+            group_score=group_score,
+            routed_scaling_factor=routed_scaling_factor,
+            with_bias=balance == "loss_free",
+            init_std=init_std,
+        )
+        self.experts = Experts(dim, expert_dim, num_experts, init_std=init_std)
+        self.load_balance = LoadBalance(
+            num_experts,
+            aux_loss_weight=aux_loss_weight if balance == "aux_loss" else 0.0,
+            aux_loss_scope=aux_loss_scope,
+            z_loss_weight=z_loss_weight,
+        )
+        self.shared_expert = MLP(dim, shared_dim, init_std=init_std) if shared_dim else None
+        self.shared_expert_gate = Linear(dim, 1) if shared_expert_gate else None
+
+    def init_weights(self) -> None:
+        self.router.init_weights()
+        self.experts.init_weights()
+        self.load_balance.reset()
+        if self.shared_expert is not None:
+            self.shared_expert.init_weights()
+        if self.shared_expert_gate is not None:
+            normal_(self.shared_expert_gate.weight, self.init_std)
+
+    def forward(self, x: Tensor, *, sequence: Sequence) -> Tensor:
+        x_TD = x.flatten(0, 1)
+        routing = self.router(x_TD)
+        slots = Slots.sorted_by_expert(routing.expert_TK, self.num_experts)
+        weight_TK, dropped = routing.weight_TK, slots.offset_E.new_zeros((), dtype=torch.int64)
+        if self.capacity_factor is not None:
+            capacity = math.ceil(self.capacity_factor * self.top_k * x_TD.shape[0] / self.num_experts)
+            beyond_TK = slots.place_TK(routing.expert_TK) >= capacity
+            weight_TK, dropped = weight_TK.masked_fill(beyond_TK, 0.0), beyond_TK.sum()
+        if self.training and torch.is_grad_enabled():
+            weight_TK = self.load_balance(
+                weight_TK, routing, slots.count_E(), dropped, sequence, self.balance_group
+            )
+        y_MD = self.experts(gather_slots(x_TD, slots), reorder_choices(weight_TK, slots), slots.offset_E)
+        y = sum_slots(y_MD, slots).view_as(x)
+        if self.shared_expert is None:
+            return y
+        shared = self.shared_expert(x)
+        if self.shared_expert_gate is not None:
+            shared = self.shared_expert_gate(x).sigmoid() * shared
+        return y + shared
+
+    def pop_counters(self) -> dict[str, Tensor]:
+        """What this rank counted since the last call, to be summed over ranks, and resets it.
+
+        counts: int64 [E], choices per expert, drops included. dropped: int64 []. aux_loss, z_loss: float64
+        [], with their weights, summed over the step's microbatches in proportion to `sequence.loss_weight`.
+        """
+        return self.load_balance.pop_counters()
+
+    @torch.no_grad()
+    def update_expert_bias(self, counts_E: Tensor) -> None:
+        """Call after an optimizer step: counts_E int64 [E], the step's choices per expert over all ranks.
+
+        One step of arXiv 2408.15664; does nothing unless balance is "loss_free".
+        """
+        bias_E = self.router.expert_bias
+        if bias_E is not None:
+            # In whole numbers, so that an expert exactly at the mean stays put: E * (mean - count).
+            shortage_E = counts_E.sum() - self.num_experts * counts_E
+            bias_E.add_(shortage_E.sign().to(bias_E.dtype), alpha=self.bias_update_rate)
+
+    def flops_per_token(self) -> int:
+        """Forward FLOPs of one token: the router, the chosen experts and the shared ones."""
+        flops = self.router.flops_per_token() + self.top_k * self.experts.flops_per_row()
+        if self.shared_expert is not None:
+            flops += self.shared_expert.flops_per_token()
+        if self.shared_expert_gate is not None:
+            flops += 2 * self.shared_expert_gate.weight.numel()
+        return flops
+
+
+def _check_choices(score_function: str, group_score: str, balance: str, aux_loss_scope: str) -> None:
+    for name, value, known in (
+        ("score_function", score_function, ("softmax", "sigmoid")),
+        ("group_score", group_score, ("max", "top2_sum")),
+        ("balance", balance, ("aux_loss", "loss_free", "none")),
+        ("aux_loss_scope", aux_loss_scope, ("global_batch", "sequence")),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} = {value!r} is unknown: choose from {', '.join(known)}.")
+
+
+def _check_groups(
+    num_experts: int, top_k: int, num_expert_groups: int, num_limited_groups: int, group_score: str
+) -> None:
+    if num_expert_groups < 1 or num_experts % num_expert_groups:
+        raise ValueError(
+            f"num_experts = {num_experts} does not split into num_expert_groups = {num_expert_groups} equal "
+            "groups: choose a divisor."
+        )
+    if not 1 <= num_limited_groups <= num_expert_groups:
+        raise ValueError(
+            f"num_limited_groups = {num_limited_groups} must lie between 1 and num_expert_groups = "
+            f"{num_expert_groups}."
+        )
+    group_size = num_experts // num_expert_groups
+    if not 1 <= top_k <= num_limited_groups * group_size:
+        raise ValueError(
+            f"top_k = {top_k} must lie between 1 and the {num_limited_groups * group_size} experts that a "
+            f"token can choose from ({num_limited_groups} of {num_expert_groups} groups of {group_size})."
+        )
+    if group_score == "top2_sum" and num_limited_groups < num_expert_groups and group_size < 2:
+        raise ValueError("group_score = 'top2_sum' needs at least two experts in a group: use 'max'.")

@@ -1,0 +1,115 @@
+"""Chooses each token's experts and their weights: softmax or sigmoid, top-k, group-limited, biased.
+
+Covers the routing of Mixtral (arXiv 2401.04088), Qwen2-MoE (arXiv 2407.10671), DeepSeek-V2 (arXiv 2405.04434)
+and DeepSeek-V3 (arXiv 2412.19437). Legend: T tokens, D width, E experts, K experts per token, G groups of
+experts.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchlmoe.layers.initialization import normal_
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Where the tokens go.
+
+    expert_TK: int64, distinct in each row, the most wanted first. weight_TK: the factors of their outputs, at
+    least float32. logits_TE, probability_TE: what the choice came from; the probabilities of a token sum to
+    one.
+    """
+
+    expert_TK: Tensor
+    weight_TK: Tensor
+    logits_TE: Tensor
+    probability_TE: Tensor
+
+
+class Router(nn.Module):
+    """x [T, D] -> Routing, computed in at least float32 whatever x's dtype.
+
+    `expert_bias` [E] (None unless asked) is added to the scores for the choice only and never enters a
+    weight: loss-free balancing (arXiv 2408.15664). It is part of the model's state.
+    """
+
+    float32_island = True
+    expert_bias: Tensor | None
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_experts: int,
+        top_k: int,
+        score_function: str,
+        normalize_top_k: bool,
+        num_expert_groups: int,
+        num_limited_groups: int,
+        group_score: str,
+        routed_scaling_factor: float,
+        with_bias: bool,
+        init_std: float,
+    ):
+        super().__init__()
+        self.top_k = top_k
+        self.score_function = score_function
+        self.normalize_top_k = normalize_top_k
+        self.num_expert_groups = num_expert_groups
+        self.num_limited_groups = num_limited_groups
+        self.group_score = group_score
+        self.routed_scaling_factor = routed_scaling_factor
+        self.init_std = init_std
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        self.weight = nn.Parameter(torch.empty(num_experts, dim, dtype=dtype))
+        self.register_buffer(
+            "expert_bias", torch.zeros(num_experts, dtype=torch.float32) if with_bias else None
+        )
+
+    def init_weights(self) -> None:
+        normal_(self.weight, self.init_std)
+        if self.expert_bias is not None:
+            self.expert_bias.zero_()
+
+    def forward(self, x_TD: Tensor) -> Routing:
+        dtype = torch.promote_types(x_TD.dtype, torch.float32)
+        logits_TE = F.linear(x_TD.to(dtype), self.weight.to(dtype))
+        if self.score_function == "softmax":
+            score_TE = probability_TE = logits_TE.softmax(-1)
+        else:
+            score_TE = logits_TE.sigmoid()
+            probability_TE = score_TE / (score_TE.sum(-1, keepdim=True) + 1e-20)
+        expert_TK = self._choose(score_TE.detach())
+        weight_TK = score_TE.gather(-1, expert_TK)
+        if self.normalize_top_k:
+            # Sigmoid scores may all underflow to zero.
+            weight_TK = weight_TK / (weight_TK.sum(-1, keepdim=True) + 1e-20)
+        if self.routed_scaling_factor != 1.0:
+            weight_TK = weight_TK * self.routed_scaling_factor
+        return Routing(expert_TK, weight_TK, logits_TE, probability_TE)
+
+    def _choose(self, score_TE: Tensor) -> Tensor:
+        if self.expert_bias is not None:
+            score_TE = score_TE + self.expert_bias
+        if self.num_limited_groups < self.num_expert_groups:
+            score_TGe = score_TE.unflatten(-1, (self.num_expert_groups, -1))
+            if self.group_score == "max":
+                group_TG = score_TGe.amax(-1)
+            else:
+                group_TG = score_TGe.topk(2).values.sum(-1)
+            chosen = _top(group_TG, self.num_limited_groups)
+            closed_TG = torch.ones_like(group_TG, dtype=torch.bool).scatter(-1, chosen, False)
+            score_TE = score_TGe.masked_fill(closed_TG[..., None], -torch.inf).flatten(-2)
+        return _top(score_TE, self.top_k)
+
+    def flops_per_token(self) -> int:
+        """Forward FLOPs of one token."""
+        return 2 * self.weight.numel()
+
+
+def _top(score: Tensor, k: int) -> Tensor:
+    """Indices of the k largest of the last dim; of equals the lower first, which `topk` does not promise."""
+    return score.sort(dim=-1, descending=True, stable=True).indices[..., :k]

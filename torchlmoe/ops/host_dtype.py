@@ -1,0 +1,20 @@
+"""What the host's CPU can multiply natively."""
+
+import logging
+from functools import cache
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+
+@cache
+def cpu_lacks_bfloat16() -> bool:
+    """Whether this CPU has no bfloat16 matrix instructions; says so once."""
+    lacks = not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if lacks:
+        logger.warning(
+            "This CPU has no bfloat16 matrix instructions: products run in float32 on bfloat16 values and "
+            "are rounded to bfloat16 (same numbers or better, no gain in speed)."
+        )
+    return lacks
