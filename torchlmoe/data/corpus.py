@@ -1,4 +1,4 @@
-"""The documents of one split of a dataset: the embedded one, local files, or a dataset streamed from the hub."""
+"""The documents of one split of a dataset: the embedded one, local files, or one streamed from the hub."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -36,13 +36,13 @@ def open_corpus(
 ) -> Corpus:
     """The "train" or "validation" split of a dataset.
 
-    dataset: "embedded", a local file or folder (see local_files.find_files), or the id of a dataset on the hub.
+    dataset: "embedded", a local file or folder (see local_files.find_files), or the id of a hub dataset.
     dataset_config: which configuration of a hub dataset.
     text_column: the column of a table that holds the text.
     train_split, validation_split: what the dataset calls its splits.
-    validation_dataset: validate on this dataset instead: its validation split, or all of it where it has none.
-    validation_fraction: of the documents, chosen by a hash of their number, that serve as validation and are not
-        trained on, where the dataset has no validation split and there is no validation_dataset.
+    validation_dataset: validate on this dataset instead: its validation split, or all of it if it has none.
+    validation_fraction: of the documents, chosen by a hash of their number, that are kept from training to
+        validate on, where the dataset has no validation split and there is no validation_dataset.
     Raises ValueError where there is no such dataset, split or file.
     """
     assert split in ("train", "validation")
@@ -64,8 +64,8 @@ def open_corpus(
     elif _looks_like_a_path(name):
         setting = "validation_dataset" if separate else "dataset"
         raise ValueError(
-            f'data.{setting} = "{name}" is not there: give "embedded", a local file or folder, or the id of a dataset '
-            "on the hub."
+            f'data.{setting} = "{name}" is not there: give "embedded", a local file or folder, or the id '
+            "of a dataset on the hub."
         )
     else:
         names = _hub_splits(name, dataset_config)
@@ -99,8 +99,8 @@ def _hub_splits(name: str, config: str | None) -> list[str]:
     # The library, and the HTTP client below it, raise many unrelated types for what is one thing to the user.
     except Exception as error:
         raise ValueError(
-            f'data.dataset = "{name}" is no local path, and asking the hub for it failed: {error} Check the name, '
-            "data.dataset_config and the connection."
+            f'data.dataset = "{name}" is no local path, and asking the hub for it failed: {error} '
+            "Check the name, data.dataset_config and the connection."
         ) from error
 
 

@@ -1,8 +1,8 @@
-"""Batches of packed rows: training in an order that depends on (seed, step) alone, validation in stored order.
+"""Batches of packed rows: training in an order that depends on (seed, step) alone, validation in order.
 
-Nothing but the step has to be saved: row number `step * global_batch_size + i` of the run is found by arithmetic,
-and each epoch's shuffle is a permutation computed place by place. The number of data-parallel ranks does not enter
-either: it only says which of a step's rows this rank reads.
+Nothing but the step has to be saved: row number `step * global_batch_size + i` of the run is found by
+arithmetic, and each epoch's shuffle is a permutation computed place by place. The number of data-parallel
+ranks does not enter either: it only says which of a step's rows this rank reads.
 """
 
 from collections.abc import Iterator
@@ -51,7 +51,7 @@ class TrainLoader:
             )
         if store.num_tokens < seq_len:
             raise ValueError(
-                f"training.seq_len = {seq_len} is longer than the training data of {store.num_tokens} tokens: "
+                f"training.seq_len = {seq_len} is longer than the training data, {store.num_tokens} tokens: "
                 "choose a shorter one or give more data."
             )
         assert 0 <= rank < world_size
@@ -79,7 +79,7 @@ class TrainLoader:
         return self._ahead.pop(step).result()
 
     def rows_of_step(self, step: int) -> np.ndarray:
-        """Indices of the step's rows over all ranks, int64 [global_batch_size]: by microbatch, then by rank."""
+        """The step's rows over all ranks, int64 [global_batch_size]: by microbatch, then by rank."""
         places = np.arange(step * self.global_batch_size, (step + 1) * self.global_batch_size)
         epochs = places // self.num_rows
         return np.concatenate(
@@ -112,7 +112,7 @@ def validation_batches(
     world_size: int = 1,
     max_batches: int | None = None,
 ) -> Iterator[TensorDict]:
-    """This rank's microbatches of the store's rows, each row once and in order, as TrainLoader.batches has them.
+    """This rank's microbatches of the store's rows, each row once, in order, as in TrainLoader.batches.
 
     Every rank gets equally many. Where rows run out, rows with no labels take their place.
     max_batches: batches of each rank at most; None covers the whole split.
@@ -128,9 +128,9 @@ def validation_text_bytes(
 ) -> int:
     """UTF-8 bytes of text that the labels of `validation_batches` stand for, over all ranks.
 
-    Bits per byte is the sum of all labels' negative log likelihoods (end tokens included) / ln 2 / these bytes.
-    For a whole split they were counted from the text. For a part of one they are counted from its labels, which
-    takes a byte-level tokenizer that leaves the text as it is: ValueError otherwise.
+    Bits per byte is the sum of the labels' negative log likelihoods / ln 2 / bytes, end tokens included.
+    For a whole split they were counted from the text. For a part of one they are counted from its labels,
+    which takes a byte-level tokenizer that leaves the text as it is: ValueError otherwise.
     """
     num_batches = _num_validation_batches(store, seq_len, batch_size * world_size, max_batches)
     num_labels = num_batches * world_size * batch_size * seq_len
@@ -138,8 +138,8 @@ def validation_text_bytes(
         return store.text_bytes
     if store.token_bytes is None:
         raise ValueError(
-            "With this tokenizer the bytes of text in a part of the validation split are not known: validate on all "
-            "of the split, and make it shorter with data.validation_max_tokens."
+            "With this tokenizer the bytes of text in a part of the validation split are not known: "
+            "validate on all of the split, and make it shorter with data.validation_max_tokens."
         )
     # The labels of tokens [0, n) are tokens [1, n + 1).
     counts = np.bincount(store.tokens(1, num_labels + 1), minlength=store.vocab_size)

@@ -1,4 +1,4 @@
-"""Finds and reads the documents of local files: .json, .jsonl, .parquet, .txt and .md, plain or as .gz or .zst."""
+"""Finds and reads the documents of local files: .json, .jsonl, .parquet, .txt, .md; or their .gz, .zst."""
 
 import io
 import json
@@ -16,11 +16,11 @@ VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 
 
 def find_files(path: Path, train_split: str, validation_split: str) -> dict[str, list[Path]]:
-    """The files of "train" and of "validation" (perhaps none) under `path`, a file or a folder, in sorted order.
+    """The files of "train" and of "validation" (perhaps none) under `path`, a file or a folder, sorted.
 
     A file or sub-folder belongs to a split when its name begins with the split's: train-00000.parquet,
-    train/a.jsonl. Without any that is named for training, all files are, save those named validation, valid, val,
-    dev or test. Text files count only where a folder holds no table, so that a README is not taken for data.
+    train/a.jsonl. Without any that is named for training, all files are, save those named validation, valid,
+    val, dev or test. Text files count only where a folder holds no table: a README is not taken for data.
     Raises ValueError where there is no file to read.
     """
     if path.is_file():
@@ -44,7 +44,7 @@ def find_files(path: Path, train_split: str, validation_split: str) -> dict[str,
 def read_files(files: list[Path], text_column: str) -> Iterator[str]:
     """The documents of `files`: one a row of a table, one a text file; a null counts as an empty document.
 
-    Raises ValueError for a column that is not there or does not hold text, and for a file that cannot be decoded.
+    Raises ValueError for a column that is not there or holds no text, and for a file that cannot be read.
     """
     for path in files:
         if _kind(path) == ".parquet":

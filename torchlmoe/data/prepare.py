@@ -1,11 +1,10 @@
-"""Tokenizes one split of a dataset into a token store, once: later runs, and other processes, open what is there."""
+"""Tokenizes one split of a dataset into a token store, once: later runs and other processes find it there."""
 
 import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,8 @@ logger = logging.getLogger(__name__)
 
 # Part of every store's name: raise it when the same recipe would be written differently.
 FORMAT = 1
-DOCUMENTS_AT_ONCE = 512
+# Enough to keep the tokenizer's threads busy, little enough for memory and for a progress line that moves.
+CHARACTERS_AT_ONCE = 2**22
 
 
 def prepare(
@@ -39,8 +39,8 @@ def prepare(
 ) -> TokenStore:
     """The token store of one split, "train" or "validation", built if `cache_dir` does not have it yet.
 
-    Its folder is named by a hash of all that it depends on: the dataset (local files by path, size and time of
-    change), the tokenizer, `max_tokens` and the options. Of several processes one builds, the others wait for it.
+    Its folder is named by a hash of all that it depends on: the dataset (local files by path, size and time
+    of change), the tokenizer, `max_tokens` and the options. Of several processes one builds, the others wait.
 
     max_tokens: stop there, within a document if need be; end tokens count. None takes all.
     The dataset's options are those of corpus.open_corpus. Documents without text are left out.
@@ -98,7 +98,7 @@ def _build(
     ):
         for text, ids in _encoded(corpus, tokenizer):
             text_bytes = len(text.encode())
-            # A normalizer may have rewritten the text: only the text itself proves that a token's bytes are its own.
+            # A normalizer may have rewritten the text: only the text itself proves the bytes of its tokens.
             if token_bytes is not None and int(token_bytes[ids].sum()) != text_bytes:
                 token_bytes = None
             room = len(ids) if max_tokens is None else max_tokens - writer.num_tokens - 1
@@ -106,21 +106,35 @@ def _build(
                 break
             if room < len(ids):
                 ids = ids[:room]
-                exact = token_bytes is not None
-                text_bytes = int(token_bytes[ids].sum()) if exact else tokenizer.bytes_covered(text, room)
+                if token_bytes is None:
+                    text_bytes = tokenizer.bytes_covered(text, room)
+                else:
+                    text_bytes = int(token_bytes[ids].sum())
             writer.append(ids, text_bytes)
             progress.update(writer.num_documents, writer.text_bytes, writer.num_tokens)
         if writer.num_documents == 0:
             raise ValueError(
-                f"The {split} split of {corpus.name} has no documents with text: give it some, or for validation a "
-                "data.validation_dataset or a larger data.validation_fraction."
+                f"The {split} split of {corpus.name} has no documents with text: give it some, "
+                "or for validation a data.validation_dataset or a larger data.validation_fraction."
             )
         return writer.finish(token_bytes)
 
 
 def _encoded(corpus: Corpus, tokenizer: Tokenizer) -> Iterator[tuple[str, np.ndarray]]:
     """Every document that has text, and its ids."""
-    texts = filter(None, corpus.documents())
-    while batch := list(islice(texts, DOCUMENTS_AT_ONCE)):
-        for text, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
+    for texts in _batches(filter(None, corpus.documents())):
+        for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
             yield text, np.array(ids, dtype=np.int64)
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    num_characters = 0
+    for text in texts:
+        batch.append(text)
+        num_characters += len(text)
+        if num_characters >= CHARACTERS_AT_ONCE:
+            yield batch
+            batch, num_characters = [], 0
+    if batch:
+        yield batch

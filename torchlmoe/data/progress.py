@@ -1,4 +1,4 @@
-"""Says how far the tokenisation has come: a live line on a terminal, a logged line every few seconds elsewhere."""
+"""Says how far tokenization has come: a live line on a terminal, else a logged line every few seconds."""
 
 import logging
 import sys

@@ -1,8 +1,8 @@
 """A keyed permutation of 0 .. size - 1, computed place by place, so that no array of it is ever held.
 
-A balanced Feistel network permutes the smallest power of four that holds `size`, whatever its round function is.
-Places that land outside are sent through it again until they are inside ("cycle walking": Black and Rogaway, Ciphers
-with Arbitrary Finite Domains, CT-RSA 2002); at worst a quarter lies inside, so it takes four passes on average.
+A balanced Feistel network permutes the smallest power of four that holds `size`, whatever its round function.
+Places that land outside are sent through it again until they are inside ("cycle walking": Black and Rogaway,
+Ciphers with Arbitrary Finite Domains, CT-RSA 2002), on average at most four times.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ NUM_ROUNDS = 8
 
 
 def permuted(places: np.ndarray, size: int, key: tuple[int, ...]) -> np.ndarray:
-    """Where the permutation of range(size) that `key` names sends `places`, int64 in [0, size): int64, as many."""
+    """Where the permutation of range(size) named by `key` sends `places`: int64 in [0, size) to the same."""
     half_bits = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     round_keys = [
         np.frombuffer(hashlib.sha256(repr((key, i)).encode()).digest()[:8], dtype="<u8")[0]

@@ -3,8 +3,8 @@
 A store is a folder of raw little-endian files:
 
     index.json         counts, data types, and what the store was made from
-    tokens_00000.bin   the documents back to back, each as [end_id, t1 .. tn]; uint16, uint32 for a vocabulary over
-                       65,536; a shard has `shard_size` tokens, the last fewer, and documents run on into the next
+    tokens_00000.bin   the documents back to back, each as [end_id, t1 .. tn]; uint16, or uint32 if the
+                       vocabulary is over 65,536; shards of `shard_size` tokens that ignore document bounds
     documents.bin      int64 [num_documents + 1], where each document starts, and the end of the last
     token_bytes.bin    uint16 [vocab_size], UTF-8 bytes of each token; only where they are exact for this text
 """
@@ -84,7 +84,7 @@ class TokenStore:
 
 
 class StoreWriter:
-    """Builds a store beside `folder` and moves it there in one step by `finish`; left early, it leaves nothing.
+    """Builds a store beside `folder`; `finish` moves it there in one step, and nothing is left without it.
 
     Use it as a context manager, and under a lock where several processes may write the same folder.
     """

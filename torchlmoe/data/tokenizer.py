@@ -18,7 +18,7 @@ class Tokenizer:
     path: the tokenizer.json.
     end_token: its end token; None looks for one of END_TOKENS, in that order.
 
-    Attributes: `vocab_size` (one past the largest id), `end_token`, `end_id`, `fingerprint` (the file's sha256).
+    Attributes: `vocab_size` (one past the largest id), `end_token`, `end_id`, `fingerprint` (its sha256).
     Raises ValueError for a file that is no tokenizer, and for an end token that the vocabulary lacks.
     """
 
@@ -60,9 +60,9 @@ class Tokenizer:
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def token_bytes(self) -> np.ndarray | None:
-        """UTF-8 bytes of text in each token, uint16 [vocab_size]; None unless the tokenizer is byte-level BPE.
+        """UTF-8 bytes of text in each token, uint16 [vocab_size]; None unless this is byte-level BPE.
 
-        Special tokens stand for no text. Where a normalizer rewrites the text, these are bytes of what it wrote.
+        Special tokens stand for no text. Where a normalizer rewrites text, these are bytes of the result.
         """
         added = self._tokenizer.get_added_tokens_decoder()
         table = np.zeros(self.vocab_size, dtype=np.uint16)
@@ -94,6 +94,6 @@ def load_tokenizer(name_or_path: str | Path, end_token: str | None = None) -> To
     path = path / "tokenizer.json" if path.is_dir() else path
     if not path.is_file():
         raise ValueError(
-            f'data.tokenizer = "{name_or_path}" is not there: give "embedded", a tokenizer.json or a folder with one.'
+            f'data.tokenizer = "{name_or_path}" is not there: give "embedded", a tokenizer.json or its folder.'
         )
     return Tokenizer(path, end_token)

@@ -120,7 +120,8 @@ class LoadBalance(nn.Module):
         if length is None or probability_TE.shape[0] % length:
             raise ValueError(
                 f"aux_loss_scope = 'sequence' needs sequence.row_length to divide the "
-                f"{probability_TE.shape[0]} tokens of the microbatch, got {length}: give whole rows or use 'global_batch'."
+                f"{probability_TE.shape[0]} tokens of the microbatch, got {length}: give whole rows or use "
+                "'global_batch'."
             )
         chosen_TE = torch.zeros_like(probability_TE).scatter(-1, routing.expert_TK, 1.0)
         fraction_RE = chosen_TE.unflatten(0, (-1, length)).mean(1) / routing.expert_TK.shape[1]

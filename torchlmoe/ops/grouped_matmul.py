@@ -47,9 +47,9 @@ def grouped_matmul(x_MD: Tensor, weight_EFD: Tensor, offsets_E: Tensor) -> Tenso
     return _matmul(x_MD, weight_EFD, offsets_E)
 
 
-def _native(dtype: torch.dtype, *widths: int) -> bool:
-    """Whether `F.grouped_mm` takes these operands: dtype, and rows of a multiple of 16 bytes."""
-    if dtype is torch.float64:
+def _native(dtype: torch.dtype, num_rows: int, *widths: int) -> bool:
+    """Whether `F.grouped_mm` takes these operands: dtype, some rows, and widths of a multiple of 16 bytes."""
+    if dtype is torch.float64 or num_rows == 0:
         return False
     if any(width * dtype.itemsize % 16 for width in widths):
         _say_misaligned(dtype, widths)
@@ -91,7 +91,7 @@ def _matmul(x_MD: Tensor, weight_EFD: Tensor, offsets_E: Tensor) -> Tensor:
     x, weight = x_MD.to(dtype).contiguous(), weight_EFD.to(dtype)
     if weight.stride(1) != 1 and weight.stride(2) != 1:
         weight = weight.contiguous()
-    if _native(dtype, *weight.shape[1:]):
+    if _native(dtype, x.shape[0], *weight.shape[1:]):
         return F.grouped_mm(x, weight.mT, offs=offsets_E).to(x_MD.dtype)
     y = x.new_empty(x.shape[0], weight.shape[1])
     for group, (start, end) in enumerate(_groups(offsets_E, x.shape[0])):
@@ -109,7 +109,7 @@ def _outer(g_MF: Tensor, x_MD: Tensor, offsets_E: Tensor) -> Tensor:
     """g [M, F], x [M, D] -> [E, F, D]; zeros for an empty group."""
     dtype = _product_dtype(x_MD)
     g, x = g_MF.to(dtype).contiguous(), x_MD.to(dtype).contiguous()
-    if _native(dtype, g.shape[1], x.shape[1]):
+    if _native(dtype, x.shape[0], g.shape[1], x.shape[1]):
         return F.grouped_mm(g.T, x, offs=offsets_E).to(x_MD.dtype)
     out = x.new_empty(offsets_E.shape[0], g.shape[1], x.shape[1])
     for group, (start, end) in enumerate(_groups(offsets_E, x.shape[0])):

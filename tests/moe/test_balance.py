@@ -1,0 +1,193 @@
+"""Balancing losses and counters against the formulas under autograd; recompute, accumulation, two processes."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.utils.checkpoint import checkpoint
+
+from torchlmoe.layers.sequence import Sequence
+from torchlmoe.moe import MoE
+
+DIM, BATCH, LENGTH = 8, 4, 10
+
+
+def make(**options):
+    torch.manual_seed(0)
+    options = dict(num_experts=6, top_k=2, expert_dim=4, aux_loss_weight=0.5) | options
+    moe = MoE(DIM, **options).double()
+    moe.init_weights()
+    torch.nn.init.normal_(moe.router.weight)
+    return moe, torch.randn(BATCH, LENGTH, DIM, dtype=torch.float64)
+
+
+def describe(x, loss_weight=1.0):
+    batch_size, length, _ = x.shape
+    return Sequence(torch.arange(length).expand(batch_size, -1), row_length=length, loss_weight=loss_weight)
+
+
+def gradients(moe):
+    return {name: parameter.grad for name, parameter in moe.named_parameters()}
+
+
+def losses_by_formula(moe, x, scope, score_function):
+    """The auxiliary loss and the z-loss as written in the papers, and the choices per expert."""
+    logits = x @ moe.router.weight.T
+    score = logits.softmax(-1) if score_function == "softmax" else logits.sigmoid()
+    probability = score / score.sum(-1, keepdim=True)
+    chosen = torch.nn.functional.one_hot(score.topk(2).indices, 6).sum(-2).double()
+    spans = [slice(row, row + 1) for row in range(len(x))] if scope == "sequence" else [slice(None)]
+    aux = 0
+    for span in spans:
+        fraction = chosen[span].mean((0, 1)) / 2
+        aux = aux + 6 * (fraction * probability[span].mean((0, 1))).sum() / len(spans)
+    z = torch.log(logits.exp().sum(-1)).pow(2).mean()
+    return 0.5 * aux, z, chosen.sum((0, 1)).long()
+
+
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("scope", ["global_batch", "sequence"])
+@pytest.mark.parametrize("z_loss_weight", [0.0, 0.3])
+def test_injected_gradients_are_those_of_the_formula(scope, score_function, z_loss_weight):
+    options = dict(aux_loss_scope=scope, score_function=score_function)
+    moe, x = make(**options, z_loss_weight=z_loss_weight)
+    plain, _ = make(score_function=score_function, balance="none")
+    grad = torch.randn_like(x)
+
+    leaf = x.clone().requires_grad_()
+    y = moe(leaf, sequence=describe(x, loss_weight=0.25))
+    y.backward(grad)
+
+    plain_leaf = x.clone().requires_grad_()
+    aux, z, counts = losses_by_formula(plain, plain_leaf, scope, score_function)
+    expected = plain(plain_leaf, sequence=describe(x))
+    ((expected * grad).sum() + 0.25 * (aux + z_loss_weight * z)).backward()
+
+    torch.testing.assert_close(y, expected, rtol=0, atol=0)
+    torch.testing.assert_close(leaf.grad, plain_leaf.grad, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradients(moe), gradients(plain), rtol=1e-12, atol=1e-12)
+    counters = moe.pop_counters()
+    assert torch.equal(counters["counts"], counts)
+    torch.testing.assert_close(counters["aux_loss"], 0.25 * aux.detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(counters["z_loss"], 0.25 * z_loss_weight * z.detach(), rtol=1e-12, atol=0)
+
+
+def test_balanced_router_has_the_least_loss():
+    """Uniform probabilities and even choices give exactly the weight; there the gradient vanishes."""
+    moe, _ = make(top_k=6)
+    moe.router.weight.data.zero_()
+    x = torch.randn(BATCH, LENGTH, DIM, dtype=torch.float64)
+    moe(x, sequence=describe(x)).sum().backward()
+    torch.testing.assert_close(moe.pop_counters()["aux_loss"], torch.tensor(0.5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_recompute_counts_once(use_reentrant):
+    moe, x = make(z_loss_weight=0.1, capacity_factor=1.0)
+    again = copy.deepcopy(moe)
+    sequence = describe(x)
+    moe(x.requires_grad_(), sequence=sequence).square().sum().backward()
+    x_again = x.detach().clone().requires_grad_()
+    y = checkpoint(lambda x: again(x, sequence=sequence), x_again, use_reentrant=use_reentrant)
+    y.square().sum().backward()
+    assert torch.equal(x.grad, x_again.grad)
+    torch.testing.assert_close(gradients(again), gradients(moe), rtol=0, atol=0)
+    torch.testing.assert_close(again.pop_counters(), moe.pop_counters(), rtol=0, atol=0)
+
+
+def test_two_microbatches_are_one_batch():
+    moe, x = make(aux_loss_scope="sequence", z_loss_weight=0.1)
+    pieces = copy.deepcopy(moe)
+    (moe(x, sequence=describe(x)).square().sum()).backward()
+    for piece in (x[:1], x[1:]):
+        # Both forwards might run before the backwards, as in a pipeline; here they alternate.
+        pieces(piece, sequence=describe(piece, loss_weight=len(piece) / BATCH)).square().sum().backward()
+    torch.testing.assert_close(gradients(pieces), gradients(moe), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(pieces.pop_counters(), moe.pop_counters(), rtol=1e-12, atol=1e-12)
+
+
+def test_counters_wait_for_the_backward():
+    """Forwards that run ahead, evaluation and no_grad count nothing; popping starts anew."""
+    moe, x = make()
+    outputs = [moe(x, sequence=describe(x)) for _ in range(2)]
+    assert not moe.load_balance.counts.any()
+    for y in outputs:
+        y.sum().backward()
+    assert moe.pop_counters()["counts"].sum() == 2 * 2 * BATCH * LENGTH
+    moe.eval()
+    moe(x.requires_grad_(), sequence=describe(x)).sum().backward()
+    moe.train()
+    with torch.no_grad():
+        moe(x, sequence=describe(x))
+    assert not any(total.any() for total in moe.pop_counters().values())
+
+
+def test_sequence_scope_needs_whole_rows():
+    moe, x = make(aux_loss_scope="sequence")
+    with pytest.raises(ValueError, match="row_length to divide the 40 tokens of the microbatch, got 7"):
+        moe(x, sequence=Sequence(torch.zeros(BATCH, LENGTH, dtype=torch.int64), row_length=7))
+
+
+def _worker(rank, world_size, path, moe, x, results):
+    store = dist.FileStore(path, world_size)
+    dist.init_process_group("gloo", rank=rank, world_size=world_size, store=store)
+    moe.balance_group = dist.group.WORLD
+    # The second microbatch is smaller on the last rank: a rank's weight is its share of the step's tokens.
+    for piece in (x[rank : rank + 1], x[2 + rank : 3 + rank, : LENGTH - 4 * rank]):
+        tokens = piece.shape[0] * piece.shape[1]
+        moe(piece, sequence=describe(piece, tokens / (4 * LENGTH - 4))).square().sum().backward()
+    counters = moe.pop_counters()
+    for tensor in (*gradients(moe).values(), *counters.values()):
+        dist.all_reduce(tensor)
+    if rank == 0:
+        torch.save((gradients(moe), counters), results)
+    dist.destroy_process_group()
+
+
+def test_two_processes_are_one(tmp_path):
+    """The global_batch loss over two gloo processes = one process with all rows of each microbatch."""
+    moe, x = make(z_loss_weight=0.1)
+    single = copy.deepcopy(moe)
+    mp.spawn(_worker, (2, str(tmp_path / "store"), moe, x, str(tmp_path / "results")), nprocs=2)
+    gradients_found, counters_found = torch.load(tmp_path / "results")
+    first, second = x[:2].flatten(0, 1)[None], torch.cat([x[2], x[3, : LENGTH - 4]])[None]
+    for piece in (first, second):
+        single(piece, sequence=describe(piece, piece.shape[1] / (4 * LENGTH - 4))).square().sum().backward()
+    torch.testing.assert_close(gradients_found, gradients(single), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(counters_found, single.pop_counters(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
+def test_loss_free_bias_balances_a_skewed_router(score_function):
+    moe, _ = make(balance="loss_free", score_function=score_function, bias_update_rate=0.01)
+    x = torch.randn(1, 512, DIM, dtype=torch.float64)
+    x[..., 0] = 1.0
+    moe.router.weight.data.normal_(std=0.3)
+    moe.router.weight.data[:, 0] = torch.tensor([2.0, 1.0, 0.0, 0.0, -1.0, -2.0])
+    loads = []
+    for _ in range(200):
+        moe(x, sequence=describe(x)).sum().backward()
+        counters = moe.pop_counters()
+        loads.append(counters["counts"].max() / counters["counts"].double().mean())
+        assert counters["aux_loss"] == 0
+        moe.update_expert_bias(counters["counts"])
+    assert loads[0] > 2
+    assert loads[-1] < 1.1
+
+
+def test_bias_update_is_the_papers():
+    moe, _ = make(balance="loss_free", bias_update_rate=0.125)
+    moe.update_expert_bias(torch.tensor([4, 0, 9, 4, 3, 4]))
+    assert moe.router.expert_bias.tolist() == [0.0, 0.125, -0.125, 0.0, 0.125, 0.0]
+
+
+def test_bias_changes_the_choice_only():
+    moe, x = make(balance="loss_free", normalize_top_k=False)
+    before = moe.router(x.flatten(0, 1))
+    moe.router.expert_bias.copy_(torch.tensor([9.0, 9, 0, 0, 0, 0]))
+    after = moe.router(x.flatten(0, 1))
+    assert set(after.expert_TK.unique().tolist()) == {0, 1}
+    torch.testing.assert_close(after.probability_TE, before.probability_TE)
+    torch.testing.assert_close(after.weight_TK, before.probability_TE.gather(-1, after.expert_TK))

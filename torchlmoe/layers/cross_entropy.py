@@ -1,0 +1,61 @@
+"""Output projection and cross entropy in one, a chunk of tokens at a time, so that the logits are never held whole.
+
+With gradients on, each chunk's share of the gradients is taken while its logits are at hand; the backward only
+scales them. So the projection runs once, and no logits are kept or computed again.
+"""
+
+import torch
+from torch import Tensor
+
+from torchlmoe.layers.linear import linear
+
+IGNORE_INDEX = -100
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk_size: int = 1024) -> Tensor:
+    """Sum over tokens of -log softmax(weight h)_label, in at least float32.
+
+    hidden [T, D]; weight [V, D]; labels int64 [T], -100 where a token does not count. chunk_size: tokens whose logits
+    are held at once. Gradients of gradients are not supported.
+    """
+    return _LinearCrossEntropy.apply(hidden, weight, labels, chunk_size)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int) -> Tensor:
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        total = torch.zeros((), dtype=dtype, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if needs_grad else None
+        grad_weight = torch.zeros_like(weight, dtype=dtype) if needs_grad else None
+        for start in range(0, hidden.shape[0], chunk_size):
+            rows = slice(start, start + chunk_size)
+            hidden_CD, labels_C = hidden[rows], labels[rows]
+            counted_C = labels_C != IGNORE_INDEX
+            index_C1 = labels_C.where(counted_C, 0)[:, None]
+            logits_CV = linear(hidden_CD, weight).to(dtype)
+            logits_CV -= logits_CV.amax(-1, keepdim=True)
+            chosen_C1 = logits_CV.gather(-1, index_C1)
+            sum_C1 = logits_CV.exp_().sum(-1, keepdim=True)
+            total += ((sum_C1.log() - chosen_C1)[:, 0] * counted_C).sum()
+            if grad_hidden is None or grad_weight is None:
+                continue
+            # softmax minus one at the label; tokens that do not count have none.
+            logits_CV *= counted_C[:, None] / sum_C1
+            logits_CV.scatter_add_(-1, index_C1, -counted_C[:, None].to(dtype))
+            grad_CV = logits_CV.to(hidden.dtype)
+            grad_hidden[rows] = linear(grad_CV, weight.mT)
+            if grad_weight.dtype == grad_CV.dtype:
+                grad_weight.addmm_(grad_CV.mT, hidden_CD)
+            else:
+                grad_weight += linear(grad_CV.mT, hidden_CD.mT)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        scaled_hidden = (grad_hidden * grad).to(grad_hidden.dtype)
+        return scaled_hidden, (grad_weight * grad).to(ctx.weight_dtype), None, None

@@ -1,0 +1,161 @@
+"""The language model: embedding, blocks after a pattern of letters, norm, output head with its loss.
+
+Built on the meta device and then initialised:
+
+    with torch.device("meta"):
+        model = Decoder(config, vocab_size)
+    model.to_empty(device="cpu")
+    model.init_weights(seed=0)
+    logits = model(tokens)                                                     # rows of one document each
+    logits = model(tokens, document_bounds)                                    # packed documents
+    nll_sum = model(tokens, document_bounds, labels)                           # for training
+
+Legend: B rows, T tokens in a row, V vocabulary.
+"""
+
+from dataclasses import asdict
+
+import torch
+from torch import Tensor, nn
+
+from torchlmoe.config import Config
+from torchlmoe.config_loader import layer_options
+from torchlmoe.layers.cross_entropy import linear_cross_entropy
+from torchlmoe.layers.initialization import named_draws, normal_
+from torchlmoe.layers.linear import Linear
+from torchlmoe.layers.mlp import MLP
+from torchlmoe.layers.norms import RMSNorm
+from torchlmoe.layers.sequence import Sequence
+from torchlmoe.mixers import MIXERS
+from torchlmoe.model.block import Block
+from torchlmoe.moe import MoE
+
+
+class Embedding(nn.Embedding):
+    """tokens int64 [B, T] -> [B, T, dim]."""
+
+    def __init__(self, vocab_size: int, dim: int, init_std: float):
+        # On the meta device nn.Embedding's own draw costs nothing; init_weights sets the values.
+        super().__init__(vocab_size, dim)
+        self.init_std = init_std
+
+    def init_weights(self) -> None:
+        normal_(self.weight, self.init_std)
+
+
+class Head(nn.Module):
+    """Final norm and output projection: logits, or with labels the summed negative log-likelihood."""
+
+    def __init__(self, dim: int, vocab_size: int, *, norm_eps: float, init_std: float, loss_chunk_size: int):
+        super().__init__()
+        self.init_std, self.loss_chunk_size = init_std, loss_chunk_size
+        self.norm = RMSNorm(dim, norm_eps)
+        self.projection = Linear(dim, vocab_size)
+
+    def init_weights(self) -> None:
+        self.norm.init_weights()
+        normal_(self.projection.weight, self.init_std)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        """x [B, T, dim]; labels int64 [B, T], -100 where a token does not count -> logits [B, T, V] or a scalar sum."""
+        x = self.norm(x)
+        if labels is None:
+            return self.projection(x)
+        return linear_cross_entropy(
+            x.flatten(0, 1), self.projection.weight, labels.flatten(), chunk_size=self.loss_chunk_size
+        )
+
+
+class Decoder(nn.Module):
+    """Linear-MoE decoder. Raises ValueError where the settings do not fit together."""
+
+    def __init__(self, config: Config, vocab_size: int):
+        super().__init__()
+        settings = config.model
+        self.embedding = Embedding(vocab_size, settings.dim, settings.init_std)
+        pattern = settings.layer_pattern
+        self.blocks = nn.ModuleDict()
+        for index in range(settings.num_layers):
+            mixer, mlp, options = layer_options(config, pattern[index % len(pattern)])
+            feed_forward: nn.Module
+            if mlp == "moe":
+                feed_forward = MoE(settings.dim, init_std=settings.init_std, **asdict(config.moe))
+            else:
+                # 8/3 keeps the parameters of a SwiGLU those of a plain MLP of width 4.
+                hidden_dim = settings.mlp_dim or 16 * round(settings.dim * 8 / 3 / 16)
+                feed_forward = MLP(settings.dim, hidden_dim, init_std=settings.init_std)
+            # A dict, so that a pipeline stage which holds some blocks keeps their names.
+            self.blocks[str(index)] = Block(
+                settings.dim, MIXERS[mixer](settings.dim, **options), feed_forward, settings.norm_eps
+            )
+        self.head = Head(
+            settings.dim,
+            vocab_size,
+            norm_eps=settings.norm_eps,
+            init_std=settings.init_std,
+            loss_chunk_size=settings.loss_chunk_size,
+        )
+        if settings.tie_embeddings:
+            self.head.projection.weight = self.embedding.weight
+
+    def init_weights(self, seed: int) -> None:
+        """Draws every parameter from (seed, its name), so that each way of sharding starts from the same weights."""
+        with named_draws(self, seed):
+            self.embedding.init_weights()
+            for block in self.blocks.values():
+                block.init_weights()  # type: ignore[operator]
+            self.head.init_weights()
+
+    def forward(
+        self,
+        tokens: Tensor,
+        document_bounds: Tensor | None = None,
+        labels: Tensor | None = None,
+        loss_weight: float = 1.0,
+    ) -> Tensor:
+        """tokens int64 [B, T] -> logits [B, T, V], or, with labels int64 [B, T], the summed negative log-likelihood.
+
+        document_bounds: int32 [B, max_docs + 1], 0, ends of the row's documents, padded with T; each row is one document
+        if None. loss_weight: the microbatch's share of the step's tokens, by which auxiliary losses are weighed.
+        """
+        batch_size, length = tokens.shape
+        if document_bounds is None:
+            sequence = Sequence.of_rows(batch_size, length, tokens.device)
+            x = self.embedding(tokens)
+        else:
+            sequence = Sequence.of_packed_rows(document_bounds, length, loss_weight)
+            x = self.embedding(tokens.reshape(1, -1))
+        for block in self.blocks.values():
+            x = block(x, sequence=sequence)
+        if labels is not None:
+            return self.head(x, labels)
+        return self.head(x).view(batch_size, length, -1)
+
+    def moe_layers(self) -> dict[str, MoE]:
+        """The mixtures of experts by the index of their block."""
+        blocks = {index: block.feed_forward for index, block in self.blocks.items()}
+        return {index: layer for index, layer in blocks.items() if isinstance(layer, MoE)}
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Forward FLOPs of one token in a sequence of `seq_len`, recurrences and output head included."""
+        blocks = sum(block.flops_per_token(seq_len) for block in self.blocks.values())  # type: ignore[operator]
+        return blocks + 2 * self.head.projection.weight.numel()
+
+
+def build_on_meta(config: Config, vocab_size: int) -> Decoder:
+    """The model without storage, to be counted, cut, or given a device by `to_empty` and values by `init_weights`."""
+    with torch.device("meta"):
+        return Decoder(config, vocab_size)
+
+
+def count_parameters(model: Decoder, *, active: bool = False, embeddings: bool = True) -> int:
+    """Parameters, of the whole model or of those that one token meets; with or without embedding and output head."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    if not embeddings:
+        outer = {model.embedding.weight, model.head.projection.weight}
+        total -= sum(parameter.numel() for parameter in outer)
+    if active:
+        for layer in model.moe_layers().values():
+            routed = sum(parameter.numel() for parameter in layer.experts.parameters())
+            total -= routed // layer.num_experts * (layer.num_experts - layer.router.top_k)
+    return total

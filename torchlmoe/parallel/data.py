@@ -1,0 +1,36 @@
+"""Data parallelism: FSDP2 with float32 masters, and float32 islands where the model casts down."""
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from torchlmoe.model.decoder import Decoder
+
+
+def apply_fsdp(model: Decoder, mesh: DeviceMesh, dtype: torch.dtype) -> None:
+    """Shards the parameters of each block over `dp_shard`, replicates over `dp_replicate`, computes in `dtype`.
+
+    Parameters keep their own dtype and so do the modules marked `float32_island`; gradients are reduced in at least
+    float32. The loss must be a mean over all ranks' tokens: gradients are summed, not averaged.
+    """
+    mesh = mesh if mesh["dp_replicate"].size() > 1 else mesh["dp_shard"]
+    casts_down = torch.promote_types(dtype, torch.float32) != dtype
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if casts_down else MixedPrecisionPolicy()
+
+    for block in model.blocks.values():
+        # A group has one policy; the islands of a block form a group of their own.
+        islands = [module for module in block.modules() if getattr(module, "float32_island", False)]
+        if casts_down and islands:
+            fully_shard(islands, mesh=mesh)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    outer: list[nn.Module] = [model.embedding, model.head]
+    if model.embedding.weight is model.head.projection.weight:
+        fully_shard(outer, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    else:
+        for module in outer:
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)

@@ -1,0 +1,53 @@
+"""The process group and the one device mesh, with named axes, that every parallelism takes its groups from."""
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from torchlmoe.config import Parallelism
+
+
+def choose_device(name: str) -> torch.device:
+    """name: "auto" (CUDA where there is one), "cpu" or "cuda"; under torchrun each local rank has its own GPU.
+
+    Raises ValueError where there is no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return torch.device("cpu")
+    index = int(os.environ.get("LOCAL_RANK", "0"))
+    if index >= torch.cuda.device_count():
+        raise ValueError(
+            f"training.device = 'cuda' needs a GPU for local rank {index}, but {torch.cuda.device_count()} are "
+            "visible; use training.device = 'cpu' or fewer ranks."
+        )
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
+    return device
+
+
+def world_size_of_launch() -> int:
+    """Ranks that torchrun started; 1 for a plain process."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start_process_group(device: torch.device) -> None:
+    """gloo on CPU, NCCL on CUDA; a plain process gets a group of its own."""
+    if dist.is_initialized():
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def build_mesh(degrees: Parallelism, device_type: str) -> DeviceMesh:
+    """Axes dp_replicate, dp_shard over all ranks; a shard degree of -1 is the rest."""
+    replicate = degrees.data_parallel_replicate_degree
+    return init_device_mesh(
+        device_type, (replicate, dist.get_world_size() // replicate), mesh_dim_names=("dp_replicate", "dp_shard")
+    )
