@@ -99,7 +99,8 @@ class Data(Table):
     validation_fraction: Annotated[
         float, Field(gt=0, lt=1, description="Documents held out where there is no validation split.")
     ] = 0.01
-    max_tokens: Annotated[int | None, Field(ge=1, description="Stop tokenising after so many tokens.")] = None
+    max_tokens: Annotated[int | None, Field(ge=2, description="Stop tokenising after so many tokens.")] = None
+    validation_max_tokens: Annotated[int | None, Field(ge=2, description="The same for the validation split.")] = None
     cache_dir: Annotated[
         str | None, Field(description="Where tokenised text is kept; ~/.cache/torchlmoe if unset.")
     ] = None

@@ -50,8 +50,9 @@ def open_corpus(
         raise ValueError(
             f"data.validation_fraction = {validation_fraction} must be at least 0 and less than 1."
         )
-    separate = split == "validation" and validation_dataset is not None
-    name = validation_dataset if separate and validation_dataset is not None else dataset
+    name, setting = dataset, "data.dataset"
+    if split == "validation" and validation_dataset is not None:
+        name, setting = validation_dataset, "data.validation_dataset"
     path = (
         Path(str(files("torchlmoe.assets") / "embedded")) if name == "embedded" else Path(name).expanduser()
     )
@@ -62,13 +63,12 @@ def open_corpus(
         chosen = splits["validation"] if split == "validation" and has_validation else splits["train"]
         corpus = _local_corpus(name, chosen, text_column)
     elif _looks_like_a_path(name):
-        setting = "validation_dataset" if separate else "dataset"
         raise ValueError(
-            f'data.{setting} = "{name}" is not there: give "embedded", a local file or folder, or the id '
+            f'{setting} = "{name}" is not there: give "embedded", a local file or folder, or the id '
             "of a dataset on the hub."
         )
     else:
-        names = _hub_splits(name, dataset_config)
+        names = _hub_splits(name, dataset_config, setting)
         has_validation = validation_split in names
         chosen_name = validation_split if split == "validation" and has_validation else train_split
         if chosen_name not in names:
@@ -90,7 +90,7 @@ def _local_corpus(name: str, paths: list[Path], text_column: str) -> Corpus:
     return Corpus(name, identity, lambda: read_files(paths, text_column))
 
 
-def _hub_splits(name: str, config: str | None) -> list[str]:
+def _hub_splits(name: str, config: str | None, setting: str) -> list[str]:
     # Imported here because it takes seconds, and only hub datasets need it.
     import datasets
 
@@ -99,7 +99,7 @@ def _hub_splits(name: str, config: str | None) -> list[str]:
     # The library, and the HTTP client below it, raise many unrelated types for what is one thing to the user.
     except Exception as error:
         raise ValueError(
-            f'data.dataset = "{name}" is no local path, and asking the hub for it failed: {error} '
+            f'{setting} = "{name}" is no local path, and asking the hub for it failed: {error} '
             "Check the name, data.dataset_config and the connection."
         ) from error
 

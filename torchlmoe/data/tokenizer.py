@@ -94,6 +94,6 @@ def load_tokenizer(name_or_path: str | Path, end_token: str | None = None) -> To
     path = path / "tokenizer.json" if path.is_dir() else path
     if not path.is_file():
         raise ValueError(
-            f'data.tokenizer = "{name_or_path}" is not there: give "embedded", a tokenizer.json or its folder.'
+            f'data.tokenizer = "{name_or_path}" is not there: give "embedded", a tokenizer.json or a folder.'
         )
     return Tokenizer(path, end_token)

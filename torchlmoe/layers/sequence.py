@@ -14,7 +14,7 @@ class Sequence:
     cu_seqlens: int32 [N + 1] bounds of the documents packed into one row (B = 1), empty ones allowed; None where each
         row is one document.
     row_length: tokens in one row of data (with B = 1 the rows of a batch lie back to back).
-    loss_weight: this microbatch's share of the optimizer step's tokens over all ranks.
+    loss_weight: this microbatch's share of the rows of the optimizer step over all ranks.
     """
 
     positions: Tensor

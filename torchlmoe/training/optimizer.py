@@ -30,6 +30,8 @@ def clip_gradients(model: nn.Module, max_norm: float | None) -> torch.Tensor:
     norm = torch.nn.utils.get_total_norm(gradients)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
-    if max_norm is not None and norm > max_norm:
-        torch._foreach_mul_(gradients, (max_norm / norm).item())
+    if max_norm is not None:
+        # No look at the norm's value, for which the CPU would have to wait.
+        factor = (max_norm / norm).clamp(max=1.0)
+        torch._foreach_mul_([g.to_local() if isinstance(g, DTensor) else g for g in gradients], factor)
     return norm

@@ -1,0 +1,25 @@
+"""How a program of ours ends: an error the user can mend is one sentence and a non-zero exit."""
+
+import os
+import sys
+from collections.abc import Callable
+
+import torch.distributed as dist
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+    """Runs main(arguments) and exits: 0, or 2 after bad input. `--job.debug true` shows the whole traceback instead."""
+    arguments = sys.argv[1:]
+    try:
+        main(arguments)
+    except (ValueError, OSError, FloatingPointError) as error:
+        if any(argument.startswith("--job.debug") for argument in arguments):
+            raise
+        rank = os.environ.get("RANK")
+        where = "" if rank is None else f" (rank {rank})"
+        print(f"error{where}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        # No way back from here to the other ranks: leave at once, so that the launcher stops them.
+        sys.stdout.flush()
+        os._exit(2)
+    if dist.is_initialized():
+        dist.destroy_process_group()

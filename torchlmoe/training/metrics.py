@@ -1,0 +1,137 @@
+"""Where a run's figures go: the console, `metrics.jsonl`, TensorBoard and a picture of the loss."""
+
+import json
+import math
+import resource
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from torchlmoe.config import Metrics
+
+
+class MetricsLog:
+    """Written by the first rank; on the others every call does nothing.
+
+    An earlier run's metrics.jsonl in the same folder is set aside under its date, never overwritten.
+    """
+
+    def __init__(self, folder: Path, settings: Metrics, *, num_steps: int, active: bool):
+        self.folder, self.settings, self.num_steps, self.active = folder, settings, num_steps, active
+        self.records: list[dict[str, Any]] = []
+        self._started = time.monotonic()
+        if not active:
+            return
+        path = folder / "metrics.jsonl"
+        if path.exists():
+            written = datetime.fromtimestamp(path.stat().st_mtime)
+            path.rename(folder / f"metrics.{written:%Y-%m-%d_%H-%M-%S}.jsonl")
+        self._file = path.open("w")
+        self._tensorboard = SummaryWriter(str(folder / "tensorboard")) if settings.tensorboard else None
+
+    def log(self, record: dict[str, Any]) -> None:
+        """record: `step` and figures by name; a list goes to metrics.jsonl only."""
+        if not self.active:
+            return
+        self.records.append(record)
+        self._file.write(json.dumps(record) + "\n")  # floats with all their digits
+        self._file.flush()
+        if self._tensorboard is not None:
+            for name, value in record.items():
+                if name != "step" and not isinstance(value, list):
+                    self._tensorboard.add_scalar(name, value, record["step"])
+        self.say(self._line(record))
+
+    def say(self, text: str) -> None:
+        """One line on the console."""
+        if self.active:
+            print(text, flush=True)
+
+    def _line(self, record: dict[str, Any]) -> str:
+        step = record["step"]
+        width = len(str(self.num_steps))
+        parts = [f"step {step:>{width}}/{self.num_steps}"]
+        if "loss" in record:
+            parts += [f"loss {record['loss']:.4f}", f"grad {record['grad_norm']:.3f}", f"lr {record['lr']:.2e}"]
+            parts.append(f"{record['tokens_per_second']:,.0f} tok/s")
+            if "mfu" in record:
+                parts.append(f"mfu {100 * record['mfu']:.1f}%")
+            parts.append(f"{record['memory_gib']:.2f} GiB")
+        if "val_loss" in record:
+            parts.append(f"val_loss {record['val_loss']:.4f}  val_bits_per_byte {record['val_bits_per_byte']:.4f}")
+        remaining = (time.monotonic() - self._started) / step * (self.num_steps - step)
+        return "  ".join([*parts, f"eta {duration(remaining)}"])
+
+    def close(self) -> None:
+        if not self.active:
+            return
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self.settings.plot and self.records:
+            path = self.folder / "loss_curve.png"
+            plot_loss(self.records, path)
+            self.say(f"loss curve: {path}")
+
+
+def load_figures(counts_E: torch.Tensor) -> dict[str, Any]:
+    """How evenly experts are loaded: counts [E], choices per expert.
+
+    load_max_over_mean: 1 when even. load_entropy: of the loads over that of even ones, 1 when even, 0 when one has all.
+    """
+    counts = counts_E.double()
+    share = counts / counts.sum()
+    entropy = torch.special.entr(share).sum().item() / max(math.log(len(counts)), 1e-12)
+    return {
+        "load_max_over_mean": (counts.max() / counts.mean()).item(),
+        "load_entropy": entropy if len(counts) > 1 else 1.0,
+        "load": counts_E.long().tolist(),
+    }
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory so far: the allocator's on CUDA, the process's resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def duration(seconds: float) -> str:
+    """As 1h 02m, 3m 04s or 5s."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h {minutes:02d}m"
+    return f"{minutes}m {seconds:02d}s" if minutes else f"{seconds}s"
+
+
+def plot_loss(records: list[dict[str, Any]], path: Path) -> None:
+    """Training and validation loss over steps (nats per token), and validation bits per byte."""
+    import matplotlib  # here, because it takes a second that a run's start need not wait for
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    def series(name: str) -> tuple[list[int], list[float]]:
+        points = [(record["step"], record[name]) for record in records if name in record]
+        return [step for step, _ in points], [value for _, value in points]
+
+    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    axis.plot(*series("loss"), color="tab:blue", linewidth=1, label="training loss")
+    steps, losses = series("val_loss")
+    if steps:
+        axis.plot(steps, losses, "o-", color="tab:orange", label="validation loss")
+        bits = series("val_bits_per_byte")[1]
+        for step, loss, value in zip(steps, losses, bits, strict=True):
+            axis.annotate(f"{value:.3f} bits/byte", (step, loss), (-4, 10), textcoords="offset points", ha="right")
+    axis.set(xlabel="step", ylabel="loss, nats per token")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,19 @@
+"""Trains a Linear-MoE language model: python train.py --job.config_file train_configs/debug.toml [--table.key value ...]"""
+
+from torchlmoe.command import run
+from torchlmoe.config_loader import load_config, to_toml
+
+
+def main(arguments: list[str]) -> None:
+    config = load_config(arguments)
+    if config.job.print_config:
+        print(to_toml(config), end="")
+        return
+    # Imported here, so that --help and a mistyped setting answer at once.
+    from torchlmoe.training.trainer import Trainer
+
+    Trainer(config).train()
+
+
+if __name__ == "__main__":
+    run(main)
