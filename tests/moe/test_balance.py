@@ -1,4 +1,4 @@
-"""Balancing losses and counters against the formulas under autograd; recompute, accumulation, two processes."""
+"""Balancing losses and counters against plain formulas; recompute, accumulation, two processes."""
 
 import copy
 
@@ -16,7 +16,7 @@ DIM, BATCH, LENGTH = 8, 4, 10
 
 def make(**options):
     torch.manual_seed(0)
-    options = dict(num_experts=6, top_k=2, expert_dim=4, aux_loss_weight=0.5) | options
+    options = {"num_experts": 6, "top_k": 2, "expert_dim": 4, "aux_loss_weight": 0.5} | options
     moe = MoE(DIM, **options).double()
     moe.init_weights()
     torch.nn.init.normal_(moe.router.weight)
@@ -51,7 +51,7 @@ def losses_by_formula(moe, x, scope, score_function):
 @pytest.mark.parametrize("scope", ["global_batch", "sequence"])
 @pytest.mark.parametrize("z_loss_weight", [0.0, 0.3])
 def test_injected_gradients_are_those_of_the_formula(scope, score_function, z_loss_weight):
-    options = dict(aux_loss_scope=scope, score_function=score_function)
+    options = {"aux_loss_scope": scope, "score_function": score_function}
     moe, x = make(**options, z_loss_weight=z_loss_weight)
     plain, _ = make(score_function=score_function, balance="none")
     grad = torch.randn_like(x)
@@ -143,6 +143,9 @@ def _worker(rank, world_size, path, moe, x, results):
         dist.all_reduce(tensor)
     if rank == 0:
         torch.save((gradients(moe), counters), results)
+    # A group that something still holds when the interpreter ends may abort the process.
+    moe.balance_group = None
+    dist.barrier()
     dist.destroy_process_group()
 
 
@@ -161,13 +164,13 @@ def test_two_processes_are_one(tmp_path):
 
 @pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
 def test_loss_free_bias_balances_a_skewed_router(score_function):
-    moe, _ = make(balance="loss_free", score_function=score_function, bias_update_rate=0.01)
+    moe, _ = make(balance="loss_free", score_function=score_function, bias_update_rate=0.002)
     x = torch.randn(1, 512, DIM, dtype=torch.float64)
     x[..., 0] = 1.0
     moe.router.weight.data.normal_(std=0.3)
     moe.router.weight.data[:, 0] = torch.tensor([2.0, 1.0, 0.0, 0.0, -1.0, -2.0])
     loads = []
-    for _ in range(200):
+    for _ in range(400):
         moe(x, sequence=describe(x)).sum().backward()
         counters = moe.pop_counters()
         loads.append(counters["counts"].max() / counters["counts"].double().mean())

@@ -1,4 +1,4 @@
-"""grouped_matmul against one torch matmul per group: values, both gradients, every dtype, empty groups, refusals."""
+"""grouped_matmul against one torch matmul per group: values, gradients, dtypes, empty groups, refusals."""
 
 import itertools
 

@@ -1,8 +1,8 @@
 """The documents of one split of a dataset: the embedded one, local files, or one streamed from the hub."""
 
 import hashlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
@@ -43,7 +43,7 @@ def open_corpus(
     validation_dataset: validate on this dataset instead: its validation split, or all of it if it has none.
     validation_fraction: of the documents, chosen by a hash of their number, that are kept from training to
         validate on, where the dataset has no validation split and there is no validation_dataset.
-    Raises ValueError where there is no such dataset, split or file.
+    Raises ValueError where there is no such dataset, split or file; for the hub, once documents are read.
     """
     assert split in ("train", "validation")
     if not 0 <= validation_fraction < 1:
@@ -53,81 +53,87 @@ def open_corpus(
     name, setting = dataset, "data.dataset"
     if split == "validation" and validation_dataset is not None:
         name, setting = validation_dataset, "data.validation_dataset"
-    path = (
-        Path(str(files("torchlmoe.assets") / "embedded")) if name == "embedded" else Path(name).expanduser()
-    )
-
+    embedded = Path(str(files("torchlmoe.assets") / "embedded"))
+    path = embedded if name == "embedded" else Path(name).expanduser()
+    held_out = validation_fraction if validation_dataset is None else None
     if path.exists():
-        splits = find_files(path, train_split, validation_split)
-        has_validation = bool(splits["validation"])
-        chosen = splits["validation"] if split == "validation" and has_validation else splits["train"]
-        corpus = _local_corpus(name, chosen, text_column)
-    elif _looks_like_a_path(name):
+        return _local_corpus(
+            name, split, find_files(path, train_split, validation_split), text_column, held_out
+        )
+    if _looks_like_a_path(name):
         raise ValueError(
             f'{setting} = "{name}" is not there: give "embedded", a local file or folder, or the id '
             "of a dataset on the hub."
         )
-    else:
-        names = _hub_splits(name, dataset_config, setting)
-        has_validation = validation_split in names
-        chosen_name = validation_split if split == "validation" and has_validation else train_split
-        if chosen_name not in names:
-            raise ValueError(
-                f"{name} has no split {chosen_name!r}: set data.{split}_split to one of {', '.join(names)}."
-            )
-        corpus = _hub_corpus(name, dataset_config, chosen_name, text_column)
-
-    if has_validation or validation_dataset is not None:
-        return corpus
-    return _part_of(corpus, split, validation_fraction)
+    split_names = {"train": train_split, "validation": validation_split}
+    return _hub_corpus(name, split, split_names, dataset_config, text_column, held_out, setting)
 
 
-def _local_corpus(name: str, paths: list[Path], text_column: str) -> Corpus:
-    if not paths:
+def _local_corpus(
+    name: str, split: str, splits: dict[str, list[Path]], text_column: str, held_out: float | None
+) -> Corpus:
+    chosen = splits["validation"] if split == "validation" and splits["validation"] else splits["train"]
+    held_out = None if splits["validation"] else held_out
+    if not chosen:
         raise ValueError(f"{name} holds validation or test files only: data.dataset needs files to train on.")
-    facts = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    identity = {"files": facts, "text_column": text_column}
-    return Corpus(name, identity, lambda: read_files(paths, text_column))
+    identity = {
+        "files": [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in chosen],
+        "text_column": text_column,
+        "part": None if held_out is None else (split, held_out),
+    }
+    return Corpus(name, identity, lambda: _part(read_files(chosen, text_column), split, held_out))
 
 
-def _hub_splits(name: str, config: str | None, setting: str) -> list[str]:
-    # Imported here because it takes seconds, and only hub datasets need it.
-    import datasets
-
-    try:
-        return datasets.get_dataset_split_names(name, config)
-    # The library, and the HTTP client below it, raise many unrelated types for what is one thing to the user.
-    except Exception as error:
-        raise ValueError(
-            f'{setting} = "{name}" is no local path, and asking the hub for it failed: {error} '
-            "Check the name, data.dataset_config and the connection."
-        ) from error
-
-
-def _hub_corpus(name: str, config: str | None, split: str, text_column: str) -> Corpus:
+def _hub_corpus(
+    name: str,
+    split: str,
+    split_names: dict[str, str],
+    config: str | None,
+    text_column: str,
+    held_out: float | None,
+    setting: str,
+) -> Corpus:
     def documents() -> Iterator[str]:
+        # Imported here because it takes seconds, and only hub datasets need it.
         import datasets
 
-        for record in datasets.load_dataset(name, config, split=split, streaming=True):
-            yield text_of(record, text_column, name)
+        try:
+            available = datasets.get_dataset_split_names(name, config)
+        # The library and the HTTP client below it raise many unrelated types for one thing to the user.
+        except Exception as error:
+            raise ValueError(
+                f'{setting} = "{name}" is no local path, and asking the hub for it failed: {error} '
+                "Check the name, data.dataset_config and the connection."
+            ) from error
+        has_validation = split_names["validation"] in available
+        chosen = split_names[split if has_validation else "train"]
+        if chosen not in available:
+            raise ValueError(
+                f"{name} has no split {chosen!r}: set data.{split}_split to one of {', '.join(available)}."
+            )
+        records = datasets.load_dataset(name, config, split=chosen, streaming=True)
+        texts = (text_of(record, text_column, name) for record in records)
+        yield from _part(texts, split, None if has_validation else held_out)
 
-    identity = {"hub": name, "config": config, "split": split, "text_column": text_column}
+    # Of the settings alone, so that a run without a connection finds the tokens of an earlier one.
+    identity = {
+        "hub": name,
+        "config": config,
+        "split": split,
+        "split_names": split_names,
+        "text_column": text_column,
+        "held_out": held_out,
+    }
     return Corpus(name, identity, documents)
 
 
-def _part_of(corpus: Corpus, split: str, fraction: float) -> Corpus:
-    """The held-out documents of `corpus`, or the others."""
-
-    def is_held_out(number: int) -> bool:
+def _part(texts: Iterable[str], split: str, held_out: float | None) -> Iterator[str]:
+    """The held-out documents for "validation", the others for "train"; all where `held_out` is None."""
+    for number, text in enumerate(texts):
         digest = hashlib.sha256(str(number).encode()).digest()
-        return int.from_bytes(digest[:8], "little") < fraction * 2**64
-
-    def documents() -> Iterator[str]:
-        for number, text in enumerate(corpus.documents()):
-            if is_held_out(number) == (split == "validation"):
-                yield text
-
-    return replace(corpus, identity={**corpus.identity, "split_off": [split, fraction]}, documents=documents)
+        is_held_out = int.from_bytes(digest[:8], "little") < (held_out or 0) * 2**64
+        if held_out is None or is_held_out == (split == "validation"):
+            yield text
 
 
 def _looks_like_a_path(name: str) -> bool:

@@ -89,7 +89,7 @@ def _read_parquet(path: Path, text_column: str) -> Iterator[str]:
 
 def _read_json(path: Path) -> Iterator[object]:
     """The records of a file that is either one list of them or one on each line."""
-    with io.TextIOWrapper(_open(path), encoding="utf-8", newline="\n") as lines:
+    with io.TextIOWrapper(_open(path), encoding="utf-8") as lines:
         for line in lines:
             if line.lstrip().startswith("["):
                 yield from json.loads(line + lines.read())

@@ -44,11 +44,10 @@ def fill_(parameter: Tensor, draw: Callable[[Tensor, torch.Generator | None], ob
 
     parameter: any shape, a plain tensor or a DTensor (which keeps its own shard of the whole).
     """
-    # Drawn in at least float32, so that a float64 run and a float32 run start from nearby values.
-    dtype = torch.promote_types(parameter.dtype, torch.float32)
-    whole = torch.empty(parameter.shape, dtype=dtype, device="cpu")
+    # Drawn in float32 whatever the parameter's dtype, so that runs in every precision start from the same values.
+    whole = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
     draw(whole, _generator_of.get()(parameter))
-    whole = whole.to(parameter.device)
+    whole = whole.to(parameter.device, parameter.dtype)
     if isinstance(parameter, DTensor):
         # src_data_rank=None: every rank has drawn the same whole, so each slices its own without a broadcast.
         whole = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -7,32 +7,11 @@ Legend: M rows sorted by expert, E experts, D width, F hidden width of an expert
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchlmoe.layers.initialization import normal_
 from torchlmoe.ops.grouped_matmul import grouped_matmul
-
-
-class _WeightedSwiGLU(torch.autograd.Function):
-    """[gate, up] -> silu(gate) * up * weight, keeping only its inputs."""
-
-    @staticmethod
-    def forward(ctx, gate_up_MF: Tensor, weight_M: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_up_MF, weight_M)
-        gate, up = gate_up_MF.chunk(2, -1)
-        return (F.silu(gate).mul_(up) * weight_M[:, None]).to(gate_up_MF.dtype)
-
-    @staticmethod
-    def backward(ctx, grad_MF: Tensor) -> tuple[Tensor, Tensor]:
-        gate_up_MF, weight_M = ctx.saved_tensors
-        gate, up = gate_up_MF.chunk(2, -1)
-        silu = F.silu(gate)
-        grad_weight_M = (grad_MF * silu * up).sum(-1, dtype=weight_M.dtype)
-        weighted = grad_MF * weight_M[:, None]
-        grad_up = weighted * silu
-        grad_gate = torch.ops.aten.silu_backward(weighted * up, gate.to(weighted.dtype))
-        return torch.cat([grad_gate, grad_up], -1).to(gate_up_MF.dtype), grad_weight_M
+from torchlmoe.ops.weighted_swiglu import weighted_swiglu
 
 
 class Experts(nn.Module):
@@ -55,7 +34,7 @@ class Experts(nn.Module):
 
     def forward(self, x_MD: Tensor, weight_M: Tensor, offset_E: Tensor) -> Tensor:
         gate_up_MF = grouped_matmul(x_MD, self.gate_up_proj, offset_E)
-        hidden_MF = _WeightedSwiGLU.apply(gate_up_MF, weight_M)
+        hidden_MF = weighted_swiglu(gate_up_MF, weight_M)
         return grouped_matmul(hidden_MF, self.down_proj, offset_E)
 
     def flops_per_row(self) -> int:

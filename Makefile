@@ -1,0 +1,40 @@
+# make train   sets up and trains the debug hybrid on the embedded text
+# make test    sets up and runs lint, type checks and all tests
+# Setting up is done once; a run is repeated when its sources have changed.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUN := outputs/debug
+CONFIG := train_configs/debug.toml
+SOURCES := train.py $(CONFIG) $(shell find torchlmoe kernels assets -name '*.py' -o -name '*.parquet' -o -name '*.json')
+
+.PHONY: train test lint clean
+
+train: $(RUN)/loss_curve.png
+	@tail -n 1 $(RUN)/metrics.jsonl | $(BIN)/python -c "import json, sys; r = json.load(sys.stdin); \
+	print(f\"step {r['step']}: validation loss {r['val_loss']:.4f}, {r['val_bits_per_byte']:.4f} bits per byte\")"
+	@echo "loss curve: $(RUN)/loss_curve.png"
+
+$(RUN)/loss_curve.png: $(VENV)/installed $(SOURCES)
+	$(BIN)/python train.py --job.config_file $(CONFIG)
+
+test: $(VENV)/installed-test lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
+
+lint: $(VENV)/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) outputs build dist *.egg-info

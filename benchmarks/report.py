@@ -1,0 +1,94 @@
+"""What every benchmark shares: timing side by side, the machine's description, a table and a JSON file."""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+
+def interleaved_seconds(
+    cases: dict[str, Callable[[], object]], *, repeats: int, warmups: int = 2
+) -> dict[str, list[float]]:
+    """Seconds of each repeat of each case, round by round, so that a machine's slow minute falls on all alike."""
+    for _ in range(warmups):
+        for run in cases.values():
+            run()
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(repeats):
+        for name, run in cases.items():
+            _synchronize()
+            begin = time.perf_counter()
+            run()
+            _synchronize()
+            seconds[name].append(time.perf_counter() - begin)
+    return seconds
+
+
+def matmul_rate(dtype: torch.dtype, device: str = "cpu", size: int = 1024, repeats: int = 7) -> float:
+    """FLOP/s of a square matrix product, the median of `repeats`."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    seconds = interleaved_seconds({"matmul": lambda: a @ b}, repeats=repeats)["matmul"]
+    return 2 * size**3 / statistics.median(seconds)
+
+
+def machine() -> dict[str, Any]:
+    """Hardware and versions, for the record."""
+    import transformers
+
+    cpu = next(
+        (line.split(":")[1].strip() for line in _read("/proc/cpuinfo").splitlines() if "model name" in line),
+        platform.processor(),
+    )
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """A parser that already knows --output."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--output", type=Path, help="write figures, hardware and versions to this JSON file")
+    return parser
+
+
+def show(title: str, rows: list[dict[str, Any]], output: Path | None, **facts: Any) -> None:
+    """Prints `rows` as a table and writes them, with the machine and `facts`, to `output`."""
+    table = Table(title=title, title_justify="left")
+    for name in rows[0]:
+        table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
+    for row in rows:
+        table.add_row(*(f"{value:,.3g}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console().print(table)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        record = {"title": title, "machine": machine(), **facts, "rows": rows}
+        output.write_text(json.dumps(record, indent=2) + "\n")
+        print(f"written to {output}")
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""

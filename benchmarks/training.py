@@ -1,0 +1,140 @@
+"""Training speed of the whole model: python -m benchmarks.training [--output FILE]
+
+First beside transformers' Qwen3-Next of the same sizes (LLLN: three Gated DeltaNet blocks to one of gated attention,
+16 experts of which 4 are active and a gated shared one), forward, backward and AdamW, step by step in turn.
+Then pure LSM models at equal tokens per step and growing sequence.
+
+Speeds are tokens/s, and the share that the model's FLOPs are of the machine's own matrix products in that dtype.
+"""
+
+import os
+import statistics
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+
+from benchmarks.report import arguments, interleaved_seconds, matmul_rate, show
+from torchlmoe.config_loader import load_config
+from torchlmoe.parallel.mesh import build_mesh, start_process_group
+from torchlmoe.parallel.parallelize import build_model
+from torchlmoe.training.host_memory import keep_freed_pages
+from torchlmoe.training.optimizer import build_optimizer, clip_gradients
+
+DIM, LAYERS, HEADS, HEAD_DIM, VOCAB = 256, 8, 4, 64, 8192
+EXPERTS, TOP_K, EXPERT_DIM, SHARED_DIM = 16, 4, 128, 128
+
+SIZES = f"""
+--model.dim {DIM} --model.num_layers {LAYERS} --model.num_heads {HEADS} --model.vocab_size {VOCAB}
+--moe.num_experts {EXPERTS} --moe.top_k {TOP_K} --moe.expert_dim {EXPERT_DIM}
+--moe.shared_expert_dim {SHARED_DIM} --moe.shared_expert_gate true
+--model.layers.N.qk_norm true --model.layers.N.output_gate true --model.layers.N.rotary_fraction 0.25
+""".split()
+
+
+def our_step(dtype: str, batch_size: int, length: int, *overrides: str) -> tuple[Callable[[], None], int]:
+    """A training step of our model, as the trainer runs it, and the model's FLOPs per token (three forwards)."""
+    config = load_config([*SIZES, "--training.dtype", dtype, *overrides])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    start_process_group(device)
+    model = build_model(config, VOCAB, build_mesh(config.parallelism, device.type), device)
+    optimizer = build_optimizer(model, config.optimizer)
+    tokens = torch.randint(VOCAB, (batch_size, length), device=device)
+    labels = torch.randint(VOCAB, (batch_size, length), device=device)
+    bounds = torch.tensor([[0, length]] * batch_size, dtype=torch.int32, device=device)
+
+    def step() -> None:
+        (model(tokens, bounds, labels) / labels.numel()).backward()
+        clip_gradients(model, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step, 3 * model.flops_per_token(length)
+
+
+def qwen3_next_step(dtype: str, batch_size: int, length: int, experts: str) -> Callable[[], None]:
+    """A training step of transformers' model, its parameters held in `dtype`."""
+    config = Qwen3NextConfig(
+        vocab_size=VOCAB,
+        hidden_size=DIM,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        head_dim=HEAD_DIM,
+        linear_num_key_heads=HEADS,
+        linear_num_value_heads=HEADS,
+        linear_key_head_dim=HEAD_DIM,
+        linear_value_head_dim=HEAD_DIM,
+        num_experts=EXPERTS,
+        num_experts_per_tok=TOP_K,
+        moe_intermediate_size=EXPERT_DIM,
+        shared_expert_intermediate_size=SHARED_DIM,
+        output_router_logits=True,
+        use_cache=False,
+        experts_implementation=experts,
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = Qwen3NextForCausalLM(config).to(device, getattr(torch, dtype)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, fused=True)
+    tokens = torch.randint(VOCAB, (batch_size, length), device=device)
+
+    def step() -> None:
+        model(tokens, labels=tokens).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def main() -> None:
+    parser = arguments(__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=5, help="timed steps of each model")
+    options = parser.parse_args()
+    keep_freed_pages()
+    # One table may hold much memory; models are dropped between them.
+    rows = []
+    length, batch_size = 1024, 2
+    for dtype in ("float32", "bfloat16"):
+        step, flops = our_step(dtype, batch_size, length)
+        cases = {"torchlmoe": step}
+        for experts in ("eager", "grouped_mm"):
+            cases[f"transformers, {experts} experts"] = qwen3_next_step(dtype, batch_size, length, experts)
+        seconds = interleaved_seconds(cases, repeats=options.repeats)
+        rate = matmul_rate(getattr(torch, dtype))
+        medians = {name: statistics.median(times) for name, times in seconds.items()}
+        for name, median in medians.items():
+            speed = batch_size * length / median
+            rows.append(
+                {
+                    "model": name,
+                    "dtype": dtype,
+                    "tokens/s": speed,
+                    "of matmul rate": speed * flops / rate,
+                    "torchlmoe is faster by": median / medians["torchlmoe"],
+                }
+            )
+    sizes = f"LLLN hybrid of {LAYERS} blocks, dim {DIM}, {EXPERTS} experts top-{TOP_K}, {batch_size} x {length} tokens"
+    show(f"Train step beside Qwen3-Next: {sizes}", rows, options.output)
+
+    rows = []
+    for mixer in ("bla", "gla", "gated_deltanet"):
+        cases = {}
+        for length in (1024, 2048, 4096, 8192):
+            step, flops = our_step(
+                "float32", 8192 // length, length, "--model.layer_pattern", "L", "--model.mixer", mixer
+            )
+            cases[str(length)] = step
+        seconds = interleaved_seconds(cases, repeats=options.repeats, warmups=1)
+        speeds = {name: 8192 / statistics.median(times) for name, times in seconds.items()}
+        rows.append({"mixer": mixer, **{f"T = {name}": speed / speeds["1024"] for name, speed in speeds.items()}})
+    output = options.output and options.output.with_stem(f"{options.output.stem}_length")
+    show("Tokens/s of pure LSM models over that at T = 1024; 8192 tokens a step, float32", rows, output)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    # transformers asks the hub for nothing here; say so before it tries.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    main()

@@ -1,0 +1,199 @@
+"""The order of training rows, validation coverage, reading ahead, and bytes for bits per byte."""
+
+import itertools
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from torchlmoe.data import loader as loader_module
+from torchlmoe.data.loader import TrainLoader, validation_batches, validation_text_bytes
+from torchlmoe.data.packing import IGNORE, max_documents, num_rows, row
+from torchlmoe.data.shuffle import permuted
+
+
+@pytest.fixture
+def store(make_store):
+    return make_store(np.random.default_rng(3).integers(0, 60, 60).tolist(), shard_size=97)[0]
+
+
+@pytest.fixture
+def make_loader(store):
+    loaders = []
+
+    def make(**options):
+        defaults = {"seq_len": 16, "local_batch_size": 2, "global_batch_size": 8, "seed": 5}
+        loaders.append(TrainLoader(store, **{**defaults, **options}))
+        return loaders[-1]
+
+    yield make
+    for loader in loaders:
+        loader.close()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 17, 64, 65, 1000, 4096, 5000])
+def test_shuffle_is_a_permutation(size):
+    out = permuted(np.arange(size), size, (1, 2))
+    assert sorted(out.tolist()) == list(range(size))
+    one_by_one = [int(permuted(np.array([i]), size, (1, 2))[0]) for i in range(min(size, 50))]
+    assert one_by_one == out[:50].tolist()
+
+
+def test_shuffle_is_spread_evenly():
+    """Every place gets every element about equally often, and pairs of places pairs of them: chi-square."""
+    size, num_keys = 10, 5000
+    orders = np.stack([permuted(np.arange(size), size, (0, key)) for key in range(num_keys)])
+    for values, bins in [(orders[:, i], size) for i in range(size)] + [
+        (orders[:, i] * size + orders[:, i + 1], size * size) for i in range(size - 1)
+    ]:
+        counts = np.bincount(values, minlength=bins)
+        possible = counts[[i for i in range(bins) if bins == size or i // size != i % size]]
+        expected = num_keys / len(possible)
+        chi_square = ((possible - expected) ** 2 / expected).sum()
+        freedom = len(possible) - 1
+        assert chi_square < freedom + 5 * np.sqrt(2 * freedom)
+
+
+def test_shuffle_of_a_large_range_holds_no_array():
+    size = 10**12 + 7
+    out = permuted(np.arange(1000), size, (1, 2))
+    assert len(set(out.tolist())) == 1000
+    assert 0.45 * size < out.mean() < 0.55 * size
+
+
+def test_each_epoch_has_every_row_once_in_an_order_of_its_own(make_loader):
+    loader = make_loader()
+    places = list(itertools.chain.from_iterable(loader.rows_of_step(step).tolist() for step in range(100)))
+    n = loader.num_rows
+    assert n % loader.global_batch_size  # so that epochs end within a step
+    epochs = [tuple(places[i : i + n]) for i in range(0, len(places) - n, n)]
+    assert len(epochs) > 3
+    assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
+    assert len(set(epochs)) == len(epochs)
+    assert list(range(n)) not in map(list, epochs)
+    assert make_loader(seed=6).rows_of_step(0).tolist() != loader.rows_of_step(0).tolist()
+
+
+@pytest.mark.parametrize(("world_size", "local_batch_size"), [(1, 8), (1, 1), (2, 4), (2, 1), (4, 2), (8, 1)])
+def test_a_step_is_the_same_rows_for_any_number_of_ranks(make_loader, store, world_size, local_batch_size):
+    whole = make_loader()
+    ranks = [
+        make_loader(world_size=world_size, rank=rank, local_batch_size=local_batch_size)
+        for rank in range(world_size)
+    ]
+    for step in (0, 7, 8, 3):
+        expected = [row(store, int(i), 16, whole.max_docs) for i in whole.rows_of_step(step)]
+        microbatches = zip(*(rank.batches(step) for rank in ranks), strict=True)
+        batch = torch.cat([microbatch for by_rank in microbatches for microbatch in by_rank])
+        for name, tensors in zip(
+            ("tokens", "labels", "document_bounds"), zip(*expected, strict=True), strict=True
+        ):
+            assert torch.equal(batch[name], torch.stack(tensors))
+
+
+def test_microbatch_shapes_and_types(make_loader):
+    loader = make_loader()
+    batches = loader.batches(0)
+    assert len(batches) == loader.num_microbatches == 4
+    for batch in batches:
+        assert batch.batch_size == torch.Size([2])
+        assert (batch["tokens"].dtype, batch["tokens"].shape) == (torch.int64, (2, 16))
+        assert (batch["labels"].dtype, batch["labels"].shape) == (torch.int64, (2, 16))
+        bounds = batch["document_bounds"]
+        assert (bounds.dtype, bounds.shape) == (torch.int32, (2, loader.max_docs + 1))
+        assert (bounds.diff() >= 0).all()
+        assert (bounds[:, 0] == 0).all()
+        assert (bounds[:, -1] == 16).all()
+
+
+@pytest.mark.parametrize("num_prefetch", [0, 1, 3])
+def test_any_step_can_be_asked_for(make_loader, num_prefetch):
+    loader, fresh = make_loader(num_prefetch=num_prefetch), make_loader(num_prefetch=0)
+    for step in (0, 1, 2, 50, 3, 3, 4):
+        for got, expected in zip(loader.batches(step), fresh.batches(step), strict=True):
+            assert (got == expected).all()
+
+
+def test_steps_are_read_ahead_in_the_background(make_loader, monkeypatch):
+    read = threading.Event()
+    make_microbatch = loader_module._microbatch
+
+    def record(store, indices, *rest):
+        if threading.current_thread() is not threading.main_thread() and indices.tolist() == third:
+            read.set()
+        return make_microbatch(store, indices, *rest)
+
+    monkeypatch.setattr(loader_module, "_microbatch", record)
+    loader = make_loader(num_prefetch=2)
+    third = loader.rows_of_step(2)[-2:].tolist()
+    loader.batches(0)
+    assert read.wait(timeout=30)
+
+
+def test_errors_of_the_background_reach_the_caller(make_loader, monkeypatch):
+    loader = make_loader()
+    loader.batches(0)
+
+    def fail(*arguments):
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(loader_module, "_microbatch", fail)
+    with pytest.raises(OSError, match="the disk is gone"):
+        loader.batches(20)
+
+
+def test_close_ends_the_thread(make_loader):
+    before = threading.active_count()
+    loader = make_loader()
+    loader.batches(0)
+    loader.close()
+    assert threading.active_count() == before
+
+
+def test_bad_sizes_are_refused(make_loader, store):
+    with pytest.raises(ValueError, match=r"global_batch_size = 8 must be a multiple of .* = 2 x 3"):
+        make_loader(world_size=3)
+    with pytest.raises(
+        ValueError, match=f"seq_len = 100000 is longer than the training data, {store.num_tokens} tok"
+    ):
+        make_loader(seq_len=100_000)
+
+
+@pytest.mark.parametrize(("world_size", "batch_size"), [(1, 1), (1, 4), (3, 2), (4, 7), (64, 2)])
+def test_validation_covers_every_row_once(store, world_size, batch_size):
+    by_rank = [
+        list(validation_batches(store, seq_len=16, batch_size=batch_size, rank=rank, world_size=world_size))
+        for rank in range(world_size)
+    ]
+    assert len({len(batches) for batches in by_rank}) == 1
+    rows = torch.cat([batch for together in zip(*by_rank, strict=True) for batch in together])
+    n = num_rows(store, 16)
+    max_docs = max_documents(store, 16)
+    expected = [row(store, i, 16, max_docs) for i in range(n)]
+    for name, tensors in zip(
+        ("tokens", "labels", "document_bounds"), zip(*expected, strict=True), strict=True
+    ):
+        assert torch.equal(rows[name][:n], torch.stack(tensors))
+    assert (rows["labels"][n:] == IGNORE).all()
+    assert len(rows) < n + world_size * batch_size
+
+
+@pytest.mark.parametrize("max_batches", [None, 1, 2, 5, 100])
+def test_validation_bytes_are_those_of_the_labels(make_store, max_batches):
+    table = np.random.default_rng(4).integers(1, 9, 100).astype(np.uint16)
+    table[7] = 0
+    store, _ = make_store([50, 3, 80, 0, 21], token_bytes=table)
+    counted = 0
+    for rank in range(2):
+        options = {"seq_len": 8, "batch_size": 2, "world_size": 2, "max_batches": max_batches}
+        for batch in validation_batches(store, rank=rank, **options):
+            counted += sum(int(table[x]) for x in batch["labels"].flatten().tolist() if x != IGNORE)
+    assert validation_text_bytes(store, **options) == counted
+
+
+def test_part_of_a_validation_split_needs_byte_lengths(make_store):
+    store, _ = make_store([50, 3, 80])
+    assert validation_text_bytes(store, seq_len=8, batch_size=1) == store.text_bytes
+    with pytest.raises(ValueError, match=r"validate on all of the split, .* data\.validation_max_tokens"):
+        validation_text_bytes(store, seq_len=8, batch_size=1, max_batches=2)

@@ -1,0 +1,134 @@
+"""What holds for every mixer: documents do not meet, decoding continues a prefill, settings are typed, FLOPs counted.
+
+A new mixer is one row in CASES.
+"""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from torchlmoe.config_loader import load_config
+from torchlmoe.layers.initialization import named_draws
+from torchlmoe.layers.sequence import Sequence
+from torchlmoe.mixers import MIXERS
+
+# id -> (mixer, its settings beyond dim = 32 and num_heads = 4)
+CASES = {
+    "bla": ("bla", {}),
+    "bla_normalizer": ("bla", dict(feature_map="elu", normalizer=True)),
+    "gla": ("gla", {}),
+    "gated_deltanet": ("gated_deltanet", {}),
+    "gated_deltanet_shared_keys": ("gated_deltanet", dict(num_key_heads=2, head_dim=6, expand_v=2.0, conv_size=2)),
+    "attention": ("attention", {}),
+    "attention_all_options": (
+        "attention",
+        dict(num_kv_heads=2, head_dim=12, rotary_fraction=0.5, qk_norm=True, output_gate=True, sliding_window=4),
+    ),
+    "attention_no_rotary": ("attention", dict(rotary_fraction=0.0)),
+}
+DIM, HEADS = 32, 4
+# Two rows of 20: three documents of which one has one token, and a row that is one document.
+BOUNDS = torch.tensor([[0, 8, 9, 20, 20], [0, 20, 20, 20, 20]], dtype=torch.int32)
+
+
+def build(case, dtype=torch.float64):
+    name, options = CASES[case]
+    mixer = MIXERS[name](DIM, num_heads=HEADS, init_std=0.3, **options).to(dtype)
+    with named_draws(mixer, seed=0):
+        mixer.init_weights()
+    return mixer
+
+
+def inputs(*shape):
+    return torch.randn(*shape, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def test_every_mixer_is_covered():
+    assert {name for name, _ in CASES.values()} == set(MIXERS)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_documents_do_not_meet(case):
+    """Gradients across documents are exactly zero, and a packed document's output is its output alone."""
+    mixer, x = build(case), inputs(1, 40).requires_grad_()
+    y = mixer(x, sequence=Sequence.of_packed_rows(BOUNDS, 20))
+    for start, end in [(0, 8), (8, 9), (9, 20), (20, 40)]:
+        (gradient,) = torch.autograd.grad(y[:, start:end].square().sum(), x, retain_graph=True)
+        assert gradient[:, start:end].abs().max() > 0
+        assert not gradient[:, :start].any()
+        assert not gradient[:, end:].any()
+        alone = mixer(x[:, start:end], sequence=Sequence.of_rows(1, end - start))
+        torch.testing.assert_close(y[:, start:end], alone, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_token_sees_a_later_one(case):
+    mixer, x = build(case), inputs(1, 20).requires_grad_()
+    y = mixer(x, sequence=Sequence.of_rows(1, 20))
+    (gradient,) = torch.autograd.grad(y[:, :11].square().sum(), x)
+    assert not gradient[:, 11:].any()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_decoding_continues_a_prefill(case):
+    mixer, x = build(case), inputs(3, 12)
+    expected = mixer(x, sequence=Sequence.of_rows(3, 12))
+    cache = mixer.init_cache(3, 12, torch.float64)
+    pieces = []
+    for start, end in [(0, 7), (7, 8), (8, 9), (9, 12)]:
+        sequence = Sequence(torch.arange(start, end).expand(3, -1))
+        pieces.append(mixer(x[:, start:end], sequence=sequence, cache=cache))
+    torch.testing.assert_close(torch.cat(pieces, 1), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_low_precision_stays_near(case):
+    mixer, x = build(case), inputs(1, 40)
+    sequence = Sequence.of_packed_rows(BOUNDS, 20)
+    expected = mixer(x, sequence=sequence)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
+        y = build(case, dtype)(x.to(dtype), sequence=sequence)
+        assert y.dtype is dtype
+        assert (y.double() - expected).norm() <= tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_flops_of_projections(case):
+    """The counted FLOPs, less what the recurrence or softmax attention is said to take, are those torch counts."""
+    mixer = build(case, torch.float32)
+    x = inputs(1, 64).float()
+    # The plain form of softmax attention is the one that torch counts on a CPU.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        mixer(x, sequence=Sequence.of_rows(1, 64))
+    linear = sum(2 * m.weight.numel() for m in mixer.modules() if isinstance(m, torch.nn.Linear))
+    counted = counter.get_flop_counts()["Global"]
+    assert counted[torch.ops.aten.mm] == 64 * linear
+    across_tokens = sum(flops for operation, flops in counted.items() if operation != torch.ops.aten.mm)
+    said = 64 * (mixer.flops_per_token(64) - linear)
+    if "attention" in case:  # torch counts the whole square, twice what a causal token sees
+        window = CASES[case][1].get("sliding_window")
+        across_tokens = across_tokens // 2 if window is None else across_tokens * window // 64
+    convolutions = sum(2 * m.weight.numel() for n, m in mixer.named_modules() if n.endswith("_conv"))
+    assert said == pytest.approx(across_tokens + 64 * convolutions, rel=0.15 if "normalizer" in case else 1e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_settings_reach_the_constructor(case):
+    name, options = CASES[case]
+    arguments = [f"--model.layers.L.{key}={str(value).lower()}" for key, value in options.items()]
+    config = load_config(["--model.mixer", name, *arguments])
+    assert config.model.layers["L"] == {"mixer": name, "mlp": "moe", **options}
+
+
+def test_impossible_sizes_are_refused():
+    with pytest.raises(ValueError, match=r"dim = 32 cannot be split into num_heads = 5 heads"):
+        MIXERS["bla"](32, num_heads=5)
+    with pytest.raises(ValueError, match=r"num_heads = 4 must be a multiple of num_kv_heads = 3"):
+        MIXERS["attention"](32, num_heads=4, num_kv_heads=3)
+    with pytest.raises(ValueError, match=r"num_heads = 4 must be a multiple of num_key_heads = 3"):
+        MIXERS["gated_deltanet"](32, num_heads=4, num_key_heads=3)
+    with pytest.raises(ValueError, match="must be an even number"):
+        MIXERS["attention"](32, num_heads=4, rotary_fraction=0.4)
+    with pytest.raises(ValueError, match="normalizer = true divides by a sum"):
+        MIXERS["bla"](32, num_heads=4, normalizer=True)
