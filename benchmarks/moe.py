@@ -1,8 +1,8 @@
 """Speed of one mixture-of-experts layer: python -m benchmarks.moe [--output FILE]
 
-Forward and backward of the routed experts with all that belongs to them (router, sort, dispatch, combine), beside
-dense matrix products of the experts' FLOPs, which is what a layer without any routing would cost, and beside
-transformers' Qwen2-MoE router and experts, once as its loop over the experts and once on grouped_mm.
+Forward and backward of the routed experts with all that belongs to them (router, sort, dispatch, combine),
+beside dense matrix products of the experts' FLOPs, which is what a layer without any routing would cost, and
+beside transformers' Qwen2-MoE router and experts, as its loop over the experts and on grouped_mm.
 
 TFLOP/s count the experts' products only, three times the forward's.
 """
@@ -79,7 +79,7 @@ def transformers_layer(dtype: torch.dtype, device: str, experts: str) -> Callabl
 def forward_backward(
     layer: Callable[[Tensor], Tensor], dtype: torch.dtype, device: str
 ) -> Callable[[], None]:
-    """A run of `layer` over fixed tokens; the weights' gradients add up from run to run, as over microbatches."""
+    """A run of `layer` over fixed tokens; gradients add up from run to run, as over microbatches."""
     x, grad = (torch.randn(TOKENS, DIM, device=device).to(dtype) for _ in range(2))
     x.requires_grad_()
     return lambda: layer(x).backward(grad)

@@ -8,15 +8,12 @@ import dataclasses
 import difflib
 import inspect
 import json
-import sys
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import tomli
 import tomli_w
 from pydantic import ConfigDict, TypeAdapter, ValidationError, create_model
-from rich.console import Console
-from rich.table import Table as RichTable
 
 from torchlmoe.config import Config
 from torchlmoe.mixers import MIXERS
@@ -32,7 +29,8 @@ class ConfigError(ValueError):
 
 
 def load_config(arguments: list[str]) -> Config:
-    """arguments: the command line after the program's name, `--table.key value` or `--table.key=value`.
+    """arguments: the command line after the program's name, `--table.key value` or `--table.key=value`; of
+    a setting given twice the last one counts.
 
     Raises:
         ConfigError: unknown, mistyped, out-of-range or contradictory settings, or a file that cannot be read.
@@ -148,8 +146,6 @@ def _parse_command_line(arguments: list[str]) -> dict[str, Any]:
             table = table.setdefault(part, {})
             if not isinstance(table, dict):
                 raise ConfigError(f"--{name} goes into {part}, which was given a value; remove one of the two.")
-        if key in table:
-            raise ConfigError(f"--{name} is given twice; give it once.")
         table[key] = _value(name, text)
     return settings
 
@@ -319,27 +315,22 @@ def _kind(annotation: Any) -> tuple[str, str]:
 
 def print_help() -> None:
     """Every setting with its type, limits, default and meaning, made from the dataclasses."""
-    console = Console()
-    console.print("usage: train.py --job.config_file FILE [--table.key value | --table.key=value ...]\n", markup=False)
-    table = RichTable(box=None, pad_edge=False)
-    for column in ("setting", "type", "default", "meaning"):
-        table.add_column(column, overflow="fold")
+    print("usage: train.py --job.config_file FILE [--table.key value | --table.key=value ...]")
     default = Config()
     for name in _fields(Config):
-        for key, annotation in _fields(type(getattr(default, name))).items():
-            kind, description = _kind(annotation)
-            value = getattr(getattr(default, name), key)
-            table.add_row(f"--{name}.{key}", kind, "" if value is None else _toml(value), description)
+        table = getattr(default, name)
+        print(f"\n[{name}]")
+        for key, annotation in _fields(type(table)).items():
+            _print_setting(f"{name}.{key}", annotation, getattr(table, key))
     for mixer in MIXERS:
+        print(f"\n[model.layers.<letter>] with mixer = {mixer!r}")
         for key, (annotation, value) in _option_types(mixer).items():
             if key not in MODEL_WIDE:
-                kind, description = _kind(annotation)
-                table.add_row(
-                    f"--model.layers.<letter>.{key} ({mixer})", kind, "" if value is None else _toml(value), description
-                )
-    console.print(table)
+                _print_setting(f"model.layers.<letter>.{key}", annotation, value)
+    print("\nA letter may also set its own " + ", ".join(MODEL_WIDE) + ", in place of those of [model].")
 
 
-def fail(error: Exception) -> None:
-    """One sentence on the error stream, for a program's last words."""
-    print(f"error: {error}", file=sys.stderr)
+def _print_setting(name: str, annotation: Any, default: Any) -> None:
+    kind, description = _kind(annotation)
+    print(f"  --{name}  <{kind}>" + ("" if default in (None, {}) else f"  default {_toml(default)}"))
+    print(f"      {description}")

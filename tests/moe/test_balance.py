@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.utils.checkpoint import checkpoint
 
+from tests.conftest import run_on_ranks
 from torchlmoe.layers.sequence import Sequence
 from torchlmoe.moe import MoE
 
@@ -109,7 +109,7 @@ def test_two_microbatches_are_one_batch():
 
 
 def test_counters_wait_for_the_backward():
-    """Forwards that run ahead, evaluation and no_grad count nothing; popping starts anew."""
+    """Forwards that run ahead, evaluation, no_grad and zero weight count nothing; popping starts anew."""
     moe, x = make()
     outputs = [moe(x, sequence=describe(x)) for _ in range(2)]
     assert not moe.load_balance.counts.any()
@@ -121,6 +121,7 @@ def test_counters_wait_for_the_backward():
     moe.train()
     with torch.no_grad():
         moe(x, sequence=describe(x))
+    moe(x, sequence=describe(x, loss_weight=0.0)).sum().backward()
     assert not any(total.any() for total in moe.pop_counters().values())
 
 
@@ -130,31 +131,28 @@ def test_sequence_scope_needs_whole_rows():
         moe(x, sequence=Sequence(torch.zeros(BATCH, LENGTH, dtype=torch.int64), row_length=7))
 
 
-def _worker(rank, world_size, path, moe, x, results):
-    store = dist.FileStore(path, world_size)
-    dist.init_process_group("gloo", rank=rank, world_size=world_size, store=store)
+def train_on_rank(results):
+    """Two microbatches, one row each on this rank; the second is shorter on rank 1."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    moe, x = make(z_loss_weight=0.1)
     moe.balance_group = dist.group.WORLD
-    # The second microbatch is smaller on the last rank: a rank's weight is its share of the step's tokens.
     for piece in (x[rank : rank + 1], x[2 + rank : 3 + rank, : LENGTH - 4 * rank]):
-        tokens = piece.shape[0] * piece.shape[1]
-        moe(piece, sequence=describe(piece, tokens / (4 * LENGTH - 4))).square().sum().backward()
+        # A rank's weight is its share of the step's tokens.
+        share = piece.shape[1] / (4 * LENGTH - 4)
+        moe(piece, sequence=describe(piece, share)).square().sum().backward()
     counters = moe.pop_counters()
     for tensor in (*gradients(moe).values(), *counters.values()):
         dist.all_reduce(tensor)
     if rank == 0:
         torch.save((gradients(moe), counters), results)
-    # A group that something still holds when the interpreter ends may abort the process.
-    moe.balance_group = None
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def test_two_processes_are_one(tmp_path):
     """The global_batch loss over two gloo processes = one process with all rows of each microbatch."""
-    moe, x = make(z_loss_weight=0.1)
-    single = copy.deepcopy(moe)
-    mp.spawn(_worker, (2, str(tmp_path / "store"), moe, x, str(tmp_path / "results")), nprocs=2)
+    run_on_ranks(2, train_on_rank, tmp_path / "results")
     gradients_found, counters_found = torch.load(tmp_path / "results")
+    single, x = make(z_loss_weight=0.1)
     first, second = x[:2].flatten(0, 1)[None], torch.cat([x[2], x[3, : LENGTH - 4]])[None]
     for piece in (first, second):
         single(piece, sequence=describe(piece, piece.shape[1] / (4 * LENGTH - 4))).square().sum().backward()

@@ -14,7 +14,8 @@ class Sequence:
     cu_seqlens: int32 [N + 1] bounds of the documents packed into one row (B = 1), empty ones allowed; None where each
         row is one document.
     row_length: tokens in one row of data (with B = 1 the rows of a batch lie back to back).
-    loss_weight: this microbatch's share of the rows of the optimizer step over all ranks.
+    loss_weight: this microbatch's share of the rows of the optimizer step over all ranks; 0
+            leaves balance losses and load counts out.
     """
 
     positions: Tensor
@@ -23,10 +24,12 @@ class Sequence:
     loss_weight: float = 1.0
 
     @classmethod
-    def of_rows(cls, batch_size: int, length: int, device: torch.device | None = None) -> "Sequence":
+    def of_rows(
+        cls, batch_size: int, length: int, device: torch.device | None = None, loss_weight: float = 1.0
+    ) -> "Sequence":
         """Rows that are one document each."""
         positions = torch.arange(length, device=device).expand(batch_size, length)
-        return cls(positions, row_length=length)
+        return cls(positions, None, length, loss_weight)
 
     @classmethod
     def of_packed_rows(cls, document_bounds: Tensor, length: int, loss_weight: float = 1.0) -> "Sequence":

@@ -22,7 +22,7 @@ from torchlmoe.config import Config
 from torchlmoe.config_loader import layer_options
 from torchlmoe.layers.cross_entropy import linear_cross_entropy
 from torchlmoe.layers.initialization import named_draws, normal_
-from torchlmoe.layers.linear import Linear
+from torchlmoe.layers.linear import Linear, linear
 from torchlmoe.layers.mlp import MLP
 from torchlmoe.layers.norms import RMSNorm
 from torchlmoe.layers.sequence import Sequence
@@ -44,26 +44,31 @@ class Embedding(nn.Embedding):
 
 
 class Head(nn.Module):
-    """Final norm and output projection: logits, or with labels the summed negative log-likelihood."""
+    """Final norm and output projection: logits, or with labels the summed negative log-likelihood.
 
-    def __init__(self, dim: int, vocab_size: int, *, norm_eps: float, init_std: float, loss_chunk_size: int):
+    With vocab_size None it has no projection and is given the embedding's weight: one parameter in one place, as FSDP
+    and the meta device want it.
+    """
+
+    def __init__(self, dim: int, vocab_size: int | None, *, norm_eps: float, init_std: float, loss_chunk_size: int):
         super().__init__()
         self.init_std, self.loss_chunk_size = init_std, loss_chunk_size
         self.norm = RMSNorm(dim, norm_eps)
-        self.projection = Linear(dim, vocab_size)
+        self.projection = None if vocab_size is None else Linear(dim, vocab_size)
 
     def init_weights(self) -> None:
         self.norm.init_weights()
-        normal_(self.projection.weight, self.init_std)
+        if self.projection is not None:
+            normal_(self.projection.weight, self.init_std)
 
-    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, labels: Tensor | None = None, tied_weight: Tensor | None = None) -> Tensor:
         """x [B, T, dim]; labels int64 [B, T], -100 where a token does not count -> logits [B, T, V] or a scalar sum."""
         x = self.norm(x)
+        weight = tied_weight if self.projection is None else self.projection.weight
+        assert weight is not None
         if labels is None:
-            return self.projection(x)
-        return linear_cross_entropy(
-            x.flatten(0, 1), self.projection.weight, labels.flatten(), chunk_size=self.loss_chunk_size
-        )
+            return linear(x, weight)
+        return linear_cross_entropy(x.flatten(0, 1), weight, labels.flatten(), chunk_size=self.loss_chunk_size)
 
 
 class Decoder(nn.Module):
@@ -90,13 +95,11 @@ class Decoder(nn.Module):
             )
         self.head = Head(
             settings.dim,
-            vocab_size,
+            None if settings.tie_embeddings else vocab_size,
             norm_eps=settings.norm_eps,
             init_std=settings.init_std,
             loss_chunk_size=settings.loss_chunk_size,
         )
-        if settings.tie_embeddings:
-            self.head.projection.weight = self.embedding.weight
 
     def init_weights(self, seed: int) -> None:
         """Draws every parameter from (seed, its name), so that each way of sharding starts from the same weights."""
@@ -111,25 +114,28 @@ class Decoder(nn.Module):
         tokens: Tensor,
         document_bounds: Tensor | None = None,
         labels: Tensor | None = None,
-        loss_weight: float = 1.0,
+        loss_weight: float | None = None,
     ) -> Tensor:
         """tokens int64 [B, T] -> logits [B, T, V], or, with labels int64 [B, T], the summed negative log-likelihood.
 
         document_bounds: int32 [B, max_docs + 1], 0, ends of the row's documents, padded with T; each row is one document
-        if None. loss_weight: the microbatch's share of the step's tokens, by which auxiliary losses are weighed.
+        if None. loss_weight: the microbatch's share of the step's rows, by which the experts' balance losses are weighed
+        as their gradients join the main loss's on the way back; 1 if unset, but 0 (none) without labels.
         """
         batch_size, length = tokens.shape
+        if loss_weight is None:
+            loss_weight = 0.0 if labels is None else 1.0
         if document_bounds is None:
-            sequence = Sequence.of_rows(batch_size, length, tokens.device)
+            sequence = Sequence.of_rows(batch_size, length, tokens.device, loss_weight)
             x = self.embedding(tokens)
         else:
             sequence = Sequence.of_packed_rows(document_bounds, length, loss_weight)
             x = self.embedding(tokens.reshape(1, -1))
         for block in self.blocks.values():
             x = block(x, sequence=sequence)
-        if labels is not None:
-            return self.head(x, labels)
-        return self.head(x).view(batch_size, length, -1)
+        tied_weight = self.embedding.weight if self.head.projection is None else None
+        output = self.head(x, labels, tied_weight)
+        return output if labels is not None else output.view(batch_size, length, -1)
 
     def moe_layers(self) -> dict[str, MoE]:
         """The mixtures of experts by the index of their block."""
@@ -139,7 +145,7 @@ class Decoder(nn.Module):
     def flops_per_token(self, seq_len: int) -> int:
         """Forward FLOPs of one token in a sequence of `seq_len`, recurrences and output head included."""
         blocks = sum(block.flops_per_token(seq_len) for block in self.blocks.values())  # type: ignore[operator]
-        return blocks + 2 * self.head.projection.weight.numel()
+        return blocks + 2 * self.embedding.weight.numel()
 
 
 def build_on_meta(config: Config, vocab_size: int) -> Decoder:
@@ -152,8 +158,8 @@ def count_parameters(model: Decoder, *, active: bool = False, embeddings: bool =
     """Parameters, of the whole model or of those that one token meets; with or without embedding and output head."""
     total = sum(parameter.numel() for parameter in model.parameters())
     if not embeddings:
-        outer = {model.embedding.weight, model.head.projection.weight}
-        total -= sum(parameter.numel() for parameter in outer)
+        outer = (model.embedding, model.head.projection)
+        total -= sum(module.weight.numel() for module in outer if module is not None)
     if active:
         for layer in model.moe_layers().values():
             routed = sum(parameter.numel() for parameter in layer.experts.parameters())

@@ -134,7 +134,7 @@ class MoE(nn.Module):
             capacity = math.ceil(self.capacity_factor * self.top_k * x_TD.shape[0] / self.num_experts)
             beyond_TK = slots.place_TK(routing.expert_TK) >= capacity
             weight_TK, dropped = weight_TK.masked_fill(beyond_TK, 0.0), beyond_TK.sum()
-        if self.training and torch.is_grad_enabled():
+        if self.training and sequence.loss_weight and torch.is_grad_enabled():
             weight_TK = self.load_balance(
                 weight_TK, routing, slots.count_E(), dropped, sequence, self.balance_group
             )

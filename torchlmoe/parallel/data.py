@@ -25,7 +25,7 @@ def apply_fsdp(model: Decoder, mesh: DeviceMesh, dtype: torch.dtype) -> None:
             fully_shard(islands, mesh=mesh)
         fully_shard(block, mesh=mesh, mp_policy=policy)
     outer: list[nn.Module] = [model.embedding, model.head]
-    if model.embedding.weight is model.head.projection.weight:
+    if model.head.projection is None:  # the head uses the embedding's weight: they live in one group
         fully_shard(outer, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     else:
         for module in outer:
@@ -34,3 +34,4 @@ def apply_fsdp(model: Decoder, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no sum that scales on the way

@@ -6,6 +6,7 @@ each microbatch contributes its sum over the global count, and gradients are sum
 
 import logging
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -39,16 +40,13 @@ class Trainer:
     def __init__(self, config: Config):
         check_degrees(config, world_size_of_launch())
         self.config = config
+        _start_logging()
+        keep_freed_pages()
         self.device = choose_device(config.training.device)
+        # Before the ranks are joined: while one tokenizes for an hour, no collective waits and times out.
+        train_store, self.validation_store, vocab_size = self._prepare_data()
         start_process_group(self.device)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        logging.basicConfig(
-            level=logging.INFO if self.rank == 0 else logging.ERROR, format="%(message)s"
-        )
-        # Of the libraries only what the user must know.
-        logging.getLogger().setLevel(logging.WARNING)
-        logging.getLogger("torchlmoe").setLevel(logging.INFO if self.rank == 0 else logging.ERROR)
-        keep_freed_pages()
         torch.manual_seed(config.training.seed)
         if config.training.deterministic:
             torch.use_deterministic_algorithms(True)
@@ -56,7 +54,6 @@ class Trainer:
 
         training = config.training
         self.global_batch_size = training.global_batch_size or training.local_batch_size * self.world_size
-        train_store, self.validation_store, vocab_size = self._prepare_data()
         self.mesh = build_mesh(config.parallelism, self.device.type)
         self.model = build_model(config, vocab_size, self.mesh, self.device)
         self.optimizer = build_optimizer(self.model, config.optimizer)
@@ -246,3 +243,10 @@ class Trainer:
         dist.all_reduce(sums)
         nll, num_tokens = sums.tolist()
         return {"val_loss": nll / num_tokens, "val_bits_per_byte": nll / math.log(2) / num_bytes}
+
+
+def _start_logging() -> None:
+    """Warnings of every library, and our own news, from the first rank; from the others errors only."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    first = os.environ.get("RANK", "0") == "0"
+    logging.getLogger("torchlmoe").setLevel(logging.INFO if first else logging.ERROR)

@@ -1,0 +1,39 @@
+"""A small corpus, and functions on real gloo processes, for every test that needs them."""
+
+import json
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """A folder with train.jsonl and validation.jsonl: documents of very different lengths, down to one letter."""
+    folder = tmp_path_factory.mktemp("corpus")
+    sentence = "It is a truth universally acknowledged, that a single man must be in want of a whale. "
+    documents = [f"{number}: {sentence * (number % 7)}"[: max(1, number * 37 % 900)] for number in range(120)]
+    for split, part in (("train", documents), ("validation", documents[:5])):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
+    return folder
+
+
+def run_on_ranks(world_size: int, function, *args) -> None:
+    """function(*args) on each of `world_size` gloo processes; an error in any of them is raised here."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(_run_rank, (world_size, port, function, args), nprocs=world_size)
+
+
+def _run_rank(rank: int, world_size: int, port: int, function, args) -> None:
+    torch.set_num_threads(1)
+    place = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world_size, MASTER_ADDR="localhost", MASTER_PORT=port)
+    os.environ.update({name: str(value) for name, value in place.items()})
+    function(*args)
+    if dist.is_initialized():
+        dist.destroy_process_group()

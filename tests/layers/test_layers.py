@@ -1,0 +1,91 @@
+"""Norms, rotary phases, the chunked cross entropy and packed attention against torch's own functions, in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from torchlmoe.layers.cross_entropy import linear_cross_entropy
+from torchlmoe.layers.norms import l2_norm, rms_norm
+from torchlmoe.layers.rotary import rotary_phases, rotate
+from torchlmoe.layers.sequence import Sequence
+from torchlmoe.ops.packed_attention import packed_attention
+
+
+def randn(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, dtype=torch.float64, generator=generator).requires_grad_()
+
+
+def assert_same(ours, theirs, leaves):
+    cotangent = torch.randn_like(ours)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(
+        torch.autograd.grad(ours, leaves, cotangent, retain_graph=True),
+        torch.autograd.grad(theirs, leaves, cotangent, retain_graph=True),
+    )
+
+
+def test_norms():
+    x, weight = randn(3, 5, 16), randn(16, seed=1)
+    assert_same(rms_norm(x, weight, 1e-6), F.rms_norm(x, (16,), weight, 1e-6), [x, weight])
+    assert_same(l2_norm(x, 1e-6), x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt(), [x])
+    zero = torch.zeros(2, 4, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(l2_norm(zero).sum(), zero)
+    assert torch.isfinite(gradient).all()
+    assert torch.autograd.gradcheck(lambda x: rms_norm(x, None, 1e-6), [randn(2, 6)])
+
+
+def test_norms_accumulate_in_float32():
+    x = (randn(4, 4096).detach() * 100).bfloat16()
+    expected = F.rms_norm(x.double(), (4096,), None, 1e-6)
+    assert (rms_norm(x, None, 1e-6).double() - expected).norm() <= 3e-3 * expected.norm()
+
+
+def test_rotary_is_a_complex_rotation():
+    x, positions = randn(2, 7, 3, 12), torch.arange(100, 107).expand(2, -1)
+    y = rotate(x, rotary_phases(positions, 8, 10_000.0))
+    angles = positions[..., None] * 10_000.0 ** -(torch.arange(4, dtype=torch.float64) / 4)
+    turned = torch.complex(x[..., :4], x[..., 4:8]) * torch.polar(torch.ones_like(angles), angles)[:, :, None]
+    assert_same(y, torch.cat([turned.real, turned.imag, x[..., 8:]], -1), [x])
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 64])
+def test_cross_entropy_in_chunks(chunk_size):
+    hidden, weight = randn(20, 8), randn(30, 8, seed=1)
+    labels = torch.randint(30, (20,), generator=torch.Generator().manual_seed(2))
+    labels[::6] = -100
+    expected = F.cross_entropy(hidden @ weight.T, labels, reduction="sum")
+    assert_same(linear_cross_entropy(hidden, weight, labels, chunk_size=chunk_size) * 0.3, expected * 0.3, [hidden, weight])
+
+
+def test_cross_entropy_without_gradients_and_in_bfloat16():
+    hidden, weight = randn(20, 8).detach(), randn(30, 8, seed=1).detach()
+    labels = torch.arange(20)
+    expected = F.cross_entropy(hidden @ weight.T, labels, reduction="sum")
+    torch.testing.assert_close(linear_cross_entropy(hidden, weight, labels), expected)
+    low, low_weight = hidden.bfloat16().requires_grad_(), weight.bfloat16().requires_grad_()
+    loss = linear_cross_entropy(low, low_weight, labels)
+    assert loss.dtype is torch.float32
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-2, atol=0)
+    loss.backward()
+    assert low.grad.dtype is low_weight.grad.dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("window", [None, 1, 5])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_packed_attention(window, kv_heads):
+    """Against SDPA with a mask of the whole row."""
+    bounds = [0, 0, 1, 3, 40, 41, 41, 70]
+    q, k, v = randn(1, 70, 4, 8), randn(1, 70, kv_heads, 8, seed=1), randn(1, 70, kv_heads, 8, seed=2)
+    ours = packed_attention(q, k, v, cu_seqlens=torch.tensor(bounds, dtype=torch.int32), window=window)
+    document = torch.bucketize(torch.arange(70), torch.tensor(bounds[1:]), right=True)
+    distance = torch.arange(70)[:, None] - torch.arange(70)
+    mask = (document[:, None] == document) & (distance >= 0) & (distance < (window or 70))
+    repeated = [x.repeat_interleave(4 // x.shape[2], 2).transpose(1, 2) for x in (q, k, v)]
+    assert_same(ours, F.scaled_dot_product_attention(*repeated, attn_mask=mask).transpose(1, 2), [q, k, v])
+
+
+def test_sequence_of_packed_rows():
+    sequence = Sequence.of_packed_rows(torch.tensor([[0, 2, 5, 5], [0, 1, 2, 5]], dtype=torch.int32), 5)
+    assert sequence.cu_seqlens.tolist() == [0, 2, 5, 5, 6, 7, 10]
+    assert sequence.positions.tolist() == [[0, 1, 0, 1, 2, 0, 0, 0, 1, 2]]

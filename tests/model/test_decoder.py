@@ -1,0 +1,136 @@
+"""The whole model: documents do not meet, initial weights, parameter counts of the paper, refusals."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from torchlmoe.config_loader import ConfigError, load_config
+from torchlmoe.mixers import MIXERS
+from torchlmoe.model.decoder import build_on_meta, count_parameters
+
+SMALL = """--model.dim 32 --model.num_heads 2 --model.num_layers 2 --model.vocab_size 50
+--moe.num_experts 4 --moe.top_k 2 --moe.expert_dim 16 --model.init_std 0.3""".split()
+# Two rows of 24 tokens: documents of 10, 1 and 13 tokens, and one of 24.
+BOUNDS = torch.tensor([[0, 10, 11, 24, 24], [0, 24, 24, 24, 24]], dtype=torch.int32)
+DOCUMENTS = [(0, 0, 10), (0, 10, 11), (0, 11, 24), (1, 0, 24)]
+
+
+def build(*arguments, dtype=torch.float64, seed=0):
+    config = load_config([*SMALL, *arguments])
+    model = build_on_meta(config, config.model.vocab_size).to(dtype).to_empty(device="cpu")
+    model.init_weights(seed)
+    return model
+
+
+def tokens(*shape):
+    return torch.randint(50, shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("mlp", ["moe", "dense"])
+def test_documents_do_not_meet(mixer, mlp):
+    """Of one document's logits in another's embeddings the gradient is exactly zero; packed logits = those alone."""
+    model = build("--model.layer_pattern", "L", "--model.mixer", mixer, "--model.layers.L.mlp", mlp)
+    embedded = []
+    model.embedding.register_forward_hook(lambda module, args, x: embedded.append(x) or x)
+    batch = tokens(2, 24)
+    logits = model(batch, BOUNDS)
+    for row, start, end in DOCUMENTS:
+        loss = logits[row, start:end].square().sum()
+        (gradient,) = torch.autograd.grad(loss, embedded[0], retain_graph=True)
+        own = torch.zeros(48, dtype=torch.bool)
+        own[row * 24 + start : row * 24 + end] = True
+        assert gradient[0, own].any(-1).all()
+        assert not gradient[0, ~own].any()
+        alone = model(batch[row : row + 1, start:end])
+        torch.testing.assert_close(logits[row : row + 1, start:end], alone, rtol=1e-10, atol=1e-10)
+
+
+def test_loss_is_that_of_the_logits():
+    model = build()
+    batch, labels = tokens(2, 24), tokens(2, 24).roll(1, 1)
+    labels[0, :5] = -100
+    expected = F.cross_entropy(model(batch, BOUNDS).flatten(0, 1), labels.flatten(), reduction="sum")
+    torch.testing.assert_close(model(batch, BOUNDS, labels), expected)
+
+
+def test_weights_depend_on_seed_and_name_only():
+    """Not on dtype, nor on which other layers there are."""
+    model, shallow = build(), build("--model.num_layers", "1")
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), build().parameters(), strict=True))
+    for name, parameter in shallow.named_parameters():
+        assert torch.equal(parameter, model.get_parameter(name))
+    for p, q in zip(model.parameters(), build(dtype=torch.float32).parameters(), strict=True):
+        assert torch.equal(p.float(), q)
+    other = build(seed=1)
+    assert not torch.equal(other.embedding.weight, model.embedding.weight)
+    first, second = (model.get_submodule(f"blocks.{index}.feed_forward.experts").down_proj for index in (0, 1))
+    assert not torch.equal(first, second)
+    assert not torch.equal(first[0], first[1])
+    for parameter in model.parameters():
+        assert torch.isfinite(parameter).all()
+
+
+@pytest.mark.parametrize(
+    ("flavor", "mixer", "expected"),
+    [  # billions: total without and with embeddings, active without and with
+        ("a0.3b_2b", "attention", (2.17, 2.48, 0.32, 0.63)),
+        ("a0.3b_2b", "gated_deltanet", (2.18, 2.49, 0.33, 0.64)),
+        ("a1b_7b", "attention", (6.71, 7.34, 1.08, 1.70)),
+        ("a1b_7b", "gated_deltanet", (6.78, 7.40, 1.14, 1.77)),  # 1.765 with the router, 1.763 without
+    ],
+)
+def test_parameter_counts_of_the_paper(flavor, mixer, expected):
+    """Of the meta-device model, and of a formula over the settings, against the paper's sizes."""
+    config = load_config(["--model.flavor", flavor, "--model.mixer", mixer])
+    settings, moe = config.model, config.moe
+    model = build_on_meta(config, settings.vocab_size)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    counts = [
+        count_parameters(model, active=active, embeddings=embeddings)
+        for active, embeddings in itertools.product((False, True), repeat=2)
+    ]
+    assert [round(count / 1e9, 2) for count in counts] == list(expected)
+
+    per_mixer = 4 * settings.dim**2
+    if mixer == "gated_deltanet":  # a fifth projection; two gates a head, three convolutions, decay and norm
+        heads = settings.num_heads
+        per_mixer = 5 * settings.dim**2 + 2 * settings.dim * heads + 3 * 4 * settings.dim
+        per_mixer += 2 * heads + settings.dim // heads
+    expert = 3 * settings.dim * moe.expert_dim
+    outer = 2 * settings.vocab_size * settings.dim
+    formula = []
+    for experts in (moe.num_experts, moe.top_k):
+        block = per_mixer + experts * expert + settings.dim * moe.num_experts + 2 * settings.dim
+        body = settings.num_layers * block + settings.dim
+        formula += [body, body + outer]
+    assert counts == formula
+
+
+def test_tied_embeddings_are_one_parameter():
+    tied, untied = build("--model.tie_embeddings", "true"), build()
+    assert untied.embedding.weight.numel() == count_parameters(untied) - count_parameters(tied)
+
+
+def test_pattern_places_the_mixers():
+    config = load_config("--model.num_layers 5 --model.layer_pattern LLN --model.mixer bla".split())
+    model = build_on_meta(config, 10)
+    mixers = [type(block.mixer) for block in model.blocks.values()]
+    assert mixers == [MIXERS[name] for name in ("bla", "bla", "attention", "bla", "bla")]
+
+
+def test_any_letter_may_name_a_kind_of_block():
+    arguments = "--model.layer_pattern GD --model.layers.G.mixer gla --model.layers.D.mixer bla --model.layers.D.mlp dense"
+    model = build_on_meta(load_config(arguments.split()), 10)
+    assert [len(model.moe_layers()), list(model.moe_layers())[0]] == [2, "0"]
+
+
+def test_impossible_sizes_are_refused():
+    with pytest.raises(ValueError, match="top_k = 5"):
+        build("--moe.top_k", "5")
+    with pytest.raises(ValueError, match="dim = 32 cannot be split into num_heads = 5"):
+        build("--model.num_heads", "5")
+    with pytest.raises(ConfigError, match="'triton' is not supported yet"):
+        build("--model.backend", "triton")

@@ -1,0 +1,129 @@
+"""Settings from flavor, TOML and command line; every kind of bad setting is one sentence and exit code 2."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tomli
+
+from torchlmoe.config import Config
+from torchlmoe.config_loader import ConfigError, check_degrees, load_config, to_toml
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "train_configs").glob("*.toml"))
+
+
+def load(text):
+    return load_config(text.split())
+
+
+def test_command_line_over_file_over_flavor(tmp_path):
+    file = tmp_path / "settings.toml"
+    file.write_text('[model]\nflavor = "a0.3b_2b"\nnum_heads = 4\ndim = 64\n[training]\nsteps = 3\n')
+    config = load(f"--job.config_file {file} --model.dim=32 --training.steps 5 --training.steps 7")
+    assert (config.model.dim, config.model.num_heads, config.model.num_layers) == (32, 4, 12)
+    assert (config.training.steps, config.moe.expert_dim) == (7, 896)
+
+
+def test_values_are_read_as_toml():
+    config = load("--metrics.plot false --optimizer.lr 1 --data.tokenizer 12 --job.debug --moe.capacity_factor=1.25")
+    assert (config.metrics.plot, config.optimizer.lr, config.data.tokenizer) == (False, 1, "12")
+    assert (config.job.debug, config.moe.capacity_factor) == (True, 1.25)
+
+
+def test_mixer_is_short_for_the_blocks_named_l(tmp_path):
+    file = tmp_path / "settings.toml"
+    file.write_text('[model.layers.L]\nmixer = "gla"\n')
+    assert load(f"--job.config_file {file} --model.mixer bla").model.layers["L"]["mixer"] == "bla"
+    assert load(f"--job.config_file {file} --model.layers.L.expand_k 1").model.layers["L"]["expand_k"] == 1
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_resolved_settings_round_trip(recipe, tmp_path):
+    config = load(f"--job.config_file {recipe}")
+    written = tmp_path / "config.toml"
+    written.write_text(to_toml(config))
+    again = load(f"--job.config_file {written}")
+    again.job.config_file = config.job.config_file
+    assert dataclasses.asdict(again) == dataclasses.asdict(config)
+
+
+BAD = {
+    "--model.layer_patern LL": "model.layer_patern is not a setting; the nearest is layer_pattern.",
+    "--modl.dim 3": "[modl] is not a table of settings; the nearest is model.",
+    "--training.steps abc": "training.steps = 'abc' is not valid: it should be a valid integer.",
+    "--training.steps 0": "training.steps = 0 is not valid: it should be greater than or equal to 1.",
+    "--training.steps 2.5": "training.steps = 2.5 is not valid",
+    "--optimizer.lr nan": "optimizer.lr = nan is not valid",
+    "--training.dtype float16": "it should be 'float32', 'bfloat16' or 'float64'.",
+    "--model.flavor debg": "model.flavor = 'debg' is unknown; the nearest is debug.",
+    "--model.mixer glaa": "model.layers.L.mixer = 'glaa' is unknown; the nearest is gla.",
+    "--model.layers.L.convsize 3": "model.layers.L.convsize is not a setting; the nearest is conv_size.",
+    "--model.layers.L.conv_size x": "model.layers.L.conv_size = 'x' is not valid: it should be a valid integer.",
+    "--model.layers.L.mlp sparse": "model.layers.L.mlp = 'sparse' is unknown; choose moe or dense.",
+    "--model.layers.LL.mixer bla": "[model.layers.LL] must be named by one letter",
+    "--model.layer_pattern LX": "names 'X', which has no table; add [model.layers.X] with a mixer.",
+    "--model.layers.X.mlp moe": "model.layers.X.mixer is missing; choose one of",
+    "--model.layers 3": "model.layers.layers = 3 must be a table",
+    "--model.mixer bla --model.layers.L.mixer gla": "model.mixer = 'bla' contradicts model.layers.L.mixer = 'gla'",
+    "--parallelism.tensor_parallel_degree 2": "tensor_parallel_degree = 2 is not supported yet; leave it at 1.",
+    "--float8.enable true": "float8.enable = true is not supported yet; leave it at false.",
+    "--lr_scheduler.warmup_steps 1000": "warmup_steps = 1000 is more than training.steps = 100",
+    "steps": "'steps' is not a setting; write --table.key value (see --help).",
+    "--model.dim": "--model.dim needs a value.",
+    "--job.config_file nowhere.toml": "job.config_file = 'nowhere.toml' does not exist",
+    "--job.config_file README.md": "job.config_file = 'README.md' is not TOML",
+    "--training.steps.more 3": "training.steps = {'more': 3} is not valid",
+}
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), BAD.items())
+def test_bad_settings(arguments, sentence, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ConfigError) as error:
+        load(arguments)
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_degrees():
+    check_degrees(load("--parallelism.data_parallel_replicate_degree 2"), 4)
+    check_degrees(load("--parallelism.data_parallel_shard_degree 2 --parallelism.data_parallel_replicate_degree 2"), 4)
+    with pytest.raises(ConfigError, match=r"data_parallel_replicate_degree = 3 does not divide the 4 ranks"):
+        check_degrees(load("--parallelism.data_parallel_replicate_degree 3"), 4)
+    with pytest.raises(ConfigError, match=r"is 8, but there are 4 ranks"):
+        check_degrees(load("--parallelism.data_parallel_shard_degree 8"), 4)
+    with pytest.raises(ConfigError, match=r"data_parallel_shard_degree = 0 is impossible"):
+        check_degrees(load("--parallelism.data_parallel_shard_degree 0"), 4)
+    with pytest.raises(ConfigError, match=r"global_batch_size = 12 must be a multiple of .* 8 x 4 = 32"):
+        check_degrees(load("--training.global_batch_size 12"), 4)
+
+
+def train(*arguments):
+    return subprocess.run([sys.executable, "train.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_help_lists_every_setting():
+    result = train("--help")
+    assert result.returncode == 0
+    text = "".join(result.stdout.split())
+    for table in dataclasses.fields(Config):
+        for field in dataclasses.fields(table.default_factory):
+            assert f"--{table.name}.{field.name}" in text
+
+
+def test_program_ends_with_one_sentence():
+    result = train("--training.stepps", "3")
+    assert result.returncode == 2
+    assert result.stderr == "error: training.stepps is not a setting; the nearest is steps.\n"
+    result = train("--training.stepps", "3", "--job.debug", "true")
+    assert result.returncode != 0
+    assert "Traceback" in result.stderr
+
+
+def test_print_config_is_toml():
+    result = train("--model.dim", "48", "--job.print_config", "true")
+    assert result.returncode == 0
+    assert tomli.loads(result.stdout)["model"]["dim"] == 48

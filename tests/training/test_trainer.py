@@ -1,0 +1,136 @@
+"""A whole run from the command line: files, figures, accumulation, determinism, bad input; schedule and optimizer."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from torchlmoe.config import LRScheduler, Optimizer
+from torchlmoe.config_loader import load_config
+from torchlmoe.data.tokenizer import load_tokenizer
+from torchlmoe.model.decoder import build_on_meta
+from torchlmoe.training.optimizer import build_optimizer, clip_gradients
+from torchlmoe.training.schedule import lr_factor
+
+ROOT = Path(__file__).parent.parent.parent
+SMALL = """--model.dim 32 --model.num_layers 2 --model.layer_pattern LN --model.num_heads 2 --moe.num_experts 4 --moe.top_k 2
+--moe.expert_dim 16 --training.seq_len 32 --training.local_batch_size 2 --training.device cpu --training.steps 6
+--metrics.log_freq 2""".split()
+
+
+def train(corpus, folder, *arguments):
+    command = [sys.executable, "train.py", *SMALL, "--data.dataset", str(corpus), "--data.cache_dir", str(corpus / "cache")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, "--job.dump_folder", str(folder), *arguments],
+        cwd=ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_what_it_should(corpus, tmp_path):
+    result = train(corpus, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert [record["step"] for record in records(tmp_path)] == [1, 2, 4, 6]
+    expected = "step loss grad_norm lr tokens_seen tokens_per_second mfu memory_gib".split()
+    expected += [f"moe/0/{name}" for name in ("load_max_over_mean", "load_entropy", "aux_loss", "dropped_fraction", "load")]
+    for record in records(tmp_path):
+        assert set(expected) <= set(record)
+        assert sum(record["moe/1/load"]) == 2 * 2 * 32
+    last = records(tmp_path)[-1]
+    assert last["tokens_seen"] == 6 * 2 * 32
+    assert abs(last["val_loss"] - math.log(4096)) < 0.5
+    assert (tmp_path / "loss_curve.png").read_bytes()[:4] == b"\x89PNG"
+    assert list((tmp_path / "tensorboard").glob("events*"))
+    assert load_config(["--job.config_file", str(tmp_path / "config.toml")]).training.steps == 6
+    assert "eta" in result.stdout
+    assert f"val_bits_per_byte {last['val_bits_per_byte']:.4f}" in result.stdout
+
+    texts = [json.loads(line)["text"] for line in (corpus / "validation.jsonl").read_text().splitlines()]
+    ids = load_tokenizer("embedded").encode_batch(texts)
+    nats = last["val_loss"] * sum(len(document) + 1 for document in ids)
+    bits_per_byte = nats / math.log(2) / sum(len(text.encode()) for text in texts)
+    assert last["val_bits_per_byte"] == pytest.approx(bits_per_byte, rel=1e-12)
+
+    again = train(corpus, tmp_path)  # a second run keeps the first one's figures
+    assert again.returncode == 0
+    assert len(list(tmp_path.glob("metrics.*.jsonl"))) == 1
+
+
+def test_deterministic_runs_are_equal_bit_for_bit(corpus, tmp_path):
+    for name in ("first", "second"):
+        result = train(corpus, tmp_path / name, "--training.deterministic", "true", "--validation.enable", "false")
+        assert result.returncode == 0, result.stderr
+    timed = ("tokens_per_second", "mfu", "memory_gib")
+    first, second = (
+        [{key: value for key, value in record.items() if key not in timed} for record in records(tmp_path / name)]
+        for name in ("first", "second")
+    )
+    assert first == second
+    assert train(corpus, tmp_path / "third", "--training.seed", "1").returncode == 0
+    assert records(tmp_path / "third")[0]["loss"] != first[0]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("--data.dataset ./nowhere", "nowhere"),
+        ("--data.tokenizer ./nowhere", "data.tokenizer"),
+        ("--moe.top_k 9", "top_k = 9"),
+        ("--model.num_heads 3", "num_heads = 3"),
+        ("--model.vocab_size 100", "model.vocab_size = 100 is less than the 4096 tokens"),
+        ("--training.seq_len 1000000", "training.seq_len = 1000000"),
+        ("--training.global_batch_size 3", "training.global_batch_size = 3 must be a multiple"),
+        ("--optimizer.lr 1e30 --training.max_norm 1e30", "lower optimizer.lr"),
+    ],
+)
+def test_bad_input_is_one_sentence(corpus, tmp_path, arguments, sentence):
+    result = train(corpus, tmp_path, *arguments.split())
+    assert result.returncode == 2
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert sentence in last
+    assert "Traceback" not in result.stderr
+
+
+def test_schedule():
+    def factors(**settings):
+        schedule = LRScheduler(**settings)
+        return [lr_factor(step, 11, schedule) for step in range(11)]
+
+    cosine = factors(decay="cosine", min_lr_factor=0.1)
+    assert cosine == pytest.approx([0.1 + 0.9 * (1 + math.cos(math.pi * step / 10)) / 2 for step in range(11)])
+    linear = factors(decay="linear", min_lr_factor=0.0, warmup_steps=4)
+    assert linear == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0])
+    wsd = factors(decay="wsd", min_lr_factor=0.5, warmup_steps=1, decay_fraction=0.4)
+    assert wsd == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 1, 5 / 6, 4 / 6, 0.5])
+    assert factors(warmup_steps=11)[-1] == pytest.approx(11 / 12)
+
+
+def test_optimizer_decays_matrices_only_and_clips():
+    model = build_on_meta(load_config(["--model.dim", "32", "--model.num_heads", "2"]), 50).to_empty(device="cpu")
+    model.init_weights(0)
+    optimizer = build_optimizer(model, Optimizer(lr=0.1, weight_decay=0.5))
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, before[name] * (0.95 if parameter.dim() > 1 else 1))
+
+    gradients = [torch.randn_like(parameter) for parameter in model.parameters()]
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        parameter.grad = gradient.clone()
+    norm = torch.cat([gradient.flatten() for gradient in gradients]).double().norm().float()
+    torch.testing.assert_close(clip_gradients(model, 2.0), norm, rtol=2e-5, atol=0)
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient * 2 / norm, rtol=2e-5, atol=1e-7)
+    torch.testing.assert_close(clip_gradients(model, 5.0), torch.tensor(2.0), rtol=2e-5, atol=0)
