@@ -1,4 +1,4 @@
-"""Trains a Linear-MoE language model: python train.py --job.config_file train_configs/debug.toml [--table.key value ...]"""
+"""Trains a Linear-MoE language model: python train.py --job.config_file FILE [--table.key value ...]"""
 
 from torchlmoe.command import run
 from torchlmoe.config_loader import load_config, to_toml

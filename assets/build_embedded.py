@@ -16,9 +16,7 @@ SOURCES = ("austen", "moby_dick", "sotu")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=Path, required=True)
     corpus = parser.parse_args().corpus
     folder = Path(__file__).resolve().parent / "embedded"

@@ -17,9 +17,7 @@ ASSETS = Path(__file__).resolve().parent
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--output", type=Path, default=ASSETS / "tokenizer.json")
     arguments = parser.parse_args()

@@ -76,9 +76,7 @@ def transformers_layer(dtype: torch.dtype, device: str, experts: str) -> Callabl
     return forward_backward(routed, dtype, device)
 
 
-def forward_backward(
-    layer: Callable[[Tensor], Tensor], dtype: torch.dtype, device: str
-) -> Callable[[], None]:
+def forward_backward(layer: Callable[[Tensor], Tensor], dtype: torch.dtype, device: str) -> Callable[[], None]:
     """A run of `layer` over fixed tokens; gradients add up from run to run, as over microbatches."""
     x, grad = (torch.randn(TOKENS, DIM, device=device).to(dtype) for _ in range(2))
     x.requires_grad_()

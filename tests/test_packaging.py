@@ -23,8 +23,8 @@ def test_wheel(tmp_path):
     source = tmp_path / "source"
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "outputs", "build", "*.egg-info", "tests"))
     # Isolated builds would fetch setuptools anew; the one here serves.
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(source)]  # fmt: skip
-    subprocess.run(command, check=True)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*command, "--wheel-dir", str(tmp_path), str(source)], check=True)
     (wheel,) = tmp_path.glob("*.whl")
     site = tmp_path / "site"
     shutil.unpack_archive(wheel, site, "zip")
@@ -43,6 +43,8 @@ def test_checkout():
 
 def test_model_code_does_not_pull_in_what_it_does_not_need():
     """`torchlmoe.ops` and `torchlmoe.mixers` start without the training stack."""
-    code = "import sys, torchlmoe.mixers; print([m for m in ('datasets', 'tokenizers', 'matplotlib') if m in sys.modules])"
+    code = (
+        "import sys, torchlmoe.mixers; print([m for m in ('datasets', 'tokenizers', 'matplotlib') if m in sys.modules])"
+    )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

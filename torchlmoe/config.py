@@ -38,7 +38,9 @@ class Model(Table):
     ] = "LLLN"
     mixer: Annotated[str | None, Field(description="Short for model.layers.L.mixer.")] = None
     backend: Annotated[Backend, Field(description="How recurrences run.")] = "auto"
-    vocab_size: Annotated[int | None, Field(ge=2, description="Rows of the embedding; the tokenizer's if unset.")] = None
+    vocab_size: Annotated[int | None, Field(ge=2, description="Rows of the embedding; the tokenizer's if unset.")] = (
+        None
+    )
     dim: Annotated[int, Field(ge=1, description="Width of the residual stream.")] = 256
     num_layers: Annotated[int, Field(ge=1, description="Blocks.")] = 4
     num_heads: Annotated[int, Field(ge=1, description="Heads of every mixer that does not say otherwise.")] = 4
@@ -61,7 +63,8 @@ class MoE(Table):
     expert_dim: Annotated[int, Field(ge=1, description="Hidden width of an expert.")] = 128
     num_shared_experts: Annotated[int, Field(ge=0, description="Experts that every token passes.")] = 0
     shared_expert_dim: Annotated[
-        int | None, Field(ge=1, description="Hidden width of all shared experts; num_shared_experts * expert_dim if unset.")
+        int | None,
+        Field(ge=1, description="Hidden width of all shared experts; num_shared_experts * expert_dim if unset."),
     ] = None
     shared_expert_gate: Annotated[bool, Field(description="Sigmoid gate on the shared experts (Qwen2-MoE).")] = False
     score_function: Annotated[Literal["softmax", "sigmoid"], Field(description="Router scores.")] = "softmax"
@@ -75,7 +78,9 @@ class MoE(Table):
     capacity_factor: Annotated[
         float | None, Field(gt=0, description="Room per expert over an even share; dropless if unset.")
     ] = None
-    balance: Annotated[Literal["aux_loss", "loss_free", "none"], Field(description="How load is balanced.")] = "aux_loss"
+    balance: Annotated[Literal["aux_loss", "loss_free", "none"], Field(description="How load is balanced.")] = (
+        "aux_loss"
+    )
     aux_loss_weight: Annotated[float, Field(ge=0, description="Weight of the balance loss.")] = 1e-2
     aux_loss_scope: Annotated[
         Literal["sequence", "global_batch"], Field(description="Over what the balance loss takes the load.")
@@ -201,9 +206,9 @@ class Parallelism(Table):
     pipeline_parallel_schedule: Annotated[str, Field(description="Of torch.distributed.pipelining.")] = "1F1B"
     expert_parallel_degree: Annotated[int, Field(ge=1, description="Only 1 is supported yet.")] = 1
     context_parallel_degree: Annotated[int, Field(ge=1, description="Only 1 is supported yet.")] = 1
-    lsm_context_parallel: Annotated[
-        Literal["all_gather", "ring"], Field(description="How LSM states cross ranks.")
-    ] = "all_gather"
+    lsm_context_parallel: Annotated[Literal["all_gather", "ring"], Field(description="How LSM states cross ranks.")] = (
+        "all_gather"
+    )
     attention_context_parallel: Annotated[
         Literal["all_gather", "ulysses"], Field(description="How softmax blocks see other ranks' tokens.")
     ] = "all_gather"

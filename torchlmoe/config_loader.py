@@ -65,7 +65,9 @@ def to_dict(config: Config) -> dict[str, Any]:
     """The resolved settings, unset ones left out."""
 
     def given(value: Any) -> Any:
-        return {key: given(item) for key, item in value.items() if item is not None} if isinstance(value, dict) else value
+        return (
+            {key: given(item) for key, item in value.items() if item is not None} if isinstance(value, dict) else value
+        )
 
     return given(dataclasses.asdict(config))
 
@@ -185,7 +187,9 @@ def _check_table_shape(source: dict[str, Any]) -> None:
     layers = source.get("model", {}).get("layers", {})
     for letter, table in layers.items() if isinstance(layers, dict) else [("layers", layers)]:
         if not isinstance(table, dict):
-            raise ConfigError(f"model.layers.{letter} = {table!r} must be a table with the settings of a letter's blocks.")
+            raise ConfigError(
+                f"model.layers.{letter} = {table!r} must be a table with the settings of a letter's blocks."
+            )
 
 
 def _with_mixer_in_its_letter(source: dict[str, Any]) -> dict[str, Any]:

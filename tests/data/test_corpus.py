@@ -50,9 +50,7 @@ def test_tables_in_every_format(tmp_path, name):
     assert read(write(tmp_path / name)) == TEXTS
 
 
-@pytest.mark.parametrize(
-    ("name", "builder"), [("a.json", "json"), ("a.jsonl", "json"), ("a.parquet", "parquet")]
-)
+@pytest.mark.parametrize(("name", "builder"), [("a.json", "json"), ("a.jsonl", "json"), ("a.parquet", "parquet")])
 def test_tables_as_the_datasets_library_reads_them(tmp_path, name, builder):
     path = write(tmp_path / name)
     expected = datasets.load_dataset(builder, data_files=str(path), split="train", streaming=True)
@@ -72,9 +70,7 @@ def test_another_text_column(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"content": "x", "id": 3}\n{"content": null, "id": 4}\n\n')
     assert read(path, text_column="content") == ["x", ""]
-    with pytest.raises(
-        ValueError, match=r"a\.jsonl has no column 'text': set data\.text_column .* content or id"
-    ):
+    with pytest.raises(ValueError, match=r"a\.jsonl has no column 'text': set data\.text_column .* content or id"):
         read(path)
     with pytest.raises(ValueError, match=r"Column 'id' of .* holds int, not text"):
         read(path, text_column="id")
@@ -146,9 +142,7 @@ def test_a_validation_dataset_of_its_own(tmp_path):
 
 def test_missing_and_unreadable(tmp_path):
     for name in ("./nowhere", "/nowhere/at/all", "data/nowhere.jsonl", "~/nowhere/b"):
-        with pytest.raises(
-            ValueError, match=f'data.dataset = "{name}" is not there: give "embedded", a local file'
-        ):
+        with pytest.raises(ValueError, match=f'data.dataset = "{name}" is not there: give "embedded", a local file'):
             open_corpus(name, "train")
     with pytest.raises(ValueError, match=r'data\.validation_dataset = "\./nowhere" is not there'):
         open_corpus("embedded", "validation", validation_dataset="./nowhere")
@@ -177,10 +171,7 @@ def test_identity_follows_the_files(tmp_path):
 
     first = identity()
     assert first == identity()
-    assert (
-        len({first, identity("validation"), identity(validation_fraction=0.5), identity(text_column="x")})
-        == 4
-    )
+    assert len({first, identity("validation"), identity(validation_fraction=0.5), identity(text_column="x")}) == 4
     path.write_text('{"text": "other"}\n')
     assert identity() != first
 

@@ -79,16 +79,13 @@ def test_each_epoch_has_every_row_once_in_an_order_of_its_own(make_loader):
 def test_a_step_is_the_same_rows_for_any_number_of_ranks(make_loader, store, world_size, local_batch_size):
     whole = make_loader()
     ranks = [
-        make_loader(world_size=world_size, rank=rank, local_batch_size=local_batch_size)
-        for rank in range(world_size)
+        make_loader(world_size=world_size, rank=rank, local_batch_size=local_batch_size) for rank in range(world_size)
     ]
     for step in (0, 7, 8, 3):
         expected = [row(store, int(i), 16, whole.max_docs) for i in whole.rows_of_step(step)]
         microbatches = zip(*(rank.batches(step) for rank in ranks), strict=True)
         batch = torch.cat([microbatch for by_rank in microbatches for microbatch in by_rank])
-        for name, tensors in zip(
-            ("tokens", "labels", "document_bounds"), zip(*expected, strict=True), strict=True
-        ):
+        for name, tensors in zip(("tokens", "labels", "document_bounds"), zip(*expected, strict=True), strict=True):
             assert torch.equal(batch[name], torch.stack(tensors))
 
 
@@ -154,9 +151,7 @@ def test_close_ends_the_thread(make_loader):
 def test_bad_sizes_are_refused(make_loader, store):
     with pytest.raises(ValueError, match=r"global_batch_size = 8 must be a multiple of .* = 2 x 3"):
         make_loader(world_size=3)
-    with pytest.raises(
-        ValueError, match=f"seq_len = 100000 is longer than the training data, {store.num_tokens} tok"
-    ):
+    with pytest.raises(ValueError, match=f"seq_len = 100000 is longer than the training data, {store.num_tokens} tok"):
         make_loader(seq_len=100_000)
 
 
@@ -171,9 +166,7 @@ def test_validation_covers_every_row_once(store, world_size, batch_size):
     n = num_rows(store, 16)
     max_docs = max_documents(store, 16)
     expected = [row(store, i, 16, max_docs) for i in range(n)]
-    for name, tensors in zip(
-        ("tokens", "labels", "document_bounds"), zip(*expected, strict=True), strict=True
-    ):
+    for name, tensors in zip(("tokens", "labels", "document_bounds"), zip(*expected, strict=True), strict=True):
         assert torch.equal(rows[name][:n], torch.stack(tensors))
     assert (rows["labels"][n:] == IGNORE).all()
     assert len(rows) < n + world_size * batch_size

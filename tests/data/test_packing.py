@@ -47,9 +47,7 @@ def test_rows_equal_packing_by_hand(make_store, lengths, seq_len):
 def test_every_token_is_a_label_once_and_every_document_ends(make_store, seq_len):
     store, documents = make_store(np.random.default_rng(1).integers(0, 30, 40).tolist())
     max_docs = max_documents(store, seq_len)
-    labels = [
-        x for i in range(num_rows(store, seq_len)) for x in row(store, i, seq_len, max_docs)[1].tolist()
-    ]
+    labels = [x for i in range(num_rows(store, seq_len)) for x in row(store, i, seq_len, max_docs)[1].tolist()]
     assert [x for x in labels if x != IGNORE] == [x for ids in documents for x in [*ids, END]]
 
 

@@ -140,9 +140,7 @@ def test_progress_is_logged(build, caplog, monkeypatch):
     with caplog.at_level(logging.INFO):
         store = build()
     assert len(caplog.messages) == store.num_documents + 1
-    assert (
-        f"{store.num_documents} documents, 0.0 MB of text, {store.num_tokens:,} tokens" in caplog.messages[-1]
-    )
+    assert f"{store.num_documents} documents, 0.0 MB of text, {store.num_tokens:,} tokens" in caplog.messages[-1]
 
 
 def race(dataset, cache_dir, barrier, results):
@@ -171,9 +169,7 @@ def race(dataset, cache_dir, barrier, results):
 def test_of_several_processes_one_builds(dataset, tmp_path):
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(4), context.Queue()
-    processes = [
-        context.Process(target=race, args=(dataset, tmp_path / "c", barrier, results)) for _ in range(4)
-    ]
+    processes = [context.Process(target=race, args=(dataset, tmp_path / "c", barrier, results)) for _ in range(4)]
     for process in processes:
         process.start()
     builds, waits, tokens = zip(*[results.get(timeout=120) for _ in processes], strict=True)

@@ -70,9 +70,7 @@ def test_damage_is_named_with_its_remedy(make_store, name, damage):
         path.unlink()
     else:
         path.write_bytes(content[:-1] if damage == "short" else content + b"x")
-    with pytest.raises(
-        ValueError, match=f"{name} .*: delete the folder {store.folder} and the tokens are built again"
-    ):
+    with pytest.raises(ValueError, match=f"{name} .*: delete the folder {store.folder} and the tokens are built again"):
         TokenStore(store.folder)
 
 

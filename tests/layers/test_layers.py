@@ -55,7 +55,9 @@ def test_cross_entropy_in_chunks(chunk_size):
     labels = torch.randint(30, (20,), generator=torch.Generator().manual_seed(2))
     labels[::6] = -100
     expected = F.cross_entropy(hidden @ weight.T, labels, reduction="sum")
-    assert_same(linear_cross_entropy(hidden, weight, labels, chunk_size=chunk_size) * 0.3, expected * 0.3, [hidden, weight])
+    assert_same(
+        linear_cross_entropy(hidden, weight, labels, chunk_size=chunk_size) * 0.3, expected * 0.3, [hidden, weight]
+    )
 
 
 def test_cross_entropy_without_gradients_and_in_bfloat16():

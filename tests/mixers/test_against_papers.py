@@ -59,7 +59,9 @@ def test_bla_masked_attention(feature_map, normalizer):
         "silu": lambda z: z * torch.sigmoid(z),
         "softmax": lambda z: z.exp() / z.exp().sum(-1, keepdim=True),
     }[feature_map]
-    q, k, v = (F.linear(x, p.weight).view(2, 70, 4, 8).transpose(1, 2) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
+    q, k, v = (
+        F.linear(x, p.weight).view(2, 70, 4, 8).transpose(1, 2) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj)
+    )
     weights = (phi(q) @ phi(k).mT).tril() * 8**-0.5
     o = weights @ v
     if normalizer:

@@ -115,16 +115,18 @@ def test_tied_embeddings_are_one_parameter():
 
 
 def test_pattern_places_the_mixers():
-    config = load_config("--model.num_layers 5 --model.layer_pattern LLN --model.mixer bla".split())
+    config = load_config(["--model.num_layers", "5", "--model.layer_pattern", "LLN", "--model.mixer", "bla"])
     model = build_on_meta(config, 10)
     mixers = [type(block.mixer) for block in model.blocks.values()]
     assert mixers == [MIXERS[name] for name in ("bla", "bla", "attention", "bla", "bla")]
 
 
 def test_any_letter_may_name_a_kind_of_block():
-    arguments = "--model.layer_pattern GD --model.layers.G.mixer gla --model.layers.D.mixer bla --model.layers.D.mlp dense"
+    arguments = (
+        "--model.layer_pattern GD --model.layers.G.mixer gla --model.layers.D.mixer bla --model.layers.D.mlp dense"
+    )
     model = build_on_meta(load_config(arguments.split()), 10)
-    assert [len(model.moe_layers()), list(model.moe_layers())[0]] == [2, "0"]
+    assert [len(model.moe_layers()), next(iter(model.moe_layers()))] == [2, "0"]
 
 
 def test_impossible_sizes_are_refused():

@@ -1,13 +1,11 @@
-"""Balancing losses and counters against plain formulas; recompute, accumulation, two processes."""
+"""Balancing losses and counters against plain formulas; recompute, accumulation, the loss-free bias."""
 
 import copy
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
-from tests.conftest import run_on_ranks
 from torchlmoe.layers.sequence import Sequence
 from torchlmoe.moe import MoE
 
@@ -32,6 +30,9 @@ def gradients(moe):
     return {name: parameter.grad for name, parameter in moe.named_parameters()}
 
 
+LAST_COUNTS = torch.tensor([5, 0, 1, 9, 2, 3])
+
+
 def losses_by_formula(moe, x, scope, score_function):
     """The auxiliary loss and the z-loss as written in the papers, and the choices per expert."""
     logits = x @ moe.router.weight.T
@@ -41,7 +42,7 @@ def losses_by_formula(moe, x, scope, score_function):
     spans = [slice(row, row + 1) for row in range(len(x))] if scope == "sequence" else [slice(None)]
     aux = 0
     for span in spans:
-        fraction = chosen[span].mean((0, 1)) / 2
+        fraction = chosen[span].mean((0, 1)) / 2 if scope == "sequence" else LAST_COUNTS.double() / LAST_COUNTS.sum()
         aux = aux + 6 * (fraction * probability[span].mean((0, 1))).sum() / len(spans)
     z = torch.log(logits.exp().sum(-1)).pow(2).mean()
     return 0.5 * aux, z, chosen.sum((0, 1)).long()
@@ -53,6 +54,7 @@ def losses_by_formula(moe, x, scope, score_function):
 def test_injected_gradients_are_those_of_the_formula(scope, score_function, z_loss_weight):
     options = {"aux_loss_scope": scope, "score_function": score_function}
     moe, x = make(**options, z_loss_weight=z_loss_weight)
+    moe.end_step(LAST_COUNTS)
     plain, _ = make(score_function=score_function, balance="none")
     grad = torch.randn_like(x)
 
@@ -97,8 +99,10 @@ def test_recompute_counts_once(use_reentrant):
     torch.testing.assert_close(again.pop_counters(), moe.pop_counters(), rtol=0, atol=0)
 
 
-def test_two_microbatches_are_one_batch():
-    moe, x = make(aux_loss_scope="sequence", z_loss_weight=0.1)
+@pytest.mark.parametrize("scope", ["global_batch", "sequence"])
+def test_two_microbatches_are_one_batch(scope):
+    moe, x = make(aux_loss_scope=scope, z_loss_weight=0.1)
+    moe.end_step(LAST_COUNTS)
     pieces = copy.deepcopy(moe)
     (moe(x, sequence=describe(x)).square().sum()).backward()
     for piece in (x[:1], x[1:]):
@@ -131,35 +135,6 @@ def test_sequence_scope_needs_whole_rows():
         moe(x, sequence=Sequence(torch.zeros(BATCH, LENGTH, dtype=torch.int64), row_length=7))
 
 
-def train_on_rank(results):
-    """Two microbatches, one row each on this rank; the second is shorter on rank 1."""
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
-    moe, x = make(z_loss_weight=0.1)
-    moe.balance_group = dist.group.WORLD
-    for piece in (x[rank : rank + 1], x[2 + rank : 3 + rank, : LENGTH - 4 * rank]):
-        # A rank's weight is its share of the step's tokens.
-        share = piece.shape[1] / (4 * LENGTH - 4)
-        moe(piece, sequence=describe(piece, share)).square().sum().backward()
-    counters = moe.pop_counters()
-    for tensor in (*gradients(moe).values(), *counters.values()):
-        dist.all_reduce(tensor)
-    if rank == 0:
-        torch.save((gradients(moe), counters), results)
-
-
-def test_two_processes_are_one(tmp_path):
-    """The global_batch loss over two gloo processes = one process with all rows of each microbatch."""
-    run_on_ranks(2, train_on_rank, tmp_path / "results")
-    gradients_found, counters_found = torch.load(tmp_path / "results")
-    single, x = make(z_loss_weight=0.1)
-    first, second = x[:2].flatten(0, 1)[None], torch.cat([x[2], x[3, : LENGTH - 4]])[None]
-    for piece in (first, second):
-        single(piece, sequence=describe(piece, piece.shape[1] / (4 * LENGTH - 4))).square().sum().backward()
-    torch.testing.assert_close(gradients_found, gradients(single), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(counters_found, single.pop_counters(), rtol=1e-12, atol=1e-12)
-
-
 @pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
 def test_loss_free_bias_balances_a_skewed_router(score_function):
     moe, _ = make(balance="loss_free", score_function=score_function, bias_update_rate=0.002)
@@ -173,14 +148,14 @@ def test_loss_free_bias_balances_a_skewed_router(score_function):
         counters = moe.pop_counters()
         loads.append(counters["counts"].max() / counters["counts"].double().mean())
         assert counters["aux_loss"] == 0
-        moe.update_expert_bias(counters["counts"])
+        moe.end_step(counters["counts"])
     assert loads[0] > 2
     assert loads[-1] < 1.1
 
 
 def test_bias_update_is_the_papers():
     moe, _ = make(balance="loss_free", bias_update_rate=0.125)
-    moe.update_expert_bias(torch.tensor([4, 0, 9, 4, 3, 4]))
+    moe.end_step(torch.tensor([4, 0, 9, 4, 3, 4]))
     assert moe.router.expert_bias.tolist() == [0.0, 0.125, -0.125, 0.0, 0.125, 0.0]
 
 

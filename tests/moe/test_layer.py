@@ -77,9 +77,7 @@ def test_finite_differences():
     names = [name for name, _ in moe.named_parameters()]
 
     def function(x, *parameters):
-        return torch.func.functional_call(
-            moe, dict(zip(names, parameters, strict=True)), x, {"sequence": sequence}
-        )
+        return torch.func.functional_call(moe, dict(zip(names, parameters, strict=True)), x, {"sequence": sequence})
 
     torch.autograd.gradcheck(function, (x, *moe.parameters()), fast_mode=True)
 

@@ -24,9 +24,7 @@ def poison():
 def make_inputs(in_dim, out_dim, dtype):
     generator = torch.Generator().manual_seed(0)
     shapes = [(ENDS[-1], in_dim), (len(ENDS), out_dim, in_dim), (ENDS[-1], out_dim)]
-    x, weight, grad = (
-        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes
-    )
+    x, weight, grad = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
     return x.requires_grad_(), weight.requires_grad_(), grad
 
 
@@ -64,9 +62,7 @@ def test_layouts(dtype):
     transposed = weight.detach().mT.contiguous().mT
     scattered = torch.stack([weight.detach()] * 2, -1)[..., 0]
     for other in (transposed, scattered):
-        torch.testing.assert_close(
-            grouped_matmul(strided, other, OFFSETS), grouped_matmul(x, weight, OFFSETS)
-        )
+        torch.testing.assert_close(grouped_matmul(strided, other, OFFSETS), grouped_matmul(x, weight, OFFSETS))
     grad = torch.autograd.grad(grouped_matmul(x, weight, OFFSETS).sum(), (x, weight))
     expected = torch.autograd.grad(one_by_one(x, weight).sum(), (x, weight))
     torch.testing.assert_close(grad, expected)

@@ -141,7 +141,7 @@ def test_registered_operation(terms):
         (*[inputs.get(name) for name in order], 0.7, inputs["initial_state"], None),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"),
     )
-    o, _ = chunked_forward(*[inputs.get(name) for name in order], 0.7, inputs["initial_state"], None)
+    o, *_ = chunked_forward(*[inputs.get(name) for name in order], 0.7, inputs["initial_state"], None)
     used = [x for name, x in inputs.items()]
     traced = torch.autograd.grad(o.square().sum(), used)
     o, _ = linear_recurrence(**inputs, scale=0.7)

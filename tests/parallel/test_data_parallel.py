@@ -12,9 +12,10 @@ from torchlmoe.config_loader import load_config
 from torchlmoe.mixers import MIXERS
 from torchlmoe.training.trainer import Trainer
 
-SETTINGS = """--model.dim 32 --model.num_layers 4 --model.num_heads 2 --moe.num_experts 8 --moe.top_k 2 --moe.expert_dim 16
---training.seq_len 48 --training.local_batch_size 1 --training.global_batch_size 4 --training.device cpu
---training.steps 20 --optimizer.lr 1e-3 --metrics.log_freq 1 --metrics.plot false --metrics.tensorboard false""".split()
+SETTINGS = """--model.dim 32 --model.num_layers 4 --model.num_heads 2 --moe.num_experts 8 --moe.top_k 2
+--moe.expert_dim 16 --training.seq_len 48 --training.local_batch_size 1 --training.global_batch_size 4
+--training.device cpu --training.steps 20 --optimizer.lr 1e-3
+--metrics.log_freq 1 --metrics.plot false --metrics.tensorboard false""".split()
 # Beyond the mixers: what could depend on how a step is cut into ranks and microbatches.
 VARIANTS = {
     **{mixer: f"--model.mixer {mixer} --model.layer_pattern LLLN" for mixer in MIXERS},
@@ -29,7 +30,15 @@ HYBRID = "--parallelism.data_parallel_replicate_degree 2"
 def train_all(corpus: str, folder: str, extra: str) -> None:
     """In float64 20 steps of each variant; in float32 the first step's loss and gradients of each."""
     for name, settings in VARIANTS.items():
-        arguments = [*SETTINGS, "--data.dataset", corpus, "--data.cache_dir", f"{corpus}/cache", *settings.split(), *extra.split()]
+        arguments = [
+            *SETTINGS,
+            "--data.dataset",
+            corpus,
+            "--data.cache_dir",
+            f"{corpus}/cache",
+            *settings.split(),
+            *extra.split(),
+        ]
         dump = ["--job.dump_folder", f"{folder}/{name}"]
         Trainer(load_config([*arguments, *dump, "--training.dtype", "float64"])).train()
 
@@ -88,7 +97,15 @@ def test_training_lowers_the_loss(single):
 
 
 def train_in_bfloat16(corpus: str, folder: str) -> None:
-    arguments = [*SETTINGS, "--data.dataset", corpus, "--data.cache_dir", f"{corpus}/cache", "--training.dtype", "bfloat16"]
+    arguments = [
+        *SETTINGS,
+        "--data.dataset",
+        corpus,
+        "--data.cache_dir",
+        f"{corpus}/cache",
+        "--training.dtype",
+        "bfloat16",
+    ]
     trainer = Trainer(load_config([*arguments, "--job.dump_folder", folder]))
     used = {}
     for block in trainer.model.blocks.values():

@@ -18,13 +18,21 @@ from torchlmoe.training.optimizer import build_optimizer, clip_gradients
 from torchlmoe.training.schedule import lr_factor
 
 ROOT = Path(__file__).parent.parent.parent
-SMALL = """--model.dim 32 --model.num_layers 2 --model.layer_pattern LN --model.num_heads 2 --moe.num_experts 4 --moe.top_k 2
---moe.expert_dim 16 --training.seq_len 32 --training.local_batch_size 2 --training.device cpu --training.steps 6
---metrics.log_freq 2""".split()
+SMALL = """--model.dim 32 --model.num_layers 2 --model.layer_pattern LN --model.num_heads 2 --moe.num_experts 4
+--moe.top_k 2 --moe.expert_dim 16 --training.seq_len 32 --training.local_batch_size 2 --training.device cpu
+--training.steps 6 --metrics.log_freq 2""".split()
 
 
 def train(corpus, folder, *arguments):
-    command = [sys.executable, "train.py", *SMALL, "--data.dataset", str(corpus), "--data.cache_dir", str(corpus / "cache")]
+    command = [
+        sys.executable,
+        "train.py",
+        *SMALL,
+        "--data.dataset",
+        str(corpus),
+        "--data.cache_dir",
+        str(corpus / "cache"),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [*command, "--job.dump_folder", str(folder), *arguments],
@@ -40,8 +48,10 @@ def test_a_run_leaves_what_it_should(corpus, tmp_path):
     result = train(corpus, tmp_path)
     assert result.returncode == 0, result.stderr
     assert [record["step"] for record in records(tmp_path)] == [1, 2, 4, 6]
-    expected = "step loss grad_norm lr tokens_seen tokens_per_second mfu memory_gib".split()
-    expected += [f"moe/0/{name}" for name in ("load_max_over_mean", "load_entropy", "aux_loss", "dropped_fraction", "load")]
+    expected = ["step", "loss", "grad_norm", "lr", "tokens_seen", "tokens_per_second", "mfu", "memory_gib"]
+    expected += [
+        f"moe/0/{name}" for name in ("load_max_over_mean", "load_entropy", "aux_loss", "dropped_fraction", "load")
+    ]
     for record in records(tmp_path):
         assert set(expected) <= set(record)
         assert sum(record["moe/1/load"]) == 2 * 2 * 32

@@ -47,9 +47,7 @@ def open_corpus(
     """
     assert split in ("train", "validation")
     if not 0 <= validation_fraction < 1:
-        raise ValueError(
-            f"data.validation_fraction = {validation_fraction} must be at least 0 and less than 1."
-        )
+        raise ValueError(f"data.validation_fraction = {validation_fraction} must be at least 0 and less than 1.")
     name, setting = dataset, "data.dataset"
     if split == "validation" and validation_dataset is not None:
         name, setting = validation_dataset, "data.validation_dataset"
@@ -57,9 +55,7 @@ def open_corpus(
     path = embedded if name == "embedded" else Path(name).expanduser()
     held_out = validation_fraction if validation_dataset is None else None
     if path.exists():
-        return _local_corpus(
-            name, split, find_files(path, train_split, validation_split), text_column, held_out
-        )
+        return _local_corpus(name, split, find_files(path, train_split, validation_split), text_column, held_out)
     if _looks_like_a_path(name):
         raise ValueError(
             f'{setting} = "{name}" is not there: give "embedded", a local file or folder, or the id '
@@ -138,8 +134,4 @@ def _part(texts: Iterable[str], split: str, held_out: float | None) -> Iterator[
 
 def _looks_like_a_path(name: str) -> bool:
     # A hub id is "name" or "owner/name".
-    return (
-        name.count("/") > 1
-        or name[:1] in ("/", ".", "~")
-        or Path(name).suffix in TABLES | TEXTS | COMPRESSIONS
-    )
+    return name.count("/") > 1 or name[:1] in ("/", ".", "~") or Path(name).suffix in TABLES | TEXTS | COMPRESSIONS

@@ -90,12 +90,9 @@ class TrainLoader:
         )
 
     def _read(self, step: int) -> list[TensorDict]:
-        indices_MWB = self.rows_of_step(step).reshape(
-            self.num_microbatches, self.world_size, self.local_batch_size
-        )
+        indices_MWB = self.rows_of_step(step).reshape(self.num_microbatches, self.world_size, self.local_batch_size)
         return [
-            _microbatch(self.store, indices_B, self.seq_len, self.max_docs)
-            for indices_B in indices_MWB[:, self.rank]
+            _microbatch(self.store, indices_B, self.seq_len, self.max_docs) for indices_B in indices_MWB[:, self.rank]
         ]
 
     def close(self) -> None:
@@ -146,9 +143,7 @@ def validation_text_bytes(
     return int(counts @ store.token_bytes.astype(np.int64))
 
 
-def _num_validation_batches(
-    store: TokenStore, seq_len: int, rows_at_once: int, max_batches: int | None
-) -> int:
+def _num_validation_batches(store: TokenStore, seq_len: int, rows_at_once: int, max_batches: int | None) -> int:
     needed = -(-num_rows(store, seq_len) // rows_at_once)
     return needed if max_batches is None else min(needed, max_batches)
 

@@ -123,6 +123,4 @@ def _no_column(source: str, text_column: str, columns: list[str]) -> ValueError:
 
 
 def _readable() -> str:
-    return (
-        "files that end in " + ", ".join(sorted(TABLES | TEXTS)) + " (all but .parquet also with .gz or .zst)"
-    )
+    return "files that end in " + ", ".join(sorted(TABLES | TEXTS)) + " (all but .parquet also with .gz or .zst)"

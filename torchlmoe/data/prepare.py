@@ -91,9 +91,7 @@ def _build(
 ) -> TokenStore:
     token_bytes = tokenizer.token_bytes()
     with (
-        StoreWriter(
-            folder, vocab_size=tokenizer.vocab_size, end_id=tokenizer.end_id, recipe=recipe
-        ) as writer,
+        StoreWriter(folder, vocab_size=tokenizer.vocab_size, end_id=tokenizer.end_id, recipe=recipe) as writer,
         TokenizationProgress(f"{corpus.name}, {split}") as progress,
     ):
         for text, ids in _encoded(corpus, tokenizer):

@@ -16,8 +16,7 @@ def permuted(places: np.ndarray, size: int, key: tuple[int, ...]) -> np.ndarray:
     """Where the permutation of range(size) named by `key` sends `places`: int64 in [0, size) to the same."""
     half_bits = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     round_keys = [
-        np.frombuffer(hashlib.sha256(repr((key, i)).encode()).digest()[:8], dtype="<u8")[0]
-        for i in range(NUM_ROUNDS)
+        np.frombuffer(hashlib.sha256(repr((key, i)).encode()).digest()[:8], dtype="<u8")[0] for i in range(NUM_ROUNDS)
     ]
     out = places.astype(np.uint64)
     outside = np.ones(len(out), dtype=bool)

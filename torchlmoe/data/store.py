@@ -54,14 +54,11 @@ class TokenStore:
         self.num_tokens, self.num_documents = index.num_tokens, index.num_documents
         self.vocab_size, self.end_id, self.text_bytes = index.vocab_size, index.end_id, index.text_bytes
         sizes = [
-            min(index.shard_size, index.num_tokens - start)
-            for start in range(0, index.num_tokens, index.shard_size)
+            min(index.shard_size, index.num_tokens - start) for start in range(0, index.num_tokens, index.shard_size)
         ]
         self._shards = [self._map(_shard_name(i), index.token_dtype, size) for i, size in enumerate(sizes)]
         self.document_starts = self._map("documents.bin", "<i8", index.num_documents + 1)
-        self.token_bytes = (
-            self._map("token_bytes.bin", "<u2", index.vocab_size) if index.has_token_bytes else None
-        )
+        self.token_bytes = self._map("token_bytes.bin", "<u2", index.vocab_size) if index.has_token_bytes else None
 
     def _map(self, name: str, dtype: str, size: int) -> np.ndarray:
         path = self.folder / name
@@ -89,9 +86,7 @@ class StoreWriter:
     Use it as a context manager, and under a lock where several processes may write the same folder.
     """
 
-    def __init__(
-        self, folder: Path, *, vocab_size: int, end_id: int, recipe: dict, shard_size: int = SHARD_SIZE
-    ):
+    def __init__(self, folder: Path, *, vocab_size: int, end_id: int, recipe: dict, shard_size: int = SHARD_SIZE):
         self.folder = folder
         self.partial = folder.with_name(f"{folder.name}.partial")
         self.vocab_size, self.end_id, self.recipe, self.shard_size = vocab_size, end_id, recipe, shard_size

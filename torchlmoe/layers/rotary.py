@@ -13,7 +13,7 @@ def rotary_phases(positions: Tensor, rotary_dim: int, base: float) -> tuple[Tens
 
 
 def rotate(x: Tensor, phases: tuple[Tensor, Tensor]) -> Tensor:
-    """x [B, T, H, D] -> like x: channel i turns with channel i + rotary_dim / 2, the channels beyond stay as they are."""
+    """x [B, T, H, D] -> like x: channel i turns with channel i + rotary_dim / 2, the others stay as they are."""
     cos, sin = phases
     dtype = torch.promote_types(x.dtype, torch.float32)
     cos, sin = cos.to(dtype), sin.to(dtype)

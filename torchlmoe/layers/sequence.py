@@ -33,7 +33,7 @@ class Sequence:
 
     @classmethod
     def of_packed_rows(cls, document_bounds: Tensor, length: int, loss_weight: float = 1.0) -> "Sequence":
-        """The B rows of a microbatch laid back to back; document_bounds int32 [B, max_docs + 1], padded with `length`."""
+        """A microbatch's B rows back to back; document_bounds int32 [B, max_docs + 1], filled with `length`."""
         batch_size = document_bounds.shape[0]
         row_start = torch.arange(batch_size, device=document_bounds.device, dtype=torch.int32) * length
         ends = (document_bounds[:, 1:].to(torch.int32) + row_start[:, None]).reshape(-1)

@@ -59,7 +59,9 @@ class Mixer(nn.Module):
 def split_heads(dim: int, num_heads: int, what: str = "dim") -> int:
     """dim / num_heads, or a sentence that says why not."""
     if dim % num_heads:
-        raise ValueError(f"{what} = {dim} cannot be split into num_heads = {num_heads} heads; choose a divisor of {dim}.")
+        raise ValueError(
+            f"{what} = {dim} cannot be split into num_heads = {num_heads} heads; choose a divisor of {dim}."
+        )
     return dim // num_heads
 
 

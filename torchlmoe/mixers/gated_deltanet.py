@@ -1,7 +1,7 @@
 """Gated DeltaNet (arXiv 2412.06464): the delta rule with one decay per head and token.
 
-    S_t = exp(g_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T        g_t = -exp(A_log) softplus(W_a x_t + dt_bias)
-    y_t = W_o (RMSNorm(o_t) * silu(W_g x_t))                               q, k of unit length, beta_t = sigmoid(W_b x_t)
+    S_t = exp(g_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T       g_t = -exp(A_log) softplus(W_a x_t + dt_bias)
+    y_t = W_o (RMSNorm(o_t) * silu(W_g x_t))                              q, k of unit length, beta_t = sigmoid(W_b x_t)
 
 q, k and v pass a short convolution with SiLU first. With `num_key_heads` below `num_heads` several value heads share
 a key head, as in Qwen3-Next, whose layer this equals.
@@ -30,8 +30,12 @@ class GatedDeltaNet(Mixer):
         dim: int,
         *,
         num_heads: Annotated[int, Field(ge=1, description="Value heads.")],
-        num_key_heads: Annotated[int | None, Field(ge=1, description="Query and key heads; num_heads if unset.")] = None,
-        head_dim: Annotated[int | None, Field(ge=1, description="Width of a key head; dim / num_heads if unset.")] = None,
+        num_key_heads: Annotated[
+            int | None, Field(ge=1, description="Query and key heads; num_heads if unset.")
+        ] = None,
+        head_dim: Annotated[
+            int | None, Field(ge=1, description="Width of a key head; dim / num_heads if unset.")
+        ] = None,
         expand_v: Annotated[float, Field(gt=0, description="Width of a value head, as a multiple of head_dim.")] = 1.0,
         conv_size: Annotated[int, Field(ge=1, description="Tokens that the short convolutions see.")] = 4,
         negative_eigenvalues: Annotated[
@@ -68,7 +72,9 @@ class GatedDeltaNet(Mixer):
         caches = {} if cache is None else cache
         q = self.q_conv(self.q_proj(x), sequence=sequence, cache=caches.get("q_conv")).unflatten(-1, (-1, self.key_dim))
         k = self.k_conv(self.k_proj(x), sequence=sequence, cache=caches.get("k_conv")).unflatten(-1, (-1, self.key_dim))
-        v = self.v_conv(self.v_proj(x), sequence=sequence, cache=caches.get("v_conv")).unflatten(-1, (-1, self.value_dim))
+        v = self.v_conv(self.v_proj(x), sequence=sequence, cache=caches.get("v_conv")).unflatten(
+            -1, (-1, self.value_dim)
+        )
         beta = self.b_proj(x).sigmoid() * self.max_beta
         o = recur(
             self.recurrence,
@@ -88,7 +94,9 @@ class GatedDeltaNet(Mixer):
         self, batch_size: int, max_length: int, dtype: torch.dtype, device: torch.device | None = None
     ) -> TensorDict:
         state = recurrent_state(batch_size, self.num_heads, self.key_dim, self.value_dim, dtype, device)
-        convs = {name: getattr(self, name).init_cache(batch_size, dtype, device) for name in ("q_conv", "k_conv", "v_conv")}
+        convs = {
+            name: getattr(self, name).init_cache(batch_size, dtype, device) for name in ("q_conv", "k_conv", "v_conv")
+        }
         return TensorDict({"state": state, **convs}, batch_size=[batch_size])
 
     def flops_per_token(self, seq_len: int) -> int:

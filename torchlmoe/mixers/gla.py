@@ -1,7 +1,7 @@
 """Gated linear attention (arXiv 2312.06635): a decay per key channel, from a low-rank projection of the input.
 
-    g_t = logsigmoid(W_2 W_1 x_t + b) / gate_normalizer        S_t = diag(exp g_t) S_{t-1} + k_t v_t^T
-    y_t = W_o (RMSNorm(o_t) * silu(W_g x_t))
+g_t = logsigmoid(W_2 W_1 x_t + b) / gate_normalizer        S_t = diag(exp g_t) S_{t-1} + k_t v_t^T
+y_t = W_o (RMSNorm(o_t) * silu(W_g x_t))
 """
 
 from typing import Annotated
@@ -46,7 +46,9 @@ class GatedLinearAttention(Mixer):
         *,
         num_heads: Annotated[int, Field(ge=1, description="Heads.")],
         expand_k: Annotated[float, Field(gt=0, description="Width of all keys together, as a multiple of dim.")] = 0.5,
-        expand_v: Annotated[float, Field(gt=0, description="Width of all values together, as a multiple of dim.")] = 1.0,
+        expand_v: Annotated[
+            float, Field(gt=0, description="Width of all values together, as a multiple of dim.")
+        ] = 1.0,
         gate_rank: Annotated[int, Field(ge=1, description="Rank of the decay's projection.")] = 16,
         gate_normalizer: Annotated[float, Field(gt=0, description="Divides the log decay.")] = 16.0,
         norm_eps: float = 1e-6,

@@ -118,9 +118,10 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """tokens int64 [B, T] -> logits [B, T, V], or, with labels int64 [B, T], the summed negative log-likelihood.
 
-        document_bounds: int32 [B, max_docs + 1], 0, ends of the row's documents, padded with T; each row is one document
-        if None. loss_weight: the microbatch's share of the step's rows, by which the experts' balance losses are weighed
-        as their gradients join the main loss's on the way back; 1 if unset, but 0 (none) without labels.
+        document_bounds: int32 [B, max_docs + 1], 0, then where the row's documents end, filled with T; each row is one
+            document if None.
+        loss_weight: the microbatch's share of the step's rows, by which the experts' balance losses are weighed as
+            their gradients join the main loss's on the way back; 1 if unset, but 0 (none) without labels.
         """
         batch_size, length = tokens.shape
         if loss_weight is None:

@@ -1,14 +1,16 @@
 """Keeps the experts evenly loaded, and counts how evenly they are.
 
-Three remedies: the Switch auxiliary loss (arXiv 2101.03961), over all tokens of a microbatch or per row as in
-DeepSeek-V2 (arXiv 2405.04434); the router z-loss (arXiv 2202.08906); and the loss-free bias (arXiv
-2408.15664).
+Three remedies: the Switch auxiliary loss (arXiv 2101.03961), over the global batch (arXiv 2501.11873) or per row as
+in DeepSeek-V2 (arXiv 2405.04434); the router z-loss (arXiv 2202.08906); and the loss-free bias (arXiv 2408.15664).
 
     auxiliary loss = aux_loss_weight * E * sum_e f_e P_e
     z-loss         = z_loss_weight * mean_t logsumexp(logits_t)^2
 
 with f_e the fraction of choices that fell on expert e and P_e the mean probability of e. Both are 1 / E for
-each e when balanced, where the auxiliary loss is `aux_loss_weight`.
+each e when balanced, where the auxiliary loss is `aux_loss_weight`. Over the global batch, f_e is that of the last
+whole optimizer step: the present one's is not known before its last microbatch, on whichever rank or pipeline stage,
+has been routed. f_e is a constant to the gradient in any case, and so it needs no communication of its own and does
+not depend on how a batch is cut.
 
 The losses never enter the main loss: their gradients are injected on the way back, times the microbatch's
 share of the step's tokens, so they need no path through the model's outputs or between pipeline stages.
@@ -19,7 +21,6 @@ Legend: T tokens, K experts per token, E experts, R rows.
 """
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from torchlmoe.layers.sequence import Sequence
@@ -53,18 +54,17 @@ class _InjectAndCount(torch.autograd.Function):
 class LoadBalance(nn.Module):
     """Holds one layer's counters and computes its balancing losses.
 
-    aux_loss_scope: "global_batch" (f_e over the microbatch on all ranks of the group) or "sequence" (f and P
-    per row of `sequence.row_length` tokens, then the mean over rows). A weight of zero leaves that loss out.
+    aux_loss_scope: "global_batch" (f_e over all tokens of the last step) or "sequence" (f and P per row of
+    `sequence.row_length` tokens, then the mean over rows). A weight of zero leaves that loss out.
     """
 
     counts: Tensor
     dropped: Tensor
     aux_loss: Tensor
     z_loss: Tensor
+    last_counts: Tensor | None
 
-    def __init__(
-        self, num_experts: int, *, aux_loss_weight: float, aux_loss_scope: str, z_loss_weight: float
-    ):
+    def __init__(self, num_experts: int, *, aux_loss_weight: float, aux_loss_scope: str, z_loss_weight: float):
         super().__init__()
         self.num_experts = num_experts
         self.aux_loss_weight = aux_loss_weight
@@ -74,15 +74,27 @@ class LoadBalance(nn.Module):
         self.register_buffer("dropped", torch.zeros((), dtype=torch.int64), persistent=False)
         self.register_buffer("aux_loss", torch.zeros((), dtype=torch.float64), persistent=False)
         self.register_buffer("z_loss", torch.zeros((), dtype=torch.float64), persistent=False)
+        # Of the last step over all ranks; part of the model's state where it matters.
+        global_batch = aux_loss_weight > 0 and aux_loss_scope == "global_batch"
+        self.register_buffer("last_counts", torch.ones(num_experts, dtype=torch.int64) if global_batch else None)
 
-    def reset(self) -> None:
-        for total in self.buffers():
-            total.zero_()
+    def init_weights(self) -> None:
+        """Nothing counted, and an even load before the first step."""
+        self.pop_counters()
+        if self.last_counts is not None:
+            self.last_counts.fill_(1)
+
+    def end_step(self, counts_E: Tensor) -> None:
+        """counts_E int64 [E]: the step's choices per expert over all ranks."""
+        if self.last_counts is not None:
+            self.last_counts.copy_(counts_E)
 
     def pop_counters(self) -> dict[str, Tensor]:
         """What this rank counted since the last call; sums over ranks are the step's."""
-        counters = {name: total.clone() for name, total in self.named_buffers()}
-        self.reset()
+        totals = {name: getattr(self, name) for name in ("counts", "dropped", "aux_loss", "z_loss")}
+        counters = {name: total.clone() for name, total in totals.items()}
+        for total in totals.values():
+            total.zero_()
         return counters
 
     def forward(
@@ -92,29 +104,22 @@ class LoadBalance(nn.Module):
         count_E: Tensor,
         dropped: Tensor,
         sequence: Sequence,
-        group: dist.ProcessGroup | None,
     ) -> Tensor:
         """Returns x, through which this microbatch's loss gradients are injected and its choices counted."""
         aux_loss = z_loss = routing.logits_TE.new_zeros(())
         if self.aux_loss_weight:
-            aux_loss = self.aux_loss_weight * self._switch_loss(routing, count_E, sequence, group)
+            aux_loss = self.aux_loss_weight * self._switch_loss(routing, sequence)
         if self.z_loss_weight:
             z_loss = self.z_loss_weight * routing.logits_TE.logsumexp(-1).square().mean()
         totals = (self.aux_loss, self.z_loss, self.counts, self.dropped)
         values = (aux_loss, z_loss, count_E, dropped)
         return _InjectAndCount.apply(x, sequence.loss_weight, 2, *values, *totals)
 
-    def _switch_loss(
-        self, routing: Routing, count_E: Tensor, sequence: Sequence, group: dist.ProcessGroup | None
-    ) -> Tensor:
+    def _switch_loss(self, routing: Routing, sequence: Sequence) -> Tensor:
         probability_TE = routing.probability_TE
-        if self.aux_loss_scope == "global_batch":
-            if group is not None:
-                count_E = count_E.clone()
-                dist.all_reduce(count_E, group=group)
-            fraction_E = count_E.to(probability_TE.dtype) / count_E.sum()
-            # The mean is this rank's own: its gradient times loss_weight, summed over ranks, is that of the
-            # whole mean.
+        if self.last_counts is not None:
+            fraction_E = self.last_counts.to(probability_TE.dtype) / self.last_counts.sum()
+            # The microbatch's own mean: times loss_weight and summed over the step, it is the whole mean.
             return self.num_experts * (fraction_E * probability_TE.mean(0)).sum()
         length = sequence.row_length
         if length is None or probability_TE.shape[0] % length:

@@ -1,12 +1,11 @@
 """The mixture-of-experts layer: route, dispatch, experts, combine, plus the shared experts.
 
-Presets, each equal to the published model's routing:
+Settings that equal the routing of published models:
 
     Mixtral       score_function="softmax", normalize_top_k=True
-    Qwen2-MoE     score_function="softmax", normalize_top_k=False, shared_expert_dim=...,
-    shared_expert_gate=True DeepSeek-V2   score_function="softmax", normalize_top_k=False,
-    num_shared_experts=2, group_score="max", ... DeepSeek-V3   score_function="sigmoid", normalize_top_k=True,
-    balance="loss_free", group_score="top2_sum", ...
+    Qwen2-MoE     score_function="softmax", normalize_top_k=False, shared_expert_dim=..., shared_expert_gate=True
+    DeepSeek-V2   score_function="softmax", normalize_top_k=False, num_shared_experts=2, group_score="max", ...
+    DeepSeek-V3   score_function="sigmoid", normalize_top_k=True, balance="loss_free", group_score="top2_sum", ...
 
 Legend: T tokens, D width, E experts, K experts per token, M = T * K slots.
 """
@@ -14,7 +13,6 @@ Legend: T tokens, D width, E experts, K experts per token, M = T * K slots.
 import math
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from torchlmoe.layers.initialization import normal_
@@ -43,11 +41,9 @@ class MoE(nn.Module):
     balance: "aux_loss" (with aux_loss_weight, aux_loss_scope), "loss_free" (with bias_update_rate), "none".
     z_loss_weight: weight of the router z-loss, with any balance.
 
-    `balance_group` is the process group over which the "global_batch" auxiliary loss counts; None for one
-    process. Raises ValueError where settings contradict each other.
+    After each optimizer step hand the step's counts to `end_step`. Raises ValueError where settings contradict each
+    other.
     """
-
-    balance_group: dist.ProcessGroup | None = None
 
     def __init__(
         self,
@@ -68,7 +64,7 @@ class MoE(nn.Module):
         capacity_factor: float | None = None,
         balance: str = "aux_loss",
         aux_loss_weight: float = 0.01,
-        aux_loss_scope: str = "global_batch",
+        aux_loss_scope: str = "sequence",
         z_loss_weight: float = 0.0,
         bias_update_rate: float = 0.001,
         init_std: float = 0.02,
@@ -85,9 +81,7 @@ class MoE(nn.Module):
             if value < 0:
                 raise ValueError(f"{name} = {value} must not be negative: it would reward imbalance.")
         if balance == "loss_free" and bias_update_rate <= 0:
-            raise ValueError(
-                f"bias_update_rate = {bias_update_rate} must be positive with balance = 'loss_free'."
-            )
+            raise ValueError(f"bias_update_rate = {bias_update_rate} must be positive with balance = 'loss_free'.")
         self.num_experts = num_experts
         self.top_k = top_k
         self.capacity_factor = capacity_factor
@@ -119,7 +113,7 @@ class MoE(nn.Module):
     def init_weights(self) -> None:
         self.router.init_weights()
         self.experts.init_weights()
-        self.load_balance.reset()
+        self.load_balance.init_weights()
         if self.shared_expert is not None:
             self.shared_expert.init_weights()
         if self.shared_expert_gate is not None:
@@ -135,9 +129,7 @@ class MoE(nn.Module):
             beyond_TK = slots.place_TK(routing.expert_TK) >= capacity
             weight_TK, dropped = weight_TK.masked_fill(beyond_TK, 0.0), beyond_TK.sum()
         if self.training and sequence.loss_weight and torch.is_grad_enabled():
-            weight_TK = self.load_balance(
-                weight_TK, routing, slots.count_E(), dropped, sequence, self.balance_group
-            )
+            weight_TK = self.load_balance(weight_TK, routing, slots.count_E(), dropped, sequence)
         y_MD = self.experts(gather_slots(x_TD, slots), reorder_choices(weight_TK, slots), slots.offset_E)
         y = sum_slots(y_MD, slots).view_as(x)
         if self.shared_expert is None:
@@ -156,11 +148,13 @@ class MoE(nn.Module):
         return self.load_balance.pop_counters()
 
     @torch.no_grad()
-    def update_expert_bias(self, counts_E: Tensor) -> None:
+    def end_step(self, counts_E: Tensor) -> None:
         """Call after an optimizer step: counts_E int64 [E], the step's choices per expert over all ranks.
 
-        One step of arXiv 2408.15664; does nothing unless balance is "loss_free".
+        Keeps them for the "global_batch" loss, and with balance "loss_free" moves the bias by one step of
+        arXiv 2408.15664.
         """
+        self.load_balance.end_step(counts_E)
         bias_E = self.router.expert_bias
         if bias_E is not None:
             # In whole numbers, so that an expert exactly at the mean stays put: E * (mean - count).
@@ -198,8 +192,7 @@ def _check_groups(
         )
     if not 1 <= num_limited_groups <= num_expert_groups:
         raise ValueError(
-            f"num_limited_groups = {num_limited_groups} must lie between 1 and num_expert_groups = "
-            f"{num_expert_groups}."
+            f"num_limited_groups = {num_limited_groups} must lie between 1 and num_expert_groups = {num_expert_groups}."
         )
     group_size = num_experts // num_expert_groups
     if not 1 <= top_k <= num_limited_groups * group_size:

@@ -65,9 +65,7 @@ class Router(nn.Module):
         self.init_std = init_std
         dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
         self.weight = nn.Parameter(torch.empty(num_experts, dim, dtype=dtype))
-        self.register_buffer(
-            "expert_bias", torch.zeros(num_experts, dtype=torch.float32) if with_bias else None
-        )
+        self.register_buffer("expert_bias", torch.zeros(num_experts, dtype=torch.float32) if with_bias else None)
 
     def init_weights(self) -> None:
         normal_(self.weight, self.init_std)

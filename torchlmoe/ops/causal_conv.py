@@ -14,7 +14,8 @@ from torch import Tensor
 def causal_conv(x: Tensor, weight: Tensor, *, cu_seqlens: Tensor | None = None, activation: bool = True) -> Tensor:
     """x [B, T, channels], weight [channels, width] (the last column meets the newest token) -> like x.
 
-    cu_seqlens: int32 [N + 1] bounds of documents packed into one row (B = 1), or None. activation: whether SiLU follows.
+    cu_seqlens: int32 [N + 1] bounds of documents packed into one row (B = 1), or None.
+    activation: whether SiLU follows.
     """
     return _forward(x, weight, cu_seqlens, activation)
 

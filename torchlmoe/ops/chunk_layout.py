@@ -67,7 +67,9 @@ def chunk_layout(
     else:
         bounds = cu_seqlens.tolist()
         if bounds[0] != 0 or bounds[-1] != length or bounds != sorted(bounds):
-            raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens, {length}; it is {bounds[:8]} ... {bounds[-1]}.")
+            raise ValueError(
+                f"cu_seqlens must rise from 0 to the number of tokens, {length}; it is {bounds[:8]} ... {bounds[-1]}."
+            )
         num_documents = len(bounds) - 1
         starts_list = bounds[:-1]
         lengths_list = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]

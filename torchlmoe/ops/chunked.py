@@ -7,8 +7,8 @@ In a chunk with start state S, G the inclusive cumulative sum of the log decay, 
     O  = (q * exp G) S + P V'
     S <- exp(G_C) S + (k * exp(G_C - G))^T V'
 
-Only S <- ... and V' run one chunk after another (over all documents and heads at once). The backward keeps nothing
-but the inputs, runs the forward scan again and then the mirrored scan. With dS the gradient of the chunk's last state:
+Only S <- ... and V' run one chunk after another (over all documents and heads at once). The forward hands S, V' and
+(I + L)^-1 of every chunk to the backward, which runs the mirrored scan. With dS the gradient of the chunk's last state:
 
     dV' = P^T dO + (k * exp(G_C - G)) dS                  dV = (I + L)^-T dV'
     dP  = tril(dO V'^T)                                   dL = -strict_tril(dV V'^T)
@@ -16,7 +16,9 @@ but the inputs, runs the forward scan again and then the mirrored scan. With dS 
     dS <- (q * exp G)^T dO + exp(G_C) dS - (e * exp G)^T dV
     dg = reverse_cumsum(q * dq + e * de - k * dk) + sum_v S_C * dS      per chunk, so that extreme gates do not cancel
 
-Legend: M chunks, H heads of v, N = M * H, C tokens a chunk, K key width, V value width.
+q and e do the same things to k and S, so they are stacked as the "readers" of a chunk and go through them together.
+
+Legend: M chunks, H heads of v, N = M * H, R readers, C tokens a chunk, K key width, V value width.
 """
 
 from dataclasses import dataclass
@@ -25,7 +27,7 @@ import torch
 from torch import Tensor
 
 from torchlmoe.ops.chunk_layout import ChunkLayout, chunk_layout
-from torchlmoe.ops.decayed_scores import ChannelDecayScores, ScalarDecayScores, UndecayedScores
+from torchlmoe.ops.decayed_scores import ChannelDecayScores, ScalarDecayScores, Scores, UndecayedScores
 
 CHUNK_SIZE = 64
 
@@ -35,22 +37,28 @@ class _Chunks:
     """All that both directions need, cut into chunks and promoted to at least float32."""
 
     layout: ChunkLayout
-    q_NCK: Tensor | None  # times scale
+    num_heads: int
     k_NCK: Tensor
     v_NCV: Tensor
-    e_NCK: Tensor | None
+    readers_NRCK: Tensor | None  # q times scale, then e, those of them that there are
     beta_NC: Tensor | None  # where e = beta * k
-    scores: UndecayedScores | ScalarDecayScores | ChannelDecayScores
+    scores: Scores
     from_start: Tensor | None  # exp(G), [N, C, 1 or K]
     to_end: Tensor | None  # exp(G_C - G)
     whole: Tensor | None  # exp(G_C), [N, 1 or K, 1]
-    inverse_NCC: Tensor | None  # (I + L)^-1
 
-    def decayed_from_start(self, x_NCK: Tensor) -> Tensor:
-        return x_NCK if self.from_start is None else x_NCK * self.from_start
+    def from_start_of(self, x_NRCK: Tensor) -> Tensor:
+        return x_NRCK if self.from_start is None else x_NRCK * self.from_start[:, None]
 
-    def decayed_to_end(self, x_NCK: Tensor) -> Tensor:
+    def to_end_of(self, x_NCK: Tensor) -> Tensor:
         return x_NCK if self.to_end is None else x_NCK * self.to_end
+
+    def steps(self) -> list[tuple[slice, int]]:
+        """The rows of each step of the scan, and how many documents' heads take part."""
+        return [
+            (slice(start * self.num_heads, (start + count) * self.num_heads), count * self.num_heads)
+            for start, count in zip(self.layout.starts(), self.layout.num_active, strict=True)
+        ]
 
 
 def _cut(q, k, v, log_decay, erase, scale, cu_seqlens) -> _Chunks:
@@ -61,81 +69,62 @@ def _cut(q, k, v, log_decay, erase, scale, cu_seqlens) -> _Chunks:
     def cut(x: Tensor) -> Tensor:
         return layout.to_chunks(x, num_heads).to(dtype)
 
-    q_NCK = None if q is None else cut(q)
-    if q_NCK is not None and scale != 1.0:
-        q_NCK = q_NCK * scale
     k_NCK, v_NCV = cut(k), cut(v)
+    readers = []
+    if q is not None:
+        readers.append(cut(q) * scale)
+    beta_NC = None
+    if erase is not None:
+        beta_NC = cut(erase) if erase.dim() == 3 else None
+        readers.append(cut(erase) if beta_NC is None else k_NCK * beta_NC[..., None])
 
-    scores: UndecayedScores | ScalarDecayScores | ChannelDecayScores = UndecayedScores()
+    scores: Scores = UndecayedScores()
     from_start = to_end = whole = None
     if log_decay is not None:
         if log_decay.dim() == 1:
             log_decay = log_decay.expand(batch_size, length, num_heads)
         total = cut(log_decay).double().cumsum(1)
         if log_decay.dim() == 3:
-            scores = ScalarDecayScores(total)
+            scores = ScalarDecayScores(total, dtype)
             total = total[..., None]
         else:
             scores = ChannelDecayScores(total, dtype)
         from_start = total.to(dtype).exp()
         to_end = (total[:, -1:] - total).to(dtype).exp()
         whole = from_start[:, -1, :, None]
-
-    e_NCK = beta_NC = inverse_NCC = None
-    if erase is not None:
-        if erase.dim() == 3:
-            beta_NC = cut(erase)
-            e_NCK = k_NCK * beta_NC[..., None]
-        else:
-            e_NCK = cut(erase)
-        lower = scores.forward(e_NCK, k_NCK, -1)
-        identity = torch.eye(lower.shape[-1], dtype=dtype, device=lower.device)
-        # The diagonal is taken as ones, so `lower` stands for I + L.
-        inverse_NCC = torch.linalg.solve_triangular(
-            lower, identity.expand_as(lower), upper=False, unitriangular=True
-        )
-    return _Chunks(
-        layout, q_NCK, k_NCK, v_NCV, e_NCK, beta_NC, scores, from_start, to_end, whole, inverse_NCC
-    )
+    readers_NRCK = torch.stack(readers, 1) if readers else None
+    return _Chunks(layout, num_heads, k_NCK, v_NCV, readers_NRCK, beta_NC, scores, from_start, to_end, whole)
 
 
 def _scan(
-    chunks: _Chunks, num_heads: int, initial_state: Tensor | None
-) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
-    """Returns the states at the start and at the end of the chunks of each step, V' [N, C, V], and the final states.
-
-    Final states are in the layout's order of documents, [documents, H, K, V].
-    """
-    layout = chunks.layout
-    k_NCK, v_NCV = chunks.k_NCK, chunks.v_NCV
-    num_documents = len(layout.order_N)
-    state = k_NCK.new_zeros(num_documents * num_heads, k_NCK.shape[-1], v_NCV.shape[-1])
+    chunks: _Chunks, erased_key: Tensor | None, inverse_NCC: Tensor | None, initial_state: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns each chunk's first state [N, K, V], V' [N, C, V], and the documents' last states, longest first."""
+    layout, num_heads = chunks.layout, chunks.num_heads
+    v_NCV = chunks.v_NCV
+    num_documents = layout.order_N.shape[0]
+    state = v_NCV.new_zeros(num_documents * num_heads, chunks.k_NCK.shape[-1], v_NCV.shape[-1])
     if initial_state is not None:
-        state = initial_state.index_select(0, layout.order_N).to(k_NCK.dtype).flatten(0, 1)
-    written_key = chunks.decayed_to_end(k_NCK).mT
-    erased_key = None if chunks.e_NCK is None else chunks.decayed_from_start(chunks.e_NCK)
-    # Without an erase term what is written does not depend on the state: one product for all chunks.
-    written = None if erased_key is not None else torch.bmm(written_key, v_NCV)
+        state = initial_state.index_select(0, layout.order_N).to(v_NCV.dtype).flatten(0, 1)
+    written_key = chunks.to_end_of(chunks.k_NCK).mT
+    written = torch.bmm(written_key, v_NCV) if erased_key is None else None
 
-    starts, ends, values = [], [], []
+    starts, values = [], []
     finished = []  # states of documents that end, shortest first
-    for start, count in zip(layout.starts(), layout.num_active, strict=True):
-        rows = slice(start * num_heads, (start + count) * num_heads)
-        finished.append(state[count * num_heads :])
-        state = state[: count * num_heads]
+    for rows, count in chunks.steps():
+        finished.append(state[count:])
+        state = state[:count]
         starts.append(state)
         decayed = state if chunks.whole is None else state * chunks.whole[rows]
         if written is not None:
             state = decayed + written[rows]
         else:
+            assert erased_key is not None and inverse_NCC is not None
             residual = torch.baddbmm(v_NCV[rows], erased_key[rows], state, alpha=-1)
-            value = torch.bmm(chunks.inverse_NCC[rows], residual)
-            state = torch.baddbmm(decayed, written_key[rows], value)
-            values.append(value)
-        ends.append(state)
+            values.append(torch.bmm(inverse_NCC[rows], residual))
+            state = torch.baddbmm(decayed, written_key[rows], values[-1])
     final = torch.cat([state, *reversed(finished)]).unflatten(0, (num_documents, num_heads))
-    new_values = torch.cat(values) if values else v_NCV
-    return starts, ends, new_values, final
+    return torch.cat(starts), torch.cat(values) if values else v_NCV, final
 
 
 def _restore_order(x_N: Tensor, layout: ChunkLayout) -> Tensor:
@@ -151,22 +140,40 @@ def chunked_forward(
     scale: float,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Arguments as in `linear_recurrence`. Returns (o [B, T, H, V] in v's dtype, final state [documents, H, K, V]).
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Arguments as in `linear_recurrence`. Returns o [B, T, H, V] in v's dtype, the final state [documents, H, K, V],
+    and for the backward the first state of every chunk, V' and (I + L)^-T (empty where nothing is erased).
 
     Made of differentiable torch operations throughout, so it can also be traced or differentiated by autograd.
     """
-    batch_size, length, num_heads, value_dim = v.shape
+    batch_size, length, num_heads, _ = v.shape
+    empty = v.new_empty(0, dtype=torch.promote_types(v.dtype, torch.float32))
     if batch_size * length == 0:
-        return torch.zeros_like(v), _empty_state(k, v, initial_state, cu_seqlens)
+        return torch.zeros_like(v), _empty_state(k, v, initial_state, cu_seqlens), empty, empty.clone(), empty.clone()
     chunks = _cut(q, k, v, log_decay, erase, scale, cu_seqlens)
-    starts, _, value, final = _scan(chunks, num_heads, initial_state)
+    p_NCC = inverse_NCC = erased_key = read_key = None
+    if chunks.readers_NRCK is not None:
+        scores = chunks.scores.forward(chunks.readers_NRCK, chunks.k_NCK)
+        decayed = chunks.from_start_of(chunks.readers_NRCK)
+        if q is not None:
+            p_NCC, read_key = scores[:, 0], decayed[:, 0]
+        if erase is not None:
+            erased_key = decayed[:, -1]
+            identity = torch.eye(scores.shape[-1], dtype=scores.dtype, device=scores.device)
+            # The diagonal is taken as ones, so that L stands for I + L.
+            inverse_NCC = torch.linalg.solve_triangular(
+                scores[:, -1], identity.expand_as(scores[:, -1]), upper=False, unitriangular=True
+            )
+    starts, value, final = _scan(chunks, erased_key, inverse_NCC, initial_state)
     final = _restore_order(final, chunks.layout)
-    if chunks.q_NCK is None:
-        return torch.zeros_like(v), final
-    scores = chunks.scores.forward(chunks.q_NCK, chunks.k_NCK, 0)
-    o = torch.baddbmm(torch.bmm(chunks.decayed_from_start(chunks.q_NCK), torch.cat(starts)), scores, value)
-    return chunks.layout.to_tokens(o, num_heads, (batch_size, length), num_heads).to(v.dtype), final
+    if p_NCC is None or read_key is None:
+        o = torch.zeros_like(v)
+    else:
+        o = torch.baddbmm(torch.bmm(read_key, starts), p_NCC, value)
+        o = chunks.layout.to_tokens(o, num_heads, (batch_size, length), num_heads).to(v.dtype)
+    if inverse_NCC is None:
+        return o, final, starts, empty, empty.clone()
+    return o, final, starts, value, inverse_NCC.mT.contiguous()
 
 
 def _empty_state(k: Tensor, v: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
@@ -179,8 +186,8 @@ def _empty_state(k: Tensor, v: Tensor, initial_state: Tensor | None, cu_seqlens:
 
 
 def chunked_backward(
-    grad_o: Tensor | None,
-    grad_final: Tensor | None,
+    grad_o: Tensor,
+    grad_final: Tensor,
     q: Tensor | None,
     k: Tensor,
     v: Tensor,
@@ -189,37 +196,41 @@ def chunked_backward(
     scale: float,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    final: Tensor,
+    starts: Tensor,
+    value: Tensor,
+    inverse_T: Tensor,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of q, k, v, log_decay, erase and initial_state, each in its own dtype; None where there is none."""
+    """Gradients of q, k, v, log_decay, erase and initial_state, each in its own dtype; None where there is none.
+
+    The last four arguments are what `chunked_forward` returned beside o.
+    """
     batch_size, length, num_heads, _ = v.shape
     if batch_size * length == 0:
-        grads = [None if x is None else torch.zeros_like(x) for x in (q, k, v, log_decay, erase)]
-        return (*grads, None if initial_state is None else grad_final)  # type: ignore[return-value]
+        none = [None if x is None else torch.zeros_like(x) for x in (q, k, v, log_decay, erase)]
+        return (*none, None if initial_state is None else grad_final)  # type: ignore[return-value]
     chunks = _cut(q, k, v, log_decay, erase, scale, cu_seqlens)
-    layout, scores = chunks.layout, chunks.scores
-    q_NCK, k_NCK, e_NCK = chunks.q_NCK, chunks.k_NCK, chunks.e_NCK
-    starts, ends, value, final = _scan(chunks, num_heads, initial_state)
-    written_key = chunks.decayed_to_end(k_NCK)
-    erased_key = None if e_NCK is None else chunks.decayed_from_start(e_NCK)
+    layout, readers, k_NCK = chunks.layout, chunks.readers_NRCK, chunks.k_NCK
+    if erase is None:
+        value = chunks.v_NCV
+    decayed = None if readers is None else chunks.from_start_of(readers)
+    written_key = chunks.to_end_of(k_NCK)
 
-    grad_o_NCV = grad_value = read_grad = p_NCC = None
-    if q_NCK is not None and grad_o is not None:
+    grad_rows = []  # the gradient that each reader's product with S has: dO, and -dV
+    grad_value = read_grad = None
+    if readers is not None and decayed is not None and q is not None:
         grad_o_NCV = layout.to_chunks(grad_o, num_heads).to(k_NCK.dtype)
-        p_NCC = scores.forward(q_NCK, k_NCK, 0)
-        grad_value = torch.bmm(p_NCC.mT, grad_o_NCV)
-        read_grad = torch.bmm(chunks.decayed_from_start(q_NCK).mT, grad_o_NCV)
+        grad_value = torch.bmm(chunks.scores.forward(readers[:, :1], k_NCK)[:, 0].mT, grad_o_NCV)
+        read_grad = torch.bmm(decayed[:, 0].mT, grad_o_NCV)
+        grad_rows.append(grad_o_NCV)
+    erased_key = None if erase is None or decayed is None else decayed[:, -1]
 
     # The mirrored scan: documents come in at their last chunk.
-    grad_final_NKV = torch.zeros_like(final).flatten(0, 1)
-    if grad_final is not None:
-        grad_final_NKV = grad_final.index_select(0, layout.order_N).to(k_NCK.dtype).flatten(0, 1)
-    grad_state = grad_final_NKV[:0]
-    grad_ends: list[Tensor] = []
-    grad_values: list[Tensor] = []  # dV'
-    grad_inputs: list[Tensor] = []  # dV
-    for start, count in zip(reversed(layout.starts()), reversed(layout.num_active), strict=True):
-        rows = slice(start * num_heads, (start + count) * num_heads)
-        grad_state = torch.cat([grad_state, grad_final_NKV[grad_state.shape[0] : count * num_heads]])
+    last_grad = grad_final.index_select(0, layout.order_N).to(k_NCK.dtype).flatten(0, 1)
+    grad_state = last_grad[:0]
+    grad_ends, grad_values, grad_inputs = [], [], []  # dS at each chunk's end, dV', -dV
+    for rows, count in reversed(chunks.steps()):
+        grad_state = torch.cat([grad_state, last_grad[grad_state.shape[0] : count]])
         grad_ends.append(grad_state)
         if grad_value is None:
             grad_value_rows = torch.bmm(written_key[rows], grad_state)
@@ -231,62 +242,72 @@ def chunked_backward(
         if read_grad is not None:
             grad_state = grad_state + read_grad[rows]
         if erased_key is not None:
-            grad_input = torch.bmm(chunks.inverse_NCC[rows].mT, grad_value_rows)
-            grad_inputs.append(grad_input)
-            grad_state = torch.baddbmm(grad_state, erased_key[rows].mT, grad_input, alpha=-1)
-    grad_initial = torch.cat([grad_state, grad_final_NKV[grad_state.shape[0] :]])
+            grad_inputs.append(torch.bmm(inverse_T[rows], grad_value_rows).neg_())
+            grad_state = torch.baddbmm(grad_state, erased_key[rows].mT, grad_inputs[-1])
+    grad_initial = torch.cat([grad_state, last_grad[grad_state.shape[0] :]])
     grad_end_NKV = torch.cat(grad_ends[::-1])
-    grad_value_NCV = torch.cat(grad_values[::-1])
-    grad_v_NCV = grad_value_NCV if erased_key is None else torch.cat(grad_inputs[::-1])
-    start_NKV = torch.cat(starts)
+    if erased_key is None:
+        grad_v_NCV = torch.cat(grad_values[::-1])
+    else:
+        grad_rows.append(torch.cat(grad_inputs[::-1]))
+        grad_v_NCV = -grad_rows[-1]
 
-    grad_k_NCK = chunks.decayed_to_end(torch.bmm(value, grad_end_NKV.mT))
-    grad_q_NCK = grad_e_NCK = None
-    if grad_o_NCV is not None:
-        grad_p = torch.bmm(grad_o_NCV, value.mT).tril()
-        grad_q_NCK, grad_k = scores.backward(grad_p, q_NCK, k_NCK)
-        grad_q_NCK = grad_q_NCK + chunks.decayed_from_start(torch.bmm(grad_o_NCV, start_NKV.mT))
-        grad_k_NCK = grad_k_NCK + grad_k
-    if e_NCK is not None:
-        grad_lower = torch.bmm(grad_v_NCV, value.mT).neg_().tril(-1)
-        grad_e_NCK, grad_k = scores.backward(grad_lower, e_NCK, k_NCK)
-        grad_e_NCK = grad_e_NCK - chunks.decayed_from_start(torch.bmm(grad_v_NCV, start_NKV.mT))
-        grad_k_NCK = grad_k_NCK + grad_k
+    grad_k_NCK = chunks.to_end_of(torch.bmm(value, grad_end_NKV.mT))
+    grad_readers = None
+    if readers is not None:
+        rows_NRCV = torch.stack(grad_rows, 1)
+        flat = rows_NRCV.flatten(1, 2)
+        grad_scores = torch.bmm(flat, value.mT).unflatten(1, rows_NRCV.shape[1:3])
+        if erase is not None:
+            grad_scores[:, -1].diagonal(dim1=-2, dim2=-1).zero_()  # L is strict
+        grad_readers, grad_k = chunks.scores.backward(grad_scores, readers, k_NCK)
+        grad_k_NCK = grad_k_NCK.add_(grad_k)
+        grad_readers += chunks.from_start_of(torch.bmm(flat, starts.mT).unflatten(1, rows_NRCV.shape[1:3]))
 
     def to_tokens(x: Tensor, like: Tensor) -> Tensor:
         return layout.to_tokens(x, num_heads, (batch_size, length), like.shape[2]).to(like.dtype)
 
     grad_log_decay = None
     if log_decay is not None:
-        flow = -k_NCK * grad_k_NCK
-        if grad_q_NCK is not None:
-            flow = flow + q_NCK * grad_q_NCK
-        if grad_e_NCK is not None:
-            flow = flow + e_NCK * grad_e_NCK
-        at_end = (torch.cat(ends) * grad_end_NKV).sum(-1)  # [N, K]
-        if log_decay.dim() < 4:
-            flow, at_end = flow.sum(-1), at_end.sum(-1)
+        per_head = log_decay.dim() < 4
+        flow = k_NCK * -grad_k_NCK
+        if per_head:
+            flow = flow.sum(-1)
+        if readers is not None and grad_readers is not None:
+            read_flow = readers * grad_readers
+            flow = flow + (read_flow.sum((1, 3)) if per_head else read_flow.sum(1))
+        at_end = (_ends(chunks, starts, final) * grad_end_NKV).sum((1, 2) if per_head else 2)
         grad_decay_NC = flow.flip(1).cumsum(1).flip(1) + at_end[:, None]
         grad_log_decay = layout.to_tokens(grad_decay_NC, num_heads, (batch_size, length), num_heads)
         if log_decay.dim() == 1:
             grad_log_decay = grad_log_decay.sum((0, 1))
         grad_log_decay = grad_log_decay.to(log_decay.dtype)
 
-    grad_erase = None
-    if erase is not None:
-        if chunks.beta_NC is not None:
-            grad_erase = to_tokens((grad_e_NCK * k_NCK).sum(-1), erase)
-            grad_k_NCK = grad_k_NCK + grad_e_NCK * chunks.beta_NC[..., None]
-        else:
+    grad_q = grad_erase = None
+    if q is not None and grad_readers is not None:
+        grad_q = to_tokens(grad_readers[:, 0] * scale, q)
+    if erase is not None and grad_readers is not None:
+        grad_e_NCK = grad_readers[:, -1]
+        if chunks.beta_NC is None:
             grad_erase = to_tokens(grad_e_NCK, erase)
-    grad_q = None
-    if q is not None:
-        if grad_q_NCK is None:
-            grad_q = torch.zeros_like(q)
         else:
-            grad_q = to_tokens(grad_q_NCK * scale if scale != 1.0 else grad_q_NCK, q)
+            grad_erase = to_tokens((grad_e_NCK * k_NCK).sum(-1), erase)
+            grad_k_NCK.addcmul_(grad_e_NCK, chunks.beta_NC[..., None])
     grad_initial_state = None
     if initial_state is not None:
-        grad_initial_state = grad_initial.unflatten(0, (-1, num_heads))
-        grad_initial_state = _restore_order(grad_initial_state, layout).to(initial_state.dtype)
+        grad_initial_state = _restore_order(grad_initial.unflatten(0, (-1, num_heads)), layout).to(initial_state.dtype)
     return grad_q, to_tokens(grad_k_NCK, k), to_tokens(grad_v_NCV, v), grad_log_decay, grad_erase, grad_initial_state
+
+
+def _ends(chunks: _Chunks, starts: Tensor, final: Tensor) -> Tensor:
+    """Each chunk's last state: the first of the document's next chunk, or the document's last."""
+    last = final.index_select(0, chunks.layout.order_N).flatten(0, 1)
+    steps = chunks.steps()
+    ends = []
+    for (_, count), following in zip(steps, [*steps[1:], None], strict=True):
+        if following is None:
+            ends.append(last[:count])
+        else:
+            rows, going_on = following
+            ends += [starts[rows], last[going_on:count]]
+    return torch.cat(ends)

@@ -36,9 +36,7 @@ def grouped_matmul(x_MD: Tensor, weight_EFD: Tensor, offsets_E: Tensor) -> Tenso
             f"{list(weight_EFD.shape)}: give weight one [F, D] matrix per group."
         )
     if x_MD.dtype != weight_EFD.dtype:
-        raise ValueError(
-            f"x is {x_MD.dtype} and weight is {weight_EFD.dtype}: cast one to the other's dtype."
-        )
+        raise ValueError(f"x is {x_MD.dtype} and weight is {weight_EFD.dtype}: cast one to the other's dtype.")
     if offsets_E.dtype != torch.int32 or offsets_E.shape != weight_EFD.shape[:1]:
         raise ValueError(
             f"offsets_E is {offsets_E.dtype} {list(offsets_E.shape)}, but must be int32 "

@@ -106,9 +106,7 @@ def span_summary(
     identity = torch.eye(key_dim, dtype=dtype, device=v.device).expand(num_documents, num_heads, -1, -1)
     initial_state = torch.cat([identity.new_zeros(num_documents, num_heads, key_dim, value_dim), identity], -1)
     wide_v = torch.nn.functional.pad(v, (0, key_dim))
-    _, state = _run(
-        None, k, wide_v, log_decay, erase, erase_key, None, None, 1.0, initial_state, cu_seqlens, backend
-    )
+    _, state = _run(None, k, wide_v, log_decay, erase, erase_key, None, None, 1.0, initial_state, cu_seqlens, backend)
     return state[..., value_dim:], state[..., :value_dim]
 
 
@@ -137,7 +135,9 @@ def _choose(backend: str, erase_key: Tensor | None, value_log_decay: Tensor | No
     if backend == "auto":
         if not beyond_chunked:
             return "chunked"
-        _say_once(f"linear_recurrence runs token by token (slow): {' and '.join(beyond_chunked)} has no chunked form yet.")
+        _say_once(
+            f"linear_recurrence runs token by token (slow): {' and '.join(beyond_chunked)} has no chunked form yet."
+        )
         return "reference"
     if backend == "triton":
         raise ValueError("backend = 'triton' has no kernels yet; use 'auto', 'chunked' or 'reference'.")
@@ -200,7 +200,7 @@ def _run(
         return reference_recurrence(
             q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, scale, initial_state, cu_seqlens
         )
-    return _forward(q, k, v, log_decay, erase, scale, initial_state, cu_seqlens)
+    return _forward(q, k, v, log_decay, erase, scale, initial_state, cu_seqlens)[:2]
 
 
 @torch.library.custom_op("torchlmoe::linear_recurrence", mutates_args=())
@@ -213,16 +213,28 @@ def _forward(
     scale: float,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return chunked_forward(q, k, v, log_decay, erase, scale, initial_state, cu_seqlens)
 
 
 @_forward.register_fake
 def _(q, k, v, log_decay, erase, scale, initial_state, cu_seqlens):
     num_documents = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    dtype = torch.promote_types(v.dtype, torch.float32)
-    state = v.new_empty(num_documents, v.shape[2], k.shape[-1], v.shape[-1], dtype=dtype)
-    return torch.empty_like(v, memory_format=torch.contiguous_format), state
+    num_heads, key_dim, value_dim = v.shape[2], k.shape[-1], v.shape[-1]
+    context = torch.library.get_ctx()
+
+    def of_chunks(*shape: int) -> Tensor:
+        # How many chunks there are, and of how many tokens, depends on the documents.
+        return v.new_empty(*shape, dtype=torch.promote_types(v.dtype, torch.float32))
+
+    state = of_chunks(num_documents, num_heads, key_dim, value_dim)
+    o = torch.empty_like(v, memory_format=torch.contiguous_format)
+    chunks = context.new_dynamic_size()
+    starts = of_chunks(chunks, key_dim, value_dim)
+    if erase is None:
+        return o, state, starts, of_chunks(0), of_chunks(0)
+    tokens = context.new_dynamic_size()
+    return o, state, starts, of_chunks(chunks, tokens, value_dim), of_chunks(chunks, tokens, tokens)
 
 
 @torch.library.custom_op("torchlmoe::linear_recurrence_backward", mutates_args=())
@@ -237,16 +249,20 @@ def _backward(
     scale: float,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    final: Tensor,
+    starts: Tensor,
+    value: Tensor,
+    inverse: Tensor,
 ) -> list[Tensor]:
     """Gradients of q, k, v, log_decay, erase and initial_state; an operation cannot return None, so empty if absent."""
     grads = chunked_backward(
-        grad_o, grad_final, q, k, v, log_decay, erase, scale, initial_state, cu_seqlens
+        grad_o, grad_final, q, k, v, log_decay, erase, scale, initial_state, cu_seqlens, final, starts, value, inverse
     )
     return [k.new_empty(0) if grad is None else grad.contiguous() for grad in grads]
 
 
 @_backward.register_fake
-def _(grad_o, grad_final, q, k, v, log_decay, erase, scale, initial_state, cu_seqlens):
+def _(grad_o, grad_final, q, k, v, log_decay, erase, scale, initial_state, *rest):
     return [
         k.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
         for x in (q, k, v, log_decay, erase, initial_state)
@@ -255,13 +271,16 @@ def _(grad_o, grad_final, q, k, v, log_decay, erase, scale, initial_state, cu_se
 
 def _setup_context(ctx, inputs, output) -> None:
     *tensors, scale, initial_state, cu_seqlens = inputs
-    ctx.save_for_backward(*tensors, initial_state, cu_seqlens)
+    ctx.save_for_backward(*tensors, initial_state, cu_seqlens, *output[1:])
+    ctx.mark_non_differentiable(*output[2:])
     ctx.scale = scale
 
 
-def _autograd(ctx, grad_o, grad_final):
-    *tensors, initial_state, cu_seqlens = ctx.saved_tensors
-    grads = _backward(grad_o, grad_final, *tensors, ctx.scale, initial_state, cu_seqlens)
+def _autograd(ctx, grad_o, grad_final, *_):
+    *tensors, initial_state, cu_seqlens, final, starts, value, inverse = ctx.saved_tensors
+    grads = _backward(
+        grad_o, grad_final, *tensors, ctx.scale, initial_state, cu_seqlens, final, starts, value, inverse
+    )
     given = [None if x is None else grad for x, grad in zip((*tensors, initial_state), grads, strict=True)]
     return (*given[:5], None, given[5], None)
 

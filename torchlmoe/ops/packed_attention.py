@@ -19,8 +19,8 @@ def packed_attention(
 ) -> Tensor:
     """softmax(q k^T / sqrt(D)) v over the earlier tokens of the same document.
 
-    q [B, T, H, D]; k, v [B, T, G, D], G a divisor of H. cu_seqlens: int32 [N + 1] bounds of documents in one row (B = 1),
-    empty ones allowed. window: how many tokens, itself included, a token sees; all unless given. Returns o like q.
+    q [B, T, H, D]; k, v [B, T, G, D], G a divisor of H. cu_seqlens: int32 [N + 1] bounds of documents in one row
+    (B = 1), empty ones allowed. window: how many tokens, itself included, a token sees; all unless given. Returns o like q.
     """
     if cu_seqlens is None:
         return _attend(q, k, v, window)
@@ -69,9 +69,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return o.transpose(1, 2)
 
 
-def cached_attention(
-    q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor, *, window: int | None = None
-) -> Tensor:
+def cached_attention(q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor, *, window: int | None = None) -> Tensor:
     """Attention of new tokens to a cache. q [B, T, H, D]; k, v [B, S, G, D]: place s holds the token of position s.
 
     query_positions: int64 [B, T]; a query sees the places up to its own position, at most `window` of them.

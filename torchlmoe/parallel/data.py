@@ -16,7 +16,9 @@ def apply_fsdp(model: Decoder, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     """
     mesh = mesh if mesh["dp_replicate"].size() > 1 else mesh["dp_shard"]
     casts_down = torch.promote_types(dtype, torch.float32) != dtype
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if casts_down else MixedPrecisionPolicy()
+    policy = (
+        MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if casts_down else MixedPrecisionPolicy()
+    )
 
     for block in model.blocks.values():
         # A group has one policy; the islands of a block form a group of their own.

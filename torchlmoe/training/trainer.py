@@ -109,12 +109,13 @@ class Trainer:
     def _describe(self, store: TokenStore, vocab_size: int) -> None:
         total, active = (count_parameters(self.model, active=active) / 1e6 for active in (False, True))
         training = self.config.training
+        epochs = training.steps * self.global_batch_size / self.loader.num_rows
         self.log.say(
             f"model: {total:.2f}M parameters, {active:.2f}M active, {len(self.model.blocks)} blocks "
             f"{self.config.model.layer_pattern}, vocabulary {vocab_size:,}, "
             f"{self.flops_per_token / 1e6:.1f} MFLOP a token\n"
             f"data: {store.num_tokens:,} tokens; {training.steps:,} steps of {self.global_batch_size} x "
-            f"{training.seq_len} tokens are {training.steps * self.global_batch_size / self.loader.num_rows:.2f} epochs\n"
+            f"{training.seq_len} tokens are {epochs:.2f} epochs\n"
             f"run: {training.dtype} on {self.world_size} x {self.device.type}, metrics in {self.log.folder}"
         )
 
@@ -161,7 +162,7 @@ class Trainer:
         return record
 
     def train_step(self, index: int) -> tuple[torch.Tensor, torch.Tensor, float]:
-        """Step `index` (from 0): returns the summed figures (see `_totals`), the gradient norm and the learning rate."""
+        """Step `index` (from 0); returns the summed figures (see `_totals`), gradient norm and learning rate."""
         batches = [batch.to(self.device) for batch in self.loader.batches(index)]
         num_tokens = torch.stack([(batch["labels"] != IGNORE_INDEX).sum() for batch in batches]).sum()
         dist.all_reduce(num_tokens)
@@ -182,7 +183,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         for layer, counts in zip(self.model.moe_layers().values(), self._by_layer(totals), strict=True):
-            layer.update_expert_bias(counts["counts"])
+            layer.end_step(counts["counts"].long())
         return totals, grad_norm, lr
 
     def _totals(self, loss_sum: torch.Tensor) -> torch.Tensor:
@@ -217,7 +218,7 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self, *, whole: bool) -> dict[str, float]:
-        """Loss (nats per token) and bits per byte of text, over the whole split or its first `validation.max_batches`."""
+        """Loss (nats per token) and bits per byte of text, of the whole split or its first `validation.max_batches`."""
         assert self.validation_store is not None
         settings, training = self.config.validation, self.config.training
         options: dict[str, Any] = dict(
