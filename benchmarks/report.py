@@ -7,10 +7,12 @@ import statistics
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.multiprocessing as mp
 from rich.console import Console
 from rich.table import Table
 
@@ -31,6 +33,39 @@ def interleaved_seconds(
             _synchronize()
             seconds[name].append(time.perf_counter() - begin)
     return seconds
+
+
+class Worker:
+    """A case in a process of its own, so that one library's settings (of the allocator, say) do not reach another's.
+
+    make: a picklable function that returns the case to run; args: its arguments. Calling the worker runs the case once.
+    """
+
+    def __init__(self, make: Callable[..., Callable[[], object]], *args: object):
+        context = mp.get_context("spawn")
+        self._pipe, pipe = context.Pipe()
+        self._process = context.Process(target=_serve, args=(pipe, make, args), daemon=True)
+        self._process.start()
+        self()
+
+    def __call__(self) -> None:
+        self._pipe.send("run")
+        try:
+            self._pipe.recv()
+        except EOFError:
+            raise RuntimeError("A benchmark's process ended before it answered; its error is above.") from None
+
+    def close(self) -> None:
+        self._pipe.send("stop")
+        self._process.join()
+
+
+def _serve(pipe: Connection, make: Callable[..., Callable[[], object]], args: tuple[object, ...]) -> None:
+    run = make(*args)
+    while pipe.recv() == "run":
+        run()
+        _synchronize()
+        pipe.send(None)
 
 
 def matmul_rate(dtype: torch.dtype, device: str = "cpu", size: int = 1024, repeats: int = 7) -> float:

@@ -1,10 +1,11 @@
 """Training speed of the whole model: python -m benchmarks.training [--output FILE]
 
 First beside transformers' Qwen3-Next of the same sizes (LLLN: three Gated DeltaNet blocks to one of gated attention,
-16 experts of which 4 are active and a gated shared one), forward, backward and AdamW, step by step in turn.
-Then pure LSM models at equal tokens per step and growing sequence.
+16 experts of which 4 are active and a gated shared one), forward, backward and AdamW, step by step in turn, each
+in a process of its own. Then pure LSM models at equal tokens per step and growing sequence.
 
 Speeds are tokens/s, and the share that the model's FLOPs are of the machine's own matrix products in that dtype.
+torchlmoe's trainer keeps freed memory in the process; "kept pages" lends that setting to transformers too.
 """
 
 import os
@@ -12,11 +13,11 @@ import statistics
 from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
-from benchmarks.report import arguments, interleaved_seconds, matmul_rate, show
+from benchmarks.report import Worker, arguments, interleaved_seconds, matmul_rate, show
 from torchlmoe.config_loader import load_config
+from torchlmoe.model.decoder import build_on_meta
 from torchlmoe.parallel.mesh import build_mesh, start_process_group
 from torchlmoe.parallel.parallelize import build_model
 from torchlmoe.training.host_memory import keep_freed_pages
@@ -24,6 +25,7 @@ from torchlmoe.training.optimizer import build_optimizer, clip_gradients
 
 DIM, LAYERS, HEADS, HEAD_DIM, VOCAB = 256, 8, 4, 64, 8192
 EXPERTS, TOP_K, EXPERT_DIM, SHARED_DIM = 16, 4, 128, 128
+LENGTHS = (1024, 2048, 4096, 8192)
 
 SIZES = f"""
 --model.dim {DIM} --model.num_layers {LAYERS} --model.num_heads {HEADS} --model.vocab_size {VOCAB}
@@ -33,8 +35,9 @@ SIZES = f"""
 """.split()
 
 
-def our_step(dtype: str, batch_size: int, length: int, *overrides: str) -> tuple[Callable[[], None], int]:
-    """A training step of our model, as the trainer runs it, and the model's FLOPs per token (three forwards)."""
+def our_step(dtype: str, batch_size: int, length: int, *overrides: str) -> Callable[[], None]:
+    """A training step of our model, as the trainer runs it."""
+    keep_freed_pages()
     config = load_config([*SIZES, "--training.dtype", dtype, *overrides])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     start_process_group(device)
@@ -50,11 +53,18 @@ def our_step(dtype: str, batch_size: int, length: int, *overrides: str) -> tuple
         optimizer.step()
         optimizer.zero_grad()
 
-    return step, 3 * model.flops_per_token(length)
+    return step
 
 
-def qwen3_next_step(dtype: str, batch_size: int, length: int, experts: str) -> Callable[[], None]:
+def flops_per_token(length: int) -> int:
+    """Of a training step of the model: three forwards."""
+    return 3 * build_on_meta(load_config(SIZES), VOCAB).flops_per_token(length)
+
+
+def qwen3_next_step(dtype: str, batch_size: int, length: int, experts: str, keeps_pages: bool) -> Callable[[], None]:
     """A training step of transformers' model, its parameters held in `dtype`."""
+    if keeps_pages:
+        keep_freed_pages()
     config = Qwen3NextConfig(
         vocab_size=VOCAB,
         hidden_size=DIM,
@@ -92,15 +102,14 @@ def main() -> None:
     parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5, help="timed steps of each model")
     options = parser.parse_args()
-    keep_freed_pages()
-    # One table may hold much memory; models are dropped between them.
     rows = []
     length, batch_size = 1024, 2
     for dtype in ("float32", "bfloat16"):
-        step, flops = our_step(dtype, batch_size, length)
-        cases = {"torchlmoe": step}
+        cases = {"torchlmoe": Worker(our_step, dtype, batch_size, length)}
         for experts in ("eager", "grouped_mm"):
-            cases[f"transformers, {experts} experts"] = qwen3_next_step(dtype, batch_size, length, experts)
+            for keeps_pages in (False, True):
+                name = f"transformers, {experts} experts" + (", kept pages" if keeps_pages else "")
+                cases[name] = Worker(qwen3_next_step, dtype, batch_size, length, experts, keeps_pages)
         seconds = interleaved_seconds(cases, repeats=options.repeats)
         rate = matmul_rate(getattr(torch, dtype))
         medians = {name: statistics.median(times) for name, times in seconds.items()}
@@ -111,27 +120,29 @@ def main() -> None:
                     "model": name,
                     "dtype": dtype,
                     "tokens/s": speed,
-                    "of matmul rate": speed * flops / rate,
+                    "of matmul rate": speed * flops_per_token(length) / rate,
                     "torchlmoe is faster by": median / medians["torchlmoe"],
                 }
             )
+        close(cases)
     sizes = f"LLLN hybrid of {LAYERS} blocks, dim {DIM}, {EXPERTS} experts top-{TOP_K}, {batch_size} x {length} tokens"
     show(f"Train step beside Qwen3-Next: {sizes}", rows, options.output)
 
     rows = []
     for mixer in ("bla", "gla", "gated_deltanet"):
-        cases = {}
-        for length in (1024, 2048, 4096, 8192):
-            step, flops = our_step(
-                "float32", 8192 // length, length, "--model.layer_pattern", "L", "--model.mixer", mixer
-            )
-            cases[str(length)] = step
+        pure = ("--model.layer_pattern", "L", "--model.mixer", mixer)
+        cases = {str(length): Worker(our_step, "float32", 8192 // length, length, *pure) for length in LENGTHS}
         seconds = interleaved_seconds(cases, repeats=options.repeats, warmups=1)
+        close(cases)
         speeds = {name: 8192 / statistics.median(times) for name, times in seconds.items()}
         rows.append({"mixer": mixer, **{f"T = {name}": speed / speeds["1024"] for name, speed in speeds.items()}})
     output = options.output and options.output.with_stem(f"{options.output.stem}_length")
     show("Tokens/s of pure LSM models over that at T = 1024; 8192 tokens a step, float32", rows, output)
-    dist.destroy_process_group()
+
+
+def close(workers: dict[str, Worker]) -> None:
+    for worker in workers.values():
+        worker.close()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Softmax attention (arXiv 1706.03762): grouped queries (2305.13245), rotary phases (2104.09864) on all, some or none
-of the channels, and, on request, RMS norm of q and k (2302.05442), a sigmoid gate on the output (2505.06708) and a sliding
-window (2004.05150).
+of the channels, and, on request, RMS norm of q and k (2302.05442), a sigmoid gate on the output (2505.06708) and a
+sliding window (2004.05150).
 """
 
 from typing import Annotated

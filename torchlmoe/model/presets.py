@@ -6,7 +6,7 @@ experts of which 8 are active, rotary softmax attention in every fourth block.
 
 from typing import Any
 
-_PAPER = {  # pure LSM blocks, as the counts of the paper; the recipes add softmax blocks
+_PAPER: dict[str, dict[str, Any]] = {  # pure LSM blocks, as the counts of the paper; the recipes add softmax blocks
     "model": {"layer_pattern": "L", "vocab_size": 151_936, "init_std": 0.008, "tie_embeddings": False},
     "moe": {"num_experts": 64, "top_k": 8, "num_shared_experts": 0},
 }

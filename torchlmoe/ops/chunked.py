@@ -119,7 +119,8 @@ def _scan(
         if written is not None:
             state = decayed + written[rows]
         else:
-            assert erased_key is not None and inverse_NCC is not None
+            assert erased_key is not None
+            assert inverse_NCC is not None
             residual = torch.baddbmm(v_NCV[rows], erased_key[rows], state, alpha=-1)
             values.append(torch.bmm(inverse_NCC[rows], residual))
             state = torch.baddbmm(decayed, written_key[rows], values[-1])

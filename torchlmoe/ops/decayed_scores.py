@@ -90,7 +90,9 @@ class ChannelDecayScores:
         num, num_readers = x_NRCK.shape[:2]
         blocks = grad_NRCC.unflatten(3, (-1, self.block)).unflatten(2, (-1, self.block))
         within = blocks.diagonal(dim1=2, dim2=4).permute(0, 4, 2, 3, 1).flatten(0, 1)  # [N * blocks, i, j, R]
-        within = within * torch.ones(self.block, self.block, dtype=within.dtype, device=within.device).tril_()[..., None]
+        within = (
+            within * torch.ones(self.block, self.block, dtype=within.dtype, device=within.device).tril_()[..., None]
+        )
         y = y_NCK.reshape(-1, self.block, y_NCK.shape[-1])
         grad_x = torch.matmul((self.within * y[:, None]).mT, within)  # [N * blocks, i, K, R]
         grad_x = grad_x.unflatten(0, (num, -1)).permute(0, 4, 1, 2, 3).flatten(2, 3)

@@ -223,7 +223,7 @@ def _(q, k, v, log_decay, erase, scale, initial_state, cu_seqlens):
     num_heads, key_dim, value_dim = v.shape[2], k.shape[-1], v.shape[-1]
     context = torch.library.get_ctx()
 
-    def of_chunks(*shape: int) -> Tensor:
+    def of_chunks(*shape: int | torch.SymInt) -> Tensor:
         # How many chunks there are, and of how many tokens, depends on the documents.
         return v.new_empty(*shape, dtype=torch.promote_types(v.dtype, torch.float32))
 
@@ -278,9 +278,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _autograd(ctx, grad_o, grad_final, *_):
     *tensors, initial_state, cu_seqlens, final, starts, value, inverse = ctx.saved_tensors
-    grads = _backward(
-        grad_o, grad_final, *tensors, ctx.scale, initial_state, cu_seqlens, final, starts, value, inverse
-    )
+    grads = _backward(grad_o, grad_final, *tensors, ctx.scale, initial_state, cu_seqlens, final, starts, value, inverse)
     given = [None if x is None else grad for x, grad in zip((*tensors, initial_state), grads, strict=True)]
     return (*given[:5], None, given[5], None)
 

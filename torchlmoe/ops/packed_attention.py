@@ -20,10 +20,11 @@ def packed_attention(
     """softmax(q k^T / sqrt(D)) v over the earlier tokens of the same document.
 
     q [B, T, H, D]; k, v [B, T, G, D], G a divisor of H. cu_seqlens: int32 [N + 1] bounds of documents in one row
-    (B = 1), empty ones allowed. window: how many tokens, itself included, a token sees; all unless given. Returns o like q.
+    (B = 1), empty ones allowed. window: how many tokens, itself included, a token sees; all unless given. Returns o
+    like q.
     """
     if cu_seqlens is None:
-        return _attend(q, k, v, window)
+        return _attend(q, k, v, window=window)
     length = q.shape[1]
     bounds = cu_seqlens.tolist()
     groups: dict[int, list[tuple[int, int]]] = defaultdict(list)
@@ -31,7 +32,7 @@ def packed_attention(
         if end > start:
             groups[_padded_length(end - start)].append((start, end))
     if len(groups) == 1 and next(iter(groups.values())) == [(0, length)]:
-        return _attend(q, k, v, window)
+        return _attend(q, k, v, window=window)
 
     outputs, tokens_of_outputs = [], []
     for padded_length, documents in groups.items():
@@ -39,8 +40,8 @@ def packed_attention(
         tokens = start[:, None] + torch.arange(padded_length, device=q.device)
         inside = tokens < end[:, None]
         flat = torch.minimum(tokens, end[:, None] - 1).flatten()  # padding repeats the document's own last token
-        part = [x[0].index_select(0, flat).unflatten(0, tokens.shape) for x in (q, k, v)]
-        outputs.append(_attend(*part, window).flatten(0, 1))
+        parts = (x[0].index_select(0, flat).unflatten(0, tokens.shape) for x in (q, k, v))
+        outputs.append(_attend(*parts, window=window).flatten(0, 1))
         tokens_of_outputs.append(torch.where(inside, tokens, length).flatten())
     # Where token t lies among the outputs; padded slots sort to the end.
     place = torch.cat(tokens_of_outputs).argsort()[:length]
@@ -51,7 +52,7 @@ def _padded_length(length: int) -> int:
     return 1 << (length - 1).bit_length() if length <= _PAGE else -(-length // _PAGE) * _PAGE
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, *, window: int | None) -> Tensor:
     length = q.shape[1]
     mask = None
     if window is not None and window < length:

@@ -1,6 +1,6 @@
 """The recurrence token by token: the definition in code, and what every faster form is tested against.
 
-    S_t = (I - b_t e_t^T) D_t S_{t-1} E_t + k_t v_t^T        D_t = diag(exp(log_decay_t)), E_t of value_log_decay
+    S_t = (I - b_t e_t^T) D_t S_{t-1} E_t + k_t v_t^T     D_t = diag(exp(log_decay_t)), E_t of value_log_decay
     o_t = scale * S_t^T q_t                                  with a bonus u: scale * (S_{t-1} + (u * k_t) v_t^T)^T q_t
 
 Legend: B batch, T tokens, H heads of q and k, R heads of v (a multiple of H), K key width, V value width, N documents.

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from tensordict import TensorDict
 
 from torchlmoe.config import Config
 from torchlmoe.config_loader import check_degrees, to_toml
@@ -50,7 +49,7 @@ class Trainer:
         torch.manual_seed(config.training.seed)
         if config.training.deterministic:
             torch.use_deterministic_algorithms(True)
-            torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a debugging aid that costs time
 
         training = config.training
         self.global_batch_size = training.global_batch_size or training.local_batch_size * self.world_size
@@ -233,7 +232,7 @@ class Trainer:
         begin = last_said = time.monotonic()
         num_rows = -(-self.validation_store.num_tokens // training.seq_len)
         for index, batch in enumerate(validation_batches(self.validation_store, rank=self.rank, **options), start=1):
-            batch: TensorDict = batch.to(self.device)
+            batch = batch.to(self.device)
             sums[0] += self.model(batch["tokens"], batch["document_bounds"], batch["labels"])
             sums[1] += (batch["labels"] != IGNORE_INDEX).sum()
             if time.monotonic() - last_said > SECONDS_BETWEEN_LINES:
