@@ -12,7 +12,10 @@ _PAPER: dict[str, dict[str, Any]] = {  # pure LSM blocks, as the counts of the p
 }
 
 FLAVORS: dict[str, dict[str, dict[str, Any]]] = {
-    "debug": {},
+    "debug": {
+        "model": {"layer_pattern": "LLLN", "dim": 192, "num_layers": 4, "num_heads": 3},
+        "moe": {"num_experts": 16, "top_k": 2, "expert_dim": 128},
+    },
     "a0.3b_2b": {
         "model": {**_PAPER["model"], "dim": 1024, "num_layers": 12, "num_heads": 8},
         "moe": {**_PAPER["moe"], "expert_dim": 896},
