@@ -22,6 +22,7 @@ Legend: M chunks, H heads of v, N = M * H, R readers, C tokens a chunk, K key wi
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -61,9 +62,24 @@ class _Chunks:
         ]
 
 
-def _cut(q, k, v, log_decay, erase, scale, cu_seqlens) -> _Chunks:
+def layout_of(v: Tensor, cu_seqlens: Tensor | None) -> ChunkLayout:
+    """The layout of v's rows or documents. Raises ValueError for bounds that are none."""
+    batch_size, length = v.shape[:2]
+    return chunk_layout(batch_size, length, None if cu_seqlens is None else cu_seqlens.tolist(), CHUNK_SIZE, v.device)
+
+
+@lru_cache(maxsize=8)
+def _kept_layout(batch_size: int, length: int, bounds: tuple[int, ...] | None, device: torch.device) -> ChunkLayout:
+    return chunk_layout(batch_size, length, bounds, CHUNK_SIZE, device)
+
+
+def kept_layout_of(v: Tensor, cu_seqlens: Tensor | None) -> ChunkLayout:
+    """`layout_of`, made once for all layers of a step, both ways: for real tensors, not for traced ones."""
+    return _kept_layout(*v.shape[:2], None if cu_seqlens is None else tuple(cu_seqlens.tolist()), v.device)
+
+
+def _cut(q, k, v, log_decay, erase, scale, layout) -> _Chunks:
     batch_size, length, num_heads, _ = v.shape
-    layout = chunk_layout(batch_size, length, cu_seqlens, CHUNK_SIZE, v.device)
     dtype = torch.promote_types(v.dtype, torch.float32)
 
     def cut(x: Tensor) -> Tensor:
@@ -141,9 +157,12 @@ def chunked_forward(
     scale: float,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    layout: ChunkLayout | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Arguments as in `linear_recurrence`. Returns o [B, T, H, V] in v's dtype, the final state [documents, H, K, V],
-    and for the backward the first state of every chunk, V' and (I + L)^-T (empty where nothing is erased).
+    """Arguments as in `linear_recurrence`; layout: that of v, if it is at hand.
+
+    Returns o [B, T, H, V] in v's dtype, the final state [documents, H, K, V], and for the backward the first state of
+    every chunk, V' and (I + L)^-T (empty where nothing is erased).
 
     Made of differentiable torch operations throughout, so it can also be traced or differentiated by autograd.
     """
@@ -151,7 +170,7 @@ def chunked_forward(
     empty = v.new_empty(0, dtype=torch.promote_types(v.dtype, torch.float32))
     if batch_size * length == 0:
         return torch.zeros_like(v), _empty_state(k, v, initial_state, cu_seqlens), empty, empty.clone(), empty.clone()
-    chunks = _cut(q, k, v, log_decay, erase, scale, cu_seqlens)
+    chunks = _cut(q, k, v, log_decay, erase, scale, layout or layout_of(v, cu_seqlens))
     p_NCC = inverse_NCC = erased_key = read_key = None
     if chunks.readers_NRCK is not None:
         scores = chunks.scores.forward(chunks.readers_NRCK, chunks.k_NCK)
@@ -196,7 +215,7 @@ def chunked_backward(
     erase: Tensor | None,
     scale: float,
     initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
+    layout: ChunkLayout,
     final: Tensor,
     starts: Tensor,
     value: Tensor,
@@ -210,8 +229,8 @@ def chunked_backward(
     if batch_size * length == 0:
         none = [None if x is None else torch.zeros_like(x) for x in (q, k, v, log_decay, erase)]
         return (*none, None if initial_state is None else grad_final)  # type: ignore[return-value]
-    chunks = _cut(q, k, v, log_decay, erase, scale, cu_seqlens)
-    layout, readers, k_NCK = chunks.layout, chunks.readers_NRCK, chunks.k_NCK
+    chunks = _cut(q, k, v, log_decay, erase, scale, layout)
+    readers, k_NCK = chunks.readers_NRCK, chunks.k_NCK
     if erase is None:
         value = chunks.v_NCV
     decayed = None if readers is None else chunks.from_start_of(readers)

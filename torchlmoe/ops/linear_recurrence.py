@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from torchlmoe.ops.chunked import chunked_backward, chunked_forward
+from torchlmoe.ops.chunked import chunked_backward, chunked_forward, kept_layout_of
 from torchlmoe.ops.reference import reference_recurrence
 
 Backend = Literal["auto", "reference", "chunked", "triton"]
@@ -214,7 +214,8 @@ def _forward(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return chunked_forward(q, k, v, log_decay, erase, scale, initial_state, cu_seqlens)
+    layout = kept_layout_of(v, cu_seqlens)
+    return chunked_forward(q, k, v, log_decay, erase, scale, initial_state, cu_seqlens, layout)
 
 
 @_forward.register_fake
@@ -255,8 +256,9 @@ def _backward(
     inverse: Tensor,
 ) -> list[Tensor]:
     """Gradients of q, k, v, log_decay, erase and initial_state; an operation cannot return None, so empty if absent."""
+    layout = kept_layout_of(v, cu_seqlens)
     grads = chunked_backward(
-        grad_o, grad_final, q, k, v, log_decay, erase, scale, initial_state, cu_seqlens, final, starts, value, inverse
+        grad_o, grad_final, q, k, v, log_decay, erase, scale, initial_state, layout, final, starts, value, inverse
     )
     return [k.new_empty(0) if grad is None else grad.contiguous() for grad in grads]
 
