@@ -106,9 +106,9 @@ def show(title: str, rows: list[dict[str, Any]], output: Path | None, **facts: A
     """Prints `rows` as a table and writes them, with the machine and `facts`, to `output`."""
     table = Table(title=title, title_justify="left")
     for name in rows[0]:
-        table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
+        table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*(f"{value:,.3g}" if isinstance(value, float) else str(value) for value in row.values()))
+        table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))
     Console().print(table)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -108,7 +108,7 @@ def main() -> None:
         cases = {"torchlmoe": Worker(our_step, dtype, batch_size, length)}
         for experts in ("eager", "grouped_mm"):
             for keeps_pages in (False, True):
-                name = f"transformers, {experts} experts" + (", kept pages" if keeps_pages else "")
+                name = f"transformers {experts}" + (" kept pages" if keeps_pages else "")
                 cases[name] = Worker(qwen3_next_step, dtype, batch_size, length, experts, keeps_pages)
         seconds = interleaved_seconds(cases, repeats=options.repeats)
         rate = matmul_rate(getattr(torch, dtype))
@@ -119,9 +119,9 @@ def main() -> None:
                 {
                     "model": name,
                     "dtype": dtype,
-                    "tokens/s": speed,
+                    "tokens/s": round(speed),
                     "of matmul rate": speed * flops_per_token(length) / rate,
-                    "torchlmoe is faster by": median / medians["torchlmoe"],
+                    "torchlmoe / it": median / medians["torchlmoe"],
                 }
             )
         close(cases)

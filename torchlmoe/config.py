@@ -49,7 +49,7 @@ class Model(Table):
     norm_eps: Annotated[float, Field(gt=0, description="Added under the root of every norm.")] = 1e-6
     init_std: Annotated[float, Field(gt=0, description="Standard deviation of projections at the start.")] = 0.02
     tie_embeddings: Annotated[bool, Field(description="Share the embedding with the output head.")] = False
-    loss_chunk_size: Annotated[int, Field(ge=1, description="Tokens whose logits are held at once.")] = 1024
+    loss_chunk_size: Annotated[int, Field(ge=1, description="Tokens whose logits are held at once.")] = 512
     layers: Annotated[
         dict[str, dict[str, Any]],
         Field(description="Per letter: mixer, mlp (moe | dense) and the mixer's own settings."),

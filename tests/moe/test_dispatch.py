@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from torchlmoe.moe.dispatch import Slots, gather_slots, reorder_choices, sum_slots
+from torchlmoe.ops.grouped_matmul import grouped_matmul
 
 NUM_EXPERTS, TOP_K, DIM = 5, 3, 4
 
@@ -31,7 +32,7 @@ def test_order(num_tokens):
     counts = [sum(slot[0] == expert for slot in by_hand) for expert in range(NUM_EXPERTS)]
     assert slots.token_M.tolist() == [token for _, token, _ in by_hand]
     assert slots.choice_M.tolist() == [token * TOP_K + k for _, token, k in by_hand]
-    assert slots.count_E().tolist() == counts
+    assert slots.count_E.tolist() == counts
     assert slots.offset_E.dtype is torch.int32
     assert slots.offset_E.tolist() == [sum(counts[: expert + 1]) for expert in range(NUM_EXPERTS)]
     place_TK = slots.place_TK(expert_TK)
@@ -64,3 +65,23 @@ def test_low_precision_is_summed_in_float32():
     slots = Slots.sorted_by_expert(torch.tensor([[0, 1, 2]]), 3)
     x = torch.tensor([[1.0], [2.0**-8], [2.0**-8]], dtype=torch.bfloat16)
     assert sum_slots(x, slots).item() == 1 + 2.0**-7
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 20])
+def test_padded_runs_change_nothing(num_tokens):
+    """Runs of a multiple of 8 slots: the same sum over experts, and the same gradients, as without padding."""
+    expert_TK = make_choices(num_tokens)
+    generator = torch.Generator().manual_seed(0)
+    results = []
+    for alignment in (1, 8):
+        x_TD, weight_TK, weight_EDD = (
+            torch.randn(shape, dtype=torch.float64, generator=generator.manual_seed(0), requires_grad=True)
+            for shape in ((num_tokens, DIM), (num_tokens, TOP_K), (NUM_EXPERTS, DIM, DIM))
+        )
+        slots = Slots.sorted_by_expert(expert_TK, NUM_EXPERTS, alignment)
+        assert not (slots.offset_E % alignment).any()
+        assert slots.count_E.tolist() == expert_TK.flatten().bincount(minlength=NUM_EXPERTS).tolist()
+        weighted = gather_slots(x_TD, slots) * reorder_choices(weight_TK, slots)[:, None]
+        y = sum_slots(grouped_matmul(weighted, weight_EDD, slots.offset_E), slots)
+        results.append((y, *torch.autograd.grad(y.square().sum(), (x_TD, weight_TK, weight_EDD))))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-12)

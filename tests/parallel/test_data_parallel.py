@@ -120,7 +120,8 @@ def train_in_bfloat16(corpus: str, folder: str) -> None:
     assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
 
 
-def test_bfloat16_keeps_masters_and_islands_in_float32(corpus, single, tmp_path):
-    run_on_ranks(2, train_in_bfloat16, str(corpus), str(tmp_path))
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_bfloat16_keeps_masters_and_islands_in_float32(world_size, corpus, single, tmp_path):
+    run_on_ranks(world_size, train_in_bfloat16, str(corpus), str(tmp_path))
     for ours, theirs in zip(records(tmp_path), records(single / "gated_deltanet"), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-2)

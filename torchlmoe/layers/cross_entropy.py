@@ -12,7 +12,7 @@ from torchlmoe.layers.linear import linear
 IGNORE_INDEX = -100
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk_size: int = 1024) -> Tensor:
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk_size: int = 512) -> Tensor:
     """Sum over tokens of -log softmax(weight h)_label, in at least float32.
 
     hidden [T, D]; weight [V, D]; labels int64 [T], -100 where a token does not count. chunk_size: tokens whose logits

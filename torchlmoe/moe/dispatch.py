@@ -20,33 +20,43 @@ from torch import Tensor
 class Slots:
     """The order in which the experts work.
 
-    choice_M: int64, the index into the flattened [T, K] choices that each slot serves. token_M = choice_M //
-    K.
-    slot_TK: int64, the inverse of choice_M. offset_E: int32, the slot at which each expert's run ends.
+    choice_M: int64, the index into the flattened [T, K] choices that each slot serves. token_M: int64, its token.
+    slot_TK: int64, the inverse of choice_M. count_E: int64, the choices of each expert. offset_E: int32, the slot at
+    which each expert's run ends.
+    padding_M: True at slots that serve no choice, and only fill up runs; None where there are none. They carry some
+    token's values, and a weight of zero.
     """
 
     choice_M: Tensor
     token_M: Tensor
     slot_TK: Tensor
+    count_E: Tensor
     offset_E: Tensor
+    padding_M: Tensor | None
 
     @classmethod
-    def sorted_by_expert(cls, expert_TK: Tensor, num_experts: int) -> "Slots":
-        """expert_TK int64; an expert's slots keep the order of the tokens."""
+    def sorted_by_expert(cls, expert_TK: Tensor, num_experts: int, alignment: int = 1) -> "Slots":
+        """expert_TK int64; an expert's slots keep the order of the tokens, and runs are multiples of `alignment`."""
         expert_M, choice_M = expert_TK.flatten().sort(stable=True)
-        places_M = torch.arange(choice_M.shape[0], device=choice_M.device)
-        slot_TK = torch.empty_like(choice_M).scatter_(0, choice_M, places_M).view_as(expert_TK)
         experts = torch.arange(num_experts, device=expert_M.device)
-        offset_E = torch.searchsorted(expert_M, experts, right=True, out_int32=True)
-        return cls(choice_M, choice_M // expert_TK.shape[1], slot_TK, offset_E)
-
-    def count_E(self) -> Tensor:
-        """int64, the slots of each expert."""
-        return self.offset_E.diff(prepend=self.offset_E.new_zeros(1)).long()
+        end_E = torch.searchsorted(expert_M, experts, right=True)
+        count_E = end_E.diff(prepend=end_E.new_zeros(1))
+        slot_M = torch.arange(choice_M.shape[0], device=choice_M.device)
+        padding_M = None
+        if alignment > 1:
+            run_E = -(-count_E // alignment) * alignment
+            shift_E = (run_E.cumsum(0) - run_E) - (end_E - count_E)
+            slot_M, end_E = slot_M + shift_E[expert_M], run_E.cumsum(0)
+        slot_TK = torch.empty_like(choice_M).scatter_(0, choice_M, slot_M).view_as(expert_TK)
+        if alignment > 1:
+            padding_M = torch.ones(int(end_E[-1]), dtype=torch.bool, device=slot_M.device).index_fill_(0, slot_M, False)
+            choice_M = choice_M.new_zeros(padding_M.shape).index_copy_(0, slot_M, choice_M)
+        return cls(choice_M, choice_M // expert_TK.shape[1], slot_TK, count_E, end_E.int(), padding_M)
 
     def place_TK(self, expert_TK: Tensor) -> Tensor:
         """int64, each choice's place in its expert's run, from 0."""
-        start_E = self.offset_E - self.count_E()
+        start_E = self.offset_E.roll(1)
+        start_E[0] = 0
         return self.slot_TK - start_E[expert_TK]
 
 
@@ -100,5 +110,6 @@ def sum_slots(x_MD: Tensor, slots: Slots) -> Tensor:
 
 
 def reorder_choices(x_TK: Tensor, slots: Slots) -> Tensor:
-    """x [T, K] -> [M]: one number per choice, in the order of the slots."""
-    return _Reorder.apply(x_TK.flatten(), slots.choice_M, slots.slot_TK.flatten())
+    """x [T, K] -> [M]: one number per choice, in the order of the slots; zero at padding."""
+    x_M = _Reorder.apply(x_TK.flatten(), slots.choice_M, slots.slot_TK.flatten())
+    return x_M if slots.padding_M is None else x_M.masked_fill(slots.padding_M, 0)

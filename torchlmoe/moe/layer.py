@@ -23,6 +23,7 @@ from torchlmoe.moe.balance import LoadBalance
 from torchlmoe.moe.dispatch import Slots, gather_slots, reorder_choices, sum_slots
 from torchlmoe.moe.experts import Experts
 from torchlmoe.moe.router import Router
+from torchlmoe.ops.grouped_matmul import run_alignment
 
 
 class MoE(nn.Module):
@@ -122,14 +123,14 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, *, sequence: Sequence) -> Tensor:
         x_TD = x.flatten(0, 1)
         routing = self.router(x_TD)
-        slots = Slots.sorted_by_expert(routing.expert_TK, self.num_experts)
+        slots = Slots.sorted_by_expert(routing.expert_TK, self.num_experts, run_alignment(x))
         weight_TK, dropped = routing.weight_TK, slots.offset_E.new_zeros((), dtype=torch.int64)
         if self.capacity_factor is not None:
             capacity = math.ceil(self.capacity_factor * self.top_k * x_TD.shape[0] / self.num_experts)
             beyond_TK = slots.place_TK(routing.expert_TK) >= capacity
             weight_TK, dropped = weight_TK.masked_fill(beyond_TK, 0.0), beyond_TK.sum()
         if self.training and sequence.loss_weight and torch.is_grad_enabled():
-            weight_TK = self.load_balance(weight_TK, routing, slots.count_E(), dropped, sequence)
+            weight_TK = self.load_balance(weight_TK, routing, slots.count_E, dropped, sequence)
         y_MD = self.experts(gather_slots(x_TD, slots), reorder_choices(weight_TK, slots), slots.offset_E)
         y = sum_slots(y_MD, slots).view_as(x)
         if self.shared_expert is None:

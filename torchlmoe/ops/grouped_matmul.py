@@ -45,6 +45,14 @@ def grouped_matmul(x_MD: Tensor, weight_EFD: Tensor, offsets_E: Tensor) -> Tenso
     return _matmul(x_MD, weight_EFD, offsets_E)
 
 
+def run_alignment(x: Tensor) -> int:
+    """What the groups' numbers of rows had better be multiples of, for products of rows like x.
+
+    A CPU compiles its bfloat16 products for each number of rows it meets, which costs more than some rows of padding.
+    """
+    return 32 if x.device.type == "cpu" and _product_dtype(x) is torch.bfloat16 else 1
+
+
 def _native(dtype: torch.dtype, num_rows: int, *widths: int) -> bool:
     """Whether `F.grouped_mm` takes these operands: dtype, some rows, and widths of a multiple of 16 bytes."""
     if dtype is torch.float64 or num_rows == 0:

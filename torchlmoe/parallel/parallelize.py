@@ -6,17 +6,24 @@ from torch.distributed.device_mesh import DeviceMesh
 from torchlmoe.config import Config
 from torchlmoe.model.decoder import Decoder, build_on_meta
 from torchlmoe.parallel.data import apply_fsdp
+from torchlmoe.parallel.precision import compute_in
 
 
 def build_model(config: Config, vocab_size: int, mesh: DeviceMesh, device: torch.device) -> Decoder:
     """Builds on the meta device, shards, then gives every rank its slices of the same initial weights.
 
-    A single process in float32 or float64 trains the plain module.
+    Parameters are in at least float32; a single process trains the plain module.
     """
     dtype = getattr(torch, config.training.dtype)
-    model = build_on_meta(config, vocab_size).to(torch.promote_types(dtype, torch.float32))
-    if mesh.size() > 1 or dtype is torch.bfloat16:
+    master_dtype = torch.promote_types(dtype, torch.float32)
+    model = build_on_meta(config, vocab_size).to(master_dtype)
+    if mesh.size() > 1:
         apply_fsdp(model, mesh, dtype)
     model.to_empty(device=device)
     model.init_weights(config.training.seed)
+    if mesh.size() == 1 and dtype != master_dtype:
+        blocks = list(model.blocks.values())
+        for block in blocks:
+            compute_in(dtype, block, [])
+        compute_in(dtype, model, blocks)
     return model
