@@ -28,6 +28,7 @@ lint: $(VENV)/installed-test
 	$(BIN)/mypy
 
 $(VENV)/installed: pyproject.toml constraints.txt
+	@echo "Setting up $(VENV): this downloads and installs PyTorch, a few minutes."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
 	touch $@

@@ -123,15 +123,25 @@ def plot_loss(records: list[dict[str, Any]], path: Path) -> None:
         return [step for step, _ in points], [value for _, value in points]
 
     figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
-    axis.plot(*series("loss"), color="tab:blue", linewidth=1, label="training loss")
+    steps, losses = series("loss")
+    axis.plot(steps, losses, color="tab:blue", linewidth=1, alpha=0.35, label="training loss, single steps")
+    axis.plot(steps, _smoothed(losses), color="tab:blue", label="training loss, running mean")
     steps, losses = series("val_loss")
     if steps:
         axis.plot(steps, losses, "o-", color="tab:orange", label="validation loss")
-        bits = series("val_bits_per_byte")[1]
-        for step, loss, value in zip(steps, losses, bits, strict=True):
-            axis.annotate(f"{value:.3f} bits/byte", (step, loss), (-4, 10), textcoords="offset points", ha="right")
+        text = f"{series('val_bits_per_byte')[1][-1]:.3f} bits per byte"
+        axis.annotate(text, (steps[-1], losses[-1]), (0, -22), textcoords="offset points", ha="right", weight="bold")
     axis.set(xlabel="step", ylabel="loss, nats per token")
     axis.grid(alpha=0.3)
     axis.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def _smoothed(values: list[float], keep: float = 0.8) -> list[float]:
+    """A running mean that weighs a value by keep^age."""
+    means, total, weight = [], 0.0, 0.0
+    for value in values:
+        total, weight = keep * total + value, keep * weight + 1
+        means.append(total / weight)
+    return means
