@@ -11,6 +11,7 @@ torchlmoe's trainer keeps freed memory in the process; "kept pages" lends that s
 import os
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
@@ -98,10 +99,7 @@ def qwen3_next_step(dtype: str, batch_size: int, length: int, experts: str, keep
     return step
 
 
-def main() -> None:
-    parser = arguments(__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=5, help="timed steps of each model")
-    options = parser.parse_args()
+def beside_transformers(repeats: int, output: Path | None) -> None:
     rows = []
     length, batch_size = 1024, 2
     for dtype in ("float32", "bfloat16"):
@@ -110,7 +108,8 @@ def main() -> None:
             for keeps_pages in (False, True):
                 name = f"transformers {experts}" + (" kept pages" if keeps_pages else "")
                 cases[name] = Worker(qwen3_next_step, dtype, batch_size, length, experts, keeps_pages)
-        seconds = interleaved_seconds(cases, repeats=options.repeats)
+        seconds = interleaved_seconds(cases, repeats=repeats)
+        close(cases)
         rate = matmul_rate(getattr(torch, dtype))
         medians = {name: statistics.median(times) for name, times in seconds.items()}
         for name, median in medians.items():
@@ -124,20 +123,33 @@ def main() -> None:
                     "torchlmoe / it": median / medians["torchlmoe"],
                 }
             )
-        close(cases)
     sizes = f"LLLN hybrid of {LAYERS} blocks, dim {DIM}, {EXPERTS} experts top-{TOP_K}, {batch_size} x {length} tokens"
-    show(f"Train step beside Qwen3-Next: {sizes}", rows, options.output)
+    show(f"Train step beside Qwen3-Next: {sizes}", rows, output)
 
+
+def over_lengths(repeats: int, output: Path | None) -> None:
     rows = []
     for mixer in ("bla", "gla", "gated_deltanet"):
         pure = ("--model.layer_pattern", "L", "--model.mixer", mixer)
         cases = {str(length): Worker(our_step, "float32", 8192 // length, length, *pure) for length in LENGTHS}
-        seconds = interleaved_seconds(cases, repeats=options.repeats, warmups=1)
+        seconds = interleaved_seconds(cases, repeats=repeats, warmups=1)
         close(cases)
         speeds = {name: 8192 / statistics.median(times) for name, times in seconds.items()}
         rows.append({"mixer": mixer, **{f"T = {name}": speed / speeds["1024"] for name, speed in speeds.items()}})
-    output = options.output and options.output.with_stem(f"{options.output.stem}_length")
     show("Tokens/s of pure LSM models over that at T = 1024; 8192 tokens a step, float32", rows, output)
+
+
+PARTS = {"beside": beside_transformers, "lengths": over_lengths}
+
+
+def main() -> None:
+    parser = arguments(__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=5, help="timed steps of each model")
+    parser.add_argument("--part", choices=PARTS, help="one of the two tables; both if unset")
+    options = parser.parse_args()
+    for name, part in PARTS.items():
+        if options.part in (None, name):
+            part(options.repeats, options.output and options.output.with_stem(f"{options.output.stem}_{name}"))
 
 
 def close(workers: dict[str, Worker]) -> None:
