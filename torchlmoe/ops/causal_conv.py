@@ -3,7 +3,7 @@
     y_t = silu(sum_i w_i x_{t-i})        i = 0 .. width - 1, tokens of earlier documents left out
 
 Written as shifted multiply-adds on [B, T, channels]: on a CPU that is several times faster than `conv1d` with its
-transposes, forward and backward. One operation to torch; the backward recomputes the sum before the SiLU.
+transposes, forward and backward. One operation to torch; the sum before the SiLU is kept for the backward.
 """
 
 import torch
@@ -17,7 +17,7 @@ def causal_conv(x: Tensor, weight: Tensor, *, cu_seqlens: Tensor | None = None, 
     cu_seqlens: int32 [N + 1] bounds of documents packed into one row (B = 1), or None.
     activation: whether SiLU follows.
     """
-    return _forward(x, weight, cu_seqlens, activation)
+    return _forward(x, weight, cu_seqlens, activation)[0]
 
 
 def _edges(cu_seqlens: Tensor, reach: int, at_end: bool) -> tuple[Tensor, Tensor]:
@@ -53,22 +53,24 @@ def _shifted_sum(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None, forward: 
 
 
 @torch.library.custom_op("torchlmoe::causal_conv", mutates_args=())
-def _forward(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None, activation: bool) -> Tensor:
-    y = _shifted_sum(x, weight, cu_seqlens, forward=True)
-    return F.silu(y) if activation else y
+def _forward(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None, activation: bool) -> tuple[Tensor, Tensor]:
+    """Returns y, and the sum before the SiLU (empty without one)."""
+    total = _shifted_sum(x, weight, cu_seqlens, forward=True)
+    return (F.silu(total), total) if activation else (total, x.new_empty(0))
 
 
 @_forward.register_fake
 def _(x, weight, cu_seqlens, activation):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return y, torch.empty_like(y) if activation else x.new_empty(0)
 
 
 @torch.library.custom_op("torchlmoe::causal_conv_backward", mutates_args=())
 def _backward(
-    grad: Tensor, x: Tensor, weight: Tensor, cu_seqlens: Tensor | None, activation: bool
+    grad: Tensor, x: Tensor, weight: Tensor, cu_seqlens: Tensor | None, activation: bool, total: Tensor
 ) -> tuple[Tensor, Tensor]:
     if activation:
-        grad = torch.ops.aten.silu_backward(grad, _shifted_sum(x, weight, cu_seqlens, forward=True))
+        grad = torch.ops.aten.silu_backward(grad, total)
     width = weight.shape[1]
     edges = None if cu_seqlens is None else _edges(cu_seqlens, width - 1, at_end=False)
     accumulate = torch.promote_types(weight.dtype, torch.float32)
@@ -88,18 +90,19 @@ def _backward(
 
 
 @_backward.register_fake
-def _(grad, x, weight, cu_seqlens, activation):
+def _(grad, x, weight, cu_seqlens, activation, total):
     return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(weight)
 
 
 def _setup_context(ctx, inputs, output) -> None:
     x, weight, cu_seqlens, ctx.activation = inputs
-    ctx.save_for_backward(x, weight, cu_seqlens)
+    ctx.save_for_backward(x, weight, cu_seqlens, output[1])
+    ctx.mark_non_differentiable(output[1])
 
 
-def _autograd(ctx, grad):
-    x, weight, cu_seqlens = ctx.saved_tensors
-    return (*_backward(grad, x, weight, cu_seqlens, ctx.activation), None, None)
+def _autograd(ctx, grad, _):
+    x, weight, cu_seqlens, total = ctx.saved_tensors
+    return (*_backward(grad, x, weight, cu_seqlens, ctx.activation, total), None, None)
 
 
 torch.library.register_autograd("torchlmoe::causal_conv", _autograd, setup_context=_setup_context)
