@@ -51,7 +51,7 @@ def linear_recurrence(
         initial_state: [N, R, K, V] in at least float32; N = B, or the number of packed documents. Zero unless given.
         output_final_state: whether to return the state after the last token.
         cu_seqlens: int32 [N + 1], bounds of documents packed into one row (B = 1) from 0 to T; empty ones allowed.
-        backend: "reference" (token by token), "chunked" (plain PyTorch) or "auto".
+        backend: "reference" (token by token), "chunked" (plain PyTorch) or "auto" ("reference" for one token a row).
 
     Returns:
         o [B, T, R, V] in v's dtype, and the final state [N, R, K, V] in float32 (float64 for float64 input) or None.
@@ -60,6 +60,8 @@ def linear_recurrence(
         ValueError: shapes, dtypes or terms that do not fit together, or that the backend does not serve.
     """
     _check(q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, initial_state, cu_seqlens)
+    if backend == "auto" and v.shape[1] == 1 and cu_seqlens is None:
+        backend = "reference"  # a step of decoding: the definition is the fastest form of one token
     backend = _choose(backend, erase_key, value_log_decay, bonus)
     o, final_state = _run(
         q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, scale, initial_state, cu_seqlens, backend
