@@ -76,7 +76,7 @@ class MoE(Table):
     ] = "max"
     routed_scaling_factor: Annotated[float, Field(gt=0, description="Multiplies the routed experts' weights.")] = 1.0
     capacity_factor: Annotated[
-        float | None, Field(gt=0, description="Room per expert over an even share; dropless if unset.")
+        float | None, Field(gt=0, description="Room per expert over an even share, in training; dropless if unset.")
     ] = None
     balance: Annotated[Literal["aux_loss", "loss_free", "none"], Field(description="How load is balanced.")] = (
         "aux_loss"

@@ -1,12 +1,13 @@
 """Text to token ids and back: a thin wrapper over `tokenizers.Tokenizer` that knows its end token."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 import tokenizers
+from tokenizers.decoders import DecodeStream
 from tokenizers.pre_tokenizers import ByteLevel
 
 END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "</s>")
@@ -56,6 +57,11 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, special tokens left out."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def stream(self) -> Callable[[int], str]:
+        """A function that takes a text's ids one by one and returns what each adds to it, in whole characters."""
+        stream = DecodeStream(skip_special_tokens=True)
+        return lambda index: stream.step(self._tokenizer, index) or ""
 
     def token_bytes(self) -> np.ndarray | None:
         """UTF-8 bytes of text in each token, uint16 [vocab_size]; None unless this is byte-level BPE.

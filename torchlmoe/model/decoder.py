@@ -9,6 +9,7 @@ Built on the meta device and then initialised:
     logits = model(tokens)                                                     # rows of one document each
     logits = model(tokens, document_bounds)                                    # packed documents
     nll_sum = model(tokens, document_bounds, labels)                           # for training
+    logits = model.next_logits(tokens, positions, cache)                       # decoding; model.init_cache makes one
 
 Legend: B rows, T tokens in a row, V vocabulary.
 """
@@ -16,6 +17,7 @@ Legend: B rows, T tokens in a row, V vocabulary.
 from dataclasses import asdict
 
 import torch
+from tensordict import TensorDict
 from torch import Tensor, nn
 
 from torchlmoe.config import Config
@@ -132,11 +134,41 @@ class Decoder(nn.Module):
         else:
             sequence = Sequence.of_packed_rows(document_bounds, length, loss_weight)
             x = self.embedding(tokens.reshape(1, -1))
-        for block in self.blocks.values():
-            x = block(x, sequence=sequence)
-        tied_weight = self.embedding.weight if self.head.projection is None else None
-        output = self.head(x, labels, tied_weight)
+        output = self._run(x, sequence, labels=labels)
         return output if labels is not None else output.view(batch_size, length, -1)
+
+    def next_logits(self, tokens: Tensor, positions: Tensor, cache: TensorDict) -> Tensor:
+        """What comes after `tokens`, which go on where `cache` ends: logits [B, V] of the last token of each row.
+
+        tokens, positions: int64 [B, T]; each row is one document, at a place of its own.
+        cache: from `init_cache`, brought up to date in place.
+        """
+        return self._run(self.embedding(tokens), Sequence(positions, loss_weight=0.0), cache)[:, 0]
+
+    def init_cache(
+        self,
+        batch_size: int,
+        max_length: int,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> TensorDict:
+        """Decoding state, by block, of `batch_size` rows of at most `max_length` tokens; rows can be sliced.
+
+        Only softmax blocks need memory for each token. dtype and device are the model's unless given.
+        """
+        weight = self.embedding.weight
+        rows = (batch_size, max_length, dtype or weight.dtype, device or weight.device)
+        caches = {index: block.mixer.init_cache(*rows) for index, block in self.blocks.items()}  # type: ignore[operator,union-attr]
+        return TensorDict(caches, batch_size=[batch_size])
+
+    def _run(
+        self, x: Tensor, sequence: Sequence, cache: TensorDict | None = None, labels: Tensor | None = None
+    ) -> Tensor:
+        """From embeddings to the head's output; with a cache, that of the last token of each row."""
+        for index, block in self.blocks.items():
+            x = block(x, sequence=sequence, cache=None if cache is None else cache[index])
+        tied_weight = self.embedding.weight if self.head.projection is None else None
+        return self.head(x if cache is None else x[:, -1:], labels, tied_weight)
 
     def moe_layers(self) -> dict[str, MoE]:
         """The mixtures of experts by the index of their block."""

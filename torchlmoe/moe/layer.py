@@ -38,7 +38,8 @@ class MoE(nn.Module):
     routed_scaling_factor: multiplies the routed experts' weights.
     capacity_factor: None for no drops; else an expert serves at most ceil(factor * top_k * T / num_experts)
         tokens of a microbatch, the first ones in token order, as in Switch; the choices beyond get weight
-        zero and are counted. The other weights of the token stay as they are.
+        zero and are counted. The other weights of the token stay as they are. In evaluation and decoding nothing
+        is dropped: there, what a token gets must not depend on which others are in the batch.
     balance: "aux_loss" (with aux_loss_weight, aux_loss_scope), "loss_free" (with bias_update_rate), "none".
     z_loss_weight: weight of the router z-loss, with any balance.
 
@@ -125,7 +126,7 @@ class MoE(nn.Module):
         routing = self.router(x_TD)
         slots = Slots.sorted_by_expert(routing.expert_TK, self.num_experts, run_alignment(x))
         weight_TK, dropped = routing.weight_TK, slots.offset_E.new_zeros((), dtype=torch.int64)
-        if self.capacity_factor is not None:
+        if self.capacity_factor is not None and self.training:
             capacity = math.ceil(self.capacity_factor * self.top_k * x_TD.shape[0] / self.num_experts)
             beyond_TK = slots.place_TK(routing.expert_TK) >= capacity
             weight_TK, dropped = weight_TK.masked_fill(beyond_TK, 0.0), beyond_TK.sum()

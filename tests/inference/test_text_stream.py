@@ -1,0 +1,61 @@
+"""What is streamed adds up to the decoded whole, never splits a character, and keeps the order of the prompts."""
+
+import random
+
+import pytest
+
+from torchlmoe.data.tokenizer import load_tokenizer
+from torchlmoe.inference.text_stream import TextStream, stream_in_order
+
+TEXT = "naïve — “café” 日本語 🙂👩‍👩‍👧 Ωmega"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer("embedded")
+
+
+def test_multi_byte_characters_come_whole(tokenizer):
+    stream = TextStream(tokenizer)
+    (ids,) = tokenizer.encode_batch([TEXT])
+    pieces = [stream.push(index) for index in ids]
+    assert len(ids) > len(TEXT) > 30  # characters of several tokens
+    assert "".join(pieces) == TEXT
+    assert "\ufffd" not in "".join(pieces)
+    assert stream.close() == ""
+
+
+def test_any_ids_add_up_to_the_whole(tokenizer):
+    """Single bytes in any order, valid UTF-8 or not, and any tokens, end tokens among them."""
+    draw = random.Random(0)
+    for pool in (range(tokenizer.vocab_size), range(300)):
+        for _ in range(50):
+            ids = [draw.choice(pool) for _ in range(40)]
+            stream = TextStream(tokenizer)
+            assert "".join(map(stream.push, ids)) + stream.close() == tokenizer.decode(ids)
+
+
+def test_an_unfinished_character_comes_last(tokenizer):
+    stream = TextStream(tokenizer)
+    (ids,) = tokenizer.encode_batch(["a🙂"])
+    assert "".join(map(stream.push, ids[:-1])) == "a"
+    assert stream.close() == "\ufffd"
+
+
+def test_rows_come_one_after_another(tokenizer):
+    prompts = tokenizer.encode_batch(["One", "Two 🙂", "Three"])
+    continuations = tokenizer.encode_batch([" 日本", "", " and so on, a good deal longer"])
+    longest = max(map(len, continuations))
+    steps = list(zip(*(row + [None] * (longest - len(row)) for row in continuations), strict=True))
+    found = list(stream_in_order(tokenizer, prompts, steps))
+    assert found[0] == (0, "One")
+    assert [row for row, _ in found] == sorted(row for row, _ in found)
+    texts = ["".join(text for index, text in found if index == row) for row in range(3)]
+    assert texts == ["One 日本", "Two 🙂", "Three and so on, a good deal longer"]
+    # The last row is shown as it grows, not at the end.
+    assert sum(row == 2 for row, _ in found) > longest - len(continuations[0])
+
+
+def test_the_prompt_is_there_before_the_first_step(tokenizer):
+    prompts = tokenizer.encode_batch(["One"])
+    assert next(stream_in_order(tokenizer, prompts, iter(()))) == (0, "One")
