@@ -1,10 +1,23 @@
 """How a program of ours ends: an error the user can mend is one sentence and a non-zero exit."""
 
+import argparse
 import os
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 import torch.distributed as dist
+
+
+class FlagParser(argparse.ArgumentParser):
+    """Flags of a program that takes no settings; a bad one ends it like all bad input."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
+        self.add_argument("--job.debug", metavar="true", nargs="?", help="show the whole traceback of an error")
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see --help).")
 
 
 def run(main: Callable[[list[str]], None]) -> None:

@@ -1,0 +1,81 @@
+"""Continues text with a trained model: python -m torchlmoe.generate --checkpoint DIR --prompt "..." [--prompt ...]
+
+Writes each prompt and its continuation to standard output as the tokens come; prompts are continued together, and shown
+one after another.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from torchlmoe.command import FlagParser, run
+
+
+def main(arguments: list[str]) -> None:
+    flags = _parser().parse_args(arguments)
+    prompts = [*flags.prompt, *map(_read, flags.prompt_file)]
+    if not all(prompts):
+        raise ValueError("A prompt is empty; give it at least one character.")
+    if not prompts:
+        raise ValueError("There is no prompt; give --prompt TEXT or --prompt_file FILE, once or more.")
+    # Imported here, so that --help and a mistyped flag answer at once.
+    import torch
+
+    from torchlmoe.checkpoint import open_model
+    from torchlmoe.inference.generate import generate_stepwise
+    from torchlmoe.inference.sampling import Sampling
+    from torchlmoe.inference.text_stream import stream_in_order
+    from torchlmoe.parallel.mesh import choose_device
+
+    sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.repetition_penalty)
+    dtype = None if flags.dtype is None else getattr(torch, flags.dtype)
+    model, _, tokenizer = open_model(flags.checkpoint, dtype=dtype, device=choose_device(flags.device))
+    # As in training, a document begins with the end token.
+    prompt_ids = [[tokenizer.end_id, *ids] for ids in tokenizer.encode_batch(prompts)]
+    steps = generate_stepwise(
+        model,
+        prompt_ids,
+        max_new_tokens=flags.max_new_tokens,
+        end_id=tokenizer.end_id,
+        sampling=sampling,
+        seed=flags.seed,
+    )
+    shown = -1
+    for row, text in stream_in_order(tokenizer, prompt_ids, steps):
+        if row != shown and len(prompts) > 1:
+            print(f"{'' if row == 0 else chr(10)}--- {row + 1} of {len(prompts)} ---")
+        shown = row
+        print(text, end="", flush=True)
+    print()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = FlagParser(prog="python -m torchlmoe.generate", description=__doc__.splitlines()[0].partition(":")[0])
+    add = parser.add_argument
+    add("--checkpoint", metavar="DIR", required=True, help="checkpoint of a run, or exported model")
+    add("--prompt", metavar="TEXT", action="append", default=[], help="text to continue; may be repeated")
+    add(
+        "--prompt_file", metavar="FILE", action="append", default=[], help="file with such a text, - for standard input"
+    )
+    add("--max_new_tokens", metavar="N", type=int, default=128, help="tokens to add, unless the document ends first")
+    add("--temperature", metavar="T", type=float, default=1.0, help="divides the logits; 0 takes the likeliest token")
+    add("--top_k", metavar="K", type=int, help="draw from the K likeliest tokens")
+    add("--top_p", metavar="P", type=float, default=1.0, help="draw from the likeliest that together reach P")
+    add("--repetition_penalty", metavar="R", type=float, default=1.0, help="above 1, what was there is less likely")
+    add("--seed", metavar="N", type=int, default=0, help="of the draws")
+    add("--dtype", choices=["float32", "bfloat16", "float64"], help="of the weights; as saved if unset")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to run")
+    return parser
+
+
+def _read(file: str) -> str:
+    """The text of a file, or of standard input for "-", without the last line's end."""
+    try:
+        content = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+        return content.decode().removesuffix("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--prompt_file {file} cannot be read as UTF-8 text: {error}.") from None
+
+
+if __name__ == "__main__":
+    run(main)
