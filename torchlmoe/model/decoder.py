@@ -14,6 +14,7 @@ Built on the meta device and then initialised:
 Legend: B rows, T tokens in a row, V vocabulary.
 """
 
+import inspect
 from dataclasses import asdict
 
 import torch
@@ -29,6 +30,7 @@ from torchlmoe.layers.mlp import MLP
 from torchlmoe.layers.norms import RMSNorm
 from torchlmoe.layers.sequence import Sequence
 from torchlmoe.mixers import MIXERS
+from torchlmoe.mixers.base import Place
 from torchlmoe.model.block import Block
 from torchlmoe.moe import MoE
 
@@ -82,6 +84,8 @@ class Decoder(nn.Module):
         self.embedding = Embedding(vocab_size, settings.dim, settings.init_std)
         pattern = settings.layer_pattern
         self.blocks = nn.ModuleDict()
+        self.shared_width = 0
+        seen: set[str] = set()
         for index in range(settings.num_layers):
             mixer, mlp, options = layer_options(config, pattern[index % len(pattern)])
             feed_forward: nn.Module
@@ -91,10 +95,13 @@ class Decoder(nn.Module):
                 # 8/3 keeps the parameters of a SwiGLU those of a plain MLP of width 4.
                 hidden_dim = settings.mlp_dim or 16 * round(settings.dim * 8 / 3 / 16)
                 feed_forward = MLP(settings.dim, hidden_dim, init_std=settings.init_std)
+            if "place" in inspect.signature(MIXERS[mixer]).parameters:
+                options["place"] = Place(index, settings.num_layers, first=mixer not in seen)
+            seen.add(mixer)
+            built = MIXERS[mixer](settings.dim, **options)
+            self.shared_width = max(self.shared_width, built.shared_width)
             # A dict, so that a pipeline stage which holds some blocks keeps their names.
-            self.blocks[str(index)] = Block(
-                settings.dim, MIXERS[mixer](settings.dim, **options), feed_forward, settings.norm_eps
-            )
+            self.blocks[str(index)] = Block(settings.dim, built, feed_forward, settings.norm_eps)
         self.head = Head(
             settings.dim,
             None if settings.tie_embeddings else vocab_size,
@@ -165,8 +172,13 @@ class Decoder(nn.Module):
         self, x: Tensor, sequence: Sequence, cache: TensorDict | None = None, labels: Tensor | None = None
     ) -> Tensor:
         """From embeddings to the head's output; with a cache, that of the last token of each row."""
+        shared = x.new_zeros(*x.shape[:2], self.shared_width) if self.shared_width else None
         for index, block in self.blocks.items():
-            x = block(x, sequence=sequence, cache=None if cache is None else cache[index])
+            context = dict(sequence=sequence, cache=None if cache is None else cache[index])
+            if shared is None:
+                x = block(x, **context)
+            else:
+                x, shared = block(x, **context, shared=shared)
         tied_weight = self.embedding.weight if self.head.projection is None else None
         return self.head(x if cache is None else x[:, -1:], labels, tied_weight)
 
