@@ -15,6 +15,7 @@ train: $(RUN)/loss_curve.png
 	@tail -n 1 $(RUN)/metrics.jsonl | $(BIN)/python -c "import json, sys; r = json.load(sys.stdin); \
 	print(f\"step {r['step']}: validation loss {r['val_loss']:.4f}, {r['val_bits_per_byte']:.4f} bits per byte\")"
 	@echo "loss curve: $(RUN)/loss_curve.png"
+	@$(BIN)/python -m torchlmoe.generate --checkpoint $(RUN) --temperature 0.7 --prompt "It is a truth universally acknowledged"
 
 $(RUN)/loss_curve.png: $(VENV)/installed $(SOURCES)
 	$(BIN)/python train.py --job.config_file $(CONFIG)

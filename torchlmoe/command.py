@@ -13,7 +13,7 @@ class FlagParser(argparse.ArgumentParser):
     """Flags of a program that takes no settings; a bad one ends it like all bad input."""
 
     def __init__(self, **options):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
+        super().__init__(allow_abbrev=False, **options)
         self.add_argument("--job.debug", metavar="true", nargs="?", help="show the whole traceback of an error")
 
     def error(self, message: str) -> NoReturn:

@@ -1,7 +1,7 @@
 """Continues text with a trained model: python -m torchlmoe.generate --checkpoint DIR --prompt "..." [--prompt ...]
 
-Writes each prompt and its continuation to standard output as the tokens come; prompts are continued together, and shown
-one after another.
+Prompts are continued together. Each is written to standard output with its continuation, one after another with a line
+of three hyphens between, as the tokens come.
 """
 
 import argparse
@@ -17,7 +17,7 @@ def main(arguments: list[str]) -> None:
     if not all(prompts):
         raise ValueError("A prompt is empty; give it at least one character.")
     if not prompts:
-        raise ValueError("There is no prompt; give --prompt TEXT or --prompt_file FILE, once or more.")
+        raise ValueError("There is no prompt; give --prompt TEXT or --prompt-file FILE, once or more.")
     # Imported here, so that --help and a mistyped flag answer at once.
     import torch
 
@@ -40,11 +40,11 @@ def main(arguments: list[str]) -> None:
         sampling=sampling,
         seed=flags.seed,
     )
-    shown = -1
+    shown = 0
     for row, text in stream_in_order(tokenizer, prompt_ids, steps):
-        if row != shown and len(prompts) > 1:
-            print(f"{'' if row == 0 else chr(10)}--- {row + 1} of {len(prompts)} ---")
-        shown = row
+        if row != shown:
+            print("\n---")
+            shown = row
         print(text, end="", flush=True)
     print()
 
@@ -52,19 +52,46 @@ def main(arguments: list[str]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = FlagParser(prog="python -m torchlmoe.generate", description=__doc__.splitlines()[0].partition(":")[0])
     add = parser.add_argument
-    add("--checkpoint", metavar="DIR", required=True, help="checkpoint of a run, or exported model")
-    add("--prompt", metavar="TEXT", action="append", default=[], help="text to continue; may be repeated")
     add(
-        "--prompt_file", metavar="FILE", action="append", default=[], help="file with such a text, - for standard input"
+        "--checkpoint",
+        metavar="DIR",
+        required=True,
+        help="a run's folder, one of its checkpoints, or an exported model",
     )
-    add("--max_new_tokens", metavar="N", type=int, default=128, help="tokens to add, unless the document ends first")
-    add("--temperature", metavar="T", type=float, default=1.0, help="divides the logits; 0 takes the likeliest token")
-    add("--top_k", metavar="K", type=int, help="draw from the K likeliest tokens")
-    add("--top_p", metavar="P", type=float, default=1.0, help="draw from the likeliest that together reach P")
-    add("--repetition_penalty", metavar="R", type=float, default=1.0, help="above 1, what was there is less likely")
-    add("--seed", metavar="N", type=int, default=0, help="of the draws")
+    add("--prompt", metavar="TEXT", action="append", default=[], help="text to continue; may be repeated")
+    add("--prompt-file", metavar="FILE", action="append", default=[], help="the same from a file, - is standard input")
+    add(
+        "--max-new-tokens",
+        metavar="N",
+        type=int,
+        default=128,
+        help="tokens to add, or fewer to the document's end; default %(default)s",
+    )
+    add(
+        "--temperature",
+        metavar="T",
+        type=float,
+        default=1.0,
+        help="divides the logits, 0 takes the likeliest token; default %(default)s",
+    )
+    add("--top-k", metavar="K", type=int, help="draw from the K likeliest tokens; all if unset")
+    add(
+        "--top-p",
+        metavar="P",
+        type=float,
+        default=1.0,
+        help="draw from the likeliest that together reach P; default %(default)s",
+    )
+    add(
+        "--repetition-penalty",
+        metavar="R",
+        type=float,
+        default=1.0,
+        help="above 1, what was there is less likely; default %(default)s",
+    )
+    add("--seed", metavar="N", type=int, default=0, help="of the draws; default %(default)s")
     add("--dtype", choices=["float32", "bfloat16", "float64"], help="of the weights; as saved if unset")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to run")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to run; default auto")
     return parser
 
 
@@ -74,7 +101,7 @@ def _read(file: str) -> str:
         content = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
         return content.decode().removesuffix("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--prompt_file {file} cannot be read as UTF-8 text: {error}.") from None
+        raise ValueError(f"--prompt-file {file} cannot be read as UTF-8 text: {error}.") from None
 
 
 if __name__ == "__main__":
