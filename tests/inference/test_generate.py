@@ -15,9 +15,9 @@ SMALL = """--model.dim 32 --model.num_heads 2 --model.num_layers 2 --model.vocab
 LENGTHS = [5, 1, 40, 5, 3]  # two of one length, not side by side
 
 
-def build(*arguments):
+def build(*arguments, dtype=torch.float64):
     config = load_config([*SMALL, *arguments])
-    model = build_on_meta(config, config.model.vocab_size).to(torch.float64).to_empty(device="cpu")
+    model = build_on_meta(config, config.model.vocab_size).to(dtype).to_empty(device="cpu")
     model.init_weights(seed=0)
     return model
 
@@ -44,6 +44,23 @@ def test_greedy_tokens_are_those_of_the_whole_forward_pass(mixer, pattern, monke
         assert len(continuation) == 128
         assert_greedy(model, prompt, continuation)
     assert len({token for row in continuations for token in row}) > 5
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@torch.no_grad()
+def test_low_precision_stays_near(mixer):
+    """A prefill and 20 steps err as the whole forward pass does; dense, so that no choice of experts can flip."""
+    arguments = ("--model.layer_pattern", "L", "--model.mixer", mixer, "--model.layers.L.mlp", "dense")
+    tokens = torch.randint(50, (2, 30), generator=torch.Generator().manual_seed(0))
+    pieces = list(zip(*(x.split([10] + [1] * 20, 1) for x in (tokens, torch.arange(30).expand(2, -1))), strict=True))
+    exact = build(*arguments)(tokens)[:, 9:]
+    for dtype in (torch.float32, torch.bfloat16):
+        model = build(*arguments, dtype=dtype)
+        cache = model.init_cache(2, 30)
+        stepwise = torch.stack([model.next_logits(piece, places, cache) for piece, places in pieces], 1)
+        assert stepwise.dtype is dtype
+        whole = model(tokens)[:, 9:]
+        assert (stepwise - exact).norm() <= 1.5 * (whole - exact).norm() <= 0.3 * exact.norm()
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
