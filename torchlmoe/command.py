@@ -1,6 +1,7 @@
 """How a program of ours ends: an error the user can mend is one sentence and a non-zero exit."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 
@@ -12,6 +13,8 @@ def run(main: Callable[[list[str]], None]) -> None:
     arguments = sys.argv[1:]
     try:
         main(arguments)
+    except KeyboardInterrupt:
+        os._exit(128 + signal.SIGINT)
     except (ValueError, OSError, FloatingPointError) as error:
         if any(argument.startswith("--job.debug") for argument in arguments):
             raise
