@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -25,6 +26,8 @@ def run(main: Callable[[list[str]], None]) -> None:
     arguments = sys.argv[1:]
     try:
         main(arguments)
+    except KeyboardInterrupt:
+        os._exit(128 + signal.SIGINT)
     except (ValueError, OSError, FloatingPointError) as error:
         if any(argument.startswith("--job.debug") for argument in arguments):
             raise

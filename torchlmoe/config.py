@@ -126,6 +126,10 @@ class Training(Table):
         Field(description="bfloat16 keeps float32 masters; float64 is for proofs of parity."),
     ] = "float32"
     max_norm: Annotated[float | None, Field(gt=0, description="Gradient norm is clipped to it.")] = 1.0
+    non_finite: Annotated[
+        Literal["stop", "skip"],
+        Field(description="On a loss or gradient that is not finite: end, or leave the step out."),
+    ] = "stop"
     deterministic: Annotated[bool, Field(description="Only algorithms that repeat bit for bit.")] = False
     device: Annotated[Literal["auto", "cpu", "cuda"], Field(description="Where to run.")] = "auto"
 
@@ -152,7 +156,15 @@ class LRScheduler(Table):
 
 @dataclass
 class Checkpoint(Table):
-    enable: Annotated[bool, Field(description="Not supported yet.")] = False
+    enable: Annotated[bool, Field(description="Save, and go on from what was saved.")] = False
+    interval: Annotated[int, Field(ge=1, description="Steps between checkpoints; the last step always is one.")] = 500
+    keep_latest_k: Annotated[int, Field(ge=1, description="Checkpoints that stay; older ones are removed.")] = 2
+    async_mode: Annotated[
+        Literal["disabled", "async"], Field(description="async: a background thread writes while training goes on.")
+    ] = "disabled"
+    load_step: Annotated[
+        int | None, Field(ge=0, description="Go on from the checkpoint of this step; the latest if unset.")
+    ] = None
 
 
 @dataclass
@@ -212,6 +224,9 @@ class Parallelism(Table):
     attention_context_parallel: Annotated[
         Literal["all_gather", "ulysses"], Field(description="How softmax blocks see other ranks' tokens.")
     ] = "all_gather"
+    timeout_seconds: Annotated[
+        float, Field(gt=0, description="After so long a collective has failed: a rank hangs or is far behind.")
+    ] = 300.0
 
 
 @dataclass

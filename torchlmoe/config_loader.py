@@ -41,7 +41,11 @@ def load_config(arguments: list[str]) -> Config:
         raise SystemExit(0)
     from_command_line = _parse_command_line(arguments)
     config_file = from_command_line.get("job", {}).get("config_file")
-    sources = [{} if config_file is None else _read_toml(config_file), from_command_line]
+    return config_from([{} if config_file is None else _read_toml(config_file), from_command_line])
+
+
+def config_from(sources: list[dict[str, Any]]) -> Config:
+    """Checked settings from tables of them, of which the later ones count. Raises ConfigError as `load_config` does."""
     flavor = "debug"
     for source in sources:
         _check_table_shape(source)
@@ -85,8 +89,9 @@ def layer_options(config: Config, letter: str) -> tuple[str, str, dict[str, Any]
     options = dict(config.model.layers[letter])
     mixer, mlp = options.pop("mixer"), options.pop("mlp", "moe")
     accepted = _option_types(mixer)
+    defaults = {name: default for name, (_, default) in accepted.items() if default is not ...}
     shared = {name: getattr(config.model, name) for name in MODEL_WIDE if name in accepted}
-    return mixer, mlp, shared | options
+    return mixer, mlp, defaults | shared | options
 
 
 def check_degrees(config: Config, world_size: int) -> None:
@@ -254,7 +259,6 @@ def _check_layers(config: Config) -> None:
 
 def _check_consistency(config: Config) -> None:
     unsupported = {
-        "checkpoint.enable": (config.checkpoint.enable, False),
         "profiling.enable": (config.profiling.enable, False),
         "float8.enable": (config.float8.enable, False),
         "compile.enable": (config.compile.enable, False),

@@ -39,9 +39,8 @@ class StoreIndex:
 class TokenStore:
     """A finished store, opened for reading; the attributes of StoreIndex are its own.
 
-    document_starts: int64 [num_documents + 1].
     token_bytes: uint16 [vocab_size] or None.
-    Raises ValueError where a file is missing or does not have the size that the index gives.
+    Raises ValueError where a file is missing or does not have the size that the index gives, also while reading.
     """
 
     def __init__(self, folder: Path):
@@ -57,15 +56,28 @@ class TokenStore:
             min(index.shard_size, index.num_tokens - start) for start in range(0, index.num_tokens, index.shard_size)
         ]
         self._shards = [self._map(_shard_name(i), index.token_dtype, size) for i, size in enumerate(sizes)]
-        self.document_starts = self._map("documents.bin", "<i8", index.num_documents + 1)
+        self._document_starts = self._map("documents.bin", "<i8", index.num_documents + 1)
         self.token_bytes = self._map("token_bytes.bin", "<u2", index.vocab_size) if index.has_token_bytes else None
 
     def _map(self, name: str, dtype: str, size: int) -> np.ndarray:
+        self._check(name, size * np.dtype(dtype).itemsize)
+        return np.memmap(self.folder / name, dtype=dtype, mode="r", shape=(size,))
+
+    def _check(self, name: str, expected: int) -> None:
+        """Also before a mapped file is read again: past the end of one cut short, the kernel would kill the process."""
         path = self.folder / name
-        expected = size * np.dtype(dtype).itemsize
-        if not path.is_file() or path.stat().st_size != expected:
-            raise _damaged(path, f"does not have the {expected} bytes that index.json gives")
-        return np.memmap(path, dtype=dtype, mode="r", shape=(size,))
+        try:
+            size = path.stat().st_size
+        except OSError:
+            raise _damaged(path, "is gone or cannot be read") from None
+        if size != expected:
+            raise _damaged(path, f"has {size} bytes in place of the {expected} that index.json gives")
+
+    @property
+    def document_starts(self) -> np.ndarray:
+        """int64 [num_documents + 1]."""
+        self._check("documents.bin", self._document_starts.nbytes)
+        return self._document_starts
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """int64 tokens [start, stop) of the stream, cut off at its end."""
@@ -74,6 +86,7 @@ class TokenStore:
         position = start
         while position < stop:
             shard, offset = divmod(position, self.index.shard_size)
+            self._check(_shard_name(shard), self._shards[shard].nbytes)
             piece = self._shards[shard][offset : offset + stop - position]
             out[position - start : position - start + len(piece)] = piece
             position += len(piece)

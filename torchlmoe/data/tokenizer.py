@@ -19,15 +19,16 @@ class Tokenizer:
     path: the tokenizer.json.
     end_token: its end token; None looks for one of END_TOKENS, in that order.
 
-    Attributes: `vocab_size` (one past the largest id), `end_token`, `end_id`, `fingerprint` (its sha256).
+    Attributes: `vocab_size` (one past the largest id), `end_token`, `end_id`, `content` (of the file),
+    `fingerprint` (its sha256).
     Raises ValueError for a file that is no tokenizer, and for an end token that the vocabulary lacks.
     """
 
     def __init__(self, path: Path, end_token: str | None = None):
-        content = path.read_bytes()
-        self.fingerprint = hashlib.sha256(content).hexdigest()
+        self.content = path.read_bytes()
+        self.fingerprint = hashlib.sha256(self.content).hexdigest()
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(self.content)
         except ValueError as error:
             raise ValueError(
                 f"{path} is not a tokenizer.json that this version of `tokenizers` reads: {error}."

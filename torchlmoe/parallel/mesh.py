@@ -1,10 +1,12 @@
 """The process group and the one device mesh, with named axes, that every parallelism takes its groups from."""
 
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from torchlmoe.config import Parallelism
 
@@ -34,20 +36,27 @@ def world_size_of_launch() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def start_process_group(device: torch.device) -> None:
-    """gloo on CPU, NCCL on CUDA; a plain process gets a group of its own."""
+def start_process_group(device: torch.device, timeout_seconds: float = 300.0) -> None:
+    """gloo on CPU, NCCL on CUDA; a plain process gets a group of its own.
+
+    timeout_seconds: after which a collective has failed.
+    """
     if dist.is_initialized():
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_seconds)
     if "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timeout)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
 
 
 def build_mesh(degrees: Parallelism, device_type: str) -> DeviceMesh:
     """Axes dp_replicate, dp_shard over all ranks; a shard degree of -1 is the rest."""
     replicate = degrees.data_parallel_replicate_degree
-    return init_device_mesh(
+    mesh = init_device_mesh(
         device_type, (replicate, dist.get_world_size() // replicate), mesh_dim_names=("dp_replicate", "dp_shard")
     )
+    for group in mesh.get_all_groups():  # which have the backend's default of many minutes
+        _set_pg_timeout(timedelta(seconds=degrees.timeout_seconds), group)
+    return mesh

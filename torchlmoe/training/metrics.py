@@ -18,33 +18,48 @@ from torchlmoe.config import Metrics
 class MetricsLog:
     """Written by the first rank; on the others every call does nothing.
 
-    An earlier run's metrics.jsonl in the same folder is set aside under its date, never overwritten.
+    first_step: steps that are done already. A run that goes on keeps its rows up to there, and those past it leave; a
+        new run sets an earlier one's metrics.jsonl aside under its date.
     """
 
-    def __init__(self, folder: Path, settings: Metrics, *, num_steps: int, active: bool):
+    def __init__(self, folder: Path, settings: Metrics, *, num_steps: int, active: bool, first_step: int = 0):
         self.folder, self.settings, self.num_steps, self.active = folder, settings, num_steps, active
+        self.first_step = first_step
         self.records: list[dict[str, Any]] = []
         self._started = time.monotonic()
         if not active:
             return
         path = folder / "metrics.jsonl"
-        if path.exists():
+        if first_step:
+            self.records = _keep_rows(path, first_step)
+        elif path.exists():
             written = datetime.fromtimestamp(path.stat().st_mtime)
             path.rename(folder / f"metrics.{written:%Y-%m-%d_%H-%M-%S}.jsonl")
-        self._file = path.open("w")
-        self._tensorboard = SummaryWriter(str(folder / "tensorboard")) if settings.tensorboard else None
+        self._file = path.open("a")
+        tensorboard = str(folder / "tensorboard")
+        self._tensorboard = SummaryWriter(tensorboard, purge_step=first_step + 1) if settings.tensorboard else None
 
     def log(self, record: dict[str, Any]) -> None:
-        """record: `step` and figures by name; a list goes to metrics.jsonl only."""
+        """record: `step` and figures by name; a list goes to metrics.jsonl only, what is not finite nowhere.
+
+        Raises OSError, with the remedy, where it cannot be written.
+        """
         if not self.active:
             return
+        record = {name: v for name, v in record.items() if not isinstance(v, float) or math.isfinite(v)}
         self.records.append(record)
-        self._file.write(json.dumps(record) + "\n")  # floats with all their digits
-        self._file.flush()
-        if self._tensorboard is not None:
-            for name, value in record.items():
-                if name != "step" and not isinstance(value, list):
-                    self._tensorboard.add_scalar(name, value, record["step"])
+        try:
+            self._file.write(json.dumps(record) + "\n")  # floats with all their digits
+            self._file.flush()
+            if self._tensorboard is not None:
+                for name, value in record.items():
+                    if name != "step" and not isinstance(value, list):
+                        self._tensorboard.add_scalar(name, value, record["step"])
+        except OSError as error:
+            raise OSError(
+                f"The figures of step {record['step']} could not be written to {self.folder}: {error.strerror}; what "
+                "was saved before is whole, and the same command goes on from it."
+            ) from error
         self.say(self._line(record))
 
     def say(self, text: str) -> None:
@@ -64,7 +79,8 @@ class MetricsLog:
             parts.append(f"{record['memory_gib']:.2f} GiB")
         if "val_loss" in record:
             parts.append(f"val_loss {record['val_loss']:.4f}  val_bits_per_byte {record['val_bits_per_byte']:.4f}")
-        remaining = (time.monotonic() - self._started) / step * (self.num_steps - step)
+        seconds_per_step = (time.monotonic() - self._started) / (step - self.first_step)
+        remaining = seconds_per_step * (self.num_steps - step)
         return "  ".join([*parts, f"eta {duration(remaining)}"])
 
     def close(self) -> None:
@@ -77,6 +93,23 @@ class MetricsLog:
             path = self.folder / "loss_curve.png"
             plot_loss(self.records, path)
             self.say(f"loss curve: {path}")
+
+
+def _keep_rows(path: Path, last_step: int) -> list[dict[str, Any]]:
+    """Cuts metrics.jsonl down to the rows up to `last_step`, and returns them."""
+    records: list[dict[str, Any]] = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        try:
+            record = json.loads(line)
+        except ValueError:  # half written when the run was killed
+            break
+        if record["step"] > last_step:
+            break
+        records.append(record)
+    kept = path.with_suffix(".partial")
+    kept.write_text("".join(json.dumps(record) + "\n" for record in records))
+    kept.replace(path)
+    return records
 
 
 def load_figures(counts_E: torch.Tensor) -> dict[str, Any]:

@@ -11,17 +11,20 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
+from torchlmoe.checkpoint.checkpointer import Checkpointer
 from torchlmoe.config import Config
 from torchlmoe.config_loader import check_degrees, to_toml
 from torchlmoe.data.loader import TrainLoader, validation_batches, validation_text_bytes
 from torchlmoe.data.prepare import prepare
 from torchlmoe.data.store import TokenStore
-from torchlmoe.data.tokenizer import load_tokenizer
+from torchlmoe.data.tokenizer import Tokenizer, load_tokenizer
 from torchlmoe.layers.cross_entropy import IGNORE_INDEX
 from torchlmoe.model.decoder import count_parameters
+from torchlmoe.parallel.failures import collective_failures
 from torchlmoe.parallel.mesh import build_mesh, choose_device, start_process_group, world_size_of_launch
 from torchlmoe.parallel.parallelize import build_model
 from torchlmoe.training.host_memory import keep_freed_pages
@@ -29,6 +32,7 @@ from torchlmoe.training.metrics import MetricsLog, duration, load_figures, memor
 from torchlmoe.training.optimizer import build_optimizer, clip_gradients
 from torchlmoe.training.peak import peak_flops
 from torchlmoe.training.schedule import lr_factor
+from torchlmoe.training.stop_request import StopRequest
 
 SECONDS_BETWEEN_LINES = 5.0
 
@@ -43,10 +47,9 @@ class Trainer:
         keep_freed_pages()
         self.device = choose_device(config.training.device)
         # Before the ranks are joined: while one tokenizes for an hour, no collective waits and times out.
-        train_store, self.validation_store, vocab_size = self._prepare_data()
-        start_process_group(self.device)
+        train_store, self.validation_store, tokenizer, vocab_size = self._prepare_data()
+        start_process_group(self.device, config.parallelism.timeout_seconds)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        torch.manual_seed(config.training.seed)
         if config.training.deterministic:
             torch.use_deterministic_algorithms(True)
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a debugging aid that costs time
@@ -71,13 +74,30 @@ class Trainer:
         dtype = getattr(torch, training.dtype)
         self.peak_flops = peak_flops(self.device, dtype) if peak is None else 1e12 * peak
         folder = Path(config.job.dump_folder)
+        self.checkpointer = Checkpointer(
+            folder / "checkpoints",
+            config,
+            self.model,
+            self.optimizer,
+            tokenizer,
+            vocab_size=vocab_size,
+            global_batch_size=self.global_batch_size,
+        )
+        self.progress = self.checkpointer.load()
+        self.stop_request, self.stopping = StopRequest(), False
         if self.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "config.toml").write_text(to_toml(config))
-        self.log = MetricsLog(folder, config.metrics, num_steps=training.steps, active=self.rank == 0)
+        self.log = MetricsLog(
+            folder,
+            config.metrics,
+            num_steps=training.steps,
+            active=self.rank == 0,
+            first_step=self.progress.step,
+        )
         self._describe(train_store, vocab_size)
 
-    def _prepare_data(self) -> tuple[TokenStore, TokenStore | None, int]:
+    def _prepare_data(self) -> tuple[TokenStore, TokenStore | None, Tokenizer, int]:
         data = self.config.data
         tokenizer = load_tokenizer(data.tokenizer, data.end_token)
         vocab_size = self.config.model.vocab_size or tokenizer.vocab_size
@@ -103,7 +123,7 @@ class Trainer:
             )
 
         validation = store("validation", data.validation_max_tokens) if self.config.validation.enable else None
-        return store("train", data.max_tokens), validation, vocab_size
+        return store("train", data.max_tokens), validation, tokenizer, vocab_size
 
     def _describe(self, store: TokenStore, vocab_size: int) -> None:
         total, active = (count_parameters(self.model, active=active) / 1e6 for active in (False, True))
@@ -119,75 +139,115 @@ class Trainer:
         )
 
     def train(self) -> dict[str, Any]:
-        """Runs all steps and returns the last logged record."""
+        """Runs the steps that are left, fewer if a signal asks to stop, and returns the last logged record."""
         settings, steps = self.config.metrics, self.config.training.steps
         tokens_per_step = self.global_batch_size * self.config.training.seq_len
-        record: dict[str, Any] = {}
+        record: dict[str, Any] = self.log.records[-1] if self.log.records else {}
         timed_steps, begin = 0, time.perf_counter()
-        for index in range(steps):
-            step = index + 1
-            totals, grad_norm, lr = self.train_step(index)
-            timed_steps += 1
-            validates = self.validation_store is not None and (
-                step == steps or step % self.config.validation.interval == 0
-            )
-            if step == 1 or step == steps or step % settings.log_freq == 0 or validates:
-                figures = self._figures(totals)
-                seconds = time.perf_counter() - begin
-                speed = timed_steps * tokens_per_step / seconds
-                record = {
-                    "step": step,
-                    "loss": figures.pop("loss"),
-                    "grad_norm": grad_norm.item(),
-                    "lr": lr,
-                    "tokens_seen": step * tokens_per_step,
-                    "tokens_per_second": speed,
-                    "memory_gib": memory_gib(self.device),
-                    **figures,
-                }
-                if self.peak_flops:
-                    record["mfu"] = speed * self.flops_per_token / (self.peak_flops * self.world_size)
-                if not math.isfinite(record["loss"]):
-                    raise FloatingPointError(
-                        f"The loss is {record['loss']} at step {step}; lower optimizer.lr, lengthen "
-                        "lr_scheduler.warmup_steps, or look at the data of this step."
+        with self.stop_request:
+            while self.progress.step < steps and not self.stopping:
+                step = self.progress.step + 1
+                with collective_failures(f"step {step}", self.config.parallelism.timeout_seconds):
+                    totals, grad_norm, lr = self.train_step(step - 1)
+                    timed_steps += 1
+                    validates = self.validation_store is not None and (
+                        step == steps or step % self.config.validation.interval == 0
                     )
-                if validates:
-                    record |= self.validate(whole=step == steps)
-                self.log.log(record)
-                timed_steps, begin = 0, time.perf_counter()
+                    if step == 1 or step == steps or step % settings.log_freq == 0 or validates:
+                        figures = self._figures(totals)
+                        seconds = time.perf_counter() - begin
+                        speed = timed_steps * tokens_per_step / seconds
+                        record = {
+                            "step": step,
+                            "loss": figures.pop("loss"),
+                            "grad_norm": grad_norm.item(),
+                            "lr": lr,
+                            "tokens_seen": step * tokens_per_step,
+                            "tokens_per_second": speed,
+                            "memory_gib": memory_gib(self.device),
+                            "skipped_steps": self.progress.skipped_steps,
+                            **figures,
+                        }
+                        if self.peak_flops:
+                            record["mfu"] = speed * self.flops_per_token / (self.peak_flops * self.world_size)
+                        if validates:
+                            record |= self.validate(whole=step == steps)
+                        self.log.log(record)
+                        timed_steps, begin = 0, time.perf_counter()
+                    paused = time.perf_counter()
+                    self.checkpointer.after_step(self.progress, last=step == steps or self.stopping)
+                    begin += time.perf_counter() - paused
         self.loader.close()
         self.log.close()
+        if self.stopping:
+            self._say_how_it_stopped()
         return record
 
     def train_step(self, index: int) -> tuple[torch.Tensor, torch.Tensor, float]:
         """Step `index` (from 0); returns the summed figures (see `_totals`), gradient norm and learning rate."""
+        training = self.config.training
+        # Whatever a step draws hangs on nothing before it, so that a run which goes on has no state to restore.
+        torch.manual_seed(
+            int(np.random.SeedSequence((training.seed, index, self.rank)).generate_state(1, np.uint64)[0])
+        )
         batches = [batch.to(self.device) for batch in self.loader.batches(index)]
         num_tokens = torch.stack([(batch["labels"] != IGNORE_INDEX).sum() for batch in batches]).sum()
         dist.all_reduce(num_tokens)
-        lr = self.config.optimizer.lr * lr_factor(index, self.config.training.steps, self.config.lr_scheduler)
+        lr = self.config.optimizer.lr * lr_factor(index, training.steps, self.config.lr_scheduler)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.model.train()
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         # Rows are all of one length, so that a microbatch's share of the step does not depend on how it is cut.
-        share = self.config.training.local_batch_size / self.global_batch_size
+        share = training.local_batch_size / self.global_batch_size
         for batch in batches:
             nll = self.model(batch["tokens"], batch["document_bounds"], batch["labels"], share)
             loss = nll / num_tokens
             loss.backward()
             loss_sum += loss.detach()
         totals = self._totals(loss_sum)
-        grad_norm = clip_gradients(self.model, self.config.training.max_norm)
-        self.optimizer.step()
+        grad_norm = clip_gradients(self.model, training.max_norm)
+        # The CPU's one look at the step, before anything moves.
+        loss_value, num_stops, norm = torch.stack([*totals[:2], grad_norm.to(totals.dtype)]).tolist()
+        self.stopping = num_stops > 0
+        if math.isfinite(loss_value) and math.isfinite(norm):
+            self.optimizer.step()
+            for layer, counts in zip(self.model.moe_layers().values(), self._by_layer(totals), strict=True):
+                layer.end_step(counts["counts"].long())
+        else:
+            self._skip_or_stop(index + 1, loss_value, norm)
         self.optimizer.zero_grad()
-        for layer, counts in zip(self.model.moe_layers().values(), self._by_layer(totals), strict=True):
-            layer.end_step(counts["counts"].long())
+        self.progress.step = index + 1
         return totals, grad_norm, lr
 
+    def _skip_or_stop(self, step: int, loss: float, grad_norm: float) -> None:
+        what = f"The loss is {loss} and the gradient's norm {grad_norm} at step {step}"
+        if self.config.training.non_finite == "skip":
+            self.progress.skipped_steps += 1
+            self.log.say(f"{what}: skipped, the {self.progress.skipped_steps}. so far.")
+            return
+        self.checkpointer.wait()
+        saved = self.checkpointer.saved_step
+        raise FloatingPointError(
+            f"{what}; lower optimizer.lr, lengthen lr_scheduler.warmup_steps, set training.non_finite = 'skip' or look "
+            f"at the data of this step; the last good checkpoint is {'none' if saved is None else f'of step {saved}'}."
+        )
+
+    def _say_how_it_stopped(self) -> None:
+        why = self.stop_request.name or "a signal to another rank"
+        if self.checkpointer.saved_step == self.progress.step:
+            saved = f"saved in {self.checkpointer.root}; the same command goes on from there"
+        else:
+            saved = "nothing was saved, since checkpoint.enable is false"
+        self.log.say(f"Stopped after step {self.progress.step} by {why}: {saved}.")
+
     def _totals(self, loss_sum: torch.Tensor) -> torch.Tensor:
-        """The loss and every MoE layer's counters, summed over ranks by one collective: float64, back to back."""
-        parts = [loss_sum[None]]
+        """The loss, the number of ranks asked to stop and every MoE layer's counters, float64 back to back.
+
+        Summed over ranks by one collective.
+        """
+        stops = loss_sum.new_tensor([self.stop_request.name is not None])
+        parts = [loss_sum[None], stops]
         for layer in self.model.moe_layers().values():
             counters = layer.pop_counters()
             parts += [counters[name].double().reshape(-1) for name in ("counts", "dropped", "aux_loss", "z_loss")]
@@ -197,7 +257,7 @@ class Trainer:
 
     def _by_layer(self, totals: torch.Tensor) -> list[dict[str, torch.Tensor]]:
         num_experts = self.config.moe.num_experts
-        rows = totals[1:].view(-1, num_experts + 3)
+        rows = totals[2:].view(-1, num_experts + 3)
         return [
             {"counts": row[:num_experts], "dropped": row[-3], "aux_loss": row[-2], "z_loss": row[-1]} for row in rows
         ]

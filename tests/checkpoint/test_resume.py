@@ -1,0 +1,121 @@
+"""A run that goes on: bit for bit on the same ranks, to 1e-9 in float64 on others; what may change and what may not."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.checkpoint.conftest import GLOBAL_BATCH, LOSS_FREE, arguments, records, stopped_at_step_4, train
+from tests.conftest import run_on_ranks
+from torchlmoe.checkpoint.folders import published
+from torchlmoe.config_loader import load_config
+from torchlmoe.training.trainer import Trainer
+
+pytestmark = pytest.mark.usefixtures("process_group")
+
+
+@pytest.mark.parametrize("async_mode", ["disabled", "async"])
+def test_same_ranks_go_on_bit_for_bit(async_mode, corpus, tmp_path):
+    extra = f"{GLOBAL_BATCH} --checkpoint.async_mode {async_mode} --metrics.tensorboard true --metrics.plot true"
+    train(corpus, tmp_path / "whole", extra)
+    folder = stopped_at_step_4(tmp_path / "whole", tmp_path / "again")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "los')  # the row that was being written when the run was killed
+    trainer = train(corpus, folder, extra)
+    assert trainer.checkpointer.saved_step == 8
+    assert records(folder) == records(tmp_path / "whole")
+    assert len(trainer.log.records) == 8  # of which the picture is drawn
+    first, second = (
+        load_file(path / "checkpoints/step-00000008/shard-00001-model-00001-of-00001.safetensors")
+        for path in (folder, tmp_path / "whole")
+    )
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+def resume_on_ranks(corpus, folders: dict) -> None:
+    for folder, extra in folders.items():
+        train(corpus, folder, f"{LOSS_FREE} {extra}")
+
+
+def test_other_ranks_go_on_alike(single, corpus, tmp_path):
+    replicas = "--parallelism.data_parallel_replicate_degree 2"
+    from_one = stopped_at_step_4(single, tmp_path / "one_to_four")
+    from_one_replicated = stopped_at_step_4(single, tmp_path / "one_to_two_by_two")
+    runs = {from_one: "", from_one_replicated: f"{replicas} --checkpoint.async_mode async", tmp_path / "four": ""}
+    run_on_ranks(4, resume_on_ranks, corpus, runs)
+    four_to_two = stopped_at_step_4(tmp_path / "four", tmp_path / "four_to_two")
+    run_on_ranks(2, resume_on_ranks, corpus, {four_to_two: ""})
+    replicated_to_one = stopped_at_step_4(from_one_replicated, tmp_path / "two_by_two_to_one")
+    train(corpus, replicated_to_one, LOSS_FREE)
+    for folder in (from_one, from_one_replicated, four_to_two, replicated_to_one):
+        for ours, theirs in zip(records(folder), records(single), strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-9), folder
+            assert ours["moe/0/load"] == theirs["moe/0/load"], folder
+
+
+def test_checkpoints_come_and_go(corpus, tmp_path):
+    extra = "--checkpoint.interval 1 --checkpoint.keep_latest_k 3"
+    train(corpus, tmp_path, extra)
+    root = tmp_path / "checkpoints"
+    assert list(published(root)) == [6, 7, 8]
+    assert len(list(root.iterdir())) == 3
+    (root / "step-00000009.partial").mkdir()
+    (root / "step-00000003.removing").mkdir()
+    trainer = train(corpus, tmp_path, f"{extra} --checkpoint.load_step 6")
+    assert [record["step"] for record in trainer.log.records] == list(range(1, 9))
+    names = {path.name for path in root.iterdir()}
+    assert names == {f"step-0000000{n}" for n in (6, 7, 8)} | {f"step-0000000{n}.abandoned" for n in (7, 8)}
+    finished = train(corpus, tmp_path, extra)  # the same command once more finds all done
+    assert finished.progress.step == 8
+    assert len(records(tmp_path)) == 8
+    with pytest.raises(ValueError, match=r"checkpoint.load_step = 5 is not in .*; there are: 6, 7, 8\."):
+        train(corpus, tmp_path, "--checkpoint.load_step 5")
+
+
+CHANGED = {
+    "--model.dim 64": "model.dim is 64, but the run that saved",
+    "--model.layers.L.mixer gla": "model.layers.L.mixer is 'gla'",
+    "--model.layers.L.conv_size 3": "model.layers.L.conv_size is 3",
+    "--model.layer_pattern L": "model.layer_pattern is 'LL'",
+    "--model.vocab_size 5000": "model.vocab_size is 5000",
+    "--moe.num_experts 8": "moe.num_experts is 8",
+    "--moe.balance none": "moe.balance is 'none'",
+    "--training.dtype float32": "training.dtype is 'float32 or bfloat16'",
+    "--training.seed 1": "training.seed is 1",
+    "--training.global_batch_size 8": "training.global_batch_size is 8",
+}
+
+
+def test_another_model_or_order_of_data_is_refused(single, corpus, tmp_path):
+    folder = shutil.copytree(single, tmp_path / "run")
+    for extra, sentence in CHANGED.items():
+        with pytest.raises(ValueError, match=r"start a new run in another job\.dump_folder") as error:
+            Trainer(load_config(arguments(corpus, folder, f"{LOSS_FREE} {extra}")))
+        assert sentence in str(error.value)
+    tokenizer = json.loads((single / "checkpoints/step-00000008/tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer, indent=3))
+    with pytest.raises(ValueError, match=r"data\.tokenizer is .sha256"):
+        Trainer(load_config(arguments(corpus, folder, f"{LOSS_FREE} --data.tokenizer {tmp_path}")))
+    assert (folder / "metrics.jsonl").read_bytes() == (single / "metrics.jsonl").read_bytes()
+
+
+def test_what_may_change(single, corpus, tmp_path):
+    folder = stopped_at_step_4(single, tmp_path / "run")
+    extra = "--training.steps 6 --optimizer.lr 1e-4 --training.local_batch_size 2 --model.backend reference"
+    trainer = train(corpus, folder, f"{LOSS_FREE} {extra}")
+    assert [record["step"] for record in trainer.log.records] == list(range(1, 7))
+
+
+def test_random_numbers_hang_on_seed_step_and_rank_only(single, corpus, tmp_path):
+    def draws(folder):
+        trainer = Trainer(load_config(arguments(corpus, folder, LOSS_FREE)))
+        drawn = []
+        trainer.model.register_forward_hook(lambda *_: drawn.append(torch.rand(1).item()))
+        trainer.train()
+        return drawn
+
+    whole, rest = draws(tmp_path / "new"), draws(stopped_at_step_4(single, tmp_path / "run"))
+    assert len(set(whole)) == len(whole) == 8 * 4
+    assert rest == whole[4 * 4 :]

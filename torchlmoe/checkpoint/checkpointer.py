@@ -1,0 +1,179 @@
+"""Saves a run at intervals and takes it up again: on as many ranks as there are now, whatever saved it."""
+
+import logging
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+from torchlmoe.checkpoint.folders import abandon_after, clean, partial_of, published
+from torchlmoe.checkpoint.manifest import verify
+from torchlmoe.checkpoint.run_record import Progress, check_same, fixed_of_model, fixed_of_run, read_run, write_run
+from torchlmoe.checkpoint.state import OptimizerState, load_tensors, model_state, saved_tensors
+from torchlmoe.checkpoint.writer import CheckpointWriter
+from torchlmoe.config import Config
+from torchlmoe.config_loader import to_toml
+from torchlmoe.data.tokenizer import Tokenizer
+from torchlmoe.model.decoder import Decoder
+from torchlmoe.parallel.failures import cause_of
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class Checkpointer:
+    """Every rank makes one, and calls `load`, `save` and `wait` together with the others.
+
+    root: the folder of the run's checkpoints. With checkpoint.enable = false nothing is written or read.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        config: Config,
+        model: Decoder,
+        optimizer: torch.optim.Optimizer,
+        tokenizer: Tokenizer,
+        *,
+        vocab_size: int,
+        global_batch_size: int,
+    ):
+        self.root, self.settings = root, config.checkpoint
+        self.saved_step: int | None = None
+        self._pending: Future | None = None
+        if not self.settings.enable:
+            return
+        self.model, self.optimizer_state = model, OptimizerState(model, optimizer)
+        self.fixed = fixed_of_model(config, tokenizer, vocab_size) | fixed_of_run(config, global_batch_size)
+        self.tokens_per_step = global_batch_size * config.training.seq_len
+        self.files = {"config.toml": to_toml(config).encode(), "tokenizer.json": tokenizer.content}
+        # Of its own: a save in the background must not take turns with the step's collectives.
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.parallelism.timeout_seconds))
+        # Plain copies, on a CPU too, where the next step writes into the very tensors that are being saved.
+        self._stager = DefaultStager(StagingOptions(False, False, False, False))
+
+    def load(self) -> Progress:
+        """Fills model and optimizer from the latest checkpoint, or that of checkpoint.load_step; none is step 0.
+
+        Raises ValueError naming the file that is damaged, or the setting that is not as it was.
+        """
+        if not self.settings.enable:
+            return Progress()
+        folder, remedy = self._agree(self._choose, on_first=True)
+        if folder is None:
+            return Progress()
+
+        def check() -> Progress:
+            try:
+                verify(folder, dist.get_rank(), dist.get_world_size())
+            except ValueError as error:
+                raise ValueError(f"{error}; {remedy}.") from error
+            progress, fixed = read_run(folder)
+            check_same(fixed, self.fixed, folder)
+            return progress
+
+        progress = self._agree(check)
+        saved = saved_tensors(folder).keys()
+        state = model_state(self.model)
+        if any(name.startswith("optimizer.") for name in saved):
+            self.optimizer_state.create()
+            self.optimizer_state.forget_all_but(set(saved))
+            state |= self.optimizer_state.tensors()
+        load_tensors(state, folder, self.group)
+        if self.settings.load_step is not None:
+            for path in self._agree(lambda: abandon_after(self.root, progress.step), on_first=True):
+                logger.info(f"Set aside, later than checkpoint.load_step: {path}")
+        logger.info(f"Going on from {folder}: {progress.step:,} steps are done.")
+        self.saved_step = progress.step
+        return progress
+
+    def after_step(self, progress: Progress, *, last: bool) -> None:
+        """Saves where one is due; after the last step returns when all is on disk. Raises as `save` does."""
+        if not self.settings.enable:
+            return
+        if self._pending is not None and self._pending.done():
+            self.wait()
+        if last or progress.step % self.settings.interval == 0:
+            self.save(progress)
+        if last:
+            self.wait()
+
+    def save(self, progress: Progress) -> None:
+        """Saves model, optimizer and progress; with async_mode "async" it returns once they are copied.
+
+        Raises OSError where this, or the save before in the background, cannot be written.
+        """
+        self.wait()
+        facts = {"tokens_seen": progress.step * self.tokens_per_step, "world_size": dist.get_world_size()}
+        files = {"run.json": write_run(progress, self.fixed, **facts), **self.files}
+        writer = CheckpointWriter(self.root, progress.step, files, self.settings.keep_latest_k)
+        state = model_state(self.model) | self.optimizer_state.tensors()
+        self._saving_step = progress.step
+        if self.settings.async_mode == "async":
+            self._pending = dcp.async_save(  # type: ignore[assignment]  # a response only where staging is asynchronous
+                state, storage_writer=writer, process_group=self.group, async_stager=self._stager
+            )
+        else:
+            self._pending = Future()
+            try:
+                self._pending.set_result(dcp.save(state, storage_writer=writer, process_group=self.group))
+            except CheckpointException as error:
+                self._pending.set_exception(error)
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns when all is on disk."""
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        try:
+            pending.result()
+        except CheckpointException as error:
+            cause = cause_of(error)
+            if dist.get_rank() == 0:
+                shutil.rmtree(partial_of(self.root, self._saving_step), ignore_errors=True)
+            reason = getattr(cause, "strerror", None) or str(cause)
+            raise OSError(
+                f"The checkpoint of step {self._saving_step} could not be written to {self.root}: {reason}; "
+                "what was saved before is whole, and the same command goes on from it."
+            ) from error
+        self.saved_step = self._saving_step
+
+    def _choose(self) -> tuple[Path | None, str]:
+        """The folder to load, if any, and what to do should it be damaged."""
+        clean(self.root)
+        available, step = published(self.root), self.settings.load_step
+        if step is not None and step not in available:
+            there = ", ".join(map(str, available)) or "none"
+            raise ValueError(f"checkpoint.load_step = {step} is not in {self.root}; there are: {there}.")
+        if not available:
+            return None, ""
+        step = max(available) if step is None else step
+        before = [other for other in available if other < step]
+        if before:
+            remedy = f"start again with --checkpoint.load_step {before[-1]} to go on from the one before"
+        else:
+            remedy = f"there is none before it, so move {self.root} away to start anew"
+        return available[step], remedy
+
+    def _agree(self, function: Callable[[], T], *, on_first: bool = False) -> T:
+        """function() of every rank, or of the first alone; its result there, and its error anywhere, reach all."""
+        result, error = None, None
+        try:
+            result = function() if dist.get_rank() == 0 or not on_first else None
+        except (ValueError, OSError) as caught:
+            error = caught
+        answers: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(answers, (result, error), group=self.group)
+        for _, error in answers:
+            if error is not None:
+                raise error
+        return answers[0][0]

@@ -1,0 +1,68 @@
+"""The folders of a run's checkpoints: their names, and how one appears or goes in a single step.
+
+    step-00000200              published, whole
+    step-00000300.partial      being written
+    step-00000100.removing     on its way out
+    step-00000400.abandoned    later than the one that `checkpoint.load_step` went back to
+
+Whatever a killed process was doing, only whole checkpoints have a plain name.
+"""
+
+import re
+import shutil
+from pathlib import Path
+
+from torchlmoe.checkpoint.manifest import sync_folder
+
+_PUBLISHED = re.compile(r"step-(\d{8,})")
+
+
+def name_of(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def published(root: Path) -> dict[int, Path]:
+    """The checkpoints by step, the earliest first."""
+    if not root.is_dir():
+        return {}
+    matches = ((_PUBLISHED.fullmatch(path.name), path) for path in root.iterdir() if path.is_dir())
+    return dict(sorted((int(match[1]), path) for match, path in matches if match))
+
+
+def partial_of(root: Path, step: int) -> Path:
+    return root / f"{name_of(step)}.partial"
+
+
+def publish(root: Path, step: int, keep_latest_k: int) -> None:
+    """Gives the finished partial folder its name, in place of one that has it, and removes the oldest beyond k."""
+    folder = root / name_of(step)
+    if folder.exists():
+        _remove(folder)
+    partial_of(root, step).rename(folder)
+    sync_folder(root)
+    for old in list(published(root).values())[:-keep_latest_k]:
+        _remove(old)
+
+
+def abandon_after(root: Path, step: int) -> list[Path]:
+    """Sets the checkpoints later than `step` aside; returns their new places."""
+    later = [path for other, path in published(root).items() if other > step]
+    aside = [path.with_name(f"{path.name}.abandoned") for path in later]
+    for path, target in zip(later, aside, strict=True):
+        shutil.rmtree(target, ignore_errors=True)
+        path.rename(target)
+    return aside
+
+
+def clean(root: Path) -> None:
+    """Removes what a killed run left half written or half removed."""
+    for pattern in ("step-*.partial", "step-*.removing"):
+        for path in root.glob(pattern):
+            shutil.rmtree(path)
+
+
+def _remove(folder: Path) -> None:
+    leaving = folder.with_name(f"{folder.name}.removing")
+    shutil.rmtree(leaving, ignore_errors=True)
+    folder.rename(leaving)
+    shutil.rmtree(leaving)

@@ -1,0 +1,90 @@
+"""What proves that a checkpoint is whole: size and sha256 of each file, in a manifest that also proves itself.
+
+`manifest.json` is written when every other file is on disk. It is JSON in one canonical form and holds the checksum of
+its own content, so that a change of any one byte is found, be it in a file, in the manifest or in its white space.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+NAME = "manifest.json"
+FORMAT = 1
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """The size in bytes and the sha256 of a file."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+            size += len(piece)
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Returns once the content is on disk."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Returns once the names in the folder are on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_manifest(folder: Path, files: dict[str, dict[str, Any]]) -> None:
+    """Closes the folder. files: name -> what `describe` says of it."""
+    write_durably(folder / NAME, _sealed({"format": FORMAT, "files": files}))
+    sync_folder(folder)
+
+
+def verify(folder: Path, part: int = 0, num_parts: int = 1) -> None:
+    """Checks that the folder holds what its manifest says, no file less or more.
+
+    part, num_parts: check the content of every num_parts-th file only, from `part` on: several ranks share the work.
+    Raises ValueError naming the first file that is wrong.
+    """
+    files = _read_manifest(folder)
+    present = {path.name for path in folder.iterdir()} - {NAME}
+    for name in sorted(present - files.keys()):
+        raise ValueError(f"{folder / name} does not belong to this checkpoint: its manifest does not list it")
+    for index, (name, expected) in enumerate(sorted(files.items())):
+        if name not in present:
+            raise ValueError(f"{folder / name} is missing")
+        size = (folder / name).stat().st_size
+        if size != expected["bytes"]:
+            raise ValueError(f"{folder / name} has {size} bytes in place of {expected['bytes']}")
+        if index % num_parts == part and describe(folder / name) != expected:
+            raise ValueError(f"{folder / name} is damaged: its content does not have the checksum that was written")
+
+
+def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    path = folder / NAME
+    try:
+        content = path.read_bytes()
+        manifest = json.loads(content)
+        files, version = manifest["files"], manifest["format"]
+        genuine = content == _sealed({"format": version, "files": files})
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing") from None
+    except (ValueError, KeyError, TypeError):
+        genuine = False
+    if not genuine:
+        raise ValueError(f"{path} is damaged: its content does not have the checksum that was written")
+    if version != FORMAT:
+        raise ValueError(f"{path} has format {version}, and this version of torchlmoe reads format {FORMAT}")
+    return files
+
+
+def _sealed(content: dict[str, Any]) -> bytes:
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return (json.dumps({**content, "sha256": digest}, indent=1, sort_keys=True) + "\n").encode()

@@ -1,0 +1,87 @@
+"""run.json: what a checkpoint says of the run that saved it, and what must stay so when the run goes on.
+
+Fixed are the architecture, the tokenizer, and what the order of data hangs on. All else may change: steps, learning
+rate, intervals, backends, recomputation, parallel degrees.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import torchlmoe
+from torchlmoe.config import Config
+from torchlmoe.config_loader import layer_options
+from torchlmoe.data.tokenizer import Tokenizer
+
+# How it is computed or balanced or was drawn, not what it is. `layers` are looked at resolved, letter by letter.
+_FREE = {
+    "model": {"flavor", "mixer", "layers", "backend", "init_std", "loss_chunk_size", "num_heads", "vocab_size"},
+    "moe": {"aux_loss_weight", "z_loss_weight", "bias_update_rate"},
+    "layers": {"backend", "init_std"},
+}
+
+
+@dataclass
+class Progress:
+    """How far a run has come. step: optimizer steps done, skipped ones included."""
+
+    step: int = 0
+    skipped_steps: int = 0
+
+
+def fixed_of_model(config: Config, tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
+    """What the weights stand and fall with: resolved values by the name of their setting, all of them JSON."""
+    fixed: dict[str, Any] = {}
+    pattern = (config.model.layer_pattern * config.model.num_layers)[: config.model.num_layers]
+    for letter in sorted(set(pattern)):
+        mixer, mlp, options = layer_options(config, letter)
+        options = {key: value for key, value in options.items() if key not in _FREE["layers"]}
+        fixed |= {f"model.layers.{letter}.{key}": v for key, v in {"mixer": mixer, "mlp": mlp, **options}.items()}
+    for table in ("model", "moe"):
+        settings = asdict(getattr(config, table))
+        fixed |= {f"{table}.{key}": value for key, value in settings.items() if key not in _FREE[table]}
+    return fixed | {
+        "model.layer_pattern": pattern,
+        "model.vocab_size": vocab_size,
+        "data.tokenizer": f"sha256 {tokenizer.fingerprint}",
+        "data.end_token": tokenizer.end_token,
+    }
+
+
+def fixed_of_run(config: Config, global_batch_size: int) -> dict[str, Any]:
+    """What the optimizer's state and the order of data hang on, as `fixed_of_model`."""
+    training = config.training
+    # Masters are at least float32: bfloat16 and float32 runs hold the same tensors.
+    masters = torch.promote_types(getattr(torch, training.dtype), torch.float32)
+    return {
+        "training.dtype": "float64" if masters == torch.float64 else "float32 or bfloat16",
+        "training.seed": training.seed,
+        "training.seq_len": training.seq_len,
+        "training.global_batch_size": global_batch_size,
+        "optimizer.name": config.optimizer.name,
+    }
+
+
+def write_run(progress: Progress, fixed: dict[str, Any], **facts: Any) -> bytes:
+    """The content of run.json. facts: for people, as the number of ranks."""
+    versions = {"torch": torch.__version__, "torchlmoe": torchlmoe.__version__}
+    return json.dumps({"progress": asdict(progress), "fixed": fixed, **facts, "versions": versions}, indent=1).encode()
+
+
+def read_run(folder: Path) -> tuple[Progress, dict[str, Any]]:
+    """Progress and fixed settings of a checkpoint."""
+    run = json.loads((folder / "run.json").read_text())
+    return Progress(**run["progress"]), run["fixed"]
+
+
+def check_same(saved: dict[str, Any], ours: dict[str, Any], folder: Path) -> None:
+    """Raises ValueError naming the first fixed setting that is not as in the checkpoint `folder`."""
+    for name, value in ours.items():
+        if name in saved and saved[name] != value:
+            raise ValueError(
+                f"{name} is {value!r}, but the run that saved {folder} had {saved[name]!r}: set it to that, or start a "
+                "new run in another job.dump_folder."
+            )

@@ -1,0 +1,63 @@
+"""Writes a checkpoint by torch.distributed.checkpoint: each rank a safetensors file, the first rank the rest."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from torchlmoe.checkpoint.folders import partial_of, publish
+from torchlmoe.checkpoint.manifest import describe, write_durably, write_manifest
+
+
+class CheckpointWriter(dcp.HuggingFaceStorageWriter):
+    """Collects the tensors in a partial folder, and publishes it when all ranks have written.
+
+    root: the folder of the run's checkpoints, seen by all ranks.
+    files: what the first rank writes beside the tensors, by name.
+    keep_latest_k: checkpoints that stay, this one included.
+    """
+
+    def __init__(self, root: Path, step: int, files: dict[str, bytes], keep_latest_k: int):
+        self.root, self.step, self.files, self.keep_latest_k = root, step, files, keep_latest_k
+        self.partial = partial_of(root, step)
+        super().__init__(str(self.partial), save_distributed=True)
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        names = [item.index.fqn for item in plan.items]
+        # The file has room for one tensor of a name: a second piece would silently take the first one's place.
+        assert len(names) == len(set(names)), "a rank holds two pieces of one tensor"
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """On the first rank, before any rank writes."""
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self.partial.mkdir(parents=True)
+        return super().prepare_global_plan(plans)
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        results = super().write_data(plan, planner).value()
+        names = {result.storage_data.relative_path for result in results}
+        written = {name: describe(self.partial / name) for name in names}
+        future: Future[list[WriteResult]] = Future()
+        future.set_result([dataclasses.replace(result, storage_data=written) for result in results])
+        return future
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """On the first rank, when all ranks have written."""
+        files = {name: entry for rank in results for result in rank[:1] for name, entry in result.storage_data.items()}
+        for name in files:
+            if not (self.partial / name).is_file():
+                raise ValueError(
+                    f"{self.partial / name} was written by another rank but is not seen by the first: "
+                    "job.dump_folder must be on a file system that all nodes share."
+                )
+        for name, content in self.files.items():
+            write_durably(self.partial / name, content)
+            files[name] = describe(self.partial / name)
+        write_manifest(self.partial, files)
+        publish(self.root, self.step, self.keep_latest_k)
