@@ -28,6 +28,8 @@ def run(main: Callable[[list[str]], None]) -> None:
         main(arguments)
     except KeyboardInterrupt:
         os._exit(128 + signal.SIGINT)
+    except BrokenPipeError:  # who read our output has seen enough, as `| head` does
+        os._exit(128 + signal.SIGPIPE)
     except (ValueError, OSError, FloatingPointError) as error:
         if any(argument.startswith("--job.debug") for argument in arguments):
             raise

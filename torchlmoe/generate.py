@@ -37,6 +37,7 @@ def main(arguments: list[str]) -> None:
         prompt_ids,
         max_new_tokens=flags.max_new_tokens,
         end_id=tokenizer.end_id,
+        vocab_size=tokenizer.vocab_size,
         sampling=sampling,
         seed=flags.seed,
     )

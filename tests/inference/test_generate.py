@@ -99,6 +99,14 @@ def test_draws_depend_on_the_seed_only():
     assert generate(model, prompts(), **cold) == generate(model, prompts(), max_new_tokens=12)
 
 
+def test_rows_of_the_embedding_beyond_the_tokenizer_are_never_chosen():
+    model = build()
+    (row,) = generate(model, [[1, 2]], max_new_tokens=60, vocab_size=10, sampling=Sampling(temperature=3.0))
+    assert set(row) == set(range(10))
+    with pytest.raises(ValueError, match="token ids from 1 to 10, but there are 10 tokens"):
+        generate(model, [[1, 10]], max_new_tokens=1, vocab_size=10)
+
+
 def test_repetition_penalty_sees_prompt_and_continuation():
     """So large that no token comes twice, the end token aside."""
     (row,) = generate(build(), [[3, 0, 7]], max_new_tokens=30, sampling=Sampling(0.0, repetition_penalty=1e9))
@@ -132,7 +140,7 @@ def test_training_goes_on_after_generation():
     [
         ([], 4, "no prompt to continue"),
         ([[1], []], 4, "Prompt 1 has no tokens"),
-        ([[1, 50]], 4, "token ids from 1 to 50, but the model has 50 tokens"),
+        ([[1, 50]], 4, "token ids from 1 to 50, but there are 50 tokens"),
         ([[-1]], 4, "token ids from -1 to -1"),
         ([[1]], 0, "max_new_tokens = 0 must be at least 1"),
     ],

@@ -35,6 +35,7 @@ def generate_stepwise(
     *,
     max_new_tokens: int,
     end_id: int | None = None,
+    vocab_size: int | None = None,
     sampling: Sampling | None = None,
     seed: int = 0,
 ) -> Iterator[list[int | None]]:
@@ -43,11 +44,13 @@ def generate_stepwise(
     model: put into evaluation mode, where experts drop nothing and count nothing.
     prompts: token ids, of any lengths; the first of a document is the end token, as in training.
     end_id: the token that ends a row, and is not part of it; None to go on to max_new_tokens.
+    vocab_size: ids that the tokenizer has, where the embedding has more rows: the others are never chosen.
     sampling: greedy unless given. seed: of its draws; one seed gives the same tokens for the same prompts.
 
-    Raises ValueError for prompts without tokens or with ids that the model does not have, and for max_new_tokens < 1.
+    Raises ValueError for prompts without tokens or with ids that there are not, and for max_new_tokens < 1.
     """
-    _check(prompts, max_new_tokens, model.embedding.num_embeddings)
+    vocab_size = vocab_size or model.embedding.num_embeddings
+    _check(prompts, max_new_tokens, vocab_size)
     model.eval()
     sampling = sampling or Sampling(temperature=0)
     device = model.embedding.weight.device
@@ -56,7 +59,7 @@ def generate_stepwise(
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     lengths = torch.tensor([len(prompts[index]) for index in order], device=device)
     cache = model.init_cache(len(order), int(lengths[-1]) + max_new_tokens)
-    seen = torch.zeros(len(order), model.embedding.num_embeddings, dtype=torch.bool, device=device)
+    seen = torch.zeros(len(order), vocab_size, dtype=torch.bool, device=device)
     logits_of_groups, start = [], 0
     for _, group in groupby(order, key=lambda index: len(prompts[index])):
         tokens = torch.tensor([list(prompts[index]) for index in group], device=device)
@@ -72,7 +75,7 @@ def generate_stepwise(
     for step in range(max_new_tokens):
         if step:
             logits = model.next_logits(tokens, lengths[:, None] + step - 1, cache)
-        distribution = next_token_distribution(logits, sampling, seen)
+        distribution = next_token_distribution(logits[:, :vocab_size], sampling, seen)
         tokens = torch.multinomial(distribution, 1, generator=generator)
         seen.scatter_(1, tokens, True)
         chosen: list[int | None] = [None] * len(order)
@@ -102,6 +105,4 @@ def _check(prompts: Sequence[Sequence[int]], max_new_tokens: int, vocab_size: in
             raise ValueError(f"Prompt {index} has no tokens; begin it with the end token, as in training.")
         low, high = min(prompt), max(prompt)
         if not 0 <= low <= high < vocab_size:
-            raise ValueError(
-                f"Prompt {index} has token ids from {low} to {high}, but the model has {vocab_size} tokens."
-            )
+            raise ValueError(f"Prompt {index} has token ids from {low} to {high}, but there are {vocab_size} tokens.")
