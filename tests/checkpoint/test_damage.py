@@ -57,10 +57,10 @@ def test_every_damaged_file_is_named(damage, single, other, tmp_path):
         damage(copy / file.name, other)
         # Of a whole manifest that is another run's, the first file that does not fit it is named.
         named = "config.toml" if damage is swapped and file.name == NAME else file.name
-        with pytest.raises(ValueError, match="manifest|damaged|missing|bytes") as error:
+        with pytest.raises(ValueError, match=r"manifest|damaged|missing|bytes") as error:
             verify(copy)
         assert str(copy / named) in str(error.value)
-        with pytest.raises(ValueError, match="manifest|damaged|missing|bytes|holds no checkpoint"):
+        with pytest.raises(ValueError, match=r"manifest|damaged|missing|bytes|holds no checkpoint"):
             open_model(copy)
 
 

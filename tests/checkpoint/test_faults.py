@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.checkpoint.conftest import arguments, records, train
 from torchlmoe.checkpoint.folders import published
@@ -120,11 +119,11 @@ def test_full_disk_for_a_checkpoint(async_mode, corpus, tmp_path):
     extra = f"--training.steps 100 --checkpoint.interval 10 --checkpoint.async_mode {async_mode}"
     trainer = Trainer(load_config(arguments(corpus, tmp_path, extra)))
     limit = files_at_most(1_000_000)
-    trainer.optimizer.register_step_post_hook(
-        lambda *_: limit.__enter__() if trainer.progress.step == 15 else None  # noqa: PLC2801
-    )
+    trainer.optimizer.register_step_post_hook(lambda *_: limit.__enter__() if trainer.progress.step == 15 else None)
     try:
-        with pytest.raises(OSError, match=r"checkpoint of step 20 could not be written to .*: File too large; what was"):
+        with pytest.raises(
+            OSError, match=r"checkpoint of step 20 could not be written to .*: File too large; what was"
+        ):
             trainer.train()
     finally:
         limit.__exit__(None, None, None)
@@ -135,7 +134,10 @@ def test_full_disk_for_a_checkpoint(async_mode, corpus, tmp_path):
 
 def test_full_disk_for_figures(corpus, tmp_path):
     trainer = Trainer(load_config(arguments(corpus, tmp_path, "--checkpoint.enable false")))
-    with files_at_most(2000), pytest.raises(OSError, match=r"figures of step \d could not be written .* File too large"):
+    with (
+        files_at_most(2000),
+        pytest.raises(OSError, match=r"figures of step \d could not be written .* File too large"),
+    ):
         trainer.train()
 
 
@@ -183,22 +185,24 @@ def sentence(stderr):
 
 def test_signals_save_and_end(corpus, tmp_path):
     saving, other = tmp_path / "saving", tmp_path / "other"
-    with Run(corpus, saving, "--checkpoint.interval 1000000") as first:
-        with Run(corpus, other, "--checkpoint.enable false") as second:
-            first.wait_for_step(5)
-            first.processes[0].send_signal(signal.SIGTERM)
-            out, err = first.processes[0].communicate(timeout=60)
-            assert first.processes[0].returncode == 0, err
-            (step,) = all_whole(saving)
-            assert out.splitlines()[-1].startswith(f"Stopped after step {step} by SIGTERM: saved in ")
-            assert len(records(saving)) == step
+    with (
+        Run(corpus, saving, "--checkpoint.interval 1000000") as first,
+        Run(corpus, other, "--checkpoint.enable false") as second,
+    ):
+        first.wait_for_step(5)
+        first.processes[0].send_signal(signal.SIGTERM)
+        out, err = first.processes[0].communicate(timeout=60)
+        assert first.processes[0].returncode == 0, err
+        (step,) = all_whole(saving)
+        assert out.splitlines()[-1].startswith(f"Stopped after step {step} by SIGTERM: saved in ")
+        assert len(records(saving)) == step
 
-            second.wait_for_step(5)
-            second.processes[0].send_signal(signal.SIGINT)
-            out, err = second.processes[0].communicate(timeout=60)
-            assert second.processes[0].returncode == 0, err
-            assert "by SIGINT: nothing was saved, since checkpoint.enable is false." in out.splitlines()[-1]
-            assert not (other / "checkpoints").exists()
+        second.wait_for_step(5)
+        second.processes[0].send_signal(signal.SIGINT)
+        out, err = second.processes[0].communicate(timeout=60)
+        assert second.processes[0].returncode == 0, err
+        assert "by SIGINT: nothing was saved, since checkpoint.enable is false." in out.splitlines()[-1]
+        assert not (other / "checkpoints").exists()
 
 
 def test_the_same_signal_again_ends_at_once():

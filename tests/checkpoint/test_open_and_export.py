@@ -68,9 +68,7 @@ def save_again(corpus, folder):
 def test_export_does_not_tell_the_ranks(max_shard, single, four, tmp_path):
     assert len(list((four / LAST).glob("*.safetensors"))) == 4
     for name, folder in (("one", single), ("four", four)):
-        export.main(
-            ["--checkpoint", str(folder), "--output", str(tmp_path / name), "--max-shard-gib", max_shard]
-        )
+        export.main(["--checkpoint", str(folder), "--output", str(tmp_path / name), "--max-shard-gib", max_shard])
     first, second = ({file.name: file.read_bytes() for file in (tmp_path / n).iterdir()} for n in ("one", "four"))
     assert first == second
     assert ("model.safetensors" in first) == (max_shard == "5")
