@@ -71,6 +71,8 @@ BAD = {
     "--parallelism.tensor_parallel_degree 2": "tensor_parallel_degree = 2 is not supported yet; leave it at 1.",
     "--float8.enable true": "float8.enable = true is not supported yet; leave it at false.",
     "--lr_scheduler.warmup_steps 1000": "warmup_steps = 1000 is more than training.steps = 100",
+    "--checkpoint.load_step 3": "checkpoint.load_step = 3 is of no use with checkpoint.enable = false",
+    "--checkpoint.async_mode thread": "it should be 'disabled' or 'async'.",
     "steps": "'steps' is not a setting; write --table.key value (see --help).",
     "--model.dim": "--model.dim needs a value.",
     "--job.config_file nowhere.toml": "job.config_file = 'nowhere.toml' does not exist",

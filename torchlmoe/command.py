@@ -35,7 +35,10 @@ def run(main: Callable[[list[str]], None]) -> None:
             raise
         rank = os.environ.get("RANK")
         where = "" if rank is None else f" (rank {rank})"
-        print(f"error{where}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        text = str(error)
+        if isinstance(error, OSError) and error.filename is not None:
+            text = f"{error.filename}: {error.strerror}."
+        print(f"error{where}: {' '.join(text.split())}", file=sys.stderr, flush=True)
         # No way back from here to the other ranks: leave at once, so that the launcher stops them.
         sys.stdout.flush()
         os._exit(2)

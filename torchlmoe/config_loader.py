@@ -271,6 +271,11 @@ def _check_consistency(config: Config) -> None:
     for name, (value, supported) in unsupported.items():
         if value != supported:
             raise ConfigError(f"{name} = {_toml(value)} is not supported yet; leave it at {_toml(supported)}.")
+    if config.checkpoint.load_step is not None and not config.checkpoint.enable:
+        raise ConfigError(
+            f"checkpoint.load_step = {config.checkpoint.load_step} is of no use with checkpoint.enable = false; set "
+            "that to true, or leave load_step unset."
+        )
     if config.model.backend == "triton":
         raise ConfigError("model.backend = 'triton' is not supported yet; use 'auto', 'chunked' or 'reference'.")
     if config.lr_scheduler.warmup_steps > config.training.steps:

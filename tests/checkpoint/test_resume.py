@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.checkpoint.conftest import GLOBAL_BATCH, LOSS_FREE, arguments, records, stopped_at_step_4, train
 from tests.conftest import run_on_ranks
@@ -27,6 +28,8 @@ def test_same_ranks_go_on_bit_for_bit(async_mode, corpus, tmp_path):
     assert trainer.checkpointer.saved_step == 8
     assert records(folder) == records(tmp_path / "whole")
     assert len(trainer.log.records) == 8  # of which the picture is drawn
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == list(range(1, 9))
     first, second = (
         load_file(path / "checkpoints/step-00000008/shard-00001-model-00001-of-00001.safetensors")
         for path in (folder, tmp_path / "whole")

@@ -6,10 +6,9 @@ from contextlib import contextmanager
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-# gloo raises plain RuntimeErrors.
-_TIMED_OUT = ("Timed out waiting", "timed out after", "timeout")
-_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "gloo")
-_DISTRIBUTED = (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)
+# What gloo says, in plain RuntimeErrors.
+_TIMED_OUT = ("Timed out waiting", "timeout")
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
 
 
 @contextmanager
@@ -22,18 +21,19 @@ def collective_failures(where: str, timeout_seconds: float) -> Iterator[None]:
         yield
     except RuntimeError as error:
         text = str(error)
-        if not isinstance(error, _DISTRIBUTED) and not any(part in text for part in _LOST + _TIMED_OUT[:1]):
-            raise
-        if any(part in text for part in _TIMED_OUT):
+        of_ranks = isinstance(error, dist.DistError)
+        if any(part in text for part in _TIMED_OUT) and (of_ranks or "gloo" in text):
             raise TimeoutError(
                 f"A collective operation of {where} did not end within parallelism.timeout_seconds = "
                 f"{timeout_seconds:g}: a rank hangs or is far behind; what was saved before is whole, and the same "
                 "command goes on from it."
             ) from error
-        raise ConnectionError(
-            f"Another rank ended during {where}: its own message or the launcher's says why; what was saved before is "
-            "whole, and the same command goes on from it."
-        ) from error
+        if of_ranks or any(part in text for part in _LOST):
+            raise ConnectionError(
+                f"Another rank ended during {where}: its own message or the launcher's says why; what was saved before "
+                "is whole, and the same command goes on from it."
+            ) from error
+        raise
 
 
 def cause_of(error: CheckpointException) -> Exception:

@@ -48,7 +48,8 @@ class Trainer:
         self.device = choose_device(config.training.device)
         # Before the ranks are joined: while one tokenizes for an hour, no collective waits and times out.
         train_store, self.validation_store, tokenizer, vocab_size = self._prepare_data()
-        start_process_group(self.device, config.parallelism.timeout_seconds)
+        with collective_failures("start-up", config.parallelism.timeout_seconds):
+            start_process_group(self.device, config.parallelism.timeout_seconds)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         if config.training.deterministic:
             torch.use_deterministic_algorithms(True)
@@ -83,7 +84,8 @@ class Trainer:
             vocab_size=vocab_size,
             global_batch_size=self.global_batch_size,
         )
-        self.progress = self.checkpointer.load()
+        with collective_failures("loading the checkpoint", config.parallelism.timeout_seconds):
+            self.progress = self.checkpointer.load()
         self.stop_request, self.stopping = StopRequest(), False
         if self.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,252 @@
+"""What can go wrong while training: each ends in one sentence, in bounded time, and what was saved stays whole."""
+
+import os
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoint.conftest import arguments, records, train
+from torchlmoe.checkpoint.folders import published
+from torchlmoe.checkpoint.manifest import verify
+from torchlmoe.config_loader import load_config
+from torchlmoe.training.trainer import Trainer
+
+ROOT = Path(__file__).parent.parent.parent
+pytestmark = pytest.mark.usefixtures("process_group")
+
+
+def all_whole(folder):
+    for path in published(folder / "checkpoints").values():
+        verify(path)
+    return list(published(folder / "checkpoints"))
+
+
+def with_bad_step(corpus, folder, extra, bad_step, spoil):
+    trainer = Trainer(load_config(arguments(corpus, folder, extra)))
+
+    def hook(*_):
+        if trainer.progress.step == bad_step - 1:
+            return spoil(trainer)
+
+    trainer.model.register_forward_hook(lambda module, inputs, output: output * hook() if hook() else output)
+    return trainer
+
+
+def test_non_finite_loss_stops(corpus, tmp_path):
+    trainer = with_bad_step(corpus, tmp_path, "--checkpoint.async_mode async", 6, lambda _: float("nan"))
+    with pytest.raises(FloatingPointError, match=r"loss is nan .* at step 6; .* checkpoint is of step 4\.") as error:
+        trainer.train()
+    assert "\n" not in str(error.value)
+    assert all_whole(tmp_path) == [4]
+    for parameter in trainer.model.parameters():
+        assert parameter.isfinite().all()
+
+
+def test_non_finite_gradient_is_skipped_and_counted(corpus, tmp_path):
+    def bad_gradient(trainer):
+        next(trainer.model.parameters()).register_hook(lambda gradient: gradient * float("inf"))
+        return 1.0
+
+    extra = "--training.non_finite skip --training.local_batch_size 4 --moe.balance loss_free"
+    trainer = with_bad_step(corpus, tmp_path, extra, 3, bad_gradient)
+    weights = {}
+    trainer.optimizer.register_step_post_hook(
+        lambda *_: weights.update(step=trainer.progress.step, sum=[p.sum().item() for p in trainer.model.parameters()])
+    )
+    for index in range(3):
+        trainer.train_step(index)
+    assert weights == {"step": 1, "sum": [p.sum().item() for p in trainer.model.parameters()]}
+    assert trainer.progress.skipped_steps == 1
+    trainer.loader.close()
+
+
+def test_skipped_steps_are_counted_through_a_checkpoint(corpus, tmp_path):
+    extra = "--training.non_finite skip"
+    with_bad_step(corpus, tmp_path, extra, 3, lambda _: float("nan")).train()
+    rows = records(tmp_path)
+    assert [row["skipped_steps"] for row in rows] == [0, 0, 1, 1, 1, 1, 1, 1]
+    assert ["loss" in row for row in rows] == [True, True, False, True, True, True, True, True]
+    shutil.rmtree(tmp_path / "checkpoints/step-00000008")
+    assert train(corpus, tmp_path, extra).progress.skipped_steps == 1
+
+
+def tokens_file(trainer):
+    return trainer.loader.store.folder / "tokens_00000.bin"
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda path: os.truncate(path, 4096), r"tokens_00000\.bin has 4096 bytes in place of"),
+        (Path.unlink, r"tokens_00000\.bin is gone"),
+        (lambda path: os.truncate(path.with_name("documents.bin"), 8), r"documents\.bin has 8 bytes in place of"),
+    ],
+)
+def test_data_that_vanishes(damage, sentence, corpus, tmp_path):
+    extra = f"--data.cache_dir {tmp_path}/cache --training.steps 100"
+    trainer = Trainer(load_config(arguments(corpus, tmp_path / "run", extra)))
+    trainer.optimizer.register_step_post_hook(
+        lambda *_: damage(tokens_file(trainer)) if trainer.progress.step == 5 else None
+    )
+    with pytest.raises(ValueError, match=sentence) as error:
+        trainer.train()
+    assert "the tokens are built again" in str(error.value)
+    assert trainer.progress.step < 12
+    assert all_whole(tmp_path / "run")[:1] == [4]
+
+
+@contextmanager
+def files_at_most(num_bytes):
+    """As if the disk were full beyond: writing fails with an OSError."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("async_mode", ["disabled", "async"])
+def test_full_disk_for_a_checkpoint(async_mode, corpus, tmp_path):
+    extra = f"--training.steps 100 --checkpoint.interval 10 --checkpoint.async_mode {async_mode}"
+    trainer = Trainer(load_config(arguments(corpus, tmp_path, extra)))
+    limit = files_at_most(1_000_000)
+    trainer.optimizer.register_step_post_hook(lambda *_: limit.__enter__() if trainer.progress.step == 15 else None)
+    try:
+        with pytest.raises(
+            OSError, match=r"checkpoint of step 20 could not be written to .*: File too large; what was"
+        ):
+            trainer.train()
+    finally:
+        limit.__exit__(None, None, None)
+    assert trainer.progress.step == 20 if async_mode == "disabled" else 20 <= trainer.progress.step < 30
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000010"]
+    assert all_whole(tmp_path) == [10]
+
+
+def test_full_disk_for_figures(corpus, tmp_path):
+    trainer = Trainer(load_config(arguments(corpus, tmp_path, "--checkpoint.enable false")))
+    with (
+        files_at_most(2000),
+        pytest.raises(OSError, match=r"figures of step \d could not be written .* File too large"),
+    ):
+        trainer.train()
+
+
+class Run:
+    """train.py on some ranks, each a process of its own, started without a launcher."""
+
+    def __init__(self, corpus, folder, extra, world_size=1):
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            port = probe.getsockname()[1]
+        self.folder = folder
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        if world_size > 1:
+            environment |= dict(MASTER_ADDR="localhost", MASTER_PORT=str(port), WORLD_SIZE=str(world_size))
+        command = [sys.executable, "train.py", *arguments(corpus, folder, f"--training.steps 100000 {extra}")]
+        self.processes = [
+            subprocess.Popen(
+                command, cwd=ROOT, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)} if world_size > 1
+                else environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )
+            for rank in range(world_size)
+        ]  # fmt: skip
+
+    def wait_for_step(self, step):
+        path = self.folder / "metrics.jsonl"
+        end = time.monotonic() + 120
+        while not path.exists() or path.read_text().count("\n") < step:
+            assert time.monotonic() < end
+            assert all(process.poll() is None for process in self.processes), self.processes[0].communicate()
+            time.sleep(0.05)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for process in self.processes:
+            process.kill()
+            process.communicate()
+
+
+def sentence(stderr):
+    assert "Traceback" not in stderr
+    return stderr.strip().splitlines()[-1]
+
+
+def test_signals_save_and_end(corpus, tmp_path):
+    saving, other = tmp_path / "saving", tmp_path / "other"
+    with (
+        Run(corpus, saving, "--checkpoint.interval 1000000") as first,
+        Run(corpus, other, "--checkpoint.enable false") as second,
+    ):
+        first.wait_for_step(5)
+        first.processes[0].send_signal(signal.SIGTERM)
+        out, err = first.processes[0].communicate(timeout=60)
+        assert first.processes[0].returncode == 0, err
+        (step,) = all_whole(saving)
+        assert out.splitlines()[-1].startswith(f"Stopped after step {step} by SIGTERM: saved in ")
+        assert len(records(saving)) == step
+
+        second.wait_for_step(5)
+        second.processes[0].send_signal(signal.SIGINT)
+        out, err = second.processes[0].communicate(timeout=60)
+        assert second.processes[0].returncode == 0, err
+        assert "by SIGINT: nothing was saved, since checkpoint.enable is false." in out.splitlines()[-1]
+        assert not (other / "checkpoints").exists()
+
+
+def test_the_same_signal_again_ends_at_once():
+    code = """
+import os, signal
+from torchlmoe.training.stop_request import StopRequest
+with StopRequest() as stop:
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGTERM)
+    print(stop.name, flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("still here")
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (result.stdout, result.returncode) == ("SIGINT\n", 128 + signal.SIGTERM)
+
+
+def test_one_ranks_signal_stops_all(corpus, tmp_path):
+    with Run(corpus, tmp_path, "", world_size=2) as run:
+        run.wait_for_step(5)
+        run.processes[1].send_signal(signal.SIGTERM)
+        outs = [process.communicate(timeout=60) for process in run.processes]
+    assert [process.returncode for process in run.processes] == [0, 0], outs
+    step = all_whole(tmp_path)[-1]
+    assert f"Stopped after step {step} by a signal to another rank: saved in " in outs[0][0]
+
+
+def test_a_killed_rank_ends_the_others(corpus, tmp_path):
+    with Run(corpus, tmp_path, "--checkpoint.async_mode async", world_size=2) as run:
+        run.wait_for_step(6)
+        run.processes[1].kill()
+        _, err = run.processes[0].communicate(timeout=60)
+        assert run.processes[0].returncode == 2
+    assert sentence(err).startswith("error (rank 0): Another rank ended during step ")
+    assert all_whole(tmp_path)
+
+
+def test_a_stuck_rank_ends_the_others_after_the_timeout(corpus, tmp_path):
+    with Run(corpus, tmp_path, "--parallelism.timeout_seconds 4", world_size=2) as run:
+        run.wait_for_step(6)
+        run.processes[1].send_signal(signal.SIGSTOP)
+        begin = time.monotonic()
+        _, err = run.processes[0].communicate(timeout=60)
+        assert run.processes[0].returncode == 2
+    assert "did not end within parallelism.timeout_seconds = 4: a rank hangs" in sentence(err)
+    assert time.monotonic() - begin < 30
+    assert all_whole(tmp_path)
