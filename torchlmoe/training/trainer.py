@@ -26,7 +26,7 @@ from torchlmoe.parallel.mesh import build_mesh, choose_device, start_process_gro
 from torchlmoe.parallel.parallelize import build_model
 from torchlmoe.training.host_memory import keep_freed_pages
 from torchlmoe.training.metrics import MetricsLog, duration, load_figures, memory_gib
-from torchlmoe.training.optimizer import build_optimizer, clip_gradients
+from torchlmoe.training.optimizer import build_optimizer, clip_gradients, set_lr
 from torchlmoe.training.peak import peak_flops
 from torchlmoe.training.schedule import lr_factor
 
@@ -165,9 +165,8 @@ class Trainer:
         batches = [batch.to(self.device) for batch in self.loader.batches(index)]
         num_tokens = torch.stack([(batch["labels"] != IGNORE_INDEX).sum() for batch in batches]).sum()
         dist.all_reduce(num_tokens)
-        lr = self.config.optimizer.lr * lr_factor(index, self.config.training.steps, self.config.lr_scheduler)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        factor = lr_factor(index, self.config.training.steps, self.config.lr_scheduler)
+        set_lr(self.optimizer, factor)
         self.model.train()
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         # Rows are all of one length, so that a microbatch's share of the step does not depend on how it is cut.
@@ -183,7 +182,7 @@ class Trainer:
         self.optimizer.zero_grad()
         for layer, counts in zip(self.model.moe_layers().values(), self._by_layer(totals), strict=True):
             layer.end_step(counts["counts"].long())
-        return totals, grad_norm, lr
+        return totals, grad_norm, factor * self.config.optimizer.lr
 
     def _totals(self, loss_sum: torch.Tensor) -> torch.Tensor:
         """The loss and every MoE layer's counters, summed over ranks by one collective: float64, back to back."""
