@@ -136,12 +136,16 @@ class Training(Table):
 
 @dataclass
 class Optimizer(Table):
-    name: Annotated[Literal["adamw"], Field(description="Update rule (arXiv 1711.05101).")] = "adamw"
+    name: Annotated[
+        Literal["adamw", "muon"], Field(description="Update rule: AdamW, or Muon for the matrices of the blocks.")
+    ] = "adamw"
     lr: Annotated[float, Field(gt=0, description="Peak learning rate.")] = 1e-3
     beta1: Annotated[float, Field(ge=0, lt=1, description="Decay of the gradient's mean.")] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1, description="Decay of its square's mean.")] = 0.95
     eps: Annotated[float, Field(gt=0, description="Added to the update's denominator.")] = 1e-8
     weight_decay: Annotated[float, Field(ge=0, description="Of matrices; vectors have none.")] = 0.1
+    matrix_lr: Annotated[float | None, Field(gt=0, description="Muon's peak learning rate; lr if unset.")] = None
+    momentum: Annotated[float, Field(ge=0, lt=1, description="Decay of the gradient's mean in Muon.")] = 0.95
 
 
 @dataclass

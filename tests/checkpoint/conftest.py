@@ -14,8 +14,10 @@ SMALL = """--model.dim 32 --model.num_layers 2 --model.layer_pattern LN --model.
 --moe.top_k 2 --moe.expert_dim 16 --training.seq_len 32 --training.local_batch_size 1 --training.global_batch_size 4
 --training.device cpu --training.steps 8 --metrics.log_freq 1 --metrics.plot false --metrics.tensorboard false
 --validation.enable false --checkpoint.enable true --checkpoint.interval 4""".split()
-# What a checkpoint holds beyond parameters and their moments: the bias of loss-free balancing, the last step's loads.
-LOSS_FREE = "--moe.balance loss_free --moe.score_function sigmoid --moe.bias_update_rate 0.1 --training.dtype float64"
+# What a checkpoint holds beyond parameters and AdamW's moments: Muon's, the bias of loss-free balancing, the last
+# step's loads.
+LOSS_FREE = """--moe.balance loss_free --moe.score_function sigmoid --moe.bias_update_rate 0.1 --training.dtype float64
+--optimizer.name muon"""
 GLOBAL_BATCH = "--moe.aux_loss_scope global_batch --moe.aux_loss_weight 0.1 --training.deterministic true"
 
 
@@ -55,7 +57,7 @@ def process_group():
 
 @pytest.fixture(scope="module")
 def single(corpus, tmp_path_factory) -> Path:
-    """A float64 run of 8 steps with checkpoints at steps 4 and 8, by one process."""
+    """A float64 run of 8 steps (LOSS_FREE) with checkpoints at steps 4 and 8, by one process."""
     folder = tmp_path_factory.mktemp("single") / "run"
     train(corpus, folder, LOSS_FREE)
     dist.destroy_process_group()

@@ -7,7 +7,6 @@ import pytest
 import torch.distributed as dist
 
 from tests.checkpoint.conftest import LOSS_FREE, arguments, records, train
-from tests.conftest import run_on_ranks
 from torchlmoe.checkpoint import open_model
 from torchlmoe.checkpoint.manifest import NAME, verify
 from torchlmoe.config_loader import load_config
@@ -92,20 +91,6 @@ def test_the_one_before_serves(single, corpus, tmp_path, process_group):
     verify(folder / LAST)  # saved anew under the damaged one's name
     assert records(folder) == records(single)
     assert train(corpus, folder, LOSS_FREE).progress.step == 8
-
-
-def refused_on_every_rank(corpus, folder):
-    with pytest.raises(ValueError, match="is damaged") as error:
-        Trainer(load_config(arguments(corpus, folder, LOSS_FREE)))
-    assert "tokenizer.json" in str(error.value)
-    (folder / f"refused_{dist.get_rank()}").touch()
-
-
-def test_ranks_share_the_checking_and_agree(single, corpus, tmp_path):
-    folder = shutil.copytree(single, tmp_path / "run")
-    flipped(folder / LAST / "tokenizer.json", None)
-    run_on_ranks(2, refused_on_every_rank, corpus, folder)
-    assert sorted(path.name for path in folder.glob("refused_*")) == ["refused_0", "refused_1"]
 
 
 def test_nothing_is_pickled(single):

@@ -22,6 +22,7 @@ VARIANTS = {
     "loss_free": "--moe.balance loss_free --moe.bias_update_rate 0.1 --moe.score_function sigmoid",
     "global_batch": "--moe.aux_loss_scope global_batch --moe.aux_loss_weight 0.1 --moe.z_loss_weight 0.01",
     "tied": "--model.tie_embeddings true --moe.num_shared_experts 1",
+    "muon": "--optimizer.name muon --optimizer.matrix_lr 1e-2",
     "dense": "--model.layers.L.mlp dense --model.layers.N.mlp dense",
 }
 HYBRID = "--parallelism.data_parallel_replicate_degree 2"

@@ -1,22 +1,21 @@
-"""SIGTERM and SIGINT ask for an end: the step is finished and saved first. The same signal again ends at once."""
+"""SIGTERM and SIGINT ask for an end: the step is finished and saved first. A second request ends at once."""
 
 import os
 import signal
+import time
 from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# On one Ctrl-C a rank gets the terminal's SIGINT, and torchrun's SIGINT and SIGTERM a moment later.
+SECONDS_OF_ONE_REQUEST = 2.0
 
 
 class StopRequest:
-    """Within its `with` signals are noted in `name`, that of the first one; None while there was none.
-
-    Only the same signal twice ends at once: on Ctrl-C, torchrun sends its ranks a SIGTERM after the terminal's SIGINT.
-    """
+    """Within its `with`, `name` is that of the first signal; None while there was none."""
 
     def __init__(self) -> None:
         self.name: str | None = None
-        self._seen: set[int] = set()
 
     def __enter__(self) -> "StopRequest":
         self._before: dict[signal.Signals, Any] = {number: signal.signal(number, self._note) for number in SIGNALS}
@@ -27,7 +26,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        if number in self._seen:
+        if self.name is None:
+            self.name, self._since = signal.Signals(number).name, time.monotonic()
+        elif time.monotonic() - self._since > SECONDS_OF_ONE_REQUEST:
             os._exit(128 + number)
-        self._seen.add(number)
-        self.name = self.name or signal.Signals(number).name

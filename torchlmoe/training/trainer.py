@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torchlmoe.checkpoint.checkpointer import Checkpointer
 from torchlmoe.config import Config
 from torchlmoe.config_loader import check_degrees, to_toml
-from torchlmoe.data.loader import TrainLoader, validation_batches, validation_text_bytes
+from torchlmoe.data.loader import TrainLoader
 from torchlmoe.data.prepare import prepare
 from torchlmoe.data.store import TokenStore
 from torchlmoe.data.tokenizer import Tokenizer, load_tokenizer
@@ -28,13 +28,12 @@ from torchlmoe.parallel.failures import collective_failures
 from torchlmoe.parallel.mesh import build_mesh, choose_device, start_process_group, world_size_of_launch
 from torchlmoe.parallel.parallelize import build_model
 from torchlmoe.training.host_memory import keep_freed_pages
-from torchlmoe.training.metrics import MetricsLog, duration, load_figures, memory_gib
-from torchlmoe.training.optimizer import build_optimizer, clip_gradients
+from torchlmoe.training.metrics import MetricsLog, load_figures, memory_gib
+from torchlmoe.training.optimizer import build_optimizer, clip_gradients, set_lr
 from torchlmoe.training.peak import peak_flops
 from torchlmoe.training.schedule import lr_factor
 from torchlmoe.training.stop_request import StopRequest
-
-SECONDS_BETWEEN_LINES = 5.0
+from torchlmoe.training.validation import validate
 
 
 class Trainer:
@@ -173,7 +172,10 @@ class Trainer:
                         if self.peak_flops:
                             record["mfu"] = speed * self.flops_per_token / (self.peak_flops * self.world_size)
                         if validates:
-                            record |= self.validate(whole=step == steps)
+                            assert self.validation_store is not None
+                            record |= validate(
+                                self.model, self.validation_store, self.config, whole=step == steps, say=self.log.say
+                            )
                         self.log.log(record)
                         timed_steps, begin = 0, time.perf_counter()
                     paused = time.perf_counter()
@@ -195,9 +197,8 @@ class Trainer:
         batches = [batch.to(self.device) for batch in self.loader.batches(index)]
         num_tokens = torch.stack([(batch["labels"] != IGNORE_INDEX).sum() for batch in batches]).sum()
         dist.all_reduce(num_tokens)
-        lr = self.config.optimizer.lr * lr_factor(index, training.steps, self.config.lr_scheduler)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        factor = lr_factor(index, training.steps, self.config.lr_scheduler)
+        set_lr(self.optimizer, factor)
         self.model.train()
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         # Rows are all of one length, so that a microbatch's share of the step does not depend on how it is cut.
@@ -220,7 +221,7 @@ class Trainer:
             self._skip_or_stop(index + 1, loss_value, norm)
         self.optimizer.zero_grad()
         self.progress.step = index + 1
-        return totals, grad_norm, lr
+        return totals, grad_norm, factor * self.config.optimizer.lr
 
     def _skip_or_stop(self, step: int, loss: float, grad_norm: float) -> None:
         what = f"The loss is {loss} and the gradient's norm {grad_norm} at step {step}"
@@ -276,35 +277,6 @@ class Trainer:
             }
             figures |= {f"moe/{name}/{key}": value for key, value in layer_figures.items()}
         return figures
-
-    @torch.no_grad()
-    def validate(self, *, whole: bool) -> dict[str, float]:
-        """Loss (nats per token) and bits per byte of text, of the whole split or its first `validation.max_batches`."""
-        assert self.validation_store is not None
-        settings, training = self.config.validation, self.config.training
-        options: dict[str, Any] = dict(
-            seq_len=training.seq_len,
-            batch_size=settings.local_batch_size or training.local_batch_size,
-            world_size=self.world_size,
-            max_batches=None if whole else settings.max_batches,
-        )
-        num_bytes = validation_text_bytes(self.validation_store, **options)
-        self.model.eval()
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        begin = last_said = time.monotonic()
-        num_rows = -(-self.validation_store.num_tokens // training.seq_len)
-        for index, batch in enumerate(validation_batches(self.validation_store, rank=self.rank, **options), start=1):
-            batch = batch.to(self.device)
-            sums[0] += self.model(batch["tokens"], batch["document_bounds"], batch["labels"])
-            sums[1] += (batch["labels"] != IGNORE_INDEX).sum()
-            if time.monotonic() - last_said > SECONDS_BETWEEN_LINES:
-                last_said = time.monotonic()
-                rows = min(num_rows, index * options["batch_size"] * self.world_size)
-                left = (last_said - begin) / rows * (num_rows - rows)
-                self.log.say(f"validating: row {rows:,} of {num_rows:,}, eta {duration(left)}")
-        dist.all_reduce(sums)
-        nll, num_tokens = sums.tolist()
-        return {"val_loss": nll / num_tokens, "val_bits_per_byte": nll / math.log(2) / num_bytes}
 
 
 def _start_logging() -> None:

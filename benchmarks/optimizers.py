@@ -1,0 +1,63 @@
+"""Validation of the debug model by AdamW and by Muon at equal training time: python -m benchmarks.optimizers
+
+Measures the speed of each first, and from that takes the steps that fill `--minutes`; learning rates decay to their end
+within them. Each optimizer runs with a few peak learning rates; the tables of train_configs/debug.toml hold otherwise.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import arguments, show
+from torchlmoe.config_loader import load_config
+
+CONFIG = "train_configs/debug.toml"
+CASES = {
+    "adamw": [{"optimizer.lr": lr} for lr in (3e-3, 6e-3, 1.2e-2)],
+    "muon": [{"optimizer.lr": 6e-3, "optimizer.matrix_lr": lr} for lr in (1e-2, 2e-2, 4e-2)],
+}
+
+
+def train(folder: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The records of a run."""
+    settings = {"job.dump_folder": folder, "checkpoint.enable": "false", "metrics.plot": "false", **settings}
+    pairs = [f"--{name}={value}" for name, value in settings.items()]
+    subprocess.run([sys.executable, "train.py", "--job.config_file", CONFIG, *pairs], check=True)
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def main() -> None:
+    parser = arguments(__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=4, help="training time of each run")
+    options = parser.parse_args()
+    config = load_config(["--job.config_file", CONFIG])
+    rows_per_step = config.training.global_batch_size or config.training.local_batch_size
+    tokens_per_step = rows_per_step * config.training.seq_len
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for name, choices in CASES.items():
+            short = {"training.steps": 60, "lr_scheduler.warmup_steps": 10, "validation.enable": "false"}
+            speed = train(folder / f"{name}_speed", {"optimizer.name": name, **short})[-1]["tokens_per_second"]
+            steps = round(60 * options.minutes * speed / tokens_per_step)
+            for index, choice in enumerate(choices):
+                settings = {"optimizer.name": name, "training.steps": steps, "validation.interval": steps, **choice}
+                last = train(folder / f"{name}_{index}", settings)[-1]
+                rows.append(
+                    {
+                        "optimizer": name,
+                        "lr": choice["optimizer.lr"],
+                        "matrix_lr": choice.get("optimizer.matrix_lr", choice["optimizer.lr"]),
+                        "steps": steps,
+                        "tokens/s": round(speed),
+                        "val bits/byte": round(last["val_bits_per_byte"], 4),
+                    }
+                )
+    show(f"Debug model, {options.minutes:g} minutes of training each", rows, options.output, config=CONFIG)
+
+
+if __name__ == "__main__":
+    main()

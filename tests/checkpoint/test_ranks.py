@@ -1,0 +1,76 @@
+"""Checkpoints on 1, 2 and 4 gloo processes: from any to any, checked together, and exported as the same bytes.
+
+A launch takes seconds, so that there is one for each number of ranks.
+"""
+
+import shutil
+
+import pytest
+import torch.distributed as dist
+
+from tests.checkpoint.conftest import LOSS_FREE, arguments, records, stopped_at_step_4, train
+from tests.conftest import run_on_ranks
+from torchlmoe import export
+from torchlmoe.config_loader import load_config
+from torchlmoe.training.trainer import Trainer
+
+LAST = "checkpoints/step-00000008"
+REPLICAS = "--parallelism.data_parallel_replicate_degree 2"
+
+
+def on_four_ranks(corpus, folder):
+    train(corpus, folder / "four", LOSS_FREE)
+    train(corpus, folder / "one_to_four", LOSS_FREE)
+    train(corpus, folder / "one_to_two_by_two", f"{LOSS_FREE} {REPLICAS} --checkpoint.async_mode async")
+    # Loaded and saved again without training.
+    trainer = Trainer(load_config(arguments(corpus, folder / "same_on_four", LOSS_FREE)))
+    trainer.checkpointer.save(trainer.progress)
+    trainer.loader.close()
+
+
+def on_two_ranks(corpus, folder):
+    train(corpus, folder / "four_to_two", LOSS_FREE)
+    with pytest.raises(ValueError, match="is damaged") as error:
+        Trainer(load_config(arguments(corpus, folder / "damaged", LOSS_FREE)))
+    assert "tokenizer.json" in str(error.value)
+    (folder / f"refused_{dist.get_rank()}").touch()
+
+
+@pytest.fixture(scope="module")
+def runs(single, corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    stopped_at_step_4(single, folder / "one_to_four")
+    stopped_at_step_4(single, folder / "one_to_two_by_two")
+    shutil.copytree(single, folder / "same_on_four")
+    run_on_ranks(4, on_four_ranks, corpus, folder)
+
+    stopped_at_step_4(folder / "four", folder / "four_to_two")
+    damaged = shutil.copytree(single, folder / "damaged") / LAST / "tokenizer.json"
+    damaged.write_bytes(damaged.read_bytes().replace(b"a", b"b", 1))
+    run_on_ranks(2, on_two_ranks, corpus, folder)
+
+    train(corpus, stopped_at_step_4(folder / "one_to_two_by_two", folder / "two_by_two_to_one"), LOSS_FREE)
+    dist.destroy_process_group()
+    return folder
+
+
+@pytest.mark.parametrize("name", ["four", "one_to_four", "one_to_two_by_two", "four_to_two", "two_by_two_to_one"])
+def test_any_ranks_go_on_from_any(name, single, runs):
+    for ours, theirs in zip(records(runs / name), records(single), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-9)
+        assert ours["moe/0/load"] == theirs["moe/0/load"]
+
+
+def test_ranks_share_the_checking_and_agree(runs):
+    assert sorted(path.name for path in runs.glob("refused_*")) == ["refused_0", "refused_1"]
+
+
+@pytest.mark.parametrize("max_shard", ["5", "0.0006"])
+def test_export_does_not_tell_the_ranks(max_shard, single, runs, tmp_path):
+    assert len(list((runs / "same_on_four" / LAST).glob("*.safetensors"))) == 4
+    for name, folder in (("one", single), ("four", runs / "same_on_four")):
+        export.main(["--checkpoint", str(folder), "--output", str(tmp_path / name), "--max-shard-gib", max_shard])
+    first, second = ({file.name: file.read_bytes() for file in (tmp_path / n).iterdir()} for n in ("one", "four"))
+    assert first == second
+    assert ("model.safetensors" in first) == (max_shard == "5")
+    assert ("model.safetensors.index.json" in first) == (max_shard != "5")

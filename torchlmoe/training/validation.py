@@ -1,0 +1,53 @@
+"""Validation loss and bits per byte of text, of the whole split or a part of it."""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from torchlmoe.config import Config
+from torchlmoe.data.loader import validation_batches, validation_text_bytes
+from torchlmoe.data.store import TokenStore
+from torchlmoe.layers.cross_entropy import IGNORE_INDEX
+from torchlmoe.model.decoder import Decoder
+from torchlmoe.training.metrics import duration
+
+SECONDS_BETWEEN_LINES = 5.0
+
+
+@torch.no_grad()
+def validate(
+    model: Decoder, store: TokenStore, config: Config, *, whole: bool, say: Callable[[str], None]
+) -> dict[str, float]:
+    """Loss (nats per token) and bits per byte of text, of the whole split or its first `validation.max_batches`.
+
+    All ranks call it. say: takes a line now and then about how far it has come.
+    """
+    settings, training = config.validation, config.training
+    options: dict[str, Any] = dict(
+        seq_len=training.seq_len,
+        batch_size=settings.local_batch_size or training.local_batch_size,
+        world_size=dist.get_world_size(),
+        max_batches=None if whole else settings.max_batches,
+    )
+    num_bytes = validation_text_bytes(store, **options)
+    model.eval()
+    device = model.embedding.weight.device
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    begin = last_said = time.monotonic()
+    num_rows = -(-store.num_tokens // training.seq_len)
+    for index, batch in enumerate(validation_batches(store, rank=dist.get_rank(), **options), start=1):
+        batch = batch.to(device)
+        sums[0] += model(batch["tokens"], batch["document_bounds"], batch["labels"])
+        sums[1] += (batch["labels"] != IGNORE_INDEX).sum()
+        if time.monotonic() - last_said > SECONDS_BETWEEN_LINES:
+            last_said = time.monotonic()
+            rows = min(num_rows, index * options["batch_size"] * options["world_size"])
+            left = (last_said - begin) / rows * (num_rows - rows)
+            say(f"validating: row {rows:,} of {num_rows:,}, eta {duration(left)}")
+    dist.all_reduce(sums)
+    nll, num_tokens = sums.tolist()
+    return {"val_loss": nll / num_tokens, "val_bits_per_byte": nll / math.log(2) / num_bytes}
