@@ -28,6 +28,7 @@ from torchlmoe.training.host_memory import keep_freed_pages
 from torchlmoe.training.metrics import MetricsLog, duration, load_figures, memory_gib
 from torchlmoe.training.optimizer import build_optimizer, clip_gradients
 from torchlmoe.training.peak import peak_flops
+from torchlmoe.training.profiling import StepProfiler
 from torchlmoe.training.schedule import lr_factor
 
 SECONDS_BETWEEN_LINES = 5.0
@@ -74,6 +75,7 @@ class Trainer:
         if self.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "config.toml").write_text(to_toml(config))
+        self.profiler = StepProfiler(config.profiling, folder, self.rank, self.device)
         self.log = MetricsLog(folder, config.metrics, num_steps=training.steps, active=self.rank == 0)
         self._describe(train_store, vocab_size)
 
@@ -127,6 +129,7 @@ class Trainer:
         for index in range(steps):
             step = index + 1
             totals, grad_norm, lr = self.train_step(index)
+            self.profiler.step()
             timed_steps += 1
             validates = self.validation_store is not None and (
                 step == steps or step % self.config.validation.interval == 0
@@ -156,6 +159,7 @@ class Trainer:
                     record |= self.validate(whole=step == steps)
                 self.log.log(record)
                 timed_steps, begin = 0, time.perf_counter()
+        self.profiler.stop()
         self.loader.close()
         self.log.close()
         return record
