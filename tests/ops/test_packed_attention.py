@@ -1,4 +1,4 @@
-"""Packed attention against a plain softmax over each document, by the CPU's kernels and by the other devices' formula."""
+"""Packed attention against a plain softmax over each document, by the CPU's kernels and by formula."""
 
 from itertools import pairwise
 

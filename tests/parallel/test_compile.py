@@ -4,11 +4,16 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from tests.conftest import run_on_ranks
 from tests.parallel.small_blocks import PACKED, block_of, run
+from tests.parallel.test_data_parallel import SETTINGS, records
+from torchlmoe.config_loader import load_config
 from torchlmoe.mixers import MIXERS
-from torchlmoe.parallel.compile import compile_block
+from torchlmoe.parallel import compile as compile_module
+from torchlmoe.parallel.compile import compile_block, compile_blocks
 from torchlmoe.parallel.precision import compute_in
 from torchlmoe.parallel.recompute import recompute
+from torchlmoe.training.trainer import Trainer
 
 
 @pytest.fixture(autouse=True)
@@ -50,3 +55,27 @@ def test_equal_blocks_share_their_graph():
         compile_block(block, backend="aot_eager")
         run(block, PACKED[0], torch.bfloat16)
     assert counters["stats"]["unique_graphs"] == 1
+
+
+def train_compiled(corpus: str, folder: str) -> None:
+    options = ["--data.dataset", corpus, "--data.cache_dir", f"{corpus}/cache", "--validation.enable", "false"]
+    options += "--model.num_layers 1 --model.layer_pattern L --model.mixer bla --training.steps 3".split()
+    for name, extra in (("eager", ""), ("compiled", "--compile.enable true --activation_checkpoint.mode selective")):
+        Trainer(load_config([*SETTINGS, *options, *extra.split(), "--job.dump_folder", f"{folder}/{name}"])).train()
+
+
+def test_two_ranks_compiled_by_inductor_and_recomputed(corpus, tmp_path):
+    run_on_ranks(2, train_compiled, str(corpus), str(tmp_path))
+    eager, compiled = (records(tmp_path / name) for name in ("eager", "compiled"))
+    for ours, theirs in zip(compiled, eager, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["moe/0/load"] == theirs["moe/0/load"]
+
+
+def test_without_a_compiler(monkeypatch):
+    def get_cpp_compiler():
+        raise compile_module.InvalidCxxCompiler
+
+    monkeypatch.setattr(compile_module, "get_cpp_compiler", get_cpp_compiler)
+    with pytest.raises(ValueError, match=r"compile.enable = true needs a C\+\+ compiler on a CPU, and none is found"):
+        compile_blocks(None, torch.device("cpu"))
