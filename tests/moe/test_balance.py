@@ -129,6 +129,13 @@ def test_counters_wait_for_the_backward():
     assert not any(total.any() for total in moe.pop_counters().values())
 
 
+def test_a_moved_layer_still_counts():
+    moe, x = make()
+    low = moe.to(torch.bfloat16)
+    low(x.bfloat16().requires_grad_(), sequence=describe(x)).sum().backward()
+    assert low.pop_counters()["counts"].sum() == 2 * BATCH * LENGTH
+
+
 def test_sequence_scope_needs_whole_rows():
     moe, x = make(aux_loss_scope="sequence")
     with pytest.raises(ValueError, match="row_length to divide the 40 tokens of the microbatch, got 7"):

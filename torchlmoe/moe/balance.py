@@ -14,8 +14,8 @@ not depend on how a batch is cut.
 
 The losses never enter the main loss: their gradients are injected on the way back, times the microbatch's
 share of the step's tokens, so they need no path through the model's outputs or between pipeline stages.
-Counting happens on the way back too: once per microbatch, however often recomputation runs the forward, and
-not at all in evaluation.
+Counting happens on the way back too, as a gradient that `backward()` gathers in a buffer (`torch.autograd.grad` does
+not): once per microbatch, however often recomputation runs the forward, and not at all in evaluation.
 
 Legend: T tokens, K experts per token, E experts, R rows.
 """
@@ -62,8 +62,8 @@ class LoadBalance(nn.Module):
         self.aux_loss_scope = aux_loss_scope
         self.z_loss_weight = z_loss_weight
         # Its gradient is what was counted: choices per expert, drops, the two losses; float64 counts exactly to 2^53.
-        self.register_buffer("counters", torch.zeros(num_experts + 3), persistent=False)
-        self._apply(lambda tensor: tensor)
+        counters = torch.zeros(num_experts + 3, dtype=torch.float64, requires_grad=True)
+        self.register_buffer("counters", counters, persistent=False)
         # Of the last step over all ranks; part of the model's state where it matters.
         global_batch = aux_loss_weight > 0 and aux_loss_scope == "global_batch"
         self.register_buffer("last_counts", torch.ones(num_experts, dtype=torch.int64) if global_batch else None)
@@ -107,7 +107,8 @@ class LoadBalance(nn.Module):
         if self.z_loss_weight:
             z_loss = self.z_loss_weight * routing.logits_TE.logsumexp(-1).square().mean()
         losses = torch.stack([aux_loss, z_loss])
-        counted = torch.cat([count_E, dropped[None], losses.detach() * sequence.loss_weight]).to(self.counters.dtype)
+        weighted = losses.detach().double() * sequence.loss_weight
+        counted = torch.cat([count_E.double(), dropped.double()[None], weighted])
         return _InjectAndCount.apply(x, losses, self.counters, counted, sequence.loss_weight)
 
     def _switch_loss(self, routing: Routing, sequence: Sequence) -> Tensor:
