@@ -193,22 +193,32 @@ class Metrics(Table):
 
 @dataclass
 class Profiling(Table):
-    enable: Annotated[bool, Field(description="Not supported yet.")] = False
+    enable: Annotated[bool, Field(description="Trace some steps: Chrome traces in <dump_folder>/profile.")] = False
+    first_step: Annotated[int, Field(ge=2, description="First traced step.")] = 10
+    num_steps: Annotated[int, Field(ge=1, description="Steps in a trace.")] = 3
+    interval: Annotated[int, Field(ge=2, description="Steps from the start of one trace to the next.")] = 1000
+    memory_snapshot: Annotated[bool, Field(description="With each trace, the CUDA allocator's history.")] = False
 
 
 @dataclass
 class Float8(Table):
-    enable: Annotated[bool, Field(description="Not supported yet.")] = False
+    enable: Annotated[bool, Field(description="Products of the blocks' linear layers in float8 (torchao).")] = False
+    recipe: Annotated[
+        Literal["tensorwise", "rowwise"], Field(description="Whether a tensor or each of its rows has one scale.")
+    ] = "tensorwise"
 
 
 @dataclass
 class Compile(Table):
-    enable: Annotated[bool, Field(description="Not supported yet.")] = False
+    enable: Annotated[bool, Field(description="torch.compile of each block.")] = False
 
 
 @dataclass
 class ActivationCheckpoint(Table):
-    mode: Annotated[Literal["none", "selective", "full"], Field(description="Only none is supported yet.")] = "none"
+    mode: Annotated[
+        Literal["none", "selective", "full"],
+        Field(description="What the backward computes again: nothing, all but products and recurrences, or all."),
+    ] = "none"
 
 
 @dataclass

@@ -259,10 +259,6 @@ def _check_layers(config: Config) -> None:
 
 def _check_consistency(config: Config) -> None:
     unsupported = {
-        "profiling.enable": (config.profiling.enable, False),
-        "float8.enable": (config.float8.enable, False),
-        "compile.enable": (config.compile.enable, False),
-        "activation_checkpoint.mode": (config.activation_checkpoint.mode, "none"),
         "parallelism.tensor_parallel_degree": (config.parallelism.tensor_parallel_degree, 1),
         "parallelism.pipeline_parallel_degree": (config.parallelism.pipeline_parallel_degree, 1),
         "parallelism.expert_parallel_degree": (config.parallelism.expert_parallel_degree, 1),
@@ -278,6 +274,19 @@ def _check_consistency(config: Config) -> None:
         )
     if config.model.backend == "triton":
         raise ConfigError("model.backend = 'triton' is not supported yet; use 'auto', 'chunked' or 'reference'.")
+    profiling, training = config.profiling, config.training
+    if profiling.num_steps >= profiling.interval:
+        raise ConfigError(
+            f"profiling.num_steps = {profiling.num_steps} must be less than profiling.interval = {profiling.interval}; "
+            "a step between two traces warms the profiler up."
+        )
+    if config.float8.enable and training.dtype == "float64":
+        raise ConfigError("float8.enable = true needs training.dtype = 'bfloat16' or 'float32'; it is 'float64'.")
+    if config.float8.enable and training.local_batch_size * training.seq_len % 16:
+        raise ConfigError(
+            f"float8.enable = true needs a multiple of 16 tokens at once; training.local_batch_size * seq_len is "
+            f"{training.local_batch_size * training.seq_len}."
+        )
     if config.lr_scheduler.warmup_steps > config.training.steps:
         raise ConfigError(
             f"lr_scheduler.warmup_steps = {config.lr_scheduler.warmup_steps} is more than training.steps = "

@@ -116,7 +116,7 @@ def test_counters_wait_for_the_backward():
     """Forwards that run ahead, evaluation, no_grad and zero weight count nothing; popping starts anew."""
     moe, x = make()
     outputs = [moe(x, sequence=describe(x)) for _ in range(2)]
-    assert not moe.load_balance.counts.any()
+    assert not moe.pop_counters()["counts"].any()
     for y in outputs:
         y.sum().backward()
     assert moe.pop_counters()["counts"].sum() == 2 * 2 * BATCH * LENGTH
@@ -127,6 +127,13 @@ def test_counters_wait_for_the_backward():
         moe(x, sequence=describe(x))
     moe(x, sequence=describe(x, loss_weight=0.0)).sum().backward()
     assert not any(total.any() for total in moe.pop_counters().values())
+
+
+def test_a_moved_layer_still_counts():
+    moe, x = make()
+    low = moe.to(torch.bfloat16)
+    low(x.bfloat16().requires_grad_(), sequence=describe(x)).sum().backward()
+    assert low.pop_counters()["counts"].sum() == 2 * BATCH * LENGTH
 
 
 def test_sequence_scope_needs_whole_rows():

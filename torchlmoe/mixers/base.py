@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from torchlmoe.layers.initialization import normal_
-from torchlmoe.layers.linear import Linear
 from torchlmoe.layers.sequence import Sequence
 
 
@@ -47,7 +46,7 @@ class Mixer(nn.Module):
         for module in self.modules():
             if module is self:
                 continue
-            if isinstance(module, Linear):
+            if isinstance(module, nn.Linear):
                 normal_(module.weight, self.init_std)
             elif callable(init_weights := getattr(module, "init_weights", None)):
                 init_weights()
@@ -72,7 +71,7 @@ class Mixer(nn.Module):
 
     def projection_flops(self) -> int:
         """Forward FLOPs of one token in all projections."""
-        return sum(2 * module.weight.numel() for module in self.modules() if isinstance(module, Linear))
+        return sum(2 * module.weight.numel() for module in self.modules() if isinstance(module, nn.Linear))
 
 
 def split_heads(dim: int, num_heads: int, what: str = "dim") -> int:

@@ -14,8 +14,8 @@ not depend on how a batch is cut.
 
 The losses never enter the main loss: their gradients are injected on the way back, times the microbatch's
 share of the step's tokens, so they need no path through the model's outputs or between pipeline stages.
-Counting happens on the way back too: once per microbatch, however often recomputation runs the forward, and
-not at all in evaluation.
+Counting happens on the way back too, as a gradient that `backward()` gathers in a buffer (`torch.autograd.grad` does
+not): once per microbatch, however often recomputation runs the forward, and not at all in evaluation.
 
 Legend: T tokens, K experts per token, E experts, R rows.
 """
@@ -28,27 +28,21 @@ from torchlmoe.moe.router import Routing
 
 
 class _InjectAndCount(torch.autograd.Function):
-    """Passes `x` through; on the way back gives the losses their gradient and adds up what was counted.
+    """Passes `x` through; on the way back `losses` receive `loss_weight` as their gradient, and `counters` `counted`.
 
-    losses: pairs (loss, total); counts: pairs (count, total), all flattened into `tensors`.
+    So autograd adds the counts up over microbatches as it does gradients, and nothing is written in between.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, loss_weight: float, num_losses: int, *tensors: Tensor) -> Tensor:
-        ctx.loss_weight, ctx.num_losses = loss_weight, num_losses
-        half = len(tensors) // 2
-        ctx.save_for_backward(*tensors[:half])
-        # Not saved: they change before the backward runs, by the other microbatches.
-        ctx.totals = tensors[half:]
+    def forward(ctx, x: Tensor, losses: Tensor, counters: Tensor, counted: Tensor, loss_weight: float) -> Tensor:
+        ctx.save_for_backward(losses, counted)
+        ctx.loss_weight = loss_weight
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        values = ctx.saved_tensors
-        for index, (value, total) in enumerate(zip(values, ctx.totals, strict=True)):
-            total.add_(value.to(total.dtype) * ctx.loss_weight if index < ctx.num_losses else value)
-        injected = [torch.full_like(loss, ctx.loss_weight) for loss in values[: ctx.num_losses]]
-        return grad, None, None, *injected, *[None] * (2 * len(values) - ctx.num_losses)
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        losses, counted = ctx.saved_tensors
+        return grad, torch.full_like(losses, ctx.loss_weight), counted, None, None
 
 
 class LoadBalance(nn.Module):
@@ -58,10 +52,7 @@ class LoadBalance(nn.Module):
     `sequence.row_length` tokens, then the mean over rows). A weight of zero leaves that loss out.
     """
 
-    counts: Tensor
-    dropped: Tensor
-    aux_loss: Tensor
-    z_loss: Tensor
+    counters: Tensor
     last_counts: Tensor | None
 
     def __init__(self, num_experts: int, *, aux_loss_weight: float, aux_loss_scope: str, z_loss_weight: float):
@@ -70,13 +61,18 @@ class LoadBalance(nn.Module):
         self.aux_loss_weight = aux_loss_weight
         self.aux_loss_scope = aux_loss_scope
         self.z_loss_weight = z_loss_weight
-        self.register_buffer("counts", torch.zeros(num_experts, dtype=torch.int64), persistent=False)
-        self.register_buffer("dropped", torch.zeros((), dtype=torch.int64), persistent=False)
-        self.register_buffer("aux_loss", torch.zeros((), dtype=torch.float64), persistent=False)
-        self.register_buffer("z_loss", torch.zeros((), dtype=torch.float64), persistent=False)
+        # Its gradient is what was counted: choices per expert, drops, the two losses; float64 counts exactly to 2^53.
+        counters = torch.zeros(num_experts + 3, dtype=torch.float64, requires_grad=True)
+        self.register_buffer("counters", counters, persistent=False)
         # Of the last step over all ranks; part of the model's state where it matters.
         global_batch = aux_loss_weight > 0 and aux_loss_scope == "global_batch"
         self.register_buffer("last_counts", torch.ones(num_experts, dtype=torch.int64) if global_batch else None)
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        # A moved or cast tensor is no leaf, at which gradients would gather.
+        self.counters = self.counters.detach().double().requires_grad_()
+        return self
 
     def init_weights(self) -> None:
         """Nothing counted, and an even load before the first step."""
@@ -91,11 +87,10 @@ class LoadBalance(nn.Module):
 
     def pop_counters(self) -> dict[str, Tensor]:
         """What this rank counted since the last call; sums over ranks are the step's."""
-        totals = {name: getattr(self, name) for name in ("counts", "dropped", "aux_loss", "z_loss")}
-        counters = {name: total.clone() for name, total in totals.items()}
-        for total in totals.values():
-            total.zero_()
-        return counters
+        counted = torch.zeros_like(self.counters) if self.counters.grad is None else self.counters.grad
+        self.counters.grad = None
+        counts, (dropped, aux_loss, z_loss) = counted[:-3], counted[-3:]
+        return {"counts": counts.long(), "dropped": dropped.long(), "aux_loss": aux_loss, "z_loss": z_loss}
 
     def forward(
         self,
@@ -111,9 +106,10 @@ class LoadBalance(nn.Module):
             aux_loss = self.aux_loss_weight * self._switch_loss(routing, sequence)
         if self.z_loss_weight:
             z_loss = self.z_loss_weight * routing.logits_TE.logsumexp(-1).square().mean()
-        totals = (self.aux_loss, self.z_loss, self.counts, self.dropped)
-        values = (aux_loss, z_loss, count_E, dropped)
-        return _InjectAndCount.apply(x, sequence.loss_weight, 2, *values, *totals)
+        losses = torch.stack([aux_loss, z_loss])
+        weighted = losses.detach().double() * sequence.loss_weight
+        counted = torch.cat([count_E.double(), dropped.double()[None], weighted])
+        return _InjectAndCount.apply(x, losses, self.counters, counted, sequence.loss_weight)
 
     def _switch_loss(self, routing: Routing, sequence: Sequence) -> Tensor:
         probability_TE = routing.probability_TE

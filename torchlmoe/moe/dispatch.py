@@ -37,21 +37,9 @@ class Slots:
     @classmethod
     def sorted_by_expert(cls, expert_TK: Tensor, num_experts: int, alignment: int = 1) -> "Slots":
         """expert_TK int64; an expert's slots keep the order of the tokens, and runs are multiples of `alignment`."""
-        expert_M, choice_M = expert_TK.flatten().sort(stable=True)
-        experts = torch.arange(num_experts, device=expert_M.device)
-        end_E = torch.searchsorted(expert_M, experts, right=True)
-        count_E = end_E.diff(prepend=end_E.new_zeros(1))
-        slot_M = torch.arange(choice_M.shape[0], device=choice_M.device)
-        padding_M = None
-        if alignment > 1:
-            run_E = -(-count_E // alignment) * alignment
-            shift_E = (run_E.cumsum(0) - run_E) - (end_E - count_E)
-            slot_M, end_E = slot_M + shift_E[expert_M], run_E.cumsum(0)
-        slot_TK = torch.empty_like(choice_M).scatter_(0, choice_M, slot_M).view_as(expert_TK)
-        if alignment > 1:
-            padding_M = torch.ones(int(end_E[-1]), dtype=torch.bool, device=slot_M.device).index_fill_(0, slot_M, False)
-            choice_M = choice_M.new_zeros(padding_M.shape).index_copy_(0, slot_M, choice_M)
-        return cls(choice_M, choice_M // expert_TK.shape[1], slot_TK, count_E, end_E.int(), padding_M)
+        choice_M, slot_TK, count_E, offset_E, padding_M = _sort(expert_TK, num_experts, alignment)
+        token_M = choice_M // expert_TK.shape[1]
+        return cls(choice_M, token_M, slot_TK, count_E, offset_E, padding_M if alignment > 1 else None)
 
     def place_TK(self, expert_TK: Tensor) -> Tensor:
         """int64, each choice's place in its expert's run, from 0."""
@@ -60,56 +48,89 @@ class Slots:
         return self.slot_TK - start_E[expert_TK]
 
 
-class _GatherSlots(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x_TD: Tensor, token_M: Tensor, slot_TK: Tensor) -> Tensor:
-        ctx.save_for_backward(token_M, slot_TK)
-        return x_TD.index_select(0, token_M)
-
-    @staticmethod
-    def backward(ctx, grad_MD: Tensor) -> tuple[Tensor, None, None]:
-        token_M, slot_TK = ctx.saved_tensors
-        return _SumSlots.apply(grad_MD, token_M, slot_TK), None, None
-
-
-class _SumSlots(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x_MD: Tensor, token_M: Tensor, slot_TK: Tensor) -> Tensor:
-        ctx.save_for_backward(token_M, slot_TK)
-        # Gathers and adds without writing the gathered rows; low precisions are added up in float32.
-        return F.embedding_bag(slot_TK, x_MD.contiguous(), mode="sum")
-
-    @staticmethod
-    def backward(ctx, grad_TD: Tensor) -> tuple[Tensor, None, None]:
-        token_M, slot_TK = ctx.saved_tensors
-        return _GatherSlots.apply(grad_TD, token_M, slot_TK), None, None
+@torch.library.custom_op("torchlmoe::sort_slots", mutates_args=())
+def _sort(expert_TK: Tensor, num_experts: int, alignment: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns choice_M, slot_TK, count_E, offset_E and padding_M (empty with alignment 1) of `Slots`."""
+    expert_M, choice_M = expert_TK.flatten().sort(stable=True)
+    experts = torch.arange(num_experts, device=expert_M.device)
+    end_E = torch.searchsorted(expert_M, experts, right=True)
+    count_E = end_E.diff(prepend=end_E.new_zeros(1))
+    slot_M = torch.arange(choice_M.shape[0], device=choice_M.device)
+    if alignment > 1:
+        run_E = -(-count_E // alignment) * alignment
+        shift_E = (run_E.cumsum(0) - run_E) - (end_E - count_E)
+        slot_M, end_E = slot_M + shift_E[expert_M], run_E.cumsum(0)
+    slot_TK = torch.empty_like(choice_M).scatter_(0, choice_M, slot_M).view_as(expert_TK)
+    padding_M = torch.ones(int(end_E[-1]) if alignment > 1 else 0, dtype=torch.bool, device=slot_M.device)
+    if alignment > 1:
+        padding_M.index_fill_(0, slot_M, False)
+        choice_M = choice_M.new_zeros(padding_M.shape).index_copy_(0, slot_M, choice_M)
+    return choice_M, slot_TK, count_E, end_E.int(), padding_M
 
 
-class _Reorder(torch.autograd.Function):
-    """x[order]; with the inverse at hand the backward gathers too."""
+@_sort.register_fake
+def _(expert_TK, num_experts, alignment):
+    # How many slots fill up the runs depends on the choices.
+    num_slots = expert_TK.numel() if alignment == 1 else torch.library.get_ctx().new_dynamic_size()
+    return (
+        expert_TK.new_empty(num_slots),
+        torch.empty_like(expert_TK, memory_format=torch.contiguous_format),
+        expert_TK.new_empty(num_experts),
+        expert_TK.new_empty(num_experts, dtype=torch.int32),
+        expert_TK.new_empty(0 if alignment == 1 else num_slots, dtype=torch.bool),
+    )
 
-    @staticmethod
-    def forward(ctx, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(order, inverse)
-        return x.index_select(0, order)
 
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        order, inverse = ctx.saved_tensors
-        return _Reorder.apply(grad, inverse, order), None, None
+@torch.library.custom_op("torchlmoe::gather_slots", mutates_args=())
+def _gather(x_TD: Tensor, token_M: Tensor, slot_TK: Tensor) -> Tensor:
+    return x_TD.index_select(0, token_M)
+
+
+@_gather.register_fake
+def _(x_TD, token_M, slot_TK):
+    return x_TD.new_empty(token_M.shape[0], *x_TD.shape[1:])
+
+
+@torch.library.custom_op("torchlmoe::sum_slots", mutates_args=())
+def _sum(x_MD: Tensor, token_M: Tensor, slot_TK: Tensor) -> Tensor:
+    if slot_TK.shape[1] == 1:
+        return x_MD.index_select(0, slot_TK[:, 0])
+    # Gathers and adds without writing the gathered rows; low precisions are added up in float32.
+    return F.embedding_bag(slot_TK, x_MD.contiguous(), mode="sum")
+
+
+@_sum.register_fake
+def _(x_MD, token_M, slot_TK):
+    return x_MD.new_empty(slot_TK.shape[0], *x_MD.shape[1:])
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+torch.library.register_autograd(
+    "torchlmoe::gather_slots",
+    lambda ctx, grad: (_sum(grad, *ctx.saved_tensors), None, None),
+    setup_context=_setup_context,
+)
+torch.library.register_autograd(
+    "torchlmoe::sum_slots",
+    lambda ctx, grad: (_gather(grad, *ctx.saved_tensors), None, None),
+    setup_context=_setup_context,
+)
 
 
 def gather_slots(x_TD: Tensor, slots: Slots) -> Tensor:
     """x [T, D] -> [M, D]: every slot's token."""
-    return _GatherSlots.apply(x_TD, slots.token_M, slots.slot_TK)
+    return _gather(x_TD, slots.token_M, slots.slot_TK)
 
 
 def sum_slots(x_MD: Tensor, slots: Slots) -> Tensor:
     """x [M, D] -> [T, D]: the sum over each token's slots, added in at least float32, in x's dtype."""
-    return _SumSlots.apply(x_MD, slots.token_M, slots.slot_TK)
+    return _sum(x_MD, slots.token_M, slots.slot_TK)
 
 
 def reorder_choices(x_TK: Tensor, slots: Slots) -> Tensor:
     """x [T, K] -> [M]: one number per choice, in the order of the slots; zero at padding."""
-    x_M = _Reorder.apply(x_TK.flatten(), slots.choice_M, slots.slot_TK.flatten())
+    x_M = _gather(x_TK.flatten(), slots.choice_M, slots.slot_TK.view(-1, 1))  # as tokens with one choice each
     return x_M if slots.padding_M is None else x_M.masked_fill(slots.padding_M, 0)

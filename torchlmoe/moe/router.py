@@ -108,6 +108,15 @@ class Router(nn.Module):
         return 2 * self.weight.numel()
 
 
+@torch.library.custom_op("torchlmoe::top_indices", mutates_args=())
 def _top(score: Tensor, k: int) -> Tensor:
-    """Indices of the k largest of the last dim; of equals the lower first, which `topk` does not promise."""
-    return score.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    """Indices of the k largest of the last dim; of equals the lower first, which `topk` does not promise.
+
+    One operation to torch, so that recompute can keep the choice and never draws it again.
+    """
+    return score.sort(dim=-1, descending=True, stable=True).indices[..., :k].contiguous()
+
+
+@_top.register_fake
+def _(score, k):
+    return score.new_empty(*score.shape[:-1], k, dtype=torch.int64)

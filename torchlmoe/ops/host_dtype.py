@@ -8,9 +8,14 @@ import torch
 logger = logging.getLogger(__name__)
 
 
-@cache
+@torch.compiler.assume_constant_result
 def cpu_lacks_bfloat16() -> bool:
-    """Whether this CPU has no bfloat16 matrix instructions; says so once."""
+    """Whether this CPU has no bfloat16 matrix instructions; says so once. A constant to torch.compile."""
+    return _cpu_lacks_bfloat16()
+
+
+@cache
+def _cpu_lacks_bfloat16() -> bool:
     lacks = not torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if lacks:
         logger.warning(

@@ -1,26 +1,28 @@
 """Mixed precision of a single process: what FSDP2's policy does on many ranks, without its buffers and copies."""
 
+from functools import cache
+
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
-def compute_in(dtype: torch.dtype, unit: nn.Module, inner_units: list[nn.Module]) -> None:
-    """While `unit` runs, its parameters are casts to `dtype`; outside, and for the optimizer, they are as they were.
+def compute_in(dtype: torch.dtype, model: nn.Module) -> None:
+    """Whoever reads a parameter from now on reads a cast to `dtype`; `parameters()` are as they were.
 
-    Left out are modules marked `float32_island`, and the `inner_units`, which see to themselves: so that a block's
-    parameters are cast anew where activations are computed again. Gradients reach the parameters in their own dtype.
+    Modules marked `float32_island` are left out. Each reading is a new cast, so that casts need not be kept where
+    activations are computed again; gradients reach the parameters in their own dtype. Initialise before.
     """
-    inner = {module for inner_unit in inner_units for module in inner_unit.modules()}
-    owned = [
-        (module, name, parameter)
-        for module in unit.modules()
-        if module not in inner and not getattr(module, "float32_island", False)
-        for name, parameter in module.named_parameters(recurse=False)
-    ]
+    for module in model.modules():
+        names = tuple(name for name, _ in module.named_parameters(recurse=False))
+        if names and not getattr(module, "float32_island", False):
+            module.__class__ = _reading_casts(type(module), names, dtype)  # type: ignore[arg-type]  # classes are hashable
 
-    def put(tensors: list[Tensor]) -> None:
-        for (module, name, _), tensor in zip(owned, tensors, strict=True):
-            module._parameters[name] = tensor  # type: ignore[assignment]  # a cast is no Parameter
 
-    unit.register_forward_pre_hook(lambda *_: put([parameter.to(dtype) for _, _, parameter in owned]))
-    unit.register_forward_hook(lambda *_: put([parameter for _, _, parameter in owned]), always_call=True)
+@cache
+def _reading_casts(kind: type, names: tuple[str, ...], dtype: torch.dtype) -> type:
+    """One class for all modules of a kind, so that equal blocks stay equal to `torch.compile`."""
+
+    def cast(name: str) -> property:
+        return property(lambda self: self._parameters[name].to(dtype))
+
+    return type(kind.__name__, (kind,), {name: cast(name) for name in names})

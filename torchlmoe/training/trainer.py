@@ -31,6 +31,7 @@ from torchlmoe.training.host_memory import keep_freed_pages
 from torchlmoe.training.metrics import MetricsLog, load_figures, memory_gib
 from torchlmoe.training.optimizer import build_optimizer, clip_gradients, set_lr
 from torchlmoe.training.peak import peak_flops
+from torchlmoe.training.profiling import StepProfiler
 from torchlmoe.training.schedule import lr_factor
 from torchlmoe.training.stop_request import StopRequest
 from torchlmoe.training.validation import validate
@@ -89,6 +90,7 @@ class Trainer:
         if self.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "config.toml").write_text(to_toml(config))
+        self.profiler = StepProfiler(config.profiling, folder, self.rank, self.device)
         self.log = MetricsLog(
             folder,
             config.metrics,
@@ -150,27 +152,14 @@ class Trainer:
                 step = self.progress.step + 1
                 with collective_failures(f"step {step}", self.config.parallelism.timeout_seconds):
                     totals, grad_norm, lr = self.train_step(step - 1)
+                    self.profiler.step()
                     timed_steps += 1
                     validates = self.validation_store is not None and (
                         step == steps or step % self.config.validation.interval == 0
                     )
                     if step == 1 or step == steps or step % settings.log_freq == 0 or validates:
-                        figures = self._figures(totals)
-                        seconds = time.perf_counter() - begin
-                        speed = timed_steps * tokens_per_step / seconds
-                        record = {
-                            "step": step,
-                            "loss": figures.pop("loss"),
-                            "grad_norm": grad_norm.item(),
-                            "lr": lr,
-                            "tokens_seen": step * tokens_per_step,
-                            "tokens_per_second": speed,
-                            "memory_gib": memory_gib(self.device),
-                            "skipped_steps": self.progress.skipped_steps,
-                            **figures,
-                        }
-                        if self.peak_flops:
-                            record["mfu"] = speed * self.flops_per_token / (self.peak_flops * self.world_size)
+                        speed = timed_steps * tokens_per_step / (time.perf_counter() - begin)
+                        record = self._record(step, totals, grad_norm, lr, speed)
                         if validates:
                             assert self.validation_store is not None
                             record |= validate(
@@ -182,6 +171,7 @@ class Trainer:
                     self.checkpointer.after_step(self.progress, last=step == steps or self.stopping)
                     begin += time.perf_counter() - paused
         self.loader.close()
+        self.profiler.stop()
         self.log.close()
         if self.stopping:
             self._say_how_it_stopped()
@@ -265,9 +255,23 @@ class Trainer:
             {"counts": row[:num_experts], "dropped": row[-3], "aux_loss": row[-2], "z_loss": row[-1]} for row in rows
         ]
 
-    def _figures(self, totals: torch.Tensor) -> dict[str, Any]:
+    def _record(
+        self, step: int, totals: torch.Tensor, grad_norm: torch.Tensor, lr: float, speed: float
+    ) -> dict[str, Any]:
+        """What is logged of a step; speed: tokens/s."""
         totals = totals.cpu()
-        figures: dict[str, Any] = {"loss": totals[0].item()}
+        figures: dict[str, Any] = {
+            "step": step,
+            "loss": totals[0].item(),
+            "grad_norm": grad_norm.item(),
+            "lr": lr,
+            "tokens_seen": step * self.global_batch_size * self.config.training.seq_len,
+            "tokens_per_second": speed,
+            "memory_gib": memory_gib(self.device),
+            "skipped_steps": self.progress.skipped_steps,
+        }
+        if self.peak_flops:
+            figures["mfu"] = speed * self.flops_per_token / (self.peak_flops * self.world_size)
         for name, layer in zip(self.model.moe_layers(), self._by_layer(totals), strict=True):
             layer_figures = {
                 **load_figures(layer["counts"]),

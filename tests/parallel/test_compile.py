@@ -1,0 +1,81 @@
+"""A block compiled as one graph equals the eager one, and neither new documents nor new lengths compile it anew."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from tests.conftest import run_on_ranks
+from tests.parallel.small_blocks import PACKED, block_of, run
+from tests.parallel.test_data_parallel import SETTINGS, records
+from torchlmoe.config_loader import load_config
+from torchlmoe.mixers import MIXERS
+from torchlmoe.parallel import compile as compile_module
+from torchlmoe.parallel.compile import compile_block, compile_blocks
+from torchlmoe.parallel.precision import compute_in
+from torchlmoe.parallel.recompute import recompute
+from torchlmoe.training.trainer import Trainer
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def assert_equal_and_compiled_once(block, compiled, dtype, tolerance=1e-12):
+    """aot_eager traces all that inductor would compile, without waiting for the C++ compiler."""
+    compile_block(compiled, backend="aot_eager")
+    for bounds, num_graphs in zip(PACKED, (1, 1, 2, 2), strict=True):  # the second is for all lengths
+        found, expected = run(compiled, bounds, dtype), run(block, bounds, dtype)
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+        assert counters["stats"]["unique_graphs"] == num_graphs
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_every_mixer_is_one_graph(mixer):
+    assert_equal_and_compiled_once(block_of(mixer, "dense"), block_of(mixer, "dense"), torch.float64)
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_experts_bfloat16_and_recompute(mode):
+    """In bfloat16 on a CPU the experts' runs are filled up, by a number that depends on the choices."""
+    block, compiled = (block_of("gated_deltanet", dtype=torch.float32, num_shared_experts=1) for _ in range(2))
+    if mode != "none":
+        recompute(compiled, mode)
+    for each in (block, compiled):
+        compute_in(torch.bfloat16, each)
+    assert_equal_and_compiled_once(block, compiled, torch.bfloat16, tolerance=1e-2)
+
+
+def test_equal_blocks_share_their_graph():
+    blocks = [block_of("bla", "dense", torch.float32) for _ in range(3)]
+    for block in blocks:
+        recompute(block, "full")
+        compute_in(torch.bfloat16, block)
+        compile_block(block, backend="aot_eager")
+        run(block, PACKED[0], torch.bfloat16)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def train_compiled(corpus: str, folder: str) -> None:
+    options = ["--data.dataset", corpus, "--data.cache_dir", f"{corpus}/cache", "--validation.enable", "false"]
+    options += "--model.num_layers 1 --model.layer_pattern L --model.mixer bla --training.steps 3".split()
+    for name, extra in (("eager", ""), ("compiled", "--compile.enable true --activation_checkpoint.mode selective")):
+        Trainer(load_config([*SETTINGS, *options, *extra.split(), "--job.dump_folder", f"{folder}/{name}"])).train()
+
+
+def test_two_ranks_compiled_by_inductor_and_recomputed(corpus, tmp_path):
+    run_on_ranks(2, train_compiled, str(corpus), str(tmp_path))
+    eager, compiled = (records(tmp_path / name) for name in ("eager", "compiled"))
+    for ours, theirs in zip(compiled, eager, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["moe/0/load"] == theirs["moe/0/load"]
+
+
+def test_without_a_compiler(monkeypatch):
+    def get_cpp_compiler():
+        raise compile_module.InvalidCxxCompiler
+
+    monkeypatch.setattr(compile_module, "get_cpp_compiler", get_cpp_compiler)
+    with pytest.raises(ValueError, match=r"compile.enable = true needs a C\+\+ compiler on a CPU, and none is found"):
+        compile_blocks(None, torch.device("cpu"))

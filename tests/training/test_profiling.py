@@ -1,0 +1,34 @@
+"""Traces of the steps that were asked for, which name the operations; no snapshot where there is no CUDA."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.training.test_trainer import train
+from torchlmoe.config import Profiling
+from torchlmoe.training.profiling import StepProfiler
+
+
+def test_traces_name_the_recurrence_and_its_backward(corpus, tmp_path):
+    result = train(
+        corpus, tmp_path, *"--validation.enable false --profiling.enable true --profiling.first_step 2".split(),
+        *"--profiling.num_steps 1 --profiling.interval 3".split(),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    traces = sorted((tmp_path / "profile").iterdir())
+    assert [path.name for path in traces] == ["step_2_rank_0.json.gz", "step_5_rank_0.json.gz"]
+    for path in traces:
+        with gzip.open(path) as file:
+            events = json.load(file)["traceEvents"]
+        names = [event.get("name") for event in events]
+        assert names.count("torchlmoe::linear_recurrence") == 1  # one block of one step
+        assert names.count("torchlmoe::linear_recurrence_backward") == 1
+
+
+def test_snapshot_needs_cuda(tmp_path):
+    settings = Profiling(enable=True, memory_snapshot=True)
+    with pytest.raises(ValueError, match="memory_snapshot = true needs CUDA"):
+        StepProfiler(settings, Path(tmp_path), 0, torch.device("cpu"))

@@ -1,0 +1,35 @@
+"""`torch.compile` of each block: one graph, in which recurrence, attention and grouped products are operations."""
+
+import torch
+from torch import nn
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InvalidCxxCompiler
+
+from torchlmoe.model.decoder import Decoder
+
+# Graphs of one kind of block: training and evaluation, each for one length and, once lengths vary, for all.
+_GRAPHS_PER_BLOCK = 8
+
+
+def compile_blocks(model: Decoder, device: torch.device) -> None:
+    """Blocks run as one graph each from now on, compiled at their first call; equal blocks share theirs.
+
+    Hooks (FSDP's) stay outside of the graphs. Raises ValueError where a CPU has no C++ compiler.
+    """
+    if device.type == "cpu":
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler:
+            raise ValueError(
+                "compile.enable = true needs a C++ compiler on a CPU, and none is found; install g++ or clang++, or "
+                "leave it at false."
+            ) from None
+    # All blocks are one function to torch, which would give up at eight kinds.
+    limit = _GRAPHS_PER_BLOCK * len(model.blocks)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
+    for block in model.blocks.values():
+        compile_block(block)
+
+
+def compile_block(block: nn.Module, backend: str = "inductor") -> None:
+    block.forward = torch.compile(block.forward, fullgraph=True, backend=backend)  # type: ignore[method-assign]
