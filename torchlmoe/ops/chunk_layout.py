@@ -6,6 +6,8 @@ the first `num_active[j]` ones and the j-th chunks are one contiguous slice: the
 in parallel over documents, and no token is computed that belongs to padding beyond a document's last chunk.
 
     three documents of 5, 1 and 3 chunks  ->  | a0 c0 b0 | a1 c1 | a2 c2 | a3 | a4 |      num_active = [3, 2, 2, 1, 1]
+
+A slab is a run of such slices: what is computed at a time, few enough chunks to stay in a cache.
 """
 
 from collections.abc import Sequence
@@ -16,42 +18,37 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class ChunkLayout:
-    """Legend: T tokens in all (batch times length), M chunks, C tokens a chunk, N documents (empty ones included)."""
+class Slab:
+    """Consecutive slices of chunks. Legend: M chunks of this slab, C tokens a chunk, H heads of the chunks."""
 
-    chunk_size: int
-    num_active: list[int]  # documents that have a j-th chunk, for each j
+    num_active: list[int]  # documents that take part in each step of the scan
     tokens_MC: Tensor  # int64: the token at each slot (0 at padded ones)
-    padded_M_C: Tensor | None  # int64: padded slots, counted over M * C; None where there are none
-    slot_of_token_T: Tensor  # int64: each token's slot, counted over M * C
-    order_N: Tensor  # int64: documents from the longest to the shortest
-    indices: dict[tuple[int, ...], Tensor] = field(default_factory=dict)  # made once, for every layer
+    padded: tuple[Tensor, Tensor] | None  # int64: chunks and slots of padding; None where there is none
+    num_tokens: int  # of all slabs
+    indices: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # made once, for every layer
 
-    def starts(self) -> list[int]:
-        """The first chunk of each step of the scan."""
-        starts = [0]
-        for count in self.num_active[:-1]:
-            starts.append(starts[-1] + count)
-        return starts
-
-    def to_chunks(self, x: Tensor, num_heads: int) -> Tensor:
+    def cut(self, x: Tensor, num_heads: int) -> Tensor:
         """[B, T, Hx, ...] -> [M * num_heads, C, ...], zero where padded; head j reads head j // (num_heads / Hx)."""
-        rows = x.reshape(-1, *x.shape[3:]).index_select(0, self._rows_of_slots(x.shape[2], num_heads))
-        rows = rows.view(-1, num_heads, self.chunk_size, *x.shape[3:])
-        if self.padded_M_C is not None:
-            chunk, slot = self.padded_M_C // self.chunk_size, self.padded_M_C % self.chunk_size
-            rows = rows.index_put((chunk, torch.arange(num_heads, device=x.device)[:, None], slot), rows.new_zeros(()))
+        rows = x.reshape(-1, *x.shape[3:]).index_select(0, self._rows(x.shape[2], num_heads))
+        rows = rows.view(-1, num_heads, self.tokens_MC.shape[1], *x.shape[3:])
+        if self.padded is not None:
+            chunk, slot = self.padded
+            rows = rows.index_put((chunk, torch.arange(num_heads, device=x.device), slot), rows.new_zeros(()))
         return rows.flatten(0, 1)
 
-    def to_tokens(self, x: Tensor, num_heads: int, shape: tuple[int, int], num_target_heads: int) -> Tensor:
-        """[M * num_heads, C, ...] -> [B, T, num_target_heads, ...]; heads that shared a source are summed."""
-        rows = x.flatten(0, 1).index_select(0, self._slots_of_rows(num_heads))
-        rows = rows.view(*shape, num_heads, *x.shape[2:])
-        if num_target_heads != num_heads:
-            rows = rows.unflatten(2, (num_target_heads, -1)).sum(3)
-        return rows
+    def paste(self, x: Tensor, rows: Tensor, num_heads: int) -> None:
+        """Writes x [M * num_heads, C, ...] to its places in `rows` (of `empty_rows`), heads that share one summed."""
+        target_heads = (rows.shape[0] - 1) // self.num_tokens
+        if target_heads != num_heads:
+            x = x.unflatten(0, (-1, target_heads, num_heads // target_heads)).sum(2).flatten(0, 1)
+        places = self._rows(target_heads, target_heads)
+        if self.padded is not None:
+            chunk, slot = self.padded
+            places = places.view(-1, target_heads, x.shape[1]).clone()
+            places[chunk, torch.arange(target_heads, device=x.device), slot] = rows.shape[0] - 1
+        rows.index_copy_(0, places.flatten(), x.flatten(0, 1).to(rows.dtype))
 
-    def _rows_of_slots(self, num_source_heads: int, num_heads: int) -> Tensor:
+    def _rows(self, num_source_heads: int, num_heads: int) -> Tensor:
         key = (num_source_heads, num_heads)
         if key not in self.indices:
             heads = torch.arange(num_heads, device=self.tokens_MC.device) // (num_heads // num_source_heads)
@@ -59,19 +56,37 @@ class ChunkLayout:
             self.indices[key] = rows.reshape(-1)
         return self.indices[key]
 
-    def _slots_of_rows(self, num_heads: int) -> Tensor:
-        if (num_heads,) not in self.indices:
-            chunk, slot = self.slot_of_token_T // self.chunk_size, self.slot_of_token_T % self.chunk_size
-            heads = torch.arange(num_heads, device=chunk.device)
-            slots = (chunk[:, None] * num_heads + heads) * self.chunk_size + slot[:, None]
-            self.indices[(num_heads,)] = slots.reshape(-1)
-        return self.indices[(num_heads,)]
+
+@dataclass(frozen=True)
+class ChunkLayout:
+    """Legend: T tokens in all (batch times length), N documents (empty ones included)."""
+
+    chunk_size: int
+    slabs: list[Slab]
+    order_N: Tensor  # int64: documents from the longest to the shortest
+
+    def restore_order(self, x_N: Tensor) -> Tensor:
+        """From the longest document first to the order in which they came."""
+        return torch.empty_like(x_N).index_copy(0, self.order_N, x_N)
+
+
+def empty_rows(like: Tensor) -> Tensor:
+    """For `Slab.paste`: [B * T * H + 1, ...]; padding goes to the last row."""
+    return like.new_empty(like.shape[:3].numel() + 1, *like.shape[3:])
 
 
 def chunk_layout(
-    batch_size: int, length: int, bounds: Sequence[int] | None, max_chunk_size: int, device: torch.device
+    batch_size: int,
+    length: int,
+    bounds: Sequence[int] | None,
+    max_chunk_size: int,
+    slab_size: int,
+    device: torch.device,
 ) -> ChunkLayout:
-    """The layout of `batch_size` rows of `length` tokens, or of the documents that `bounds` bounds in one row."""
+    """The layout of `batch_size` rows of `length` tokens, or of the documents that `bounds` bounds in one row.
+
+    A slab has about `slab_size` chunks; the slices of which it is made are not cut.
+    """
     if bounds is None:
         num_documents = batch_size
         starts_list = [row * length for row in range(batch_size)]
@@ -87,30 +102,27 @@ def chunk_layout(
         lengths_list = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
     order = sorted(range(num_documents), key=lambda document: -lengths_list[document])
     longest = max(lengths_list, default=0)
-    # Short documents take one short chunk; a longer one is a whole number of sub-blocks.
-    chunk_size = max(1, min(max_chunk_size, longest if longest < 16 else -(-longest // 16) * 16))
+    # Short documents take one short chunk. Decay per channel halves chunks, so they are powers of two.
+    chunk_size = min(max_chunk_size, 1 << max(0, longest - 1).bit_length())
 
     num_chunks = [-(-lengths_list[document] // chunk_size) for document in order]
     num_steps = max(num_chunks, default=0)
     num_active = [sum(count > step for count in num_chunks) for step in range(num_steps)]
 
-    first_token, num_valid = [], []
-    for step, count in enumerate(num_active):
-        for document in order[:count]:
-            first_token.append(starts_list[document] + step * chunk_size)
-            num_valid.append(min(chunk_size, lengths_list[document] - step * chunk_size))
-    slots = torch.arange(chunk_size, device=device)
-    tokens = torch.tensor(first_token, dtype=torch.int64, device=device)[:, None] + slots
-    valid = slots < torch.tensor(num_valid, dtype=torch.int64, device=device)[:, None]
-    all_valid = sum(num_valid) == len(num_valid) * chunk_size
-    flat_tokens = tokens.reshape(-1)
-    if all_valid:
-        valid_slots, padded = torch.arange(tokens.numel(), device=device), None
-    else:
-        valid_slots, padded = valid.reshape(-1).nonzero()[:, 0], (~valid).reshape(-1).nonzero()[:, 0]
-        tokens = tokens.masked_fill(~valid, 0)
-    slot_of_token = torch.empty(batch_size * length, dtype=torch.int64, device=device)
-    slot_of_token[flat_tokens[valid_slots]] = valid_slots
-    return ChunkLayout(
-        chunk_size, num_active, tokens, padded, slot_of_token, torch.tensor(order, dtype=torch.int64, device=device)
-    )
+    slabs = []
+    step = 0
+    while step < num_steps:
+        steps = range(step, min(num_steps, step + max(1, slab_size // num_active[step])))
+        places = [(document, index) for index in steps for document in order[: num_active[index]]]
+        first_token = [starts_list[document] + index * chunk_size for document, index in places]
+        num_valid = [lengths_list[document] - index * chunk_size for document, index in places]
+        slots = torch.arange(chunk_size, device=device)
+        tokens = torch.tensor(first_token, dtype=torch.int64, device=device)[:, None] + slots
+        padded = None
+        if min(num_valid) < chunk_size:
+            invalid = slots >= torch.tensor(num_valid, dtype=torch.int64, device=device)[:, None]
+            chunk, slot = invalid.nonzero().unbind(1)
+            padded, tokens = (chunk[:, None], slot[:, None]), tokens.masked_fill(invalid, 0)
+        slabs.append(Slab([num_active[index] for index in steps], tokens, padded, batch_size * length))
+        step = steps.stop
+    return ChunkLayout(chunk_size, slabs, torch.tensor(order, dtype=torch.int64, device=device))
