@@ -27,19 +27,20 @@ class Undecayed:
         product = torch.bmm(x_NCRD.flatten(1, 2), y_NCWD.flatten(1, 2).mT)
         return product.view(*x_NCRD.shape[:3], *y_NCWD.shape[1:3])
 
-    def rows(self, p_NCRCW: Tensor, y_NCWD: Tensor) -> Tensor:
-        """[N, C, R, D]"""
-        product = torch.bmm(p_NCRCW.flatten(3).flatten(1, 2), y_NCWD.flatten(1, 2))
-        return product.view(*p_NCRCW.shape[:3], -1)
+    def rows(self, p_NCRCW: Tensor, y_NCWD: Tensor, onto_NCRD: Tensor) -> Tensor:
+        """Adds [N, C, R, D] to `onto`, in place."""
+        onto_NCRD.flatten(1, 2).baddbmm_(p_NCRCW.flatten(3).flatten(1, 2), y_NCWD.flatten(1, 2))
+        return onto_NCRD
 
-    def columns(self, p_NCRCW: Tensor, x_NCRD: Tensor) -> Tensor:
-        """[N, C, W, D]"""
-        product = torch.bmm(p_NCRCW.flatten(3).flatten(1, 2).mT, x_NCRD.flatten(1, 2))
-        return product.view(p_NCRCW.shape[0], *p_NCRCW.shape[3:], -1)
+    def columns(self, p_NCRCW: Tensor, x_NCRD: Tensor, onto_NCWD: Tensor) -> Tensor:
+        """Adds [N, C, W, D] to `onto`, in place."""
+        onto_NCWD.flatten(1, 2).baddbmm_(p_NCRCW.flatten(3).flatten(1, 2).mT, x_NCRD.flatten(1, 2))
+        return onto_NCWD
 
-    def backward(self, p_NCRCW: Tensor, x_NCRD: Tensor, y_NCWD: Tensor) -> tuple[Tensor, Tensor]:
-        """`rows` and `columns` at once; may change p."""
-        return self.rows(p_NCRCW, y_NCWD), self.columns(p_NCRCW, x_NCRD)
+    def backward(self, p_NCRCW: Tensor, x_NCRD: Tensor, y_NCWD: Tensor, dx_NCRD: Tensor, dy_NCWD: Tensor) -> None:
+        """`rows` onto dx and `columns` onto dy."""
+        self.rows(p_NCRCW, y_NCWD, dx_NCRD)
+        self.columns(p_NCRCW, x_NCRD, dy_NCWD)
 
 
 class CausalMask(Undecayed):
@@ -54,8 +55,8 @@ class CausalMask(Undecayed):
     def pair(self, x_NCRD: Tensor, y_NCWD: Tensor) -> Tensor:
         return self._weigh(super().pair(x_NCRD, y_NCWD))
 
-    def backward(self, p_NCRCW: Tensor, x_NCRD: Tensor, y_NCWD: Tensor) -> tuple[Tensor, Tensor]:
-        return super().backward(self._weigh(p_NCRCW), x_NCRD, y_NCWD)
+    def backward(self, p_NCRCW: Tensor, x_NCRD: Tensor, y_NCWD: Tensor, dx_NCRD: Tensor, dy_NCWD: Tensor) -> None:
+        super().backward(self._weigh(p_NCRCW), x_NCRD, y_NCWD, dx_NCRD, dy_NCWD)
 
 
 class MatrixDecay(CausalMask):
@@ -124,23 +125,47 @@ class ChannelDecay(Undecayed):
             block.copy_(product.movedim(1, 5))
         return scores
 
-    def rows(self, p_NCRCW: Tensor, y_NCWD: Tensor) -> Tensor:
-        result = torch.matmul(p_NCRCW.diagonal(dim1=1, dim2=3).movedim(3, 1), y_NCWD)
+    def rows(self, p_NCRCW: Tensor, y_NCWD: Tensor, onto_NCRD: Tensor) -> Tensor:
+        onto_NCRD += thin_matmul(p_NCRCW.diagonal(dim1=1, dim2=3).movedim(3, 1), y_NCWD)
         for size, later, earlier in self.levels:
             y = (_half(y_NCWD, size, 0) * earlier).flatten(2, 3).flatten(0, 1)
-            half = _half(result, size, 1)
-            half.addcmul_(torch.bmm(self._flat_block(p_NCRCW, size), y).view(half.shape), later)
-        return result
+            half = _half(onto_NCRD, size, 1)
+            half.addcmul_(thin_matmul(self._flat_block(p_NCRCW, size), y).view(half.shape), later)
+        return onto_NCRD
 
-    def columns(self, p_NCRCW: Tensor, x_NCRD: Tensor) -> Tensor:
-        result = torch.matmul(p_NCRCW.diagonal(dim1=1, dim2=3).movedim(3, 1).mT, x_NCRD)
+    def columns(self, p_NCRCW: Tensor, x_NCRD: Tensor, onto_NCWD: Tensor) -> Tensor:
+        onto_NCWD += thin_matmul(p_NCRCW.diagonal(dim1=1, dim2=3).movedim(3, 1).mT, x_NCRD)
         for size, later, earlier in self.levels:
             x = (_half(x_NCRD, size, 1) * later).flatten(2, 3).flatten(0, 1)
-            half = _half(result, size, 0)
-            half.addcmul_(torch.bmm(self._flat_block(p_NCRCW, size).mT, x).view(half.shape), earlier)
-        return result
+            half = _half(onto_NCWD, size, 0)
+            half.addcmul_(thin_matmul(self._flat_block(p_NCRCW, size).mT, x).view(half.shape), earlier)
+        return onto_NCWD
 
 
 def _half(x_NCRD: Tensor, size: int, half: int) -> Tensor:
     """The earlier (0) or later (1) halves of all blocks of 2 * size tokens: a view [N, blocks, size, R, D]."""
     return x_NCRD.unflatten(1, (-1, 2, size))[:, :, half]
+
+
+def thin_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """[..., m, k] @ [..., k, n]; for k of a few as multiply-adds, on a CPU several times faster than tiny products."""
+    if a.shape[-1] > 4:
+        return torch.matmul(a, b)
+    product = a[..., :1] * b[..., :1, :]
+    for index in range(1, a.shape[-1]):
+        product = torch.addcmul(product, a[..., index, None], b[..., index, None, :])
+    return product
+
+
+def unit_lower_inverse(lower_NCC: Tensor) -> Tensor:
+    """(I + L)^-1 of the part L below the diagonal, C a power of two: from halves and what stands between them."""
+    inverse = lower_NCC.new_ones(*lower_NCC.shape[:2], 1, 1)  # of the blocks on the diagonal, [N, blocks, size, size]
+    for _ in range(lower_NCC.shape[-1].bit_length() - 1):
+        size = inverse.shape[-1]
+        earlier, later = inverse.unflatten(1, (-1, 2)).unbind(2)
+        blocks = lower_NCC.unflatten(2, (-1, 2, size)).unflatten(1, (-1, 2, size))
+        between = blocks[:, :, 1].select(4, 0).diagonal(dim1=1, dim2=3).movedim(3, 1)
+        below = thin_matmul(thin_matmul(later, between), earlier).neg()
+        above = torch.zeros_like(earlier)
+        inverse = torch.cat([torch.cat([earlier, above], -1), torch.cat([below, later], -1)], -2)
+    return inverse.squeeze(1)

@@ -23,56 +23,62 @@ class Slab:
 
     num_active: list[int]  # documents that take part in each step of the scan
     tokens_MC: Tensor  # int64: the token at each slot (0 at padded ones)
-    padded: tuple[Tensor, Tensor] | None  # int64: chunks and slots of padding; None where there is none
-    num_tokens: int  # of all slabs
-    indices: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # made once, for every layer
+    padded_MC: Tensor | None  # bool; None where there is no padding
+    steps: slice | None  # where all rows are whole chunks, the slab's place in each; it takes no indices then
+    indices: dict[str, Tensor] = field(default_factory=dict)  # made once, for every layer
 
     def cut(self, x: Tensor, num_heads: int) -> Tensor:
         """[B, T, Hx, ...] -> [M * num_heads, C, ...], zero where padded; head j reads head j // (num_heads / Hx)."""
-        rows = x.reshape(-1, *x.shape[3:]).index_select(0, self._rows(x.shape[2], num_heads))
-        rows = rows.view(-1, num_heads, self.tokens_MC.shape[1], *x.shape[3:])
-        if self.padded is not None:
-            chunk, slot = self.padded
-            rows = rows.index_put((chunk, torch.arange(num_heads, device=x.device), slot), rows.new_zeros(()))
-        return rows.flatten(0, 1)
+        repeat = num_heads // x.shape[2]
+        if self.steps is not None:
+            chunks = self._view(x, self.steps)
+            return (chunks if repeat == 1 else chunks.repeat_interleave(repeat, 2)).flatten(0, 2)
+        rows = x.reshape(-1, *x.shape[3:]).index_select(0, self._rows(x.shape[2], repeat))
+        if self.padded_MC is not None:
+            rows = rows.index_fill(0, self._slots(num_heads, self.padded_MC), 0)
+        return rows.view(-1, self.tokens_MC.shape[1], *x.shape[3:])
 
-    def paste(self, x: Tensor, rows: Tensor, num_heads: int) -> None:
-        """Writes x [M * num_heads, C, ...] to its places in `rows` (of `empty_rows`), heads that share one summed."""
-        target_heads = (rows.shape[0] - 1) // self.num_tokens
-        if target_heads != num_heads:
-            x = x.unflatten(0, (-1, target_heads, num_heads // target_heads)).sum(2).flatten(0, 1)
-        places = self._rows(target_heads, target_heads)
-        if self.padded is not None:
-            chunk, slot = self.padded
-            places = places.view(-1, target_heads, x.shape[1]).clone()
-            places[chunk, torch.arange(target_heads, device=x.device), slot] = rows.shape[0] - 1
-        rows.index_copy_(0, places.flatten(), x.flatten(0, 1).to(rows.dtype))
+    def paste(self, x: Tensor, out: Tensor) -> None:
+        """Writes x [M * H, C, ...] to its places in out [B, T, Hx, ...]; heads that share one are summed."""
+        num_heads = out.shape[2]
+        if (repeat := x.shape[0] // self.tokens_MC.shape[0] // num_heads) > 1:
+            x = x.unflatten(0, (-1, repeat)).sum(1)
+        if self.steps is not None:
+            view = self._view(out, self.steps)
+            view.copy_(x.view(view.shape))
+            return
+        rows, places = x.flatten(0, 1).to(out.dtype), self._rows(num_heads, 1)
+        if self.padded_MC is not None:
+            valid = self._slots(num_heads, ~self.padded_MC)
+            rows, places = rows.index_select(0, valid), places.index_select(0, valid)
+        out.view(-1, *out.shape[3:]).index_copy_(0, places, rows)
 
-    def _rows(self, num_source_heads: int, num_heads: int) -> Tensor:
-        key = (num_source_heads, num_heads)
-        if key not in self.indices:
-            heads = torch.arange(num_heads, device=self.tokens_MC.device) // (num_heads // num_source_heads)
-            rows = self.tokens_MC[:, None, :] * num_source_heads + heads[None, :, None]
-            self.indices[key] = rows.reshape(-1)
+    def _view(self, x: Tensor, steps: slice) -> Tensor:
+        """[B, T, H, ...] -> [steps, B, H, C, ...]"""
+        return x.unflatten(1, (-1, self.tokens_MC.shape[1]))[:, steps].transpose(0, 1).transpose(2, 3)
+
+    def _rows(self, num_heads: int, repeat: int) -> Tensor:
+        """The rows of [B * T * num_heads] that the slots of repeat * num_heads heads hold."""
+        if (key := f"rows {num_heads} {repeat}") not in self.indices:
+            heads = torch.arange(num_heads, device=self.tokens_MC.device).repeat_interleave(repeat)
+            self.indices[key] = (self.tokens_MC[:, None, :] * num_heads + heads[:, None]).flatten()
         return self.indices[key]
+
+    def _slots(self, num_heads: int, mask_MC: Tensor) -> Tensor:
+        """Where the mask is set, counted over [M, num_heads, C]."""
+        return mask_MC[:, None].expand(-1, num_heads, -1).flatten().nonzero()[:, 0]
 
 
 @dataclass(frozen=True)
 class ChunkLayout:
-    """Legend: T tokens in all (batch times length), N documents (empty ones included)."""
+    """Legend: N documents (empty ones included)."""
 
-    chunk_size: int
     slabs: list[Slab]
     order_N: Tensor  # int64: documents from the longest to the shortest
 
     def restore_order(self, x_N: Tensor) -> Tensor:
         """From the longest document first to the order in which they came."""
         return torch.empty_like(x_N).index_copy(0, self.order_N, x_N)
-
-
-def empty_rows(like: Tensor) -> Tensor:
-    """For `Slab.paste`: [B * T * H + 1, ...]; padding goes to the last row."""
-    return like.new_empty(like.shape[:3].numel() + 1, *like.shape[3:])
 
 
 def chunk_layout(
@@ -120,9 +126,9 @@ def chunk_layout(
         tokens = torch.tensor(first_token, dtype=torch.int64, device=device)[:, None] + slots
         padded = None
         if min(num_valid) < chunk_size:
-            invalid = slots >= torch.tensor(num_valid, dtype=torch.int64, device=device)[:, None]
-            chunk, slot = invalid.nonzero().unbind(1)
-            padded, tokens = (chunk[:, None], slot[:, None]), tokens.masked_fill(invalid, 0)
-        slabs.append(Slab([num_active[index] for index in steps], tokens, padded, batch_size * length))
+            padded = slots >= torch.tensor(num_valid, dtype=torch.int64, device=device)[:, None]
+            tokens = tokens.masked_fill(padded, 0)
+        whole = slice(steps.start, steps.stop) if bounds is None and length % chunk_size == 0 else None
+        slabs.append(Slab([num_active[index] for index in steps], tokens, padded, whole))
         step = steps.stop
-    return ChunkLayout(chunk_size, slabs, torch.tensor(order, dtype=torch.int64, device=device))
+    return ChunkLayout(slabs, torch.tensor(order, dtype=torch.int64, device=device))

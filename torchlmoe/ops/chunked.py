@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchlmoe.ops.chunk_decay import CausalMask, ChannelDecay, MatrixDecay, Undecayed
-from torchlmoe.ops.chunk_layout import ChunkLayout, Slab, chunk_layout, empty_rows
+from torchlmoe.ops.chunk_decay import CausalMask, ChannelDecay, MatrixDecay, Undecayed, unit_lower_inverse
+from torchlmoe.ops.chunk_layout import ChunkLayout, Slab, chunk_layout
 
 CHUNK_SIZE = 64
 SLAB_TOKENS = 4096  # times heads; 1 MiB for a tensor of 64 channels
@@ -119,12 +119,12 @@ class Chunks:
         decay = self.value_decay.to_end
         return w_V if decay is None else w_V * decay.view(w_V.shape)
 
-    def pass_whole(self, state_NKV: Tensor, rows: slice) -> Tensor:
-        """The state, or its gradient, past the chunks' own decay."""
-        for decay, dim in ((self.key_decay.whole, 2), (self.value_decay.whole, 1)):
-            if decay is not None:
-                state_NKV = state_NKV * decay[rows].unsqueeze(dim)
-        return state_NKV
+    def whole(self) -> Tensor | None:
+        """exp G_C * exp H_C, [N, 1 or K, 1 or V]"""
+        key, value = self.key_decay.whole, self.value_decay.whole
+        if value is None:
+            return None if key is None else key.unsqueeze(2)
+        return value.unsqueeze(1) if key is None else key.unsqueeze(2) * value.unsqueeze(1)
 
     def bonus_weight(self) -> Tensor | None:
         """What q_i reads of k_i v_i^T by the bonus, [N, C, 1]."""
@@ -132,13 +132,10 @@ class Chunks:
             return None
         return (self.x_NCRK[:, :, 0] * self.bonus_N1K * self.y_NCWK[:, :, 0]).sum(-1, keepdim=True)
 
-    def steps(self) -> list[tuple[slice, int]]:
-        """The rows of each step of the scan, and how many documents' heads take part."""
-        steps, start = [], 0
-        for count in self.slab.num_active:
-            steps.append((slice(start, start + count * self.num_heads), count * self.num_heads))
-            start += count * self.num_heads
-        return steps
+    def steps(self, x_N: Tensor | None) -> list[Tensor] | list[None]:
+        """The rows of each step of the scan."""
+        counts = [count * self.num_heads for count in self.slab.num_active]
+        return [None] * len(counts) if x_N is None else list(x_N.split(counts))
 
 
 def cut(terms: Terms, slab: Slab) -> Chunks:
@@ -180,21 +177,23 @@ def cut(terms: Terms, slab: Slab) -> Chunks:
     if terms.value_log_decay is not None:
         value_decay = ChannelDecay(chunks_of(terms.value_log_decay), reads_before)
 
-    x_NCRK = torch.stack(readers, 2) if readers else k_NCK.unsqueeze(2)[:, :, :0]
-    y_NCWK = torch.stack(writers, 2)
+    x_NCRK = beside(readers) if readers else k_NCK.unsqueeze(2)[:, :, :0]
+    y_NCWK = beside(writers)
     scores_NCRCW = key_decay.pair(x_NCRK, y_NCWK)
     inverse_NCC = None
     if reads_before or terms.erase is not None:
         make_strict(scores_NCRCW)
     if terms.erase is not None:
-        lower = scores_NCRCW[:, :, -1, :, -1]
-        identity = torch.eye(lower.shape[-1], dtype=dtype, device=lower.device)
-        # The diagonal is taken as ones, so that P_eb stands for I + P_eb.
-        inverse_NCC = torch.linalg.solve_triangular(lower, identity.expand_as(lower), upper=False, unitriangular=True)
+        inverse_NCC = unit_lower_inverse(scores_NCRCW[:, :, -1, :, -1])
     return Chunks(
         slab, num_heads, terms.q is not None, v_NCV, x_NCRK, y_NCWK, beta_NC, bonus_N1K, key_decay, value_decay,
         scores_NCRCW, inverse_NCC,
     )  # fmt: skip
+
+
+def beside(parts: list[Tensor]) -> Tensor:
+    """[N, C, D] each -> [N, C, parts, D]"""
+    return parts[0].unsqueeze(2) if len(parts) == 1 else torch.stack(parts, 2)
 
 
 def make_strict(scores_NCRCW: Tensor) -> None:
@@ -216,30 +215,37 @@ def scan(chunks: Chunks, state: Tensor, finished: list[Tensor]) -> tuple[Tensor,
     if chunks.inverse_NCC is not None and chunks.writes_v:
         base = -torch.bmm(chunks.scores_NCRCW[:, :, -1, :, 0], v_NCV)
     erased_key = None if chunks.inverse_NCC is None else chunks.read_keys()[:, :, -1]
+    taker = None if erased_key is None else written_keys[:, :, -1].mT
     taken = []  # n of every step
-    for rows, count in chunks.steps():
-        finished.append(state[count:])
-        state = state[:count]
+    per_step = (chunks.steps(x) for x in (base, erased_key, chunks.inverse_NCC, taker, added, chunks.whole()))
+    for z, e, inverse, y, plus, whole in zip(*per_step, strict=True):
+        assert z is not None
+        finished.append(state[z.shape[0] :])
+        state = state[: z.shape[0]]
         chunks.starts.append(state)
-        after = chunks.pass_whole(state, rows)
-        if added is not None:
-            after = after + added[rows]
-        if chunks.inverse_NCC is not None and erased_key is not None:
-            residual = torch.baddbmm(base[rows], erased_key[rows], state, alpha=-1)
-            taken.append(torch.bmm(chunks.inverse_NCC[rows], residual))
-            after = torch.baddbmm(after, written_keys[rows, :, -1].mT, taken[-1])
+        after = carry(state, whole, plus)
+        if e is not None and inverse is not None and y is not None:
+            taken.append(torch.bmm(inverse, torch.baddbmm(z, e, state, alpha=-1)))
+            after = torch.baddbmm(after, y, taken[-1])
         state = after
         chunks.ends.append(state)
     values = [v_NCV] if chunks.writes_v else []
     if taken:
         values.append(torch.cat(taken))
-    return state, torch.stack(values, 2)
+    return state, beside(values)
+
+
+def carry(state: Tensor, whole: Tensor | None, added: Tensor | None) -> Tensor:
+    """The state, or its gradient, past a chunk's decay, with what the chunk adds."""
+    if whole is None:
+        return state if added is None else state + added
+    return state * whole if added is None else torch.addcmul(added, state, whole)
 
 
 def read(chunks: Chunks, w_NCWV: Tensor) -> Tensor:
     """o [N, C, V] of a slab that has been scanned, but for what the bonus reads."""
     o_NCV = chunks.values_from_start(torch.bmm(chunks.read_keys()[:, :, 0], torch.cat(chunks.starts)))
-    return o_NCV + chunks.value_decay.rows(chunks.scores_NCRCW[:, :, :1], w_NCWV).squeeze(2)
+    return chunks.value_decay.rows(chunks.scores_NCRCW[:, :, :1], w_NCWV, o_NCV.unsqueeze(2)).squeeze(2)
 
 
 def first_states(terms: Terms, initial_state: Tensor | None, layout: ChunkLayout) -> Tensor:
@@ -262,7 +268,7 @@ def chunked_forward(terms: Terms, initial_state: Tensor | None, layout: ChunkLay
     state = first_states(terms, initial_state, layout)
     kept = [state[:0]]
     finished: list[Tensor] = []
-    rows = empty_rows(v)
+    o = torch.zeros_like(v, memory_format=torch.contiguous_format)
     for slab in layout.slabs:
         chunks = cut(terms, slab)
         kept.append(state[: slab.num_active[0] * chunks.num_heads])
@@ -272,7 +278,6 @@ def chunked_forward(terms: Terms, initial_state: Tensor | None, layout: ChunkLay
         o_NCV = read(chunks, w_NCWV)
         if (weight := chunks.bonus_weight()) is not None:
             o_NCV = torch.addcmul(o_NCV, weight, chunks.v_NCV)
-        slab.paste(o_NCV, rows, chunks.num_heads)
+        slab.paste(o_NCV, o)
     final = torch.cat([state, *reversed(finished)]).unflatten(0, (-1, v.shape[2]))
-    o = torch.zeros_like(v) if terms.q is None else rows[:-1].view(v.shape)
     return o, layout.restore_order(final), torch.cat(kept)

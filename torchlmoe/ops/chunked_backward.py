@@ -18,8 +18,8 @@ What is read before a token's own decay counts from the token before it, and the
 import torch
 from torch import Tensor
 
-from torchlmoe.ops.chunk_layout import ChunkLayout, empty_rows
-from torchlmoe.ops.chunked import Chunks, Terms, cut, make_strict, read, scan
+from torchlmoe.ops.chunk_layout import ChunkLayout
+from torchlmoe.ops.chunked import Chunks, Terms, beside, carry, cut, make_strict, read, scan
 
 PER_TOKEN = ("q", "k", "v", "log_decay", "erase", "erase_key", "value_log_decay")
 
@@ -36,7 +36,7 @@ def chunked_backward(
     per_head = terms.log_decay is not None and terms.log_decay.dim() == 1
     if per_head:
         tensors["log_decay"] = tensors["log_decay"].expand(terms.v.shape[:3])
-    pasted = {name: empty_rows(x) for name, x in tensors.items()}
+    result = {name: torch.empty_like(x, memory_format=torch.contiguous_format) for name, x in tensors.items()}
     grad_bonus = []
 
     last_grad = grad_final.index_select(0, layout.order_N).to(kept.dtype).flatten(0, 1)
@@ -48,12 +48,11 @@ def chunked_backward(
         kept_end = kept_start
         grad_o_NCV = slab.cut(grad_o, num_heads).to(kept.dtype) if chunks.reads else None
         grads, grad_state = _slab_backward(chunks, w_NCWV, grad_o_NCV, grad_state, last_grad)
-        for name, rows in pasted.items():
-            slab.paste(grads[name] * terms.scale if name == "q" else grads[name], rows, num_heads)
+        for name in tensors:
+            slab.paste(grads[name] * terms.scale if name == "q" else grads[name], result[name])
         if "bonus" in grads:
             grad_bonus.append(grads["bonus"].unflatten(0, (-1, num_heads)).sum(0))
 
-    result = {name: rows[:-1].view(tensors[name].shape) for name, rows in pasted.items()}
     if per_head:
         result["log_decay"] = result["log_decay"].sum((0, 1))
     if terms.bonus is not None:
@@ -73,62 +72,61 @@ def _slab_backward(
     key_decay, value_decay = chunks.key_decay, chunks.value_decay
     read_keys, written_keys = chunks.read_keys(), chunks.written_keys()
 
-    grad_rows = []  # the gradient of what each reader has read
     grad_w_NCWV = torch.zeros_like(w_NCWV)
+    grad_rows = []  # the gradient of what each reader has read
     grad_added = None
     if grad_o_NCV is not None:
         grad_rows.append(grad_o_NCV)
-        grad_w_NCWV = value_decay.columns(scores[:, :, :1], grad_o_NCV.unsqueeze(2))
+        value_decay.columns(scores[:, :, :1], grad_o_NCV.unsqueeze(2), grad_w_NCWV)
         grad_added = torch.bmm(read_keys[:, :, 0].mT, chunks.values_from_start(grad_o_NCV))
 
     # The mirrored scan: documents come in at their last chunk.
     grad_ends, grad_z = [], []
-    for rows, count in reversed(chunks.steps()):
-        grad_state = torch.cat([grad_state, last_grad[grad_state.shape[0] : count]])
+    erases = chunks.inverse_NCC is not None
+    of_erase = (grad_w_NCWV, written_keys, chunks.inverse_NCC, read_keys) if erases else (None,) * 4
+    per_step = [chunks.steps(x) for x in (w_NCWV, grad_added, chunks.whole(), *of_erase)]
+    for w, plus, whole, grad_w, y, inverse, x in reversed(list(zip(*per_step, strict=True))):
+        assert w is not None
+        if w.shape[0] > grad_state.shape[0]:
+            grad_state = torch.cat([grad_state, last_grad[grad_state.shape[0] : w.shape[0]]])
         grad_ends.append(grad_state)
-        before = chunks.pass_whole(grad_state, rows)
-        if grad_added is not None:
-            before = before + grad_added[rows]
-        if chunks.inverse_NCC is not None:
-            grad_n = torch.baddbmm(grad_w_NCWV[rows, :, -1], written_keys[rows, :, -1], grad_state)
-            grad_z.append(torch.bmm(chunks.inverse_NCC[rows].mT, grad_n))
-            before = torch.baddbmm(before, read_keys[rows, :, -1].mT, grad_z[-1], alpha=-1)
+        before = carry(grad_state, whole, plus)
+        if grad_w is not None and y is not None and inverse is not None and x is not None:
+            grad_n = torch.baddbmm(grad_w[:, :, -1], y[:, :, -1], grad_state)
+            grad_z.append(torch.bmm(inverse.mT, grad_n))
+            before = torch.baddbmm(before, x[:, :, -1].mT, grad_z[-1], alpha=-1)
         grad_state = before
     grad_end_NKV = torch.cat(grad_ends[::-1])
 
-    if chunks.inverse_NCC is not None:
+    if erases:
         grad_v = torch.cat(grad_z[::-1])
         grad_rows.append(-grad_v)
     if chunks.writes_v:
-        grad_v = chunks.values_at_end(torch.bmm(written_keys[:, :, 0], grad_end_NKV)) + grad_w_NCWV[:, :, 0]
-        if chunks.inverse_NCC is not None:
-            grad_v = torch.baddbmm(grad_v, scores[:, :, -1, :, 0].mT, grad_rows[-1])
+        grad_v = chunks.values_at_end(torch.bmm(written_keys[:, :, 0], grad_end_NKV)).add_(grad_w_NCWV[:, :, 0])
+        if erases:
+            grad_v.baddbmm_(scores[:, :, -1, :, 0].mT, grad_rows[-1])
 
     grad_x = torch.zeros_like(x_NCRK)
     grad_y = torch.bmm(chunks.values_at_end(w_NCWV).flatten(1, 2), grad_end_NKV.mT).view_as(y_NCWK)
     if key_decay.to_end is not None:
         grad_y *= key_decay.to_end.unsqueeze(2)
     if grad_rows:
-        rows_NCRV = torch.stack(grad_rows, 2)
-        grad_x = torch.bmm(chunks.values_from_start(rows_NCRV).flatten(1, 2), torch.cat(chunks.starts).mT).view_as(
-            x_NCRK
-        )
+        rows_NCRV = beside(grad_rows)
+        flat = chunks.values_from_start(rows_NCRV).flatten(1, 2)
+        grad_x = torch.bmm(flat, torch.cat(chunks.starts).mT).view_as(x_NCRK)
         if key_decay.from_start is not None:
             grad_x *= key_decay.from_start.unsqueeze(2)
         grad_scores = value_decay.pair(rows_NCRV, w_NCWV)
         if chunks.strict:
             make_strict(grad_scores)
-        for total, more in zip((grad_x, grad_y), key_decay.backward(grad_scores, x_NCRK, y_NCWK), strict=True):
-            total += more
+        key_decay.backward(grad_scores, x_NCRK, y_NCWK, grad_x, grad_y)
 
     grads = {"v": grad_v}
-    held_NKV = torch.cat(chunks.ends) * grad_end_NKV
+    held_NKV = torch.cat(chunks.ends).mul_(grad_end_NKV)
     if key_decay.whole is not None:
-        read_flow, write_flow = (x_NCRK * grad_x).sum(2), (y_NCWK * grad_y).sum(2)
-        if key_decay.whole.shape[-1] == 1:
-            read_flow, write_flow, held_NK = read_flow.sum(-1), write_flow.sum(-1), held_NKV.sum((1, 2))
-        else:
-            held_NK = held_NKV.sum(2)
+        dims = (2, 3) if key_decay.whole.shape[-1] == 1 else (2,)
+        read_flow, write_flow = (x_NCRK * grad_x).sum(dims), (y_NCWK * grad_y).sum(dims)
+        held_NK = held_NKV.sum((1, 2) if len(dims) == 2 else 2)
         grads["log_decay"] = _decay_gradient(read_flow, write_flow, held_NK, chunks.reads_before)
     if value_decay.whole is not None:
         read_flow = torch.zeros_like(grad_v) if grad_o_NCV is None else read(chunks, w_NCWV) * grad_o_NCV
