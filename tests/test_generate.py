@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from torchlmoe.checkpoint import open_model
 from torchlmoe.checkpoint.exported import write_exported
-
 from torchlmoe.config_loader import load_config
 from torchlmoe.data.tokenizer import load_tokenizer
 from torchlmoe.generate import main

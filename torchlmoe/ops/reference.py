@@ -43,32 +43,29 @@ def reference_recurrence(
         decay = decay.expand(batch_size, num_tokens, num_heads) if decay.dim() == 1 else decay
         decay_BTRK = (decay if decay.dim() == 4 else decay[..., None]).expand(k_BTRK.shape)
 
-    spans = [(0, num_tokens)]
-    if cu_seqlens is not None:
-        bounds = cu_seqlens.tolist()
-        spans = list(zip(bounds, bounds[1:], strict=False))
-
+    bounds = [0, num_tokens] if cu_seqlens is None else cu_seqlens.tolist()  # packed documents share the only row
+    num_states = batch_size if cu_seqlens is None else 1
     outputs, final_states = [], []
-    for document, (start, end) in enumerate(spans):
-        state_BRKV = v_BTRV.new_zeros(batch_size, num_heads, k.shape[-1], value_dim)
+    for document, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        state_BRKV = v_BTRV.new_zeros(num_states, num_heads, k.shape[-1], value_dim)
         if initial_state is not None:
-            state_BRKV = (initial_state if cu_seqlens is None else initial_state[document, None]).to(dtype)
+            state_BRKV = initial_state[document : document + num_states].to(dtype)
         for t in range(start, end):
             k_BRK, v_BRV = k_BTRK[:, t], v_BTRV[:, t]
             before_BRKV = state_BRKV
             if decay_BTRK is not None:
-                state_BRKV = decay_BTRK[:, t, :, :, None] * state_BRKV
+                state_BRKV = decay_BTRK[:, t][..., None] * state_BRKV
             if value_log_decay is not None:
-                state_BRKV = state_BRKV * value_log_decay[:, t, :, None].to(dtype).exp()
+                state_BRKV = state_BRKV * value_log_decay[:, t].to(dtype).exp()[:, :, None, :]
             if erase_BTRK is not None:
                 erased_BRV = torch.einsum("brk,brkv->brv", erase_BTRK[:, t], state_BRKV)
-                state_BRKV = state_BRKV - write_BTRK[:, t, :, :, None] * erased_BRV[:, :, None]
-            state_BRKV = state_BRKV + k_BRK[..., None] * v_BRV[:, :, None]
+                state_BRKV = state_BRKV - write_BTRK[:, t][..., None] * erased_BRV[:, :, None, :]
+            state_BRKV = state_BRKV + k_BRK[..., None] * v_BRV[:, :, None, :]
             if q_BTRK is None:
                 continue
             read_BRKV = state_BRKV
             if bonus is not None:
-                read_BRKV = before_BRKV + (bonus.to(dtype) * k_BRK)[..., None] * v_BRV[:, :, None]
+                read_BRKV = before_BRKV + (bonus.to(dtype) * k_BRK)[..., None] * v_BRV[:, :, None, :]
             outputs.append(scale * torch.einsum("brk,brkv->brv", q_BTRK[:, t], read_BRKV))
         final_states.append(state_BRKV)
     o = torch.stack(outputs, 1).to(v.dtype) if outputs else torch.zeros_like(v)
