@@ -69,7 +69,6 @@ BAD = {
     "--model.layers 3": "model.layers.layers = 3 must be a table",
     "--model.mixer bla --model.layers.L.mixer gla": "model.mixer = 'bla' contradicts model.layers.L.mixer = 'gla'",
     "--parallelism.tensor_parallel_degree 2": "tensor_parallel_degree = 2 is not supported yet; leave it at 1.",
-    "--checkpoint.enable true": "checkpoint.enable = true is not supported yet; leave it at false.",
     "--float8.enable true --training.dtype float64": "needs training.dtype = 'bfloat16' or 'float32'; it is 'float64'.",
     "--float8.enable true --training.seq_len 3": "needs a multiple of 16 tokens at once; training.local_batch_size *",
     "--activation_checkpoint.mode some": "it should be 'none', 'selective' or 'full'.",
