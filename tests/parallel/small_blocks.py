@@ -30,14 +30,21 @@ def block_of(mixer, mlp="moe", dtype=torch.float64, **moe):
     return model.blocks["0"]
 
 
-def run(block, bounds, dtype, before_backward=lambda: None):
-    """Output, gradients of input and parameters, and what the experts counted."""
+def run(block, bounds, dtype, before_backward=lambda: None, lengths_vary=False):
+    """Output, gradients of input and parameters, and what the experts counted.
+
+    lengths_vary: torch.compile is told so, and fails where a graph is for one length only.
+    """
     length = int(bounds[0, -1])
     generator = torch.Generator().manual_seed(length)
     x = torch.randn(1, 2 * length, DIM, dtype=torch.float64, generator=generator).to(dtype).requires_grad_()
     for parameter in block.parameters():
         parameter.grad = None
-    y = block(x, sequence=Sequence.of_packed_rows(bounds, length, loss_weight=0.5))
+    sequence = Sequence.of_packed_rows(bounds, length, loss_weight=0.5)
+    if lengths_vary:
+        torch._dynamo.mark_dynamic(x, 1)
+        torch._dynamo.mark_dynamic(sequence.positions, 1)
+    y = block(x, sequence=sequence)
     loss = y.square().mean()
     before_backward()
     loss.backward()
