@@ -81,6 +81,7 @@ def to_toml(config: Config) -> str:
     settings = to_dict(config)
     for name in ("config_file", "print_config", "debug"):
         settings["job"].pop(name, None)
+    settings["checkpoint"].pop("load_step", None)  # for one start of a run, not for the next
     return tomli_w.dumps(settings)
 
 

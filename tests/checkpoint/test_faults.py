@@ -234,7 +234,7 @@ def test_one_ranks_signal_stops_all(corpus, tmp_path):
 
 def test_a_killed_rank_ends_the_others(corpus, tmp_path):
     with Run(corpus, tmp_path, "--checkpoint.async_mode async", world_size=2) as run:
-        run.wait_for_step(6)
+        run.wait_for_step(10)  # the save of step 8 has waited for that of step 4
         run.processes[1].kill()
         _, err = run.processes[0].communicate(timeout=60)
         assert run.processes[0].returncode == 2

@@ -49,7 +49,15 @@ def test_open_says_what_is_missing(single, tmp_path):
     with pytest.raises(ValueError, match="but the settings give"):
         open_model(tmp_path / "model")
     (tmp_path / "model/config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(ValueError, match="model_type = 'llama'"):
+    with pytest.raises(ValueError, match="model_type is 'llama'"):
+        open_model(tmp_path / "model")
+    weights = tmp_path / "model/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    (tmp_path / "model/config.json").write_text(json.dumps({**config, "settings": {}}))
+    with pytest.raises(ValueError, match=r"safetensors file in .* is damaged"):
+        open_model(tmp_path / "model")
+    (tmp_path / "model/config.json").write_text('{"model_type": "torchlmoe"}')
+    with pytest.raises(ValueError, match="has no 'settings'"):
         open_model(tmp_path / "model")
     with pytest.raises(ValueError, match="is there already"):
         export.main(["--checkpoint", str(single), "--output", str(tmp_path / "model")])

@@ -57,6 +57,7 @@ def test_checkpoints_come_and_go(corpus, tmp_path):
     assert [record["step"] for record in trainer.log.records] == list(range(1, 9))
     names = {path.name for path in root.iterdir()}
     assert names == {f"step-0000000{n}" for n in (6, 7, 8)} | {f"step-0000000{n}.abandoned" for n in (7, 8)}
+    assert "load_step" not in (tmp_path / "config.toml").read_text()
     finished = train(corpus, tmp_path, extra)  # the same command once more finds all done
     assert finished.progress.step == 8
     assert len(records(tmp_path)) == 8

@@ -63,11 +63,13 @@ def read_exported(folder: Path) -> tuple[Config, Tokenizer, int]:
     path = folder / CONFIG
     try:
         content: dict[str, Any] = json.loads(path.read_text())
+        if content.get("model_type") != _ARCHITECTURE:
+            raise ValueError(f"model_type is {content.get('model_type')!r}, not {_ARCHITECTURE!r}")
+        settings, end_token, vocab_size = (content[key] for key in ("settings", "end_token", "vocab_size"))
+    except KeyError as error:
+        raise ValueError(f"{path} has no {error}: export the model again.") from error
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from error
-    if content.get("model_type") != _ARCHITECTURE:
-        raise ValueError(f"{path} has model_type = {content.get('model_type')!r}, not {_ARCHITECTURE!r}.")
+        raise ValueError(f"{path} cannot be used: {error}.") from error
     if not (folder / "tokenizer.json").is_file():
-        raise ValueError(f"{folder / 'tokenizer.json'} is missing.")
-    tokenizer = Tokenizer(folder / "tokenizer.json", content["end_token"])
-    return config_from([content["settings"]]), tokenizer, content["vocab_size"]
+        raise ValueError(f"{folder / 'tokenizer.json'} is missing: export the model again.")
+    return config_from([settings]), Tokenizer(folder / "tokenizer.json", end_token), vocab_size

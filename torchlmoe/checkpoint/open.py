@@ -30,13 +30,16 @@ def open_model(
         config, tokenizer, vocab_size = read_exported(folder)
         prefix = ""
     else:
-        verify(folder)
+        try:
+            verify(folder)
+        except ValueError as error:
+            raise ValueError(f"{error}; give another checkpoint.") from error
         config = load_config(["--job.config_file", str(folder / "config.toml")])
         _, fixed = read_run(folder)
         tokenizer = Tokenizer(folder / "tokenizer.json", fixed["data.end_token"])
         vocab_size, prefix = fixed["model.vocab_size"], "model."
     if dtype is None:
-        dtype = saved_tensors(folder)[f"{prefix}embedding.weight"][1]
+        _, dtype = saved_tensors(folder).get(f"{prefix}embedding.weight", (None, torch.float32))
     model = build_on_meta(config, vocab_size).to(dtype)
     for module in model.modules():
         if getattr(module, "float32_island", False):

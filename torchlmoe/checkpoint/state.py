@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -63,8 +64,11 @@ class OptimizerState:
 
 
 def saved_tensors(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Shape and dtype of each tensor in a folder of safetensors files."""
-    metadata = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    """Shape and dtype of each tensor in a folder of safetensors files. Raises ValueError where one cannot be read."""
+    try:
+        metadata = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    except SafetensorError as error:
+        raise ValueError(f"A safetensors file in {folder} is damaged: {error}.") from error
     return {name: (tensor.size, tensor.properties.dtype) for name, tensor in metadata.items()}  # type: ignore[union-attr]
 
 
