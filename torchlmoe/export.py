@@ -3,16 +3,15 @@
 The folder holds model.safetensors, or shards of it with an index, config.json and tokenizer.json.
 """
 
-import argparse
 from pathlib import Path
 
 from torchlmoe.checkpoint import open_model
 from torchlmoe.checkpoint.exported import write_exported
-from torchlmoe.command import run
+from torchlmoe.command import FlagParser, run
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m torchlmoe.export", description=__doc__)
+    parser = FlagParser(prog="python -m torchlmoe.export", description=__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, help="a checkpoint, or a folder of them (the latest)")
     parser.add_argument("--output", type=Path, required=True, help="the folder to write, not there yet")
     parser.add_argument("--max-shard-gib", type=float, default=5.0, help="a file's size at most (default 5)")

@@ -4,7 +4,6 @@ A run with that job.dump_folder, the model's settings and checkpoint.enable = tr
 optimizer and at step 0.
 """
 
-import argparse
 import warnings
 from pathlib import Path
 
@@ -16,12 +15,12 @@ from torchlmoe.checkpoint.folders import name_of, published
 from torchlmoe.checkpoint.run_record import Progress, fixed_of_model, write_run
 from torchlmoe.checkpoint.state import model_state
 from torchlmoe.checkpoint.writer import CheckpointWriter
-from torchlmoe.command import run
+from torchlmoe.command import FlagParser, run
 from torchlmoe.config_loader import to_toml
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m torchlmoe.import_model", description=__doc__)
+    parser = FlagParser(prog="python -m torchlmoe.import_model", description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="what torchlmoe.export wrote")
     parser.add_argument("--output", type=Path, required=True, help="job.dump_folder of the run to start")
     options = parser.parse_args(arguments)

@@ -89,6 +89,9 @@ class TokenStore:
             self._check(_shard_name(shard), self._shards[shard].nbytes)
             piece = self._shards[shard][offset : offset + stop - position]
             out[position - start : position - start + len(piece)] = piece
+            if piece.max() >= self.vocab_size:
+                path = self.folder / _shard_name(shard)
+                raise _damaged(path, f"holds token {piece.max()}, beyond the vocabulary of {self.vocab_size}")
             position += len(piece)
         return out
 
