@@ -1,0 +1,154 @@
+"""Every kind of bad input to train.py: one sentence on standard error, exit code 2, no traceback, nothing lost.
+
+Each case runs the whole program, in a fork of this process that has imported it already.
+"""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+
+import train
+from torchlmoe.command import run
+from torchlmoe.config_loader import load_config
+from torchlmoe.training.trainer import Trainer
+
+SMALL = """--model.dim 32 --model.num_layers 2 --model.layer_pattern LN --model.num_heads 2 --moe.num_experts 4
+--moe.top_k 2 --moe.expert_dim 16 --training.seq_len 32 --training.local_batch_size 2 --training.device cpu
+--training.steps 2 --metrics.tensorboard false --metrics.plot false --checkpoint.enable true"""
+
+
+@pytest.fixture(scope="module")
+def place(corpus, tmp_path_factory) -> Path:
+    """A folder with a finished run, prepared data, and files that are not what they should be."""
+    place = tmp_path_factory.mktemp("bad")
+    for split in ("train", "validation"):
+        shutil.copy(corpus / f"{split}.jsonl", place)
+    arguments = f"{SMALL} --data.dataset {place} --data.cache_dir {place}/cache --job.dump_folder {place}/run"
+    Trainer(load_config(arguments.split())).train()
+    dist.destroy_process_group()
+    (place / "not.toml").write_text("steps = = 3")
+    (place / "empty").mkdir()
+    (place / "empty.jsonl").write_text('{"text": ""}\n')
+    (place / "binary.txt").write_bytes(b"\xff\xfe\x00\x01" * 50)
+    (place / "broken.jsonl").write_text('{"text": "whole"}\n{"text": \n')
+    (place / "numbers.jsonl").write_text('{"text": 3}\n')
+    (place / "other.jsonl").write_text('{"content": "text"}\n')
+    (place / "fake.parquet").write_bytes(b"PAR1 nothing")
+    (place / "tokenizer.json").write_text("{}")
+    (place / "file").write_text("")
+    damaged = shutil.copytree(place / "run", place / "damaged") / "checkpoints" / "step-00000002"
+    with next(damaged.glob("*.safetensors")).open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last[0] ^ 1]))
+    shutil.copytree(place / "cache", place / "wrong_ids")
+    for index in (place / "wrong_ids").glob("bad*-train-*/index.json"):
+        tokens = index.parent / "tokens_00000.bin"
+        values = np.fromfile(tokens, "<u2")
+        values[:] = 5000
+        values.tofile(tokens)
+    shutil.copytree(place / "cache", place / "cut_tokens")
+    for tokens in (place / "cut_tokens").glob("bad*-train-*/tokens_00000.bin"):
+        os.truncate(tokens, 100)
+    return place
+
+
+CASES = {
+    "--training.stepps 3": "training.stepps is not a setting; the nearest is steps.",
+    "--trainig.steps 3": "[trainig] is not a table of settings; the nearest is training.",
+    "--training.steps many": "training.steps = 'many' is not valid: it should be a valid integer.",
+    "--training.steps -1": "training.steps = -1 is not valid: it should be greater than or equal to 1.",
+    "--training.dtype float16": "training.dtype = 'float16' is not valid",
+    "steps 3": "'steps' is not a setting; write --table.key value",
+    "--training.steps": "--training.steps needs a value.",
+    "--job.config_file {place}/nowhere.toml": "nowhere.toml' does not exist; see train_configs/ for recipes.",
+    "--job.config_file {place}/not.toml": "not.toml' is not TOML",
+    "--data.dataset {place}/nowhere.jsonl": 'nowhere.jsonl" is not there',
+    "--data.dataset {place}/empty": "empty",
+    "--data.dataset {place}/empty.jsonl": "has no documents with text",
+    "--data.dataset {place}/binary.txt": "binary.txt cannot be read",
+    "--data.dataset {place}/broken.jsonl": "broken.jsonl cannot be read",
+    "--data.dataset {place}/numbers.jsonl": "Column 'text' of {place}/numbers.jsonl holds int, not text",
+    "--data.dataset {place}/other.jsonl": "other.jsonl has no column 'text': set data.text_column to one it has",
+    "--data.dataset {place}/fake.parquet": "fake.parquet cannot be read",
+    "--data.tokenizer {place}/nowhere": 'is not there: give "embedded", a tokenizer.json or a folder.',
+    "--data.tokenizer {place}/tokenizer.json": "tokenizer.json is not a tokenizer.json that this version",
+    "--data.end_token <|nothing|>": "has no end token <|nothing|>",
+    "--data.cache_dir {place}/wrong_ids": "holds token 5000, beyond the vocabulary of 4096",
+    "--data.cache_dir {place}/cut_tokens": "has 100 bytes in place of the",
+    "--training.seq_len 1000000": "training.seq_len = 1000000 is longer than the training data",
+    "--training.global_batch_size 3": "training.global_batch_size = 3 must be a multiple of",
+    "--moe.num_experts 0": "moe.num_experts = 0 is not valid",
+    "--moe.top_k 9": "top_k = 9 must lie between 1 and the 4 experts",
+    "--model.num_heads 3": "dim = 32 cannot be split into num_heads = 3 heads",
+    "--model.mixer gated_deltanett": "= 'gated_deltanett' is unknown; the nearest is gated_deltanet.",
+    "--model.layer_pattern LX": "model.layer_pattern = 'LX' names 'X', which has no table",
+    "--model.mixer bla --model.layers.L.conv_size 4": "model.layers.L.conv_size is not a setting",
+    "--model.vocab_size 100": "model.vocab_size = 100 is less than the 4096 tokens",
+    "--model.backend triton": "backend = 'triton'",
+    "--parallelism.data_parallel_shard_degree 3": "there are 1 ranks; their product must be the number of ranks",
+    "--parallelism.pipeline_parallel_degree 2": "pipeline_parallel_degree = 2 is not supported yet; leave it at 1.",
+    "--lr_scheduler.warmup_steps 30": "lr_scheduler.warmup_steps = 30 is more than training.steps = 2",
+    "--training.device cuda": "training.device = 'cuda' needs a GPU",
+    "--job.dump_folder {place}/file/run": "{place}/file/run: Not a directory.",
+    "--checkpoint.load_step 7 --job.dump_folder {place}/run": "checkpoint.load_step = 7 is not in {place}/run",
+    "--checkpoint.load_step 2 --checkpoint.enable false": "checkpoint.load_step = 2 is of no use",
+    "--job.dump_folder {place}/damaged": "is damaged: its content does not have the checksum that was written",
+    "--job.dump_folder {place}/run --model.dim 64": "model.dim",
+    "--job.dump_folder {place}/run --model.vocab_size 5000": "vocab_size",
+    "--optimizer.lr 1e30 --training.max_norm 1e30 --training.steps 9": "lower optimizer.lr",
+}
+
+
+def end_of(arguments: list[str], output: Path) -> tuple[int, str]:
+    """Exit code and standard error of train.py with these arguments."""
+    child = os.fork()
+    if child == 0:
+        descriptor = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        sys.argv = ["train.py", *arguments]
+        try:
+            run(train.main)
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+            sys.stderr.flush()
+            os._exit(1)
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return status, output.read_text()
+
+
+def all_arguments(case: str, place: Path, tmp_path: Path) -> list[str]:
+    given = [f"--data.dataset {place}", f"--data.cache_dir {place}/cache", f"--job.dump_folder {tmp_path}/new"]
+    # Of a setting given twice the last one counts.
+    return f"{SMALL} {' '.join(given)} {case.format(place=place)}".split()
+
+
+@pytest.mark.parametrize(("case", "sentence"), CASES.items())
+def test_one_sentence_and_exit_code_2(case, sentence, place, tmp_path):
+    code, printed = end_of(all_arguments(case, place, tmp_path), tmp_path / "printed")
+    assert code == 2, printed
+    last = printed.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert sentence.format(place=place) in last
+    assert last.endswith(".")
+    assert "Traceback" not in printed
+    saved = place / "run" / "checkpoints" / "step-00000002" / "manifest.json"
+    assert json.loads(saved.read_text())["files"]
+
+
+def test_debug_shows_the_traceback_too(place, tmp_path):
+    case = "--moe.top_k 9 --job.debug true"
+    code, printed = end_of(all_arguments(case, place, tmp_path), tmp_path / "printed")
+    assert code != 0
+    assert "Traceback" in printed
+    assert "top_k = 9 must lie between" in printed
