@@ -1,7 +1,7 @@
 """Every mixer trains the debug model, pure and as LLLN hybrid, on equal tokens: python -m benchmarks.mixers
 
-One process with one thread a run, `--parallel` of them at a time. The file --output is written after each run and runs that it holds
-already are not repeated; beside it a picture. The last row of a table is softmax attention throughout.
+One process with one thread a run, `--parallel` of them at a time. The file of --output is written after each run, and
+what it holds already is not run again; beside it comes a picture.
 """
 
 import json
