@@ -32,7 +32,7 @@ def test_gla_token_loop():
     q, k, v, gate = (
         F.linear(x, p.weight).view(2, 70, 4, -1) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.gate_proj)
     )
-    low_rank = F.linear(F.linear(x, mixer.decay_down_proj.weight), mixer.decay_up_proj.weight)
+    low_rank = F.linear(F.linear(x, mixer.decay_proj.down_proj.weight), mixer.decay_proj.up_proj.weight)
     alpha = torch.sigmoid(low_rank + mixer.decay.bias).pow(1 / 16).view(2, 70, 4, -1)
     state = torch.zeros(2, 4, k.shape[-1], v.shape[-1], dtype=torch.float64)
     outputs = []

@@ -1,5 +1,6 @@
 """The linear recurrence as a submodule, so that a sequence-parallel plan can name it."""
 
+import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
@@ -27,3 +28,11 @@ def recur(
     o, state = recurrence(q, k, v, initial_state=cache["state"], output_final_state=True, **terms)
     cache["state"].copy_(state)
     return o
+
+
+def recur_normalized(
+    recurrence: nn.Module, q: Tensor, k: Tensor, v: Tensor, *, normalizer_eps: float, **others
+) -> Tensor:
+    """`recur`, divided by the sum of the attention weights, which is what a column of ones on v reads."""
+    o = recur(recurrence, q, k, torch.cat([v, torch.ones_like(v[..., :1])], -1), **others)
+    return o[..., :-1] / (o[..., -1:] + normalizer_eps)
