@@ -1,8 +1,13 @@
-"""Gated DeltaNet and gated attention against transformers' Qwen3-Next with copied weights, in float64."""
+"""Mixers against transformers' layers with copied weights, in float64: Qwen3-Next (Gated DeltaNet and gated attention),
+Kimi-Linear (KDA), MiniMax (lightning attention) and Mamba2.
+"""
 
 import pytest
 import torch
-from transformers import Qwen3NextConfig
+from transformers import KimiLinearConfig, Mamba2Config, MiniMaxConfig, Qwen3NextConfig
+from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearDeltaAttention
+from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
 from transformers.models.qwen3_next.modeling_qwen3_next import (
     Qwen3NextAttention,
     Qwen3NextGatedDeltaNet,
@@ -12,6 +17,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import (
 from torchlmoe.layers.initialization import named_draws
 from torchlmoe.layers.sequence import Sequence
 from torchlmoe.mixers import MIXERS
+from torchlmoe.mixers.base import Place
 
 LENGTH = 100
 
@@ -115,3 +121,97 @@ def test_gated_attention():
         phases = Qwen3NextRotaryEmbedding(config)(x, positions)
         expected = theirs(x, position_embeddings=phases, attention_mask=mask)[0]
         assert_equal(ours(x, sequence=Sequence.of_rows(2, LENGTH)), expected, x)
+
+
+def copy_(*pairs):
+    """Each parameter of theirs from ours, which may be a list of parts to be laid one after another."""
+    for theirs, ours in pairs:
+        whole = torch.cat(list(ours)) if isinstance(ours, list) else ours
+        theirs.copy_(whole.view_as(theirs))
+
+
+@torch.no_grad()
+def test_kimi_delta_attention():
+    config = KimiLinearConfig(
+        hidden_size=48,
+        linear_num_heads=3,
+        linear_head_dim=8,
+        linear_conv_kernel_dim=4,
+        num_hidden_layers=1,
+        rms_norm_eps=1e-6,
+    )
+    theirs = KimiLinearDeltaAttention(config, layer_idx=0)
+    ours = drawn(MIXERS["kda"](48, num_heads=3, head_dim=8, init_std=0.2))
+    ours.norm.weight.uniform_(0.5, 1.5)
+    copy_(
+        (theirs.q_proj.weight, ours.q_proj.weight),
+        (theirs.k_proj.weight, ours.k_proj.weight),
+        (theirs.v_proj.weight, ours.v_proj.weight),
+        (theirs.conv1d.weight, [ours.q_conv.weight, ours.k_conv.weight, ours.v_conv.weight]),
+        (theirs.forget_gate.f_a_proj.weight, ours.decay_proj.down_proj.weight),
+        (theirs.forget_gate.f_b_proj.weight, ours.decay_proj.up_proj.weight),
+        (theirs.forget_gate.A_log, ours.decay.A_log),
+        (theirs.forget_gate.dt_bias, ours.decay.dt_bias),
+        (theirs.b_proj.weight, ours.b_proj.weight),
+        (theirs.g_a_proj.weight, ours.gate_proj.down_proj.weight),
+        (theirs.g_b_proj.weight, ours.gate_proj.up_proj.weight),
+        (theirs.o_norm.weight, ours.norm.weight),
+        (theirs.o_proj.weight, ours.o_proj.weight),
+    )
+    x = inputs()
+    with torch.enable_grad():
+        assert_equal(ours(x, sequence=Sequence.of_rows(2, LENGTH)), theirs(x), x)
+
+
+@pytest.mark.parametrize("index", [0, 2, 3])
+@torch.no_grad()
+def test_lightning_attention(index):
+    config = MiniMaxConfig(hidden_size=48, num_attention_heads=3, num_hidden_layers=4, block_size=32)
+    theirs = MiniMaxLightningAttention(config, layer_idx=index)
+    ours = drawn(MIXERS["lightning"](48, Place(index, num_layers=4), num_heads=3, init_std=0.2))
+    ours.norm.weight.uniform_(0.5, 1.5)
+    # Theirs projects q, k and v of a head together.
+    per_head = [projection.weight.unflatten(0, (3, -1)) for projection in (ours.q_proj, ours.k_proj, ours.v_proj)]
+    copy_(
+        (theirs.qkv_proj.weight, torch.cat(per_head, 1)),
+        (theirs.output_gate.weight, ours.gate_proj.weight),
+        (theirs.norm.weight, ours.norm.weight),
+        (theirs.out_proj.weight, ours.o_proj.weight),
+    )
+    x = inputs()
+    with torch.enable_grad():
+        expected = theirs(x, position_embeddings=None, attention_mask=None)[0]
+        assert_equal(ours(x, sequence=Sequence.of_rows(2, LENGTH)), expected, x)
+
+
+@pytest.mark.parametrize(("num_groups", "limits"), [(1, (0.0, None)), (2, (0.01, 0.5))])
+@torch.no_grad()
+def test_mamba2(num_groups, limits):
+    config = Mamba2Config(
+        hidden_size=48, num_heads=6, head_dim=16, state_size=8, n_groups=num_groups, expand=2, conv_kernel=4,
+        chunk_size=32, num_hidden_layers=1, layer_norm_epsilon=1e-6,
+        time_step_limit=(limits[0], limits[1] or float("inf")),
+    )  # fmt: skip
+    theirs = Mamba2Mixer(config, layer_idx=0)
+    ours = drawn(
+        MIXERS["mamba2"](
+            48, num_heads=6, state_dim=8, num_groups=num_groups, min_step=limits[0], max_step=limits[1], init_std=0.2
+        )
+    )
+    for parameter in (ours.D, ours.norm.weight):
+        parameter.uniform_(0.5, 1.5)
+    projections = (ours.gate_proj, ours.v_proj, ours.k_proj, ours.q_proj, ours.dt_proj)
+    convolutions = (ours.v_conv, ours.k_conv, ours.q_conv)
+    copy_(
+        (theirs.in_proj.weight, [projection.weight for projection in projections]),
+        (theirs.conv1d.weight, [convolution.weight for convolution in convolutions]),
+        (theirs.conv1d.bias, [convolution.bias for convolution in convolutions]),
+        (theirs.A_log, ours.decay.A_log),
+        (theirs.dt_bias, ours.decay.dt_bias),
+        (theirs.D, ours.D),
+        (theirs.norm.weight, ours.norm.weight),
+        (theirs.out_proj.weight, ours.o_proj.weight),
+    )
+    x = inputs()
+    with torch.enable_grad():
+        assert_equal(ours(x, sequence=Sequence.of_rows(2, LENGTH)), theirs(x), x)
