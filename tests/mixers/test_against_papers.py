@@ -96,7 +96,7 @@ def test_retention_masked_attention():
 
 
 def test_gateloop_token_loop():
-    """arXiv 2311.01927, equations 4 to 6: a complex state, with magnitude and phase of its transition from the input."""
+    """arXiv 2311.01927, equations 4 to 6: a complex state, whose transition has magnitude and phase of the input."""
     mixer, x = build("gateloop", expand_v=1.5), inputs()
     with torch.no_grad():
         mixer.decay.bias.uniform_(-1, 1)

@@ -1,11 +1,12 @@
 """Mixers against transformers' layers with copied weights, in float64: Qwen3-Next (Gated DeltaNet and gated attention),
-Kimi-Linear (KDA), MiniMax (lightning attention) and Mamba2.
+Kimi-Linear (KDA and latent attention), DeepSeek-V2 (latent attention), MiniMax (lightning attention) and Mamba2.
 """
 
 import pytest
 import torch
-from transformers import KimiLinearConfig, Mamba2Config, MiniMaxConfig, Qwen3NextConfig
-from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearDeltaAttention
+from transformers import DeepseekV2Config, KimiLinearConfig, Mamba2Config, MiniMaxConfig, Qwen3NextConfig
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Attention, DeepseekV2RotaryEmbedding
+from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearAttention, KimiLinearDeltaAttention
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
 from transformers.models.qwen3_next.modeling_qwen3_next import (
@@ -42,6 +43,10 @@ def drawn(mixer):
 def inputs():
     generator = torch.Generator().manual_seed(0)
     return torch.randn(2, LENGTH, 48, generator=generator).requires_grad_()
+
+
+def causal_mask():
+    return torch.full((LENGTH, LENGTH), -torch.inf).triu(1)[None, None]
 
 
 def assert_equal(ours, theirs, x):
@@ -116,10 +121,9 @@ def test_gated_attention():
         getattr(theirs, name).weight.copy_(getattr(ours, name).weight - 1)
     x = inputs()
     positions = torch.arange(LENGTH)[None]
-    mask = torch.full((LENGTH, LENGTH), -torch.inf).triu(1)[None, None]
     with torch.enable_grad():
         phases = Qwen3NextRotaryEmbedding(config)(x, positions)
-        expected = theirs(x, position_embeddings=phases, attention_mask=mask)[0]
+        expected = theirs(x, position_embeddings=phases, attention_mask=causal_mask())[0]
         assert_equal(ours(x, sequence=Sequence.of_rows(2, LENGTH)), expected, x)
 
 
@@ -215,3 +219,56 @@ def test_mamba2(num_groups, limits):
     x = inputs()
     with torch.enable_grad():
         assert_equal(ours(x, sequence=Sequence.of_rows(2, LENGTH)), theirs(x), x)
+
+
+LATENT_SIZES = dict(
+    hidden_size=48, num_attention_heads=3, num_key_value_heads=3, kv_lora_rank=10, q_lora_rank=12, qk_nope_head_dim=8,
+    qk_rope_head_dim=4, v_head_dim=6, num_hidden_layers=1, attn_implementation="eager",
+)  # fmt: skip
+
+
+def latent_attention(**rotary):
+    sizes = dict(num_heads=3, head_dim=12, kv_rank=10, q_rank=12, value_dim=6)
+    ours = drawn(MIXERS["attention"](48, **sizes, init_std=0.3, **rotary))
+    for norm in (ours.q_proj.activation, ours.latent.norm):
+        norm.weight.uniform_(0.5, 1.5)
+    return ours
+
+
+def copy_latent_attention_(theirs, ours, shared):
+    """shared: of each shared channel of theirs (they stand last in a head), which of ours it is (they stand first)."""
+    q_weight = ours.q_proj.up_proj.weight.unflatten(0, (3, 12))
+    copy_(
+        (theirs.q_a_proj.weight, ours.q_proj.down_proj.weight),
+        (theirs.q_a_layernorm.weight, ours.q_proj.activation.weight),
+        (theirs.q_b_proj.weight, torch.cat([q_weight[:, 4:], q_weight[:, shared]], 1)),
+        (
+            theirs.kv_a_proj_with_mqa.weight,
+            [ours.latent.down_proj.weight, ours.latent.shared_key_proj.weight[shared]],
+        ),
+        (theirs.kv_a_layernorm.weight, ours.latent.norm.weight),
+        (theirs.kv_b_proj.weight, ours.latent.up_proj.weight),
+        (theirs.o_proj.weight, ours.o_proj.weight),
+    )
+
+
+@torch.no_grad()
+def test_latent_attention_of_deepseek_v2():
+    config = DeepseekV2Config(**LATENT_SIZES, rope_parameters={"rope_type": "default", "rope_theta": 10_000.0})
+    theirs, ours = DeepseekV2Attention(config, layer_idx=0), latent_attention(rotary_fraction=1 / 3)
+    copy_latent_attention_(theirs, ours, shared=[0, 2, 1, 3])  # theirs turns neighbours, ours halves
+    x = inputs()
+    with torch.enable_grad():
+        phases = DeepseekV2RotaryEmbedding(config)(x, torch.arange(LENGTH)[None])
+        expected = theirs(x, position_embeddings=phases, attention_mask=causal_mask())[0]
+        assert_equal(ours(x, sequence=Sequence.of_rows(2, LENGTH)), expected, x)
+
+
+@torch.no_grad()
+def test_latent_attention_of_kimi_linear():
+    theirs = KimiLinearAttention(KimiLinearConfig(**LATENT_SIZES), layer_idx=0)
+    ours = latent_attention(rotary_fraction=0.0, shared_key_dim=4)
+    copy_latent_attention_(theirs, ours, shared=[0, 1, 2, 3])
+    x = inputs()
+    with torch.enable_grad():
+        assert_equal(ours(x, sequence=Sequence.of_rows(2, LENGTH)), theirs(x, attention_mask=causal_mask())[0], x)
