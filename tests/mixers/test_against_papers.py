@@ -1,4 +1,4 @@
-"""GLA and BLA against their papers' formulas, written out token by token or as masked attention, in float64."""
+"""Mixers against their papers' formulas, written out token by token or as masked attention, in float64."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torchlmoe.layers.initialization import named_draws
 from torchlmoe.layers.sequence import Sequence
 from torchlmoe.mixers import MIXERS
+from torchlmoe.mixers.base import Place
 
 
 def build(name, **options):
@@ -67,4 +68,125 @@ def test_bla_masked_attention(feature_map, normalizer):
     if normalizer:
         o = o / (weights.sum(-1, keepdim=True) + 1e-6)
     expected = F.linear(rms(o).transpose(1, 2).flatten(2), mixer.o_proj.weight)
+    torch.testing.assert_close(mixer(x, sequence=Sequence.of_rows(2, 70)), expected, rtol=1e-9, atol=1e-11)
+
+
+def randomize(mixer):
+    """Vectors and biases too: at their starting values some would not show."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.5)
+    return mixer
+
+
+def heads(x):
+    return x.view(*x.shape[:2], 4, -1)
+
+
+def projected(mixer, for_q, for_k, for_v):
+    return for_q @ mixer.q_proj.weight.T, for_k @ mixer.k_proj.weight.T, for_v @ mixer.v_proj.weight.T
+
+
+def head_norm(o, norm):
+    """o [B, T, 4, V]: group norm, its epsilon 64e-5 for the authors' heads of 64."""
+    return F.group_norm(o.flatten(0, 1).flatten(1), 4, norm.weight, norm.bias, 1e-5 * o.shape[-1]).view(
+        *o.shape[:2], -1
+    )
+
+
+def low_rank(x, projection, activation=lambda z: z):
+    return activation(x @ projection.down_proj.weight.T) @ projection.up_proj.weight.T
+
+
+def test_rwkv6_token_loop():
+    """arXiv 2404.05892, section 4, as in the authors' RWKV_Tmix_x060."""
+    mixer, x = randomize(build("rwkv6", mix_rank=4, decay_rank=6)), inputs()
+    before = torch.cat([torch.zeros(2, 1, 32, dtype=torch.float64), x[:, :-1]], 1)
+
+    def lerp(weight):
+        return x + (before - x) * weight
+
+    hidden = torch.tanh(lerp(mixer.mix_x.weight) @ mixer.mix_down_proj.weight.T).view(2, 70, 5, 4)
+    mixed = {
+        name: lerp(mixer.mix[name].weight + hidden[:, :, index] @ mixer.mix_up_proj[name].weight.T)
+        for index, name in enumerate("rkvgw")
+    }
+    r, k, v = (heads(z) for z in projected(mixer, *(mixed[name] for name in "rkv")))
+    w = heads(torch.exp(-torch.exp(mixer.decay.bias + low_rank(mixed["w"], mixer.decay_proj, torch.tanh))))
+    u = mixer.bonus.view(4, 8)
+    state, outputs = torch.zeros(2, 4, 8, 8, dtype=torch.float64), []
+    for t in range(70):
+        kv = k[:, t, :, :, None] * v[:, t, :, None, :]
+        outputs.append(torch.einsum("bhk,bhkv->bhv", r[:, t], state + u[..., None] * kv))
+        state = w[:, t, :, :, None] * state + kv
+    gate = mixed["g"] @ mixer.gate_proj.weight.T
+    expected = (head_norm(torch.stack(outputs, 1), mixer.norm) * F.silu(gate)) @ mixer.o_proj.weight.T
+    torch.testing.assert_close(mixer(x, sequence=Sequence.of_rows(2, 70)), expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_rwkv7_token_loop(first):
+    """arXiv 2503.14456, section 4, as in the authors' RWKV_Tmix_x070; a later layer mixes in the first one's values."""
+    mixer = randomize(build("rwkv7", place=Place(0 if first else 2, 4, first), decay_rank=4, value_rank=3))
+    x = inputs()
+    shared = torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    before = torch.cat([torch.zeros(2, 1, 32, dtype=torch.float64), x[:, :-1]], 1)
+    mixed = {name: x + (before - x) * mix.weight for name, mix in mixer.mix.items()}
+    r, k, v = projected(mixer, *(mixed[name] for name in "rkv"))
+    if not first:
+        share = torch.sigmoid(mixer.first_value_bias + low_rank(mixed["v"], mixer.first_value_proj))
+        v = v + (shared - v) * share
+    first_value = v if first else shared
+    decay = mixer.decay.bias + low_rank(mixed["w"], mixer.decay_proj, torch.tanh)
+    w = torch.exp(-0.6065306597126334 * torch.sigmoid(decay))
+    a = torch.sigmoid(mixer.rate_bias + low_rank(mixed["a"], mixer.rate_proj))
+    kk = F.normalize(heads(k * mixer.erase_scale), dim=-1)
+    k = k * (1 + (a - 1) * mixer.rate_share)
+    r, w, k, v, a = map(heads, (r, w, k, v, a))
+    state, outputs = torch.zeros(2, 4, 8, 8, dtype=torch.float64), []
+    for t in range(70):
+        read = torch.einsum("bhk,bhkv->bhv", -kk[:, t], state)
+        state = w[:, t, :, :, None] * state + (kk * a)[:, t, :, :, None] * read[:, :, None]
+        state = state + k[:, t, :, :, None] * v[:, t, :, None]
+        outputs.append(torch.einsum("bhk,bhkv->bhv", r[:, t], state))
+    o = head_norm(torch.stack(outputs, 1), mixer.norm)
+    o = o + ((r * k * mixer.bonus.view(4, 8)).sum(-1, keepdim=True) * v).flatten(2)
+    expected = (o * low_rank(mixed["g"], mixer.gate_proj, torch.sigmoid)) @ mixer.o_proj.weight.T
+    y, handed_on = mixer(x, sequence=Sequence.of_rows(2, 70), shared=shared)
+    torch.testing.assert_close(handed_on, first_value, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-11)
+
+
+def test_gsa_token_loop():
+    """arXiv 2409.07146: a token writes to slot i with weight 1 - alpha_i and reads the slots by softmax."""
+    mixer, x = randomize(build("gsa", num_slots=6, gate_normalizer=2.0)), inputs()
+    q, k, v = (F.silu(heads(z)) for z in projected(mixer, x, x, x))
+    alpha = torch.sigmoid(heads(x @ mixer.slot_proj.weight.T + mixer.decay.bias)).sqrt()
+    keys, values = (torch.zeros(2, 4, 6, 8, dtype=torch.float64) for _ in "kv")
+    outputs = []
+    for t in range(70):
+        keep = alpha[:, t, :, :, None]
+        keys = keep * keys + (1 - keep) * k[:, t, :, None]
+        values = keep * values + (1 - keep) * v[:, t, :, None]
+        weight = (keys @ q[:, t, :, :, None]).squeeze(-1).softmax(-1)
+        outputs.append((weight[..., None] * values).sum(-2))
+    o = F.silu(torch.stack(outputs, 1).flatten(2))
+    expected = (rms(o) * mixer.norm.weight) @ mixer.o_proj.weight.T
+    torch.testing.assert_close(mixer(x, sequence=Sequence.of_rows(2, 70)), expected, rtol=1e-9, atol=1e-11)
+
+
+def test_gfw_token_loop():
+    """arXiv 2210.04243: the state times an outer product of two gates, element by element."""
+    mixer, x = randomize(build("gfw", expand_k=0.5)), inputs()
+    q, k, v = (heads(z) for z in projected(mixer, x, x, x))
+    f = torch.sigmoid(heads(x @ mixer.key_gate_proj.weight.T + mixer.key_decay.bias))
+    z = torch.sigmoid(heads(x @ mixer.value_gate_proj.weight.T + mixer.value_decay.bias))
+    state, outputs = torch.zeros(2, 4, 4, 8, dtype=torch.float64), []
+    for t in range(70):
+        gate = f[:, t, :, :, None] * z[:, t, :, None]
+        state = gate * state + k[:, t, :, :, None] * v[:, t, :, None]
+        outputs.append((q[:, t, :, None] @ state).squeeze(-2) / 2)
+    o = rms(torch.stack(outputs, 1)) * mixer.norm.weight
+    expected = o.flatten(2) @ mixer.o_proj.weight.T
     torch.testing.assert_close(mixer(x, sequence=Sequence.of_rows(2, 70)), expected, rtol=1e-9, atol=1e-11)
