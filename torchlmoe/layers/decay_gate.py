@@ -1,6 +1,7 @@
 """Log decay from a projected input, as in Mamba-2, Gated DeltaNet and Kimi Delta Attention."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -55,14 +56,17 @@ class DecayGate(nn.Module):
         return -rate * step, step
 
 
-class LogSigmoidDecay(nn.Module):
-    """x [..., channels] -> logsigmoid(x + bias) / normalizer, in at least float32 (arXiv 2312.06635)."""
+class BiasedDecay(nn.Module):
+    """x [..., channels] -> log_decay(x + bias), like x, in at least float32; log_decay gives numbers <= 0.
+
+    The bias starts at zero.
+    """
 
     float32_island = True
 
-    def __init__(self, channels: int, normalizer: float = 1.0):
+    def __init__(self, channels: int, log_decay: Callable[[Tensor], Tensor]):
         super().__init__()
-        self.normalizer = normalizer
+        self.log_decay = log_decay
         self.bias = nn.Parameter(torch.empty(channels))
 
     def init_weights(self) -> None:
@@ -70,4 +74,11 @@ class LogSigmoidDecay(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = torch.promote_types(self.bias.dtype, torch.float32)
-        return F.logsigmoid(x.to(dtype) + self.bias.to(dtype)) / self.normalizer
+        return self.log_decay(x.to(dtype) + self.bias.to(dtype))
+
+
+class LogSigmoidDecay(BiasedDecay):
+    """x [..., channels] -> logsigmoid(x + bias) / normalizer (arXiv 2312.06635)."""
+
+    def __init__(self, channels: int, normalizer: float = 1.0):
+        super().__init__(channels, lambda x: F.logsigmoid(x) / normalizer)

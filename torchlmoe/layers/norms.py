@@ -95,3 +95,20 @@ class LayerNorm(nn.LayerNorm):
     def init_weights(self) -> None:
         constant_(self.weight, 1.0)
         constant_(self.bias, 0.0)
+
+
+class HeadNorm(nn.Module):
+    """Layer norm of each head, with a weight and a bias per channel: x [..., heads, V] -> [..., heads * V]."""
+
+    def __init__(self, num_heads: int, head_dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(num_heads * head_dim))
+        self.bias = nn.Parameter(torch.empty(num_heads * head_dim))
+
+    def init_weights(self) -> None:
+        constant_(self.weight, 1.0)
+        constant_(self.bias, 0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], eps=self.eps).flatten(-2) * self.weight + self.bias

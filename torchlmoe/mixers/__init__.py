@@ -7,12 +7,16 @@ from torchlmoe.mixers.bla import BasicLinearAttention
 from torchlmoe.mixers.deltanet import DeltaNet
 from torchlmoe.mixers.gated_deltanet import GatedDeltaNet
 from torchlmoe.mixers.gateloop import GateLoop
+from torchlmoe.mixers.gfw import GatedFastWeights
 from torchlmoe.mixers.gla import GatedLinearAttention
+from torchlmoe.mixers.gsa import GatedSlotAttention
 from torchlmoe.mixers.kda import KimiDeltaAttention
 from torchlmoe.mixers.lightning import LightningAttention
 from torchlmoe.mixers.mamba2 import Mamba2
 from torchlmoe.mixers.rebased import ReBased
 from torchlmoe.mixers.retention import Retention
+from torchlmoe.mixers.rwkv6 import RWKV6
+from torchlmoe.mixers.rwkv7 import RWKV7
 
 MIXERS: dict[str, type[Mixer]] = {
     "bla": BasicLinearAttention,
@@ -20,12 +24,16 @@ MIXERS: dict[str, type[Mixer]] = {
     "retention": Retention,
     "gla": GatedLinearAttention,
     "mamba2": Mamba2,
+    "rwkv6": RWKV6,
+    "rwkv7": RWKV7,
     "gateloop": GateLoop,
+    "gfw": GatedFastWeights,
     "based": Based,
     "rebased": ReBased,
     "deltanet": DeltaNet,
     "gated_deltanet": GatedDeltaNet,
     "kda": KimiDeltaAttention,
+    "gsa": GatedSlotAttention,
     "attention": Attention,
 }
 

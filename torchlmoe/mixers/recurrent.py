@@ -11,6 +11,7 @@ from torchlmoe.layers.linear import Linear
 from torchlmoe.layers.recurrence import LinearRecurrence
 from torchlmoe.layers.sequence import Sequence
 from torchlmoe.layers.short_convolution import ShortConvolution
+from torchlmoe.layers.token_shift import TokenShift
 from torchlmoe.mixers.base import Mixer, recurrent_state, split_heads
 from torchlmoe.ops.linear_recurrence import Backend, recurrence_flops_per_token
 
@@ -56,12 +57,12 @@ class RecurrentMixer(Mixer):
     def init_cache(
         self, batch_size: int, max_length: int, dtype: torch.dtype, device: torch.device | None = None
     ) -> TensorDict:
-        """`state` [batch, num_heads, key_dim, value_dim] in at least float32, and the caches of convolutions."""
+        """`state` [batch, num_heads, key_dim, value_dim] in at least float32, and caches of convolution and shift."""
         state = recurrent_state(batch_size, self.num_heads, self.key_dim, self.value_dim, dtype, device)
         caches = {
             name: child.init_cache(batch_size, dtype, device)
             for name, child in self.named_children()
-            if isinstance(child, ShortConvolution)
+            if isinstance(child, (ShortConvolution, TokenShift))
         }
         return TensorDict({"state": state, **caches}, batch_size=[batch_size])
 
