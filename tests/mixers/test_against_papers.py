@@ -113,6 +113,25 @@ def test_gateloop_token_loop():
     assert_output(mixer, x, rms(torch.stack(outputs, 2)), gate)
 
 
+@pytest.mark.parametrize("bounded", [False, True])
+def test_hgrn2_token_loop(bounded):
+    """arXiv 2404.07904, equation 7, with a lower bound on the forget gate."""
+    mixer, x = build("hgrn2", expand_k=1.5), inputs()
+    q, f, v = per_head(x, mixer.q_proj, mixer.k_proj, mixer.v_proj)
+    bound = torch.rand(48, dtype=torch.float64) * 0.9 + 0.05 if bounded else torch.zeros(48, dtype=torch.float64)
+    forget = bound.view(4, 1, 12) + (1 - bound.view(4, 1, 12)) * torch.sigmoid(f)
+    state = torch.zeros(2, 4, 12, 8, dtype=torch.float64)
+    outputs = []
+    for t in range(70):
+        f_t = forget[:, :, t, :, None]
+        state = f_t * state + (1 - f_t) * v[:, :, t, None, :]
+        outputs.append(torch.einsum("bhk,bhkv->bhv", q[:, :, t] * torch.sigmoid(q[:, :, t]) / 12**0.5, state))
+    o = rms(torch.stack(outputs, 2).transpose(1, 2).flatten(2))
+    expected = F.linear(o, mixer.o_proj.weight)
+    y = mixer(x, sequence=Sequence.of_rows(2, 70), common=bound if bounded else None)
+    torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-11)
+
+
 def test_based_taylor_attention():
     """arXiv 2402.18668, section 4.1: weights 1 + z + z^2 / 2, normalised."""
     mixer, x = build("based", feature_dim=6), inputs()

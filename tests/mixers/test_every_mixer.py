@@ -22,6 +22,7 @@ CASES = {
     "lightning": ("lightning", {}),
     "retention": ("retention", {}),
     "gla": ("gla", {}),
+    "hgrn2": ("hgrn2", dict(expand_k=0.5)),
     "mamba2": ("mamba2", dict(state_dim=8)),
     "mamba2_groups": ("mamba2", dict(state_dim=6, num_groups=2, expand_v=1.0, min_step=0.01, max_step=0.5)),
     "rwkv6": ("rwkv6", dict(mix_rank=4, decay_rank=6)),
