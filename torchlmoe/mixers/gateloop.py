@@ -11,6 +11,8 @@ Phi itself is a recurrence, with keys and queries of one: it begins anew at docu
 be split over ranks as the other one.
 """
 
+import math
+
 import torch
 from tensordict import TensorDict
 from torch import Tensor
@@ -61,10 +63,12 @@ class GateLoop(RecurrentMixer):
         return self.o_proj(self.norm(o, self.gate_proj(x).view_as(o)).flatten(2))
 
     def _phase(self, x: Tensor, sequence: Sequence, cache: TensorDict | None) -> tuple[Tensor, Tensor]:
-        """cos and sin of Phi, each [B, T, heads, K / 2], float64: a long sum in float32 would lose its digits."""
+        """cos and sin of Phi, each [B, T, heads, K / 2] in at least float32."""
+        # The sum is float64: over a long document it would lose its digits in float32, the remainder does not.
         step = self.phase_proj(x).double().unflatten(-1, (self.num_heads, -1))
         one = torch.ones_like(step[:, :, :1, :1])
-        phase = recur(self.phase_sum, one, one, step, sequence=sequence, cache=cache)
+        phase = recur(self.phase_sum, one, one, step, sequence=sequence, cache=cache).remainder(2 * math.pi)
+        phase = phase.to(torch.promote_types(x.dtype, torch.float32))
         return phase.cos(), phase.sin()
 
     def init_cache(
