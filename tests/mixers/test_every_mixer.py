@@ -166,7 +166,7 @@ def test_impossible_sizes_are_refused():
         MIXERS["attention"](32, num_heads=4, num_kv_heads=3)
     with pytest.raises(ValueError, match=r"num_heads = 4 must be a multiple of num_key_heads = 3"):
         MIXERS["gated_deltanet"](32, num_heads=4, num_key_heads=3)
-    with pytest.raises(ValueError, match="must be an even number"):
+    with pytest.raises(ValueError, match=r"rotary_fraction = 0.4 of head_dim = 8 gives 3; make it an even number"):
         MIXERS["attention"](32, num_heads=4, rotary_fraction=0.4)
     with pytest.raises(ValueError, match="num_kv_heads cannot be combined with kv_rank = 8"):
         MIXERS["attention"](32, num_heads=4, kv_rank=8, num_kv_heads=2)
@@ -176,7 +176,10 @@ def test_impossible_sizes_are_refused():
         MIXERS["attention"](32, num_heads=4, kv_rank=8, rotary_fraction=0.5, value_dim=9)
     with pytest.raises(ValueError, match="value_dim belongs to latent attention"):
         MIXERS["attention"](32, num_heads=4, value_dim=4)
-    with pytest.raises(ValueError, match="heads of 5 key channels"):
-        MIXERS["gateloop"](20, num_heads=4)
+    for name in ("gateloop", "retention"):
+        with pytest.raises(ValueError, match="in num_heads = 4 heads gives 5; make it an even number"):
+            MIXERS[name](20, num_heads=4)
+    with pytest.raises(ValueError, match=r"max_step = 0.1 must not be below min_step = 0.2"):
+        MIXERS["mamba2"](32, num_heads=4, min_step=0.2, max_step=0.1)
     with pytest.raises(ValueError, match="normalizer = true divides by a sum"):
         MIXERS["bla"](32, num_heads=4, normalizer=True)

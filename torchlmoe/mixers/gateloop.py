@@ -21,7 +21,7 @@ from torchlmoe.layers.decay_gate import LogSigmoidDecay
 from torchlmoe.layers.linear import Linear
 from torchlmoe.layers.norms import GatedRMSNorm
 from torchlmoe.layers.recurrence import LinearRecurrence, recur
-from torchlmoe.layers.rotary import rotate
+from torchlmoe.layers.rotary import check_rotary_dim, rotate
 from torchlmoe.layers.sequence import Sequence
 from torchlmoe.mixers.recurrent import ExpandK, ExpandV, RecurrentMixer
 from torchlmoe.ops.linear_recurrence import recurrence_flops_per_token
@@ -35,10 +35,7 @@ class GateLoop(RecurrentMixer):
     ):
         key_width, value_width = int(dim * expand_k), int(dim * expand_v)
         super().__init__(dim, key_width, value_width, **options)
-        if self.key_dim % 2:
-            raise ValueError(
-                f"dim * expand_k = {key_width} gives heads of {self.key_dim} key channels; choose an even number."
-            )
+        check_rotary_dim(self.key_dim, f"dim * expand_k = {key_width} in num_heads = {self.num_heads} heads")
         self.decay_proj = Linear(dim, key_width // 2)
         self.decay = LogSigmoidDecay(key_width // 2)
         self.phase_proj = Linear(dim, key_width // 2)
