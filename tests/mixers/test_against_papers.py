@@ -71,6 +71,116 @@ def test_bla_masked_attention(feature_map, normalizer):
     torch.testing.assert_close(mixer(x, sequence=Sequence.of_rows(2, 70)), expected, rtol=1e-9, atol=1e-11)
 
 
+def per_head(x, *projections):
+    """x [2, 70, 32] -> a [2, 4, 70, width] for each projection."""
+    return [F.linear(x, projection.weight).view(2, 70, 4, -1).transpose(1, 2) for projection in projections]
+
+
+def assert_output(mixer, x, o, gate=None):
+    """o [2, 4, 70, V], normalised as the paper has it, through the output gate and projection, equals the mixer's."""
+    if gate is not None:
+        o = o * gate * torch.sigmoid(gate)
+    expected = F.linear(o.transpose(1, 2).flatten(2), mixer.o_proj.weight)
+    torch.testing.assert_close(mixer(x, sequence=Sequence.of_rows(2, 70)), expected, rtol=1e-9, atol=1e-11)
+
+
+def test_retention_masked_attention():
+    """arXiv 2307.08621, equations 5 and 8: complex rotation, causal decay, norm per head, swish gate."""
+    mixer, x = build("retention"), inputs()
+    q, k, v, gate = per_head(x, mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.gate_proj)
+    angle = torch.arange(70)[:, None] * 10_000 ** -(torch.arange(4, dtype=torch.float64) / 4)
+    q, k = (torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones_like(angle), angle) for x in (q, k))
+    distance = (torch.arange(70)[:, None] - torch.arange(70)).double()
+    gamma = 1 - 2 ** -(5 + torch.arange(4, dtype=torch.float64))
+    weights = (q @ k.mH).real * 8**-0.5 * (gamma[:, None, None] ** distance).tril()
+    assert_output(mixer, x, rms(weights @ v), gate)
+
+
+def test_gateloop_token_loop():
+    """arXiv 2311.01927, equations 4 to 6: a complex state, whose transition has magnitude and phase of the input."""
+    mixer, x = build("gateloop", expand_v=1.5), inputs()
+    with torch.no_grad():
+        mixer.decay.bias.uniform_(-1, 1)
+    q, k, v, gate, phase = per_head(x, mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.gate_proj, mixer.phase_proj)
+    magnitude = torch.sigmoid(F.linear(x, mixer.decay_proj.weight, mixer.decay.bias)).view(2, 70, 4, 4).transpose(1, 2)
+    q, k = (torch.complex(x[..., :4], x[..., 4:]) for x in (q, k))
+    transition = torch.polar(magnitude, phase)
+    state = torch.zeros(2, 4, 4, 12, dtype=torch.complex128)
+    outputs = []
+    for t in range(70):
+        state = transition[:, :, t, :, None] * state + k[:, :, t, :, None].conj() * v[:, :, t, None, :]
+        outputs.append(torch.einsum("bhk,bhkv->bhv", q[:, :, t], state).real * 8**-0.5)
+    assert_output(mixer, x, rms(torch.stack(outputs, 2)), gate)
+
+
+@pytest.mark.parametrize("bounded", [False, True])
+def test_hgrn2_token_loop(bounded):
+    """arXiv 2404.07904, equation 7, with a lower bound on the forget gate."""
+    mixer, x = build("hgrn2", expand_k=1.5), inputs()
+    q, f, v = per_head(x, mixer.q_proj, mixer.k_proj, mixer.v_proj)
+    bound = torch.rand(48, dtype=torch.float64) * 0.9 + 0.05 if bounded else torch.zeros(48, dtype=torch.float64)
+    forget = bound.view(4, 1, 12) + (1 - bound.view(4, 1, 12)) * torch.sigmoid(f)
+    state = torch.zeros(2, 4, 12, 8, dtype=torch.float64)
+    outputs = []
+    for t in range(70):
+        f_t = forget[:, :, t, :, None]
+        state = f_t * state + (1 - f_t) * v[:, :, t, None, :]
+        outputs.append(torch.einsum("bhk,bhkv->bhv", q[:, :, t] * torch.sigmoid(q[:, :, t]) / 12**0.5, state))
+    o = rms(torch.stack(outputs, 2).transpose(1, 2).flatten(2))
+    expected = F.linear(o, mixer.o_proj.weight)
+    y = mixer(x, sequence=Sequence.of_rows(2, 70), common=bound if bounded else None)
+    torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-11)
+
+
+def test_based_taylor_attention():
+    """arXiv 2402.18668, section 4.1: weights 1 + z + z^2 / 2, normalised."""
+    mixer, x = build("based", feature_dim=6), inputs()
+    q, k, v = per_head(x, mixer.q_proj, mixer.k_proj, mixer.v_proj)
+    z = q @ k.mT / 6**0.5
+    weights = (1 + z + z.square() / 2).tril()
+    assert_output(mixer, x, weights @ v / (weights.sum(-1, keepdim=True) + 1e-6))
+
+
+def test_rebased_quadratic_attention():
+    """arXiv 2402.10644, equation 4: the square of the product of normalised, scaled and shifted q and k, normalised."""
+    mixer, x = build("rebased", feature_dim=6), inputs()
+    with torch.no_grad():
+        mixer.feature_norm.weight.uniform_(0.5, 1.5)
+        mixer.feature_norm.bias.uniform_(-1, 1)
+    q, k, v = per_head(x, mixer.q_proj, mixer.k_proj, mixer.v_proj)
+
+    def phi(x):
+        centred = x - x.mean(-1, keepdim=True)
+        unit = centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        return unit * mixer.feature_norm.weight + mixer.feature_norm.bias
+
+    weights = ((phi(q) @ phi(k).mT).square() / 6).tril()
+    assert_output(mixer, x, weights @ v / (weights.sum(-1, keepdim=True) + 1e-6))
+
+
+@pytest.mark.parametrize("negative_eigenvalues", [False, True])
+def test_deltanet_token_loop(negative_eigenvalues):
+    """arXiv 2406.06484, equation 2 and the layer of its section 3.4."""
+    mixer, x = build("deltanet", expand_v=1.5, negative_eigenvalues=negative_eigenvalues), inputs()
+
+    def convolved(projection, convolution):
+        padded = F.pad(F.linear(x, projection.weight).mT, (3, 0))
+        y = F.conv1d(padded, convolution.weight[:, None], groups=padded.shape[1]).mT
+        return (y * torch.sigmoid(y)).view(2, 70, 4, -1).transpose(1, 2)
+
+    q, k, v = (convolved(getattr(mixer, f"{name}_proj"), getattr(mixer, f"{name}_conv")) for name in ("q", "k", "v"))
+    q, k = (y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt() for y in (q, k))
+    beta = torch.sigmoid(per_head(x, mixer.b_proj)[0]) * (2 if negative_eigenvalues else 1)
+    state = torch.zeros(2, 4, 8, 12, dtype=torch.float64)
+    outputs = []
+    for t in range(70):
+        k_t, old = k[:, :, t], torch.einsum("bhk,bhkv->bhv", k[:, :, t], state)
+        new = beta[:, :, t] * v[:, :, t] + (1 - beta[:, :, t]) * old
+        state = state + torch.einsum("bhk,bhv->bhkv", k_t, new - old)
+        outputs.append(torch.einsum("bhk,bhkv->bhv", q[:, :, t] / 8**0.5, state))
+    assert_output(mixer, x, rms(torch.stack(outputs, 2)))
+
+
 def randomize(mixer):
     """Vectors and biases too: at their starting values some would not show."""
     generator = torch.Generator().manual_seed(2)

@@ -23,6 +23,7 @@ CASES = {
     "lightning": ("lightning", {}),
     "retention": ("retention", {}),
     "gla": ("gla", {}),
+    "hgrn2": ("hgrn2", dict(expand_k=0.5)),
     "mamba2": ("mamba2", dict(state_dim=8)),
     "mamba2_groups": ("mamba2", dict(state_dim=6, num_groups=2, expand_v=1.0, min_step=0.01, max_step=0.5)),
     "rwkv6": ("rwkv6", dict(mix_rank=4, decay_rank=6)),
@@ -46,6 +47,11 @@ CASES = {
     "attention_all_options": (
         "attention",
         dict(num_kv_heads=2, head_dim=12, rotary_fraction=0.5, qk_norm=True, output_gate=True, sliding_window=4),
+    ),
+    "attention_latent": ("attention", dict(kv_rank=12, q_rank=10, rotary_fraction=0.5, output_gate=True)),
+    "attention_latent_no_rotary": (
+        "attention",
+        dict(kv_rank=12, head_dim=10, rotary_fraction=0.0, shared_key_dim=4, sliding_window=4),
     ),
     "attention_no_rotary": ("attention", dict(rotary_fraction=0.0)),
 }
@@ -177,6 +183,16 @@ def test_impossible_sizes_are_refused():
         MIXERS["gated_deltanet"](32, num_heads=4, num_key_heads=3)
     with pytest.raises(ValueError, match="must be an even number"):
         MIXERS["attention"](32, num_heads=4, rotary_fraction=0.4)
+    with pytest.raises(ValueError, match="num_kv_heads cannot be combined with kv_rank = 8"):
+        MIXERS["attention"](32, num_heads=4, kv_rank=8, num_kv_heads=2)
+    with pytest.raises(ValueError, match=r"shared_key_dim = 8 must be at least the 8 rotary .* below head_dim = 8"):
+        MIXERS["attention"](32, num_heads=4, kv_rank=8)
+    with pytest.raises(ValueError, match="value_dim = 9 must not be above head_dim = 8"):
+        MIXERS["attention"](32, num_heads=4, kv_rank=8, rotary_fraction=0.5, value_dim=9)
+    with pytest.raises(ValueError, match="value_dim belongs to latent attention"):
+        MIXERS["attention"](32, num_heads=4, value_dim=4)
+    with pytest.raises(ValueError, match="heads of 5 key channels"):
+        MIXERS["gateloop"](20, num_heads=4)
     with pytest.raises(ValueError, match="normalizer = true divides by a sum"):
         MIXERS["bla"](32, num_heads=4, normalizer=True)
     with pytest.raises(ValueError, match="top_k = 5 is more than num_memories = 4"):

@@ -26,7 +26,7 @@ class _PairProducts(torch.autograd.Function):
         ctx.save_for_backward(x)
         row, column = torch.triu_indices(x.shape[-1], x.shape[-1], device=x.device)
         products = x.index_select(-1, row) * x.index_select(-1, column)
-        return products * torch.where(row == column, 1.0, 2**0.5).to(x.dtype)
+        return products * (1 + (row != column).to(x.dtype) * (2**0.5 - 1))
 
     @staticmethod
     @once_differentiable

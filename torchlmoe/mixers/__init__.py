@@ -10,6 +10,7 @@ from torchlmoe.mixers.gateloop import GateLoop
 from torchlmoe.mixers.gfw import GatedFastWeights
 from torchlmoe.mixers.gla import GatedLinearAttention
 from torchlmoe.mixers.gsa import GatedSlotAttention
+from torchlmoe.mixers.hgrn2 import HGRN2
 from torchlmoe.mixers.kda import KimiDeltaAttention
 from torchlmoe.mixers.lightning import LightningAttention
 from torchlmoe.mixers.mamba2 import Mamba2
@@ -24,6 +25,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "lightning": LightningAttention,
     "retention": Retention,
     "gla": GatedLinearAttention,
+    "hgrn2": HGRN2,
     "mamba2": Mamba2,
     "rwkv6": RWKV6,
     "rwkv7": RWKV7,

@@ -60,6 +60,12 @@ class Mixer(nn.Module):
         """Decoding state of `batch_size` rows of at most `max_length` tokens."""
         raise TypeError(f"{type(self).__name__} must define init_cache(batch_size, max_length, dtype, device).")
 
+    def common(self, num_layers: int) -> nn.Module | None:
+        """What the `num_layers` layers of a letter have in common in the model: a module that, called without
+        arguments, returns an entry for each of them, which its forward takes as `common`. None: nothing.
+        """
+        return None
+
     def flops_per_token(self, seq_len: int) -> int:
         """Forward FLOPs of one token in a sequence of `seq_len`, a multiply-add counting two, recurrence included."""
         raise TypeError(f"{type(self).__name__} must define flops_per_token(seq_len).")

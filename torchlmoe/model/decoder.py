@@ -83,10 +83,15 @@ class Decoder(nn.Module):
         self.embedding = Embedding(vocab_size, settings.dim, settings.init_std)
         pattern = settings.layer_pattern
         self.blocks = nn.ModuleDict()
+        self.common = nn.ModuleDict()  # by letter
         self.shared_width = 0
+        letters = [pattern[index % len(pattern)] for index in range(settings.num_layers)]
+        self.places_in_common = {
+            str(index): (letter, letters[:index].count(letter)) for index, letter in enumerate(letters)
+        }
         seen: set[str] = set()
-        for index in range(settings.num_layers):
-            mixer, mlp, options = layer_options(config, pattern[index % len(pattern)])
+        for index, letter in enumerate(letters):
+            mixer, mlp, options = layer_options(config, letter)
             feed_forward: nn.Module
             if mlp == "moe":
                 feed_forward = MoE(settings.dim, init_std=settings.init_std, **asdict(config.moe))
@@ -99,6 +104,8 @@ class Decoder(nn.Module):
             seen.add(mixer)
             built = MIXERS[mixer](settings.dim, **options)
             self.shared_width = max(self.shared_width, built.shared_width)
+            if letter not in letters[:index] and (common := built.common(letters.count(letter))) is not None:
+                self.common[letter] = common
             # A dict, so that a pipeline stage which holds some blocks keeps their names.
             self.blocks[str(index)] = Block(settings.dim, built, feed_forward, settings.norm_eps)
         self.head = Head(
@@ -113,8 +120,8 @@ class Decoder(nn.Module):
         """Draws every parameter from (seed, its name), so that each way of sharding starts from the same weights."""
         with named_draws(self, seed):
             self.embedding.init_weights()
-            for block in self.blocks.values():
-                block.init_weights()  # type: ignore[operator]
+            for module in (*self.common.values(), *self.blocks.values()):
+                module.init_weights()  # type: ignore[operator]
             self.head.init_weights()
 
     def forward(
@@ -141,11 +148,14 @@ class Decoder(nn.Module):
             sequence = Sequence.of_packed_rows(document_bounds, length, loss_weight)
             x = self.embedding(tokens.reshape(1, -1))
         shared = x.new_zeros(*x.shape[:2], self.shared_width) if self.shared_width else None
-        for block in self.blocks.values():
+        common = {letter: module() for letter, module in self.common.items()}
+        for index, block in self.blocks.items():
+            letter, place = self.places_in_common[index]
+            context = dict(sequence=sequence, common=common[letter][place] if letter in common else None)
             if shared is None:
-                x = block(x, sequence=sequence)
+                x = block(x, **context)
             else:
-                x, shared = block(x, sequence=sequence, shared=shared)
+                x, shared = block(x, **context, shared=shared)
         tied_weight = self.embedding.weight if self.head.projection is None else None
         output = self.head(x, labels, tied_weight)
         return output if labels is not None else output.view(batch_size, length, -1)
