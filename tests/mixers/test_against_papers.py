@@ -300,3 +300,50 @@ def test_gfw_token_loop():
     o = rms(torch.stack(outputs, 1)) * mixer.norm.weight
     expected = o.flatten(2) @ mixer.o_proj.weight.T
     torch.testing.assert_close(mixer(x, sequence=Sequence.of_rows(2, 70)), expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("shared_memory", [True, False])
+def test_mom_token_loop(shared_memory):
+    """arXiv 2502.13685, section 3: a state per memory, updated where the router sends the token, read as a mixture."""
+    mixer, x = randomize(build("mom", inner="gla", shared_memory=shared_memory)), inputs()
+    inner = mixer.inner
+    q, k, v = (heads(z) for z in projected(inner, x, x, x))
+    alpha = heads(torch.sigmoid(low_rank(x, inner.decay_proj) + inner.decay.bias).pow(1 / 16))
+    score, chosen = (x @ mixer.router.weight.T).softmax(-1).topk(2)
+    share = score / score.sum(-1, keepdim=True)
+    outputs = torch.zeros_like(v)
+    for row in range(2):
+        states = torch.zeros(5, 4, 4, 8, dtype=torch.float64)
+        for t in range(70):
+            weights = dict(zip(chosen[row, t].tolist(), share[row, t], strict=True)) | (
+                {4: 1.0} if shared_memory else {}
+            )
+            states = states.clone()
+            for memory in weights:
+                kv = k[row, t, :, :, None] * v[row, t, :, None]
+                states[memory] = alpha[row, t, :, :, None] * states[memory] + kv
+            mixture = sum(weight * states[memory] for memory, weight in weights.items())
+            outputs[row, t] = torch.einsum("hk,hkv->hv", q[row, t] / 2, mixture)
+    o = rms(outputs) * inner.norm.weight * F.silu(heads(x @ inner.gate_proj.weight.T))
+    expected = o.flatten(2) @ inner.o_proj.weight.T
+    torch.testing.assert_close(mixer(x, sequence=Sequence.of_rows(2, 70)), expected, rtol=1e-9, atol=1e-11)
+
+
+def test_mom_balance_loss():
+    """Its gradient is injected on the way back, in proportion to the microbatch, and the choices are counted there."""
+    mixer, x = build("mom", aux_loss_weight=0.3), inputs()
+    probability = (x @ mixer.router.weight.T).softmax(-1)
+    chosen = F.one_hot(probability.topk(2).indices, 4).sum(-2).double()
+    aux_loss = 0.3 * 4 * (chosen.mean(1) / 2 * probability.mean(1)).sum(-1).mean()
+    (expected,) = torch.autograd.grad(0.25 * aux_loss, mixer.router.weight)
+    gradients = []
+    for weight in (0.25, 0.0):
+        y = mixer(x, sequence=Sequence.of_rows(2, 70, loss_weight=weight))
+        gradients += torch.autograd.grad(y.square().sum(), mixer.router.weight)
+    torch.testing.assert_close(gradients[0] - gradients[1], expected, rtol=1e-9, atol=1e-9)
+    counters = mixer.pop_counters()
+    assert torch.equal(counters["counts"], chosen.sum((0, 1)).long())
+    torch.testing.assert_close(counters["aux_loss"], 0.25 * aux_loss.detach())
+    with torch.no_grad():
+        mixer(x, sequence=Sequence.of_rows(2, 70))
+    assert not mixer.pop_counters()["counts"].any()

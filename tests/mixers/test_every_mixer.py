@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchlmoe.config_loader import load_config
 from torchlmoe.layers.initialization import named_draws
 from torchlmoe.layers.recurrence import LinearRecurrence
+from torchlmoe.layers.router import Router
 from torchlmoe.layers.sequence import Sequence
 from torchlmoe.mixers import MIXERS
 from torchlmoe.ops.linear_recurrence import recurrence_flops_per_token
@@ -40,6 +41,8 @@ CASES = {
     "kda_shared_keys": ("kda", dict(num_key_heads=2, head_dim=6, expand_v=2.0, gate_rank=4)),
     "gsa": ("gsa", {}),
     "gsa_sizes": ("gsa", dict(expand_k=0.5, expand_v=1.5, num_slots=6, gate_normalizer=2.0)),
+    "mom": ("mom", {}),
+    "mom_sizes": ("mom", dict(num_memories=3, top_k=1, shared_memory=False, inner="gla")),
     "attention": ("attention", {}),
     "attention_all_options": (
         "attention",
@@ -52,9 +55,16 @@ CASES = {
     ),
     "attention_no_rotary": ("attention", dict(rotary_fraction=0.0)),
 }
+# A mixture of memories over each mixer that can be one.
+CASES |= {
+    f"mom_{name}": ("mom", dict(inner=name, inner_options=CASES[name][1]))
+    for name in MIXERS
+    if name not in ("mom", "attention", "gsa", "gateloop", "rwkv7")
+}
 DIM, HEADS = 32, 4
 # Two rows of 20: three documents of which one has one token, and a row that is one document.
 BOUNDS = torch.tensor([[0, 8, 9, 20, 20], [0, 20, 20, 20, 20]], dtype=torch.int32)
+PACKED = Sequence.of_packed_rows(BOUNDS, 20, loss_weight=0.0)
 
 
 def build(case, dtype=torch.float64):
@@ -77,7 +87,7 @@ def test_every_mixer_is_covered():
 def test_documents_do_not_meet(case):
     """Gradients across documents are exactly zero, and a packed document's output is its output alone."""
     mixer, x = build(case), inputs(1, 40).requires_grad_()
-    y = mixer(x, sequence=Sequence.of_packed_rows(BOUNDS, 20))
+    y = mixer(x, sequence=PACKED)
     for start, end in [(0, 8), (8, 9), (9, 20), (20, 40)]:
         (gradient,) = torch.autograd.grad(y[:, start:end].square().sum(), x, retain_graph=True)
         assert gradient[:, start:end].abs().max() > 0
@@ -90,7 +100,7 @@ def test_documents_do_not_meet(case):
 @pytest.mark.parametrize("case", CASES)
 def test_no_token_sees_a_later_one(case):
     mixer, x = build(case), inputs(1, 20).requires_grad_()
-    y = mixer(x, sequence=Sequence.of_rows(1, 20))
+    y = mixer(x, sequence=Sequence.of_rows(1, 20, loss_weight=0.0))
     (gradient,) = torch.autograd.grad(y[:, :11].square().sum(), x)
     assert not gradient[:, 11:].any()
 
@@ -110,7 +120,7 @@ def test_decoding_continues_a_prefill(case):
 @pytest.mark.parametrize("case", CASES)
 def test_low_precision_stays_near(case):
     mixer, x = build(case), inputs(1, 40)
-    sequence = Sequence.of_packed_rows(BOUNDS, 20)
+    sequence = PACKED
     expected = mixer(x, sequence=sequence)
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
         y = build(case, dtype)(x.to(dtype), sequence=sequence)
@@ -129,7 +139,7 @@ def test_flops_of_projections(case):
         if terms.keys() & {"bonus", "erase_key", "value_log_decay"}:  # no operation that torch would count as one
             _, k, v = arguments
             sizes = (v.shape[2], k.shape[-1], v.shape[-1])
-            by_hand.append(64 * recurrence_flops_per_token(*sizes, decay=True, erase="erase" in terms))
+            by_hand.append(v.shape[1] * recurrence_flops_per_token(*sizes, decay=True, erase="erase" in terms))
 
     for module in mixer.modules():
         if isinstance(module, LinearRecurrence):
@@ -137,7 +147,7 @@ def test_flops_of_projections(case):
     # The plain form of softmax attention is the one that torch counts on a CPU.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         mixer(x, sequence=Sequence.of_rows(1, 64))
-    linear = sum(2 * m.weight.numel() for m in mixer.modules() if isinstance(m, torch.nn.Linear))
+    linear = sum(2 * m.weight.numel() for m in mixer.modules() if isinstance(m, (torch.nn.Linear, Router)))
     counted = counter.get_flop_counts()["Global"]
     assert counted[torch.ops.aten.mm] == 64 * linear
     across_tokens = sum(flops for operation, flops in counted.items() if operation != torch.ops.aten.mm)
@@ -154,9 +164,14 @@ def test_flops_of_projections(case):
 @pytest.mark.parametrize("case", CASES)
 def test_settings_reach_the_constructor(case):
     name, options = CASES[case]
-    arguments = [f"--model.layers.L.{key}={str(value).lower()}" for key, value in options.items()]
-    config = load_config(["--model.mixer", name, *arguments])
-    assert config.model.layers["L"] == {"mixer": name, "mlp": "moe", **options}
+    inner = options.get("inner_options", {})
+    flat = {key: value for key, value in options.items() if key != "inner_options"}
+    flat |= {f"inner_options.{key}": value for key, value in inner.items()}
+    config = load_config(
+        ["--model.mixer", name, *(f"--model.layers.L.{key}={str(value).lower()}" for key, value in flat.items())]
+    )
+    given = {key: value for key, value in options.items() if value != {}}
+    assert config.model.layers["L"] == {"mixer": name, "mlp": "moe", **given}
 
 
 def test_impossible_sizes_are_refused():
@@ -183,3 +198,8 @@ def test_impossible_sizes_are_refused():
         MIXERS["mamba2"](32, num_heads=4, min_step=0.2, max_step=0.1)
     with pytest.raises(ValueError, match="normalizer = true divides by a sum"):
         MIXERS["bla"](32, num_heads=4, normalizer=True)
+    with pytest.raises(ValueError, match="top_k = 5 is more than num_memories = 4"):
+        MIXERS["mom"](32, num_heads=4, top_k=5)
+    for inner in ("attention", "gsa", "gateloop", "rwkv7", "mom"):
+        with pytest.raises(ValueError, match=f"inner = '{inner}' cannot be a mixture of memories"):
+            MIXERS["mom"](32, num_heads=4, inner=inner)

@@ -22,12 +22,26 @@ class LinearRecurrence(nn.Module):
 def recur(
     recurrence: nn.Module, q: Tensor, k: Tensor, v: Tensor, *, sequence: Sequence, cache: TensorDict | None, **terms
 ) -> Tensor:
-    """Runs `recurrence` from `cache["state"]` and leaves the last state there; without a cache, from zero."""
-    if cache is None:
-        return recurrence(q, k, v, cu_seqlens=sequence.cu_seqlens, **terms)[0]
-    o, state = recurrence(q, k, v, initial_state=cache["state"], output_final_state=True, **terms)
-    cache["state"].copy_(state)
-    return o
+    """Runs `recurrence` from `cache["state"]` and leaves the last state there; without a cache, from zero.
+
+    Where `sequence` has memories, each is a state of its own, and the outputs of a token's memories are mixed.
+    """
+    cu_seqlens, memories = sequence.cu_seqlens if cache is None else None, sequence.memories
+    if memories is not None:
+        cu_seqlens = memories.cu_seqlens
+        q, k, v = memories.pack(q), memories.pack(k), memories.pack(v)
+        terms = {name: memories.pack(term) if _is_per_token(term) else term for name, term in terms.items()}
+    if cache is not None:
+        terms |= {"initial_state": cache["state"].flatten(0, -4), "output_final_state": True}
+    o, state = recurrence(q, k, v, cu_seqlens=cu_seqlens, **terms)
+    if cache is not None:
+        cache["state"].copy_(state.view_as(cache["state"]))
+    return o if memories is None else memories.mix(o)
+
+
+def _is_per_token(term: object) -> bool:
+    """Terms per head, such as a constant decay or a bonus, have one or two dims."""
+    return isinstance(term, Tensor) and term.dim() > 2
 
 
 def recur_normalized(

@@ -14,6 +14,7 @@ from torchlmoe.mixers.hgrn2 import HGRN2
 from torchlmoe.mixers.kda import KimiDeltaAttention
 from torchlmoe.mixers.lightning import LightningAttention
 from torchlmoe.mixers.mamba2 import Mamba2
+from torchlmoe.mixers.mom import MixtureOfMemories
 from torchlmoe.mixers.rebased import ReBased
 from torchlmoe.mixers.retention import Retention
 from torchlmoe.mixers.rwkv6 import RWKV6
@@ -36,6 +37,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "gated_deltanet": GatedDeltaNet,
     "kda": KimiDeltaAttention,
     "gsa": GatedSlotAttention,
+    "mom": MixtureOfMemories,
     "attention": Attention,
 }
 

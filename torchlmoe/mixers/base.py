@@ -1,6 +1,8 @@
 """What every sequence mixer is: the small protocol that the model, the trainer and the parallel styles rely on."""
 
+import inspect
 from dataclasses import dataclass
+from typing import Any, get_type_hints
 
 import torch
 from tensordict import TensorDict
@@ -75,6 +77,27 @@ class Mixer(nn.Module):
     def sequence_parallel_plan(self) -> dict[str, ParallelStyle]:
         """Styles by submodule; empty where the mixer cannot be split along the sequence."""
         return {}
+
+    @classmethod
+    def settings(cls) -> dict[str, tuple[Any, Any]]:
+        """The keyword arguments of the constructor: name -> (type with limits, default, or ... for none).
+
+        Where it hands on `**options`, those of its parent's constructor too.
+        """
+        found: dict[str, tuple[Any, Any]] = {}
+        for base in cls.__mro__:
+            constructor = base.__dict__.get("__init__")
+            if constructor is None:
+                continue
+            hints = get_type_hints(constructor, include_extras=True)
+            parameters = inspect.signature(constructor).parameters.values()
+            for parameter in parameters:
+                if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+                    default = ... if parameter.default is inspect.Parameter.empty else parameter.default
+                    found.setdefault(parameter.name, (hints[parameter.name], default))
+            if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+                break
+        return found
 
     def projection_flops(self) -> int:
         """Forward FLOPs of one token in all projections."""

@@ -68,10 +68,13 @@ class RecurrentMixer(Mixer):
 
     def flops_per_token(self, seq_len: int) -> int:
         convolutions = sum(2 * child.weight.numel() for child in self.children() if isinstance(child, ShortConvolution))
-        recurrence = recurrence_flops_per_token(
+        return self.projection_flops() + convolutions + self.recurrence_flops()
+
+    def recurrence_flops(self) -> int:
+        """Forward FLOPs of one token in the recurrence."""
+        return recurrence_flops_per_token(
             self.num_heads, self.key_dim, self.value_dim, decay=self.decays, erase=self.erases
         )
-        return self.projection_flops() + convolutions + recurrence
 
     def project(
         self, x: Tensor, *, sequence: Sequence, cache: TensorDict | None = None

@@ -29,6 +29,7 @@ from torchlmoe.layers.norms import RMSNorm
 from torchlmoe.layers.sequence import Sequence
 from torchlmoe.mixers import MIXERS
 from torchlmoe.mixers.base import Place
+from torchlmoe.mixers.mom import MixtureOfMemories
 from torchlmoe.model.block import Block
 from torchlmoe.moe import MoE
 
@@ -163,6 +164,15 @@ class Decoder(nn.Module):
         """The mixtures of experts by the index of their block."""
         blocks = {index: block.feed_forward for index, block in self.blocks.items()}
         return {index: layer for index, layer in blocks.items() if isinstance(layer, MoE)}
+
+    def routed_layers(self) -> dict[str, MoE | MixtureOfMemories]:
+        """The layers whose router's load is counted and balanced, by the first part of their figures' names."""
+        layers = {
+            f"{kind}/{index}": layer
+            for index, block in self.blocks.items()
+            for kind, layer in (("mom", block.mixer), ("moe", block.feed_forward))
+        }
+        return {name: layer for name, layer in layers.items() if isinstance(layer, (MoE, MixtureOfMemories))}
 
     def flops_per_token(self, seq_len: int) -> int:
         """Forward FLOPs of one token in a sequence of `seq_len`, recurrences and output head included."""

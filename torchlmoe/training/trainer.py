@@ -181,14 +181,14 @@ class Trainer:
         grad_norm = clip_gradients(self.model, self.config.training.max_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        for layer, counts in zip(self.model.moe_layers().values(), self._by_layer(totals), strict=True):
+        for layer, counts in zip(self.model.routed_layers().values(), self._by_layer(totals), strict=True):
             layer.end_step(counts["counts"].long())
         return totals, grad_norm, lr
 
     def _totals(self, loss_sum: torch.Tensor) -> torch.Tensor:
-        """The loss and every MoE layer's counters, summed over ranks by one collective: float64, back to back."""
+        """The loss and every router's counters, summed over ranks by one collective: float64, back to back."""
         parts = [loss_sum[None]]
-        for layer in self.model.moe_layers().values():
+        for layer in self.model.routed_layers().values():
             counters = layer.pop_counters()
             parts += [counters[name].double().reshape(-1) for name in ("counts", "dropped", "aux_loss", "z_loss")]
         totals = torch.cat(parts)  # counts stay exact: far below 2^53
@@ -196,23 +196,20 @@ class Trainer:
         return totals
 
     def _by_layer(self, totals: torch.Tensor) -> list[dict[str, torch.Tensor]]:
-        num_experts = self.config.moe.num_experts
-        rows = totals[1:].view(-1, num_experts + 3)
-        return [
-            {"counts": row[:num_experts], "dropped": row[-3], "aux_loss": row[-2], "z_loss": row[-1]} for row in rows
-        ]
+        rows = totals[1:].split([layer.load_balance.num_experts + 3 for layer in self.model.routed_layers().values()])
+        return [{"counts": row[:-3], "dropped": row[-3], "aux_loss": row[-2], "z_loss": row[-1]} for row in rows]
 
     def _figures(self, totals: torch.Tensor) -> dict[str, Any]:
         totals = totals.cpu()
         figures: dict[str, Any] = {"loss": totals[0].item()}
-        for name, layer in zip(self.model.moe_layers(), self._by_layer(totals), strict=True):
+        for name, layer in zip(self.model.routed_layers(), self._by_layer(totals), strict=True):
             layer_figures = {
                 **load_figures(layer["counts"]),
                 "aux_loss": layer["aux_loss"].item(),
                 "z_loss": layer["z_loss"].item(),
                 "dropped_fraction": (layer["dropped"] / layer["counts"].sum()).item(),
             }
-            figures |= {f"moe/{name}/{key}": value for key, value in layer_figures.items()}
+            figures |= {f"{name}/{key}": value for key, value in layer_figures.items()}
         return figures
 
     @torch.no_grad()
