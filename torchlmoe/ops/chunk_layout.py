@@ -10,6 +10,7 @@ in parallel over documents, and no token is computed that belongs to padding bey
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -92,7 +93,11 @@ def chunk_layout(
 
     num_chunks = [-(-lengths_list[document] // chunk_size) for document in order]
     num_steps = max(num_chunks, default=0)
-    num_active = [sum(count > step for count in num_chunks) for step in range(num_steps)]
+    num_active, active = [], num_documents  # num_chunks falls
+    for step in range(num_steps):
+        while num_chunks[active - 1] <= step:
+            active -= 1
+        num_active.append(active)
 
     first_token, num_valid = [], []
     for step, count in enumerate(num_active):
@@ -114,3 +119,14 @@ def chunk_layout(
     return ChunkLayout(
         chunk_size, num_active, tokens, padded, slot_of_token, torch.tensor(order, dtype=torch.int64, device=device)
     )
+
+
+_kept = lru_cache(maxsize=16)(chunk_layout)
+
+
+def kept_layout(v: Tensor, cu_seqlens: Tensor | None, max_chunk_size: int) -> ChunkLayout:
+    """The layout of v's rows or documents, made once for all layers of a step, both ways.
+
+    For real tensors, not for traced ones. Raises ValueError for bounds that are none.
+    """
+    return _kept(*v.shape[:2], None if cu_seqlens is None else tuple(cu_seqlens.tolist()), max_chunk_size, v.device)

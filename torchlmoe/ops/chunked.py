@@ -22,12 +22,11 @@ Legend: M chunks, H heads of v, N = M * H, R readers, C tokens a chunk, K key wi
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from torchlmoe.ops.chunk_layout import ChunkLayout, chunk_layout
+from torchlmoe.ops.chunk_layout import ChunkLayout, chunk_layout, kept_layout
 from torchlmoe.ops.decayed_scores import ChannelDecayScores, ScalarDecayScores, Scores, UndecayedScores
 
 CHUNK_SIZE = 64
@@ -68,14 +67,9 @@ def layout_of(v: Tensor, cu_seqlens: Tensor | None) -> ChunkLayout:
     return chunk_layout(batch_size, length, None if cu_seqlens is None else cu_seqlens.tolist(), CHUNK_SIZE, v.device)
 
 
-@lru_cache(maxsize=8)
-def _kept_layout(batch_size: int, length: int, bounds: tuple[int, ...] | None, device: torch.device) -> ChunkLayout:
-    return chunk_layout(batch_size, length, bounds, CHUNK_SIZE, device)
-
-
 def kept_layout_of(v: Tensor, cu_seqlens: Tensor | None) -> ChunkLayout:
     """`layout_of`, made once for all layers of a step, both ways: for real tensors, not for traced ones."""
-    return _kept_layout(*v.shape[:2], None if cu_seqlens is None else tuple(cu_seqlens.tolist()), v.device)
+    return kept_layout(v, cu_seqlens, CHUNK_SIZE)
 
 
 def _cut(q, k, v, log_decay, erase, scale, layout) -> _Chunks:
