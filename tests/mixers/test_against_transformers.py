@@ -1,8 +1,9 @@
-"""Gated DeltaNet and gated attention against transformers' Qwen3-Next with copied weights, in float64."""
+"""Mixers against transformers with copied weights, in float64: Qwen3-Next's Gated DeltaNet and attention, Mamba."""
 
 import pytest
 import torch
-from transformers import Qwen3NextConfig
+from transformers import MambaConfig, Qwen3NextConfig
+from transformers.models.mamba.modeling_mamba import MambaMixer
 from transformers.models.qwen3_next.modeling_qwen3_next import (
     Qwen3NextAttention,
     Qwen3NextGatedDeltaNet,
@@ -115,3 +116,23 @@ def test_gated_attention():
         phases = Qwen3NextRotaryEmbedding(config)(x, positions)
         expected = theirs(x, position_embeddings=phases, attention_mask=mask)[0]
         assert_equal(ours(x, sequence=Sequence.of_rows(2, LENGTH)), expected, x)
+
+
+@torch.no_grad()
+def test_mamba():
+    config = MambaConfig(hidden_size=48, state_size=8, expand=2, conv_kernel=4, time_step_rank=5)
+    theirs = MambaMixer(config, layer_idx=0)
+    ours = drawn(MIXERS["mamba"](48, state_dim=8, step_rank=5, init_std=0.2))
+    ours.D.uniform_(-1, 1)
+    theirs.in_proj.weight.copy_(torch.cat([ours.x_proj.weight, ours.gate_proj.weight]))
+    theirs.conv1d.weight.copy_(ours.x_conv.weight[:, None])
+    theirs.conv1d.bias.copy_(ours.x_conv.bias)
+    theirs.x_proj.weight.copy_(ours.step_B_C_proj.weight)
+    theirs.dt_proj.weight.copy_(ours.step_proj.weight)
+    theirs.dt_proj.bias.copy_(ours.decay.dt_bias)
+    theirs.A_log.copy_(ours.decay.A_log)
+    theirs.D.copy_(ours.D)
+    theirs.out_proj.weight.copy_(ours.o_proj.weight)
+    x = inputs()
+    with torch.enable_grad():
+        assert_equal(ours(x, sequence=Sequence.of_rows(2, LENGTH)), theirs(x), x)

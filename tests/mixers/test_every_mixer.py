@@ -3,6 +3,8 @@
 A new mixer is one row in CASES.
 """
 
+import inspect
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -13,13 +15,17 @@ from torchlmoe.layers.initialization import named_draws
 from torchlmoe.layers.sequence import Sequence
 from torchlmoe.mixers import MIXERS
 
-# id -> (mixer, its settings beyond dim = 32 and num_heads = 4)
+# id -> (mixer, its settings beyond dim = 32 and, where it has heads, num_heads = 4)
 CASES = {
     "bla": ("bla", {}),
     "bla_normalizer": ("bla", dict(feature_map="elu", normalizer=True)),
     "gla": ("gla", {}),
     "gated_deltanet": ("gated_deltanet", {}),
     "gated_deltanet_shared_keys": ("gated_deltanet", dict(num_key_heads=2, head_dim=6, expand_v=2.0, conv_size=2)),
+    "mamba": ("mamba", {}),
+    "mamba_other_sizes": ("mamba", dict(expand=1.5, state_dim=3, step_rank=5, conv_size=2)),
+    "s4": ("s4", {}),
+    "s4_linear": ("s4", dict(state_dim=6, initialization="linear")),
     "attention": ("attention", {}),
     "attention_all_options": (
         "attention",
@@ -34,7 +40,9 @@ BOUNDS = torch.tensor([[0, 8, 9, 20, 20], [0, 20, 20, 20, 20]], dtype=torch.int3
 
 def build(case, dtype=torch.float64):
     name, options = CASES[case]
-    mixer = MIXERS[name](DIM, num_heads=HEADS, init_std=0.3, **options).to(dtype)
+    if "num_heads" in inspect.signature(MIXERS[name]).parameters:
+        options = {"num_heads": HEADS} | options
+    mixer = MIXERS[name](DIM, init_std=0.3, **options).to(dtype)
     with named_draws(mixer, seed=0):
         mixer.init_weights()
     return mixer

@@ -9,6 +9,12 @@ from torch import Tensor, nn
 from torchlmoe.layers.initialization import fill_
 
 
+def draw_step(whole: Tensor, low: float, high: float, generator: torch.Generator | None) -> None:
+    """Fills `whole` with biases whose softplus is log-uniform between `low` and `high`, for `fill_`."""
+    step = whole.uniform_(math.log(low), math.log(high), generator=generator).exp_()
+    whole.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
+
+
 class DecayGate(nn.Module):
     """x [..., heads] -> -exp(A_log) * softplus(x + dt_bias), in at least float32 (arXiv 2405.21060, 2412.06464)."""
 
@@ -22,13 +28,8 @@ class DecayGate(nn.Module):
 
     def init_weights(self) -> None:
         """exp(A_log) uniform in (0, max_rate), softplus(dt_bias) log-uniform between the two steps."""
-
-        def draw_step(whole: Tensor, generator: torch.Generator | None) -> None:
-            step = whole.uniform_(math.log(self.min_step), math.log(self.max_step), generator=generator).exp_()
-            whole.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
-
         fill_(self.A_log, lambda whole, generator: whole.uniform_(1e-2, self.max_rate, generator=generator).log_())
-        fill_(self.dt_bias, draw_step)
+        fill_(self.dt_bias, lambda whole, generator: draw_step(whole, self.min_step, self.max_step, generator))
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = torch.promote_types(self.A_log.dtype, torch.float32)
