@@ -8,23 +8,20 @@ channel, V = 1, and q, k and G that do not vary. A plain scan h_t = exp(g_t) h_{
 
 Tokens are put in the order of their place in their document, documents from the longest to the shortest
 (`chunk_layout` with chunks of one token), so that those of one place are one slice and the scan takes one fused
-multiply-add a place, with no padding. What is as large as a state per token lives for one span of places at a time; the
-states between spans are kept, and the backward computes each span again. No exponent is positive and nothing is
+multiply-add a place, with no padding. What is as large as a state per token lives for one slab of places at a time; the
+states between slabs are kept, and the backward computes each slab again. No exponent is positive and nothing is
 divided, so gates of any strength keep their digits.
 
-Legend: B batch, T tokens, H heads, K key width, V value width, N documents, P tokens of a span of places.
+Legend: B batch, T tokens, H heads, K key width, V value width, N documents, P tokens of a slab.
 """
-
-from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from torchlmoe.ops.chunk_layout import ChunkLayout, kept_layout
+from torchlmoe.ops.chunk_layout import kept_scan_layout
 
-SPAN = 32  # places; the state is kept once a span
+SLAB_STEPS = 32  # places; the state is kept once a slab
 
 
 def elementwise_recurrence(
@@ -197,24 +194,8 @@ def _reference(q, k, v, log_decay, step, initial_state, cu_seqlens) -> tuple[Ten
     return torch.stack([torch.stack(row) for row in rows]).to(v.dtype), torch.stack(last_states)
 
 
-@dataclass
-class _Span:
-    """The tokens of consecutive places: their rows in the layout's order, and how many there are at each place."""
-
-    tokens: Tensor
-    counts: list[int]
-
-
-def _spans(layout: ChunkLayout) -> Iterator[_Span]:
-    start = 0
-    for place in range(0, len(layout.num_active), SPAN):
-        counts = layout.num_active[place : place + SPAN]
-        yield _Span(layout.tokens_MC[start : start + sum(counts), 0], counts)
-        start += sum(counts)
-
-
 def _take(x: Tensor, tokens: Tensor, token_dim: int, dtype: torch.dtype) -> Tensor:
-    """The span's tokens of x [B, T, ...] as [P, ...]; x without tokens (of fewer dims) as [1, ...]."""
+    """The tokens of x [B, T, ...] as [P, ...]; x without tokens (of fewer dims) as [1, ...]."""
     rows = x.flatten(0, 1).index_select(0, tokens) if x.dim() == token_dim else x[None]
     return rows.to(dtype)
 
@@ -227,7 +208,7 @@ def _decay(log_decay: Tensor, step: Tensor | None, tokens: Tensor, dtype: torch.
 
 
 def _by_place(x: Tensor, counts: list[int]) -> list[Tensor]:
-    """Views of a span's rows, one a place; what does not vary with tokens is every place's."""
+    """Views of a slab's rows, one a place; what does not vary with tokens is every place's."""
     return list(x.split(counts)) if x.shape[0] == sum(counts) else [x] * len(counts)
 
 
@@ -249,26 +230,27 @@ def _forward(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns o, the final state and, for the backward, the state that each span finds, [rows, H, K, V]."""
-    layout = kept_layout(v, cu_seqlens, 1)
+    """Returns o, the final state and, for the backward, the state that each slab finds, [rows, H, K, V]."""
+    layout = kept_scan_layout(v, cu_seqlens, 1, SLAB_STEPS)
     state = _first_state(q, k, v, log_decay, initial_state, cu_seqlens).index_select(0, layout.order_N)
     dtype = state.dtype
     o = torch.zeros_like(v, memory_format=torch.contiguous_format)
     final, starts = torch.empty_like(state), []
-    for span in _spans(layout):
-        starts.append(state[: span.counts[0]])
-        decay = _decay(log_decay, step, span.tokens, dtype)
-        states = _take(k, span.tokens, 4, dtype)[..., None] * _take(v, span.tokens, 4, dtype)[:, :, None]
-        for now, decay_now in zip(states.split(span.counts), _by_place(decay, span.counts), strict=True):
+    for slab in layout.slabs:
+        tokens, counts = slab.tokens_MC[:, 0], slab.num_active
+        starts.append(state[: counts[0]])
+        decay = _decay(log_decay, step, tokens, dtype)
+        states = _take(k, tokens, 4, dtype)[..., None] * _take(v, tokens, 4, dtype)[:, :, None]
+        for now, decay_now in zip(states.split(counts), _by_place(decay, counts), strict=True):
             if now.shape[0] < state.shape[0]:
                 final[now.shape[0] : state.shape[0]] = state[now.shape[0] :]
                 state = state[: now.shape[0]]
             state = now.addcmul_(decay_now, state)
         if q is not None:
-            read = _real_like(_read(_take(q, span.tokens, 4, dtype), states), o)
-            o.view(-1, *v.shape[2:]).index_copy_(0, span.tokens, read.to(o.dtype))
+            read = _real_like(_read(_take(q, tokens, 4, dtype), states), o)
+            o.view(-1, *v.shape[2:]).index_copy_(0, tokens, read.to(o.dtype))
     final[: state.shape[0]] = state
-    return o, torch.empty_like(final).index_copy_(0, layout.order_N, final), torch.cat([*starts, state[:0]])
+    return o, layout.restore_order(final), torch.cat([*starts, state[:0]])
 
 
 @_forward.register_fake
@@ -293,7 +275,7 @@ def _backward(
     starts: Tensor,
 ) -> list[Tensor]:
     """Gradients of q, k, v, log_decay, step and initial_state; an operation cannot return None, so empty if absent."""
-    layout = kept_layout(v, cu_seqlens, 1)
+    layout = kept_scan_layout(v, cu_seqlens, 1, SLAB_STEPS)
     dtype = starts.dtype
     grads = [
         None if x is None else torch.zeros_like(x, dtype=_state_dtype(x), memory_format=torch.contiguous_format)
@@ -310,10 +292,10 @@ def _backward(
             grad += rows.sum(0)
 
     grad_final = grad_final.to(dtype).index_select(0, layout.order_N)
-    carry = grad_final[:0]  # the gradient of the state between the span and the one after it
+    carry = grad_final[:0]  # the gradient of the state between the slab and the one after it
     end = starts.shape[0]
-    for span in reversed(list(_spans(layout))):
-        tokens, counts = span.tokens, span.counts
+    for slab in reversed(layout.slabs):
+        tokens, counts = slab.tokens_MC[:, 0], slab.num_active
         state = starts[end - counts[0] : end]
         end -= counts[0]
         k_PHK, v_PHV = _take(k, tokens, 4, dtype), _take(v, tokens, 4, dtype)
@@ -363,7 +345,7 @@ def _backward(
         return [*result, k.new_empty(0)]
     grad_initial = torch.cat([carry, grad_final[carry.shape[0] :]])
     grad_initial = _real_like(grad_initial, initial_state).to(initial_state.dtype)
-    return [*result, torch.empty_like(grad_initial).index_copy_(0, layout.order_N, grad_initial)]
+    return [*result, layout.restore_order(grad_initial)]
 
 
 @_backward.register_fake

@@ -12,21 +12,20 @@ with A and M the sums of g and m since its start, and S and W those that it find
 
 Without momentum, S is the step alone and P_ts = exp(A_t - A_s). Mini-batches run one after another, over all documents
 and heads at once. They start anew with every document; `offset` says how much of a document's first one is past.
-The forward keeps the state once in SPAN mini-batches, the backward differentiates each span of them again.
+The forward keeps the state once in a slab of mini-batches, the backward differentiates each slab again.
 
 Legend: B batch, T tokens, H heads, K key width, V value width, N documents, M mini-batches, C slots of a mini-batch.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from torchlmoe.ops.chunk_layout import chunk_layout, kept_layout
+from torchlmoe.ops.chunk_layout import chunk_layout, kept_scan_layout
 
-SPAN = 16  # mini-batches
+SLAB_STEPS = 16  # mini-batches; the state is kept once a slab
 
 
 def online_gradient(
@@ -198,21 +197,12 @@ def _reference(
 
 @dataclass
 class _MiniBatches:
-    """Mini-batches by their place in the document first, documents from the longest to the shortest."""
+    """Those of a slab: by their place in the document first, documents from the longest to the shortest."""
 
-    counts: list[int]  # documents that have a j-th mini-batch, for each j
+    counts: list[int]  # documents that have a j-th mini-batch of the slab, for each j
     tokens_MC: Tensor  # the token at each slot, counted over all rows; 0 at empty ones
     filled_MC: Tensor  # whether there is one
     complete_M: Tensor  # whether the mini-batch ends with its last slot
-
-    def spans(self) -> Iterator["_MiniBatches"]:
-        """Itself in pieces of SPAN mini-batches of each document."""
-        start = 0
-        for step in range(0, len(self.counts), SPAN):
-            counts = self.counts[step : step + SPAN]
-            rows = slice(start, start + sum(counts))
-            start = rows.stop
-            yield _MiniBatches(counts, self.tokens_MC[rows], self.filled_MC[rows], self.complete_M[rows])
 
     def take(self, x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         """[B, T, H, ...] -> [M, H, C, ...], zero in empty slots."""
@@ -230,11 +220,11 @@ class _MiniBatches:
 
 def _mini_batches(
     v: Tensor, cu_seqlens: Tensor | None, offset: Tensor | None, size: int
-) -> tuple[_MiniBatches, Tensor]:
-    """All mini-batches, and the documents in their order."""
+) -> tuple[list[_MiniBatches], Tensor]:
+    """The slabs of mini-batches, and the documents in their order."""
     if offset is None:
-        layout = kept_layout(v, cu_seqlens, size)
-        tokens = layout.tokens_MC
+        layout = kept_scan_layout(v, cu_seqlens, size, SLAB_STEPS)
+        token_at = None
     else:
         # As if the tokens that are past stood there, with nothing in their slots.
         bounds = _bounds(v, cu_seqlens)
@@ -243,15 +233,16 @@ def _mini_batches(
             if end > start:
                 places += [-1] * past + list(range(start, end))
             shifted.append(len(places))
-        layout = chunk_layout(1, len(places), shifted, size, v.device)
-        tokens = torch.tensor(places, dtype=torch.int64, device=v.device)[layout.tokens_MC]
-    reached = torch.ones_like(tokens, dtype=torch.bool)
-    if layout.padded_M_C is not None:
-        reached.view(-1)[layout.padded_M_C] = False
-    # A layout of shorter chunks has no document as long as a mini-batch.
-    complete = reached.all(1) if layout.chunk_size == size else torch.zeros_like(reached[:, 0])
-    filled = reached & (tokens >= 0)
-    return _MiniBatches(layout.num_active, tokens.clamp_min(0), filled, complete), layout.order_N
+        layout = chunk_layout(1, len(places), shifted, size, SLAB_STEPS * len(offset), v.device)
+        token_at = torch.tensor(places, dtype=torch.int64, device=v.device)
+    slabs = []
+    for slab in layout.slabs:
+        tokens = slab.tokens_MC if token_at is None else token_at[slab.tokens_MC]
+        reached = torch.ones_like(tokens, dtype=torch.bool) if slab.padded_MC is None else ~slab.padded_MC
+        # A layout of shorter chunks has no document as long as a mini-batch.
+        complete = reached.all(1) & (tokens.shape[1] == size)
+        slabs.append(_MiniBatches(slab.num_active, tokens.clamp_min(0), reached & (tokens >= 0), complete))
+    return slabs, layout.order_N
 
 
 def _decays(log: Tensor) -> tuple[Tensor, Tensor]:
@@ -262,7 +253,7 @@ def _decays(log: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _descend(
-    span: _MiniBatches,
+    slab: _MiniBatches,
     norm_eps: float,
     state: Tensor,
     q: Tensor,
@@ -274,14 +265,14 @@ def _descend(
     log_decay: Tensor | None,
     log_momentum: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """A span of mini-batches, [M, H, C, ...], from the state of the documents that it has; differentiable.
+    """A slab of mini-batches, [M, H, C, ...], from the state of the documents that it has; differentiable.
 
-    Returns o [M, H, C, V], and the state after the span or after the document's last mini-batch.
+    Returns o [M, H, C, V], and the state after the slab or after the document's last mini-batch.
     """
     from_start, path = _decays(torch.zeros_like(learning_rate) if log_decay is None else log_decay)
     if log_momentum is not None:
         momentum_from_start, momentum_path = _decays(log_momentum)
-        path = path * span.filled_MC[:, None, None, :]  # in an empty slot W does not take S up once more
+        path = path * slab.filled_MC[:, None, None, :]  # in an empty slot W does not take S up once more
         from_momentum = (path @ momentum_from_start[..., None])[..., 0]
         path = path @ momentum_path
         momentum_key = k * (momentum_path[..., -1, :] * learning_rate)[..., None]
@@ -289,12 +280,12 @@ def _descend(
     scores = (q @ k.mT) * path
     written_key = k * path[..., -1, :, None]
     decayed_q = q * from_start[..., None]
-    complete = span.complete_M[:, None, None, None]
+    complete = slab.complete_M[:, None, None, None]
     weight, bias = norm_weight[:, None], norm_bias[:, None]
 
     outputs, finished = [], []
     start = 0
-    for count in span.counts:
+    for count in slab.counts:
         rows = slice(start, start + count)
         start += count
         finished.append(state[count:])
@@ -312,9 +303,9 @@ def _descend(
     return torch.cat(outputs), torch.cat([state, *reversed(finished)])
 
 
-def _span_inputs(span: _MiniBatches, dtype: torch.dtype, tensors: list[Tensor | None]) -> list:
+def _slab_inputs(slab: _MiniBatches, dtype: torch.dtype, tensors: list[Tensor | None]) -> list:
     """q, k, v, learning_rate, norm_weight, norm_bias, log_decay and log_momentum as `_descend` takes them."""
-    return [x.to(dtype) if x is not None and x.dim() == 2 else span.take(x, dtype) for x in tensors]
+    return [x.to(dtype) if x is not None and x.dim() == 2 else slab.take(x, dtype) for x in tensors]
 
 
 @torch.library.custom_op("torchlmoe::online_gradient", mutates_args=())
@@ -333,18 +324,18 @@ def _forward(
     offset: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns o, the final state and, for the backward, the state that each span finds, [rows, H, 2 or 3, K, V]."""
-    batches, order_N = _mini_batches(v, cu_seqlens, offset, mini_batch_size)
+    """Returns o, the final state and, for the backward, the state that each slab finds, [rows, H, 2 or 3, K, V]."""
+    slabs, order_N = _mini_batches(v, cu_seqlens, offset, mini_batch_size)
     state = _first_state(k, v, log_momentum, initial_state, cu_seqlens).index_select(0, order_N)
     o = torch.zeros_like(v, memory_format=torch.contiguous_format)
     final, starts = state.clone(), []  # that of an empty document is what came in
-    for span in batches.spans():
-        starts.append(state[: span.counts[0]])
+    for slab in slabs:
+        starts.append(state[: slab.counts[0]])
         tensors = [q, k, v, learning_rate, norm_weight, norm_bias, log_decay, log_momentum]
-        o_MHCV, state = _descend(span, norm_eps, starts[-1], *_span_inputs(span, state.dtype, tensors))
-        span.put(o, o_MHCV)
+        o_MHCV, state = _descend(slab, norm_eps, starts[-1], *_slab_inputs(slab, state.dtype, tensors))
+        slab.put(o, o_MHCV)
         final[: state.shape[0]] = state
-        state = state[: span.counts[-1]]
+        state = state[: slab.counts[-1]]
     return o, torch.empty_like(final).index_copy_(0, order_N, final), torch.cat([*starts, state[:0]])
 
 
@@ -376,34 +367,34 @@ def _backward(
     starts: Tensor,
 ) -> list[Tensor]:
     """Gradients of q .. initial_state; an operation cannot return None, so empty if absent."""
-    batches, order_N = _mini_batches(v, cu_seqlens, offset, mini_batch_size)
+    slabs, order_N = _mini_batches(v, cu_seqlens, offset, mini_batch_size)
     tensors = [q, k, v, learning_rate, norm_weight, norm_bias, log_decay, log_momentum]
     dtype = starts.dtype
     grads = [None if x is None else torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format)
              for x in tensors]  # fmt: skip
-    grad_state = grad_final.to(dtype).index_select(0, order_N)  # of every document's state after the span
+    grad_state = grad_final.to(dtype).index_select(0, order_N)  # of every document's state after the slab
     end = starts.shape[0]
-    for span in reversed(list(batches.spans())):
-        state = starts[end - span.counts[0] : end]
-        end -= span.counts[0]
-        inputs = _span_inputs(span, dtype, tensors)
+    for slab in reversed(slabs):
+        state = starts[end - slab.counts[0] : end]
+        end -= slab.counts[0]
+        inputs = _slab_inputs(slab, dtype, tensors)
         given = [index for index, x in enumerate(inputs) if x is not None]
 
-        def descend(state: Tensor, *present: Tensor, span=span, given=given) -> tuple[Tensor, Tensor]:
+        def descend(state: Tensor, *present: Tensor, slab=slab, given=given) -> tuple[Tensor, Tensor]:
             arguments = dict.fromkeys(range(len(tensors))) | dict(zip(given, present, strict=True))
-            return _descend(span, norm_eps, state, *arguments.values())  # type: ignore[arg-type]
+            return _descend(slab, norm_eps, state, *arguments.values())  # type: ignore[arg-type]
 
         # Autograd is off within an operation; torch.func is not.
         pull_back = torch.func.vjp(descend, state, *(inputs[index] for index in given))[1]
-        grad_o_MHCV = span.take(grad_o, dtype)
-        grad_state[: span.counts[0]], *grads_of_span = pull_back((grad_o_MHCV, grad_state[: span.counts[0]].clone()))
-        for index, grad in zip(given, grads_of_span, strict=True):
+        grad_o_MHCV = slab.take(grad_o, dtype)
+        grad_state[: slab.counts[0]], *grads_of_slab = pull_back((grad_o_MHCV, grad_state[: slab.counts[0]].clone()))
+        for index, grad in zip(given, grads_of_slab, strict=True):
             into = grads[index]
             assert into is not None
             if into.dim() == 2:
                 into += grad
             else:
-                span.put(into, grad)
+                slab.put(into, grad)
     result = [
         k.new_empty(0) if x is None or grad is None else grad.to(x.dtype)
         for x, grad in zip(tensors, grads, strict=True)
