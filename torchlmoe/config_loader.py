@@ -214,14 +214,24 @@ def _merge(into: dict[str, Any], source: dict[str, Any]) -> None:
 
 
 def _option_types(mixer: str) -> dict[str, tuple[Any, Any]]:
-    """The keyword arguments of a mixer's constructor: name -> (type with limits, default)."""
-    constructor = MIXERS[mixer].__init__
-    hints = get_type_hints(constructor, include_extras=True)
-    return {
-        name: (hints[name], ... if parameter.default is inspect.Parameter.empty else parameter.default)
-        for name, parameter in inspect.signature(constructor).parameters.items()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-    }
+    """The keyword arguments of a mixer's constructor: name -> (type with limits, default).
+
+    Where it hands on `**options`, those of its parent's constructor too.
+    """
+    options: dict[str, tuple[Any, Any]] = {}
+    for base in MIXERS[mixer].__mro__:
+        constructor = base.__dict__.get("__init__")
+        if constructor is None:
+            continue
+        hints = get_type_hints(constructor, include_extras=True)
+        parameters = inspect.signature(constructor).parameters.values()
+        for parameter in parameters:
+            if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+                default = ... if parameter.default is inspect.Parameter.empty else parameter.default
+                options.setdefault(parameter.name, (hints[parameter.name], default))
+        if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+            break
+    return options
 
 
 def _check_layers(config: Config) -> None:

@@ -67,3 +67,8 @@ def uniform_(parameter: Tensor, low: float, high: float) -> None:
 def constant_(parameter: Tensor, value: float) -> None:
     """Every element `value`."""
     fill_(parameter, lambda whole, generator: whole.fill_(value))
+
+
+def copy_(parameter: Tensor, values: Tensor) -> None:
+    """The given values, of the parameter's shape."""
+    fill_(parameter, lambda whole, generator: whole.copy_(values))

@@ -1,11 +1,12 @@
 """The recurrences as submodules, so that a sequence-parallel plan can name them."""
 
+import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
 from torchlmoe.layers.sequence import Sequence
-from torchlmoe.ops.elementwise_recurrence import check_backend, elementwise_recurrence
-from torchlmoe.ops.linear_recurrence import linear_recurrence
+from torchlmoe.ops import elementwise_recurrence, linear_recurrence, online_gradient
+from torchlmoe.ops.elementwise_recurrence import check_backend
 
 
 class LinearRecurrence(nn.Module):
@@ -31,6 +32,18 @@ class ElementwiseRecurrence(nn.Module):
         return elementwise_recurrence(q, k, v, backend=self.backend, **terms)
 
 
+class OnlineGradient(nn.Module):
+    """`ops.online_gradient` with its signature and a backend of its own. Looks across tokens."""
+
+    def __init__(self, backend: str = "auto"):
+        super().__init__()
+        check_backend(backend, "online_gradient")
+        self.backend = backend
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, **terms) -> tuple[Tensor, Tensor | None]:
+        return online_gradient(q, k, v, backend=self.backend, **terms)
+
+
 def recur(
     recurrence: nn.Module, q: Tensor, k: Tensor, v: Tensor, *, sequence: Sequence, cache: TensorDict | None, **terms
 ) -> Tensor:
@@ -40,3 +53,11 @@ def recur(
     o, state = recurrence(q, k, v, initial_state=cache["state"], output_final_state=True, **terms)
     cache["state"].copy_(state)
     return o
+
+
+def recur_normalized(
+    recurrence: nn.Module, q: Tensor, k: Tensor, v: Tensor, *, normalizer_eps: float, **others
+) -> Tensor:
+    """`recur`, divided by the sum of the attention weights, which is what a column of ones on v reads."""
+    o = recur(recurrence, q, k, torch.cat([v, torch.ones_like(v[..., :1])], -1), **others)
+    return o[..., :-1] / (o[..., -1:] + normalizer_eps)

@@ -1,5 +1,7 @@
 """What every sequence mixer is: the small protocol that the model, the trainer and the parallel styles rely on."""
 
+from dataclasses import dataclass
+
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
@@ -10,14 +12,31 @@ from torchlmoe.layers.linear import Linear
 from torchlmoe.layers.sequence import Sequence
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where in the model a layer stands: given to the mixers whose constructor takes a `place`.
+
+    index: of the block, from 0. num_layers: blocks in the model. first: whether no earlier block has the same mixer.
+    """
+
+    index: int = 0
+    num_layers: int = 1
+    first: bool = True
+
+
 class Mixer(nn.Module):
     """x [B, T, dim] -> [B, T, dim], looking across tokens only inside its recurrence, its convolutions or `inner`.
 
     The keyword arguments of a mixer's constructor are its settings in `[model.layers.<letter>]`: annotate each with
     its type and, through `pydantic.Field`, its range and meaning.
+
+    A mixer whose layers hand a tensor on, from the first of them to all later ones, sets `shared_width`: then its
+    forward also takes `shared` [B, T, shared_width] and returns it, its own or the one it was given, beside y. Blocks
+    with other mixers pass it along.
     """
 
     init_std: float
+    shared_width: int = 0
 
     def forward(self, x: Tensor, *, sequence: Sequence, cache: TensorDict | None = None) -> Tensor:
         """cache: what `init_cache` returned, brought up to date in place; then each row is one document."""
@@ -38,6 +57,12 @@ class Mixer(nn.Module):
     ) -> TensorDict:
         """Decoding state of `batch_size` rows of at most `max_length` tokens."""
         raise TypeError(f"{type(self).__name__} must define init_cache(batch_size, max_length, dtype, device).")
+
+    def common(self, num_layers: int) -> nn.Module | None:
+        """What the `num_layers` layers of a letter have in common in the model: a module that, called without
+        arguments, returns an entry for each of them, which its forward takes as `common`. None: nothing.
+        """
+        return None
 
     def flops_per_token(self, seq_len: int) -> int:
         """Forward FLOPs of one token in a sequence of `seq_len`, a multiply-add counting two, recurrence included."""

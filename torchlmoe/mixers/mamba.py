@@ -31,23 +31,23 @@ class SelectiveDecay(nn.Module):
     """x [B, T, channels] -> the step, like x, and its rates [N, channels] (<= 0), in at least float32."""
 
     float32_island = True
-    weight_decay = False
 
     def __init__(self, channels: int, state_dim: int):
         super().__init__()
-        self.A_log = nn.Parameter(torch.empty(channels, state_dim))
+        self.A_log = nn.Parameter(torch.empty(channels * state_dim))  # a vector, which has no weight decay
         self.dt_bias = nn.Parameter(torch.empty(channels))
 
     def init_weights(self) -> None:
         """A = -1 .. -N in every channel (S4D-Real); softplus(dt_bias) log-uniform in [0.001, 0.1]."""
-        rates = torch.arange(1, self.A_log.shape[1] + 1).log()
-        fill_(self.A_log, lambda whole, generator: whole.copy_(rates.expand_as(whole)))
+        channels = self.dt_bias.shape[0]
+        rates = torch.arange(1, self.A_log.shape[0] // channels + 1).repeat(channels)
+        fill_(self.A_log, lambda whole, generator: whole.copy_(rates).log_())
         fill_(self.dt_bias, lambda whole, generator: draw_step(whole, 1e-3, 1e-1, generator))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(self.A_log.dtype, torch.float32)
         step = F.softplus(x.to(dtype) + self.dt_bias.to(dtype))
-        return step, -self.A_log.to(dtype).exp().mT
+        return step, -self.A_log.to(dtype).exp().view(step.shape[-1], -1).mT
 
 
 class Mamba(Mixer):

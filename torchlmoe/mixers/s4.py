@@ -39,30 +39,32 @@ class DiagonalStateSpace(nn.Module):
     """Its discrete form: what reads the state, [dim, N / 2], and its log decay, [dim, N / 2, 1], both complex."""
 
     float32_island = True
-    weight_decay = False
 
     def __init__(self, dim: int, state_dim: int, initialization: str):
         super().__init__()
         self.initialization = initialization
-        self.A_log = nn.Parameter(torch.empty(dim, state_dim // 2))
-        self.frequency = nn.Parameter(torch.empty(dim, state_dim // 2))
-        self.C = nn.Parameter(torch.empty(dim, state_dim // 2, 2))
+        # Vectors, which have no weight decay.
+        self.A_log = nn.Parameter(torch.empty(dim * state_dim // 2))
+        self.frequency = nn.Parameter(torch.empty(dim * state_dim // 2))
+        self.C = nn.Parameter(torch.empty(dim * state_dim))
         self.log_step = nn.Parameter(torch.empty(dim))
 
     def init_weights(self) -> None:
         """A by HiPPO, C complex normal of variance one, the step log-uniform in [0.001, 0.1]."""
-        pairs = self.frequency.shape[1]
+        dim = self.log_step.shape[0]
+        pairs = self.frequency.shape[0] // dim
         frequencies = hippo_frequencies(2 * pairs) if self.initialization == "legs" else torch.pi * torch.arange(pairs)
         constant_(self.A_log, math.log(0.5))
-        fill_(self.frequency, lambda whole, generator: whole.copy_(frequencies.expand_as(whole)))
+        fill_(self.frequency, lambda whole, generator: whole.copy_(frequencies.repeat(dim)))
         normal_(self.C, 0.5**0.5)
         uniform_(self.log_step, math.log(1e-3), math.log(1e-1))
 
     def forward(self) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(self.A_log.dtype, torch.float32)
-        A = torch.complex(-self.A_log.to(dtype).exp(), self.frequency.to(dtype))
-        log_decay = A * self.log_step.to(dtype).exp()[:, None]
-        return 2 * torch.view_as_complex(self.C.to(dtype)) * torch.expm1(log_decay) / A, log_decay[..., None]
+        step = self.log_step.to(dtype).exp()[:, None]
+        A = torch.complex(-self.A_log.to(dtype).exp(), self.frequency.to(dtype)).view(step.shape[0], -1)
+        C = torch.view_as_complex(self.C.to(dtype).view(*A.shape, 2))
+        return 2 * C * torch.expm1(step * A) / A, (step * A)[..., None]
 
 
 class S4(Mixer):

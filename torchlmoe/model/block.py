@@ -10,7 +10,10 @@ from torchlmoe.moe import MoE
 
 
 class Block(nn.Module):
-    """x [B, T, dim] -> like x. feed_forward: a mixture of experts or a dense MLP."""
+    """x [B, T, dim] -> like x, and with `shared` a pair of both (see `Mixer.shared_width`, and `common` there).
+
+    feed_forward: a mixture of experts or a dense MLP.
+    """
 
     def __init__(self, dim: int, mixer: Mixer, feed_forward: nn.Module, norm_eps: float):
         super().__init__()
@@ -19,12 +22,28 @@ class Block(nn.Module):
         self.feed_forward_norm = RMSNorm(dim, norm_eps)
         self.feed_forward = feed_forward
 
-    def forward(self, x: Tensor, *, sequence: Sequence, cache: TensorDict | None = None) -> Tensor:
-        x = x + self.mixer(self.mixer_norm(x), sequence=sequence, cache=cache)
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        sequence: Sequence,
+        cache: TensorDict | None = None,
+        shared: Tensor | None = None,
+        common: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        context = dict(sequence=sequence, cache=cache) | ({} if common is None else {"common": common})
+        mixed = self.mixer_norm(x)
+        if shared is not None and self.mixer.shared_width:
+            mixed, shared = self.mixer(mixed, **context, shared=shared)
+        else:
+            mixed = self.mixer(mixed, **context)
+        x = x + mixed
         normed = self.feed_forward_norm(x)
         if isinstance(self.feed_forward, MoE):
-            return x + self.feed_forward(normed, sequence=sequence)
-        return x + self.feed_forward(normed)
+            x = x + self.feed_forward(normed, sequence=sequence)
+        else:
+            x = x + self.feed_forward(normed)
+        return x if shared is None else (x, shared)
 
     def init_weights(self) -> None:
         for module in (self.mixer_norm, self.mixer, self.feed_forward_norm, self.feed_forward):

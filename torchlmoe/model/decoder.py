@@ -13,6 +13,7 @@ Built on the meta device and then initialised:
 Legend: B rows, T tokens in a row, V vocabulary.
 """
 
+import inspect
 from dataclasses import asdict
 
 import torch
@@ -27,6 +28,7 @@ from torchlmoe.layers.mlp import MLP
 from torchlmoe.layers.norms import RMSNorm
 from torchlmoe.layers.sequence import Sequence
 from torchlmoe.mixers import MIXERS
+from torchlmoe.mixers.base import Place
 from torchlmoe.model.block import Block
 from torchlmoe.moe import MoE
 
@@ -80,8 +82,15 @@ class Decoder(nn.Module):
         self.embedding = Embedding(vocab_size, settings.dim, settings.init_std)
         pattern = settings.layer_pattern
         self.blocks = nn.ModuleDict()
-        for index in range(settings.num_layers):
-            mixer, mlp, options = layer_options(config, pattern[index % len(pattern)])
+        self.common = nn.ModuleDict()  # by letter
+        self.shared_width = 0
+        letters = [pattern[index % len(pattern)] for index in range(settings.num_layers)]
+        self.places_in_common = {
+            str(index): (letter, letters[:index].count(letter)) for index, letter in enumerate(letters)
+        }
+        seen: set[str] = set()
+        for index, letter in enumerate(letters):
+            mixer, mlp, options = layer_options(config, letter)
             feed_forward: nn.Module
             if mlp == "moe":
                 feed_forward = MoE(settings.dim, init_std=settings.init_std, **asdict(config.moe))
@@ -89,10 +98,15 @@ class Decoder(nn.Module):
                 # 8/3 keeps the parameters of a SwiGLU those of a plain MLP of width 4.
                 hidden_dim = settings.mlp_dim or 16 * round(settings.dim * 8 / 3 / 16)
                 feed_forward = MLP(settings.dim, hidden_dim, init_std=settings.init_std)
+            if "place" in inspect.signature(MIXERS[mixer]).parameters:
+                options["place"] = Place(index, settings.num_layers, first=mixer not in seen)
+            seen.add(mixer)
+            built = MIXERS[mixer](settings.dim, **options)
+            self.shared_width = max(self.shared_width, built.shared_width)
+            if letter not in letters[:index] and (common := built.common(letters.count(letter))) is not None:
+                self.common[letter] = common
             # A dict, so that a pipeline stage which holds some blocks keeps their names.
-            self.blocks[str(index)] = Block(
-                settings.dim, MIXERS[mixer](settings.dim, **options), feed_forward, settings.norm_eps
-            )
+            self.blocks[str(index)] = Block(settings.dim, built, feed_forward, settings.norm_eps)
         self.head = Head(
             settings.dim,
             None if settings.tie_embeddings else vocab_size,
@@ -105,8 +119,8 @@ class Decoder(nn.Module):
         """Draws every parameter from (seed, its name), so that each way of sharding starts from the same weights."""
         with named_draws(self, seed):
             self.embedding.init_weights()
-            for block in self.blocks.values():
-                block.init_weights()  # type: ignore[operator]
+            for module in (*self.common.values(), *self.blocks.values()):
+                module.init_weights()  # type: ignore[operator]
             self.head.init_weights()
 
     def forward(
@@ -132,8 +146,15 @@ class Decoder(nn.Module):
         else:
             sequence = Sequence.of_packed_rows(document_bounds, length, loss_weight)
             x = self.embedding(tokens.reshape(1, -1))
-        for block in self.blocks.values():
-            x = block(x, sequence=sequence)
+        shared = x.new_zeros(*x.shape[:2], self.shared_width) if self.shared_width else None
+        common = {letter: module() for letter, module in self.common.items()}
+        for index, block in self.blocks.items():
+            letter, place = self.places_in_common[index]
+            context = dict(sequence=sequence, common=common[letter][place] if letter in common else None)
+            if shared is None:
+                x = block(x, **context)
+            else:
+                x, shared = block(x, **context, shared=shared)
         tied_weight = self.embedding.weight if self.head.projection is None else None
         output = self.head(x, labels, tied_weight)
         return output if labels is not None else output.view(batch_size, length, -1)

@@ -105,12 +105,10 @@ def elementwise_flops_per_token(
     return num_heads * key_dim * value_dim * per_element
 
 
-def check_backend(backend: str) -> None:
-    """Raises ValueError for a backend that `elementwise_recurrence` has not."""
+def check_backend(backend: str, operation: str = "elementwise_recurrence") -> None:
+    """Raises ValueError for a backend that the operation has not."""
     if backend not in ("auto", "chunked", "reference"):
-        raise ValueError(
-            f"backend = {backend!r} is not served by elementwise_recurrence; use 'auto', 'chunked' or 'reference'."
-        )
+        raise ValueError(f"backend = {backend!r} is not served by {operation}; use 'auto', 'chunked' or 'reference'.")
 
 
 def _check(q, k, v, log_decay, step, initial_state, cu_seqlens, backend) -> None:

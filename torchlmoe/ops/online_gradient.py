@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from torchlmoe.ops.chunk_layout import chunk_layout, kept_scan_layout
+from torchlmoe.ops.elementwise_recurrence import check_backend
 
 SLAB_STEPS = 16  # mini-batches; the state is kept once a slab
 
@@ -92,14 +93,6 @@ def online_gradient_flops_per_token(
     return num_heads * key_dim * value_dim * per_element
 
 
-def check_backend(backend: str) -> None:
-    """Raises ValueError for a backend that `online_gradient` has not."""
-    if backend not in ("auto", "chunked", "reference"):
-        raise ValueError(
-            f"backend = {backend!r} is not served by online_gradient; use 'auto', 'chunked' or 'reference'."
-        )
-
-
 def _check(
     q, k, v, learning_rate, norm_weight, norm_bias, log_decay, log_momentum, mini_batch_size, initial_state, offset,
     cu_seqlens, backend,
@@ -108,7 +101,7 @@ def _check(
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{name} has shape {list(tensor.shape)}; with this k and v it must be {list(shape)}.")
 
-    check_backend(backend)
+    check_backend(backend, "online_gradient")
     if mini_batch_size < 1:
         raise ValueError(f"mini_batch_size = {mini_batch_size} must be at least 1.")
     if v.dim() != 4 or k.dim() != 4:

@@ -26,6 +26,8 @@ def apply_fsdp(model: Decoder, mesh: DeviceMesh, dtype: torch.dtype) -> None:
         if casts_down and islands:
             fully_shard(islands, mesh=mesh)
         fully_shard(block, mesh=mesh, mp_policy=policy)
+    for module in model.common.values():
+        fully_shard(module, mesh=mesh)
     outer: list[nn.Module] = [model.embedding, model.head]
     if model.head.projection is None:  # the head uses the embedding's weight: they live in one group
         fully_shard(outer, mesh=mesh, mp_policy=policy, reshard_after_forward=False)

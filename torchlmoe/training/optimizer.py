@@ -8,22 +8,11 @@ from torchlmoe.config import Optimizer
 
 
 def build_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
-    """AdamW; weight decay on matrices and stacks of them, none on vectors (norms, gates, biases).
-
-    None either on the parameters of modules marked `weight_decay = False` (the rates of state spaces).
-    """
+    """AdamW; weight decay on matrices and stacks of them, none on vectors (norms, gates, biases)."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    exempt = {
-        id(parameter)
-        for module in model.modules()
-        if not getattr(module, "weight_decay", True)
-        for parameter in module.parameters(recurse=False)
-    }
-    decayed = [p for p in parameters if p.dim() >= 2 and id(p) not in exempt]
-    others = [p for p in parameters if p.dim() < 2 or id(p) in exempt]
     groups = [
-        {"params": decayed, "weight_decay": settings.weight_decay},
-        {"params": others, "weight_decay": 0.0},
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],

@@ -1,0 +1,50 @@
+"""The token before, as a module with its own decoding cache, and mixtures of the two (arXiv 2305.13048)."""
+
+import torch
+import torch.nn.functional as F
+from tensordict import TensorDict
+from torch import Tensor, nn
+
+from torchlmoe.layers.initialization import copy_
+from torchlmoe.layers.sequence import Sequence
+
+
+class TokenMix(nn.Module):
+    """x + (previous - x) * weight, weight from 0 to 1 per channel: [B, T, channels] -> like x.
+
+    power: at the start the weight of channel i is 1 - (i / channels)^power.
+    """
+
+    def __init__(self, channels: int, power: float):
+        super().__init__()
+        self.power = power
+        self.weight = nn.Parameter(torch.empty(channels))
+
+    def init_weights(self) -> None:
+        channels = len(self.weight)
+        copy_(self.weight, 1 - (torch.arange(channels) / channels) ** self.power)
+
+    def forward(self, x: Tensor, difference: Tensor, more_weight: Tensor | None = None) -> Tensor:
+        """difference: previous - x. more_weight: added to the weight, per token, like x."""
+        return torch.addcmul(x, difference, self.weight if more_weight is None else self.weight + more_weight)
+
+
+class TokenShift(nn.Module):
+    """x [B, T, channels] -> like x: each token's predecessor, zero for a document's first. Looks across tokens."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.channels = channels
+
+    def forward(self, x: Tensor, *, sequence: Sequence, cache: TensorDict | None = None) -> Tensor:
+        if cache is None:
+            shifted = F.pad(x, (0, 0, 1, -1))
+        else:
+            shifted = torch.cat([cache["input"].to(x.dtype), x[:, :-1]], 1)
+            cache["input"].copy_(x[:, -1:])
+        return shifted.masked_fill(sequence.positions[..., None] == 0, 0)
+
+    def init_cache(self, batch_size: int, dtype: torch.dtype, device: torch.device | None = None) -> TensorDict:
+        """The last input."""
+        last = torch.zeros(batch_size, 1, self.channels, dtype=dtype, device=device)
+        return TensorDict({"input": last}, batch_size=[batch_size])
