@@ -7,18 +7,29 @@ import torch
 import torch.nn.functional as F
 
 from torchlmoe.ops import linear_recurrence, span_summary
-from torchlmoe.ops.chunked import chunked_forward
+from torchlmoe.ops.chunked import Terms, chunked_forward, layout_of
 
 TERMS = {
-    "none": dict(decay=None, erase=None),
-    "head": dict(decay="head", erase=None),
-    "scalar": dict(decay="scalar", erase=None),
-    "channel": dict(decay="channel", erase=None),
-    "delta": dict(decay=None, erase="beta"),
-    "gated_delta": dict(decay="scalar", erase="beta"),
-    "channel_delta": dict(decay="channel", erase="beta"),
-    "erase_vector": dict(decay="scalar", erase="vector"),
+    "none": (),
+    "head": ("head",),
+    "scalar": ("scalar",),
+    "channel": ("channel",),
+    "value": ("value",),
+    "scalar_value": ("scalar", "value"),
+    "channel_value": ("channel", "value"),
+    "bonus": ("bonus",),
+    "head_bonus": ("head", "bonus"),
+    "channel_bonus": ("channel", "bonus"),
+    "channel_value_bonus": ("channel", "value", "bonus"),
+    "delta": ("beta",),
+    "gated_delta": ("scalar", "beta"),
+    "channel_delta": ("channel", "beta"),
+    "erase_vector": ("scalar", "vector"),
+    "elsewhere": ("beta", "key"),
+    "gated_elsewhere": ("head", "beta", "key"),
+    "rwkv7": ("rwkv7",),
 }
+TENSORS = ("q", "k", "v", "log_decay", "erase", "erase_key", "value_log_decay", "bonus")
 LENGTHS = [1, 2, 63, 64, 65, 200]
 DOCUMENTS = [0, 0, 1, 2, 66, 66, 67, 190, 200, 200]  # empty, one-token, and longer ones
 
@@ -39,13 +50,28 @@ def make_inputs(terms, batch_size, length, *, heads=1, value_heads=2, key_dim=6,
     k = F.normalize(randn(*tokens, heads, key_dim), dim=-1)
     k = k * (torch.rand(*tokens, heads, 1, generator=generator) > 0.1)
     inputs = dict(q=randn(*tokens, heads, key_dim), k=k, v=randn(*tokens, value_heads, value_dim))
-    shapes = {"head": (value_heads,), "scalar": (*tokens, value_heads), "channel": (*tokens, value_heads, key_dim)}
-    if terms["decay"]:
-        inputs["log_decay"] = gates(*shapes[terms["decay"]])
-    if terms["erase"] == "beta":
-        inputs["erase"] = torch.rand(*tokens, value_heads, dtype=torch.float64, generator=generator) * 2
-    elif terms["erase"] == "vector":
-        inputs["erase"] = F.normalize(randn(*tokens, value_heads, key_dim), dim=-1)
+    heads_of = (*tokens, value_heads)
+    makers = {
+        "head": lambda: {"log_decay": gates(value_heads)},
+        "scalar": lambda: {"log_decay": gates(*heads_of)},
+        "channel": lambda: {"log_decay": gates(*heads_of, key_dim)},
+        "value": lambda: {"value_log_decay": gates(*heads_of, value_dim)},
+        "bonus": lambda: {"bonus": randn(value_heads, key_dim)},
+        "beta": lambda: {"erase": 2 * torch.rand(*heads_of, dtype=torch.float64, generator=generator)},
+        "vector": lambda: {"erase": F.normalize(randn(*heads_of, key_dim), dim=-1)},
+        "key": lambda: {"erase_key": F.normalize(randn(*heads_of, key_dim), dim=-1)},
+        "rwkv7": lambda: rwkv7(
+            gates(*heads_of, key_dim).clamp_min(-0.6), F.normalize(randn(*heads_of, key_dim), dim=-1)
+        ),
+    }
+
+    def rwkv7(gate, direction):
+        """What is taken out is the state before its decay at a, and goes in at b = -a * rate."""
+        rate = torch.rand(direction.shape, dtype=torch.float64, generator=generator)
+        return {"log_decay": gate, "erase": direction * torch.exp(-gate), "erase_key": direction * rate}
+
+    for term in terms:
+        inputs |= makers[term]()
     inputs["initial_state"] = randn(num_states or batch_size, value_heads, key_dim, value_dim)
     return {name: tensor.requires_grad_() for name, tensor in inputs.items()}
 
@@ -89,7 +115,7 @@ def test_packed_documents(terms):
     assert_close(run(inputs, backend="chunked", cu_seqlens=bounds), expected, 1e-9)
     assert_close(run(inputs, torch.float32, backend="chunked", cu_seqlens=bounds), expected, 1e-5, 1e-4)
 
-    per_token = {name for name, x in inputs.items() if x.dim() > 1 and name != "initial_state"}
+    per_token = {name for name, x in inputs.items() if x.shape[:2] == inputs["v"].shape[:2]}
     for document, (start, end) in enumerate(itertools.pairwise(DOCUMENTS)):
         alone = {name: x[:, start:end] if name in per_token else x for name, x in inputs.items()}
         alone["initial_state"] = inputs["initial_state"][document : document + 1]
@@ -106,14 +132,14 @@ def test_prefill_then_decode(terms, split):
     expected, last = linear_recurrence(**inputs, output_final_state=True, backend="reference")
     state, pieces = inputs.pop("initial_state"), []
     for start, end in [(0, split), *((t, t + 1) for t in range(split, split + 5)), (split + 5, 130)]:
-        piece = {name: x[:, start:end] if x.dim() > 1 else x for name, x in inputs.items()}
+        piece = {name: x[:, start:end] if x.shape[:2] == (2, 130) else x for name, x in inputs.items()}
         o, state = linear_recurrence(**piece, initial_state=state, output_final_state=True, backend="chunked")
         pieces.append(o)
     torch.testing.assert_close(torch.cat(pieces, 1), expected, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(state, last, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("terms", TERMS)
+@pytest.mark.parametrize("terms", [terms for terms in TERMS if "bonus" not in TERMS[terms]])
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
 def test_span_summary(terms, backend):
     """S_out = transition S_in + state, for every packed document, and differentiable."""
@@ -121,7 +147,10 @@ def test_span_summary(terms, backend):
     inputs = make_inputs(TERMS[terms], 1, DOCUMENTS[-1], num_states=len(DOCUMENTS) - 1)
     q, incoming = inputs.pop("q"), inputs.pop("initial_state")
     transition, state = span_summary(**inputs, cu_seqlens=bounds, backend=backend)
-    moved = transition @ incoming if transition.dim() == 4 else transition[..., None] * incoming
+    if isinstance(transition, tuple):
+        moved = transition[0][..., None] * incoming * transition[1][..., None, :]
+    else:
+        moved = transition @ incoming if transition.dim() == 4 else transition[..., None] * incoming
     _, expected = linear_recurrence(
         q, **inputs, initial_state=incoming, output_final_state=True, cu_seqlens=bounds, backend="reference"
     )
@@ -135,14 +164,14 @@ def test_span_summary(terms, backend):
 def test_registered_operation(terms):
     """torch's own checks of a custom operation, and the traceable function differentiated by autograd."""
     inputs = make_inputs(TERMS[terms], 2, 20)
-    order = ("q", "k", "v", "log_decay", "erase")
+    terms = Terms(*[inputs.get(name) for name in TENSORS], scale=0.7)
     torch.library.opcheck(
         torch.ops.torchlmoe.linear_recurrence.default,
-        (*[inputs.get(name) for name in order], 0.7, inputs["initial_state"], None),
+        (*[inputs.get(name) for name in TENSORS], 0.7, inputs["initial_state"], None),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"),
     )
-    o, *_ = chunked_forward(*[inputs.get(name) for name in order], 0.7, inputs["initial_state"], None)
-    used = [x for name, x in inputs.items()]
+    o, *_ = chunked_forward(terms, inputs["initial_state"], layout_of(inputs["v"], None))
+    used = list(inputs.values())
     traced = torch.autograd.grad(o.square().sum(), used)
     o, _ = linear_recurrence(**inputs, scale=0.7)
     torch.testing.assert_close(torch.autograd.grad(o.square().sum(), used), traced, rtol=1e-9, atol=1e-9)
@@ -162,8 +191,6 @@ def test_low_precision_inputs():
 def test_refusals():
     inputs = {name: x.detach() for name, x in make_inputs(TERMS["scalar"], 1, 8).items()}
     bonus = torch.zeros(2, 6, dtype=torch.float64)
-    with pytest.raises(ValueError, match="'chunked' does not support bonus"):
-        linear_recurrence(**inputs, bonus=bonus, backend="chunked")
     with pytest.raises(ValueError, match="no kernels yet"):
         linear_recurrence(**inputs, backend="triton")
     with pytest.raises(ValueError, match="backend = 'fast' is unknown"):
@@ -176,10 +203,3 @@ def test_refusals():
         linear_recurrence(**inputs, cu_seqlens=torch.tensor([0, 8]))
     with pytest.raises(ValueError, match="must rise from 0 to the number of tokens, 8"):
         linear_recurrence(**inputs, cu_seqlens=torch.tensor([0, 9], dtype=torch.int32))
-
-
-def test_fallback_is_said_once(caplog):
-    inputs = {name: x.detach() for name, x in make_inputs(TERMS["scalar"], 1, 3).items()}
-    for _ in range(2):
-        linear_recurrence(**inputs, bonus=torch.zeros(2, 6, dtype=torch.float64))
-    assert caplog.text.count("token by token (slow): bonus") == 1

@@ -6,6 +6,8 @@ the first `num_active[j]` ones and the j-th chunks are one contiguous slice: the
 in parallel over documents, and no token is computed that belongs to padding beyond a document's last chunk.
 
     three documents of 5, 1 and 3 chunks  ->  | a0 c0 b0 | a1 c1 | a2 c2 | a3 | a4 |      num_active = [3, 2, 2, 1, 1]
+
+A slab is a run of such slices: what is computed at a time, few enough chunks to stay in a cache.
 """
 
 from collections.abc import Sequence
@@ -16,62 +18,81 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class ChunkLayout:
-    """Legend: T tokens in all (batch times length), M chunks, C tokens a chunk, N documents (empty ones included)."""
+class Slab:
+    """Consecutive slices of chunks. Legend: M chunks of this slab, C tokens a chunk, H heads of the chunks."""
 
-    chunk_size: int
-    num_active: list[int]  # documents that have a j-th chunk, for each j
+    num_active: list[int]  # documents that take part in each step of the scan
     tokens_MC: Tensor  # int64: the token at each slot (0 at padded ones)
-    padded_M_C: Tensor | None  # int64: padded slots, counted over M * C; None where there are none
-    slot_of_token_T: Tensor  # int64: each token's slot, counted over M * C
-    order_N: Tensor  # int64: documents from the longest to the shortest
-    indices: dict[tuple[int, ...], Tensor] = field(default_factory=dict)  # made once, for every layer
+    padded_MC: Tensor | None  # bool; None where there is no padding
+    steps: slice | None  # where all rows are whole chunks, the slab's place in each; it takes no indices then
+    indices: dict[str, Tensor] = field(default_factory=dict)  # made once, for every layer
 
-    def starts(self) -> list[int]:
-        """The first chunk of each step of the scan."""
-        starts = [0]
-        for count in self.num_active[:-1]:
-            starts.append(starts[-1] + count)
-        return starts
-
-    def to_chunks(self, x: Tensor, num_heads: int) -> Tensor:
+    def cut(self, x: Tensor, num_heads: int) -> Tensor:
         """[B, T, Hx, ...] -> [M * num_heads, C, ...], zero where padded; head j reads head j // (num_heads / Hx)."""
-        rows = x.reshape(-1, *x.shape[3:]).index_select(0, self._rows_of_slots(x.shape[2], num_heads))
-        rows = rows.view(-1, num_heads, self.chunk_size, *x.shape[3:])
-        if self.padded_M_C is not None:
-            chunk, slot = self.padded_M_C // self.chunk_size, self.padded_M_C % self.chunk_size
-            rows = rows.index_put((chunk, torch.arange(num_heads, device=x.device)[:, None], slot), rows.new_zeros(()))
-        return rows.flatten(0, 1)
+        repeat = num_heads // x.shape[2]
+        if self.steps is not None:
+            chunks = self._view(x, self.steps)
+            return (chunks if repeat == 1 else chunks.repeat_interleave(repeat, 2)).flatten(0, 2)
+        rows = x.reshape(-1, *x.shape[3:]).index_select(0, self._rows(x.shape[2], repeat))
+        if self.padded_MC is not None:
+            rows = rows.index_fill(0, self._slots(num_heads, self.padded_MC), 0)
+        return rows.view(-1, self.tokens_MC.shape[1], *x.shape[3:])
 
-    def to_tokens(self, x: Tensor, num_heads: int, shape: tuple[int, int], num_target_heads: int) -> Tensor:
-        """[M * num_heads, C, ...] -> [B, T, num_target_heads, ...]; heads that shared a source are summed."""
-        rows = x.flatten(0, 1).index_select(0, self._slots_of_rows(num_heads))
-        rows = rows.view(*shape, num_heads, *x.shape[2:])
-        if num_target_heads != num_heads:
-            rows = rows.unflatten(2, (num_target_heads, -1)).sum(3)
-        return rows
+    def paste(self, x: Tensor, out: Tensor) -> None:
+        """Writes x [M * H, C, ...] to its places in out [B, T, Hx, ...]; heads that share one are summed."""
+        num_heads = out.shape[2]
+        if (repeat := x.shape[0] // self.tokens_MC.shape[0] // num_heads) > 1:
+            x = x.unflatten(0, (-1, repeat)).sum(1)
+        if self.steps is not None:
+            view = self._view(out, self.steps)
+            view.copy_(x.view(view.shape))
+            return
+        rows, places = x.flatten(0, 1).to(out.dtype), self._rows(num_heads, 1)
+        if self.padded_MC is not None:
+            valid = self._slots(num_heads, ~self.padded_MC)
+            rows, places = rows.index_select(0, valid), places.index_select(0, valid)
+        out.view(-1, *out.shape[3:]).index_copy_(0, places, rows)
 
-    def _rows_of_slots(self, num_source_heads: int, num_heads: int) -> Tensor:
-        key = (num_source_heads, num_heads)
-        if key not in self.indices:
-            heads = torch.arange(num_heads, device=self.tokens_MC.device) // (num_heads // num_source_heads)
-            rows = self.tokens_MC[:, None, :] * num_source_heads + heads[None, :, None]
-            self.indices[key] = rows.reshape(-1)
+    def _view(self, x: Tensor, steps: slice) -> Tensor:
+        """[B, T, H, ...] -> [steps, B, H, C, ...]"""
+        return x.unflatten(1, (-1, self.tokens_MC.shape[1]))[:, steps].transpose(0, 1).transpose(2, 3)
+
+    def _rows(self, num_heads: int, repeat: int) -> Tensor:
+        """The rows of [B * T * num_heads] that the slots of repeat * num_heads heads hold."""
+        if (key := f"rows {num_heads} {repeat}") not in self.indices:
+            heads = torch.arange(num_heads, device=self.tokens_MC.device).repeat_interleave(repeat)
+            self.indices[key] = (self.tokens_MC[:, None, :] * num_heads + heads[:, None]).flatten()
         return self.indices[key]
 
-    def _slots_of_rows(self, num_heads: int) -> Tensor:
-        if (num_heads,) not in self.indices:
-            chunk, slot = self.slot_of_token_T // self.chunk_size, self.slot_of_token_T % self.chunk_size
-            heads = torch.arange(num_heads, device=chunk.device)
-            slots = (chunk[:, None] * num_heads + heads) * self.chunk_size + slot[:, None]
-            self.indices[(num_heads,)] = slots.reshape(-1)
-        return self.indices[(num_heads,)]
+    def _slots(self, num_heads: int, mask_MC: Tensor) -> Tensor:
+        """Where the mask is set, counted over [M, num_heads, C]."""
+        return mask_MC[:, None].expand(-1, num_heads, -1).flatten().nonzero()[:, 0]
+
+
+@dataclass(frozen=True)
+class ChunkLayout:
+    """Legend: N documents (empty ones included)."""
+
+    slabs: list[Slab]
+    order_N: Tensor  # int64: documents from the longest to the shortest
+
+    def restore_order(self, x_N: Tensor) -> Tensor:
+        """From the longest document first to the order in which they came."""
+        return torch.empty_like(x_N).index_copy(0, self.order_N, x_N)
 
 
 def chunk_layout(
-    batch_size: int, length: int, bounds: Sequence[int] | None, max_chunk_size: int, device: torch.device
+    batch_size: int,
+    length: int,
+    bounds: Sequence[int] | None,
+    max_chunk_size: int,
+    slab_size: int,
+    device: torch.device,
 ) -> ChunkLayout:
-    """The layout of `batch_size` rows of `length` tokens, or of the documents that `bounds` bounds in one row."""
+    """The layout of `batch_size` rows of `length` tokens, or of the documents that `bounds` bounds in one row.
+
+    A slab has about `slab_size` chunks; the slices of which it is made are not cut.
+    """
     if bounds is None:
         num_documents = batch_size
         starts_list = [row * length for row in range(batch_size)]
@@ -87,30 +108,27 @@ def chunk_layout(
         lengths_list = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
     order = sorted(range(num_documents), key=lambda document: -lengths_list[document])
     longest = max(lengths_list, default=0)
-    # Short documents take one short chunk; a longer one is a whole number of sub-blocks.
-    chunk_size = max(1, min(max_chunk_size, longest if longest < 16 else -(-longest // 16) * 16))
+    # Short documents take one short chunk. Decay per channel halves chunks, so they are powers of two.
+    chunk_size = min(max_chunk_size, 1 << max(0, longest - 1).bit_length())
 
     num_chunks = [-(-lengths_list[document] // chunk_size) for document in order]
     num_steps = max(num_chunks, default=0)
     num_active = [sum(count > step for count in num_chunks) for step in range(num_steps)]
 
-    first_token, num_valid = [], []
-    for step, count in enumerate(num_active):
-        for document in order[:count]:
-            first_token.append(starts_list[document] + step * chunk_size)
-            num_valid.append(min(chunk_size, lengths_list[document] - step * chunk_size))
-    slots = torch.arange(chunk_size, device=device)
-    tokens = torch.tensor(first_token, dtype=torch.int64, device=device)[:, None] + slots
-    valid = slots < torch.tensor(num_valid, dtype=torch.int64, device=device)[:, None]
-    all_valid = sum(num_valid) == len(num_valid) * chunk_size
-    flat_tokens = tokens.reshape(-1)
-    if all_valid:
-        valid_slots, padded = torch.arange(tokens.numel(), device=device), None
-    else:
-        valid_slots, padded = valid.reshape(-1).nonzero()[:, 0], (~valid).reshape(-1).nonzero()[:, 0]
-        tokens = tokens.masked_fill(~valid, 0)
-    slot_of_token = torch.empty(batch_size * length, dtype=torch.int64, device=device)
-    slot_of_token[flat_tokens[valid_slots]] = valid_slots
-    return ChunkLayout(
-        chunk_size, num_active, tokens, padded, slot_of_token, torch.tensor(order, dtype=torch.int64, device=device)
-    )
+    slabs = []
+    step = 0
+    while step < num_steps:
+        steps = range(step, min(num_steps, step + max(1, slab_size // num_active[step])))
+        places = [(document, index) for index in steps for document in order[: num_active[index]]]
+        first_token = [starts_list[document] + index * chunk_size for document, index in places]
+        num_valid = [lengths_list[document] - index * chunk_size for document, index in places]
+        slots = torch.arange(chunk_size, device=device)
+        tokens = torch.tensor(first_token, dtype=torch.int64, device=device)[:, None] + slots
+        padded = None
+        if min(num_valid) < chunk_size:
+            padded = slots >= torch.tensor(num_valid, dtype=torch.int64, device=device)[:, None]
+            tokens = tokens.masked_fill(padded, 0)
+        whole = slice(steps.start, steps.stop) if bounds is None and length % chunk_size == 0 else None
+        slabs.append(Slab([num_active[index] for index in steps], tokens, padded, whole))
+        step = steps.stop
+    return ChunkLayout(slabs, torch.tensor(order, dtype=torch.int64, device=device))

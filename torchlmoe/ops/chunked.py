@@ -1,333 +1,283 @@
 """The recurrence chunk by chunk in plain PyTorch: the path of every CPU, and wherever no kernel serves.
 
-In a chunk with start state S, G the inclusive cumulative sum of the log decay, e what is erased (at b = k):
+In a chunk with start state S, G and H the inclusive cumulative sums of the key side's and the value side's log decay, a
+token has readers x (q, and e where something is erased) and writers y with values w (k with v; where something is
+erased, b with what takes it out, n). Where b = k, that n is written in the place of v, and k is the only writer:
 
-    P = tril <q, k>        L = strict_tril <e, k>         <x, y>_ij = sum_d x_id y_jd exp(G_id - G_jd)
-    V' = (I + L)^-1 (V - (e * exp G) S)                   what is really written; V' = V where nothing is erased
-    O  = (q * exp G) S + P V'
-    S <- exp(G_C) S + (k * exp(G_C - G))^T V'
+    P    = <x, y>                                         scores: see `chunk_decay.py`; strict for e
+    n    = (I + P_eb)^-1 (z - (e * exp G) S)              z = v where b = k, otherwise -P_ek v
+    o_i  = (S^T (q_i * exp G_i)) * exp H_i + sum_j P_ij w_j * exp(H_i - H_j)
+    S   <- exp(G_C) S exp(H_C) + sum_j (y_j * exp(G_C - G_j)) (w_j * exp(H_C - H_j))^T
 
-Only S <- ... and V' run one chunk after another (over all documents and heads at once). The forward hands S, V' and
-(I + L)^-1 of every chunk to the backward, which runs the mirrored scan. With dS the gradient of the chunk's last state:
+With a bonus u, q reads the state before the token's own decay, and P_ii = sum q_i u k_i.
 
-    dV' = P^T dO + (k * exp(G_C - G)) dS                  dV = (I + L)^-T dV'
-    dP  = tril(dO V'^T)                                   dL = -strict_tril(dV V'^T)
-    d(q * exp G) = dO S^T    d(e * exp G) = -dV S^T       d(k * exp(G_C - G)) = V' dS^T
-    dS <- (q * exp G)^T dO + exp(G_C) dS - (e * exp G)^T dV
-    dg = reverse_cumsum(q * dq + e * de - k * dk) + sum_v S_C * dS      per chunk, so that extreme gates do not cancel
+Only n and S <- ... run one chunk after another (over all documents and heads at once). Everything else is done for a
+slab of chunks at a time, few enough to stay in a cache. The forward hands the first state of every slab to the
+backward (`chunked_backward.py`), which takes a slab again and runs it in mirror image.
 
-q and e do the same things to k and S, so they are stacked as the "readers" of a chunk and go through them together.
-
-Legend: M chunks, H heads of v, N = M * H, R readers, C tokens a chunk, K key width, V value width.
+Legend: N chunks of a slab times heads of v, C tokens a chunk, R readers, W writers, K key width, V value width.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchlmoe.ops.chunk_layout import ChunkLayout, chunk_layout
-from torchlmoe.ops.decayed_scores import ChannelDecayScores, ScalarDecayScores, Scores, UndecayedScores
+from torchlmoe.ops.chunk_decay import CausalMask, ChannelDecay, MatrixDecay, Undecayed, unit_lower_inverse
+from torchlmoe.ops.chunk_layout import ChunkLayout, Slab, chunk_layout
 
 CHUNK_SIZE = 64
+SLAB_TOKENS = 4096  # times heads; 1 MiB for a tensor of 64 channels
 
 
-@dataclass
-class _Chunks:
-    """All that both directions need, cut into chunks and promoted to at least float32."""
+@dataclass(frozen=True)
+class Terms:
+    """The arguments of `linear_recurrence` that belong to tokens or heads."""
 
-    layout: ChunkLayout
-    num_heads: int
-    k_NCK: Tensor
-    v_NCV: Tensor
-    readers_NRCK: Tensor | None  # q times scale, then e, those of them that there are
-    beta_NC: Tensor | None  # where e = beta * k
-    scores: Scores
-    from_start: Tensor | None  # exp(G), [N, C, 1 or K]
-    to_end: Tensor | None  # exp(G_C - G)
-    whole: Tensor | None  # exp(G_C), [N, 1 or K, 1]
-
-    def from_start_of(self, x_NRCK: Tensor) -> Tensor:
-        return x_NRCK if self.from_start is None else x_NRCK * self.from_start[:, None]
-
-    def to_end_of(self, x_NCK: Tensor) -> Tensor:
-        return x_NCK if self.to_end is None else x_NCK * self.to_end
-
-    def steps(self) -> list[tuple[slice, int]]:
-        """The rows of each step of the scan, and how many documents' heads take part."""
-        return [
-            (slice(start * self.num_heads, (start + count) * self.num_heads), count * self.num_heads)
-            for start, count in zip(self.layout.starts(), self.layout.num_active, strict=True)
-        ]
+    q: Tensor | None
+    k: Tensor
+    v: Tensor
+    log_decay: Tensor | None
+    erase: Tensor | None
+    erase_key: Tensor | None
+    value_log_decay: Tensor | None
+    bonus: Tensor | None
+    scale: float
 
 
 def layout_of(v: Tensor, cu_seqlens: Tensor | None) -> ChunkLayout:
     """The layout of v's rows or documents. Raises ValueError for bounds that are none."""
-    batch_size, length = v.shape[:2]
-    return chunk_layout(batch_size, length, None if cu_seqlens is None else cu_seqlens.tolist(), CHUNK_SIZE, v.device)
-
-
-@lru_cache(maxsize=8)
-def _kept_layout(batch_size: int, length: int, bounds: tuple[int, ...] | None, device: torch.device) -> ChunkLayout:
-    return chunk_layout(batch_size, length, bounds, CHUNK_SIZE, device)
+    return chunk_layout(*_layout_key(v, cu_seqlens))
 
 
 def kept_layout_of(v: Tensor, cu_seqlens: Tensor | None) -> ChunkLayout:
     """`layout_of`, made once for all layers of a step, both ways: for real tensors, not for traced ones."""
-    return _kept_layout(*v.shape[:2], None if cu_seqlens is None else tuple(cu_seqlens.tolist()), v.device)
+    return _kept_layout(*_layout_key(v, cu_seqlens))
 
 
-def _cut(q, k, v, log_decay, erase, scale, layout) -> _Chunks:
+_kept_layout = lru_cache(maxsize=8)(chunk_layout)
+
+
+def _layout_key(v: Tensor, cu_seqlens: Tensor | None) -> tuple[Any, ...]:
     batch_size, length, num_heads, _ = v.shape
-    dtype = torch.promote_types(v.dtype, torch.float32)
+    bounds = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
+    return batch_size, length, bounds, CHUNK_SIZE, max(1, SLAB_TOKENS // (CHUNK_SIZE * num_heads)), v.device
 
-    def cut(x: Tensor) -> Tensor:
-        return layout.to_chunks(x, num_heads).to(dtype)
 
-    k_NCK, v_NCV = cut(k), cut(v)
-    readers = []
-    if q is not None:
-        readers.append(cut(q) * scale)
+@dataclass
+class Chunks:
+    """A slab's terms, cut into chunks and promoted to at least float32, and what both directions make of them."""
+
+    slab: Slab
+    num_heads: int
+    reads: bool
+    v_NCV: Tensor
+    x_NCRK: Tensor  # q times scale, then e, those of them that there are (R may be 0)
+    y_NCWK: Tensor  # k, then b, those that write
+    beta_NC: Tensor | None  # where e = beta * b
+    bonus_N1K: Tensor | None
+    key_decay: Undecayed
+    value_decay: Undecayed
+    scores_NCRCW: Tensor
+    inverse_NCC: Tensor | None  # (I + P_eb)^-1, where something is erased
+    starts: list[Tensor] = field(default_factory=list)  # each step's first states [n, K, V], from `scan`
+    ends: list[Tensor] = field(default_factory=list)
+
+    @property
+    def reads_before(self) -> bool:
+        return self.bonus_N1K is not None
+
+    @property
+    def strict(self) -> bool:
+        """Whether the last reader does not read its own token (but by the bonus)."""
+        return self.reads_before or self.inverse_NCC is not None
+
+    @property
+    def writes_v(self) -> bool:
+        """Whether v is written as it is, alone or beside what is taken out."""
+        return self.inverse_NCC is None or self.y_NCWK.shape[2] == 2
+
+    def read_keys(self) -> Tensor:
+        """x * exp G, [N, C, R, K]"""
+        decay = self.key_decay.from_start
+        return self.x_NCRK if decay is None else self.x_NCRK * decay.unsqueeze(2)
+
+    def written_keys(self) -> Tensor:
+        """y * exp(G_C - G), [N, C, W, K]"""
+        decay = self.key_decay.to_end
+        return self.y_NCWK if decay is None else self.y_NCWK * decay.unsqueeze(2)
+
+    def values_from_start(self, w_V: Tensor) -> Tensor:
+        """w * exp H, for w [N, C, V] or [N, C, 1, V]"""
+        decay = self.value_decay.from_start
+        return w_V if decay is None else w_V * decay.view(w_V.shape)
+
+    def values_at_end(self, w_V: Tensor) -> Tensor:
+        """w * exp(H_C - H)"""
+        decay = self.value_decay.to_end
+        return w_V if decay is None else w_V * decay.view(w_V.shape)
+
+    def whole(self) -> Tensor | None:
+        """exp G_C * exp H_C, [N, 1 or K, 1 or V]"""
+        key, value = self.key_decay.whole, self.value_decay.whole
+        if value is None:
+            return None if key is None else key.unsqueeze(2)
+        return value.unsqueeze(1) if key is None else key.unsqueeze(2) * value.unsqueeze(1)
+
+    def bonus_weight(self) -> Tensor | None:
+        """What q_i reads of k_i v_i^T by the bonus, [N, C, 1]."""
+        if self.bonus_N1K is None:
+            return None
+        return (self.x_NCRK[:, :, 0] * self.bonus_N1K * self.y_NCWK[:, :, 0]).sum(-1, keepdim=True)
+
+    def steps(self, x_N: Tensor | None) -> list[Tensor] | list[None]:
+        """The rows of each step of the scan."""
+        counts = [count * self.num_heads for count in self.slab.num_active]
+        return [None] * len(counts) if x_N is None else list(x_N.split(counts))
+
+
+def cut(terms: Terms, slab: Slab) -> Chunks:
+    """The slab's chunks, with their scores."""
+    num_heads = terms.v.shape[2]
+    dtype = torch.promote_types(terms.v.dtype, torch.float32)
+
+    def chunks_of(x: Tensor) -> Tensor:
+        return slab.cut(x, num_heads).to(dtype)
+
+    k_NCK, v_NCV = chunks_of(terms.k), chunks_of(terms.v)
+    readers, writers = [], [k_NCK]
+    if terms.q is not None:
+        readers.append(chunks_of(terms.q) * terms.scale)
     beta_NC = None
-    if erase is not None:
-        beta_NC = cut(erase) if erase.dim() == 3 else None
-        readers.append(cut(erase) if beta_NC is None else k_NCK * beta_NC[..., None])
+    if terms.erase is not None:
+        if terms.erase_key is not None:
+            writers.append(chunks_of(terms.erase_key))
+        erase = chunks_of(terms.erase)
+        if terms.erase.dim() == 3:
+            beta_NC, erase = erase, writers[-1] * erase[..., None]
+        readers.append(erase)
+    bonus_N1K = None
+    if terms.bonus is not None:
+        bonus_N1K = terms.bonus.to(dtype).repeat(v_NCV.shape[0] // num_heads, 1)[:, None]
 
-    scores: Scores = UndecayedScores()
-    from_start = to_end = whole = None
-    if log_decay is not None:
-        if log_decay.dim() == 1:
-            log_decay = log_decay.expand(batch_size, length, num_heads)
-        total = cut(log_decay).double().cumsum(1)
-        if log_decay.dim() == 3:
-            scores = ScalarDecayScores(total, dtype)
-            total = total[..., None]
-        else:
-            scores = ChannelDecayScores(total, dtype)
-        from_start = total.to(dtype).exp()
-        to_end = (total[:, -1:] - total).to(dtype).exp()
-        whole = from_start[:, -1, :, None]
-    readers_NRCK = torch.stack(readers, 1) if readers else None
-    return _Chunks(layout, num_heads, k_NCK, v_NCV, readers_NRCK, beta_NC, scores, from_start, to_end, whole)
-
-
-def _scan(
-    chunks: _Chunks, erased_key: Tensor | None, inverse_NCC: Tensor | None, initial_state: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns each chunk's first state [N, K, V], V' [N, C, V], and the documents' last states, longest first."""
-    layout, num_heads = chunks.layout, chunks.num_heads
-    v_NCV = chunks.v_NCV
-    num_documents = layout.order_N.shape[0]
-    state = v_NCV.new_zeros(num_documents * num_heads, chunks.k_NCK.shape[-1], v_NCV.shape[-1])
-    if initial_state is not None:
-        state = initial_state.index_select(0, layout.order_N).to(v_NCV.dtype).flatten(0, 1)
-    written_key = chunks.to_end_of(chunks.k_NCK).mT
-    written = torch.bmm(written_key, v_NCV) if erased_key is None else None
-
-    starts, values = [], []
-    finished = []  # states of documents that end, shortest first
-    for rows, count in chunks.steps():
-        finished.append(state[count:])
-        state = state[:count]
-        starts.append(state)
-        decayed = state if chunks.whole is None else state * chunks.whole[rows]
-        if written is not None:
-            state = decayed + written[rows]
-        else:
-            assert erased_key is not None
-            assert inverse_NCC is not None
-            residual = torch.baddbmm(v_NCV[rows], erased_key[rows], state, alpha=-1)
-            values.append(torch.bmm(inverse_NCC[rows], residual))
-            state = torch.baddbmm(decayed, written_key[rows], values[-1])
-    final = torch.cat([state, *reversed(finished)]).unflatten(0, (num_documents, num_heads))
-    return torch.cat(starts), torch.cat(values) if values else v_NCV, final
-
-
-def _restore_order(x_N: Tensor, layout: ChunkLayout) -> Tensor:
-    return torch.empty_like(x_N).index_copy(0, layout.order_N, x_N)
-
-
-def chunked_forward(
-    q: Tensor | None,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    erase: Tensor | None,
-    scale: float,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    layout: ChunkLayout | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Arguments as in `linear_recurrence`; layout: that of v, if it is at hand.
-
-    Returns o [B, T, H, V] in v's dtype, the final state [documents, H, K, V], and for the backward the first state of
-    every chunk, V' and (I + L)^-T (empty where nothing is erased).
-
-    Made of differentiable torch operations throughout, so it can also be traced or differentiated by autograd.
-    """
-    batch_size, length, num_heads, _ = v.shape
-    empty = v.new_empty(0, dtype=torch.promote_types(v.dtype, torch.float32))
-    if batch_size * length == 0:
-        return torch.zeros_like(v), _empty_state(k, v, initial_state, cu_seqlens), empty, empty.clone(), empty.clone()
-    chunks = _cut(q, k, v, log_decay, erase, scale, layout or layout_of(v, cu_seqlens))
-    p_NCC = inverse_NCC = erased_key = read_key = None
-    if chunks.readers_NRCK is not None:
-        scores = chunks.scores.forward(chunks.readers_NRCK, chunks.k_NCK)
-        decayed = chunks.from_start_of(chunks.readers_NRCK)
-        if q is not None:
-            p_NCC, read_key = scores[:, 0], decayed[:, 0]
-        if erase is not None:
-            erased_key = decayed[:, -1]
-            identity = torch.eye(scores.shape[-1], dtype=scores.dtype, device=scores.device)
-            # The diagonal is taken as ones, so that L stands for I + L.
-            inverse_NCC = torch.linalg.solve_triangular(
-                scores[:, -1], identity.expand_as(scores[:, -1]), upper=False, unitriangular=True
-            )
-    starts, value, final = _scan(chunks, erased_key, inverse_NCC, initial_state)
-    final = _restore_order(final, chunks.layout)
-    if p_NCC is None or read_key is None:
-        o = torch.zeros_like(v)
+    reads_before = bonus_N1K is not None
+    key_decay: Undecayed
+    if terms.log_decay is None:
+        key_decay = CausalMask(v_NCV.shape[1], v_NCV)
+    elif terms.log_decay.dim() == 4:
+        key_decay = ChannelDecay(chunks_of(terms.log_decay), reads_before)
     else:
-        o = torch.baddbmm(torch.bmm(read_key, starts), p_NCC, value)
-        o = chunks.layout.to_tokens(o, num_heads, (batch_size, length), num_heads).to(v.dtype)
-    if inverse_NCC is None:
-        return o, final, starts, empty, empty.clone()
-    return o, final, starts, value, inverse_NCC.mT.contiguous()
+        of_tokens = chunks_of(terms.log_decay.expand(terms.v.shape[:3]))
+        per_head = terms.log_decay.dim() == 1
+        of_groups = terms.log_decay[:, None].expand(-1, v_NCV.shape[1]) if per_head else of_tokens
+        key_decay = MatrixDecay(of_tokens, of_groups, reads_before, dtype)
+    value_decay = Undecayed()
+    if terms.value_log_decay is not None:
+        value_decay = ChannelDecay(chunks_of(terms.value_log_decay), reads_before)
+
+    x_NCRK = beside(readers) if readers else k_NCK.unsqueeze(2)[:, :, :0]
+    y_NCWK = beside(writers)
+    scores_NCRCW = key_decay.pair(x_NCRK, y_NCWK)
+    inverse_NCC = None
+    if reads_before or terms.erase is not None:
+        make_strict(scores_NCRCW)
+    if terms.erase is not None:
+        inverse_NCC = unit_lower_inverse(scores_NCRCW[:, :, -1, :, -1])
+    return Chunks(
+        slab, num_heads, terms.q is not None, v_NCV, x_NCRK, y_NCWK, beta_NC, bonus_N1K, key_decay, value_decay,
+        scores_NCRCW, inverse_NCC,
+    )  # fmt: skip
 
 
-def _empty_state(k: Tensor, v: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-    """The final states where there is no token at all: what came in."""
-    if initial_state is not None:
-        return initial_state.clone()
-    num_documents = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    dtype = torch.promote_types(v.dtype, torch.float32)
-    return torch.zeros(num_documents, v.shape[2], k.shape[-1], v.shape[-1], dtype=dtype, device=v.device)
+def beside(parts: list[Tensor]) -> Tensor:
+    """[N, C, D] each -> [N, C, parts, D]"""
+    return parts[0].unsqueeze(2) if len(parts) == 1 else torch.stack(parts, 2)
 
 
-def chunked_backward(
-    grad_o: Tensor,
-    grad_final: Tensor,
-    q: Tensor | None,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    erase: Tensor | None,
-    scale: float,
-    initial_state: Tensor | None,
-    layout: ChunkLayout,
-    final: Tensor,
-    starts: Tensor,
-    value: Tensor,
-    inverse_T: Tensor,
-) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of q, k, v, log_decay, erase and initial_state, each in its own dtype; None where there is none.
+def make_strict(scores_NCRCW: Tensor) -> None:
+    """Clears the diagonal of the last reader: e, or q where its own token is the bonus's."""
+    scores_NCRCW[:, :, -1].diagonal(dim1=1, dim2=2).zero_()
 
-    The last four arguments are what `chunked_forward` returned beside o.
+
+def scan(chunks: Chunks, state: Tensor, finished: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Runs the slab from `state` [documents * heads, K, V] of the documents still going on.
+
+    Returns their last states and the written values w [N, C, W, V]; leaves each step's states in `chunks`. States of
+    documents that have ended go to `finished`, shortest last.
     """
-    batch_size, length, num_heads, _ = v.shape
-    if batch_size * length == 0:
-        none = [None if x is None else torch.zeros_like(x) for x in (q, k, v, log_decay, erase)]
-        return (*none, None if initial_state is None else grad_final)  # type: ignore[return-value]
-    chunks = _cut(q, k, v, log_decay, erase, scale, layout)
-    readers, k_NCK = chunks.readers_NRCK, chunks.k_NCK
-    if erase is None:
-        value = chunks.v_NCV
-    decayed = None if readers is None else chunks.from_start_of(readers)
-    written_key = chunks.to_end_of(k_NCK)
+    written_keys, v_NCV = chunks.written_keys(), chunks.v_NCV
+    added = None
+    if chunks.writes_v:
+        added = torch.bmm(written_keys[:, :, 0].mT, chunks.values_at_end(v_NCV))
+    base = v_NCV
+    if chunks.inverse_NCC is not None and chunks.writes_v:
+        base = -torch.bmm(chunks.scores_NCRCW[:, :, -1, :, 0], v_NCV)
+    erased_key = None if chunks.inverse_NCC is None else chunks.read_keys()[:, :, -1]
+    taker = None if erased_key is None else written_keys[:, :, -1].mT
+    taken = []  # n of every step
+    per_step = (chunks.steps(x) for x in (base, erased_key, chunks.inverse_NCC, taker, added, chunks.whole()))
+    for z, e, inverse, y, plus, whole in zip(*per_step, strict=True):
+        assert z is not None
+        finished.append(state[z.shape[0] :])
+        state = state[: z.shape[0]]
+        chunks.starts.append(state)
+        after = carry(state, whole, plus)
+        if e is not None and inverse is not None and y is not None:
+            taken.append(torch.bmm(inverse, torch.baddbmm(z, e, state, alpha=-1)))
+            after = torch.baddbmm(after, y, taken[-1])
+        state = after
+        chunks.ends.append(state)
+    values = [v_NCV] if chunks.writes_v else []
+    if taken:
+        values.append(torch.cat(taken))
+    return state, beside(values)
 
-    grad_rows = []  # the gradient that each reader's product with S has: dO, and -dV
-    grad_value = read_grad = None
-    if readers is not None and decayed is not None and q is not None:
-        grad_o_NCV = layout.to_chunks(grad_o, num_heads).to(k_NCK.dtype)
-        grad_value = torch.bmm(chunks.scores.forward(readers[:, :1], k_NCK)[:, 0].mT, grad_o_NCV)
-        read_grad = torch.bmm(decayed[:, 0].mT, grad_o_NCV)
-        grad_rows.append(grad_o_NCV)
-    erased_key = None if erase is None or decayed is None else decayed[:, -1]
 
-    # The mirrored scan: documents come in at their last chunk.
-    last_grad = grad_final.index_select(0, layout.order_N).to(k_NCK.dtype).flatten(0, 1)
-    grad_state = last_grad[:0]
-    grad_ends, grad_values, grad_inputs = [], [], []  # dS at each chunk's end, dV', -dV
-    for rows, count in reversed(chunks.steps()):
-        grad_state = torch.cat([grad_state, last_grad[grad_state.shape[0] : count]])
-        grad_ends.append(grad_state)
-        if grad_value is None:
-            grad_value_rows = torch.bmm(written_key[rows], grad_state)
-        else:
-            grad_value_rows = torch.baddbmm(grad_value[rows], written_key[rows], grad_state)
-        grad_values.append(grad_value_rows)
-        if chunks.whole is not None:
-            grad_state = grad_state * chunks.whole[rows]
-        if read_grad is not None:
-            grad_state = grad_state + read_grad[rows]
-        if erased_key is not None:
-            grad_inputs.append(torch.bmm(inverse_T[rows], grad_value_rows).neg_())
-            grad_state = torch.baddbmm(grad_state, erased_key[rows].mT, grad_inputs[-1])
-    grad_initial = torch.cat([grad_state, last_grad[grad_state.shape[0] :]])
-    grad_end_NKV = torch.cat(grad_ends[::-1])
-    if erased_key is None:
-        grad_v_NCV = torch.cat(grad_values[::-1])
-    else:
-        grad_rows.append(torch.cat(grad_inputs[::-1]))
-        grad_v_NCV = -grad_rows[-1]
+def carry(state: Tensor, whole: Tensor | None, added: Tensor | None) -> Tensor:
+    """The state, or its gradient, past a chunk's decay, with what the chunk adds."""
+    if whole is None:
+        return state if added is None else state + added
+    return state * whole if added is None else torch.addcmul(added, state, whole)
 
-    grad_k_NCK = chunks.to_end_of(torch.bmm(value, grad_end_NKV.mT))
-    grad_readers = None
-    if readers is not None:
-        rows_NRCV = torch.stack(grad_rows, 1)
-        flat = rows_NRCV.flatten(1, 2)
-        grad_scores = torch.bmm(flat, value.mT).unflatten(1, rows_NRCV.shape[1:3])
-        if erase is not None:
-            grad_scores[:, -1].diagonal(dim1=-2, dim2=-1).zero_()  # L is strict
-        grad_readers, grad_k = chunks.scores.backward(grad_scores, readers, k_NCK)
-        grad_k_NCK = grad_k_NCK.add_(grad_k)
-        grad_readers += chunks.from_start_of(torch.bmm(flat, starts.mT).unflatten(1, rows_NRCV.shape[1:3]))
 
-    def to_tokens(x: Tensor, like: Tensor) -> Tensor:
-        return layout.to_tokens(x, num_heads, (batch_size, length), like.shape[2]).to(like.dtype)
+def read(chunks: Chunks, w_NCWV: Tensor) -> Tensor:
+    """o [N, C, V] of a slab that has been scanned, but for what the bonus reads."""
+    o_NCV = chunks.values_from_start(torch.bmm(chunks.read_keys()[:, :, 0], torch.cat(chunks.starts)))
+    return chunks.value_decay.rows(chunks.scores_NCRCW[:, :, :1], w_NCWV, o_NCV.unsqueeze(2)).squeeze(2)
 
-    grad_log_decay = None
-    if log_decay is not None:
-        per_head = log_decay.dim() < 4
-        flow = k_NCK * -grad_k_NCK
-        if per_head:
-            flow = flow.sum(-1)
-        if readers is not None and grad_readers is not None:
-            read_flow = readers * grad_readers
-            flow = flow + (read_flow.sum((1, 3)) if per_head else read_flow.sum(1))
-        at_end = (_ends(chunks, starts, final) * grad_end_NKV).sum((1, 2) if per_head else 2)
-        grad_decay_NC = flow.flip(1).cumsum(1).flip(1) + at_end[:, None]
-        grad_log_decay = layout.to_tokens(grad_decay_NC, num_heads, (batch_size, length), num_heads)
-        if log_decay.dim() == 1:
-            grad_log_decay = grad_log_decay.sum((0, 1))
-        grad_log_decay = grad_log_decay.to(log_decay.dtype)
 
-    grad_q = grad_erase = None
-    if q is not None and grad_readers is not None:
-        grad_q = to_tokens(grad_readers[:, 0] * scale, q)
-    if erase is not None and grad_readers is not None:
-        grad_e_NCK = grad_readers[:, -1]
-        if chunks.beta_NC is None:
-            grad_erase = to_tokens(grad_e_NCK, erase)
-        else:
-            grad_erase = to_tokens((grad_e_NCK * k_NCK).sum(-1), erase)
-            grad_k_NCK.addcmul_(grad_e_NCK, chunks.beta_NC[..., None])
-    grad_initial_state = None
+def first_states(terms: Terms, initial_state: Tensor | None, layout: ChunkLayout) -> Tensor:
+    """[documents * heads, K, V], longest document first."""
+    dtype = torch.promote_types(terms.v.dtype, torch.float32)
     if initial_state is not None:
-        grad_initial_state = _restore_order(grad_initial.unflatten(0, (-1, num_heads)), layout).to(initial_state.dtype)
-    return grad_q, to_tokens(grad_k_NCK, k), to_tokens(grad_v_NCV, v), grad_log_decay, grad_erase, grad_initial_state
+        return initial_state.index_select(0, layout.order_N).to(dtype).flatten(0, 1)
+    num = layout.order_N.shape[0] * terms.v.shape[2]
+    return terms.v.new_zeros(num, terms.k.shape[-1], terms.v.shape[-1], dtype=dtype)
 
 
-def _ends(chunks: _Chunks, starts: Tensor, final: Tensor) -> Tensor:
-    """Each chunk's last state: the first of the document's next chunk, or the document's last."""
-    last = final.index_select(0, chunks.layout.order_N).flatten(0, 1)
-    steps = chunks.steps()
-    ends = []
-    for (_, count), following in zip(steps, [*steps[1:], None], strict=True):
-        if following is None:
-            ends.append(last[:count])
-        else:
-            rows, going_on = following
-            ends += [starts[rows], last[going_on:count]]
-    return torch.cat(ends)
+def chunked_forward(terms: Terms, initial_state: Tensor | None, layout: ChunkLayout) -> tuple[Tensor, Tensor, Tensor]:
+    """layout: that of v, from `layout_of`.
+
+    Returns o [B, T, H, V] in v's dtype, the final state [documents, H, K, V], and for the backward the first states
+    of every slab. Made of differentiable torch operations throughout, so it can also be traced or differentiated by
+    autograd.
+    """
+    v = terms.v
+    state = first_states(terms, initial_state, layout)
+    kept = [state[:0]]
+    finished: list[Tensor] = []
+    o = torch.zeros_like(v, memory_format=torch.contiguous_format)
+    for slab in layout.slabs:
+        chunks = cut(terms, slab)
+        kept.append(state[: slab.num_active[0] * chunks.num_heads])
+        state, w_NCWV = scan(chunks, state, finished)
+        if terms.q is None:
+            continue
+        o_NCV = read(chunks, w_NCWV)
+        if (weight := chunks.bonus_weight()) is not None:
+            o_NCV = torch.addcmul(o_NCV, weight, chunks.v_NCV)
+        slab.paste(o_NCV, o)
+    final = torch.cat([state, *reversed(finished)]).unflatten(0, (-1, v.shape[2]))
+    return o, layout.restore_order(final), torch.cat(kept)

@@ -1,24 +1,22 @@
 """The one recurrence behind every linear sequence model: checks, choice of backend, registration with torch.
 
-    S_t = (I - b_t e_t^T) diag(exp g_t) S_{t-1} + k_t v_t^T          o_t = scale * S_t^T q_t
+    S_t = (I - b_t e_t^T) diag(exp g_t) S_{t-1} diag(exp h_t) + k_t v_t^T          o_t = scale * S_t^T q_t
 
 `linear_recurrence` is one operation to torch (forward and backward are a `torch.library.custom_op` pair), so that
 compile, recompute and FLOP counters see it whole. `span_summary` says what a span does to the state it receives.
 """
 
-import logging
-from functools import cache
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from torchlmoe.ops.chunked import chunked_backward, chunked_forward, kept_layout_of
+from torchlmoe.ops.chunked import Terms, chunked_forward, kept_layout_of
+from torchlmoe.ops.chunked_backward import chunked_backward
 from torchlmoe.ops.reference import reference_recurrence
 
 Backend = Literal["auto", "reference", "chunked", "triton"]
-logger = logging.getLogger(__name__)
 
 
 def linear_recurrence(
@@ -51,7 +49,7 @@ def linear_recurrence(
         initial_state: [N, R, K, V] in at least float32; N = B, or the number of packed documents. Zero unless given.
         output_final_state: whether to return the state after the last token.
         cu_seqlens: int32 [N + 1], bounds of documents packed into one row (B = 1) from 0 to T; empty ones allowed.
-        backend: "reference" (token by token), "chunked" (plain PyTorch) or "auto".
+        backend: "reference" (token by token), "chunked" (plain PyTorch) or "auto" (chunked from two tokens on).
 
     Returns:
         o [B, T, R, V] in v's dtype, and the final state [N, R, K, V] in float32 (float64 for float64 input) or None.
@@ -60,7 +58,7 @@ def linear_recurrence(
         ValueError: shapes, dtypes or terms that do not fit together, or that the backend does not serve.
     """
     _check(q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, initial_state, cu_seqlens)
-    backend = _choose(backend, erase_key, value_log_decay, bonus)
+    backend = _choose(backend, q.shape[1])
     o, final_state = _run(
         q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, scale, initial_state, cu_seqlens, backend
     )
@@ -77,37 +75,45 @@ def span_summary(
     value_log_decay: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """The affine map S_out = transition S_in + state that a span of tokens (or each packed document) is.
+) -> tuple[Tensor | tuple[Tensor, Tensor], Tensor]:
+    """The affine map that a span of tokens (or each packed document) is; arguments as in `linear_recurrence`.
 
-    Arguments as in `linear_recurrence`; differentiable. Returns the transition, [N, R, K] (a diagonal) without an
-    erase term and [N, R, K, K] with one, and the state [N, R, K, V], both in at least float32.
+    Returns the transition and the state [N, R, K, V], in at least float32 and differentiable. The transition is
+        [N, R, K], a diagonal, without an erase term:       S_out = transition[..., None] * S_in + state;
+        [N, R, K, K] with one:                              S_out = transition @ S_in + state;
+        a pair of diagonals [N, R, K] and [N, R, V] with a decay on the value side, K + V numbers a head:
+                                                            S_out = key[..., None] * S_in * value[..., None, :] + state.
     """
     _check(k, k, v, log_decay, erase, erase_key, value_log_decay, None, None, cu_seqlens)
-    if value_log_decay is not None:
-        raise ValueError(
-            "span_summary does not support value_log_decay yet; log_decay and erase are what it summarises."
-        )
-    batch_size, length, num_heads, value_dim = v.shape
-    key_dim = k.shape[-1]
-    num_documents = batch_size if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    dtype = torch.promote_types(v.dtype, torch.float32)
-    backend = _choose(backend, erase_key, value_log_decay, None)
+    num_heads, key_dim, value_dim = v.shape[2], k.shape[-1], v.shape[-1]
+    backend = _choose(backend, v.shape[1])
     if erase is None:
-        _, state = _run(None, k, v, log_decay, None, None, None, None, 1.0, None, cu_seqlens, backend)
-        total = torch.zeros(num_documents, num_heads, key_dim, dtype=dtype, device=v.device)
-        if log_decay is not None:
-            decay = log_decay.to(dtype)
-            decay = decay.expand(batch_size, length, num_heads) if decay.dim() == 1 else decay
-            decay = (decay if decay.dim() == 4 else decay[..., None]).expand(-1, -1, -1, key_dim)
-            total = total.index_add(0, _document_ids(v, cu_seqlens), decay.flatten(0, 1))
-        return total.exp(), state
+        _, state = _run(None, k, v, log_decay, None, None, value_log_decay, None, 1.0, None, cu_seqlens, backend)
+        transition = _total_decay(log_decay, v, key_dim, cu_seqlens)
+        if value_log_decay is None:
+            return transition, state
+        return (transition, _total_decay(value_log_decay, v, value_dim, cu_seqlens)), state
     # The columns of the state do not mix, so the transition is K more of them: no value, started from the identity.
+    num_documents = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    dtype = torch.promote_types(v.dtype, torch.float32)
     identity = torch.eye(key_dim, dtype=dtype, device=v.device).expand(num_documents, num_heads, -1, -1)
     initial_state = torch.cat([identity.new_zeros(num_documents, num_heads, key_dim, value_dim), identity], -1)
     wide_v = torch.nn.functional.pad(v, (0, key_dim))
     _, state = _run(None, k, wide_v, log_decay, erase, erase_key, None, None, 1.0, initial_state, cu_seqlens, backend)
     return state[..., value_dim:], state[..., :value_dim]
+
+
+def _total_decay(log_decay: Tensor | None, v: Tensor, width: int, cu_seqlens: Tensor | None) -> Tensor:
+    """exp of each document's summed log decay, [N, R, width]."""
+    batch_size, length, num_heads, _ = v.shape
+    num_documents = batch_size if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    total = v.new_zeros(num_documents, num_heads, width, dtype=torch.promote_types(v.dtype, torch.float32))
+    if log_decay is not None:
+        decay = log_decay.to(total.dtype)
+        decay = decay.expand(batch_size, length, num_heads) if decay.dim() == 1 else decay
+        decay = (decay if decay.dim() == 4 else decay[..., None]).expand(-1, -1, -1, width)
+        total = total.index_add(0, _document_ids(v, cu_seqlens), decay.flatten(0, 1))
+    return total.exp()
 
 
 def recurrence_flops_per_token(
@@ -129,30 +135,14 @@ def _document_ids(v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True)
 
 
-def _choose(backend: str, erase_key: Tensor | None, value_log_decay: Tensor | None, bonus: Tensor | None) -> str:
-    terms = {"erase_key": erase_key, "value_log_decay": value_log_decay, "bonus": bonus}
-    beyond_chunked = [name for name, term in terms.items() if term is not None]
-    if backend == "auto":
-        if not beyond_chunked:
-            return "chunked"
-        _say_once(
-            f"linear_recurrence runs token by token (slow): {' and '.join(beyond_chunked)} has no chunked form yet."
-        )
-        return "reference"
+def _choose(backend: str, length: int) -> str:
     if backend == "triton":
         raise ValueError("backend = 'triton' has no kernels yet; use 'auto', 'chunked' or 'reference'.")
-    if backend not in ("reference", "chunked"):
+    if backend not in ("auto", "reference", "chunked"):
         raise ValueError(f"backend = {backend!r} is unknown; use 'auto', 'chunked' or 'reference'.")
-    if backend == "chunked" and beyond_chunked:
-        raise ValueError(
-            f"backend = 'chunked' does not support {' and '.join(beyond_chunked)} yet; use backend = 'reference'."
-        )
+    if backend == "auto":
+        return "reference" if length == 1 else "chunked"  # decoding: one step of the definition is the least work
     return backend
-
-
-@cache
-def _say_once(message: str) -> None:
-    logger.warning(message)
 
 
 def _check(q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, initial_state, cu_seqlens) -> None:
@@ -196,11 +186,8 @@ def _check(q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, initial
 def _run(
     q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, scale, initial_state, cu_seqlens, backend
 ) -> tuple[Tensor, Tensor]:
-    if backend == "reference":
-        return reference_recurrence(
-            q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, scale, initial_state, cu_seqlens
-        )
-    return _forward(q, k, v, log_decay, erase, scale, initial_state, cu_seqlens)[:2]
+    terms = (q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, scale, initial_state, cu_seqlens)
+    return reference_recurrence(*terms) if backend == "reference" else _forward(*terms)[:2]
 
 
 @torch.library.custom_op("torchlmoe::linear_recurrence", mutates_args=())
@@ -210,32 +197,26 @@ def _forward(
     v: Tensor,
     log_decay: Tensor | None,
     erase: Tensor | None,
+    erase_key: Tensor | None,
+    value_log_decay: Tensor | None,
+    bonus: Tensor | None,
     scale: float,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    layout = kept_layout_of(v, cu_seqlens)
-    return chunked_forward(q, k, v, log_decay, erase, scale, initial_state, cu_seqlens, layout)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """o, the final state, and what the backward needs of the forward (see `chunked_forward`)."""
+    terms = Terms(q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, scale)
+    return chunked_forward(terms, initial_state, kept_layout_of(v, cu_seqlens))
 
 
 @_forward.register_fake
-def _(q, k, v, log_decay, erase, scale, initial_state, cu_seqlens):
+def _(q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, scale, initial_state, cu_seqlens):
     num_documents = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     num_heads, key_dim, value_dim = v.shape[2], k.shape[-1], v.shape[-1]
-    context = torch.library.get_ctx()
-
-    def of_chunks(*shape: int | torch.SymInt) -> Tensor:
-        # How many chunks there are, and of how many tokens, depends on the documents.
-        return v.new_empty(*shape, dtype=torch.promote_types(v.dtype, torch.float32))
-
-    state = of_chunks(num_documents, num_heads, key_dim, value_dim)
-    o = torch.empty_like(v, memory_format=torch.contiguous_format)
-    chunks = context.new_dynamic_size()
-    starts = of_chunks(chunks, key_dim, value_dim)
-    if erase is None:
-        return o, state, starts, of_chunks(0), of_chunks(0)
-    tokens = context.new_dynamic_size()
-    return o, state, starts, of_chunks(chunks, tokens, value_dim), of_chunks(chunks, tokens, tokens)
+    state = v.new_empty(num_documents, num_heads, key_dim, value_dim, dtype=torch.promote_types(v.dtype, torch.float32))
+    # How many slabs there are depends on the documents.
+    kept = state.new_empty(torch.library.get_ctx().new_dynamic_size(), key_dim, value_dim)
+    return torch.empty_like(v, memory_format=torch.contiguous_format), state, kept
 
 
 @torch.library.custom_op("torchlmoe::linear_recurrence_backward", mutates_args=())
@@ -247,59 +228,61 @@ def _backward(
     v: Tensor,
     log_decay: Tensor | None,
     erase: Tensor | None,
+    erase_key: Tensor | None,
+    value_log_decay: Tensor | None,
+    bonus: Tensor | None,
     scale: float,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-    final: Tensor,
-    starts: Tensor,
-    value: Tensor,
-    inverse: Tensor,
+    kept: Tensor,
 ) -> list[Tensor]:
-    """Gradients of q, k, v, log_decay, erase and initial_state; an operation cannot return None, so empty if absent."""
-    layout = kept_layout_of(v, cu_seqlens)
-    grads = chunked_backward(
-        grad_o, grad_final, q, k, v, log_decay, erase, scale, initial_state, layout, final, starts, value, inverse
-    )
-    return [k.new_empty(0) if grad is None else grad.contiguous() for grad in grads]
+    """Gradients of all tensors but cu_seqlens, in order; an operation cannot return None, so empty if absent."""
+    terms = Terms(q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, scale)
+    grads = chunked_backward(grad_o, grad_final, terms, initial_state, kept_layout_of(v, cu_seqlens), kept)
+    return [k.new_empty(0) if grad is None else grad for grad in grads]
 
 
 @_backward.register_fake
-def _(grad_o, grad_final, q, k, v, log_decay, erase, scale, initial_state, *rest):
+def _(grad_o, grad_final, q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, scale, initial_state, *rest):
     return [
         k.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
-        for x in (q, k, v, log_decay, erase, initial_state)
+        for x in (q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, initial_state)
     ]
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, scale, initial_state, cu_seqlens = inputs
-    ctx.save_for_backward(*tensors, initial_state, cu_seqlens, *output[1:])
-    ctx.mark_non_differentiable(*output[2:])
-    ctx.scale = scale
+    *terms, ctx.scale, initial_state, cu_seqlens = inputs
+    ctx.save_for_backward(*terms, initial_state, cu_seqlens, output[2])
+    ctx.mark_non_differentiable(output[2])
 
 
-def _autograd(ctx, grad_o, grad_final, *_):
-    *tensors, initial_state, cu_seqlens, final, starts, value, inverse = ctx.saved_tensors
-    grads = _backward(grad_o, grad_final, *tensors, ctx.scale, initial_state, cu_seqlens, final, starts, value, inverse)
-    given = [None if x is None else grad for x, grad in zip((*tensors, initial_state), grads, strict=True)]
-    return (*given[:5], None, given[5], None)
+def _autograd(ctx, grad_o, grad_final, _):
+    *terms, initial_state, cu_seqlens, kept = ctx.saved_tensors
+    grads = _backward(grad_o, grad_final, *terms, ctx.scale, initial_state, cu_seqlens, kept)
+    *of_terms, of_state = [None if x is None else grad for x, grad in zip((*terms, initial_state), grads, strict=True)]
+    return (*of_terms, None, of_state, None)
 
 
 torch.library.register_autograd("torchlmoe::linear_recurrence", _autograd, setup_context=_setup_context)
 
 
-def _flops(k_shape, v_shape, log_decay_shape, erase_shape) -> int:
+def _flops(k_shape, v_shape, log_decay_shape, erase_shape, value_log_decay_shape) -> int:
     batch_size, length, num_heads, value_dim = v_shape
     return (batch_size * length) * recurrence_flops_per_token(
-        num_heads, k_shape[-1], value_dim, decay=log_decay_shape is not None, erase=erase_shape is not None
+        num_heads,
+        k_shape[-1],
+        value_dim,
+        decay=log_decay_shape is not None or value_log_decay_shape is not None,
+        erase=erase_shape is not None,
     )
 
 
 @register_flop_formula(torch.ops.torchlmoe.linear_recurrence)
-def _(q_shape, k_shape, v_shape, log_decay_shape, erase_shape, *rest, **kwargs) -> int:
-    return _flops(k_shape, v_shape, log_decay_shape, erase_shape)
+def _(q_shape, k_shape, v_shape, log_decay_shape, erase_shape, _, value_log_decay_shape, *rest, **kwargs) -> int:
+    return _flops(k_shape, v_shape, log_decay_shape, erase_shape, value_log_decay_shape)
 
 
 @register_flop_formula(torch.ops.torchlmoe.linear_recurrence_backward)
-def _(grad_o, grad_final, q_shape, k_shape, v_shape, log_decay_shape, erase_shape, *rest, **kwargs) -> int:
-    return 2 * _flops(k_shape, v_shape, log_decay_shape, erase_shape)
+def _(grad_o, grad_final, *shapes, **kwargs) -> int:
+    _, k_shape, v_shape, log_decay_shape, erase_shape, _, value_log_decay_shape, *_ = shapes
+    return 2 * _flops(k_shape, v_shape, log_decay_shape, erase_shape, value_log_decay_shape)

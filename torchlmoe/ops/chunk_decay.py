@@ -1,0 +1,171 @@
+"""What decay does within a chunk, on the key side or the value side, without a positive exponent anywhere.
+
+All products of a chunk's tokens are derivatives of one form, in which readers x and writers y meet under scores P:
+
+    sum_ijd P_ij x_id y_jd E_ijd        E_ijd = exp(G_id - G_jd) for j < i, 1 for j = i, 0 for j > i
+
+`pair` is its derivative by P (the scores of x and y), `rows` by x, `columns` by y. G is the inclusive cumulative sum of
+the log decay. What is read before a token's own decay (RWKV6) has the exclusive sum in the place of G_id. The gradient
+of the decay needs none of this: it is had from those of x and y (see `chunked_backward.py`).
+
+Legend: N chunks times heads, C tokens a chunk, R readers and W writers a token, D width, G groups of equal decay.
+"""
+
+import torch
+from torch import Tensor
+
+
+class Undecayed:
+    """E is one throughout: for scores that are zero above the diagonal already."""
+
+    from_start: Tensor | None = None  # exp of the sum from the chunk's start to each token, [N, C, 1 or D]
+    to_end: Tensor | None = None  # from after each token to the chunk's end, [N, C, 1 or D]
+    whole: Tensor | None = None  # of the whole chunk, [N, 1 or D]
+
+    def pair(self, x_NCRD: Tensor, y_NCWD: Tensor) -> Tensor:
+        """[N, C, R, C, W]"""
+        product = torch.bmm(x_NCRD.flatten(1, 2), y_NCWD.flatten(1, 2).mT)
+        return product.view(*x_NCRD.shape[:3], *y_NCWD.shape[1:3])
+
+    def rows(self, p_NCRCW: Tensor, y_NCWD: Tensor, onto_NCRD: Tensor) -> Tensor:
+        """Adds [N, C, R, D] to `onto`, in place."""
+        onto_NCRD.flatten(1, 2).baddbmm_(p_NCRCW.flatten(3).flatten(1, 2), y_NCWD.flatten(1, 2))
+        return onto_NCRD
+
+    def columns(self, p_NCRCW: Tensor, x_NCRD: Tensor, onto_NCWD: Tensor) -> Tensor:
+        """Adds [N, C, W, D] to `onto`, in place."""
+        onto_NCWD.flatten(1, 2).baddbmm_(p_NCRCW.flatten(3).flatten(1, 2).mT, x_NCRD.flatten(1, 2))
+        return onto_NCWD
+
+    def backward(self, p_NCRCW: Tensor, x_NCRD: Tensor, y_NCWD: Tensor, dx_NCRD: Tensor, dy_NCWD: Tensor) -> None:
+        """`rows` onto dx and `columns` onto dy."""
+        self.rows(p_NCRCW, y_NCWD, dx_NCRD)
+        self.columns(p_NCRCW, x_NCRD, dy_NCWD)
+
+
+class CausalMask(Undecayed):
+    """E is a matrix of ones up to the diagonal."""
+
+    def __init__(self, chunk_size: int, like: Tensor):
+        self.matrix_GC1C1 = like.new_ones(chunk_size, chunk_size).tril_()[None, :, None, :, None]
+
+    def _weigh(self, p_NCRCW: Tensor) -> Tensor:
+        return (p_NCRCW.unflatten(0, (-1, self.matrix_GC1C1.shape[0])) * self.matrix_GC1C1).flatten(0, 1)
+
+    def pair(self, x_NCRD: Tensor, y_NCWD: Tensor) -> Tensor:
+        return self._weigh(super().pair(x_NCRD, y_NCWD))
+
+    def backward(self, p_NCRCW: Tensor, x_NCRD: Tensor, y_NCWD: Tensor, dx_NCRD: Tensor, dy_NCWD: Tensor) -> None:
+        super().backward(self._weigh(p_NCRCW), x_NCRD, y_NCWD, dx_NCRD, dy_NCWD)
+
+
+class MatrixDecay(CausalMask):
+    """One decay per token and head, or one per head: the matrix of the latter is that of every chunk.
+
+    log_decay_NC: of every chunk, zero at padded tokens; log_decay_GC: of the G chunks whose matrices are those of all,
+    in turn. Sums are float64: where gates are extreme the difference of two would lose an ordinary gate's digits.
+    """
+
+    def __init__(self, log_decay_NC: Tensor, log_decay_GC: Tensor, reads_before: bool, dtype: torch.dtype):
+        log_decay_NC, log_decay_GC = log_decay_NC.double(), log_decay_GC.double()
+        write = log_decay_GC.cumsum(1)
+        read = write - log_decay_GC if reads_before else write
+        exponent = (read[:, :, None] - write[:, None, :]).clamp_(max=0).to(dtype)
+        self.matrix_GC1C1 = exponent.exp_().tril()[:, :, None, :, None]
+        total = log_decay_NC.cumsum(1)
+        read = total - log_decay_NC if reads_before else total
+        self.from_start = read.to(dtype).exp()[..., None]
+        self.to_end = (total[:, -1:] - total).to(dtype).exp()[..., None]
+        self.whole = total[:, -1:].to(dtype).exp()
+
+
+class ChannelDecay(Undecayed):
+    """One decay per token, head and channel: a chunk of 2^n tokens is halved down to pairs of single tokens.
+
+    Where the later half of a block reads what its earlier half wrote, E factorises at the middle: from there to the
+    reader, and from the writer to there. Sums within halves come from those within quarters, so nothing is subtracted.
+    """
+
+    def __init__(self, log_decay_NCD: Tensor, reads_before: bool):
+        length = log_decay_NCD.shape[1]
+        read = torch.zeros_like(log_decay_NCD) if reads_before else log_decay_NCD.clone()
+        write = torch.zeros_like(log_decay_NCD)  # from after the token to its block's end
+        total = log_decay_NCD.unsqueeze(2)  # of every block
+        self.levels: list[
+            tuple[int, Tensor, Tensor]
+        ] = []  # block size, factors of readers and writers [N, blocks, s, 1, D]
+        size = 1
+        while size < length:
+            total = total.unflatten(1, (-1, 2))
+            later, earlier = (x.unflatten(1, (-1, 2, size))[:, :, half] for x, half in ((read, 1), (write, 0)))
+            self.levels.append((size, later.exp().unsqueeze(3), earlier.exp().unsqueeze(3)))
+            later += total[:, :, 0]
+            earlier += total[:, :, 1]
+            total = total.sum(2)
+            size *= 2
+        self.from_start, self.to_end, self.whole = read.exp(), write.exp(), total[:, 0, 0].exp()
+
+    def _block(self, p_NCRCW: Tensor, size: int) -> Tensor:
+        """The scores at which later halves read earlier ones: a view [N, size, R, size, W, blocks]."""
+        halves = p_NCRCW.unflatten(3, (-1, 2, size)).unflatten(1, (-1, 2, size))
+        return halves[:, :, 1].select(5, 0).diagonal(dim1=1, dim2=4)
+
+    def _flat_block(self, p_NCRCW: Tensor, size: int) -> Tensor:
+        """[N * blocks, size * R, size * W]"""
+        return self._block(p_NCRCW, size).movedim(5, 1).reshape(-1, size * p_NCRCW.shape[2], size * p_NCRCW.shape[4])
+
+    def pair(self, x_NCRD: Tensor, y_NCWD: Tensor) -> Tensor:
+        scores = x_NCRD.new_zeros(*x_NCRD.shape[:3], *y_NCWD.shape[1:3])
+        scores.diagonal(dim1=1, dim2=3).copy_((x_NCRD.unsqueeze(3) * y_NCWD.unsqueeze(2)).sum(-1).movedim(1, 3))
+        for size, later, earlier in self.levels:
+            x = (_half(x_NCRD, size, 1) * later).flatten(2, 3).flatten(0, 1)
+            y = (_half(y_NCWD, size, 0) * earlier).flatten(2, 3).flatten(0, 1)
+            block = self._block(scores, size)
+            product = torch.bmm(x, y.mT).view(block.shape[0], block.shape[5], *block.shape[1:5])
+            block.copy_(product.movedim(1, 5))
+        return scores
+
+    def rows(self, p_NCRCW: Tensor, y_NCWD: Tensor, onto_NCRD: Tensor) -> Tensor:
+        onto_NCRD += thin_matmul(p_NCRCW.diagonal(dim1=1, dim2=3).movedim(3, 1), y_NCWD)
+        for size, later, earlier in self.levels:
+            y = (_half(y_NCWD, size, 0) * earlier).flatten(2, 3).flatten(0, 1)
+            half = _half(onto_NCRD, size, 1)
+            half.addcmul_(thin_matmul(self._flat_block(p_NCRCW, size), y).view(half.shape), later)
+        return onto_NCRD
+
+    def columns(self, p_NCRCW: Tensor, x_NCRD: Tensor, onto_NCWD: Tensor) -> Tensor:
+        onto_NCWD += thin_matmul(p_NCRCW.diagonal(dim1=1, dim2=3).movedim(3, 1).mT, x_NCRD)
+        for size, later, earlier in self.levels:
+            x = (_half(x_NCRD, size, 1) * later).flatten(2, 3).flatten(0, 1)
+            half = _half(onto_NCWD, size, 0)
+            half.addcmul_(thin_matmul(self._flat_block(p_NCRCW, size).mT, x).view(half.shape), earlier)
+        return onto_NCWD
+
+
+def _half(x_NCRD: Tensor, size: int, half: int) -> Tensor:
+    """The earlier (0) or later (1) halves of all blocks of 2 * size tokens: a view [N, blocks, size, R, D]."""
+    return x_NCRD.unflatten(1, (-1, 2, size))[:, :, half]
+
+
+def thin_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """[..., m, k] @ [..., k, n]; for k of a few as multiply-adds, on a CPU several times faster than tiny products."""
+    if a.shape[-1] > 4:
+        return torch.matmul(a, b)
+    product = a[..., :1] * b[..., :1, :]
+    for index in range(1, a.shape[-1]):
+        product = torch.addcmul(product, a[..., index, None], b[..., index, None, :])
+    return product
+
+
+def unit_lower_inverse(lower_NCC: Tensor) -> Tensor:
+    """(I + L)^-1 of the part L below the diagonal, C a power of two: from halves and what stands between them."""
+    inverse = lower_NCC.new_ones(*lower_NCC.shape[:2], 1, 1)  # of the blocks on the diagonal, [N, blocks, size, size]
+    for _ in range(lower_NCC.shape[-1].bit_length() - 1):
+        size = inverse.shape[-1]
+        earlier, later = inverse.unflatten(1, (-1, 2)).unbind(2)
+        blocks = lower_NCC.unflatten(2, (-1, 2, size)).unflatten(1, (-1, 2, size))
+        between = blocks[:, :, 1].select(4, 0).diagonal(dim1=1, dim2=3).movedim(3, 1)
+        below = thin_matmul(thin_matmul(later, between), earlier).neg()
+        above = torch.zeros_like(earlier)
+        inverse = torch.cat([torch.cat([earlier, above], -1), torch.cat([below, later], -1)], -2)
+    return inverse.squeeze(1)

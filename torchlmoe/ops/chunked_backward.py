@@ -1,0 +1,162 @@
+"""The gradient of the chunked recurrence, slab by slab from the last to the first, each slab recomputed from its start.
+
+In the notation of `chunked.py`, with dS the gradient of a chunk's last state and P' that of the scores:
+
+    dw   = columns(P_q, do) + (y * exp(G_C - G)) dS * exp(H_C - H)                  (for v and n alike)
+    dz   = (I + P_eb)^-T dn
+    dv   = dz where b = k, otherwise dv - P_ek^T dz
+    P'_q = pair(do, w)          P'_e = -dz w^T, strict          (`pair` and `columns` of the value side's decay)
+    dx   = rows(P', y) + exp G * (do * exp H, -dz) S^T
+    dy   = columns(P', x) + exp(G_C - G) * (w * exp(H_C - H)) dS^T
+    dS  <- (q * exp G)^T (do * exp H) + exp(G_C) dS exp(H_C) - (e * exp G)^T dz
+    dg   = reverse_cumsum(sum x * dx - sum y * dy) + sum_v S_C * dS            per chunk, or extreme gates cancel
+    dh   = reverse_cumsum(o * do - v * dv) + sum_k S_C * dS
+
+What is read before a token's own decay counts from the token before it, and the bonus is no part of dg and dh.
+"""
+
+import torch
+from torch import Tensor
+
+from torchlmoe.ops.chunk_layout import ChunkLayout
+from torchlmoe.ops.chunked import Chunks, Terms, beside, carry, cut, make_strict, read, scan
+
+PER_TOKEN = ("q", "k", "v", "log_decay", "erase", "erase_key", "value_log_decay")
+
+
+def chunked_backward(
+    grad_o: Tensor, grad_final: Tensor, terms: Terms, initial_state: Tensor | None, layout: ChunkLayout, kept: Tensor
+) -> list[Tensor | None]:
+    """Gradients of the tensors of `terms`, in their order, and of initial_state, each in its dtype; None for None.
+
+    kept: what `chunked_forward` returned last.
+    """
+    num_heads = terms.v.shape[2]
+    tensors = {name: x for name in PER_TOKEN if (x := getattr(terms, name)) is not None}
+    per_head = terms.log_decay is not None and terms.log_decay.dim() == 1
+    if per_head:
+        tensors["log_decay"] = tensors["log_decay"].expand(terms.v.shape[:3])
+    result = {name: torch.empty_like(x, memory_format=torch.contiguous_format) for name, x in tensors.items()}
+    grad_bonus = []
+
+    last_grad = grad_final.index_select(0, layout.order_N).to(kept.dtype).flatten(0, 1)
+    grad_state, kept_end = last_grad[:0], kept.shape[0]
+    for slab in reversed(layout.slabs):
+        chunks = cut(terms, slab)
+        kept_start = kept_end - slab.num_active[0] * num_heads
+        _, w_NCWV = scan(chunks, kept[kept_start:kept_end], [])
+        kept_end = kept_start
+        grad_o_NCV = slab.cut(grad_o, num_heads).to(kept.dtype) if chunks.reads else None
+        grads, grad_state = _slab_backward(chunks, w_NCWV, grad_o_NCV, grad_state, last_grad)
+        for name in tensors:
+            slab.paste(grads[name] * terms.scale if name == "q" else grads[name], result[name])
+        if "bonus" in grads:
+            grad_bonus.append(grads["bonus"].unflatten(0, (-1, num_heads)).sum(0))
+
+    if per_head:
+        result["log_decay"] = result["log_decay"].sum((0, 1))
+    if terms.bonus is not None:
+        result["bonus"] = sum(grad_bonus, terms.bonus.new_zeros(terms.bonus.shape, dtype=kept.dtype))
+        result["bonus"] = result["bonus"].to(terms.bonus.dtype)
+    if initial_state is not None:
+        grad_initial = torch.cat([grad_state, last_grad[grad_state.shape[0] :]]).unflatten(0, (-1, num_heads))
+        result["initial_state"] = layout.restore_order(grad_initial).to(initial_state.dtype)
+    return [result.get(name) for name in (*PER_TOKEN, "bonus", "initial_state")]
+
+
+def _slab_backward(
+    chunks: Chunks, w_NCWV: Tensor, grad_o_NCV: Tensor | None, grad_state: Tensor, last_grad: Tensor
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Gradients of the slab's terms, [N, C, ...] (of the bonus [N, K]), and of the states with which it began."""
+    x_NCRK, y_NCWK, scores = chunks.x_NCRK, chunks.y_NCWK, chunks.scores_NCRCW
+    key_decay, value_decay = chunks.key_decay, chunks.value_decay
+    read_keys, written_keys = chunks.read_keys(), chunks.written_keys()
+
+    grad_w_NCWV = torch.zeros_like(w_NCWV)
+    grad_rows = []  # the gradient of what each reader has read
+    grad_added = None
+    if grad_o_NCV is not None:
+        grad_rows.append(grad_o_NCV)
+        value_decay.columns(scores[:, :, :1], grad_o_NCV.unsqueeze(2), grad_w_NCWV)
+        grad_added = torch.bmm(read_keys[:, :, 0].mT, chunks.values_from_start(grad_o_NCV))
+
+    # The mirrored scan: documents come in at their last chunk.
+    grad_ends, grad_z = [], []
+    erases = chunks.inverse_NCC is not None
+    of_erase = (grad_w_NCWV, written_keys, chunks.inverse_NCC, read_keys) if erases else (None,) * 4
+    per_step = [chunks.steps(x) for x in (w_NCWV, grad_added, chunks.whole(), *of_erase)]
+    for w, plus, whole, grad_w, y, inverse, x in reversed(list(zip(*per_step, strict=True))):
+        assert w is not None
+        if w.shape[0] > grad_state.shape[0]:
+            grad_state = torch.cat([grad_state, last_grad[grad_state.shape[0] : w.shape[0]]])
+        grad_ends.append(grad_state)
+        before = carry(grad_state, whole, plus)
+        if grad_w is not None and y is not None and inverse is not None and x is not None:
+            grad_n = torch.baddbmm(grad_w[:, :, -1], y[:, :, -1], grad_state)
+            grad_z.append(torch.bmm(inverse.mT, grad_n))
+            before = torch.baddbmm(before, x[:, :, -1].mT, grad_z[-1], alpha=-1)
+        grad_state = before
+    grad_end_NKV = torch.cat(grad_ends[::-1])
+
+    if erases:
+        grad_v = torch.cat(grad_z[::-1])
+        grad_rows.append(-grad_v)
+    if chunks.writes_v:
+        grad_v = chunks.values_at_end(torch.bmm(written_keys[:, :, 0], grad_end_NKV)).add_(grad_w_NCWV[:, :, 0])
+        if erases:
+            grad_v.baddbmm_(scores[:, :, -1, :, 0].mT, grad_rows[-1])
+
+    grad_x = torch.zeros_like(x_NCRK)
+    grad_y = torch.bmm(chunks.values_at_end(w_NCWV).flatten(1, 2), grad_end_NKV.mT).view_as(y_NCWK)
+    if key_decay.to_end is not None:
+        grad_y *= key_decay.to_end.unsqueeze(2)
+    if grad_rows:
+        rows_NCRV = beside(grad_rows)
+        flat = chunks.values_from_start(rows_NCRV).flatten(1, 2)
+        grad_x = torch.bmm(flat, torch.cat(chunks.starts).mT).view_as(x_NCRK)
+        if key_decay.from_start is not None:
+            grad_x *= key_decay.from_start.unsqueeze(2)
+        grad_scores = value_decay.pair(rows_NCRV, w_NCWV)
+        if chunks.strict:
+            make_strict(grad_scores)
+        key_decay.backward(grad_scores, x_NCRK, y_NCWK, grad_x, grad_y)
+
+    grads = {"v": grad_v}
+    held_NKV = torch.cat(chunks.ends).mul_(grad_end_NKV)
+    if key_decay.whole is not None:
+        dims = (2, 3) if key_decay.whole.shape[-1] == 1 else (2,)
+        read_flow, write_flow = (x_NCRK * grad_x).sum(dims), (y_NCWK * grad_y).sum(dims)
+        held_NK = held_NKV.sum((1, 2) if len(dims) == 2 else 2)
+        grads["log_decay"] = _decay_gradient(read_flow, write_flow, held_NK, chunks.reads_before)
+    if value_decay.whole is not None:
+        read_flow = torch.zeros_like(grad_v) if grad_o_NCV is None else read(chunks, w_NCWV) * grad_o_NCV
+        write_flow = w_NCWV[:, :, 0] * grad_v
+        grads["value_log_decay"] = _decay_gradient(read_flow, write_flow, held_NKV.sum(1), chunks.reads_before)
+
+    k_NCK, grad_k = y_NCWK[:, :, 0], grad_y[:, :, 0]
+    weight, bonus_N1K = chunks.bonus_weight(), chunks.bonus_N1K
+    if weight is not None and bonus_N1K is not None and grad_o_NCV is not None:
+        # Only now: what the bonus reads has not decayed.
+        q_NCK = x_NCRK[:, :, 0]
+        grad_weight = (grad_o_NCV * chunks.v_NCV).sum(-1, keepdim=True)
+        grads["v"] = torch.addcmul(grad_v, weight, grad_o_NCV)
+        grads["bonus"] = (grad_weight * q_NCK * k_NCK).sum(1)
+        grad_x[:, :, 0].addcmul_(grad_weight * bonus_N1K, k_NCK)
+        grad_k.addcmul_(grad_weight * bonus_N1K, q_NCK)
+    if chunks.inverse_NCC is not None:
+        grads["erase"] = grad_x[:, :, -1]
+        if chunks.beta_NC is not None:
+            grads["erase"] = (grad_x[:, :, -1] * y_NCWK[:, :, -1]).sum(-1)
+            grad_y[:, :, -1].addcmul_(grad_x[:, :, -1], chunks.beta_NC[..., None])
+        grads["erase_key"] = grad_y[:, :, -1]
+    if grad_o_NCV is not None:
+        grads["q"] = grad_x[:, :, 0]
+    grads["k"] = grad_k
+    return grads, grad_state
+
+
+def _decay_gradient(read_flow: Tensor, write_flow: Tensor, at_end: Tensor, reads_before: bool) -> Tensor:
+    """[N, C] or [N, C, D]; the flows are x * dx and y * dy of each token, at_end S * dS of the chunk's end."""
+    if reads_before:
+        read_flow = torch.cat([read_flow[:, 1:], torch.zeros_like(read_flow[:, :1])], 1)
+    return (read_flow - write_flow).flip(1).cumsum(1).flip(1) + at_end.unsqueeze(1)
