@@ -2,7 +2,8 @@
 
 Forward and backward of the operation alone, an instance for every kind of term, beside causal softmax attention and
 transformers' torch code of the chunked gated delta rule and of Mamba2 at an equal problem, all in one process in
-turn. "kept" is what the operation holds from its forward to its backward beside its arguments, a token of all heads.
+turn: first as the C library hands out memory, then with freed pages kept in the process, as torchlmoe's trainer does.
+"saved" is what autograd holds from the forward to the backward beside the arguments, for a token of all heads.
 """
 
 import statistics
@@ -20,6 +21,7 @@ from torchlmoe.training.host_memory import keep_freed_pages
 
 BATCH, HEADS, WIDTH = 2, 4, 64  # keys and values are equally wide
 LENGTHS = (2048, 4096, 8192)
+SOFTMAX, GATED_DELTA, MAMBA2 = "causal softmax attention", "transformers gated delta rule", "transformers Mamba2"
 INSTANCES = {
     "no decay": (),
     "decay per head": ("head",),
@@ -92,18 +94,18 @@ def forward_backward(run: Callable[[], Tensor], like: Tensor) -> Callable[[], No
     return lambda: run().backward(grad)
 
 
-def kept_bytes(run: Callable[[], Tensor]) -> int:
-    """Bytes that autograd keeps and that are no leaf's."""
-    kept: dict[int, int] = {}
+def saved_bytes(run: Callable[[], Tensor]) -> int:
+    """What autograd saves and is no leaf."""
+    saved: dict[int, int] = {}
 
     def pack(x: Tensor) -> Tensor:
         if not (x.is_leaf and x.requires_grad):
-            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         run()
-    return sum(kept.values())
+    return sum(saved.values())
 
 
 def main() -> None:
@@ -111,31 +113,34 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7, help="timed runs of each case")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens of a row")
     options = parser.parse_args()
-    keep_freed_pages()
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows: list[dict[str, object]] = []
-    for length in options.lengths:
-        x = make_inputs(length, device)
-        forwards = {name: instance(terms, x) for name, terms in INSTANCES.items()}
-        forwards["transformers gated delta rule"] = transformers_gated_delta(x)
-        forwards["transformers Mamba2"] = transformers_mamba2(x)
-        forwards["causal softmax attention"] = softmax_attention(x)
-        cases = {name: forward_backward(run, x["v"]) for name, run in forwards.items()}
-        seconds = interleaved_seconds(cases, repeats=options.repeats, warmups=1)
-        medians = {name: statistics.median(times) for name, times in seconds.items()}
-        for name, median in medians.items():
-            rows.append(
-                {
-                    "T": length,
-                    "instance": name,
-                    "ms": median * 1e3,
-                    "softmax / it": medians["causal softmax attention"] / median,
-                    "gated delta / it": medians["transformers gated delta rule"] / median,
-                    "Mamba2 / it": medians["transformers Mamba2"] / median,
-                    "kept bytes a token": kept_bytes(forwards[name]) // (BATCH * length),
-                }
-            )
+    for freed_pages in ("returned", "kept"):
+        if freed_pages == "kept" and not keep_freed_pages():
+            break
+        for length in options.lengths:
+            x = make_inputs(length, device)
+            forwards = {name: instance(terms, x) for name, terms in INSTANCES.items()}
+            forwards[SOFTMAX] = softmax_attention(x)
+            forwards[GATED_DELTA] = transformers_gated_delta(x)
+            forwards[MAMBA2] = transformers_mamba2(x)
+            cases = {name: forward_backward(run, x["v"]) for name, run in forwards.items()}
+            seconds = interleaved_seconds(cases, repeats=options.repeats, warmups=1)
+            medians = {name: statistics.median(times) for name, times in seconds.items()}
+            for name, median in medians.items():
+                rows.append(
+                    {
+                        "freed pages": freed_pages,
+                        "T": length,
+                        "instance": name,
+                        "ms": median * 1e3,
+                        "softmax / it": medians[SOFTMAX] / median,
+                        "gated delta / it": medians[GATED_DELTA] / median,
+                        "Mamba2 / it": medians[MAMBA2] / median,
+                        "saved B/token": saved_bytes(forwards[name]) // (BATCH * length),
+                    }
+                )
     title = f"Recurrence, forward + backward: B {BATCH}, H {HEADS}, K = V = {WIDTH}, float32"
     show(title, rows, options.output)
 

@@ -63,7 +63,7 @@ CASES = {
 CASES |= {
     f"mom_{name}": ("mom", dict(inner=name, inner_options=CASES[name][1]))
     for name in MIXERS
-    if name not in ("mom", "attention", "gsa", "gateloop", "rwkv7", "s4", "mamba", "ttt", "titans")
+    if name not in ("mom", "attention", "gsa", "gateloop", "s4", "mamba", "ttt", "titans")
 }
 HEADLESS = ("s4", "mamba")
 DIM, HEADS = 32, 4
@@ -193,6 +193,6 @@ def test_impossible_sizes_are_refused():
         MIXERS["bla"](32, num_heads=4, normalizer=True)
     with pytest.raises(ValueError, match="top_k = 5 is more than num_memories = 4"):
         MIXERS["mom"](32, num_heads=4, top_k=5)
-    for inner in ("attention", "gsa", "gateloop", "rwkv7", "mom"):
-        with pytest.raises(ValueError, match=f"inner = '{inner}' cannot be a mixture of memories"):
+    for inner in ("attention", "gsa", "gateloop", "mom"):
+        with pytest.raises(ValueError, match=f"inner = '{inner}' cannot have a mixture of memories"):
             MIXERS["mom"](32, num_heads=4, inner=inner)

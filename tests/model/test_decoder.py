@@ -130,15 +130,19 @@ def test_any_letter_may_name_a_kind_of_block():
     assert [len(model.moe_layers()), next(iter(model.moe_layers()))] == [2, "0"]
 
 
-def test_a_mixer_hands_a_tensor_on_to_its_later_layers():
+@pytest.mark.parametrize("mixer", ["rwkv7", "mom"])
+def test_a_mixer_hands_a_tensor_on_to_its_later_layers(mixer):
     """RWKV-7's first values, past a block with another mixer; only the first layer has no use for them."""
-    model = build(*"--model.layer_pattern NLNL --model.mixer rwkv7 --model.num_layers 4".split())
-    first, later = model.blocks["1"].mixer, model.blocks["3"].mixer
+    inner = "--model.layers.L.inner rwkv7".split() if mixer == "mom" else []
+    model = build(*f"--model.layer_pattern NLNL --model.mixer {mixer} --model.num_layers 4".split(), *inner)
+    first, later = (
+        block.mixer.inner if mixer == "mom" else block.mixer for block in (model.blocks["1"], model.blocks["3"])
+    )
     assert [first.place.first, later.place.first, later.place.index] == [True, False, 3]
     assert first.first_value_proj is None
     seen = []
-    for mixer in (first, later):
-        mixer.register_forward_hook(
+    for layer in (first, later):
+        layer.register_forward_hook(
             lambda module, args, kwargs, y: seen.append((kwargs["shared"], y[1])), with_kwargs=True
         )
     model(tokens(2, 24), BOUNDS).sum().backward()

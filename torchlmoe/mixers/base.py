@@ -79,6 +79,12 @@ class Mixer(nn.Module):
         return {}
 
     @classmethod
+    def at(cls, place: Place, dim: int, **options: Any) -> "Mixer":
+        """The mixer, told its place if its constructor takes one."""
+        takes_place = "place" in inspect.signature(cls).parameters
+        return cls(dim, **({"place": place} if takes_place else {}), **options)  # type: ignore[call-arg]
+
+    @classmethod
     def settings(cls) -> dict[str, tuple[Any, Any]]:
         """The keyword arguments of the constructor: name -> (type with limits, default, or ... for none).
 

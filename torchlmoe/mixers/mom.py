@@ -16,14 +16,14 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from tensordict import TensorDict
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchlmoe.layers.balance import LoadBalance
 from torchlmoe.layers.memories import Memories
 from torchlmoe.layers.recurrence import LinearRecurrence
 from torchlmoe.layers.router import Router
 from torchlmoe.layers.sequence import Sequence
-from torchlmoe.mixers.base import Mixer
+from torchlmoe.mixers.base import Mixer, Place
 from torchlmoe.mixers.recurrent import RecurrentMixer
 from torchlmoe.ops.linear_recurrence import Backend
 
@@ -32,6 +32,7 @@ class MixtureOfMemories(Mixer):
     def __init__(
         self,
         dim: int,
+        place: Place = Place(),  # noqa: B008
         *,
         num_heads: Annotated[int, Field(ge=1, description="Heads of the inner mixer.")],
         inner: Annotated[str, Field(description="The mixer whose state there are several of.")] = "gated_deltanet",
@@ -58,16 +59,18 @@ class MixtureOfMemories(Mixer):
         settings = MIXERS[inner].settings()
         common = dict(num_heads=num_heads, rope_base=rope_base, norm_eps=norm_eps, backend=backend, init_std=init_std)
         options = {name: value for name, value in common.items() if name in settings} | (inner_options or {})
-        built = MIXERS[inner](dim, **options)
+        built = MIXERS[inner].at(place, dim, **options)
         num_recurrences = sum(isinstance(module, LinearRecurrence) for module in built.modules())
-        if not isinstance(built, RecurrentMixer) or num_recurrences != 1 or built.shared_width:
+        if not isinstance(built, RecurrentMixer) or num_recurrences != 1:
             raise ValueError(
-                f"inner = {inner!r} cannot be a mixture of memories: it needs one linear recurrence, and layers that "
-                "share nothing."
+                f"inner = {inner!r} cannot have a mixture of memories; it must hold one linear recurrence and no more."
             )
-        self.inner = built
+        self.inner, self.shared_width = built, built.shared_width
 
-    def forward(self, x: Tensor, *, sequence: Sequence, cache: TensorDict | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, *, sequence: Sequence, cache: TensorDict | None = None, **from_model: Tensor
+    ) -> Tensor:
+        """from_model: what the inner mixer's layers share or have in common, for the inner mixer."""
         routing = self.router(x.flatten(0, 1))
         memory_TK, weight_TK = routing.expert_TK, routing.weight_TK
         if self.training and sequence.loss_weight and torch.is_grad_enabled() and cache is None:
@@ -79,7 +82,10 @@ class MixtureOfMemories(Mixer):
         memories = Memories.of_choices(
             memory_TK, weight_TK, self.num_memories + self.shared_memory, (x.shape[0], x.shape[1]), sequence.cu_seqlens
         )
-        return self.inner(x, sequence=replace(sequence, memories=memories), cache=cache)
+        return self.inner(x, sequence=replace(sequence, memories=memories), cache=cache, **from_model)
+
+    def common(self, num_layers: int) -> nn.Module | None:
+        return self.inner.common(num_layers)
 
     def pop_counters(self) -> dict[str, Tensor]:
         """As of `MoE`: the tokens that each memory was chosen by, and the balance loss."""

@@ -13,7 +13,6 @@ Built on the meta device and then initialised:
 Legend: B rows, T tokens in a row, V vocabulary.
 """
 
-import inspect
 from dataclasses import asdict
 
 import torch
@@ -99,10 +98,9 @@ class Decoder(nn.Module):
                 # 8/3 keeps the parameters of a SwiGLU those of a plain MLP of width 4.
                 hidden_dim = settings.mlp_dim or 16 * round(settings.dim * 8 / 3 / 16)
                 feed_forward = MLP(settings.dim, hidden_dim, init_std=settings.init_std)
-            if "place" in inspect.signature(MIXERS[mixer]).parameters:
-                options["place"] = Place(index, settings.num_layers, first=mixer not in seen)
+            place = Place(index, settings.num_layers, first=mixer not in seen)
             seen.add(mixer)
-            built = MIXERS[mixer](settings.dim, **options)
+            built = MIXERS[mixer].at(place, settings.dim, **options)
             self.shared_width = max(self.shared_width, built.shared_width)
             if letter not in letters[:index] and (common := built.common(letters.count(letter))) is not None:
                 self.common[letter] = common

@@ -49,7 +49,7 @@ def linear_recurrence(
         initial_state: [N, R, K, V] in at least float32; N = B, or the number of packed documents. Zero unless given.
         output_final_state: whether to return the state after the last token.
         cu_seqlens: int32 [N + 1], bounds of documents packed into one row (B = 1) from 0 to T; empty ones allowed.
-        backend: "reference" (token by token), "chunked" (plain PyTorch) or "auto".
+        backend: "reference" (token by token), "chunked" (plain PyTorch) or "auto" (chunked from two tokens on).
 
     Returns:
         o [B, T, R, V] in v's dtype, and the final state [N, R, K, V] in float32 (float64 for float64 input) or None.
@@ -58,7 +58,7 @@ def linear_recurrence(
         ValueError: shapes, dtypes or terms that do not fit together, or that the backend does not serve.
     """
     _check(q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, initial_state, cu_seqlens)
-    backend = _choose(backend)
+    backend = _choose(backend, q.shape[1])
     o, final_state = _run(
         q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, scale, initial_state, cu_seqlens, backend
     )
@@ -86,7 +86,7 @@ def span_summary(
     """
     _check(k, k, v, log_decay, erase, erase_key, value_log_decay, None, None, cu_seqlens)
     num_heads, key_dim, value_dim = v.shape[2], k.shape[-1], v.shape[-1]
-    backend = _choose(backend)
+    backend = _choose(backend, v.shape[1])
     if erase is None:
         _, state = _run(None, k, v, log_decay, None, None, value_log_decay, None, 1.0, None, cu_seqlens, backend)
         transition = _total_decay(log_decay, v, key_dim, cu_seqlens)
@@ -135,12 +135,14 @@ def _document_ids(v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True)
 
 
-def _choose(backend: str) -> str:
+def _choose(backend: str, length: int) -> str:
     if backend == "triton":
         raise ValueError("backend = 'triton' has no kernels yet; use 'auto', 'chunked' or 'reference'.")
     if backend not in ("auto", "reference", "chunked"):
         raise ValueError(f"backend = {backend!r} is unknown; use 'auto', 'chunked' or 'reference'.")
-    return "chunked" if backend == "auto" else backend
+    if backend == "auto":
+        return "reference" if length == 1 else "chunked"  # decoding: one step of the definition is the least work
+    return backend
 
 
 def _check(q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, initial_state, cu_seqlens) -> None:

@@ -43,37 +43,30 @@ def reference_recurrence(
         decay = decay.expand(batch_size, num_tokens, num_heads) if decay.dim() == 1 else decay
         decay_BTRK = (decay if decay.dim() == 4 else decay[..., None]).expand(k_BTRK.shape)
 
-    spans = [(row, 0, num_tokens) for row in range(batch_size)]
-    if cu_seqlens is not None:
-        bounds = cu_seqlens.tolist()
-        spans = [(0, start, end) for start, end in zip(bounds, bounds[1:], strict=False)]
-
-    rows: list[list[Tensor]] = [[] for _ in range(batch_size)]
-    final_states = []
-    for document, (row, start, end) in enumerate(spans):
-        state_RKV = v_BTRV.new_zeros(num_heads, k.shape[-1], value_dim)
+    bounds = [0, num_tokens] if cu_seqlens is None else cu_seqlens.tolist()  # packed documents share the only row
+    num_states = batch_size if cu_seqlens is None else 1
+    outputs, final_states = [], []
+    for document, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        state_BRKV = v_BTRV.new_zeros(num_states, num_heads, k.shape[-1], value_dim)
         if initial_state is not None:
-            state_RKV = initial_state[document].to(dtype)
+            state_BRKV = initial_state[document : document + num_states].to(dtype)
         for t in range(start, end):
-            k_RK, v_RV = k_BTRK[row, t], v_BTRV[row, t]
-            before_RKV = state_RKV
+            k_BRK, v_BRV = k_BTRK[:, t], v_BTRV[:, t]
+            before_BRKV = state_BRKV
             if decay_BTRK is not None:
-                state_RKV = decay_BTRK[row, t][..., None] * state_RKV
+                state_BRKV = decay_BTRK[:, t][..., None] * state_BRKV
             if value_log_decay is not None:
-                state_RKV = state_RKV * value_log_decay[row, t].to(dtype).exp()[:, None, :]
+                state_BRKV = state_BRKV * value_log_decay[:, t].to(dtype).exp()[:, :, None, :]
             if erase_BTRK is not None:
-                erased_RV = torch.einsum("rk,rkv->rv", erase_BTRK[row, t], state_RKV)
-                state_RKV = state_RKV - write_BTRK[row, t][..., None] * erased_RV[:, None, :]
-            state_RKV = state_RKV + k_RK[..., None] * v_RV[:, None, :]
+                erased_BRV = torch.einsum("brk,brkv->brv", erase_BTRK[:, t], state_BRKV)
+                state_BRKV = state_BRKV - write_BTRK[:, t][..., None] * erased_BRV[:, :, None, :]
+            state_BRKV = state_BRKV + k_BRK[..., None] * v_BRV[:, :, None, :]
             if q_BTRK is None:
                 continue
-            read_RKV = state_RKV
+            read_BRKV = state_BRKV
             if bonus is not None:
-                read_RKV = before_RKV + (bonus.to(dtype) * k_RK)[..., None] * v_RV[:, None, :]
-            rows[row].append(scale * torch.einsum("rk,rkv->rv", q_BTRK[row, t], read_RKV))
-        final_states.append(state_RKV)
-    if q is None or num_tokens == 0:
-        o = torch.zeros_like(v)
-    else:
-        o = torch.stack([torch.stack(row) for row in rows]).to(v.dtype)
-    return o, torch.stack(final_states)
+                read_BRKV = before_BRKV + (bonus.to(dtype) * k_BRK)[..., None] * v_BRV[:, :, None, :]
+            outputs.append(scale * torch.einsum("brk,brkv->brv", q_BTRK[:, t], read_BRKV))
+        final_states.append(state_BRKV)
+    o = torch.stack(outputs, 1).to(v.dtype) if outputs else torch.zeros_like(v)
+    return o, torch.cat(final_states)
