@@ -10,11 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from torchlmoe.config_loader import load_config
 from torchlmoe.layers.initialization import named_draws
-from torchlmoe.layers.recurrence import LinearRecurrence
 from torchlmoe.layers.router import Router
 from torchlmoe.layers.sequence import Sequence
 from torchlmoe.mixers import MIXERS
-from torchlmoe.ops.linear_recurrence import recurrence_flops_per_token
 
 # id -> (mixer, its settings beyond dim = 32 and num_heads = 4)
 CASES = {
@@ -133,17 +131,6 @@ def test_flops_of_projections(case):
     """The counted FLOPs, less what the recurrence or softmax attention is said to take, are those torch counts."""
     mixer = build(case, torch.float32)
     x = inputs(1, 64).float()
-    by_hand = []
-
-    def count_token_by_token(module, arguments, terms, result):
-        if terms.keys() & {"bonus", "erase_key", "value_log_decay"}:  # no operation that torch would count as one
-            _, k, v = arguments
-            sizes = (v.shape[2], k.shape[-1], v.shape[-1])
-            by_hand.append(v.shape[1] * recurrence_flops_per_token(*sizes, decay=True, erase="erase" in terms))
-
-    for module in mixer.modules():
-        if isinstance(module, LinearRecurrence):
-            module.register_forward_hook(count_token_by_token, with_kwargs=True)
     # The plain form of softmax attention is the one that torch counts on a CPU.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         mixer(x, sequence=Sequence.of_rows(1, 64))
@@ -151,8 +138,6 @@ def test_flops_of_projections(case):
     counted = counter.get_flop_counts()["Global"]
     assert counted[torch.ops.aten.mm] == 64 * linear
     across_tokens = sum(flops for operation, flops in counted.items() if operation != torch.ops.aten.mm)
-    if by_hand:
-        across_tokens += sum(by_hand) - counted[torch.ops.aten.bmm]
     said = 64 * (mixer.flops_per_token(64) - linear)
     if "attention" in case:  # torch counts the whole square, twice what a causal token sees
         window = CASES[case][1].get("sliding_window")
