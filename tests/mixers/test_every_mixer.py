@@ -14,7 +14,7 @@ from torchlmoe.layers.router import Router
 from torchlmoe.layers.sequence import Sequence
 from torchlmoe.mixers import MIXERS
 
-# id -> (mixer, its settings beyond dim = 32 and num_heads = 4)
+# id -> (mixer, its settings beyond dim = 32 and, where it has heads, num_heads = 4)
 CASES = {
     "bla": ("bla", {}),
     "bla_normalizer": ("bla", dict(feature_map="elu", normalizer=True)),
@@ -29,6 +29,7 @@ CASES = {
     "gateloop": ("gateloop", {}),
     "gfw": ("gfw", {}),
     "gfw_sizes": ("gfw", dict(expand_k=0.5, expand_v=1.5)),
+    "gfw_full": ("gfw", dict(gate="full", gate_rank=4, expand_v=0.5)),
     "based": ("based", dict(feature_dim=4)),
     "rebased": ("rebased", dict(feature_dim=4)),
     "deltanet": ("deltanet", {}),
@@ -41,6 +42,12 @@ CASES = {
     "gsa_sizes": ("gsa", dict(expand_k=0.5, expand_v=1.5, num_slots=6, gate_normalizer=2.0)),
     "mom": ("mom", {}),
     "mom_sizes": ("mom", dict(num_memories=3, top_k=1, shared_memory=False, inner="gla")),
+    "s4": ("s4", {}),
+    "s4_linear": ("s4", dict(state_dim=6, initialization="linear")),
+    "mamba": ("mamba", {}),
+    "mamba_sizes": ("mamba", dict(expand=1.5, state_dim=3, step_rank=5, conv_size=2)),
+    "ttt": ("ttt", dict(mini_batch_size=4)),
+    "titans": ("titans", dict(mini_batch_size=4)),
     "attention": ("attention", {}),
     "attention_all_options": (
         "attention",
@@ -57,8 +64,9 @@ CASES = {
 CASES |= {
     f"mom_{name}": ("mom", dict(inner=name, inner_options=CASES[name][1]))
     for name in MIXERS
-    if name not in ("mom", "attention", "gsa", "gateloop")
+    if name not in ("mom", "attention", "gsa", "gateloop", "s4", "mamba", "ttt", "titans")
 }
+HEADLESS = ("s4", "mamba")
 DIM, HEADS = 32, 4
 # Two rows of 20: three documents of which one has one token, and a row that is one document.
 BOUNDS = torch.tensor([[0, 8, 9, 20, 20], [0, 20, 20, 20, 20]], dtype=torch.int32)
@@ -67,7 +75,8 @@ PACKED = Sequence.of_packed_rows(BOUNDS, 20, loss_weight=0.0)
 
 def build(case, dtype=torch.float64):
     name, options = CASES[case]
-    mixer = MIXERS[name](DIM, num_heads=HEADS, init_std=0.3, **options).to(dtype)
+    heads = {} if name in HEADLESS else {"num_heads": HEADS}
+    mixer = MIXERS[name](DIM, init_std=0.3, **heads, **options).to(dtype)
     with named_draws(mixer, seed=0):
         mixer.init_weights()
     return mixer
@@ -166,7 +175,7 @@ def test_impossible_sizes_are_refused():
         MIXERS["attention"](32, num_heads=4, num_kv_heads=3)
     with pytest.raises(ValueError, match=r"num_heads = 4 must be a multiple of num_key_heads = 3"):
         MIXERS["gated_deltanet"](32, num_heads=4, num_key_heads=3)
-    with pytest.raises(ValueError, match="must be an even number"):
+    with pytest.raises(ValueError, match=r"rotary_fraction = 0.4 of head_dim = 8 gives 3; make it an even number"):
         MIXERS["attention"](32, num_heads=4, rotary_fraction=0.4)
     with pytest.raises(ValueError, match="num_kv_heads cannot be combined with kv_rank = 8"):
         MIXERS["attention"](32, num_heads=4, kv_rank=8, num_kv_heads=2)
@@ -176,8 +185,11 @@ def test_impossible_sizes_are_refused():
         MIXERS["attention"](32, num_heads=4, kv_rank=8, rotary_fraction=0.5, value_dim=9)
     with pytest.raises(ValueError, match="value_dim belongs to latent attention"):
         MIXERS["attention"](32, num_heads=4, value_dim=4)
-    with pytest.raises(ValueError, match="heads of 5 key channels"):
-        MIXERS["gateloop"](20, num_heads=4)
+    for name in ("gateloop", "retention"):
+        with pytest.raises(ValueError, match="in num_heads = 4 heads gives 5; make it an even number"):
+            MIXERS[name](20, num_heads=4)
+    with pytest.raises(ValueError, match=r"max_step = 0.1 must not be below min_step = 0.2"):
+        MIXERS["mamba2"](32, num_heads=4, min_step=0.2, max_step=0.1)
     with pytest.raises(ValueError, match="normalizer = true divides by a sum"):
         MIXERS["bla"](32, num_heads=4, normalizer=True)
     with pytest.raises(ValueError, match="top_k = 5 is more than num_memories = 4"):

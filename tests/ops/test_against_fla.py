@@ -1,4 +1,4 @@
-"""The recurrence against flash-linear-attention's naive functions, whose inputs, outputs and gradients are fixtures.
+"""The recurrences against flash-linear-attention's naive functions, whose inputs, outputs and gradients are fixtures.
 
 `tests/fixtures/make_fla_fixtures.py` makes them and says what is in them.
 """
@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from torchlmoe.layers.feature_maps import pair_products, taylor_features
-from torchlmoe.ops import linear_recurrence
+from torchlmoe.ops import elementwise_recurrence, linear_recurrence, online_gradient
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
@@ -55,6 +56,37 @@ def hgrn(x, g, initial_state):
     return o[:, :, 0], state[:, 0, 0]
 
 
+def elementwise_hgrn(x, g, initial_state):
+    one = torch.ones(1, 1)
+    o, state = elementwise_recurrence(
+        one,
+        one,
+        x[:, :, None],
+        log_decay=g[:, :, None, None],
+        initial_state=initial_state[:, None, None],
+        output_final_state=True,
+    )
+    return o[:, :, 0], state[:, 0, 0]
+
+
+def ttt(q, k, v, w, b, initial_state, initial_state_bias):
+    """The inner bias is the weights' last row, read by a one; theirs adds the layer norm of o to o."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    start = torch.cat([initial_state, initial_state_bias], 2)
+    o, state = online_gradient(
+        F.pad(q, (0, 1), value=1.0),
+        F.pad(k, (0, 1), value=1.0),
+        v - k,
+        learning_rate=torch.full(q.shape[:3], 0.05, dtype=q.dtype),
+        norm_weight=w,
+        norm_bias=b,
+        initial_state=torch.stack([start, start], 2),
+        output_final_state=True,
+    )
+    o = o + F.layer_norm(o, o.shape[-1:], eps=1e-6) * w + b
+    return o.transpose(1, 2), state[:, :, 1]
+
+
 def normalized(features):
     def attend(q, k, v):
         q, k = features(q * q.shape[-1] ** -0.5), features(k)
@@ -83,6 +115,7 @@ OURS = {
     "delta_rule": lambda **arguments: delta_rule(**arguments, heads_first=True),
     "gated_delta_rule": gated_delta_rule,
     "kda": gated_delta_rule,
+    "ttt": ttt,
     # Theirs erases before it decays: the recurrence's e is their alpha without the decay.
     "dplr": lambda q, k, v, alpha, beta, gk, initial_state: recur(
         q, k, v, log_decay=gk, erase=-alpha * torch.exp(-gk), erase_key=beta, initial_state=initial_state,
@@ -95,19 +128,19 @@ def test_every_fixture_is_used():
     assert {path.stem.removeprefix("fla_") for path in FIXTURES.glob("fla_*.safetensors")} == set(OURS)
 
 
-@pytest.mark.parametrize("name", OURS)
-def test_against_naive(name):
+@pytest.mark.parametrize(("name", "ours"), [*OURS.items(), ("hgrn", elementwise_hgrn)])
+def test_against_naive(name, ours):
     """Theirs computes in float32, ours here in float64."""
     tensors = {key: x.double() for key, x in load_file(FIXTURES / f"fla_{name}.safetensors").items()}
     arguments = {key.removeprefix("grad_"): None for key in tensors if f"grad_{key}" in tensors}
     arguments = {key: tensors[key].requires_grad_() for key in arguments}
     outputs = [key.removeprefix("grad_of_") for key in tensors if key.startswith("grad_of_")]
-    ours = dict(zip(("o", "final_state"), OURS[name](**arguments), strict=False))
+    found = dict(zip(("o", "final_state"), ours(**arguments), strict=False))
     for output in outputs:
-        error = (ours[output] - tensors[output]).norm() / tensors[output].norm()
+        error = (found[output] - tensors[output]).norm() / tensors[output].norm()
         assert error < 1e-5, output
     gradients = torch.autograd.grad(
-        [ours[output] for output in outputs], list(arguments.values()), [tensors[f"grad_of_{o}"] for o in outputs]
+        [found[output] for output in outputs], list(arguments.values()), [tensors[f"grad_of_{o}"] for o in outputs]
     )
     for argument, gradient in zip(arguments, gradients, strict=True):
         expected = tensors[f"grad_{argument}"]

@@ -1,11 +1,12 @@
-"""The linear recurrence as a submodule, so that a sequence-parallel plan can name it."""
+"""The recurrences as submodules, so that a sequence-parallel plan can name them."""
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
 from torchlmoe.layers.sequence import Sequence
-from torchlmoe.ops.linear_recurrence import linear_recurrence
+from torchlmoe.ops import elementwise_recurrence, linear_recurrence, online_gradient
+from torchlmoe.ops.elementwise_recurrence import check_backend
 
 
 class LinearRecurrence(nn.Module):
@@ -17,6 +18,30 @@ class LinearRecurrence(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, **terms) -> tuple[Tensor, Tensor | None]:
         return linear_recurrence(q, k, v, backend=self.backend, **terms)
+
+
+class ElementwiseRecurrence(nn.Module):
+    """`ops.elementwise_recurrence` with its signature and a backend of its own. Looks across tokens."""
+
+    def __init__(self, backend: str = "auto"):
+        super().__init__()
+        check_backend(backend)
+        self.backend = backend
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, **terms) -> tuple[Tensor, Tensor | None]:
+        return elementwise_recurrence(q, k, v, backend=self.backend, **terms)
+
+
+class OnlineGradient(nn.Module):
+    """`ops.online_gradient` with its signature and a backend of its own. Looks across tokens."""
+
+    def __init__(self, backend: str = "auto"):
+        super().__init__()
+        check_backend(backend, "online_gradient")
+        self.backend = backend
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, **terms) -> tuple[Tensor, Tensor | None]:
+        return online_gradient(q, k, v, backend=self.backend, **terms)
 
 
 def recur(

@@ -11,10 +11,11 @@ from torchlmoe.ops.causal_conv import causal_conv
 
 
 class ShortConvolution(nn.Module):
-    """Depthwise, `width` tokens, followed by SiLU: x [B, T, channels] -> like x. Looks across tokens."""
+    """Depthwise, `width` tokens, followed by SiLU or nothing: x [B, T, channels] -> like x. Looks across tokens."""
 
-    def __init__(self, channels: int, width: int, bias: bool = False):
+    def __init__(self, channels: int, width: int, bias: bool = False, activation: bool = True):
         super().__init__()
+        self.activation = activation
         self.weight = nn.Parameter(torch.empty(channels, width))
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
 
@@ -33,8 +34,9 @@ class ShortConvolution(nn.Module):
 
     def _convolve(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         if self.bias is None:
-            return causal_conv(x, self.weight, cu_seqlens=cu_seqlens)
-        return F.silu(causal_conv(x, self.weight, cu_seqlens=cu_seqlens, activation=False) + self.bias)
+            return causal_conv(x, self.weight, cu_seqlens=cu_seqlens, activation=self.activation)
+        y = causal_conv(x, self.weight, cu_seqlens=cu_seqlens, activation=False) + self.bias
+        return F.silu(y) if self.activation else y
 
     def init_cache(self, batch_size: int, dtype: torch.dtype, device: torch.device | None = None) -> TensorDict:
         """The last width - 1 inputs."""

@@ -13,12 +13,16 @@ from torchlmoe.mixers.gsa import GatedSlotAttention
 from torchlmoe.mixers.hgrn2 import HGRN2
 from torchlmoe.mixers.kda import KimiDeltaAttention
 from torchlmoe.mixers.lightning import LightningAttention
+from torchlmoe.mixers.mamba import Mamba
 from torchlmoe.mixers.mamba2 import Mamba2
 from torchlmoe.mixers.mom import MixtureOfMemories
 from torchlmoe.mixers.rebased import ReBased
 from torchlmoe.mixers.retention import Retention
 from torchlmoe.mixers.rwkv6 import RWKV6
 from torchlmoe.mixers.rwkv7 import RWKV7
+from torchlmoe.mixers.s4 import S4
+from torchlmoe.mixers.titans import Titans
+from torchlmoe.mixers.ttt import TTT
 
 MIXERS: dict[str, type[Mixer]] = {
     "bla": BasicLinearAttention,
@@ -26,6 +30,8 @@ MIXERS: dict[str, type[Mixer]] = {
     "retention": Retention,
     "gla": GatedLinearAttention,
     "hgrn2": HGRN2,
+    "s4": S4,
+    "mamba": Mamba,
     "mamba2": Mamba2,
     "rwkv6": RWKV6,
     "rwkv7": RWKV7,
@@ -38,6 +44,8 @@ MIXERS: dict[str, type[Mixer]] = {
     "kda": KimiDeltaAttention,
     "gsa": GatedSlotAttention,
     "mom": MixtureOfMemories,
+    "ttt": TTT,
+    "titans": Titans,
     "attention": Attention,
 }
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchlmoe.layers.linear import Linear
 from torchlmoe.layers.low_rank import LowRank
 from torchlmoe.layers.norms import RMSNorm
-from torchlmoe.layers.rotary import rotary_phases, rotate
+from torchlmoe.layers.rotary import check_rotary_dim, rotary_phases, rotate
 from torchlmoe.layers.sequence import Sequence
 from torchlmoe.mixers.base import Mixer, split_heads
 from torchlmoe.mixers.latent_attention import LatentKeyValues
@@ -77,11 +77,7 @@ class Attention(Mixer):
         self.num_heads, self.num_kv_heads, self.init_std = num_heads, num_kv_heads, init_std
         self.head_dim = head_dim or split_heads(dim, num_heads)
         self.rotary_dim = round(self.head_dim * rotary_fraction)
-        if self.rotary_dim % 2:
-            raise ValueError(
-                f"rotary_fraction = {rotary_fraction} turns {self.rotary_dim} of the head's {self.head_dim} channels; "
-                "rotary phases turn pairs, so it must be an even number."
-            )
+        check_rotary_dim(self.rotary_dim, f"rotary_fraction = {rotary_fraction} of head_dim = {self.head_dim}")
         self.rope_base, self.sliding_window = rope_base, sliding_window
         if q_rank is None:
             self.q_proj: nn.Module = Linear(dim, num_heads * self.head_dim)

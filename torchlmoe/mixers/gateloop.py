@@ -11,6 +11,8 @@ Phi itself is a recurrence, with keys and queries of one: it begins anew at docu
 be split over ranks as the other one.
 """
 
+import math
+
 import torch
 from tensordict import TensorDict
 from torch import Tensor
@@ -19,7 +21,7 @@ from torchlmoe.layers.decay_gate import LogSigmoidDecay
 from torchlmoe.layers.linear import Linear
 from torchlmoe.layers.norms import GatedRMSNorm
 from torchlmoe.layers.recurrence import LinearRecurrence, recur
-from torchlmoe.layers.rotary import rotate
+from torchlmoe.layers.rotary import check_rotary_dim, rotate
 from torchlmoe.layers.sequence import Sequence
 from torchlmoe.mixers.recurrent import ExpandK, ExpandV, RecurrentMixer
 from torchlmoe.ops.linear_recurrence import recurrence_flops_per_token
@@ -33,10 +35,7 @@ class GateLoop(RecurrentMixer):
     ):
         key_width, value_width = int(dim * expand_k), int(dim * expand_v)
         super().__init__(dim, key_width, value_width, **options)
-        if self.key_dim % 2:
-            raise ValueError(
-                f"dim * expand_k = {key_width} gives heads of {self.key_dim} key channels; choose an even number."
-            )
+        check_rotary_dim(self.key_dim, f"dim * expand_k = {key_width} in num_heads = {self.num_heads} heads")
         self.decay_proj = Linear(dim, key_width // 2)
         self.decay = LogSigmoidDecay(key_width // 2)
         self.phase_proj = Linear(dim, key_width // 2)
@@ -61,10 +60,12 @@ class GateLoop(RecurrentMixer):
         return self.o_proj(self.norm(o, self.gate_proj(x).view_as(o)).flatten(2))
 
     def _phase(self, x: Tensor, sequence: Sequence, cache: TensorDict | None) -> tuple[Tensor, Tensor]:
-        """cos and sin of Phi, each [B, T, heads, K / 2], float64: a long sum in float32 would lose its digits."""
+        """cos and sin of Phi, each [B, T, heads, K / 2] in at least float32."""
+        # The sum is float64: over a long document it would lose its digits in float32, the remainder does not.
         step = self.phase_proj(x).double().unflatten(-1, (self.num_heads, -1))
         one = torch.ones_like(step[:, :, :1, :1])
-        phase = recur(self.phase_sum, one, one, step, sequence=sequence, cache=cache)
+        phase = recur(self.phase_sum, one, one, step, sequence=sequence, cache=cache).remainder(2 * math.pi)
+        phase = phase.to(torch.promote_types(x.dtype, torch.float32))
         return phase.cos(), phase.sin()
 
     def init_cache(

@@ -22,9 +22,8 @@ class LatentKeyValues(nn.Module):
         self, dim: int, num_heads: int, rank: int, *, key_dim: int, shared_dim: int, value_dim: int, norm_eps: float
     ):
         super().__init__()
-        self.num_heads, self.rank, self.key_dim, self.shared_dim, self.value_dim = (
-            num_heads, rank, key_dim, shared_dim, value_dim,
-        )  # fmt: skip
+        self.num_heads, self.rank = num_heads, rank
+        self.key_dim, self.shared_dim, self.value_dim = key_dim, shared_dim, value_dim
         self.shared_key_proj = Linear(dim, shared_dim)
         self.down_proj = Linear(dim, rank)
         self.norm = RMSNorm(rank, norm_eps)
@@ -37,7 +36,7 @@ class LatentKeyValues(nn.Module):
         """k [B, T, heads, key_dim], and v like k, its channels beyond value_dim zero: fused kernels want one width."""
         own_key, v = self.up_proj(latent).unflatten(-1, (self.num_heads, -1)).split(self._widths(), -1)
         k = torch.cat([shared_key.expand(-1, -1, self.num_heads, -1), own_key], -1)
-        return k, F.pad(v, (0, self.key_dim - self.value_dim))
+        return k, v if self.value_dim == self.key_dim else F.pad(v, (0, self.key_dim - self.value_dim))
 
     def to_latent(self, q: Tensor) -> Tensor:
         """q [B, T, heads, key_dim] -> [B, T, heads, shared_dim + rank], to meet what decoding keeps of each token."""

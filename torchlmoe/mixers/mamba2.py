@@ -39,6 +39,8 @@ class Mamba2(ConvolvedMixer):
         norm_eps: float = 1e-6,
         **options,
     ):
+        if max_step is not None and max_step < min_step:
+            raise ValueError(f"max_step = {max_step} must not be below min_step = {min_step}.")
         value_width = int(dim * expand_v)
         super().__init__(dim, num_groups * state_dim, value_width, num_groups, conv_bias=True, **options)
         self.gate_proj = Linear(dim, value_width)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchlmoe.layers.linear import Linear
 from torchlmoe.layers.norms import GatedRMSNorm
 from torchlmoe.layers.recurrence import recur
-from torchlmoe.layers.rotary import rotary_phases, rotate
+from torchlmoe.layers.rotary import check_rotary_dim, rotary_phases, rotate
 from torchlmoe.layers.sequence import Sequence
 from torchlmoe.mixers.recurrent import ExpandV, RecurrentMixer
 
@@ -33,6 +33,7 @@ class Retention(RecurrentMixer):
     ):
         value_width = int(dim * expand_v)
         super().__init__(dim, dim, value_width, **options)
+        check_rotary_dim(self.key_dim, f"dim = {dim} in num_heads = {self.num_heads} heads")
         self.rope_base = rope_base
         self.gate_proj = Linear(dim, value_width)
         self.norm = GatedRMSNorm(self.value_dim, norm_eps)
