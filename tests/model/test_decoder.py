@@ -167,7 +167,7 @@ def test_a_letter_has_a_parameter_in_common():
     seen = []
     for index in ("0", "2", "3", "5"):
         model.blocks[index].mixer.register_forward_hook(
-            lambda module, args, kwargs, y: seen.append(kwargs.get("common")), with_kwargs=True
+            lambda module, args, kwargs, y: seen.append(kwargs["sequence"].common), with_kwargs=True
         )
     model(tokens(2, 24), BOUNDS).square().sum().backward()
     assert seen[0] is None

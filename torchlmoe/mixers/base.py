@@ -61,8 +61,8 @@ class Mixer(nn.Module):
         raise TypeError(f"{type(self).__name__} must define init_cache(batch_size, max_length, dtype, device).")
 
     def common(self, num_layers: int) -> nn.Module | None:
-        """What the `num_layers` layers of a letter have in common in the model: a module that, called without
-        arguments, returns an entry for each of them, which its forward takes as `common`. None: nothing.
+        """What the `num_layers` layers of a letter have in common in the model: a module of the decoder that, called
+        without arguments, returns an entry for each of them, in `sequence.common` of its forward. None: nothing.
         """
         return None
 

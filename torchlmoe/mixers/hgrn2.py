@@ -46,14 +46,11 @@ class HGRN2(RecurrentMixer):
     def common(self, num_layers: int) -> LowerBounds:
         return LowerBounds(num_layers, self.num_heads * self.key_dim)
 
-    def forward(  # type: ignore[override]
-        self, x: Tensor, *, sequence: Sequence, cache: TensorDict | None = None, common: Tensor | None = None
-    ) -> Tensor:
-        """common: the layer's lower bounds, none if unset."""
+    def forward(self, x: Tensor, *, sequence: Sequence, cache: TensorDict | None = None) -> Tensor:
         q, f, v = self.project(x, sequence=sequence)
         log_forget = F.logsigmoid(f.to(torch.promote_types(f.dtype, torch.float32)))
-        if common is not None:
-            bound = common.view(self.num_heads, self.key_dim)
+        if sequence.common is not None:
+            bound = sequence.common.view(self.num_heads, self.key_dim)
             log_forget = torch.logaddexp(bound.log(), torch.log1p(-bound) + log_forget)
         o = recur(
             self.recurrence,

@@ -70,7 +70,7 @@ class MixtureOfMemories(Mixer):
     def forward(
         self, x: Tensor, *, sequence: Sequence, cache: TensorDict | None = None, **from_model: Tensor
     ) -> Tensor:
-        """from_model: what the inner mixer's layers share or have in common, for the inner mixer."""
+        """from_model: what the inner mixer's layers share, for the inner mixer."""
         routing = self.router(x.flatten(0, 1))
         memory_TK, weight_TK = routing.expert_TK, routing.weight_TK
         if self.training and sequence.loss_weight and torch.is_grad_enabled() and cache is None:

@@ -10,7 +10,7 @@ from torchlmoe.moe import MoE
 
 
 class Block(nn.Module):
-    """x [B, T, dim] -> like x, and with `shared` a pair of both (see `Mixer.shared_width`, and `common` there).
+    """x [B, T, dim] -> like x, and with `shared` a pair of both (see `Mixer.shared_width`).
 
     feed_forward: a mixture of experts or a dense MLP.
     """
@@ -23,20 +23,13 @@ class Block(nn.Module):
         self.feed_forward = feed_forward
 
     def forward(
-        self,
-        x: Tensor,
-        *,
-        sequence: Sequence,
-        cache: TensorDict | None = None,
-        shared: Tensor | None = None,
-        common: Tensor | None = None,
+        self, x: Tensor, *, sequence: Sequence, cache: TensorDict | None = None, shared: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        context = dict(sequence=sequence, cache=cache) | ({} if common is None else {"common": common})
         mixed = self.mixer_norm(x)
         if shared is not None and self.mixer.shared_width:
-            mixed, shared = self.mixer(mixed, **context, shared=shared)
+            mixed, shared = self.mixer(mixed, sequence=sequence, cache=cache, shared=shared)
         else:
-            mixed = self.mixer(mixed, **context)
+            mixed = self.mixer(mixed, sequence=sequence, cache=cache)
         x = x + mixed
         normed = self.feed_forward_norm(x)
         if isinstance(self.feed_forward, MoE):

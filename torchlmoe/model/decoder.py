@@ -13,7 +13,7 @@ Built on the meta device and then initialised:
 Legend: B rows, T tokens in a row, V vocabulary.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor, nn
@@ -149,11 +149,11 @@ class Decoder(nn.Module):
         common = {letter: module() for letter, module in self.common.items()}
         for index, block in self.blocks.items():
             letter, place = self.places_in_common[index]
-            context = dict(sequence=sequence, common=common[letter][place] if letter in common else None)
+            told = replace(sequence, common=common[letter][place]) if letter in common else sequence
             if shared is None:
-                x = block(x, **context)
+                x = block(x, sequence=told)
             else:
-                x, shared = block(x, **context, shared=shared)
+                x, shared = block(x, sequence=told, shared=shared)
         tied_weight = self.embedding.weight if self.head.projection is None else None
         output = self.head(x, labels, tied_weight)
         return output if labels is not None else output.view(batch_size, length, -1)
