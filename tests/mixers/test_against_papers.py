@@ -289,16 +289,20 @@ def test_gsa_token_loop():
     torch.testing.assert_close(mixer(x, sequence=Sequence.of_rows(2, 70)), expected, rtol=1e-9, atol=1e-11)
 
 
-def test_gfw_token_loop():
-    """arXiv 2210.04243: the state times an outer product of two gates, element by element."""
-    mixer, x = randomize(build("gfw", expand_k=0.5)), inputs()
+@pytest.mark.parametrize("gate", ["rank_one", "full"])
+def test_gfw_token_loop(gate):
+    """arXiv 2210.04243: the state times a gate, of rank one or full, element by element."""
+    mixer, x = randomize(build("gfw", expand_k=0.5, gate=gate)), inputs()
     q, k, v = (heads(z) for z in projected(mixer, x, x, x))
-    f = torch.sigmoid(heads(x @ mixer.key_gate_proj.weight.T + mixer.key_decay.bias))
-    z = torch.sigmoid(heads(x @ mixer.value_gate_proj.weight.T + mixer.value_decay.bias))
+    if gate == "full":
+        gates = torch.sigmoid(low_rank(x, mixer.gate_proj) + mixer.decay.bias).view(2, 70, 4, 4, 8)
+    else:
+        f = torch.sigmoid(heads(x @ mixer.key_gate_proj.weight.T + mixer.key_decay.bias))
+        z = torch.sigmoid(heads(x @ mixer.value_gate_proj.weight.T + mixer.value_decay.bias))
+        gates = f[..., None] * z[..., None, :]
     state, outputs = torch.zeros(2, 4, 4, 8, dtype=torch.float64), []
     for t in range(70):
-        gate = f[:, t, :, :, None] * z[:, t, :, None]
-        state = gate * state + k[:, t, :, :, None] * v[:, t, :, None]
+        state = gates[:, t] * state + k[:, t, :, :, None] * v[:, t, :, None]
         outputs.append((q[:, t, :, None] @ state).squeeze(-2) / 2)
     o = rms(torch.stack(outputs, 1)) * mixer.norm.weight
     expected = o.flatten(2) @ mixer.o_proj.weight.T

@@ -29,6 +29,7 @@ CASES = {
     "gateloop": ("gateloop", {}),
     "gfw": ("gfw", {}),
     "gfw_sizes": ("gfw", dict(expand_k=0.5, expand_v=1.5)),
+    "gfw_full": ("gfw", dict(gate="full", gate_rank=4, expand_v=0.5)),
     "based": ("based", dict(feature_dim=4)),
     "rebased": ("rebased", dict(feature_dim=4)),
     "deltanet": ("deltanet", {}),
@@ -59,8 +60,8 @@ CASES = {
     ),
     "attention_no_rotary": ("attention", dict(rotary_fraction=0.0)),
 }
-# A mixture of memories over each mixer that can be one.
-CASES |= {
+# A mixture of memories over each mixer that can have one, for what memories could break.
+MIXTURES = {
     f"mom_{name}": ("mom", dict(inner=name, inner_options=CASES[name][1]))
     for name in MIXERS
     if name not in ("mom", "attention", "gsa", "gateloop", "s4", "mamba", "ttt", "titans")
@@ -73,7 +74,7 @@ PACKED = Sequence.of_packed_rows(BOUNDS, 20, loss_weight=0.0)
 
 
 def build(case, dtype=torch.float64):
-    name, options = CASES[case]
+    name, options = (CASES | MIXTURES)[case]
     heads = {} if name in HEADLESS else {"num_heads": HEADS}
     mixer = MIXERS[name](DIM, init_std=0.3, **heads, **options).to(dtype)
     with named_draws(mixer, seed=0):
@@ -89,7 +90,7 @@ def test_every_mixer_is_covered():
     assert {name for name, _ in CASES.values()} == set(MIXERS)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES | MIXTURES)
 def test_documents_do_not_meet(case):
     """Gradients across documents are exactly zero, and a packed document's output is its output alone."""
     mixer, x = build(case), inputs(1, 40).requires_grad_()
@@ -111,7 +112,7 @@ def test_no_token_sees_a_later_one(case):
     assert not gradient[:, 11:].any()
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES | MIXTURES)
 def test_decoding_continues_a_prefill(case):
     mixer, x = build(case), inputs(3, 12)
     expected = mixer(x, sequence=Sequence.of_rows(3, 12))
