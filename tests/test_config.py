@@ -60,6 +60,10 @@ BAD = {
     "--training.dtype float16": "it should be 'float32', 'bfloat16' or 'float64'.",
     "--model.flavor debg": "model.flavor = 'debg' is unknown; the nearest is debug.",
     "--model.mixer glaa": "model.layers.L.mixer = 'glaa' is unknown; the nearest is gla.",
+    "--model.mixer mom --model.layers.L.inner glaa": "model.layers.L.inner = 'glaa' is unknown; the nearest is gla.",
+    "--model.mixer mom --model.layers.L.inner gla --model.layers.L.inner_options.gate_rnk 3": (
+        "model.layers.L.inner_options.gate_rnk is not a setting; the nearest is gate_rank."
+    ),
     "--model.layers.L.convsize 3": "model.layers.L.convsize is not a setting; the nearest is conv_size.",
     "--model.layers.L.conv_size x": "model.layers.L.conv_size = 'x' is not valid: it should be a valid integer.",
     "--model.layers.L.mlp sparse": "model.layers.L.mlp = 'sparse' is unknown; choose moe or dense.",

@@ -6,7 +6,6 @@ Whatever does not fit is a `ConfigError`: one sentence that names the value and 
 import copy
 import dataclasses
 import difflib
-import inspect
 import json
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -89,7 +88,7 @@ def layer_options(config: Config, letter: str) -> tuple[str, str, dict[str, Any]
     """The mixer's name, the kind of MLP (moe | dense) and the mixer's constructor arguments of a letter's blocks."""
     options = dict(config.model.layers[letter])
     mixer, mlp = options.pop("mixer"), options.pop("mlp", "moe")
-    accepted = _option_types(mixer)
+    accepted = MIXERS[mixer].settings()
     defaults = {name: default for name, (_, default) in accepted.items() if default is not ...}
     shared = {name: getattr(config.model, name) for name in MODEL_WIDE if name in accepted}
     return mixer, mlp, defaults | shared | options
@@ -219,17 +218,6 @@ def _merge(into: dict[str, Any], source: dict[str, Any]) -> None:
             into[key] = copy.deepcopy(value)
 
 
-def _option_types(mixer: str) -> dict[str, tuple[Any, Any]]:
-    """The keyword arguments of a mixer's constructor: name -> (type with limits, default)."""
-    constructor = MIXERS[mixer].__init__
-    hints = get_type_hints(constructor, include_extras=True)
-    return {
-        name: (hints[name], ... if parameter.default is inspect.Parameter.empty else parameter.default)
-        for name, parameter in inspect.signature(constructor).parameters.items()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-    }
-
-
 def _check_layers(config: Config) -> None:
     for letter, table in config.model.layers.items():
         prefix = f"model.layers.{letter}"
@@ -242,20 +230,28 @@ def _check_layers(config: Config) -> None:
             raise ConfigError(f"{prefix}.mixer = {mixer!r} is unknown{_nearest(str(mixer), MIXERS)}.")
         if mlp not in ("moe", "dense"):
             raise ConfigError(f"{prefix}.mlp = {mlp!r} is unknown; choose moe or dense.")
-        types = _option_types(mixer)
         options = {name: value for name, value in table.items() if name not in ("mixer", "mlp")}
-        given = {name: getattr(config.model, name) for name in MODEL_WIDE if name in types} | options
-        model = create_model(f"{letter}", __config__=ConfigDict(extra="forbid", strict=True), **types)  # type: ignore[call-overload]
-        try:
-            model.model_validate(given)
-        except ValidationError as error:
-            raise ConfigError(_sentence(error, None, prefix, {**types, "mixer": 0, "mlp": 0})) from None
+        _check_options(config, prefix, mixer, options)
     for letter in config.model.layer_pattern:
         if letter not in config.model.layers:
             raise ConfigError(
                 f"model.layer_pattern = {config.model.layer_pattern!r} names {letter!r}, which has no table; add "
                 f"[model.layers.{letter}] with a mixer."
             )
+
+
+def _check_options(config: Config, prefix: str, mixer: str, options: dict[str, Any]) -> None:
+    types = MIXERS[mixer].settings()
+    given = {name: getattr(config.model, name) for name in MODEL_WIDE if name in types} | options
+    model = create_model(mixer, __config__=ConfigDict(extra="forbid", strict=True), **types)  # type: ignore[call-overload]
+    try:
+        checked: Any = model.model_validate(given)
+    except ValidationError as error:
+        raise ConfigError(_sentence(error, None, prefix, {**types, "mixer": 0, "mlp": 0})) from None
+    if "inner_options" in types:  # the mixer holds another one
+        if checked.inner not in MIXERS:
+            raise ConfigError(f"{prefix}.inner = {checked.inner!r} is unknown{_nearest(checked.inner, MIXERS)}.")
+        _check_options(config, f"{prefix}.inner_options", checked.inner, checked.inner_options or {})
 
 
 def _check_consistency(config: Config) -> None:
@@ -347,7 +343,7 @@ def print_help() -> None:
             _print_setting(f"{name}.{key}", annotation, getattr(table, key))
     for mixer in MIXERS:
         print(f"\n[model.layers.<letter>] with mixer = {mixer!r}")
-        for key, (annotation, value) in _option_types(mixer).items():
+        for key, (annotation, value) in MIXERS[mixer].settings().items():
             if key not in MODEL_WIDE:
                 _print_setting(f"model.layers.<letter>.{key}", annotation, value)
     print("\nA letter may also set its own " + ", ".join(MODEL_WIDE) + ", in place of those of [model].")

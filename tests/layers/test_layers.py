@@ -1,10 +1,12 @@
-"""Norms, rotary phases, the chunked cross entropy and packed attention against torch's own functions, in float64."""
+"""Norms, feature maps, gates, phases, cross entropy and packed attention against plain torch, in float64."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from torchlmoe.layers.cross_entropy import linear_cross_entropy
+from torchlmoe.layers.decay_gate import DecayGate
+from torchlmoe.layers.feature_maps import pair_products, taylor_features
 from torchlmoe.layers.norms import l2_norm, rms_norm
 from torchlmoe.layers.rotary import rotary_phases, rotate
 from torchlmoe.layers.sequence import Sequence
@@ -40,6 +42,29 @@ def test_norms_accumulate_in_float32():
     x = (randn(4, 4096).detach() * 100).bfloat16()
     expected = F.rms_norm(x.double(), (4096,), None, 1e-6)
     assert (rms_norm(x, None, 1e-6).double() - expected).norm() <= 3e-3 * expected.norm()
+
+
+def test_polynomial_features():
+    x, y = randn(3, 5, 6), randn(3, 5, 6, seed=1)
+    product = (x * y).sum(-1)
+    assert pair_products(x).shape == (3, 5, 21)
+    assert_same((pair_products(x) * pair_products(y)).sum(-1), product.square(), [x, y])
+    taylor = (taylor_features(x) * taylor_features(y)).sum(-1)
+    assert_same(taylor, 1 + product + product.square() / 2, [x, y])
+
+
+@pytest.mark.parametrize("channels", [None, 5])
+def test_decay_gate_starts_in_its_ranges(channels):
+    gate = DecayGate(200, channels, rates=(1.0, 16.0), step_limits=(2e-3, 5e-2))
+    gate.init_weights()
+    rate = gate.A_log.exp()
+    assert rate.min() >= 1
+    assert 15 < rate.max() <= 16
+    log_decay, step = gate(torch.zeros(3, 200 * (channels or 1)))
+    assert step.shape == ((3, 200) if channels is None else (3, 200, channels))
+    assert step.min() == 2e-3  # steps are drawn from 1e-3 to 1e-1
+    assert step.max() == 5e-2
+    torch.testing.assert_close(log_decay, -step * (rate if channels is None else rate[:, None]))
 
 
 def test_rotary_is_a_complex_rotation():

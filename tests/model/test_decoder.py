@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from torchlmoe.config_loader import ConfigError, load_config
+from torchlmoe.layers.sequence import Sequence
 from torchlmoe.mixers import MIXERS
 from torchlmoe.model.decoder import build_on_meta, count_parameters
 
@@ -127,6 +128,51 @@ def test_any_letter_may_name_a_kind_of_block():
     )
     model = build_on_meta(load_config(arguments.split()), 10)
     assert [len(model.moe_layers()), next(iter(model.moe_layers()))] == [2, "0"]
+
+
+@pytest.mark.parametrize("mixer", ["rwkv7", "mom"])
+def test_a_mixer_hands_a_tensor_on_to_its_later_layers(mixer):
+    """RWKV-7's first values, past a block with another mixer; only the first layer has no use for them."""
+    inner = "--model.layers.L.inner rwkv7".split() if mixer == "mom" else []
+    model = build(*f"--model.layer_pattern NLNL --model.mixer {mixer} --model.num_layers 4".split(), *inner)
+    first, later = (
+        block.mixer.inner if mixer == "mom" else block.mixer for block in (model.blocks["1"], model.blocks["3"])
+    )
+    assert [first.place.first, later.place.first, later.place.index] == [True, False, 3]
+    assert first.first_value_proj is None
+    seen = []
+    for layer in (first, later):
+        layer.register_forward_hook(
+            lambda module, args, kwargs, y: seen.append((kwargs["shared"], y[1])), with_kwargs=True
+        )
+    model(tokens(2, 24), BOUNDS).sum().backward()
+    (given_first, handed_on), (received, passed_on) = seen
+    assert not given_first.any()
+    assert torch.equal(received, handed_on)
+    assert torch.equal(passed_on, received)
+    assert handed_on.any()
+    with pytest.raises(ValueError, match="needs `shared`"):
+        later(torch.zeros(1, 3, 32, dtype=torch.float64), sequence=Sequence.of_rows(1, 3))
+
+
+def test_a_letter_has_a_parameter_in_common():
+    """HGRN2's lower bounds (arXiv 2404.07904): zero in the first layer, then sums of a softmax over the layers."""
+    model = build(*"--model.layer_pattern LNL --model.mixer hgrn2 --model.num_layers 6".split())
+    weight = model.common["L"].weight
+    assert weight.shape == (4, 32)
+    with torch.no_grad():
+        weight.uniform_(-2, 2)
+    share = weight.exp() / weight.exp().sum(0)
+    bounds = [torch.zeros_like(share[0]), share[1], share[1] + share[2], share[1:].sum(0)]
+    seen = []
+    for index in ("0", "2", "3", "5"):
+        model.blocks[index].mixer.register_forward_hook(
+            lambda module, args, kwargs, y: seen.append(kwargs["sequence"].common), with_kwargs=True
+        )
+    model(tokens(2, 24), BOUNDS).square().sum().backward()
+    for found, expected in zip(seen, bounds, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    assert weight.grad.abs().min() > 0
 
 
 def test_impossible_sizes_are_refused():

@@ -16,21 +16,21 @@ SETTINGS = """--model.dim 32 --model.num_layers 4 --model.num_heads 2 --moe.num_
 --moe.expert_dim 16 --training.seq_len 48 --training.local_batch_size 1 --training.global_batch_size 4
 --training.device cpu --training.steps 20 --optimizer.lr 1e-3
 --metrics.log_freq 1 --metrics.plot false --metrics.tensorboard false""".split()
-# Beyond the mixers: what could depend on how a step is cut into ranks and microbatches.
-VARIANTS = {
-    **{mixer: f"--model.mixer {mixer} --model.layer_pattern LLLN" for mixer in MIXERS},
+# What could depend on how a step is cut into ranks and microbatches.
+CUT_VARIANTS = {
     "loss_free": "--moe.balance loss_free --moe.bias_update_rate 0.1 --moe.score_function sigmoid",
     "global_batch": "--moe.aux_loss_scope global_batch --moe.aux_loss_weight 0.1 --moe.z_loss_weight 0.01",
     "tied": "--model.tie_embeddings true --moe.num_shared_experts 1",
     "muon": "--optimizer.name muon --optimizer.matrix_lr 1e-2",
     "dense": "--model.layers.L.mlp dense --model.layers.N.mlp dense",
 }
+VARIANTS = {**{mixer: f"--model.mixer {mixer} --model.layer_pattern LLLN" for mixer in MIXERS}, **CUT_VARIANTS}
 HYBRID = "--parallelism.data_parallel_replicate_degree 2"
 
 
-def train_all(corpus: str, folder: str, extra: str) -> None:
+def train_all(corpus: str, folder: str, variants: dict[str, str], extra: str) -> None:
     """In float64 20 steps of each variant; in float32 the first step's loss and gradients of each."""
-    for name, settings in VARIANTS.items():
+    for name, settings in variants.items():
         arguments = [
             *SETTINGS,
             "--data.dataset",
@@ -65,14 +65,16 @@ def records(folder: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def single(corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("single")
-    run_on_ranks(1, train_all, str(corpus), str(folder), "")
+    run_on_ranks(1, train_all, str(corpus), str(folder), VARIANTS, "")
     return folder
 
 
-@pytest.mark.parametrize(("world_size", "extra"), [(2, ""), (4, ""), (4, HYBRID)])
-def test_ranks_equal_the_single_process(world_size, extra, single, corpus, tmp_path):
-    run_on_ranks(world_size, train_all, str(corpus), str(tmp_path), extra)
-    for name in VARIANTS:
+@pytest.mark.parametrize(
+    ("world_size", "variants", "extra"), [(2, CUT_VARIANTS, ""), (4, CUT_VARIANTS, ""), (4, VARIANTS, HYBRID)]
+)
+def test_ranks_equal_the_single_process(world_size, variants, extra, single, corpus, tmp_path):
+    run_on_ranks(world_size, train_all, str(corpus), str(tmp_path), variants, extra)
+    for name in variants:
         found, expected = records(tmp_path / name), records(single / name)
         assert [record["step"] for record in found] == list(range(1, 21))
         for ours, theirs in zip(found, expected, strict=True):

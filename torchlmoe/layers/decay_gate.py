@@ -1,35 +1,84 @@
-"""Log decay per head from a projected input, as in Mamba-2 and Gated DeltaNet."""
+"""Log decay from a projected input, as in Mamba-2, Gated DeltaNet and Kimi Delta Attention."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchlmoe.layers.initialization import fill_
+from torchlmoe.layers.initialization import constant_, fill_
+
+
+def draw_step(whole: Tensor, low: float, high: float, generator: torch.Generator | None) -> None:
+    """Fills `whole` with biases whose softplus is log-uniform between `low` and `high`, for `fill_`."""
+    step = whole.uniform_(math.log(low), math.log(high), generator=generator).exp_()
+    whole.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
 
 
 class DecayGate(nn.Module):
-    """x [..., heads] -> -exp(A_log) * softplus(x + dt_bias), in at least float32 (arXiv 2405.21060, 2412.06464)."""
+    """A step size, and the log decay that it makes, in at least float32 (arXiv 2405.21060, 2412.06464, 2510.26692).
+
+        step = softplus(x + dt_bias), clamped to `step_limits`         log_decay = -exp(A_log) * step
+
+    x [..., heads] -> (log_decay, step), each like x. With `channels`, x [..., heads * channels] has a step per channel
+    and a rate per head, and both results are [..., heads, channels].
+    """
 
     float32_island = True  # its parameters stay float32 where the rest is cast down
 
-    def __init__(self, num_heads: int, *, min_step: float = 1e-3, max_step: float = 1e-1, max_rate: float = 16.0):
+    def __init__(
+        self,
+        num_heads: int,
+        channels: int | None = None,
+        *,
+        rates: tuple[float, float] = (1e-2, 16.0),
+        step_limits: tuple[float, float | None] | None = None,
+    ):
         super().__init__()
-        self.min_step, self.max_step, self.max_rate = min_step, max_step, max_rate
+        self.channels, self.rates, self.step_limits = channels, rates, step_limits
         self.A_log = nn.Parameter(torch.empty(num_heads))
-        self.dt_bias = nn.Parameter(torch.empty(num_heads))
+        self.dt_bias = nn.Parameter(torch.empty(num_heads * (channels or 1)))
 
     def init_weights(self) -> None:
-        """exp(A_log) uniform in (0, max_rate), softplus(dt_bias) log-uniform between the two steps."""
+        """exp(A_log) uniform between the two `rates`, softplus(dt_bias) log-uniform in [0.001, 0.1]."""
+        fill_(self.A_log, lambda whole, generator: whole.uniform_(*self.rates, generator=generator).log_())
+        fill_(self.dt_bias, lambda whole, generator: draw_step(whole, 1e-3, 1e-1, generator))
 
-        def draw_step(whole: Tensor, generator: torch.Generator | None) -> None:
-            step = whole.uniform_(math.log(self.min_step), math.log(self.max_step), generator=generator).exp_()
-            whole.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        dtype = torch.promote_types(self.A_log.dtype, torch.float32)
+        step = F.softplus(x.to(dtype) + self.dt_bias.to(dtype))
+        if self.step_limits is not None:
+            step = step.clamp(*self.step_limits)
+        rate = self.A_log.to(dtype).exp()
+        if self.channels is not None:
+            step, rate = step.unflatten(-1, (-1, self.channels)), rate[:, None]
+        return -rate * step, step
 
-        fill_(self.A_log, lambda whole, generator: whole.uniform_(1e-2, self.max_rate, generator=generator).log_())
-        fill_(self.dt_bias, draw_step)
+
+class BiasedDecay(nn.Module):
+    """x [..., channels] -> log_decay(x + bias), like x, in at least float32; log_decay gives numbers <= 0.
+
+    The bias starts at zero.
+    """
+
+    float32_island = True
+
+    def __init__(self, channels: int, log_decay: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.log_decay = log_decay
+        self.bias = nn.Parameter(torch.empty(channels))
+
+    def init_weights(self) -> None:
+        constant_(self.bias, 0.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = torch.promote_types(self.A_log.dtype, torch.float32)
-        return -self.A_log.to(dtype).exp() * F.softplus(x.to(dtype) + self.dt_bias.to(dtype))
+        dtype = torch.promote_types(self.bias.dtype, torch.float32)
+        return self.log_decay(x.to(dtype) + self.bias.to(dtype))
+
+
+class LogSigmoidDecay(BiasedDecay):
+    """x [..., channels] -> logsigmoid(x + bias) / normalizer (arXiv 2312.06635)."""
+
+    def __init__(self, channels: int, normalizer: float = 1.0):
+        super().__init__(channels, lambda x: F.logsigmoid(x) / normalizer)

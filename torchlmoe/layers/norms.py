@@ -1,5 +1,7 @@
 """RMS and L2 norms, computed in at least float32."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -66,7 +68,47 @@ class RMSNorm(nn.Module):
 
 
 class GatedRMSNorm(RMSNorm):
-    """RMS norm of each head, times SiLU of a gate: x, gate [..., dim] -> [..., dim]."""
+    """RMS norm times SiLU, or another function, of a gate: x, gate [..., dim] -> [..., dim]."""
+
+    def __init__(self, dim: int, eps: float = 1e-6, activation: Callable[[Tensor], Tensor] = F.silu):
+        super().__init__(dim, eps)
+        self.activation = activation
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(x) * F.silu(gate)
+        return super().forward(x) * self.activation(gate)
+
+
+class GroupRMSNorm(RMSNorm):
+    """RMS norm of each of `num_groups` equal parts of the channels, with a weight per channel (arXiv 2405.21060)."""
+
+    def __init__(self, dim: int, num_groups: int, eps: float = 1e-6):
+        super().__init__(dim, eps)
+        self.num_groups = num_groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x.unflatten(-1, (self.num_groups, -1)), None, self.eps).flatten(-2) * self.weight
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm with a weight and a bias per channel (arXiv 1607.06450)."""
+
+    def init_weights(self) -> None:
+        constant_(self.weight, 1.0)
+        constant_(self.bias, 0.0)
+
+
+class HeadNorm(nn.Module):
+    """Layer norm of each head, with a weight and a bias per channel: x [..., heads, V] -> [..., heads * V]."""
+
+    def __init__(self, num_heads: int, head_dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(num_heads * head_dim))
+        self.bias = nn.Parameter(torch.empty(num_heads * head_dim))
+
+    def init_weights(self) -> None:
+        constant_(self.weight, 1.0)
+        constant_(self.bias, 0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], eps=self.eps).flatten(-2) * self.weight + self.bias

@@ -1,10 +1,12 @@
-"""The linear recurrence as a submodule, so that a sequence-parallel plan can name it."""
+"""The recurrences as submodules, so that a sequence-parallel plan can name them."""
 
+import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
 from torchlmoe.layers.sequence import Sequence
-from torchlmoe.ops.linear_recurrence import linear_recurrence
+from torchlmoe.ops import elementwise_recurrence, linear_recurrence, online_gradient
+from torchlmoe.ops.elementwise_recurrence import check_backend
 
 
 class LinearRecurrence(nn.Module):
@@ -18,12 +20,58 @@ class LinearRecurrence(nn.Module):
         return linear_recurrence(q, k, v, backend=self.backend, **terms)
 
 
+class ElementwiseRecurrence(nn.Module):
+    """`ops.elementwise_recurrence` with its signature and a backend of its own. Looks across tokens."""
+
+    def __init__(self, backend: str = "auto"):
+        super().__init__()
+        check_backend(backend)
+        self.backend = backend
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, **terms) -> tuple[Tensor, Tensor | None]:
+        return elementwise_recurrence(q, k, v, backend=self.backend, **terms)
+
+
+class OnlineGradient(nn.Module):
+    """`ops.online_gradient` with its signature and a backend of its own. Looks across tokens."""
+
+    def __init__(self, backend: str = "auto"):
+        super().__init__()
+        check_backend(backend, "online_gradient")
+        self.backend = backend
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, **terms) -> tuple[Tensor, Tensor | None]:
+        return online_gradient(q, k, v, backend=self.backend, **terms)
+
+
 def recur(
     recurrence: nn.Module, q: Tensor, k: Tensor, v: Tensor, *, sequence: Sequence, cache: TensorDict | None, **terms
 ) -> Tensor:
-    """Runs `recurrence` from `cache["state"]` and leaves the last state there; without a cache, from zero."""
-    if cache is None:
-        return recurrence(q, k, v, cu_seqlens=sequence.cu_seqlens, **terms)[0]
-    o, state = recurrence(q, k, v, initial_state=cache["state"], output_final_state=True, **terms)
-    cache["state"].copy_(state)
-    return o
+    """Runs `recurrence` from `cache["state"]` and leaves the last state there; without a cache, from zero.
+
+    Where `sequence` has memories, each is a state of its own, and the outputs of a token's memories are mixed.
+    """
+    cu_seqlens, memories = sequence.cu_seqlens if cache is None else None, sequence.memories
+    if memories is not None:
+        cu_seqlens = memories.cu_seqlens
+        q, k, v = memories.pack(q), memories.pack(k), memories.pack(v)
+        terms = {name: memories.pack(term) if _is_per_token(term) else term for name, term in terms.items()}
+    if cache is not None:
+        terms |= {"initial_state": cache["state"].flatten(0, -4), "output_final_state": True}
+    o, state = recurrence(q, k, v, cu_seqlens=cu_seqlens, **terms)
+    if cache is not None:
+        cache["state"].copy_(state.view_as(cache["state"]))
+    return o if memories is None else memories.mix(o)
+
+
+def _is_per_token(term: object) -> bool:
+    """Terms per head, such as a constant decay or a bonus, have one or two dims."""
+    return isinstance(term, Tensor) and term.dim() > 2
+
+
+def recur_normalized(
+    recurrence: nn.Module, q: Tensor, k: Tensor, v: Tensor, *, normalizer_eps: float, **others
+) -> Tensor:
+    """`recur`, divided by the sum of the attention weights, which is what a column of ones on v reads."""
+    o = recur(recurrence, q, k, torch.cat([v, torch.ones_like(v[..., :1])], -1), **others)
+    return o[..., :-1] / (o[..., -1:] + normalizer_eps)

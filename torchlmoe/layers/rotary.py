@@ -4,6 +4,12 @@ import torch
 from torch import Tensor
 
 
+def check_rotary_dim(rotary_dim: int, what: str) -> None:
+    """Raises ValueError if the channels that `what` leaves to turn are not pairs."""
+    if rotary_dim % 2:
+        raise ValueError(f"Rotary phases turn pairs of channels; {what} gives {rotary_dim}; make it an even number.")
+
+
 def rotary_phases(positions: Tensor, rotary_dim: int, base: float) -> tuple[Tensor, Tensor]:
     """positions int64 [B, T] -> (cos, sin), each [B, T, 1, rotary_dim / 2] in float64."""
     # float64: the phase of a late position would lose digits in float32.

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torchlmoe.layers.memories import Memories
+
 
 @dataclass(frozen=True)
 class Sequence:
@@ -16,12 +18,16 @@ class Sequence:
     row_length: tokens in one row of data (with B = 1 the rows of a batch lie back to back).
     loss_weight: this microbatch's share of the rows of the optimizer step over all ranks; 0
             leaves balance losses and load counts out.
+    memories: where the recurrence keeps the tokens, if not all of a document in one state.
+    common: of what the layers of a letter have in common (`Mixer.common`), this layer's entry.
     """
 
     positions: Tensor
     cu_seqlens: Tensor | None = None
     row_length: int | None = None
     loss_weight: float = 1.0
+    memories: Memories | None = None
+    common: Tensor | None = None
 
     @classmethod
     def of_rows(

@@ -1,6 +1,7 @@
 """Short causal convolution over tokens, as a module with its own decoding cache."""
 
 import torch
+import torch.nn.functional as F
 from tensordict import TensorDict
 from torch import Tensor, nn
 
@@ -10,23 +11,32 @@ from torchlmoe.ops.causal_conv import causal_conv
 
 
 class ShortConvolution(nn.Module):
-    """Depthwise, `width` tokens, followed by SiLU: x [B, T, channels] -> like x. Looks across tokens."""
+    """Depthwise, `width` tokens, followed by SiLU or nothing: x [B, T, channels] -> like x. Looks across tokens."""
 
-    def __init__(self, channels: int, width: int):
+    def __init__(self, channels: int, width: int, bias: bool = False, activation: bool = True):
         super().__init__()
+        self.activation = activation
         self.weight = nn.Parameter(torch.empty(channels, width))
+        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
 
     def init_weights(self) -> None:
         bound = self.weight.shape[1] ** -0.5
-        uniform_(self.weight, -bound, bound)
+        for parameter in self.parameters():
+            uniform_(parameter, -bound, bound)
 
     def forward(self, x: Tensor, *, sequence: Sequence, cache: TensorDict | None = None) -> Tensor:
         if cache is None:
-            return causal_conv(x, self.weight, cu_seqlens=sequence.cu_seqlens)
+            return self._convolve(x, sequence.cu_seqlens)
         width = self.weight.shape[1]
         extended = torch.cat([cache["inputs"].to(x.dtype), x], 1)
         cache["inputs"].copy_(extended[:, extended.shape[1] - (width - 1) :])
-        return causal_conv(extended, self.weight)[:, width - 1 :]
+        return self._convolve(extended)[:, width - 1 :]
+
+    def _convolve(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        if self.bias is None:
+            return causal_conv(x, self.weight, cu_seqlens=cu_seqlens, activation=self.activation)
+        y = causal_conv(x, self.weight, cu_seqlens=cu_seqlens, activation=False) + self.bias
+        return F.silu(y) if self.activation else y
 
     def init_cache(self, batch_size: int, dtype: torch.dtype, device: torch.device | None = None) -> TensorDict:
         """The last width - 1 inputs."""

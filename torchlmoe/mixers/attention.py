@@ -1,8 +1,9 @@
 """Softmax attention (arXiv 1706.03762): grouped queries (2305.13245), rotary phases (2104.09864) on all, some or none
-of the channels, and, on request, RMS norm of q and k (2302.05442), a sigmoid gate on the output (2505.06708) and a
-sliding window (2004.05150).
+of the channels, and, on request, RMS norm of q and k (2302.05442), a sigmoid gate on the output (2505.06708), a
+sliding window (2004.05150), and keys and values from a latent (MLA, 2405.04434) as in DeepSeek-V2 and Kimi-Linear.
 """
 
+from collections.abc import Callable
 from typing import Annotated
 
 import torch
@@ -11,11 +12,15 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from torchlmoe.layers.linear import Linear
+from torchlmoe.layers.low_rank import LowRank
 from torchlmoe.layers.norms import RMSNorm
-from torchlmoe.layers.rotary import rotary_phases, rotate
+from torchlmoe.layers.rotary import check_rotary_dim, rotary_phases, rotate
 from torchlmoe.layers.sequence import Sequence
 from torchlmoe.mixers.base import Mixer, split_heads
+from torchlmoe.mixers.latent_attention import LatentKeyValues
 from torchlmoe.ops.packed_attention import cached_attention, packed_attention
+
+Rotation = Callable[[Tensor], Tensor]
 
 
 class InnerAttention(nn.Module):
@@ -42,62 +47,125 @@ class Attention(Mixer):
         sliding_window: Annotated[
             int | None, Field(ge=1, description="Tokens that a token sees, itself included; all if unset.")
         ] = None,
+        kv_rank: Annotated[
+            int | None,
+            Field(ge=1, description="Width of the latent that keys and values are made from (MLA); none if unset."),
+        ] = None,
+        q_rank: Annotated[
+            int | None, Field(ge=1, description="Rank of the queries' projection, with a norm inside; full if unset.")
+        ] = None,
+        shared_key_dim: Annotated[
+            int | None,
+            Field(ge=1, description="With kv_rank: channels of a key that all heads share; the rotary ones if unset."),
+        ] = None,
+        value_dim: Annotated[
+            int | None, Field(ge=1, description="With kv_rank: width of a value head; head_dim if unset.")
+        ] = None,
         norm_eps: float = 1e-6,
         init_std: float = 0.02,
     ):
         super().__init__()
+        if kv_rank is not None and (num_kv_heads is not None or qk_norm):
+            option = "qk_norm" if qk_norm else "num_kv_heads"
+            raise ValueError(f"{option} cannot be combined with kv_rank = {kv_rank}, whose keys come from a latent.")
+        if kv_rank is None and (shared_key_dim is not None or value_dim is not None):
+            option = "value_dim" if shared_key_dim is None else "shared_key_dim"
+            raise ValueError(f"{option} belongs to latent attention; give kv_rank too.")
         num_kv_heads = num_kv_heads or num_heads
         if num_heads % num_kv_heads:
             raise ValueError(f"num_heads = {num_heads} must be a multiple of num_kv_heads = {num_kv_heads}.")
         self.num_heads, self.num_kv_heads, self.init_std = num_heads, num_kv_heads, init_std
         self.head_dim = head_dim or split_heads(dim, num_heads)
-        self.rotary_dim = int(self.head_dim * rotary_fraction)
-        if self.rotary_dim % 2:
-            raise ValueError(
-                f"rotary_fraction = {rotary_fraction} turns {self.rotary_dim} of the head's {self.head_dim} channels; "
-                "rotary phases turn pairs, so it must be an even number."
-            )
+        self.rotary_dim = round(self.head_dim * rotary_fraction)
+        check_rotary_dim(self.rotary_dim, f"rotary_fraction = {rotary_fraction} of head_dim = {self.head_dim}")
         self.rope_base, self.sliding_window = rope_base, sliding_window
-        self.q_proj = Linear(dim, num_heads * self.head_dim)
-        self.k_proj = Linear(dim, num_kv_heads * self.head_dim)
-        self.v_proj = Linear(dim, num_kv_heads * self.head_dim)
+        if q_rank is None:
+            self.q_proj: nn.Module = Linear(dim, num_heads * self.head_dim)
+        else:
+            self.q_proj = LowRank(dim, q_rank, num_heads * self.head_dim, RMSNorm(q_rank, norm_eps))
+        self.value_dim = value_dim or self.head_dim
+        self.latent: LatentKeyValues | None = None
+        if kv_rank is None:
+            self.k_proj = Linear(dim, num_kv_heads * self.head_dim)
+            self.v_proj = Linear(dim, num_kv_heads * self.head_dim)
+        else:
+            shared_dim = self.rotary_dim if shared_key_dim is None else shared_key_dim
+            if not max(1, self.rotary_dim) <= shared_dim < self.head_dim:
+                raise ValueError(
+                    f"shared_key_dim = {shared_dim} must be at least the {self.rotary_dim} rotary channels, at least 1 "
+                    f"and below head_dim = {self.head_dim}; change it or rotary_fraction."
+                )
+            if self.value_dim > self.head_dim:
+                raise ValueError(f"value_dim = {value_dim} must not be above head_dim = {self.head_dim}.")
+            self.latent = LatentKeyValues(
+                dim, num_heads, kv_rank,
+                key_dim=self.head_dim, shared_dim=shared_dim, value_dim=self.value_dim, norm_eps=norm_eps,
+            )  # fmt: skip
         self.q_norm = RMSNorm(self.head_dim, norm_eps) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_dim, norm_eps) if qk_norm else nn.Identity()
         self.inner = InnerAttention()
-        self.gate_proj = Linear(dim, num_heads * self.head_dim) if output_gate else None
-        self.o_proj = Linear(num_heads * self.head_dim, dim)
+        self.gate_proj = Linear(dim, num_heads * self.value_dim) if output_gate else None
+        self.o_proj = Linear(num_heads * self.value_dim, dim)
 
     def forward(self, x: Tensor, *, sequence: Sequence, cache: TensorDict | None = None) -> Tensor:
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = self.q_norm(q), self.k_norm(k)
-        if self.rotary_dim:
-            phases = rotary_phases(sequence.positions, self.rotary_dim, self.rope_base)
-            q, k = rotate(q, phases), rotate(k, phases)
-        if cache is None:
-            o = self.inner(q, k, v, cu_seqlens=sequence.cu_seqlens, window=self.sliding_window)
-        else:
-            o = self._attend_to_cache(q, k, v, sequence.positions, cache)
-        o = o.flatten(2)
+        turn = self._rotation(sequence.positions)
+        q = turn(self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim))))
+        attend = self._attend if self.latent is None else self._attend_latent
+        o = attend(x, q, turn, sequence, cache).flatten(2)
         if self.gate_proj is not None:
             o = o * self.gate_proj(x).sigmoid()
         return self.o_proj(o)
 
-    def _attend_to_cache(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, cache: TensorDict) -> Tensor:
-        rows = torch.arange(len(q), device=q.device)[:, None]
-        cache["k"][rows, positions] = k.to(cache["k"].dtype)
-        cache["v"][rows, positions] = v.to(cache["v"].dtype)
+    def _rotation(self, positions: Tensor) -> Rotation:
+        if not self.rotary_dim:
+            return lambda heads: heads
+        phases = rotary_phases(positions, self.rotary_dim, self.rope_base)
+        return lambda heads: rotate(heads, phases)
+
+    def _attend(self, x: Tensor, q: Tensor, turn: Rotation, sequence: Sequence, cache: TensorDict | None) -> Tensor:
+        k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.k_proj, self.v_proj))
+        k = turn(self.k_norm(k))
+        if cache is None:
+            return self.inner(q, k, v, cu_seqlens=sequence.cu_seqlens, window=self.sliding_window)
+        k, v = self._keep(cache, sequence.positions, k=k, v=v)
+        return cached_attention(q, k, v, sequence.positions, window=self.sliding_window)
+
+    def _attend_latent(
+        self, x: Tensor, q: Tensor, turn: Rotation, sequence: Sequence, cache: TensorDict | None
+    ) -> Tensor:
+        assert self.latent is not None
+        latent, k = self.latent(x)
+        k = turn(k)
+        if cache is None:
+            k, v = self.latent.expand(latent, k)
+            o = self.inner(q, k, v, cu_seqlens=sequence.cu_seqlens, window=self.sliding_window)
+            return o[..., : self.value_dim]
+        (kept,) = self._keep(cache, sequence.positions, latent=torch.cat([k, latent[:, :, None]], -1))
+        o = cached_attention(self.latent.to_latent(q), kept, kept, sequence.positions, window=self.sliding_window)
+        return self.latent.from_latent(o)
+
+    def _keep(self, cache: TensorDict, positions: Tensor, **new: Tensor) -> list[Tensor]:
+        """Writes the new tokens' places of the cache; returns all places filled so far."""
+        rows = torch.arange(len(positions), device=positions.device)[:, None]
         filled = int(positions.max()) + 1
-        keys, values = cache["k"][:, :filled].to(q.dtype), cache["v"][:, :filled].to(q.dtype)
-        return cached_attention(q, keys, values, positions, window=self.sliding_window)
+        for name, x in new.items():
+            cache[name][rows, positions] = x.to(cache[name].dtype)
+        return [cache[name][:, :filled].to(x.dtype) for name, x in new.items()]
 
     def init_cache(
         self, batch_size: int, max_length: int, dtype: torch.dtype, device: torch.device | None = None
     ) -> TensorDict:
-        shape = (batch_size, max_length, self.num_kv_heads, self.head_dim)
-        places = {name: torch.zeros(shape, dtype=dtype, device=device) for name in ("k", "v")}
+        """k and v [batch, max_length, key and value heads, head_dim], or `latent` [.., 1, shared_key_dim + kv_rank]."""
+        shapes = dict.fromkeys(("k", "v"), (self.num_kv_heads, self.head_dim))
+        if self.latent is not None:
+            shapes = {"latent": (1, self.latent.shared_dim + self.latent.rank)}
+        places = {
+            name: torch.zeros(batch_size, max_length, *shape, dtype=dtype, device=device)
+            for name, shape in shapes.items()
+        }
         return TensorDict(places, batch_size=[batch_size])
 
     def flops_per_token(self, seq_len: int) -> int:
         # A token sees half of the sequence on average: scores and values are two products each way.
         seen = seq_len / 2 if self.sliding_window is None else min(seq_len / 2, self.sliding_window)
-        return self.projection_flops() + int(4 * self.num_heads * self.head_dim * seen)
+        return self.projection_flops() + int(2 * self.num_heads * (self.head_dim + self.value_dim) * seen)

@@ -1,6 +1,8 @@
 """What every sequence mixer is: the small protocol that the model, the trainer and the parallel styles rely on."""
 
+import inspect
 from dataclasses import dataclass
+from typing import Any, get_type_hints
 
 import torch
 from tensordict import TensorDict
@@ -57,6 +59,12 @@ class Mixer(nn.Module):
         """Decoding state of `batch_size` rows of at most `max_length` tokens."""
         raise TypeError(f"{type(self).__name__} must define init_cache(batch_size, max_length, dtype, device).")
 
+    def common(self, num_layers: int) -> nn.Module | None:
+        """What the `num_layers` layers of a letter have in common in the model: a module of the decoder that, called
+        without arguments, returns an entry for each of them, in `sequence.common` of its forward. None: nothing.
+        """
+        return None
+
     def flops_per_token(self, seq_len: int) -> int:
         """Forward FLOPs of one token in a sequence of `seq_len`, a multiply-add counting two, recurrence included."""
         raise TypeError(f"{type(self).__name__} must define flops_per_token(seq_len).")
@@ -68,6 +76,33 @@ class Mixer(nn.Module):
     def sequence_parallel_plan(self) -> dict[str, ParallelStyle]:
         """Styles by submodule; empty where the mixer cannot be split along the sequence."""
         return {}
+
+    @classmethod
+    def at(cls, place: Place, dim: int, **options: Any) -> "Mixer":
+        """The mixer, told its place if its constructor takes one."""
+        takes_place = "place" in inspect.signature(cls).parameters
+        return cls(dim, **({"place": place} if takes_place else {}), **options)  # type: ignore[call-arg]
+
+    @classmethod
+    def settings(cls) -> dict[str, tuple[Any, Any]]:
+        """The keyword arguments of the constructor: name -> (type with limits, default, or ... for none).
+
+        Where it hands on `**options`, those of its parent's constructor too.
+        """
+        found: dict[str, tuple[Any, Any]] = {}
+        for base in cls.__mro__:
+            constructor = base.__dict__.get("__init__")
+            if constructor is None:
+                continue
+            hints = get_type_hints(constructor, include_extras=True)
+            parameters = inspect.signature(constructor).parameters.values()
+            for parameter in parameters:
+                if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+                    default = ... if parameter.default is inspect.Parameter.empty else parameter.default
+                    found.setdefault(parameter.name, (hints[parameter.name], default))
+            if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+                break
+        return found
 
     def projection_flops(self) -> int:
         """Forward FLOPs of one token in all projections."""

@@ -14,8 +14,7 @@ Built on the meta device and then initialised:
 Legend: B rows, T tokens in a row, V vocabulary.
 """
 
-import inspect
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 from tensordict import TensorDict
@@ -31,6 +30,7 @@ from torchlmoe.layers.norms import RMSNorm
 from torchlmoe.layers.sequence import Sequence
 from torchlmoe.mixers import MIXERS
 from torchlmoe.mixers.base import Place
+from torchlmoe.mixers.mom import MixtureOfMemories
 from torchlmoe.model.block import Block
 from torchlmoe.moe import MoE
 
@@ -84,10 +84,15 @@ class Decoder(nn.Module):
         self.embedding = Embedding(vocab_size, settings.dim, settings.init_std)
         pattern = settings.layer_pattern
         self.blocks = nn.ModuleDict()
+        self.common = nn.ModuleDict()  # by letter
         self.shared_width = 0
+        letters = [pattern[index % len(pattern)] for index in range(settings.num_layers)]
+        self.places_in_common = {
+            str(index): (letter, letters[:index].count(letter)) for index, letter in enumerate(letters)
+        }
         seen: set[str] = set()
-        for index in range(settings.num_layers):
-            mixer, mlp, options = layer_options(config, pattern[index % len(pattern)])
+        for index, letter in enumerate(letters):
+            mixer, mlp, options = layer_options(config, letter)
             feed_forward: nn.Module
             if mlp == "moe":
                 feed_forward = MoE(settings.dim, init_std=settings.init_std, **asdict(config.moe))
@@ -95,11 +100,12 @@ class Decoder(nn.Module):
                 # 8/3 keeps the parameters of a SwiGLU those of a plain MLP of width 4.
                 hidden_dim = settings.mlp_dim or 16 * round(settings.dim * 8 / 3 / 16)
                 feed_forward = MLP(settings.dim, hidden_dim, init_std=settings.init_std)
-            if "place" in inspect.signature(MIXERS[mixer]).parameters:
-                options["place"] = Place(index, settings.num_layers, first=mixer not in seen)
+            place = Place(index, settings.num_layers, first=mixer not in seen)
             seen.add(mixer)
-            built = MIXERS[mixer](settings.dim, **options)
+            built = MIXERS[mixer].at(place, settings.dim, **options)
             self.shared_width = max(self.shared_width, built.shared_width)
+            if letter not in letters[:index] and (common := built.common(letters.count(letter))) is not None:
+                self.common[letter] = common
             # A dict, so that a pipeline stage which holds some blocks keeps their names.
             self.blocks[str(index)] = Block(settings.dim, built, feed_forward, settings.norm_eps)
         self.head = Head(
@@ -114,8 +120,8 @@ class Decoder(nn.Module):
         """Draws every parameter from (seed, its name), so that each way of sharding starts from the same weights."""
         with named_draws(self, seed):
             self.embedding.init_weights()
-            for block in self.blocks.values():
-                block.init_weights()  # type: ignore[operator]
+            for module in (*self.common.values(), *self.blocks.values()):
+                module.init_weights()  # type: ignore[operator]
             self.head.init_weights()
 
     def forward(
@@ -173,8 +179,11 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """From embeddings to the head's output; with a cache, that of the last token of each row."""
         shared = x.new_zeros(*x.shape[:2], self.shared_width) if self.shared_width else None
+        common = {letter: module() for letter, module in self.common.items()}
         for index, block in self.blocks.items():
-            context = dict(sequence=sequence, cache=None if cache is None else cache[index])
+            letter, place = self.places_in_common[index]
+            told = replace(sequence, common=common[letter][place]) if letter in common else sequence
+            context = dict(sequence=told, cache=None if cache is None else cache[index])
             if shared is None:
                 x = block(x, **context)
             else:
@@ -186,6 +195,15 @@ class Decoder(nn.Module):
         """The mixtures of experts by the index of their block."""
         blocks = {index: block.feed_forward for index, block in self.blocks.items()}
         return {index: layer for index, layer in blocks.items() if isinstance(layer, MoE)}
+
+    def routed_layers(self) -> dict[str, MoE | MixtureOfMemories]:
+        """The layers whose router's load is counted and balanced, by the first part of their figures' names."""
+        layers = {
+            f"{kind}/{index}": layer
+            for index, block in self.blocks.items()
+            for kind, layer in (("mom", block.mixer), ("moe", block.feed_forward))
+        }
+        return {name: layer for name, layer in layers.items() if isinstance(layer, (MoE, MixtureOfMemories))}
 
     def flops_per_token(self, seq_len: int) -> int:
         """Forward FLOPs of one token in a sequence of `seq_len`, recurrences and output head included."""

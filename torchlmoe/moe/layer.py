@@ -15,14 +15,14 @@ import math
 import torch
 from torch import Tensor, nn
 
+from torchlmoe.layers.balance import LoadBalance
+from torchlmoe.layers.dispatch import Slots, gather_slots, reorder_choices, sum_slots
 from torchlmoe.layers.initialization import normal_
 from torchlmoe.layers.linear import Linear
 from torchlmoe.layers.mlp import MLP
+from torchlmoe.layers.router import Router
 from torchlmoe.layers.sequence import Sequence
-from torchlmoe.moe.balance import LoadBalance
-from torchlmoe.moe.dispatch import Slots, gather_slots, reorder_choices, sum_slots
 from torchlmoe.moe.experts import Experts
-from torchlmoe.moe.router import Router
 from torchlmoe.ops.grouped_matmul import run_alignment
 
 

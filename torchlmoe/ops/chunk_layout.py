@@ -12,6 +12,7 @@ A slab is a run of such slices: what is computed at a time, few enough chunks to
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -113,7 +114,11 @@ def chunk_layout(
 
     num_chunks = [-(-lengths_list[document] // chunk_size) for document in order]
     num_steps = max(num_chunks, default=0)
-    num_active = [sum(count > step for count in num_chunks) for step in range(num_steps)]
+    num_active, active = [], num_documents  # num_chunks falls
+    for step in range(num_steps):
+        while num_chunks[active - 1] <= step:
+            active -= 1
+        num_active.append(active)
 
     slabs = []
     step = 0
@@ -132,3 +137,21 @@ def chunk_layout(
         slabs.append(Slab([num_active[index] for index in steps], tokens, padded, whole))
         step = steps.stop
     return ChunkLayout(slabs, torch.tensor(order, dtype=torch.int64, device=device))
+
+
+_kept = lru_cache(maxsize=16)(chunk_layout)
+
+
+def kept_scan_layout(v: Tensor, cu_seqlens: Tensor | None, chunk_size: int, slab_steps: int) -> ChunkLayout:
+    """The layout of v's rows or documents, slabs of about `slab_steps` chunks of as many documents as v has abreast.
+
+    Made once for all layers of a step, both ways: for real tensors, not for traced ones. Raises ValueError for bounds
+    that are none.
+    """
+    batch_size, length = v.shape[:2]
+    bounds, longest = None, length
+    if cu_seqlens is not None:
+        bounds = tuple(cu_seqlens.tolist())
+        longest = max((end - start for start, end in zip(bounds, bounds[1:], strict=False)), default=0)
+    abreast = -(-batch_size * length // max(1, longest))
+    return _kept(batch_size, length, bounds, chunk_size, slab_steps * max(1, abreast), v.device)

@@ -205,7 +205,7 @@ class Trainer:
         self.stopping = num_stops > 0
         if math.isfinite(loss_value) and math.isfinite(norm):
             self.optimizer.step()
-            for layer, counts in zip(self.model.moe_layers().values(), self._by_layer(totals), strict=True):
+            for layer, counts in zip(self.model.routed_layers().values(), self._by_layer(totals), strict=True):
                 layer.end_step(counts["counts"].long())
         else:
             self._skip_or_stop(index + 1, loss_value, norm)
@@ -241,7 +241,7 @@ class Trainer:
         """
         stops = loss_sum.new_tensor([self.stop_request.name is not None])
         parts = [loss_sum[None], stops]
-        for layer in self.model.moe_layers().values():
+        for layer in self.model.routed_layers().values():
             counters = layer.pop_counters()
             parts += [counters[name].double().reshape(-1) for name in ("counts", "dropped", "aux_loss", "z_loss")]
         totals = torch.cat(parts)  # counts stay exact: far below 2^53
@@ -249,11 +249,8 @@ class Trainer:
         return totals
 
     def _by_layer(self, totals: torch.Tensor) -> list[dict[str, torch.Tensor]]:
-        num_experts = self.config.moe.num_experts
-        rows = totals[2:].view(-1, num_experts + 3)
-        return [
-            {"counts": row[:num_experts], "dropped": row[-3], "aux_loss": row[-2], "z_loss": row[-1]} for row in rows
-        ]
+        rows = totals[2:].split([layer.load_balance.num_experts + 3 for layer in self.model.routed_layers().values()])
+        return [{"counts": row[:-3], "dropped": row[-3], "aux_loss": row[-2], "z_loss": row[-1]} for row in rows]
 
     def _record(
         self, step: int, totals: torch.Tensor, grad_norm: torch.Tensor, lr: float, speed: float
@@ -272,14 +269,14 @@ class Trainer:
         }
         if self.peak_flops:
             figures["mfu"] = speed * self.flops_per_token / (self.peak_flops * self.world_size)
-        for name, layer in zip(self.model.moe_layers(), self._by_layer(totals), strict=True):
+        for name, layer in zip(self.model.routed_layers(), self._by_layer(totals), strict=True):
             layer_figures = {
                 **load_figures(layer["counts"]),
                 "aux_loss": layer["aux_loss"].item(),
                 "z_loss": layer["z_loss"].item(),
                 "dropped_fraction": (layer["dropped"] / layer["counts"].sum()).item(),
             }
-            figures |= {f"moe/{name}/{key}": value for key, value in layer_figures.items()}
+            figures |= {f"{name}/{key}": value for key, value in layer_figures.items()}
         return figures
 
 

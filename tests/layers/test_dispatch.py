@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from torchlmoe.moe.dispatch import Slots, gather_slots, reorder_choices, sum_slots
+from torchlmoe.layers.dispatch import Slots, gather_slots, reorder_choices, sum_slots
 from torchlmoe.ops.grouped_matmul import grouped_matmul
 
 NUM_EXPERTS, TOP_K, DIM = 5, 3, 4

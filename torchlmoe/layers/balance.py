@@ -1,4 +1,4 @@
-"""Keeps the experts evenly loaded, and counts how evenly they are.
+"""Keeps the experts (or memories) that a router chooses from evenly loaded, and counts how evenly they are.
 
 Three remedies: the Switch auxiliary loss (arXiv 2101.03961), over the global batch (arXiv 2501.11873) or per row as
 in DeepSeek-V2 (arXiv 2405.04434); the router z-loss (arXiv 2202.08906); and the loss-free bias (arXiv 2408.15664).
@@ -23,8 +23,8 @@ Legend: T tokens, K experts per token, E experts, R rows.
 import torch
 from torch import Tensor, nn
 
+from torchlmoe.layers.router import Routing
 from torchlmoe.layers.sequence import Sequence
-from torchlmoe.moe.router import Routing
 
 
 class _InjectAndCount(torch.autograd.Function):

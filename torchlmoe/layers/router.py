@@ -1,4 +1,4 @@
-"""Chooses each token's experts and their weights: softmax or sigmoid, top-k, group-limited, biased.
+"""Chooses each token's experts (or memories) and their weights: softmax or sigmoid, top-k, group-limited, biased.
 
 Covers the routing of Mixtral (arXiv 2401.04088), Qwen2-MoE (arXiv 2407.10671), DeepSeek-V2 (arXiv 2405.04434)
 and DeepSeek-V3 (arXiv 2412.19437). Legend: T tokens, D width, E experts, K experts per token, G groups of
@@ -45,14 +45,14 @@ class Router(nn.Module):
         *,
         num_experts: int,
         top_k: int,
-        score_function: str,
-        normalize_top_k: bool,
-        num_expert_groups: int,
-        num_limited_groups: int,
-        group_score: str,
-        routed_scaling_factor: float,
-        with_bias: bool,
-        init_std: float,
+        score_function: str = "softmax",
+        normalize_top_k: bool = True,
+        num_expert_groups: int = 1,
+        num_limited_groups: int = 1,
+        group_score: str = "max",
+        routed_scaling_factor: float = 1.0,
+        with_bias: bool = False,
+        init_std: float = 0.02,
     ):
         super().__init__()
         self.top_k = top_k

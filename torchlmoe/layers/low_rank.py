@@ -1,0 +1,23 @@
+"""A projection through a narrow middle, as the data-dependent gates of linear models have it."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from torchlmoe.layers.linear import Linear
+
+
+class LowRank(nn.Module):
+    """x [..., in] -> up(activation(down(x))), [..., out]."""
+
+    def __init__(
+        self, in_features: int, rank: int, out_features: int, activation: Callable[[Tensor], Tensor] | None = None
+    ):
+        super().__init__()
+        self.activation = activation
+        self.down_proj = Linear(in_features, rank)
+        self.up_proj = Linear(rank, out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.down_proj(x)
+        return self.up_proj(hidden if self.activation is None else self.activation(hidden))

@@ -1,0 +1,51 @@
+"""Several states in place of one (arXiv 2502.13685): tokens packed by memory on the way in, mixed on the way out.
+
+Legend: B rows, T tokens, N documents, K memories of a token, S memories in all, M = B * T * K slots.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torchlmoe.layers.dispatch import Slots, gather_slots, reorder_choices, sum_slots
+
+
+@dataclass(frozen=True)
+class Memories:
+    """To which memories the tokens go, each memory of each document being one run of packed tokens.
+
+    cu_seqlens: int32 [N * S + 1], bounds of the runs, a document's memories one after another; empty ones are common.
+    weight_M: the share of each slot's output in its token's, at least float32. shape: (B, T).
+    """
+
+    slots: Slots
+    cu_seqlens: Tensor
+    weight_M: Tensor
+    shape: tuple[int, int]
+
+    @classmethod
+    def of_choices(
+        cls, memory_TK: Tensor, weight_TK: Tensor, num_memories: int, shape: tuple[int, int], cu_seqlens: Tensor | None
+    ) -> "Memories":
+        """memory_TK int64 [B * T, K], distinct in a row; cu_seqlens as in `Sequence`."""
+        num_tokens = shape[0] * shape[1]
+        tokens = torch.arange(num_tokens, device=memory_TK.device)
+        if cu_seqlens is None:
+            document_T, num_documents = tokens // shape[1], shape[0]
+        else:
+            document_T = torch.searchsorted(cu_seqlens[1:].contiguous(), tokens.int(), right=True)
+            num_documents = len(cu_seqlens) - 1
+        run_TK = document_T[:, None] * num_memories + memory_TK
+        slots = Slots.sorted_by_expert(run_TK, num_documents * num_memories)
+        bounds = torch.cat([slots.offset_E.new_zeros(1), slots.offset_E])
+        return cls(slots, bounds, reorder_choices(weight_TK, slots), shape)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """[B, T, ...] -> [1, M, ...]."""
+        return gather_slots(x.reshape(x.shape[0] * x.shape[1], -1), self.slots).view(1, -1, *x.shape[2:])
+
+    def mix(self, o: Tensor) -> Tensor:
+        """[1, M, heads, V] -> [B, T, heads, V], the weighted sum over each token's slots."""
+        weighted = o * self.weight_M[:, None, None].to(o.dtype)
+        return sum_slots(weighted.flatten(2)[0], self.slots).view(*self.shape, *o.shape[2:])

@@ -1,0 +1,139 @@
+"""What TTT and Titans share: per head, a small model that is trained on the sequence while it reads it.
+
+    f(x; W) = x + LN(W^T x)          W_t: a step down the gradient of |f(k_t; W) - v_t|^2 / 2          o_t = f(q_t; W_t)
+
+The steps are `ops.online_gradient`'s. Where W starts and the layer norm are learned, for each head, like all else.
+"""
+
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from tensordict import TensorDict
+from torch import Tensor, nn
+
+from torchlmoe.layers.initialization import constant_, normal_
+from torchlmoe.layers.linear import Linear
+from torchlmoe.layers.recurrence import OnlineGradient
+from torchlmoe.layers.sequence import Sequence
+from torchlmoe.mixers.recurrent import RecurrentMixer
+from torchlmoe.ops.online_gradient import online_gradient_flops_per_token
+
+
+class FastWeights(nn.Module):
+    """Where the weights start, [H, K, V] ([H, K + 1, V] with a bias, its last row), and the layer norm's weight and
+    bias, [H * V], in at least float32.
+    """
+
+    float32_island = True
+
+    def __init__(self, num_heads: int, head_dim: int, bias: bool, init_std: float):
+        super().__init__()
+        self.num_heads, self.init_std = num_heads, init_std
+        self.weight = nn.Parameter(torch.empty(num_heads, head_dim, head_dim))
+        self.bias = nn.Parameter(torch.empty(num_heads * head_dim)) if bias else None
+        self.norm_weight = nn.Parameter(torch.empty(num_heads * head_dim))
+        self.norm_bias = nn.Parameter(torch.empty(num_heads * head_dim))
+
+    def init_weights(self) -> None:
+        normal_(self.weight, self.init_std)
+        constant_(self.norm_weight, 1.0)
+        for bias in (self.bias, self.norm_bias):
+            if bias is not None:
+                constant_(bias, 0.0)
+
+    def forward(self) -> tuple[Tensor, Tensor, Tensor]:
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        weight, norm_weight, norm_bias = self.weight.to(dtype), self.norm_weight.to(dtype), self.norm_bias.to(dtype)
+        if self.bias is not None:
+            weight = torch.cat([weight, self.bias.to(dtype).view(self.num_heads, 1, -1)], 1)
+        return weight, norm_weight, norm_bias
+
+
+class FastWeightMixer(RecurrentMixer):
+    """Projections and fast weights; a subclass says by class attributes what these have, and gates and normalises."""
+
+    has_bias = False
+    has_momentum = False
+    start_std = 0.02
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        mini_batch_size: Annotated[
+            int, Field(ge=1, description="Tokens whose gradients are taken at the same weights.")
+        ] = 16,
+        max_learning_rate: Annotated[float, Field(gt=0, description="Of the fast weights.")] = 1.0,
+        norm_eps: float = 1e-6,
+        **options,
+    ):
+        super().__init__(dim, dim, dim, **options)
+        self.mini_batch_size, self.max_learning_rate, self.norm_eps = mini_batch_size, max_learning_rate, norm_eps
+        self.learning_rate_proj = Linear(dim, self.num_heads)
+        self.fast_weights = FastWeights(self.num_heads, self.key_dim, self.has_bias, self.start_std)
+        self.recurrence = OnlineGradient(self.recurrence.backend)  # type: ignore[assignment]
+
+    def learning_rate(self, x: Tensor) -> Tensor:
+        """x [B, T, dim] -> max_learning_rate * sigmoid(W x), [B, T, heads], in at least float32."""
+        logit = self.learning_rate_proj(x)
+        return self.max_learning_rate * logit.to(torch.promote_types(logit.dtype, torch.float32)).sigmoid()
+
+    def read(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        sequence: Sequence,
+        cache: TensorDict | None,
+        **terms: Tensor,
+    ) -> Tensor:
+        """q, k, v [B, T, heads, K] -> f(q), like q; terms: `learning_rate` and the others of `online_gradient`."""
+        weight, norm_weight, norm_bias = self.fast_weights()
+        norm_weight, norm_bias = (x.view(self.num_heads, -1) for x in (norm_weight, norm_bias))
+        inputs, target = q.to(weight.dtype), v.to(weight.dtype) - k
+        if self.has_bias:
+            q, k = F.pad(q, (0, 1), value=1.0), F.pad(k, (0, 1), value=1.0)
+        parts = [weight, weight, torch.zeros_like(weight)]
+        state = torch.stack(parts if self.has_momentum else parts[:2], 1)
+        options = dict(
+            norm_weight=norm_weight,
+            norm_bias=norm_bias,
+            norm_eps=self.norm_eps,
+            mini_batch_size=self.mini_batch_size,
+        )
+        if cache is None:
+            bounds = sequence.cu_seqlens
+            num_documents = q.shape[0] if bounds is None else bounds.shape[0] - 1
+            state = state.expand(num_documents, *state.shape)
+            o, _ = self.recurrence(q, k, target, initial_state=state, cu_seqlens=bounds, **terms, **options)
+        else:
+            place = sequence.positions[:, 0]
+            state = torch.where((place == 0).view(-1, 1, 1, 1, 1), state, cache["state"])
+            offset = place % self.mini_batch_size
+            o, state = self.recurrence(
+                q, k, target, initial_state=state, offset=offset, output_final_state=True, **terms, **options
+            )
+            cache["state"].copy_(state)
+        o = F.layer_norm(o, o.shape[-1:], eps=self.norm_eps) * norm_weight + norm_bias
+        return (inputs + o).to(v.dtype)
+
+    def init_cache(
+        self, batch_size: int, max_length: int, dtype: torch.dtype, device: torch.device | None = None
+    ) -> TensorDict:
+        """`state` [batch, num_heads, 2 or 3, K, V] in at least float32, and caches of convolutions."""
+        cache = super().init_cache(batch_size, max_length, dtype, device)
+        parts, key_dim = 2 + self.has_momentum, self.key_dim + self.has_bias
+        cache["state"] = cache["state"].new_zeros(batch_size, self.num_heads, parts, key_dim, self.value_dim)
+        return cache
+
+    def recurrence_flops(self) -> int:
+        return online_gradient_flops_per_token(
+            self.num_heads,
+            self.key_dim + self.has_bias,
+            self.value_dim,
+            decay=self.decays,
+            momentum=self.has_momentum,
+        )

@@ -1,0 +1,66 @@
+"""HGRN2 (arXiv 2404.07904): a forget gate per key channel, whose complement is the key.
+
+    S_t = diag(f_t) S_{t-1} + (1 - f_t) v_t^T          f_t = b + (1 - b) sigmoid(W_f x_t)
+    y_t = W_o RMSNorm(S_t^T silu(W_q x_t))             the norm is over all heads
+
+The lower bounds b rise from layer to layer, from zero: b_i = p_1 + ... + p_i, where p is the softmax over the layers of
+one parameter of the model, [layers, key width]. So later layers forget more slowly.
+"""
+
+import torch
+import torch.nn.functional as F
+from tensordict import TensorDict
+from torch import Tensor, nn
+
+from torchlmoe.layers.initialization import constant_
+from torchlmoe.layers.norms import RMSNorm
+from torchlmoe.layers.recurrence import recur
+from torchlmoe.layers.sequence import Sequence
+from torchlmoe.mixers.recurrent import ExpandK, RecurrentMixer
+
+
+class LowerBounds(nn.Module):
+    """-> the bounds of every layer, [num_layers, width] in at least float32, the first's zero."""
+
+    float32_island = True
+
+    def __init__(self, num_layers: int, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_layers, width))
+
+    def init_weights(self) -> None:
+        constant_(self.weight, 0.0)
+
+    def forward(self) -> Tensor:
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        return F.pad(self.weight.to(dtype).softmax(0)[1:].cumsum(0), (0, 0, 1, 0))
+
+
+class HGRN2(RecurrentMixer):
+    decays = True
+
+    def __init__(self, dim: int, *, expand_k: ExpandK = 1.0, norm_eps: float = 1e-6, **options):
+        super().__init__(dim, int(dim * expand_k), dim, **options)
+        self.norm = RMSNorm(dim, norm_eps)
+
+    def common(self, num_layers: int) -> LowerBounds:
+        return LowerBounds(num_layers, self.num_heads * self.key_dim)
+
+    def forward(self, x: Tensor, *, sequence: Sequence, cache: TensorDict | None = None) -> Tensor:
+        q, f, v = self.project(x, sequence=sequence)
+        log_forget = F.logsigmoid(f.to(torch.promote_types(f.dtype, torch.float32)))
+        if sequence.common is not None:
+            bound = sequence.common.view(self.num_heads, self.key_dim)
+            log_bound = bound.clamp(min=torch.finfo(bound.dtype).tiny).log()  # log 0 has no gradient
+            log_forget = torch.logaddexp(log_bound, torch.log1p(-bound) + log_forget)
+        o = recur(
+            self.recurrence,
+            F.silu(q),
+            -torch.expm1(log_forget).to(x.dtype),
+            v,
+            log_decay=log_forget,
+            scale=self.key_dim**-0.5,
+            sequence=sequence,
+            cache=cache,
+        )
+        return self.o_proj(self.norm(o.flatten(2)))

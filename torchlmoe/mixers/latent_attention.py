@@ -1,0 +1,57 @@
+"""Keys and values of multi-head latent attention (MLA, arXiv 2405.04434): made from one narrow latent of each token.
+
+    c_t = RMSNorm(W_c x_t)        k_th = [W_r x_t, W_kh c_t]        v_th = W_vh c_t
+
+The first part of a key, `shared_dim` channels that rotary phases may turn, is the same in all heads. Decoding keeps
+[W_r x_t, c_t] of each token and never makes keys and values: W_k goes to the queries and W_v to the outputs, which
+leaves softmax attention whose one key and value head is the latent.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchlmoe.layers.linear import Linear
+from torchlmoe.layers.norms import RMSNorm
+
+
+class LatentKeyValues(nn.Module):
+    """x [B, T, dim] -> latent [B, T, rank] and the shared part of the keys [B, T, 1, shared_dim]."""
+
+    def __init__(
+        self, dim: int, num_heads: int, rank: int, *, key_dim: int, shared_dim: int, value_dim: int, norm_eps: float
+    ):
+        super().__init__()
+        self.num_heads, self.rank = num_heads, rank
+        self.key_dim, self.shared_dim, self.value_dim = key_dim, shared_dim, value_dim
+        self.shared_key_proj = Linear(dim, shared_dim)
+        self.down_proj = Linear(dim, rank)
+        self.norm = RMSNorm(rank, norm_eps)
+        self.up_proj = Linear(rank, num_heads * (key_dim - shared_dim + value_dim))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.norm(self.down_proj(x)), self.shared_key_proj(x)[:, :, None]
+
+    def expand(self, latent: Tensor, shared_key: Tensor) -> tuple[Tensor, Tensor]:
+        """k [B, T, heads, key_dim], and v like k, its channels beyond value_dim zero: fused kernels want one width."""
+        own_key, v = self.up_proj(latent).unflatten(-1, (self.num_heads, -1)).split(self._widths(), -1)
+        k = torch.cat([shared_key.expand(-1, -1, self.num_heads, -1), own_key], -1)
+        return k, v if self.value_dim == self.key_dim else F.pad(v, (0, self.key_dim - self.value_dim))
+
+    def to_latent(self, q: Tensor) -> Tensor:
+        """q [B, T, heads, key_dim] -> [B, T, heads, shared_dim + rank], to meet what decoding keeps of each token."""
+        shared, own = q.split([self.shared_dim, self.key_dim - self.shared_dim], -1)
+        q = torch.cat([shared, torch.einsum("bthk,hkr->bthr", own, self._up_weights()[0])], -1)
+        # Attention will divide by the root of the wider q's width.
+        return q * (q.shape[-1] / self.key_dim) ** 0.5
+
+    def from_latent(self, o: Tensor) -> Tensor:
+        """Attention to what decoding keeps, [B, T, heads, shared_dim + rank] -> [B, T, heads, value_dim]."""
+        return torch.einsum("bthr,hvr->bthv", o[..., self.shared_dim :], self._up_weights()[1])
+
+    def _up_weights(self) -> tuple[Tensor, ...]:
+        """[heads, own key channels, rank] and [heads, value_dim, rank]."""
+        return self.up_proj.weight.unflatten(0, (self.num_heads, -1)).split(self._widths(), 1)
+
+    def _widths(self) -> list[int]:
+        return [self.key_dim - self.shared_dim, self.value_dim]

@@ -1,0 +1,62 @@
+"""Mamba-2 (arXiv 2405.21060): a state-space model with one decay per head, which is the linear recurrence with
+
+    q = C_t, k = B_t, v = dt_t x_t          S_t = exp(-exp(A_log) dt_t) S_{t-1} + B_t (dt_t x_t)^T
+    y_t = W_o RMSNorm((S_t^T C_t + D x_t) * silu(z_t))          dt_t = softplus(W_dt u_t + dt_bias), within limits
+
+x, B and C are projections of the input u that pass a short convolution with SiLU; the heads of a group share B and C.
+The norm is one per group. Equals the layer of transformers' Mamba2, whose input projection is here cut in five.
+"""
+
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from tensordict import TensorDict
+from torch import Tensor, nn
+
+from torchlmoe.layers.decay_gate import DecayGate
+from torchlmoe.layers.initialization import constant_
+from torchlmoe.layers.linear import Linear
+from torchlmoe.layers.norms import GroupRMSNorm
+from torchlmoe.layers.recurrence import recur
+from torchlmoe.layers.sequence import Sequence
+from torchlmoe.mixers.recurrent import ConvolvedMixer, ExpandV
+
+
+class Mamba2(ConvolvedMixer):
+    decays = True
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_groups: Annotated[int, Field(ge=1, description="Groups of heads that share B and C.")] = 1,
+        state_dim: Annotated[int, Field(ge=1, description="Width of B and C.")] = 128,
+        expand_v: ExpandV = 2.0,
+        min_step: Annotated[float, Field(ge=0, description="Least dt.")] = 0.0,
+        max_step: Annotated[float | None, Field(gt=0, description="Largest dt; no limit if unset.")] = None,
+        norm_eps: float = 1e-6,
+        **options,
+    ):
+        if max_step is not None and max_step < min_step:
+            raise ValueError(f"max_step = {max_step} must not be below min_step = {min_step}.")
+        value_width = int(dim * expand_v)
+        super().__init__(dim, num_groups * state_dim, value_width, num_groups, conv_bias=True, **options)
+        self.gate_proj = Linear(dim, value_width)
+        self.dt_proj = Linear(dim, self.num_heads)
+        self.decay = DecayGate(self.num_heads, rates=(1.0, 16.0), step_limits=(min_step, max_step))
+        self.D = nn.Parameter(torch.empty(self.num_heads))
+        self.norm = GroupRMSNorm(value_width, num_groups, norm_eps)
+
+    def init_weights(self) -> None:
+        super().init_weights()
+        constant_(self.D, 1.0)
+
+    def forward(self, x: Tensor, *, sequence: Sequence, cache: TensorDict | None = None) -> Tensor:
+        c, b, v = self.project(x, sequence=sequence, cache=cache)
+        log_decay, step = self.decay(self.dt_proj(x))
+        written = (v * step[..., None]).to(v.dtype)
+        o = recur(self.recurrence, c, b, written, log_decay=log_decay, sequence=sequence, cache=cache)
+        y = (o + self.D[:, None] * v).flatten(2)
+        return self.o_proj(self.norm(y * F.silu(self.gate_proj(x))))

@@ -1,0 +1,110 @@
+"""Mixture of memories (arXiv 2502.13685): several states of another mixer's recurrence, of which a token meets a few.
+
+    p_t = softmax(W x_t), top-k: weights g_t of the chosen memories, made to sum to one
+    M^i_t = the inner mixer's update of M^i_{t-1} for the chosen i, else M^i_{t-1}
+    o_t = (sum_i g^i_t M^i_t + M^shared_t)^T q_t
+
+All else is the inner mixer's. Its projections and convolutions serve all memories (`single_kv_proj` in the authors'
+code) and see the tokens in their own order; the recurrence alone sees them packed, each memory of each document a run,
+and a run is the tokens that chose it. The shared memory is one more, which every token goes to with weight one.
+"""
+
+from dataclasses import replace
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from tensordict import TensorDict
+from torch import Tensor, nn
+
+from torchlmoe.layers.balance import LoadBalance
+from torchlmoe.layers.memories import Memories
+from torchlmoe.layers.recurrence import LinearRecurrence
+from torchlmoe.layers.router import Router
+from torchlmoe.layers.sequence import Sequence
+from torchlmoe.mixers.base import Mixer, Place
+from torchlmoe.mixers.recurrent import RecurrentMixer
+from torchlmoe.ops.linear_recurrence import Backend
+
+
+class MixtureOfMemories(Mixer):
+    def __init__(
+        self,
+        dim: int,
+        place: Place = Place(),  # noqa: B008
+        *,
+        num_heads: Annotated[int, Field(ge=1, description="Heads of the inner mixer.")],
+        inner: Annotated[str, Field(description="The mixer whose state there are several of.")] = "gated_deltanet",
+        inner_options: Annotated[dict[str, Any] | None, Field(description="The inner mixer's own settings.")] = None,
+        num_memories: Annotated[int, Field(ge=1, description="Memories that tokens are routed to.")] = 4,
+        top_k: Annotated[int, Field(ge=1, description="Of these, how many a token goes to.")] = 2,
+        shared_memory: Annotated[bool, Field(description="One more memory, for every token.")] = True,
+        aux_loss_weight: Annotated[float, Field(ge=0, description="Weight of the router's balance loss.")] = 1e-2,
+        rope_base: Annotated[float, Field(gt=1, description="The inner mixer's, if it has phases.")] = 10_000.0,
+        norm_eps: float = 1e-6,
+        backend: Backend = "auto",
+        init_std: float = 0.02,
+    ):
+        super().__init__()
+        from torchlmoe.mixers import MIXERS  # here, because the table holds this class too
+
+        if top_k > num_memories:
+            raise ValueError(f"top_k = {top_k} is more than num_memories = {num_memories}.")
+        self.init_std, self.num_memories, self.shared_memory = init_std, num_memories, shared_memory
+        self.router = Router(dim, num_experts=num_memories, top_k=top_k, init_std=init_std)
+        self.load_balance = LoadBalance(
+            num_memories, aux_loss_weight=aux_loss_weight, aux_loss_scope="sequence", z_loss_weight=0.0
+        )
+        settings = MIXERS[inner].settings()
+        common = dict(num_heads=num_heads, rope_base=rope_base, norm_eps=norm_eps, backend=backend, init_std=init_std)
+        options = {name: value for name, value in common.items() if name in settings} | (inner_options or {})
+        built = MIXERS[inner].at(place, dim, **options)
+        num_recurrences = sum(isinstance(module, LinearRecurrence) for module in built.modules())
+        if not isinstance(built, RecurrentMixer) or num_recurrences != 1:
+            raise ValueError(
+                f"inner = {inner!r} cannot have a mixture of memories; it must hold one linear recurrence and no more."
+            )
+        self.inner, self.shared_width = built, built.shared_width
+
+    def forward(
+        self, x: Tensor, *, sequence: Sequence, cache: TensorDict | None = None, **from_model: Tensor
+    ) -> Tensor:
+        """from_model: what the inner mixer's layers share, for the inner mixer."""
+        routing = self.router(x.flatten(0, 1))
+        memory_TK, weight_TK = routing.expert_TK, routing.weight_TK
+        if self.training and sequence.loss_weight and torch.is_grad_enabled() and cache is None:
+            count = F.one_hot(memory_TK, self.num_memories).sum((0, 1))
+            weight_TK = self.load_balance(weight_TK, routing, count, torch.zeros_like(count[0]), sequence)
+        if self.shared_memory:
+            memory_TK = F.pad(memory_TK, (0, 1), value=self.num_memories)
+            weight_TK = F.pad(weight_TK, (0, 1), value=1.0)
+        memories = Memories.of_choices(
+            memory_TK, weight_TK, self.num_memories + self.shared_memory, (x.shape[0], x.shape[1]), sequence.cu_seqlens
+        )
+        return self.inner(x, sequence=replace(sequence, memories=memories), cache=cache, **from_model)
+
+    def common(self, num_layers: int) -> nn.Module | None:
+        return self.inner.common(num_layers)
+
+    def pop_counters(self) -> dict[str, Tensor]:
+        """As of `MoE`: the tokens that each memory was chosen by, and the balance loss."""
+        return self.load_balance.pop_counters()
+
+    def end_step(self, counts: Tensor) -> None:
+        """As of `MoE`."""
+        self.load_balance.end_step(counts)
+
+    def init_cache(
+        self, batch_size: int, max_length: int, dtype: torch.dtype, device: torch.device | None = None
+    ) -> TensorDict:
+        """The inner mixer's, its state [batch, memories, heads, K, V]."""
+        cache = self.inner.init_cache(batch_size, max_length, dtype, device)
+        num_memories = self.num_memories + self.shared_memory
+        cache["state"] = cache["state"].unsqueeze(1).repeat(1, num_memories, 1, 1, 1)
+        return cache
+
+    def flops_per_token(self, seq_len: int) -> int:
+        further = self.router.top_k + self.shared_memory - 1
+        inner = self.inner.flops_per_token(seq_len) + further * self.inner.recurrence_flops()
+        return inner + self.router.flops_per_token()

@@ -1,0 +1,117 @@
+"""What the mixers around one linear recurrence share: projections, short convolutions, cache and FLOPs."""
+
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from tensordict import TensorDict
+from torch import Tensor
+
+from torchlmoe.layers.linear import Linear
+from torchlmoe.layers.recurrence import LinearRecurrence
+from torchlmoe.layers.sequence import Sequence
+from torchlmoe.layers.short_convolution import ShortConvolution
+from torchlmoe.layers.token_shift import TokenShift
+from torchlmoe.mixers.base import Mixer, recurrent_state, split_heads
+from torchlmoe.ops.linear_recurrence import Backend, recurrence_flops_per_token
+
+ExpandK = Annotated[float, Field(gt=0, description="Width of all keys together, as a multiple of dim.")]
+ExpandV = Annotated[float, Field(gt=0, description="Width of all values together, as a multiple of dim.")]
+
+
+class RecurrentMixer(Mixer):
+    """Heads of q, k and v by projection, one recurrence with a state [key_dim, value_dim] per head, output projection.
+
+    key_width, value_width: of all heads of k and of v together. A subclass may change key_dim or value_dim where its
+    feature map does, and says by `decays` and `erases` which terms its recurrence has. Its constructor hands on
+    `**options`, so that the keyword arguments here are settings of every such mixer.
+    """
+
+    decays = False
+    erases = False
+
+    def __init__(
+        self,
+        dim: int,
+        key_width: int,
+        value_width: int,
+        num_key_heads: int | None = None,
+        *,
+        num_heads: Annotated[int, Field(ge=1, description="Heads; where keys are shared, value heads.")],
+        backend: Backend = "auto",
+        init_std: float = 0.02,
+    ):
+        super().__init__()
+        num_key_heads = num_key_heads or num_heads
+        if num_heads % num_key_heads:
+            raise ValueError(f"num_heads = {num_heads} must be a multiple of num_key_heads = {num_key_heads}.")
+        self.num_heads, self.num_key_heads, self.init_std = num_heads, num_key_heads, init_std
+        self.key_dim = split_heads(key_width, num_key_heads, "dim" if key_width == dim else "dim * expand_k")
+        self.value_dim = split_heads(value_width, num_heads, "dim" if value_width == dim else "dim * expand_v")
+        self.q_proj = Linear(dim, key_width)
+        self.k_proj = Linear(dim, key_width)
+        self.v_proj = Linear(dim, value_width)
+        self.recurrence = LinearRecurrence(backend)
+        self.o_proj = Linear(value_width, dim)
+
+    def init_cache(
+        self, batch_size: int, max_length: int, dtype: torch.dtype, device: torch.device | None = None
+    ) -> TensorDict:
+        """`state` [batch, num_heads, key_dim, value_dim] in at least float32, and caches of convolution and shift."""
+        state = recurrent_state(batch_size, self.num_heads, self.key_dim, self.value_dim, dtype, device)
+        caches = {
+            name: child.init_cache(batch_size, dtype, device)
+            for name, child in self.named_children()
+            if isinstance(child, (ShortConvolution, TokenShift))
+        }
+        return TensorDict({"state": state, **caches}, batch_size=[batch_size])
+
+    def flops_per_token(self, seq_len: int) -> int:
+        convolutions = sum(2 * child.weight.numel() for child in self.children() if isinstance(child, ShortConvolution))
+        return self.projection_flops() + convolutions + self.recurrence_flops()
+
+    def recurrence_flops(self) -> int:
+        """Forward FLOPs of one token in the recurrence."""
+        return recurrence_flops_per_token(
+            self.num_heads, self.key_dim, self.value_dim, decay=self.decays, erase=self.erases
+        )
+
+    def project(
+        self, x: Tensor, *, sequence: Sequence, cache: TensorDict | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, T, dim] -> q, k [B, T, key heads, K] and v [B, T, heads, V]."""
+        return self.split_heads(self.q_proj(x), self.k_proj(x), self.v_proj(x))
+
+    def split_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Each [B, T, width] -> [B, T, heads, width of a head]."""
+        q, k = (x.unflatten(-1, (self.num_key_heads, -1)) for x in (q, k))
+        return q, k, v.unflatten(-1, (self.num_heads, -1))
+
+
+class ConvolvedMixer(RecurrentMixer):
+    """A `RecurrentMixer` whose q, k and v pass a short convolution with SiLU."""
+
+    def __init__(
+        self,
+        dim: int,
+        key_width: int,
+        value_width: int,
+        num_key_heads: int | None = None,
+        conv_bias: bool = False,
+        *,
+        conv_size: Annotated[int, Field(ge=1, description="Tokens that the short convolutions see.")] = 4,
+        **options,
+    ):
+        super().__init__(dim, key_width, value_width, num_key_heads, **options)
+        self.q_conv = ShortConvolution(key_width, conv_size, conv_bias)
+        self.k_conv = ShortConvolution(key_width, conv_size, conv_bias)
+        self.v_conv = ShortConvolution(value_width, conv_size, conv_bias)
+
+    def project(
+        self, x: Tensor, *, sequence: Sequence, cache: TensorDict | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        caches = {} if cache is None else cache
+        q = self.q_conv(self.q_proj(x), sequence=sequence, cache=caches.get("q_conv"))
+        k = self.k_conv(self.k_proj(x), sequence=sequence, cache=caches.get("k_conv"))
+        v = self.v_conv(self.v_proj(x), sequence=sequence, cache=caches.get("v_conv"))
+        return self.split_heads(q, k, v)

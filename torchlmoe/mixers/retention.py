@@ -1,0 +1,55 @@
+"""Retention (RetNet, arXiv 2307.08621): a constant decay per head, and rotary phases on q and k (together: xPos).
+
+S_t = gamma_h S_{t-1} + k_t v_t^T          gamma_h = 1 - 2^(-5 - h), h from 0
+y_t = W_o (RMSNorm(o_t) * silu(W_g x_t))
+"""
+
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from tensordict import TensorDict
+from torch import Tensor
+
+from torchlmoe.layers.linear import Linear
+from torchlmoe.layers.norms import GatedRMSNorm
+from torchlmoe.layers.recurrence import recur
+from torchlmoe.layers.rotary import check_rotary_dim, rotary_phases, rotate
+from torchlmoe.layers.sequence import Sequence
+from torchlmoe.mixers.recurrent import ExpandV, RecurrentMixer
+
+
+class Retention(RecurrentMixer):
+    decays = True
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        expand_v: ExpandV = 2.0,
+        rope_base: Annotated[float, Field(gt=1, description="Base of the rotary wavelengths.")] = 10_000.0,
+        norm_eps: float = 1e-6,
+        **options,
+    ):
+        value_width = int(dim * expand_v)
+        super().__init__(dim, dim, value_width, **options)
+        check_rotary_dim(self.key_dim, f"dim = {dim} in num_heads = {self.num_heads} heads")
+        self.rope_base = rope_base
+        self.gate_proj = Linear(dim, value_width)
+        self.norm = GatedRMSNorm(self.value_dim, norm_eps)
+
+    def forward(self, x: Tensor, *, sequence: Sequence, cache: TensorDict | None = None) -> Tensor:
+        q, k, v = self.project(x, sequence=sequence)
+        phases = rotary_phases(sequence.positions, self.key_dim, self.rope_base)
+        head = torch.arange(self.num_heads, dtype=torch.float64, device=x.device)
+        o = recur(
+            self.recurrence,
+            rotate(q, phases),
+            rotate(k, phases),
+            v,
+            log_decay=torch.log1p(-torch.exp2(-5 - head)),
+            scale=self.key_dim**-0.5,
+            sequence=sequence,
+            cache=cache,
+        )
+        return self.o_proj(self.norm(o, self.gate_proj(x).view_as(o)).flatten(2))

@@ -1,0 +1,385 @@
+"""The recurrence whose decay is a matrix of its own for every token: S4, Mamba, HGRN, fully gated fast weights.
+
+    S_t = exp(G_t) * S_{t-1} + k_t v_t^T          o_t = Re(S_t^T q_t)          * elementwise, S and G in R or C^{K x V}
+
+G_t is given whole, or as step_t[v] * G[k, v], or is the same for every token. Mamba's selective scan is one head of
+K = the state's width and V = channels, with q = C, k = B, v = dt * x, G = A^T and step = dt. S4 has a head for each
+channel, V = 1, and q, k and G that do not vary. A plain scan h_t = exp(g_t) h_{t-1} + x_t is K = 1 with q = k = 1.
+
+Tokens are put in the order of their place in their document, documents from the longest to the shortest
+(`chunk_layout` with chunks of one token), so that those of one place are one slice and the scan takes one fused
+multiply-add a place, with no padding. What is as large as a state per token lives for one slab of places at a time; the
+states between slabs are kept, and the backward computes each slab again. No exponent is positive and nothing is
+divided, so gates of any strength keep their digits.
+
+Legend: B batch, T tokens, H heads, K key width, V value width, N documents, P tokens of a slab.
+"""
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from torchlmoe.ops.chunk_layout import kept_scan_layout
+
+SLAB_STEPS = 32  # places; the state is kept once a slab
+
+
+def elementwise_recurrence(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    log_decay: Tensor,
+    step: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """Reads and writes a K x V state per head and document whose elements decay each at a rate of its own.
+
+    Args:
+        q, k: [B, T, H, K], or [H, K] where they are the same for every token; real or complex.
+        v: [B, T, H, V], real.
+        log_decay: G, natural logarithm, real part <= 0: [B, T, H, K, V], or [H, K, V] for every token; real or complex.
+        step: [B, T, H, V], >= 0: a token's log decay is step[v] * log_decay[k, v], with log_decay [H, K, V].
+        initial_state: [N, H, K, V] in at least float32; N = B, or the number of packed documents. Zero unless given.
+        output_final_state: whether to return the state after the last token.
+        cu_seqlens: int32 [N + 1], bounds of documents packed into one row (B = 1) from 0 to T; empty ones allowed.
+        backend: "reference" (token by token, by autograd), "chunked" (one operation, memory linear in T) or "auto".
+
+    Returns:
+        o [B, T, H, V] in v's dtype, and the final state [N, H, K, V] or None: float32 (float64 for float64 input),
+        complex where log_decay, q or k is.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit together, or a backend that there is not.
+    """
+    _check(q, k, v, log_decay, step, initial_state, cu_seqlens, backend)
+    run = _reference if backend == "reference" else _forward
+    o, state = run(q, k, v, log_decay, step, initial_state, cu_seqlens)[:2]
+    return o, (state if output_final_state else None)
+
+
+def elementwise_span_summary(
+    k: Tensor,
+    v: Tensor,
+    *,
+    log_decay: Tensor,
+    step: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The affine map S_out = transition * S_in + state that a span of tokens (or each packed document) is.
+
+    Arguments as in `elementwise_recurrence`; differentiable. Both results are [N, H, K, V] in the state's dtype.
+    """
+    _check(None, k, v, log_decay, step, None, cu_seqlens, backend)
+    run = _reference if backend == "reference" else _forward
+    state = run(None, k, v, log_decay, step, None, cu_seqlens)[1]
+    batch_size, length = v.shape[:2]
+    if cu_seqlens is None:
+        lengths = torch.full((batch_size,), length, device=v.device)
+    else:
+        lengths = cu_seqlens.diff().long()
+    if log_decay.dim() == 3 and step is None:
+        total = lengths[:, None, None, None] * log_decay.to(state.dtype)
+    else:
+        varying = (log_decay if step is None else step).flatten(0, 1)
+        varying = varying.to(torch.promote_types(varying.dtype, torch.float32))
+        documents = torch.arange(len(lengths), device=v.device).repeat_interleave(lengths, output_size=varying.shape[0])
+        total = varying.new_zeros(len(lengths), *varying.shape[1:]).index_add(0, documents, varying)
+        if step is not None:
+            total = total[:, :, None] * log_decay
+    return total.to(state.dtype).exp(), state
+
+
+def elementwise_flops_per_token(
+    num_heads: int, key_dim: int, value_dim: int, *, step: bool = False, is_complex: bool = False
+) -> int:
+    """Forward FLOPs of the recurrence as it is defined (a multiply-add is two, exponentials left out), all heads.
+
+    is_complex: a complex state, key and query, whose product counts six and its real part four.
+    """
+    per_element = (14 + 2 * step) if is_complex else (5 + step)  # decay, write, add, read; step times rate
+    return num_heads * key_dim * value_dim * per_element
+
+
+def check_backend(backend: str, operation: str = "elementwise_recurrence") -> None:
+    """Raises ValueError for a backend that the operation has not."""
+    if backend not in ("auto", "chunked", "reference"):
+        raise ValueError(f"backend = {backend!r} is not served by {operation}; use 'auto', 'chunked' or 'reference'.")
+
+
+def _check(q, k, v, log_decay, step, initial_state, cu_seqlens, backend) -> None:
+    def expect(name: str, tensor: Tensor | None, *shapes: tuple[int, ...]) -> None:
+        if tensor is not None and tuple(tensor.shape) not in shapes:
+            wanted = " or ".join(str(list(shape)) for shape in shapes)
+            raise ValueError(f"{name} has shape {list(tensor.shape)}; with this k and v it must be {wanted}.")
+
+    check_backend(backend)
+    if v.dim() != 4 or k.dim() not in (2, 4):
+        raise ValueError(
+            f"v must be [B, T, H, V] and k [B, T, H, K] or [H, K]; got {list(v.shape)} and {list(k.shape)}."
+        )
+    if not v.dtype.is_floating_point:
+        raise ValueError(f"v has dtype {v.dtype}; elementwise_recurrence takes real floating-point values.")
+    batch_size, length, num_heads, value_dim = v.shape
+    key_dim = k.shape[-1]
+    for name, tensor in (("q", q), ("k", k)):
+        expect(name, tensor, (batch_size, length, num_heads, key_dim), (num_heads, key_dim))
+    matrix = (num_heads, key_dim, value_dim)
+    if step is None:
+        expect("log_decay", log_decay, matrix, (batch_size, length, *matrix))
+    else:
+        expect("step", step, tuple(v.shape))
+        expect("log_decay", log_decay, matrix)
+    num_documents = batch_size
+    if cu_seqlens is not None:
+        if batch_size != 1 or cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32:
+            raise ValueError(
+                f"cu_seqlens (shape {list(cu_seqlens.shape)}, {cu_seqlens.dtype}) must be int32 [N + 1], with B = 1 "
+                f"(B is {batch_size})."
+            )
+        num_documents = cu_seqlens.shape[0] - 1
+    expect("initial_state", initial_state, (num_documents, *matrix))
+
+
+def _state_dtype(*tensors: Tensor | None) -> torch.dtype:
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = dtype if tensor is None else torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def _num_documents(v: Tensor, cu_seqlens: Tensor | None) -> int:
+    return v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def _first_state(q, k, v, log_decay, initial_state, cu_seqlens) -> Tensor:
+    if initial_state is not None:
+        return initial_state.to(_state_dtype(q, k, v, log_decay))
+    shape = (_num_documents(v, cu_seqlens), v.shape[2], k.shape[-1], v.shape[-1])
+    return torch.zeros(shape, dtype=_state_dtype(q, k, v, log_decay), device=v.device)
+
+
+def _reference(q, k, v, log_decay, step, initial_state, cu_seqlens) -> tuple[Tensor, Tensor]:
+    """Token by token, differentiable by autograd: the definition in code. Without q, o is zero."""
+    state_NHKV = _first_state(q, k, v, log_decay, initial_state, cu_seqlens)
+    dtype = state_NHKV.dtype
+    batch_size, length = v.shape[:2]
+    spans = [(row, 0, length) for row in range(batch_size)]
+    if cu_seqlens is not None:
+        bounds = cu_seqlens.tolist()
+        spans = [(0, start, end) for start, end in zip(bounds, bounds[1:], strict=False)]
+
+    def at(x: Tensor, row: int, t: int) -> Tensor:
+        return (x if x.dim() < 4 else x[row, t]).to(dtype)
+
+    rows: list[list[Tensor]] = [[] for _ in range(batch_size)]
+    last_states = []
+    for state, (row, start, end) in zip(state_NHKV, spans, strict=True):
+        for t in range(start, end):
+            decay = at(log_decay, row, t)
+            if step is not None:
+                decay = at(step, row, t)[:, None] * decay
+            state = decay.exp() * state + at(k, row, t)[..., None] * at(v, row, t)[:, None]
+            if q is not None:
+                rows[row].append(_real_like(torch.einsum("hk,hkv->hv", at(q, row, t), state), v))
+        last_states.append(state)
+    if q is None or length == 0:
+        return torch.zeros_like(v), torch.stack(last_states)
+    return torch.stack([torch.stack(row) for row in rows]).to(v.dtype), torch.stack(last_states)
+
+
+def _take(x: Tensor, tokens: Tensor, token_dim: int, dtype: torch.dtype) -> Tensor:
+    """The tokens of x [B, T, ...] as [P, ...]; x without tokens (of fewer dims) as [1, ...]."""
+    rows = x.flatten(0, 1).index_select(0, tokens) if x.dim() == token_dim else x[None]
+    return rows.to(dtype)
+
+
+def _decay(log_decay: Tensor, step: Tensor | None, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    decay = _take(log_decay, tokens, 5, dtype)
+    if step is not None:
+        decay = _take(step, tokens, 4, dtype)[:, :, None] * decay
+    return decay.exp()
+
+
+def _by_place(x: Tensor, counts: list[int]) -> list[Tensor]:
+    """Views of a slab's rows, one a place; what does not vary with tokens is every place's."""
+    return list(x.split(counts)) if x.shape[0] == sum(counts) else [x] * len(counts)
+
+
+def _real_like(x: Tensor, like: Tensor) -> Tensor:
+    return x.real if x.is_complex() and not like.is_complex() else x
+
+
+def _read(q_PHK: Tensor, state_PHKV: Tensor) -> Tensor:
+    return torch.matmul(q_PHK[..., None, :], state_PHKV)[..., 0, :]
+
+
+@torch.library.custom_op("torchlmoe::elementwise_recurrence", mutates_args=())
+def _forward(
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    step: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns o, the final state and, for the backward, the state that each slab finds, [rows, H, K, V]."""
+    layout = kept_scan_layout(v, cu_seqlens, 1, SLAB_STEPS)
+    state = _first_state(q, k, v, log_decay, initial_state, cu_seqlens).index_select(0, layout.order_N)
+    dtype = state.dtype
+    o = torch.zeros_like(v, memory_format=torch.contiguous_format)
+    final, starts = torch.empty_like(state), []
+    for slab in layout.slabs:
+        tokens, counts = slab.tokens_MC[:, 0], slab.num_active
+        starts.append(state[: counts[0]])
+        decay = _decay(log_decay, step, tokens, dtype)
+        states = _take(k, tokens, 4, dtype)[..., None] * _take(v, tokens, 4, dtype)[:, :, None]
+        for now, decay_now in zip(states.split(counts), _by_place(decay, counts), strict=True):
+            if now.shape[0] < state.shape[0]:
+                final[now.shape[0] : state.shape[0]] = state[now.shape[0] :]
+                state = state[: now.shape[0]]
+            state = now.addcmul_(decay_now, state)
+        if q is not None:
+            read = _real_like(_read(_take(q, tokens, 4, dtype), states), o)
+            o.view(-1, *v.shape[2:]).index_copy_(0, tokens, read.to(o.dtype))
+    final[: state.shape[0]] = state
+    return o, layout.restore_order(final), torch.cat([*starts, state[:0]])
+
+
+@_forward.register_fake
+def _(q, k, v, log_decay, step, initial_state, cu_seqlens):
+    state = _first_state(q, k, v, log_decay, initial_state, cu_seqlens)
+    rows = torch.library.get_ctx().new_dynamic_size()  # how many depends on the documents
+    o = torch.empty_like(v, memory_format=torch.contiguous_format)
+    return o, torch.empty_like(state), state.new_empty(rows, *state.shape[1:])
+
+
+@torch.library.custom_op("torchlmoe::elementwise_recurrence_backward", mutates_args=())
+def _backward(
+    grad_o: Tensor,
+    grad_final: Tensor,
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    step: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    starts: Tensor,
+) -> list[Tensor]:
+    """Gradients of q, k, v, log_decay, step and initial_state; an operation cannot return None, so empty if absent."""
+    layout = kept_scan_layout(v, cu_seqlens, 1, SLAB_STEPS)
+    dtype = starts.dtype
+    grads = [
+        None if x is None else torch.zeros_like(x, dtype=_state_dtype(x), memory_format=torch.contiguous_format)
+        for x in (q, k, v, log_decay, step)
+    ]
+    grad_q, grad_k, grad_v, grad_log_decay, grad_step = grads
+
+    def give(grad: Tensor | None, tokens: Tensor, token_dim: int, rows: Tensor) -> None:
+        assert grad is not None
+        rows = _real_like(rows, grad).to(grad.dtype)
+        if grad.dim() == token_dim:
+            grad.view(-1, *grad.shape[2:]).index_copy_(0, tokens, rows)
+        else:
+            grad += rows.sum(0)
+
+    grad_final = grad_final.to(dtype).index_select(0, layout.order_N)
+    carry = grad_final[:0]  # the gradient of the state between the slab and the one after it
+    end = starts.shape[0]
+    for slab in reversed(layout.slabs):
+        tokens, counts = slab.tokens_MC[:, 0], slab.num_active
+        state = starts[end - counts[0] : end]
+        end -= counts[0]
+        k_PHK, v_PHV = _take(k, tokens, 4, dtype), _take(v, tokens, 4, dtype)
+        decay = _decay(log_decay, step, tokens, dtype)
+        states = k_PHK[..., None] * v_PHV[:, :, None]
+        decayed = torch.empty_like(states)
+        decays = _by_place(decay, counts)
+        places = zip(states.split(counts), decayed.split(counts), decays, strict=True)
+        for now, decayed_now, decay_now in places:
+            torch.mul(decay_now, state[: now.shape[0]], out=decayed_now)
+            state = now.add_(decayed_now)
+
+        # dS of every token, from the last place to the first.
+        if q is None:
+            grad_states = torch.zeros_like(states)
+        else:
+            q_PHK, grad_o_PHV = _take(q, tokens, 4, dtype), _take(grad_o, tokens, 4, dtype)
+            grad_states = q_PHK.conj()[..., None] * grad_o_PHV[:, :, None]
+            give(grad_q, tokens, 4, torch.matmul(states.conj(), grad_o_PHV[..., None])[..., 0])
+        by_place = grad_states.split(counts)
+        for place in reversed(range(len(counts))):
+            now = by_place[place]
+            if place + 1 < len(counts):
+                later = by_place[place + 1]
+                going_on = later.shape[0]
+                now[:going_on].addcmul_(decays[place + 1].conj(), later)
+            else:
+                going_on = carry.shape[0]
+                now[:going_on] += carry
+            if going_on < now.shape[0]:
+                now[going_on:] += grad_final[going_on : now.shape[0]]
+        carry = decays[0].conj() * by_place[0]
+
+        give(grad_k, tokens, 4, torch.matmul(grad_states, v_PHV[..., None])[..., 0])
+        give(grad_v, tokens, 4, _read(k_PHK.conj(), grad_states))
+        grad_decay = grad_states.mul_(decayed.conj())
+        if step is None:
+            give(grad_log_decay, tokens, 5, grad_decay)
+        else:
+            give(grad_step, tokens, 4, (grad_decay * log_decay.conj()).sum(2))
+            give(grad_log_decay, tokens, 5, grad_decay.mul_(_take(step, tokens, 4, dtype)[:, :, None]))
+    result = [
+        k.new_empty(0) if x is None or grad is None else grad.to(x.dtype)
+        for x, grad in zip((q, k, v, log_decay, step), grads, strict=True)
+    ]
+    if initial_state is None:
+        return [*result, k.new_empty(0)]
+    grad_initial = torch.cat([carry, grad_final[carry.shape[0] :]])
+    grad_initial = _real_like(grad_initial, initial_state).to(initial_state.dtype)
+    return [*result, layout.restore_order(grad_initial)]
+
+
+@_backward.register_fake
+def _(grad_o, grad_final, q, k, v, log_decay, step, initial_state, *rest):
+    return [
+        k.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+        for x in (q, k, v, log_decay, step, initial_state)
+    ]
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs, output[2])
+    ctx.mark_non_differentiable(output[2])
+
+
+def _autograd(ctx, grad_o, grad_final, _):
+    *inputs, starts = ctx.saved_tensors
+    grads = _backward(grad_o, grad_final, *inputs, starts)
+    return (*(None if x is None else grad for x, grad in zip(inputs[:6], grads, strict=True)), None)
+
+
+torch.library.register_autograd("torchlmoe::elementwise_recurrence", _autograd, setup_context=_setup_context)
+
+
+def _flops(q, k, v, log_decay, step) -> int:
+    batch_size, length, num_heads, value_dim = v.shape
+    return (batch_size * length) * elementwise_flops_per_token(
+        num_heads, k.shape[-1], value_dim, step=step is not None, is_complex=_state_dtype(q, k, log_decay).is_complex
+    )
+
+
+@register_flop_formula(torch.ops.torchlmoe.elementwise_recurrence, get_raw=True)
+def _(q, k, v, log_decay, step, *rest, **kwargs) -> int:
+    return _flops(q, k, v, log_decay, step)
+
+
+@register_flop_formula(torch.ops.torchlmoe.elementwise_recurrence_backward, get_raw=True)
+def _(grad_o, grad_final, q, k, v, log_decay, step, *rest, **kwargs) -> int:
+    return 2 * _flops(q, k, v, log_decay, step)

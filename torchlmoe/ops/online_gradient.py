@@ -1,0 +1,439 @@
+"""Fast weights that descend an inner loss as they read: TTT (arXiv 2407.04620), Titans (arXiv 2501.00663).
+
+    l_t(W) = |LN(W^T k_t) - v_t|^2 / 2                           LN: layer norm with a weight and a bias for each head
+    S_t    = exp(m_t) S_{t-1} - lr_t dl_t/dW (W_a)               W_a: W at the start of the mini-batch that t is in
+    W_t    = exp(g_t) W_{t-1} + S_t          o_t = W_t^T q_t
+
+The gradient is k_t G_t^T, G_t that of the layer norm's input, so a mini-batch is a few matrix products (the dual form):
+with A and M the sums of g and m since its start, and S and W those that it finds,
+
+    P_ts = sum_{r=s..t} exp(A_t - A_r) exp(M_r - M_s)            f_t = sum_{r<=t} exp(A_t - A_r) exp(M_r)
+    O    = exp(A) * (Q W) + f * (Q S) - (Q K^T * P * lr) G       W and S after it likewise, with K in place of Q
+
+Without momentum, S is the step alone and P_ts = exp(A_t - A_s). Mini-batches run one after another, over all documents
+and heads at once. They start anew with every document; `offset` says how much of a document's first one is past.
+The forward keeps the state once in a slab of mini-batches, the backward differentiates each slab again.
+
+Legend: B batch, T tokens, H heads, K key width, V value width, N documents, M mini-batches, C slots of a mini-batch.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from torchlmoe.ops.chunk_layout import chunk_layout, kept_scan_layout
+from torchlmoe.ops.elementwise_recurrence import check_backend
+
+SLAB_STEPS = 16  # mini-batches; the state is kept once a slab
+
+
+def online_gradient(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    learning_rate: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    log_decay: Tensor | None = None,
+    log_momentum: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    mini_batch_size: int = 16,
+    initial_state: Tensor | None = None,
+    offset: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """Reads K x V weights per head and document that take a gradient step of the inner loss at every token.
+
+    Args:
+        q, k: [B, T, H, K].
+        v: [B, T, H, V], what the inner model is to say of k.
+        learning_rate: [B, T, H], >= 0.
+        norm_weight, norm_bias: [H, V], of the layer norm in the inner loss.
+        log_decay: g, [B, T, H], finite and <= 0: what W keeps, as a natural logarithm; everything unless given.
+        log_momentum: m, [B, T, H], finite and <= 0: what S keeps; no momentum unless given.
+        norm_eps: of the layer norm.
+        mini_batch_size: tokens whose gradients are taken at the same weights.
+        initial_state: [N, H, 2 or 3, K, V] in at least float32: the weights W_a at which the first mini-batch takes its
+            gradients, the weights W so far, and with momentum S; N = B, or the number of packed documents. Zero unless
+            given; where a mini-batch starts, the first two are equal.
+        offset: int [N], tokens of each document's first mini-batch that are part of `initial_state` already.
+        output_final_state: whether to return the state after the last token.
+        cu_seqlens: int32 [N + 1], bounds of documents packed into one row (B = 1) from 0 to T; empty ones allowed.
+        backend: "reference" (token by token), "chunked" (mini-batch by mini-batch) or "auto".
+
+    Returns:
+        o [B, T, H, V] in v's dtype, and the final state or None; to go on from it takes the offset (offset + length) %
+        mini_batch_size.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit together, or a backend that there is not.
+    """
+    _check(
+        q, k, v, learning_rate, norm_weight, norm_bias, log_decay, log_momentum, mini_batch_size, initial_state,
+        offset, cu_seqlens, backend,
+    )  # fmt: skip
+    run = _reference if backend == "reference" else _forward
+    o, state = run(
+        q, k, v, learning_rate, norm_weight, norm_bias, log_decay, log_momentum, initial_state, norm_eps,
+        mini_batch_size, offset, cu_seqlens,
+    )[:2]  # fmt: skip
+    return o, (state if output_final_state else None)
+
+
+def online_gradient_flops_per_token(
+    num_heads: int, key_dim: int, value_dim: int, *, decay: bool = False, momentum: bool = False
+) -> int:
+    """Forward FLOPs as it is defined, token by token (a multiply-add is two, the layer norm left out), all heads."""
+    per_element = 6 + decay + 2 * momentum  # W^T k, the gradient, W^T q; decay; S's decay and W + S
+    return num_heads * key_dim * value_dim * per_element
+
+
+def _check(
+    q, k, v, learning_rate, norm_weight, norm_bias, log_decay, log_momentum, mini_batch_size, initial_state, offset,
+    cu_seqlens, backend,
+) -> None:  # fmt: skip
+    def expect(name: str, tensor: Tensor | None, *shape: int) -> None:
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}; with this k and v it must be {list(shape)}.")
+
+    check_backend(backend, "online_gradient")
+    if mini_batch_size < 1:
+        raise ValueError(f"mini_batch_size = {mini_batch_size} must be at least 1.")
+    if v.dim() != 4 or k.dim() != 4:
+        raise ValueError(f"k and v must be [B, T, H, width]; got {list(k.shape)} and {list(v.shape)}.")
+    if not v.dtype.is_floating_point:
+        raise ValueError(f"v has dtype {v.dtype}; online_gradient takes floating-point tensors.")
+    batch_size, length, num_heads, value_dim = v.shape
+    expect("k", k, batch_size, length, num_heads, k.shape[-1])
+    expect("q", q, *k.shape)
+    for name, tensor in (("learning_rate", learning_rate), ("log_decay", log_decay), ("log_momentum", log_momentum)):
+        expect(name, tensor, batch_size, length, num_heads)
+    expect("norm_weight", norm_weight, num_heads, value_dim)
+    expect("norm_bias", norm_bias, num_heads, value_dim)
+    if cu_seqlens is not None and (batch_size != 1 or cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32):
+        raise ValueError(
+            f"cu_seqlens (shape {list(cu_seqlens.shape)}, {cu_seqlens.dtype}) must be int32 [N + 1], with B = 1 "
+            f"(B is {batch_size})."
+        )
+    num_documents, parts = _num_documents(v, cu_seqlens), 2 if log_momentum is None else 3
+    expect("initial_state", initial_state, num_documents, num_heads, parts, k.shape[-1], value_dim)
+    expect("offset", offset, num_documents)
+
+
+def _num_documents(v: Tensor, cu_seqlens: Tensor | None) -> int:
+    return v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def _first_state(k: Tensor, v: Tensor, log_momentum, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    if initial_state is not None:
+        return initial_state.to(dtype)
+    parts = 2 if log_momentum is None else 3
+    shape = (_num_documents(v, cu_seqlens), v.shape[2], parts, k.shape[-1], v.shape[-1])
+    return torch.zeros(shape, dtype=dtype, device=v.device)
+
+
+def _bounds(v: Tensor, cu_seqlens: Tensor | None) -> list[int]:
+    """Of the documents, in the tokens of all rows one after another."""
+    return [row * v.shape[1] for row in range(v.shape[0] + 1)] if cu_seqlens is None else cu_seqlens.tolist()
+
+
+def _gradient(z: Tensor, target: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float) -> Tensor:
+    """d(|LN(z) - target|^2 / 2) / dz over the last dim."""
+    variance, mean = torch.var_mean(z, -1, correction=0, keepdim=True)
+    inverse = (variance + eps).rsqrt()
+    unit = (z - mean) * inverse
+    error = (unit * norm_weight + norm_bias - target) * norm_weight
+    return (error - error.mean(-1, keepdim=True) - unit * (error * unit).mean(-1, keepdim=True)) * inverse
+
+
+def _reference(
+    q, k, v, learning_rate, norm_weight, norm_bias, log_decay, log_momentum, initial_state, norm_eps, mini_batch_size,
+    offset, cu_seqlens,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Token by token, differentiable by autograd: the definition in code."""
+    states = _first_state(k, v, log_momentum, initial_state, cu_seqlens)
+    bounds = _bounds(v, cu_seqlens)
+    offsets = [0] * len(states) if offset is None else offset.tolist()
+
+    def rows_of(x: Tensor) -> Tensor:
+        return x.flatten(0, 1).to(states.dtype)
+
+    q, k, target, learning_rate = (rows_of(x) for x in (q, k, v, learning_rate))
+    keep = None if log_decay is None else rows_of(log_decay).exp()[..., None, None]
+    keep_momentum = None if log_momentum is None else rows_of(log_momentum).exp()[..., None, None]
+    norm_weight, norm_bias = norm_weight.to(states.dtype), norm_bias.to(states.dtype)
+    outputs, last_states = [], []
+    for state, place, start, end in zip(states, offsets, bounds, bounds[1:], strict=False):
+        anchor, weights, *momentum = state.unbind(1)
+        for t in range(start, end):
+            prediction = torch.einsum("hk,hkv->hv", k[t], anchor)
+            gradient = _gradient(prediction, target[t], norm_weight, norm_bias, norm_eps)
+            change = -learning_rate[t][:, None, None] * k[t][:, :, None] * gradient[:, None]
+            if keep_momentum is not None:
+                change = keep_momentum[t] * momentum[0] + change
+                momentum = [change]
+            weights = (weights if keep is None else keep[t] * weights) + change
+            outputs.append(torch.einsum("hk,hkv->hv", q[t], weights))
+            place += 1
+            if place % mini_batch_size == 0:
+                anchor = weights
+        last_states.append(torch.stack([anchor, weights, *momentum], 1))
+    o = torch.stack(outputs).view(v.shape).to(v.dtype) if outputs else torch.zeros_like(v)
+    return o, torch.stack(last_states)
+
+
+@dataclass
+class _MiniBatches:
+    """Those of a slab: by their place in the document first, documents from the longest to the shortest."""
+
+    counts: list[int]  # documents that have a j-th mini-batch of the slab, for each j
+    tokens_MC: Tensor  # the token at each slot, counted over all rows; 0 at empty ones
+    filled_MC: Tensor  # whether there is one
+    complete_M: Tensor  # whether the mini-batch ends with its last slot
+
+    def take(self, x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """[B, T, H, ...] -> [M, H, C, ...], zero in empty slots."""
+        if x is None:
+            return None
+        taken = x.flatten(0, 1)[self.tokens_MC].to(dtype)
+        filled = self.filled_MC.view(*self.filled_MC.shape, *[1] * (taken.dim() - 2))
+        return taken.masked_fill(~filled, 0).movedim(2, 1)
+
+    def put(self, into: Tensor, x: Tensor) -> None:
+        """Writes the filled slots of x [M, H, C, ...] to their tokens in [B, T, H, ...]."""
+        rows = x.movedim(1, 2)[self.filled_MC].to(into.dtype)
+        into.view(-1, *into.shape[2:]).index_copy_(0, self.tokens_MC[self.filled_MC], rows)
+
+
+def _mini_batches(
+    v: Tensor, cu_seqlens: Tensor | None, offset: Tensor | None, size: int
+) -> tuple[list[_MiniBatches], Tensor]:
+    """The slabs of mini-batches, and the documents in their order."""
+    if offset is None:
+        layout = kept_scan_layout(v, cu_seqlens, size, SLAB_STEPS)
+        token_at = None
+    else:
+        # As if the tokens that are past stood there, with nothing in their slots.
+        bounds = _bounds(v, cu_seqlens)
+        places, shifted = [], [0]
+        for start, end, past in zip(bounds, bounds[1:], offset.tolist(), strict=False):
+            if end > start:
+                places += [-1] * past + list(range(start, end))
+            shifted.append(len(places))
+        layout = chunk_layout(1, len(places), shifted, size, SLAB_STEPS * len(offset), v.device)
+        token_at = torch.tensor(places, dtype=torch.int64, device=v.device)
+    slabs = []
+    for slab in layout.slabs:
+        tokens = slab.tokens_MC if token_at is None else token_at[slab.tokens_MC]
+        reached = torch.ones_like(tokens, dtype=torch.bool) if slab.padded_MC is None else ~slab.padded_MC
+        # A layout of shorter chunks has no document as long as a mini-batch.
+        complete = reached.all(1) & (tokens.shape[1] == size)
+        slabs.append(_MiniBatches(slab.num_active, tokens.clamp_min(0), reached & (tokens >= 0), complete))
+    return slabs, layout.order_N
+
+
+def _decays(log: Tensor) -> tuple[Tensor, Tensor]:
+    """exp of the sums of log [M, H, C] since the start, and between two places, [M, H, C, C] (zero above)."""
+    total = log.double().cumsum(-1)
+    between = (total[..., :, None] - total[..., None, :]).tril()  # no exponent is positive
+    return total.to(log.dtype).exp(), between.to(log.dtype).exp().tril()
+
+
+def _descend(
+    slab: _MiniBatches,
+    norm_eps: float,
+    state: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    learning_rate: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    log_decay: Tensor | None,
+    log_momentum: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """A slab of mini-batches, [M, H, C, ...], from the state of the documents that it has; differentiable.
+
+    Returns o [M, H, C, V], and the state after the slab or after the document's last mini-batch.
+    """
+    from_start, path = _decays(torch.zeros_like(learning_rate) if log_decay is None else log_decay)
+    if log_momentum is not None:
+        momentum_from_start, momentum_path = _decays(log_momentum)
+        path = path * slab.filled_MC[:, None, None, :]  # in an empty slot W does not take S up once more
+        from_momentum = (path @ momentum_from_start[..., None])[..., 0]
+        path = path @ momentum_path
+        momentum_key = k * (momentum_path[..., -1, :] * learning_rate)[..., None]
+    path = path * learning_rate[..., None, :]
+    scores = (q @ k.mT) * path
+    written_key = k * path[..., -1, :, None]
+    decayed_q = q * from_start[..., None]
+    complete = slab.complete_M[:, None, None, None]
+    weight, bias = norm_weight[:, None], norm_bias[:, None]
+
+    outputs, finished = [], []
+    start = 0
+    for count in slab.counts:
+        rows = slice(start, start + count)
+        start += count
+        finished.append(state[count:])
+        anchor, current, *momentum = state[:count].unbind(2)
+        gradient = _gradient(k[rows] @ anchor, v[rows], weight, bias, norm_eps)
+        o = decayed_q[rows] @ current - scores[rows] @ gradient
+        changed = from_start[rows, :, -1:, None] * current - written_key[rows].mT @ gradient
+        if momentum:
+            o = o + from_momentum[rows, ..., None] * (q[rows] @ momentum[0])
+            changed = changed + from_momentum[rows, :, -1:, None] * momentum[0]
+            kept = momentum_from_start[rows, :, -1:, None] * momentum[0]
+            momentum = [kept - momentum_key[rows].mT @ gradient]
+        outputs.append(o)
+        state = torch.stack([torch.where(complete[rows], changed, anchor), changed, *momentum], 2)
+    return torch.cat(outputs), torch.cat([state, *reversed(finished)])
+
+
+def _slab_inputs(slab: _MiniBatches, dtype: torch.dtype, tensors: list[Tensor | None]) -> list:
+    """q, k, v, learning_rate, norm_weight, norm_bias, log_decay and log_momentum as `_descend` takes them."""
+    return [x.to(dtype) if x is not None and x.dim() == 2 else slab.take(x, dtype) for x in tensors]
+
+
+@torch.library.custom_op("torchlmoe::online_gradient", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    learning_rate: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    log_decay: Tensor | None,
+    log_momentum: Tensor | None,
+    initial_state: Tensor | None,
+    norm_eps: float,
+    mini_batch_size: int,
+    offset: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns o, the final state and, for the backward, the state that each slab finds, [rows, H, 2 or 3, K, V]."""
+    slabs, order_N = _mini_batches(v, cu_seqlens, offset, mini_batch_size)
+    state = _first_state(k, v, log_momentum, initial_state, cu_seqlens).index_select(0, order_N)
+    o = torch.zeros_like(v, memory_format=torch.contiguous_format)
+    final, starts = state.clone(), []  # that of an empty document is what came in
+    for slab in slabs:
+        starts.append(state[: slab.counts[0]])
+        tensors = [q, k, v, learning_rate, norm_weight, norm_bias, log_decay, log_momentum]
+        o_MHCV, state = _descend(slab, norm_eps, starts[-1], *_slab_inputs(slab, state.dtype, tensors))
+        slab.put(o, o_MHCV)
+        final[: state.shape[0]] = state
+        state = state[: slab.counts[-1]]
+    return o, torch.empty_like(final).index_copy_(0, order_N, final), torch.cat([*starts, state[:0]])
+
+
+@_forward.register_fake
+def _(q, k, v, learning_rate, norm_weight, norm_bias, log_decay, log_momentum, initial_state, *rest):
+    state = _first_state(k, v, log_momentum, initial_state, rest[-1])
+    rows = torch.library.get_ctx().new_dynamic_size()  # how many depends on the documents
+    o = torch.empty_like(v, memory_format=torch.contiguous_format)
+    return o, torch.empty_like(state), state.new_empty(rows, *state.shape[1:])
+
+
+@torch.library.custom_op("torchlmoe::online_gradient_backward", mutates_args=())
+def _backward(
+    grad_o: Tensor,
+    grad_final: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    learning_rate: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    log_decay: Tensor | None,
+    log_momentum: Tensor | None,
+    initial_state: Tensor | None,
+    norm_eps: float,
+    mini_batch_size: int,
+    offset: Tensor | None,
+    cu_seqlens: Tensor | None,
+    starts: Tensor,
+) -> list[Tensor]:
+    """Gradients of q .. initial_state; an operation cannot return None, so empty if absent."""
+    slabs, order_N = _mini_batches(v, cu_seqlens, offset, mini_batch_size)
+    tensors = [q, k, v, learning_rate, norm_weight, norm_bias, log_decay, log_momentum]
+    dtype = starts.dtype
+    grads = [None if x is None else torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+             for x in tensors]  # fmt: skip
+    grad_state = grad_final.to(dtype).index_select(0, order_N)  # of every document's state after the slab
+    end = starts.shape[0]
+    for slab in reversed(slabs):
+        state = starts[end - slab.counts[0] : end]
+        end -= slab.counts[0]
+        inputs = _slab_inputs(slab, dtype, tensors)
+        given = [index for index, x in enumerate(inputs) if x is not None]
+
+        def descend(state: Tensor, *present: Tensor, slab=slab, given=given) -> tuple[Tensor, Tensor]:
+            arguments = dict.fromkeys(range(len(tensors))) | dict(zip(given, present, strict=True))
+            return _descend(slab, norm_eps, state, *arguments.values())  # type: ignore[arg-type]
+
+        # Autograd is off within an operation; torch.func is not.
+        pull_back = torch.func.vjp(descend, state, *(inputs[index] for index in given))[1]
+        grad_o_MHCV = slab.take(grad_o, dtype)
+        grad_state[: slab.counts[0]], *grads_of_slab = pull_back((grad_o_MHCV, grad_state[: slab.counts[0]].clone()))
+        for index, grad in zip(given, grads_of_slab, strict=True):
+            into = grads[index]
+            assert into is not None
+            if into.dim() == 2:
+                into += grad
+            else:
+                slab.put(into, grad)
+    result = [
+        k.new_empty(0) if x is None or grad is None else grad.to(x.dtype)
+        for x, grad in zip(tensors, grads, strict=True)
+    ]
+    if initial_state is None:
+        return [*result, k.new_empty(0)]
+    return [*result, torch.empty_like(grad_state).index_copy_(0, order_N, grad_state).to(initial_state.dtype)]
+
+
+@_backward.register_fake
+def _(grad_o, grad_final, q, k, v, learning_rate, norm_weight, norm_bias, log_decay, log_momentum, initial_state, *_):
+    tensors = (q, k, v, learning_rate, norm_weight, norm_bias, log_decay, log_momentum, initial_state)
+    return [
+        k.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors
+    ]
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, ctx.norm_eps, ctx.mini_batch_size, offset, cu_seqlens = inputs
+    ctx.save_for_backward(*tensors, offset, cu_seqlens, output[2])
+    ctx.mark_non_differentiable(output[2])
+
+
+def _autograd(ctx, grad_o, grad_final, _):
+    *tensors, offset, cu_seqlens, starts = ctx.saved_tensors
+    grads = _backward(grad_o, grad_final, *tensors, ctx.norm_eps, ctx.mini_batch_size, offset, cu_seqlens, starts)
+    return (*(None if x is None else grad for x, grad in zip(tensors, grads, strict=True)), None, None, None, None)
+
+
+torch.library.register_autograd("torchlmoe::online_gradient", _autograd, setup_context=_setup_context)
+
+
+def _flops(k_shape, v_shape, log_decay_shape, log_momentum_shape) -> int:
+    batch_size, length, num_heads, value_dim = v_shape
+    return (batch_size * length) * online_gradient_flops_per_token(
+        num_heads, k_shape[-1], value_dim, decay=log_decay_shape is not None, momentum=log_momentum_shape is not None
+    )
+
+
+@register_flop_formula(torch.ops.torchlmoe.online_gradient)
+def _(q, k, v, learning_rate, norm_weight, norm_bias, log_decay, log_momentum, *rest, **kwargs) -> int:
+    return _flops(k, v, log_decay, log_momentum)
+
+
+@register_flop_formula(torch.ops.torchlmoe.online_gradient_backward)
+def _(
+    grad_o, grad_final, q, k, v, learning_rate, norm_weight, norm_bias, log_decay, log_momentum, *rest, **kwargs
+) -> int:
+    return 2 * _flops(k, v, log_decay, log_momentum)
