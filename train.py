@@ -2,9 +2,13 @@
 
 from torchlmoe.command import run
 from torchlmoe.config_loader import load_config, to_toml
+from torchlmoe.settings_reference import help_text
 
 
 def main(arguments: list[str]) -> None:
+    if "--help" in arguments or "-h" in arguments:
+        print(help_text())
+        return
     config = load_config(arguments)
     if config.job.print_config:
         print(to_toml(config), end="")

@@ -10,6 +10,7 @@ import tomli
 
 from torchlmoe.config import Config
 from torchlmoe.config_loader import ConfigError, check_degrees, load_config, to_toml
+from torchlmoe.settings_reference import markdown
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "train_configs").glob("*.toml"))
@@ -121,6 +122,11 @@ def test_help_lists_every_setting():
     for table in dataclasses.fields(Config):
         for field in dataclasses.fields(table.default_factory):
             assert f"--{table.name}.{field.name}" in text
+
+
+def test_the_page_of_settings_is_that_of_the_code():
+    page = (ROOT / "docs" / "settings.md").read_text()
+    assert page == markdown() + "\n", "run: python -m torchlmoe.settings_reference > docs/settings.md"
 
 
 def test_program_ends_with_one_sentence():

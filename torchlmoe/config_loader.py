@@ -33,11 +33,7 @@ def load_config(arguments: list[str]) -> Config:
 
     Raises:
         ConfigError: unknown, mistyped, out-of-range or contradictory settings, or a file that cannot be read.
-        SystemExit: after `--help`.
     """
-    if "--help" in arguments or "-h" in arguments:
-        print_help()
-        raise SystemExit(0)
     from_command_line = _parse_command_line(arguments)
     config_file = from_command_line.get("job", {}).get("config_file")
     return config_from([{} if config_file is None else _read_toml(config_file), from_command_line])
@@ -263,7 +259,9 @@ def _check_consistency(config: Config) -> None:
     }
     for name, (value, supported) in unsupported.items():
         if value != supported:
-            raise ConfigError(f"{name} = {_toml(value)} is not supported yet; leave it at {_toml(supported)}.")
+            raise ConfigError(
+                f"{name} = {toml_value(value)} is not supported yet; leave it at {toml_value(supported)}."
+            )
     if config.checkpoint.load_step is not None and not config.checkpoint.enable:
         raise ConfigError(
             f"checkpoint.load_step = {config.checkpoint.load_step} is of no use with checkpoint.enable = false; set "
@@ -291,7 +289,8 @@ def _check_consistency(config: Config) -> None:
         )
 
 
-def _toml(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """As TOML writes it."""
     return {True: "true", False: "false"}[value] if isinstance(value, bool) else repr(value)
 
 
@@ -312,44 +311,4 @@ def _sentence(error: ValidationError, root: type | None, prefix: str = "", known
     if first["type"] == "missing":
         return f"{name} is missing; give it a value."
     message = first["msg"].removeprefix("Input ").replace("String should", "should")
-    return f"{name} = {_toml(first['input'])} is not valid: it {message}."
-
-
-def _kind(annotation: Any) -> tuple[str, str]:
-    """A type and its limits in words, and the field's description."""
-    inner, field = annotation.__origin__, annotation.__metadata__[0]
-    if getattr(inner, "__args__", None) and "Literal" in str(inner):
-        kind = " | ".join(map(str, inner.__args__))
-    else:
-        kind = str(inner.__name__ if isinstance(inner, type) else inner).replace(" | None", "")
-    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-    limits = [
-        f"{sign} {getattr(item, name)}"
-        for item in field.metadata
-        for name, sign in signs.items()
-        if getattr(item, name, None) is not None
-    ]
-    return " ".join([kind, ", ".join(limits)]).strip(), field.description
-
-
-def print_help() -> None:
-    """Every setting with its type, limits, default and meaning, made from the dataclasses."""
-    print("usage: train.py --job.config_file FILE [--table.key value | --table.key=value ...]")
-    default = Config()
-    for name in _fields(Config):
-        table = getattr(default, name)
-        print(f"\n[{name}]")
-        for key, annotation in _fields(type(table)).items():
-            _print_setting(f"{name}.{key}", annotation, getattr(table, key))
-    for mixer in MIXERS:
-        print(f"\n[model.layers.<letter>] with mixer = {mixer!r}")
-        for key, (annotation, value) in MIXERS[mixer].settings().items():
-            if key not in MODEL_WIDE:
-                _print_setting(f"model.layers.<letter>.{key}", annotation, value)
-    print("\nA letter may also set its own " + ", ".join(MODEL_WIDE) + ", in place of those of [model].")
-
-
-def _print_setting(name: str, annotation: Any, default: Any) -> None:
-    kind, description = _kind(annotation)
-    print(f"  --{name}  <{kind}>" + ("" if default in (None, {}) else f"  default {_toml(default)}"))
-    print(f"      {description}")
+    return f"{name} = {toml_value(first['input'])} is not valid: it {message}."
