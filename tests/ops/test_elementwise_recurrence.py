@@ -11,7 +11,8 @@ from torchlmoe.ops import elementwise_recurrence, elementwise_span_summary
 FORMS = {
     "selective": dict(decay="step", qk="token"),  # Mamba
     "full": dict(decay="token", qk="token"),  # fully gated fast weights, HGRN
-    "constant": dict(decay="constant", qk="constant", dtype=torch.complex128),  # S4
+    "constant": dict(decay="constant", qk="constant", dtype=torch.complex128),
+    "constant_of_one_value": dict(decay="constant", qk="constant", dtype=torch.complex128, value_dim=1),  # S4
     "complex_selective": dict(decay="step", qk="token", dtype=torch.complex128),
     "complex_decay_real_keys": dict(decay="constant", qk="token"),
 }
@@ -20,10 +21,10 @@ DOCUMENTS = [0, 0, 1, 2, 66, 66, 67, 190, 200, 200]  # empty, one-token, and lon
 PER_TOKEN = {"v", "step", "q", "k", "log_decay"}
 
 
-def make_inputs(form, batch_size, length, *, heads=2, key_dim=5, value_dim=3, num_states=None):
+def make_inputs(form, batch_size, length, *, heads=2, key_dim=5, num_states=None):
     """Float64 inputs with zero keys and gates of 0, -30 and ordinary mixed in one tensor."""
     generator = torch.Generator().manual_seed(0)
-    number = form.get("dtype", torch.float64)
+    number, value_dim = form.get("dtype", torch.float64), form.get("value_dim", 3)
 
     def randn(*shape, dtype=torch.float64):
         return torch.randn(*shape, dtype=dtype, generator=generator)

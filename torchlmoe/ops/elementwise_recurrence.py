@@ -214,8 +214,18 @@ def _real_like(x: Tensor, like: Tensor) -> Tensor:
     return x.real if x.is_complex() and not like.is_complex() else x
 
 
-def _read(q_PHK: Tensor, state_PHKV: Tensor) -> Tensor:
+def _over_keys(q_PHK: Tensor, state_PHKV: Tensor) -> Tensor:
+    """sum_k q_k S_kv"""
+    if state_PHKV.shape[-1] == 1:  # a matrix product of that shape is slow
+        return (q_PHK[..., None] * state_PHKV).sum(-2)
     return torch.matmul(q_PHK[..., None, :], state_PHKV)[..., 0, :]
+
+
+def _over_values(state_PHKV: Tensor, v_PHV: Tensor) -> Tensor:
+    """sum_v S_kv v_v"""
+    if state_PHKV.shape[-1] == 1:
+        return state_PHKV[..., 0] * v_PHV
+    return torch.matmul(state_PHKV, v_PHV[..., None])[..., 0]
 
 
 @torch.library.custom_op("torchlmoe::elementwise_recurrence", mutates_args=())
@@ -245,7 +255,7 @@ def _forward(
                 state = state[: now.shape[0]]
             state = now.addcmul_(decay_now, state)
         if q is not None:
-            read = _real_like(_read(_take(q, tokens, 4, dtype), states), o)
+            read = _real_like(_over_keys(_take(q, tokens, 4, dtype), states), o)
             o.view(-1, *v.shape[2:]).index_copy_(0, tokens, read.to(o.dtype))
     final[: state.shape[0]] = state
     return o, layout.restore_order(final), torch.cat([*starts, state[:0]])
@@ -300,8 +310,7 @@ def _backward(
         decay = _decay(log_decay, step, tokens, dtype)
         states = k_PHK[..., None] * v_PHV[:, :, None]
         decayed = torch.empty_like(states)
-        decays = _by_place(decay, counts)
-        places = zip(states.split(counts), decayed.split(counts), decays, strict=True)
+        places = zip(states.split(counts), decayed.split(counts), _by_place(decay, counts), strict=True)
         for now, decayed_now, decay_now in places:
             torch.mul(decay_now, state[: now.shape[0]], out=decayed_now)
             state = now.add_(decayed_now)
@@ -312,23 +321,24 @@ def _backward(
         else:
             q_PHK, grad_o_PHV = _take(q, tokens, 4, dtype), _take(grad_o, tokens, 4, dtype)
             grad_states = q_PHK.conj()[..., None] * grad_o_PHV[:, :, None]
-            give(grad_q, tokens, 4, torch.matmul(states.conj(), grad_o_PHV[..., None])[..., 0])
+            give(grad_q, tokens, 4, _over_values(states.conj(), grad_o_PHV))
         by_place = grad_states.split(counts)
+        conjugates = _by_place(decay.conj().resolve_conj(), counts)
         for place in reversed(range(len(counts))):
             now = by_place[place]
             if place + 1 < len(counts):
                 later = by_place[place + 1]
                 going_on = later.shape[0]
-                now[:going_on].addcmul_(decays[place + 1].conj(), later)
+                now[:going_on].addcmul_(conjugates[place + 1], later)
             else:
                 going_on = carry.shape[0]
                 now[:going_on] += carry
             if going_on < now.shape[0]:
                 now[going_on:] += grad_final[going_on : now.shape[0]]
-        carry = decays[0].conj() * by_place[0]
+        carry = conjugates[0] * by_place[0]
 
-        give(grad_k, tokens, 4, torch.matmul(grad_states, v_PHV[..., None])[..., 0])
-        give(grad_v, tokens, 4, _read(k_PHK.conj(), grad_states))
+        give(grad_k, tokens, 4, _over_values(grad_states, v_PHV))
+        give(grad_v, tokens, 4, _over_keys(k_PHK.conj(), grad_states))
         grad_decay = grad_states.mul_(decayed.conj())
         if step is None:
             give(grad_log_decay, tokens, 5, grad_decay)
