@@ -130,9 +130,9 @@ def test_hgrn2_token_loop(bounded):
         outputs.append(torch.einsum("bhk,bhkv->bhv", q[:, :, t] * torch.sigmoid(q[:, :, t]) / 12**0.5, state))
     o = rms(torch.stack(outputs, 2).transpose(1, 2).flatten(2))
     expected = F.linear(o, mixer.o_proj.weight)
-    sequence = replace(Sequence.of_rows(2, 70), common=bound if bounded else None)
-    y = mixer(x, sequence=sequence)
+    y = mixer(x, sequence=replace(Sequence.of_rows(2, 70), common=bound.requires_grad_()))
     torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-11)
+    assert torch.autograd.grad(y.square().sum(), bound)[0].isfinite().all()
 
 
 def test_based_taylor_attention():

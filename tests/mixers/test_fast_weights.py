@@ -79,7 +79,7 @@ def test_titans():
     mixer, x = drawn("titans"), inputs()
     q, k, v = (heads(F.silu(convolved(getattr(mixer, f"{n}_proj")(x), getattr(mixer, f"{n}_conv")))) for n in "qkv")
     q, k = (y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt() for y in (q, k))
-    rate = torch.sigmoid(mixer.learning_rate_proj(x))[0] / BATCH
+    rate = torch.sigmoid(mixer.learning_rate_proj(x))[0]
     eta = torch.sigmoid(mixer.momentum_proj(x) + mixer.momentum.bias)[0]
     alpha = 1 - torch.sigmoid(mixer.forget_proj(x) + mixer.decay.bias)[0]
     o = learn(mixer.fast_weights, q, k, v, rate, momentum=eta, keep=1 - alpha)

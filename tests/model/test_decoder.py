@@ -156,22 +156,21 @@ def test_a_mixer_hands_a_tensor_on_to_its_later_layers(mixer):
 
 
 def test_a_letter_has_a_parameter_in_common():
-    """HGRN2's lower bounds (arXiv 2404.07904): none in the first layer, then sums of a softmax over the layers."""
+    """HGRN2's lower bounds (arXiv 2404.07904): zero in the first layer, then sums of a softmax over the layers."""
     model = build(*"--model.layer_pattern LNL --model.mixer hgrn2 --model.num_layers 6".split())
     weight = model.common["L"].weight
     assert weight.shape == (4, 32)
     with torch.no_grad():
         weight.uniform_(-2, 2)
     share = weight.exp() / weight.exp().sum(0)
-    bounds = [None, share[1], share[1] + share[2], share[1:].sum(0)]
+    bounds = [torch.zeros_like(share[0]), share[1], share[1] + share[2], share[1:].sum(0)]
     seen = []
     for index in ("0", "2", "3", "5"):
         model.blocks[index].mixer.register_forward_hook(
             lambda module, args, kwargs, y: seen.append(kwargs["sequence"].common), with_kwargs=True
         )
     model(tokens(2, 24), BOUNDS).square().sum().backward()
-    assert seen[0] is None
-    for found, expected in zip(seen[1:], bounds[1:], strict=True):
+    for found, expected in zip(seen, bounds, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
     assert weight.grad.abs().min() > 0
 

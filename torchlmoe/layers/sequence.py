@@ -19,8 +19,7 @@ class Sequence:
     loss_weight: this microbatch's share of the rows of the optimizer step over all ranks; 0
             leaves balance losses and load counts out.
     memories: where the recurrence keeps the tokens, if not all of a document in one state.
-    common: of what the layers of a letter have in common (`Mixer.common`), this layer's entry. It comes this way, and
-        not as an argument of its own, because FSDP would round an argument to the dtype that a block computes in.
+    common: of what the layers of a letter have in common (`Mixer.common`), this layer's entry.
     """
 
     positions: Tensor

@@ -52,11 +52,7 @@ class FastWeights(nn.Module):
 
 
 class FastWeightMixer(RecurrentMixer):
-    """Projections and fast weights; a subclass says by class attributes what these have, and gates and normalises.
-
-    The learning rate is max_learning_rate * sigmoid(W x), over the size of a mini-batch: the weights move by the mean
-    of its gradients.
-    """
+    """Projections and fast weights; a subclass says by class attributes what these have, and gates and normalises."""
 
     has_bias = False
     has_momentum = False
@@ -80,10 +76,9 @@ class FastWeightMixer(RecurrentMixer):
         self.recurrence = OnlineGradient(self.recurrence.backend)  # type: ignore[assignment]
 
     def learning_rate(self, x: Tensor) -> Tensor:
-        """x [B, T, dim] -> [B, T, heads], in at least float32."""
+        """x [B, T, dim] -> max_learning_rate * sigmoid(W x), [B, T, heads], in at least float32."""
         logit = self.learning_rate_proj(x)
-        rate = logit.to(torch.promote_types(logit.dtype, torch.float32)).sigmoid()
-        return rate * (self.max_learning_rate / self.mini_batch_size)
+        return self.max_learning_rate * logit.to(torch.promote_types(logit.dtype, torch.float32)).sigmoid()
 
     def read(
         self,

@@ -20,7 +20,7 @@ from torchlmoe.mixers.recurrent import ExpandK, RecurrentMixer
 
 
 class LowerBounds(nn.Module):
-    """-> for each layer its bounds [width] in at least float32; None in place of the first's zeros."""
+    """-> the bounds of every layer, [num_layers, width] in at least float32, the first's zero."""
 
     float32_island = True
 
@@ -31,9 +31,9 @@ class LowerBounds(nn.Module):
     def init_weights(self) -> None:
         constant_(self.weight, 0.0)
 
-    def forward(self) -> list[Tensor | None]:
+    def forward(self) -> Tensor:
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        return [None, *self.weight.to(dtype).softmax(0)[1:].cumsum(0)]
+        return F.pad(self.weight.to(dtype).softmax(0)[1:].cumsum(0), (0, 0, 1, 0))
 
 
 class HGRN2(RecurrentMixer):
@@ -51,7 +51,8 @@ class HGRN2(RecurrentMixer):
         log_forget = F.logsigmoid(f.to(torch.promote_types(f.dtype, torch.float32)))
         if sequence.common is not None:
             bound = sequence.common.view(self.num_heads, self.key_dim)
-            log_forget = torch.logaddexp(bound.log(), torch.log1p(-bound) + log_forget)
+            log_bound = bound.clamp(min=torch.finfo(bound.dtype).tiny).log()  # log 0 has no gradient
+            log_forget = torch.logaddexp(log_bound, torch.log1p(-bound) + log_forget)
         o = recur(
             self.recurrence,
             F.silu(q),

@@ -5,7 +5,7 @@
 
 q and k are one projection of x, each through a short convolution of its own and rotated by its place in the mini-batch,
 as in the authors' layer for the Mamba backbone. lr_t is max_learning_rate * sigmoid(w x_t), over the mini-batch's size
-and the head's width: from one mini-batch to the next the weights move as the authors' do.
+and the head's width: from one mini-batch to the next the weights move as in the authors' code, by the mean gradient.
 """
 
 from typing import Annotated
@@ -55,7 +55,7 @@ class TTT(FastWeightMixer):
             rotate(q, phases),
             rotate(k, phases),
             v,
-            learning_rate=self.learning_rate(x) / self.key_dim,
+            learning_rate=self.learning_rate(x) / (self.mini_batch_size * self.key_dim),
             sequence=sequence,
             cache=cache,
         )

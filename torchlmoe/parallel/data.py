@@ -12,12 +12,15 @@ def apply_fsdp(model: Decoder, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     """Shards the parameters of each block over `dp_shard`, replicates over `dp_replicate`, computes in `dtype`.
 
     Parameters keep their own dtype and so do the modules marked `float32_island`; gradients are reduced in at least
-    float32. The loss must be a mean over all ranks' tokens: gradients are summed, not averaged.
+    float32. Activations follow the parameters, and what a module is handed keeps its dtype (HGRN2's lower bounds are
+    float32). The loss must be a mean over all ranks' tokens: gradients are summed, not averaged.
     """
     mesh = mesh if mesh["dp_replicate"].size() > 1 else mesh["dp_shard"]
     casts_down = torch.promote_types(dtype, torch.float32) != dtype
     policy = (
-        MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if casts_down else MixedPrecisionPolicy()
+        MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        if casts_down
+        else MixedPrecisionPolicy()
     )
 
     for block in model.blocks.values():
