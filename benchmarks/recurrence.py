@@ -21,7 +21,8 @@ from torchlmoe.training.host_memory import keep_freed_pages
 
 BATCH, HEADS, WIDTH = 2, 4, 64  # keys and values are equally wide
 LENGTHS = (2048, 4096, 8192)
-SOFTMAX, GATED_DELTA, MAMBA2 = "causal softmax attention", "transformers gated delta rule", "transformers Mamba2"
+SOFTMAX, GATED_DELTA = "causal softmax attention", "transformers gated delta rule"
+MAMBA2 = {size: f"transformers Mamba2, chunks of {size}" for size in (64, 256)}  # as ours; its own default
 INSTANCES = {
     "no decay": (),
     "decay per head": ("head",),
@@ -85,8 +86,8 @@ def transformers_gated_delta(x: dict[str, Tensor]) -> Callable[[], Tensor]:
     return lambda: torch_chunk_gated_delta_rule(x["q"], x["k"], x["v"], g=x["scalar"], beta=x["beta"])[0]
 
 
-def transformers_mamba2(x: dict[str, Tensor]) -> Callable[[], Tensor]:
-    return lambda: mamba2_chunk_scan(x["v"], x["dt"], x["head"], x["k"], x["q"], chunk_size=64)
+def transformers_mamba2(x: dict[str, Tensor], chunk_size: int) -> Callable[[], Tensor]:
+    return lambda: mamba2_chunk_scan(x["v"], x["dt"], x["head"], x["k"], x["q"], chunk_size=chunk_size)
 
 
 def forward_backward(run: Callable[[], Tensor], like: Tensor) -> Callable[[], None]:
@@ -124,7 +125,7 @@ def main() -> None:
             forwards = {name: instance(terms, x) for name, terms in INSTANCES.items()}
             forwards[SOFTMAX] = softmax_attention(x)
             forwards[GATED_DELTA] = transformers_gated_delta(x)
-            forwards[MAMBA2] = transformers_mamba2(x)
+            forwards |= {name: transformers_mamba2(x, size) for size, name in MAMBA2.items()}
             cases = {name: forward_backward(run, x["v"]) for name, run in forwards.items()}
             seconds = interleaved_seconds(cases, repeats=options.repeats, warmups=1)
             medians = {name: statistics.median(times) for name, times in seconds.items()}
@@ -137,7 +138,7 @@ def main() -> None:
                         "ms": median * 1e3,
                         "softmax / it": medians[SOFTMAX] / median,
                         "gated delta / it": medians[GATED_DELTA] / median,
-                        "Mamba2 / it": medians[MAMBA2] / median,
+                        **{f"Mamba2 ({size}) / it": medians[name] / median for size, name in MAMBA2.items()},
                         "saved B/token": saved_bytes(forwards[name]) // (BATCH * length),
                     }
                 )

@@ -70,8 +70,9 @@ class MatrixDecay(CausalMask):
         log_decay_NC, log_decay_GC = log_decay_NC.double(), log_decay_GC.double()
         write = log_decay_GC.cumsum(1)
         read = write - log_decay_GC if reads_before else write
-        exponent = (read[:, :, None] - write[:, None, :]).clamp_(max=0).to(dtype)
-        self.matrix_GC1C1 = exponent.exp_().tril()[:, :, None, :, None]
+        seen = torch.ones(write.shape[1], write.shape[1], dtype=torch.bool, device=write.device).tril_(-reads_before)
+        exponent = torch.where(seen, (read[:, :, None] - write[:, None, :]).to(dtype), -torch.inf)
+        self.matrix_GC1C1 = exponent.exp()[:, :, None, :, None]
         total = log_decay_NC.cumsum(1)
         read = total - log_decay_NC if reads_before else total
         self.from_start = read.to(dtype).exp()[..., None]
@@ -83,27 +84,30 @@ class ChannelDecay(Undecayed):
     """One decay per token, head and channel: a chunk of 2^n tokens is halved down to pairs of single tokens.
 
     Where the later half of a block reads what its earlier half wrote, E factorises at the middle: from there to the
-    reader, and from the writer to there. Sums within halves come from those within quarters, so nothing is subtracted.
+    reader, and from the writer to there. A block's factors are those of its halves times exp of the other half's sum:
+    nothing is subtracted, and almost all is products.
     """
 
     def __init__(self, log_decay_NCD: Tensor, reads_before: bool):
         length = log_decay_NCD.shape[1]
-        read = torch.zeros_like(log_decay_NCD) if reads_before else log_decay_NCD.clone()
-        write = torch.zeros_like(log_decay_NCD)  # from after the token to its block's end
-        total = log_decay_NCD.unsqueeze(2)  # of every block
-        self.levels: list[
-            tuple[int, Tensor, Tensor]
-        ] = []  # block size, factors of readers and writers [N, blocks, s, 1, D]
+        read = torch.ones_like(log_decay_NCD)  # from the block's start to the token
+        if not reads_before:
+            read *= log_decay_NCD.exp()
+        write = torch.ones_like(log_decay_NCD)  # from after the token to its block's end
+        total = log_decay_NCD.unsqueeze(2)  # the log decay of every block, [N, blocks, 1, D]
+        # Half a block's size, factors of readers and of writers [N, blocks, size, 1, D].
+        self.levels: list[tuple[int, Tensor, Tensor]] = []
         size = 1
         while size < length:
-            total = total.unflatten(1, (-1, 2))
             later, earlier = (x.unflatten(1, (-1, 2, size))[:, :, half] for x, half in ((read, 1), (write, 0)))
-            self.levels.append((size, later.exp().unsqueeze(3), earlier.exp().unsqueeze(3)))
-            later += total[:, :, 0]
-            earlier += total[:, :, 1]
+            self.levels.append((size, later.clone().unsqueeze(3), earlier.clone().unsqueeze(3)))
+            total = total.unflatten(1, (-1, 2))
+            decay = total.exp()
+            later *= decay[:, :, 0]
+            earlier *= decay[:, :, 1]
             total = total.sum(2)
             size *= 2
-        self.from_start, self.to_end, self.whole = read.exp(), write.exp(), total[:, 0, 0].exp()
+        self.from_start, self.to_end, self.whole = read, write, total[:, 0, 0].exp()
 
     def _block(self, p_NCRCW: Tensor, size: int) -> Tensor:
         """The scores at which later halves read earlier ones: a view [N, size, R, size, W, blocks]."""

@@ -76,6 +76,8 @@ class Chunks:
     v_NCV: Tensor
     x_NCRK: Tensor  # q times scale, then e, those of them that there are (R may be 0)
     y_NCWK: Tensor  # k, then b, those that write
+    read_keys_NCRK: Tensor  # x * exp G
+    written_keys_NCWK: Tensor  # y * exp(G_C - G)
     beta_NC: Tensor | None  # where e = beta * b
     bonus_N1K: Tensor | None
     key_decay: Undecayed
@@ -98,16 +100,6 @@ class Chunks:
     def writes_v(self) -> bool:
         """Whether v is written as it is, alone or beside what is taken out."""
         return self.inverse_NCC is None or self.y_NCWK.shape[2] == 2
-
-    def read_keys(self) -> Tensor:
-        """x * exp G, [N, C, R, K]"""
-        decay = self.key_decay.from_start
-        return self.x_NCRK if decay is None else self.x_NCRK * decay.unsqueeze(2)
-
-    def written_keys(self) -> Tensor:
-        """y * exp(G_C - G), [N, C, W, K]"""
-        decay = self.key_decay.to_end
-        return self.y_NCWK if decay is None else self.y_NCWK * decay.unsqueeze(2)
 
     def values_from_start(self, w_V: Tensor) -> Tensor:
         """w * exp H, for w [N, C, V] or [N, C, 1, V]"""
@@ -132,8 +124,8 @@ class Chunks:
             return None
         return (self.x_NCRK[:, :, 0] * self.bonus_N1K * self.y_NCWK[:, :, 0]).sum(-1, keepdim=True)
 
-    def steps(self, x_N: Tensor | None) -> list[Tensor] | list[None]:
-        """The rows of each step of the scan."""
+    def steps(self, x_N: Tensor | None) -> list[Any]:
+        """The rows of each step of the scan; None for each where there is none."""
         counts = [count * self.num_heads for count in self.slab.num_active]
         return [None] * len(counts) if x_N is None else list(x_N.split(counts))
 
@@ -186,14 +178,19 @@ def cut(terms: Terms, slab: Slab) -> Chunks:
     if terms.erase is not None:
         inverse_NCC = unit_lower_inverse(scores_NCRCW[:, :, -1, :, -1])
     return Chunks(
-        slab, num_heads, terms.q is not None, v_NCV, x_NCRK, y_NCWK, beta_NC, bonus_N1K, key_decay, value_decay,
-        scores_NCRCW, inverse_NCC,
+        slab, num_heads, terms.q is not None, v_NCV, x_NCRK, y_NCWK,
+        decayed(x_NCRK, key_decay.from_start), decayed(y_NCWK, key_decay.to_end),
+        beta_NC, bonus_N1K, key_decay, value_decay, scores_NCRCW, inverse_NCC,
     )  # fmt: skip
 
 
 def beside(parts: list[Tensor]) -> Tensor:
     """[N, C, D] each -> [N, C, parts, D]"""
     return parts[0].unsqueeze(2) if len(parts) == 1 else torch.stack(parts, 2)
+
+
+def decayed(x_NCRD: Tensor, decay_NCD: Tensor | None) -> Tensor:
+    return x_NCRD if decay_NCD is None else x_NCRD * decay_NCD.unsqueeze(2)
 
 
 def make_strict(scores_NCRCW: Tensor) -> None:
@@ -207,26 +204,25 @@ def scan(chunks: Chunks, state: Tensor, finished: list[Tensor]) -> tuple[Tensor,
     Returns their last states and the written values w [N, C, W, V]; leaves each step's states in `chunks`. States of
     documents that have ended go to `finished`, shortest last.
     """
-    written_keys, v_NCV = chunks.written_keys(), chunks.v_NCV
+    written_keys, v_NCV = chunks.written_keys_NCWK, chunks.v_NCV
     added = None
     if chunks.writes_v:
         added = torch.bmm(written_keys[:, :, 0].mT, chunks.values_at_end(v_NCV))
     base = v_NCV
     if chunks.inverse_NCC is not None and chunks.writes_v:
         base = -torch.bmm(chunks.scores_NCRCW[:, :, -1, :, 0], v_NCV)
-    erased_key = None if chunks.inverse_NCC is None else chunks.read_keys()[:, :, -1]
-    taker = None if erased_key is None else written_keys[:, :, -1].mT
+    of_erase = (chunks.inverse_NCC, chunks.read_keys_NCRK, written_keys) if chunks.inverse_NCC is not None else ()
     taken = []  # n of every step
-    per_step = (chunks.steps(x) for x in (base, erased_key, chunks.inverse_NCC, taker, added, chunks.whole()))
-    for z, e, inverse, y, plus, whole in zip(*per_step, strict=True):
-        assert z is not None
+    per_step = [chunks.steps(x) for x in (base, added, chunks.whole(), *of_erase)]
+    for z, plus, whole, *erase in zip(*per_step, strict=True):
         finished.append(state[z.shape[0] :])
         state = state[: z.shape[0]]
         chunks.starts.append(state)
         after = carry(state, whole, plus)
-        if e is not None and inverse is not None and y is not None:
-            taken.append(torch.bmm(inverse, torch.baddbmm(z, e, state, alpha=-1)))
-            after = torch.baddbmm(after, y, taken[-1])
+        if erase:
+            inverse, x, y = erase
+            taken.append(torch.bmm(inverse, torch.baddbmm(z, x[:, :, -1], state, alpha=-1)))
+            after = torch.baddbmm(after, y[:, :, -1].mT, taken[-1])
         state = after
         chunks.ends.append(state)
     values = [v_NCV] if chunks.writes_v else []
@@ -244,7 +240,7 @@ def carry(state: Tensor, whole: Tensor | None, added: Tensor | None) -> Tensor:
 
 def read(chunks: Chunks, w_NCWV: Tensor) -> Tensor:
     """o [N, C, V] of a slab that has been scanned, but for what the bonus reads."""
-    o_NCV = chunks.values_from_start(torch.bmm(chunks.read_keys()[:, :, 0], torch.cat(chunks.starts)))
+    o_NCV = chunks.values_from_start(torch.bmm(chunks.read_keys_NCRK[:, :, 0], torch.cat(chunks.starts)))
     return chunks.value_decay.rows(chunks.scores_NCRCW[:, :, :1], w_NCWV, o_NCV.unsqueeze(2)).squeeze(2)
 
 

@@ -70,7 +70,7 @@ def _slab_backward(
     """Gradients of the slab's terms, [N, C, ...] (of the bonus [N, K]), and of the states with which it began."""
     x_NCRK, y_NCWK, scores = chunks.x_NCRK, chunks.y_NCWK, chunks.scores_NCRCW
     key_decay, value_decay = chunks.key_decay, chunks.value_decay
-    read_keys, written_keys = chunks.read_keys(), chunks.written_keys()
+    read_keys, written_keys = chunks.read_keys_NCRK, chunks.written_keys_NCWK
 
     grad_w_NCWV = torch.zeros_like(w_NCWV)
     grad_rows = []  # the gradient of what each reader has read
@@ -80,30 +80,14 @@ def _slab_backward(
         value_decay.columns(scores[:, :, :1], grad_o_NCV.unsqueeze(2), grad_w_NCWV)
         grad_added = torch.bmm(read_keys[:, :, 0].mT, chunks.values_from_start(grad_o_NCV))
 
-    # The mirrored scan: documents come in at their last chunk.
-    grad_ends, grad_z = [], []
-    erases = chunks.inverse_NCC is not None
-    of_erase = (grad_w_NCWV, written_keys, chunks.inverse_NCC, read_keys) if erases else (None,) * 4
-    per_step = [chunks.steps(x) for x in (w_NCWV, grad_added, chunks.whole(), *of_erase)]
-    for w, plus, whole, grad_w, y, inverse, x in reversed(list(zip(*per_step, strict=True))):
-        assert w is not None
-        if w.shape[0] > grad_state.shape[0]:
-            grad_state = torch.cat([grad_state, last_grad[grad_state.shape[0] : w.shape[0]]])
-        grad_ends.append(grad_state)
-        before = carry(grad_state, whole, plus)
-        if grad_w is not None and y is not None and inverse is not None and x is not None:
-            grad_n = torch.baddbmm(grad_w[:, :, -1], y[:, :, -1], grad_state)
-            grad_z.append(torch.bmm(inverse.mT, grad_n))
-            before = torch.baddbmm(before, x[:, :, -1].mT, grad_z[-1], alpha=-1)
-        grad_state = before
-    grad_end_NKV = torch.cat(grad_ends[::-1])
+    grad_state, grad_end_NKV, grad_z_NCV = _mirrored_scan(chunks, grad_w_NCWV, grad_added, grad_state, last_grad)
 
-    if erases:
-        grad_v = torch.cat(grad_z[::-1])
-        grad_rows.append(-grad_v)
+    grad_v = grad_z_NCV
+    if chunks.inverse_NCC is not None:
+        grad_rows.append(-grad_z_NCV)
     if chunks.writes_v:
         grad_v = chunks.values_at_end(torch.bmm(written_keys[:, :, 0], grad_end_NKV)).add_(grad_w_NCWV[:, :, 0])
-        if erases:
+        if chunks.inverse_NCC is not None:
             grad_v.baddbmm_(scores[:, :, -1, :, 0].mT, grad_rows[-1])
 
     grad_x = torch.zeros_like(x_NCRK)
@@ -122,16 +106,17 @@ def _slab_backward(
         key_decay.backward(grad_scores, x_NCRK, y_NCWK, grad_x, grad_y)
 
     grads = {"v": grad_v}
-    held_NKV = torch.cat(chunks.ends).mul_(grad_end_NKV)
-    if key_decay.whole is not None:
-        dims = (2, 3) if key_decay.whole.shape[-1] == 1 else (2,)
-        read_flow, write_flow = (x_NCRK * grad_x).sum(dims), (y_NCWK * grad_y).sum(dims)
-        held_NK = held_NKV.sum((1, 2) if len(dims) == 2 else 2)
-        grads["log_decay"] = _decay_gradient(read_flow, write_flow, held_NK, chunks.reads_before)
+    if (whole := key_decay.whole) is not None:
+        per_channel = whole.shape[-1] > 1
+        read_flow, write_flow = (
+            (x * grad).sum(2 if per_channel else (2, 3)) for x, grad in ((x_NCRK, grad_x), (y_NCWK, grad_y))
+        )
+        held = (torch.cat(chunks.ends) * grad_end_NKV).sum(2 if per_channel else (1, 2))
+        grads["log_decay"] = _decay_gradient(read_flow, write_flow, held, chunks.reads_before)
     if value_decay.whole is not None:
         read_flow = torch.zeros_like(grad_v) if grad_o_NCV is None else read(chunks, w_NCWV) * grad_o_NCV
-        write_flow = w_NCWV[:, :, 0] * grad_v
-        grads["value_log_decay"] = _decay_gradient(read_flow, write_flow, held_NKV.sum(1), chunks.reads_before)
+        held = (torch.cat(chunks.ends) * grad_end_NKV).sum(1)
+        grads["value_log_decay"] = _decay_gradient(read_flow, chunks.v_NCV * grad_v, held, chunks.reads_before)
 
     k_NCK, grad_k = y_NCWK[:, :, 0], grad_y[:, :, 0]
     weight, bonus_N1K = chunks.bonus_weight(), chunks.bonus_N1K
@@ -153,6 +138,31 @@ def _slab_backward(
         grads["q"] = grad_x[:, :, 0]
     grads["k"] = grad_k
     return grads, grad_state
+
+
+def _mirrored_scan(
+    chunks: Chunks, grad_w_NCWV: Tensor, grad_added: Tensor | None, grad_state: Tensor, last_grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the slab's first states, of every chunk's last state, and of z (empty where nothing is erased).
+
+    grad_added: what a chunk's readers add to the gradient of its first state. Documents come in at their last chunk.
+    """
+    grad_ends, grad_z = [], []
+    erases = chunks.inverse_NCC is not None
+    of_erase = (grad_w_NCWV, chunks.written_keys_NCWK, chunks.inverse_NCC, chunks.read_keys_NCRK)
+    per_step = [chunks.steps(x) for x in (chunks.v_NCV, grad_added, chunks.whole(), *(of_erase if erases else ()))]
+    for v, plus, whole, *erase in reversed(list(zip(*per_step, strict=True))):
+        if v.shape[0] > grad_state.shape[0]:
+            grad_state = torch.cat([grad_state, last_grad[grad_state.shape[0] : v.shape[0]]])
+        grad_ends.append(grad_state)
+        before = carry(grad_state, whole, plus)
+        if erases:
+            grad_w, y, inverse, x = erase
+            grad_n = torch.baddbmm(grad_w[:, :, -1], y[:, :, -1], grad_state)
+            grad_z.append(torch.bmm(inverse.mT, grad_n))
+            before = torch.baddbmm(before, x[:, :, -1].mT, grad_z[-1], alpha=-1)
+        grad_state = before
+    return grad_state, torch.cat(grad_ends[::-1]), torch.cat(grad_z[::-1] or [chunks.v_NCV[:0]])
 
 
 def _decay_gradient(read_flow: Tensor, write_flow: Tensor, at_end: Tensor, reads_before: bool) -> Tensor:
