@@ -79,6 +79,11 @@ def build(case, dtype=torch.float64):
     mixer = MIXERS[name](DIM, init_std=0.3, **heads, **options).to(dtype)
     with named_draws(mixer, seed=0):
         mixer.init_weights()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            if not parameter.any():  # a zero would hide what it multiplies
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
     return mixer
 
 

@@ -130,6 +130,16 @@ def test_any_letter_may_name_a_kind_of_block():
     assert [len(model.moe_layers()), next(iter(model.moe_layers()))] == [2, "0"]
 
 
+def test_every_router_is_counted():
+    """Mixtures of memories beside mixtures of experts; a dense block has neither."""
+    arguments = "--model.layer_pattern MLN --model.num_layers 3 --model.layers.M.mixer mom --model.layers.L.mlp dense"
+    model = build(*arguments.split())
+    batch = tokens(2, 24)
+    model(batch, BOUNDS, batch).backward()
+    counted = {name: int(layer.pop_counters()["counts"].sum()) for name, layer in model.routed_layers().items()}
+    assert counted == {"mom/0": 2 * 48, "moe/0": 2 * 48, "moe/2": 2 * 48}
+
+
 @pytest.mark.parametrize("mixer", ["rwkv7", "mom"])
 def test_a_mixer_hands_a_tensor_on_to_its_later_layers(mixer):
     """RWKV-7's first values, past a block with another mixer; only the first layer has no use for them."""

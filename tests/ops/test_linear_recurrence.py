@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from torchlmoe.ops import linear_recurrence, span_summary
 from torchlmoe.ops.chunked import Terms, chunked_forward, layout_of
@@ -127,13 +128,14 @@ def test_packed_documents(terms):
 @pytest.mark.parametrize("terms", TERMS)
 @pytest.mark.parametrize("split", [1, 63, 64, 100])
 def test_prefill_then_decode(terms, split):
-    """Any split into a prefix, and token-by-token steps after it, gives the whole."""
+    """Any split into a prefix, and token-by-token steps after it, gives the whole: by both forms' single step."""
     inputs = {name: x.detach() for name, x in make_inputs(TERMS[terms], 2, 130).items()}
     expected, last = linear_recurrence(**inputs, output_final_state=True, backend="reference")
     state, pieces = inputs.pop("initial_state"), []
     for start, end in [(0, split), *((t, t + 1) for t in range(split, split + 5)), (split + 5, 130)]:
         piece = {name: x[:, start:end] if x.shape[:2] == (2, 130) else x for name, x in inputs.items()}
-        o, state = linear_recurrence(**piece, initial_state=state, output_final_state=True, backend="chunked")
+        backend = "chunked" if start % 2 == 0 else "auto"
+        o, state = linear_recurrence(**piece, initial_state=state, output_final_state=True, backend=backend)
         pieces.append(o)
     torch.testing.assert_close(torch.cat(pieces, 1), expected, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(state, last, rtol=1e-9, atol=1e-9)
@@ -175,6 +177,29 @@ def test_registered_operation(terms):
     traced = torch.autograd.grad(o.square().sum(), used)
     o, _ = linear_recurrence(**inputs, scale=0.7)
     torch.testing.assert_close(torch.autograd.grad(o.square().sum(), used), traced, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("terms", TERMS)
+def test_no_tokens(terms):
+    """No output, the state as it came, and zero gradients of what belongs to heads."""
+    found = run(inputs := make_inputs(TERMS[terms], 2, 0), backend="chunked")
+    assert torch.equal(found["final_state"], inputs["initial_state"])
+    assert all(not grad.any() for name, grad in found.items() if name.startswith("d") and name != "dinitial_state")
+
+
+def test_compiles_whole():
+    """One graph, and no other when only the length changes."""
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(linear_recurrence, fullgraph=True, dynamic=True, backend=counter)
+    counts = []
+    for length in (64, 128, 192):
+        inputs = make_inputs(TERMS["gated_delta"], 1, length)
+        found, expected = (op(**inputs)[0] for op in (compiled, linear_recurrence))
+        torch.testing.assert_close(found, expected)
+        grads = (torch.autograd.grad(o.square().sum(), list(inputs.values())) for o in (found, expected))
+        torch.testing.assert_close(*grads)
+        counts.append(counter.frame_count)
+    assert counts == counts[:1] * 3
 
 
 def test_low_precision_inputs():

@@ -69,6 +69,11 @@ def constant_(parameter: Tensor, value: float) -> None:
     fill_(parameter, lambda whole, generator: whole.fill_(value))
 
 
+def orthogonal_(parameter: Tensor, gain: float) -> None:
+    """Rows or columns orthogonal and of length `gain` (arXiv 1312.6120)."""
+    fill_(parameter, lambda whole, generator: nn.init.orthogonal_(whole, gain, generator))
+
+
 def copy_(parameter: Tensor, values: Tensor) -> None:
     """The given values, of the parameter's shape."""
     fill_(parameter, lambda whole, generator: whole.copy_(values))

@@ -67,10 +67,8 @@ class MixtureOfMemories(Mixer):
             )
         self.inner, self.shared_width = built, built.shared_width
 
-    def forward(
-        self, x: Tensor, *, sequence: Sequence, cache: TensorDict | None = None, **from_model: Tensor
-    ) -> Tensor:
-        """from_model: what the inner mixer's layers share, for the inner mixer."""
+    def forward(self, x: Tensor, *, sequence: Sequence, cache: TensorDict | None = None, **shared: Tensor) -> Tensor:
+        """shared: given where the inner mixer's layers share a tensor, and then returned beside y."""
         routing = self.router(x.flatten(0, 1))
         memory_TK, weight_TK = routing.expert_TK, routing.weight_TK
         if self.training and sequence.loss_weight and torch.is_grad_enabled() and cache is None:
@@ -82,7 +80,7 @@ class MixtureOfMemories(Mixer):
         memories = Memories.of_choices(
             memory_TK, weight_TK, self.num_memories + self.shared_memory, (x.shape[0], x.shape[1]), sequence.cu_seqlens
         )
-        return self.inner(x, sequence=replace(sequence, memories=memories), cache=cache, **from_model)
+        return self.inner(x, sequence=replace(sequence, memories=memories), cache=cache, **shared)
 
     def common(self, num_layers: int) -> nn.Module | None:
         return self.inner.common(num_layers)

@@ -4,8 +4,8 @@
     g_t = -exp(w_0 + W_2 tanh(W_1 x^w_t))              y_t = W_o (LayerNorm_per_head(o_t) * silu(W_g x^g_t))
 
 r, k, v, the gate and the decay each have a mixture of the token and its predecessor of their own, whose weights depend
-on both: x^i_t = x_t + d_t * (mu_i + B_i tanh(A_i (x_t + d_t * mu_x))), d_t = x_{t-1} - x_t. Biases and weights mu start
-as in the authors' code, projections as the model's others.
+on both: x^i_t = x_t + d_t * (mu_i + B_i tanh(A_i (x_t + d_t * mu_x))), d_t = x_{t-1} - x_t. Vectors and low-rank
+projections start as in the authors' code, the square ones as the model's others.
 """
 
 from typing import Annotated
@@ -16,7 +16,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from torchlmoe.layers.decay_gate import BiasedDecay
-from torchlmoe.layers.initialization import copy_
+from torchlmoe.layers.initialization import constant_, copy_, uniform_
 from torchlmoe.layers.linear import Linear
 from torchlmoe.layers.low_rank import LowRank
 from torchlmoe.layers.norms import HeadNorm
@@ -63,6 +63,10 @@ class RWKV6(RecurrentMixer):
         fraction = channel / max(len(channel) - 1, 1)
         copy_(self.decay.bias, -6 + 5 * fraction ** (0.7 + 1.3 * depth))
         copy_(self.bonus, depth * (1 - fraction) + 0.1 * ((channel + 1) % 3 - 1))
+        for down_proj in (self.mix_down_proj, self.decay_proj.down_proj):
+            constant_(down_proj.weight, 0.0)
+        for up_proj in (*self.mix_up_proj.values(), self.decay_proj.up_proj):
+            uniform_(up_proj.get_parameter("weight"), -0.01, 0.01)
 
     def forward(self, x: Tensor, *, sequence: Sequence, cache: TensorDict | None = None) -> Tensor:
         previous = self.token_shift(x, sequence=sequence, cache=None if cache is None else cache["token_shift"])

@@ -7,8 +7,8 @@
     y_t = W_o ((LayerNorm_per_head(o_t) + (r_t . (k_t * rho)) v_t) * G_2 sigmoid(G_1 x^g_t))
 
 x^i_t = x_t + (x_{t-1} - x_t) * mu_i. v^first is v' of the model's first RWKV-7 layer, which hands it on to the others.
-In the terms of the recurrence, a * c is where it is erased and c exp(-g) what, because S is decayed first. Vectors
-start as in the authors' code, projections as the model's others.
+In the terms of the recurrence, a * c is where it is erased and c exp(-g) what, because S is decayed first. Vectors and
+low-rank projections start as in the authors' code, the square ones as the model's others.
 """
 
 import math
@@ -20,7 +20,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from torchlmoe.layers.decay_gate import BiasedDecay
-from torchlmoe.layers.initialization import constant_, copy_
+from torchlmoe.layers.initialization import constant_, copy_, orthogonal_
 from torchlmoe.layers.low_rank import LowRank
 from torchlmoe.layers.norms import HeadNorm, l2_norm
 from torchlmoe.layers.recurrence import recur
@@ -82,6 +82,10 @@ class RWKV7(RecurrentMixer):
         copy_(self.erase_scale, 0.71 - 0.1 * slope)
         constant_(self.rate_share, 1.02)
         constant_(self.bonus, -0.04)
+        for projection in self.children():
+            if isinstance(projection, LowRank):
+                constant_(projection.down_proj.weight, 0.0)
+                orthogonal_(projection.up_proj.weight, 0.1)
 
     def forward(  # type: ignore[override]  # with `shared` it returns a pair, see `Mixer.shared_width`
         self, x: Tensor, *, sequence: Sequence, cache: TensorDict | None = None, shared: Tensor | None = None
