@@ -3,8 +3,8 @@
 Forward and backward of the operation alone, an instance for every kind of term, beside causal softmax attention and
 transformers' torch code of the chunked gated delta rule and of Mamba2 at an equal problem, all in one process in
 turn: first as the C library hands out memory, then with freed pages kept in the process, as torchlmoe's trainer does.
-Columns softmax to Mamba2 are how many times as long those take as the row; "saved" is the bytes that autograd holds from
-the forward to the backward beside the arguments, for a token of all heads.
+Columns softmax to Mamba2 are how many times as long those take as the row; "saved" is the bytes that autograd holds
+from the forward to the backward beside the arguments, for a token of all heads.
 """
 
 import statistics
