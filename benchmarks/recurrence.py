@@ -3,7 +3,8 @@
 Forward and backward of the operation alone, an instance for every kind of term, beside causal softmax attention and
 transformers' torch code of the chunked gated delta rule and of Mamba2 at an equal problem, all in one process in
 turn: first as the C library hands out memory, then with freed pages kept in the process, as torchlmoe's trainer does.
-"saved" is what autograd holds from the forward to the backward beside the arguments, for a token of all heads.
+Columns softmax to Mamba2 are how many times as long those take as the row; "saved" is the bytes that autograd holds
+from the forward to the backward beside the arguments, for a token of all heads.
 """
 
 import statistics
@@ -21,8 +22,8 @@ from torchlmoe.training.host_memory import keep_freed_pages
 
 BATCH, HEADS, WIDTH = 2, 4, 64  # keys and values are equally wide
 LENGTHS = (2048, 4096, 8192)
-SOFTMAX, GATED_DELTA = "causal softmax attention", "transformers gated delta rule"
-MAMBA2 = {size: f"transformers Mamba2, chunks of {size}" for size in (64, 256)}  # as ours; its own default
+SOFTMAX, GATED_DELTA = "causal softmax attention", "transformers gated delta"
+MAMBA2 = {size: f"transformers Mamba2, C {size}" for size in (64, 256)}  # as ours; its own default
 INSTANCES = {
     "no decay": (),
     "decay per head": ("head",),
@@ -33,7 +34,7 @@ INSTANCES = {
     "delta rule": ("beta",),
     "gated delta rule": ("scalar", "beta"),
     "channel decay, delta rule": ("channel", "beta"),
-    "channel decay, erase elsewhere": ("channel", "elsewhere"),
+    "channel decay, own erase key": ("channel", "elsewhere"),
 }
 
 
@@ -132,14 +133,14 @@ def main() -> None:
             for name, median in medians.items():
                 rows.append(
                     {
-                        "freed pages": freed_pages,
+                        "pages": freed_pages,
                         "T": length,
                         "instance": name,
                         "ms": median * 1e3,
-                        "softmax / it": medians[SOFTMAX] / median,
-                        "gated delta / it": medians[GATED_DELTA] / median,
-                        **{f"Mamba2 ({size}) / it": medians[name] / median for size, name in MAMBA2.items()},
-                        "saved B/token": saved_bytes(forwards[name]) // (BATCH * length),
+                        "softmax": medians[SOFTMAX] / median,
+                        "delta": medians[GATED_DELTA] / median,
+                        **{f"Mamba2 {size}": medians[name] / median for size, name in MAMBA2.items()},
+                        "saved": saved_bytes(forwards[name]) // (BATCH * length),
                     }
                 )
     title = f"Recurrence, forward + backward: B {BATCH}, H {HEADS}, K = V = {WIDTH}, float32"

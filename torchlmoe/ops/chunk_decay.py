@@ -63,7 +63,8 @@ class MatrixDecay(CausalMask):
     """One decay per token and head, or one per head: the matrix of the latter is that of every chunk.
 
     log_decay_NC: of every chunk, zero at padded tokens; log_decay_GC: of the G chunks whose matrices are those of all,
-    in turn. Sums are float64: where gates are extreme the difference of two would lose an ordinary gate's digits.
+    in turn. With reads_before the diagonal is left out: the bonus takes its place. Sums are float64: where gates are
+    extreme the difference of two would lose an ordinary gate's digits.
     """
 
     def __init__(self, log_decay_NC: Tensor, log_decay_GC: Tensor, reads_before: bool, dtype: torch.dtype):
