@@ -6,6 +6,7 @@ import torch
 from torchlmoe.config import Optimizer
 from torchlmoe.config_loader import load_config
 from torchlmoe.model.decoder import build_on_meta
+from torchlmoe.parallel.precision import compute_in
 from torchlmoe.training.muon import Muon, orthogonalize
 from torchlmoe.training.optimizer import build_optimizer
 
@@ -71,6 +72,7 @@ def test_a_step_is_the_definition_matrix_by_matrix():
 def test_matrices_of_the_blocks_take_it_and_nothing_else_does():
     model = build_on_meta(load_config(["--model.dim", "32", "--model.num_heads", "2"]), 50).to_empty(device="cpu")
     model.init_weights(0)
+    compute_in(torch.bfloat16, model)  # attributes are casts now
     optimizer = build_optimizer(model, Optimizer(name="muon", matrix_lr=0.5))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     group_of = {names[id(p)]: group for group in optimizer.param_groups for p in group["params"]}

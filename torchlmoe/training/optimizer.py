@@ -33,14 +33,15 @@ def build_optimizer(model: Decoder, settings: Optimizer) -> torch.optim.Optimize
 
 def _matrices(model: Decoder) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Weights of the blocks' linear layers and experts: single matrices, and those that are two one below the other."""
+    parameters = dict(model.named_parameters())  # an attribute may be a cast of its parameter
     single: list[torch.Tensor] = []
     fused: list[torch.Tensor] = []
-    for module in model.blocks.modules():
+    for name, module in model.blocks.named_modules(prefix="blocks"):
         if isinstance(module, nn.Linear):
-            single.append(module.weight)
+            single.append(parameters[f"{name}.weight"])
         elif isinstance(module, Experts):
-            single.append(module.down_proj)
-            fused.append(module.gate_up_proj)
+            single.append(parameters[f"{name}.down_proj"])
+            fused.append(parameters[f"{name}.gate_up_proj"])
     return single, fused
 
 
