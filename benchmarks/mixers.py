@@ -31,12 +31,13 @@ def settings(mixer: str, pattern: str, steps: int, expert_dim: int) -> list[str]
         "model.layer_pattern": pattern,
         "training.steps": steps,
         "training.dtype": "float32",
-        "training.local_batch_size": 2,
+        "training.local_batch_size": 4,
         "training.seq_len": 512,
         "optimizer.name": "adamw",
         "optimizer.lr": 3e-3,
         "lr_scheduler.warmup_steps": steps // 10,
         "validation.interval": steps,
+        "data.validation_max_tokens": 49152,
         "checkpoint.enable": "false",
         "metrics.plot": "false",
         "metrics.tensorboard": "false",
@@ -103,7 +104,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=300, help="optimizer steps of 1024 tokens")
+    parser.add_argument("--steps", type=int, default=100, help="optimizer steps of 2048 tokens")
     parser.add_argument("--parallel", type=int, default=2, help="runs at a time")
     parser.add_argument("--mixers", nargs="+", choices=MIXERS, default=list(MIXERS), help="which; all if unset")
     options = parser.parse_args()

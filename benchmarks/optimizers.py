@@ -16,8 +16,8 @@ from torchlmoe.config_loader import load_config
 
 CONFIG = "train_configs/debug.toml"
 CASES = {
-    "adamw": [{"optimizer.lr": lr} for lr in (3e-3, 6e-3, 1.2e-2)],
-    "muon": [{"optimizer.lr": 6e-3, "optimizer.matrix_lr": lr} for lr in (1e-2, 2e-2, 4e-2)],
+    "adamw": [{"optimizer.lr": lr} for lr in (4e-3, 8e-3)],
+    "muon": [{"optimizer.lr": 6e-3, "optimizer.matrix_lr": lr} for lr in (2e-2, 4e-2)],
 }
 
 
@@ -31,7 +31,7 @@ def train(folder: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=4, help="training time of each run")
+    parser.add_argument("--minutes", type=float, default=3, help="training time of each run")
     options = parser.parse_args()
     config = load_config(["--job.config_file", CONFIG])
     rows_per_step = config.training.global_batch_size or config.training.local_batch_size
