@@ -33,6 +33,7 @@ def place(corpus, tmp_path_factory) -> Path:
     Trainer(load_config(arguments.split())).train()
     dist.destroy_process_group()
     (place / "not.toml").write_text("steps = = 3")
+    (place / "debug.toml").write_text("[job]\ndebug = true")
     (place / "empty").mkdir()
     (place / "empty.jsonl").write_text('{"text": ""}\n')
     (place / "binary.txt").write_bytes(b"\xff\xfe\x00\x01" * 50)
@@ -87,7 +88,11 @@ CASES = {
     "--training.global_batch_size 3": "training.global_batch_size = 3 must be a multiple of",
     "--moe.num_experts 0": "moe.num_experts = 0 is not valid",
     "--moe.top_k 9": "top_k = 9 must lie between 1 and the 4 experts",
-    "--model.num_heads 3": "dim = 32 cannot be split into num_heads = 3 heads",
+    # Found before data is looked for.
+    "--model.num_heads 3 --data.dataset {place}/nowhere": "dim = 32 cannot be split into num_heads = 3 heads",
+    "--moe.expert_dim 1000000000000000000": "There is not enough memory (Storage size calculation overflowed",
+    "--moe.num_experts 99999999999999999999": "There is not enough memory (",
+    "--moe.expert_dim 100000000000": "There is not enough memory (",
     "--model.mixer gated_deltanett": "= 'gated_deltanett' is unknown; the nearest is gated_deltanet.",
     "--model.layer_pattern LX": "model.layer_pattern = 'LX' names 'X', which has no table",
     "--model.mixer bla --model.layers.L.conv_size 4": "model.layers.L.conv_size is not a setting",
@@ -146,9 +151,22 @@ def test_one_sentence_and_exit_code_2(case, sentence, place, tmp_path):
     assert json.loads(saved.read_text())["files"]
 
 
-def test_debug_shows_the_traceback_too(place, tmp_path):
-    case = "--moe.top_k 9 --job.debug true"
-    code, printed = end_of(all_arguments(case, place, tmp_path), tmp_path / "printed")
-    assert code != 0
-    assert "Traceback" in printed
-    assert "top_k = 9 must lie between" in printed
+@pytest.mark.parametrize("bad", ["--moe.top_k 9", "--moe.top_k 0"])  # found by the model, and by the settings
+@pytest.mark.parametrize(
+    ("debug", "shown"),
+    {
+        "--job.debug": True,
+        "--job.debug true": True,
+        "--job.debug=true": True,
+        "--job.config_file {place}/debug.toml": True,
+        "--job.config_file {place}/debug.toml --job.debug false": False,
+        "--job.debug true --job.debug=false": False,
+    }.items(),
+)
+def test_debug_shows_the_traceback_before_the_sentence(debug, shown, bad, place, tmp_path):
+    code, printed = end_of(all_arguments(f"{bad} {debug}", place, tmp_path), tmp_path / "printed")
+    assert code == 2
+    assert ("Traceback" in printed) == shown
+    last = printed.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert "top_k = " in last

@@ -41,6 +41,16 @@ def test_mixer_is_short_for_the_blocks_named_l(tmp_path):
     assert load(f"--job.config_file {file} --model.layers.L.expand_k 1").model.layers["L"]["expand_k"] == 1
 
 
+def test_a_later_mixer_of_the_letter_counts_and_round_trips(tmp_path):
+    file = tmp_path / "settings.toml"
+    file.write_text('[model]\nmixer = "gated_deltanet"\n')
+    config = load(f"--job.config_file {file} --model.layers.L.mixer gla")
+    assert config.model.mixer == config.model.layers["L"]["mixer"] == "gla"
+    file.write_text(to_toml(config))
+    again = load(f"--job.config_file {file}")
+    assert dataclasses.asdict(again) == dataclasses.asdict(config)
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_resolved_settings_round_trip(recipe, tmp_path):
     config = load(f"--job.config_file {recipe}")
@@ -60,6 +70,18 @@ BAD = {
     "--optimizer.lr nan": "optimizer.lr = nan is not valid",
     "--training.dtype float16": "it should be 'float32', 'bfloat16' or 'float64'.",
     "--model.flavor debg": "model.flavor = 'debg' is unknown; the nearest is debug.",
+    "--model.flavor [1]": "model.flavor = [1] is unknown; choose one of debug",
+    "--model.dim 9999999999999999999999999": "it should be less than or equal to 1000000.",
+    "--model.num_layers 1000000000000": "it should be less than or equal to 10000.",
+    "--model.layers.L.mixer [1]": "model.layers.L.mixer = [1] is unknown; choose one of",
+    "--model.mixer mom --model.layers.L.inner [1]": "model.layers.L.inner = [1] is not valid: it should be a valid str",
+    "--model.layers.L.norm_eps -1": "model.layers.L.norm_eps = -1 is not valid: it should be greater than 0.",
+    "--model.layers.L.norm_eps nan": "model.layers.L.norm_eps = nan is not valid: it should be ",
+    "--model.layers.L.init_std -1": "model.layers.L.init_std = -1 is not valid: it should be greater than 0.",
+    "--model.layers.L.init_std inf": "model.layers.L.init_std = inf is not valid: it should be a finite number.",
+    "--model.backend triton": "model.backend = 'triton' is not supported yet; use 'auto'",
+    "--model.layers.L.backend triton": "model.layers.L.backend = 'triton' is not supported yet; use 'auto'",
+    "--model.mixer mom --model.layers.L.inner_options.backend triton": "L.inner_options.backend = 'triton' is not supp",
     "--model.mixer glaa": "model.layers.L.mixer = 'glaa' is unknown; the nearest is gla.",
     "--model.mixer mom --model.layers.L.inner glaa": "model.layers.L.inner = 'glaa' is unknown; the nearest is gla.",
     "--model.mixer mom --model.layers.L.inner gla --model.layers.L.inner_options.gate_rnk 3": (
@@ -73,13 +95,24 @@ BAD = {
     "--model.layers.X.mlp moe": "model.layers.X.mixer is missing; choose one of",
     "--model.layers 3": "model.layers.layers = 3 must be a table",
     "--model.mixer bla --model.layers.L.mixer gla": "model.mixer = 'bla' contradicts model.layers.L.mixer = 'gla'",
+    "--model.mixer bla --model.layer_pattern N": "model.mixer = 'bla' is of no use without an L in the model.num_lay",
+    "--model.mixer bla --model.layer_pattern NL --model.num_layers 1": "model.mixer = 'bla' is of no use",
+    "--optimizer.matrix_lr 1e-2": "optimizer.matrix_lr = 0.01 is of no use without optimizer.name = 'muon'; give",
+    "--optimizer.momentum 0.9": "optimizer.momentum = 0.9 is of no use without optimizer.name = 'muon'",
+    "--moe.aux_loss_weight 1 --moe.balance none": "aux_loss_weight = 1.0 is of no use without moe.balance = 'aux_loss'",
+    "--moe.aux_loss_weight 1 --moe.balance loss_free": "or leave aux_loss_weight unset.",
+    "--moe.aux_loss_scope global_batch --moe.balance none": "moe.aux_loss_scope = 'global_batch' is of no use without",
+    "--moe.bias_update_rate 1": "moe.bias_update_rate = 1.0 is of no use without moe.balance = 'loss_free'",
+    "--parallelism.pipeline_parallel_schedule GPipe": "= 'GPipe' is not supported yet; leave it at '1F1B'.",
+    "--parallelism.lsm_context_parallel ring": "= 'ring' is not supported yet; leave it at 'all_gather'.",
+    "--parallelism.attention_context_parallel ulysses": "= 'ulysses' is not supported yet; leave it at 'all_gather'.",
     "--parallelism.tensor_parallel_degree 2": "tensor_parallel_degree = 2 is not supported yet; leave it at 1.",
     "--float8.enable true --training.dtype float64": "needs training.dtype = 'bfloat16' or 'float32'; it is 'float64'.",
     "--float8.enable true --training.seq_len 3": "needs a multiple of 16 tokens at once; training.local_batch_size *",
     "--activation_checkpoint.mode some": "it should be 'none', 'selective' or 'full'.",
     "--profiling.num_steps 9 --profiling.interval 9": "num_steps = 9 must be less than profiling.interval = 9",
     "--lr_scheduler.warmup_steps 1000": "warmup_steps = 1000 is more than training.steps = 100",
-    "--checkpoint.load_step 3": "checkpoint.load_step = 3 is of no use with checkpoint.enable = false",
+    "--checkpoint.load_step 3": "checkpoint.load_step = 3 is of no use without checkpoint.enable = true",
     "--checkpoint.async_mode thread": "it should be 'disabled' or 'async'.",
     "steps": "'steps' is not a setting; write --table.key value (see --help).",
     "--model.dim": "--model.dim needs a value.",
@@ -133,9 +166,6 @@ def test_program_ends_with_one_sentence():
     result = train("--training.stepps", "3")
     assert result.returncode == 2
     assert result.stderr == "error: training.stepps is not a setting; the nearest is steps.\n"
-    result = train("--training.stepps", "3", "--job.debug", "true")
-    assert result.returncode != 0
-    assert "Traceback" in result.stderr
 
 
 def test_print_config_is_toml():

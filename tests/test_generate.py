@@ -75,9 +75,12 @@ def test_prompt_from_standard_input_streams_to_a_pipe(folder):
     result = program("--prompt-file", "-", *GREEDY, text="Ωmega 🙂\n")
     assert result.returncode == 0
     assert result.stdout.decode().startswith("Ωmega 🙂")
-    result = program("--prompt", "", *GREEDY)
+    result = program("--prompt", "It", "--max-new-tokens", "100000000000000")
     assert result.returncode == 2
-    assert result.stderr.decode() == "error: A prompt is empty; give it at least one character.\n"
+    printed = result.stderr.decode()
+    assert printed.startswith("error: There is not enough memory (")
+    assert printed.endswith("); choose smaller sizes, or fewer rows or tokens at once.\n")
+    assert printed.count("\n") == 1
 
 
 BAD = {

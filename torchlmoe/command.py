@@ -4,10 +4,17 @@ import argparse
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
+import tomli
+import torch
 import torch.distributed as dist
+
+# What torch says where sizes are more than there is room for, in plain RuntimeErrors and TypeErrors.
+_TOO_LARGE = ("can't allocate memory", "not enough memory", "size calculation overflowed", "Overflow when unpacking")
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -22,7 +29,7 @@ class FlagParser(argparse.ArgumentParser):
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-    """Runs main(arguments) and exits: 0, or 2 after bad input. `--job.debug true` shows the whole traceback instead."""
+    """Runs main(arguments) and exits: 0, or 2 after bad input, whose whole traceback job.debug = true shows too."""
     arguments = sys.argv[1:]
     try:
         main(arguments)
@@ -30,17 +37,46 @@ def run(main: Callable[[list[str]], None]) -> None:
         os._exit(128 + signal.SIGINT)
     except BrokenPipeError:  # who read our output has seen enough, as `| head` does
         os._exit(128 + signal.SIGPIPE)
-    except (ValueError, OSError, FloatingPointError) as error:
-        if any(argument.startswith("--job.debug") for argument in arguments):
+    except Exception as error:
+        text = _sentence(error)
+        if text is None:
             raise
+        if _shows_traceback(arguments):
+            traceback.print_exception(error)
         rank = os.environ.get("RANK")
         where = "" if rank is None else f" (rank {rank})"
-        text = str(error)
-        if isinstance(error, OSError) and error.filename is not None:
-            text = f"{error.filename}: {error.strerror}."
-        print(f"error{where}: {' '.join(text.split())}", file=sys.stderr, flush=True)
+        print(f"error{where}: {text}", file=sys.stderr, flush=True)
         # No way back from here to the other ranks: leave at once, so that the launcher stops them.
         sys.stdout.flush()
         os._exit(2)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _sentence(error: Exception) -> str | None:
+    """What to tell the user, or None where the program itself is wrong."""
+    text = str(error)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, (RuntimeError, TypeError)) and any(part in text for part in _TOO_LARGE)
+    ):
+        reason = text.partition("\n")[0].rstrip(".")
+        return f"There is not enough memory ({reason}); choose smaller sizes, or fewer rows or tokens at once."
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}."
+    if isinstance(error, (ValueError, OSError, FloatingPointError)):
+        return " ".join(text.split())
+    return None
+
+
+def _shows_traceback(arguments: list[str]) -> bool:
+    """job.debug, as far as it can be told: what is wrong may be the settings themselves."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--job.debug", dest="debug", nargs="?", const="true")
+    parser.add_argument("--job.config_file", dest="file", nargs="?")
+    given, _ = parser.parse_known_args(arguments)
+    if given.debug is not None or given.file is None:
+        return given.debug == "true"
+    try:
+        return tomli.loads(Path(given.file).read_text(encoding="utf-8"))["job"]["debug"] is True
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
+from torchlmoe.mixers.base import InitStd, NormEps
 from torchlmoe.ops.linear_recurrence import Backend
 
 
@@ -41,13 +42,13 @@ class Model(Table):
     vocab_size: Annotated[int | None, Field(ge=2, description="Rows of the embedding; the tokenizer's if unset.")] = (
         None
     )
-    dim: Annotated[int, Field(ge=1, description="Width of the residual stream.")] = 256
-    num_layers: Annotated[int, Field(ge=1, description="Blocks.")] = 4
+    dim: Annotated[int, Field(ge=1, le=1_000_000, description="Width of the residual stream.")] = 256
+    num_layers: Annotated[int, Field(ge=1, le=10_000, description="Blocks.")] = 4
     num_heads: Annotated[int, Field(ge=1, description="Heads of every mixer that does not say otherwise.")] = 4
     mlp_dim: Annotated[int | None, Field(ge=1, description="Width of dense MLPs; 8/3 of dim if unset.")] = None
     rope_base: Annotated[float, Field(gt=1, description="Base of the rotary wavelengths.")] = 10_000.0
-    norm_eps: Annotated[float, Field(gt=0, description="Added under the root of every norm.")] = 1e-6
-    init_std: Annotated[float, Field(gt=0, description="Standard deviation of projections at the start.")] = 0.02
+    norm_eps: NormEps = 1e-6
+    init_std: InitStd = 0.02
     tie_embeddings: Annotated[bool, Field(description="Share the embedding with the output head.")] = False
     loss_chunk_size: Annotated[int, Field(ge=1, description="Tokens whose logits are held at once.")] = 512
     layers: Annotated[
@@ -125,7 +126,7 @@ class Training(Table):
         Literal["float32", "bfloat16", "float64"],
         Field(description="bfloat16 keeps float32 masters; float64 is for proofs of parity."),
     ] = "float32"
-    max_norm: Annotated[float | None, Field(gt=0, description="Gradient norm is clipped to it.")] = 1.0
+    max_norm: Annotated[float, Field(ge=0, description="Gradient norm is clipped to it; 0 for no clipping.")] = 1.0
     non_finite: Annotated[
         Literal["stop", "skip"],
         Field(description="On a loss or gradient that is not finite: end, or leave the step out."),
@@ -229,14 +230,14 @@ class Parallelism(Table):
     ] = -1
     tensor_parallel_degree: Annotated[int, Field(ge=1, description="Only 1 is supported yet.")] = 1
     pipeline_parallel_degree: Annotated[int, Field(ge=1, description="Only 1 is supported yet.")] = 1
-    pipeline_parallel_schedule: Annotated[str, Field(description="Of torch.distributed.pipelining.")] = "1F1B"
+    pipeline_parallel_schedule: Annotated[str, Field(description="Only 1F1B is supported yet.")] = "1F1B"
     expert_parallel_degree: Annotated[int, Field(ge=1, description="Only 1 is supported yet.")] = 1
     context_parallel_degree: Annotated[int, Field(ge=1, description="Only 1 is supported yet.")] = 1
-    lsm_context_parallel: Annotated[Literal["all_gather", "ring"], Field(description="How LSM states cross ranks.")] = (
-        "all_gather"
-    )
+    lsm_context_parallel: Annotated[
+        Literal["all_gather", "ring"], Field(description="Only all_gather is supported yet.")
+    ] = "all_gather"
     attention_context_parallel: Annotated[
-        Literal["all_gather", "ulysses"], Field(description="How softmax blocks see other ranks' tokens.")
+        Literal["all_gather", "ulysses"], Field(description="Only all_gather is supported yet.")
     ] = "all_gather"
     timeout_seconds: Annotated[
         float, Field(gt=0, description="After so long a collective has failed: a rank hangs or is far behind.")

@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import difflib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -21,6 +22,30 @@ from torchlmoe.model.presets import FLAVORS
 # What a mixer takes from [model] unless its letter says otherwise.
 MODEL_WIDE = ("num_heads", "norm_eps", "init_std", "backend", "rope_base")
 DEFAULT_LAYERS = {"L": {"mixer": "gated_deltanet", "mlp": "moe"}, "N": {"mixer": "attention", "mlp": "moe"}}
+
+# Of [parallelism], what has only its default yet.
+_NOT_YET = (
+    "tensor_parallel_degree",
+    "pipeline_parallel_degree",
+    "pipeline_parallel_schedule",
+    "expert_parallel_degree",
+    "context_parallel_degree",
+    "lsm_context_parallel",
+    "attention_context_parallel",
+)
+# Settings that do nothing but with others: name -> (what one not at its default needs, whether that is given).
+_NEEDS: dict[str, tuple[str, Callable[[Config], bool]]] = {
+    "model.mixer": (
+        "an L in the model.num_layers letters of model.layer_pattern",
+        lambda config: "L" in config.model.layer_pattern[: config.model.num_layers],
+    ),
+    "moe.aux_loss_weight": ("moe.balance = 'aux_loss'", lambda config: config.moe.balance == "aux_loss"),
+    "moe.aux_loss_scope": ("moe.balance = 'aux_loss'", lambda config: config.moe.balance == "aux_loss"),
+    "moe.bias_update_rate": ("moe.balance = 'loss_free'", lambda config: config.moe.balance == "loss_free"),
+    "optimizer.matrix_lr": ("optimizer.name = 'muon'", lambda config: config.optimizer.name == "muon"),
+    "optimizer.momentum": ("optimizer.name = 'muon'", lambda config: config.optimizer.name == "muon"),
+    "checkpoint.load_step": ("checkpoint.enable = true", lambda config: config.checkpoint.enable),
+}
 
 
 class ConfigError(ValueError):
@@ -45,11 +70,13 @@ def config_from(sources: list[dict[str, Any]]) -> Config:
     for source in sources:
         _check_table_shape(source)
         flavor = source.get("model", {}).get("flavor", flavor)
-    if flavor not in FLAVORS:
+    if flavor not in [*FLAVORS]:  # a list, because what was given may have no hash
         raise ConfigError(f"model.flavor = {flavor!r} is unknown{_nearest(str(flavor), FLAVORS)}.")
     merged: dict[str, Any] = {}
     for source in [{"model": {"layers": DEFAULT_LAYERS}}, FLAVORS[flavor], *sources]:
         _merge(merged, _with_mixer_in_its_letter(source))
+    if merged["model"].get("mixer") is not None:  # a later source may have named the letter's alone
+        merged["model"]["mixer"] = merged["model"]["layers"]["L"]["mixer"]
     try:
         # As JSON, where a strict dataclass may come from a table.
         config = TypeAdapter(Config).validate_json(json.dumps(merged, default=str))
@@ -222,7 +249,7 @@ def _check_layers(config: Config) -> None:
         mixer, mlp = table.get("mixer"), table.get("mlp", "moe")
         if mixer is None:
             raise ConfigError(f"{prefix}.mixer is missing; choose one of {', '.join(MIXERS)}.")
-        if mixer not in MIXERS:
+        if mixer not in [*MIXERS]:
             raise ConfigError(f"{prefix}.mixer = {mixer!r} is unknown{_nearest(str(mixer), MIXERS)}.")
         if mlp not in ("moe", "dense"):
             raise ConfigError(f"{prefix}.mlp = {mlp!r} is unknown; choose moe or dense.")
@@ -239,36 +266,39 @@ def _check_layers(config: Config) -> None:
 def _check_options(config: Config, prefix: str, mixer: str, options: dict[str, Any]) -> None:
     types = MIXERS[mixer].settings()
     given = {name: getattr(config.model, name) for name in MODEL_WIDE if name in types} | options
-    model = create_model(mixer, __config__=ConfigDict(extra="forbid", strict=True), **types)  # type: ignore[call-overload]
+    model = create_model(mixer, __config__=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False), **types)  # type: ignore[call-overload]
     try:
         checked: Any = model.model_validate(given)
     except ValidationError as error:
         raise ConfigError(_sentence(error, None, prefix, {**types, "mixer": 0, "mlp": 0})) from None
+    _check_backend(prefix, options.get("backend"))
     if "inner_options" in types:  # the mixer holds another one
         if checked.inner not in MIXERS:
             raise ConfigError(f"{prefix}.inner = {checked.inner!r} is unknown{_nearest(checked.inner, MIXERS)}.")
         _check_options(config, f"{prefix}.inner_options", checked.inner, checked.inner_options or {})
 
 
+def _check_backend(prefix: str, backend: Any) -> None:
+    if backend == "triton":
+        raise ConfigError(f"{prefix}.backend = 'triton' is not supported yet; use 'auto', 'chunked' or 'reference'.")
+
+
 def _check_consistency(config: Config) -> None:
-    unsupported = {
-        "parallelism.tensor_parallel_degree": (config.parallelism.tensor_parallel_degree, 1),
-        "parallelism.pipeline_parallel_degree": (config.parallelism.pipeline_parallel_degree, 1),
-        "parallelism.expert_parallel_degree": (config.parallelism.expert_parallel_degree, 1),
-        "parallelism.context_parallel_degree": (config.parallelism.context_parallel_degree, 1),
-    }
-    for name, (value, supported) in unsupported.items():
+    default = Config()
+    for key in _NOT_YET:
+        value, supported = getattr(config.parallelism, key), getattr(default.parallelism, key)
         if value != supported:
             raise ConfigError(
-                f"{name} = {toml_value(value)} is not supported yet; leave it at {toml_value(supported)}."
+                f"parallelism.{key} = {toml_value(value)} is not supported yet; leave it at {toml_value(supported)}."
             )
-    if config.checkpoint.load_step is not None and not config.checkpoint.enable:
-        raise ConfigError(
-            f"checkpoint.load_step = {config.checkpoint.load_step} is of no use with checkpoint.enable = false; set "
-            "that to true, or leave load_step unset."
-        )
-    if config.model.backend == "triton":
-        raise ConfigError("model.backend = 'triton' is not supported yet; use 'auto', 'chunked' or 'reference'.")
+    for name, (need, is_met) in _NEEDS.items():
+        table, _, key = name.partition(".")
+        value = getattr(getattr(config, table), key)
+        if value != getattr(getattr(default, table), key) and not is_met(config):
+            raise ConfigError(
+                f"{name} = {toml_value(value)} is of no use without {need}; give that, or leave {key} unset."
+            )
+    _check_backend("model", config.model.backend)
     profiling, training = config.profiling, config.training
     if profiling.num_steps >= profiling.interval:
         raise ConfigError(

@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 
 from torchlmoe.checkpoint import open_model
 from torchlmoe.checkpoint.exported import is_exported
@@ -17,6 +18,7 @@ from torchlmoe.checkpoint.state import model_state
 from torchlmoe.checkpoint.writer import CheckpointWriter
 from torchlmoe.command import FlagParser, run
 from torchlmoe.config_loader import to_toml
+from torchlmoe.parallel.failures import cause_of
 
 
 def main(arguments: list[str]) -> None:
@@ -38,7 +40,10 @@ def main(arguments: list[str]) -> None:
     }
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed.checkpoint")
-        dcp.save(model_state(model), storage_writer=CheckpointWriter(root, 0, files, keep_latest_k=1), no_dist=True)
+        try:
+            dcp.save(model_state(model), storage_writer=CheckpointWriter(root, 0, files, keep_latest_k=1), no_dist=True)
+        except CheckpointException as error:
+            raise cause_of(error) from error
     print(f"imported to {root / name_of(0)}")
 
 

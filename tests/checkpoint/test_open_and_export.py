@@ -56,6 +56,14 @@ def test_open_says_what_is_missing(single, tmp_path):
     (tmp_path / "model/config.json").write_text(json.dumps({**config, "settings": {}}))
     with pytest.raises(ValueError, match=r"safetensors file in .* is damaged"):
         open_model(tmp_path / "model")
+    for text, sentence in {
+        "[]": "config.json cannot be used: it holds a list, not an object.",
+        json.dumps({**config, "settings": []}): r"settings is \[\], not of type dict",
+        json.dumps({**config, "vocab_size": "many"}): "vocab_size is 'many', not of type int",
+    }.items():
+        (tmp_path / "model/config.json").write_text(text)
+        with pytest.raises(ValueError, match=sentence):
+            open_model(tmp_path / "model")
     (tmp_path / "model/config.json").write_text('{"model_type": "torchlmoe"}')
     with pytest.raises(ValueError, match="has no 'settings'"):
         open_model(tmp_path / "model")
@@ -79,6 +87,10 @@ def test_export_and_back(single, corpus, tmp_path, process_group):
         assert config.moe.score_function == "sigmoid"
     with pytest.raises(ValueError, match="holds checkpoints already"):
         import_model.main(["--model", str(tmp_path / "model"), "--output", str(tmp_path / "run")])
+
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError):
+        import_model.main(["--model", str(tmp_path / "model"), "--output", str(tmp_path / "file")])
 
     # A run starts from it, at its first step and with a fresh optimizer, whatever its seed or batch.
     extra = f"{LOSS_FREE} --training.seed 3 --training.seq_len 16 --training.global_batch_size 2"

@@ -72,7 +72,7 @@ CHANGED = {
     "--model.layer_pattern L": "model.layer_pattern is 'LL'",
     "--model.vocab_size 5000": "model.vocab_size is 5000",
     "--moe.num_experts 8": "moe.num_experts is 8",
-    "--moe.balance none": "moe.balance is 'none'",
+    "--moe.balance none --moe.bias_update_rate 1e-3": "moe.balance is 'none'",
     "--training.dtype float32": "training.dtype is 'float32 or bfloat16'",
     "--training.seed 1": "training.seed is 1",
     "--training.global_batch_size 8": "training.global_batch_size is 8",

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from torchlmoe.data.packing import IGNORE, max_documents, num_rows, row
+from torchlmoe.data.packing import max_documents, num_rows, row
+from torchlmoe.layers.cross_entropy import IGNORE_INDEX
 
 END = 7
 LENGTHS = {
@@ -21,7 +22,7 @@ def pack(documents, seq_len):
     for number, ids in enumerate(documents):
         tokens = [END, *ids]
         everything += zip(tokens, [*tokens[1:], END], [number] * len(tokens), strict=True)
-    everything += [(END, IGNORE, "filling")] * (-len(everything) % seq_len)
+    everything += [(END, IGNORE_INDEX, "filling")] * (-len(everything) % seq_len)
     for begin in range(0, len(everything), seq_len):
         tokens, labels, owners = zip(*everything[begin : begin + seq_len], strict=True)
         starts = [i for i in range(seq_len) if i == 0 or owners[i] != owners[i - 1]]
@@ -48,7 +49,7 @@ def test_every_token_is_a_label_once_and_every_document_ends(make_store, seq_len
     store, documents = make_store(np.random.default_rng(1).integers(0, 30, 40).tolist())
     max_docs = max_documents(store, seq_len)
     labels = [x for i in range(num_rows(store, seq_len)) for x in row(store, i, seq_len, max_docs)[1].tolist()]
-    assert [x for x in labels if x != IGNORE] == [x for ids in documents for x in [*ids, END]]
+    assert [x for x in labels if x != IGNORE_INDEX] == [x for ids in documents for x in [*ids, END]]
 
 
 def test_beyond_the_last_row_all_is_filling(make_store):
@@ -56,5 +57,5 @@ def test_beyond_the_last_row_all_is_filling(make_store):
     for index in (4, 5, 100):
         tokens, labels, bounds = row(store, index, 8, 3)
         assert tokens.tolist() == [END] * 8
-        assert labels.tolist() == [IGNORE] * 8
+        assert labels.tolist() == [IGNORE_INDEX] * 8
         assert bounds.tolist() == [0, 8, 8, 8]

@@ -174,6 +174,11 @@ def test_settings_reach_the_constructor(case):
 
 
 def test_impossible_sizes_are_refused():
+    for name, kind in MIXERS.items():
+        for width in {"expand", "expand_k", "expand_v"} & kind.settings().keys():
+            heads = {"num_heads": 4} if "num_heads" in kind.settings() else {}
+            with pytest.raises(ValueError, match=r"= 0 cannot be split into num_heads = 4 heads|gives no channels"):
+                MIXERS[name](32, **heads, **{width: 1e-9})
     with pytest.raises(ValueError, match=r"dim = 32 cannot be split into num_heads = 5 heads"):
         MIXERS["bla"](32, num_heads=5)
     with pytest.raises(ValueError, match=r"num_heads = 4 must be a multiple of num_kv_heads = 3"):

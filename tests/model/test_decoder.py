@@ -130,6 +130,11 @@ def test_any_letter_may_name_a_kind_of_block():
     assert [len(model.moe_layers()), next(iter(model.moe_layers()))] == [2, "0"]
 
 
+def test_dense_blocks_of_a_narrow_model_have_a_width():
+    model = build_on_meta(load_config("--model.dim 2 --model.num_heads 1 --model.layers.L.mlp dense".split()), 10)
+    assert model.blocks["0"].feed_forward.gate_proj.out_features == 16
+
+
 def test_every_router_is_counted():
     """Mixtures of memories beside mixtures of experts; a dense block has neither."""
     arguments = "--model.layer_pattern MLN --model.num_layers 3 --model.layers.M.mixer mom --model.layers.L.mlp dense"

@@ -144,3 +144,6 @@ def test_optimizer_decays_matrices_only_and_clips():
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
         torch.testing.assert_close(parameter.grad, gradient * 2 / norm, rtol=2e-5, atol=1e-7)
     torch.testing.assert_close(clip_gradients(model, 5.0), torch.tensor(2.0), rtol=2e-5, atol=0)
+    no_clipping = load_config(["--training.max_norm", "0"]).training.max_norm
+    for _ in range(2):
+        torch.testing.assert_close(clip_gradients(model, no_clipping), torch.tensor(2.0), rtol=2e-5, atol=0)

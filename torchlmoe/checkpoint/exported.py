@@ -62,14 +62,19 @@ def read_exported(folder: Path) -> tuple[Config, Tokenizer, int]:
     """Settings, tokenizer and vocabulary size of a folder. Raises ValueError where a file is missing or not ours."""
     path = folder / CONFIG
     try:
-        content: dict[str, Any] = json.loads(path.read_text())
+        content: Any = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}, not an object")
         if content.get("model_type") != _ARCHITECTURE:
             raise ValueError(f"model_type is {content.get('model_type')!r}, not {_ARCHITECTURE!r}")
-        settings, end_token, vocab_size = (content[key] for key in ("settings", "end_token", "vocab_size"))
+        for key, kind in {"settings": dict, "end_token": str, "vocab_size": int}.items():
+            if not isinstance(content[key], kind):
+                raise ValueError(f"{key} is {content[key]!r}, not of type {kind.__name__}")
     except KeyError as error:
         raise ValueError(f"{path} has no {error}: export the model again.") from error
     except ValueError as error:
         raise ValueError(f"{path} cannot be used: {error}.") from error
     if not (folder / "tokenizer.json").is_file():
         raise ValueError(f"{folder / 'tokenizer.json'} is missing: export the model again.")
-    return config_from([settings]), Tokenizer(folder / "tokenizer.json", end_token), vocab_size
+    tokenizer = Tokenizer(folder / "tokenizer.json", content["end_token"])
+    return config_from([content["settings"]]), tokenizer, content["vocab_size"]

@@ -23,13 +23,14 @@ class TrainLoader:
     store: tokens of the training split.
     seq_len: tokens in a row.
     local_batch_size: rows in one microbatch of one rank.
-    global_batch_size: rows in one optimizer step, over all ranks and microbatches.
+    global_batch_size: rows in one optimizer step, over all ranks and microbatches; a multiple of local_batch_size *
+        world_size.
     rank, world_size: the place in, and the size of, the data-parallel dimension.
     seed: of the shuffle.
     num_prefetch: steps to read ahead.
 
     Attributes: `num_rows` (rows in an epoch), `num_microbatches` (of a step), `max_docs`.
-    Raises ValueError where the global batch is not whole microbatches, or the store is shorter than a row.
+    Raises ValueError where the store is shorter than a row.
     """
 
     def __init__(
@@ -44,17 +45,13 @@ class TrainLoader:
         seed: int = 0,
         num_prefetch: int = 2,
     ):
-        if global_batch_size % (local_batch_size * world_size):
-            raise ValueError(
-                f"training.global_batch_size = {global_batch_size} must be a multiple of "
-                f"training.local_batch_size x data-parallel ranks = {local_batch_size} x {world_size}."
-            )
         if store.num_tokens < seq_len:
             raise ValueError(
                 f"training.seq_len = {seq_len} is longer than the training data, {store.num_tokens} tokens: "
                 "choose a shorter one or give more data."
             )
         assert 0 <= rank < world_size
+        assert global_batch_size % (local_batch_size * world_size) == 0
         self.store, self.seq_len, self.seed = store, seq_len, seed
         self.local_batch_size, self.global_batch_size = local_batch_size, global_batch_size
         self.rank, self.world_size, self.num_prefetch = rank, world_size, num_prefetch

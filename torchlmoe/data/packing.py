@@ -6,7 +6,7 @@ after the last document, one that is not stored): the model learns to stop, and 
 label exactly once, also at row boundaries. A document cut by a row boundary goes on in the next row as a
 document of its own.
 
-Only the last row can be short. It is filled with end tokens, a document of their own with IGNORE for labels.
+Only the last row can be short. It is filled with end tokens, a document of their own with IGNORE_INDEX for labels.
 """
 
 import numpy as np
@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from torchlmoe.data.store import TokenStore
-
-IGNORE = -100
+from torchlmoe.layers.cross_entropy import IGNORE_INDEX
 
 
 def num_rows(store: TokenStore, seq_len: int) -> int:
@@ -35,7 +34,7 @@ def max_documents(store: TokenStore, seq_len: int) -> int:
 def row(store: TokenStore, index: int, seq_len: int, max_docs: int) -> tuple[Tensor, Tensor, Tensor]:
     """Row `index` of the store; past the last row, one that is filling throughout.
 
-    Returns tokens int64 [seq_len], labels int64 [seq_len] (IGNORE where there is none) and document_bounds
+    Returns tokens int64 [seq_len], labels int64 [seq_len] (IGNORE_INDEX where there is none) and document_bounds
     int32 [max_docs + 1]: 0, the later documents' starts, and then `seq_len`.
     """
     begin = index * seq_len
@@ -43,7 +42,7 @@ def row(store: TokenStore, index: int, seq_len: int, max_docs: int) -> tuple[Ten
     length = min(seq_len, max(store.num_tokens - begin, 0))
     tokens_L = np.full(seq_len, store.end_id, dtype=np.int64)
     tokens_L[:length] = stream[:length]
-    labels_L = np.full(seq_len, IGNORE, dtype=np.int64)
+    labels_L = np.full(seq_len, IGNORE_INDEX, dtype=np.int64)
     labels_L[:length] = store.end_id
     labels_L[: max(len(stream) - 1, 0)] = stream[1:]
 

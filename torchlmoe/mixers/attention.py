@@ -16,7 +16,7 @@ from torchlmoe.layers.low_rank import LowRank
 from torchlmoe.layers.norms import RMSNorm
 from torchlmoe.layers.rotary import check_rotary_dim, rotary_phases, rotate
 from torchlmoe.layers.sequence import Sequence
-from torchlmoe.mixers.base import Mixer, split_heads
+from torchlmoe.mixers.base import InitStd, Mixer, NormEps, split_heads
 from torchlmoe.mixers.latent_attention import LatentKeyValues
 from torchlmoe.ops.packed_attention import cached_attention, packed_attention
 
@@ -61,8 +61,8 @@ class Attention(Mixer):
         value_dim: Annotated[
             int | None, Field(ge=1, description="With kv_rank: width of a value head; head_dim if unset.")
         ] = None,
-        norm_eps: float = 1e-6,
-        init_std: float = 0.02,
+        norm_eps: NormEps = 1e-6,
+        init_std: InitStd = 0.02,
     ):
         super().__init__()
         if kv_rank is not None and (num_kv_heads is not None or qk_norm):

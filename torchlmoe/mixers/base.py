@@ -2,15 +2,19 @@
 
 import inspect
 from dataclasses import dataclass
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import torch
+from pydantic import Field
 from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from torchlmoe.layers.initialization import normal_
 from torchlmoe.layers.sequence import Sequence
+
+NormEps = Annotated[float, Field(gt=0, description="Added under the root of every norm.")]
+InitStd = Annotated[float, Field(gt=0, description="Standard deviation of projections at the start.")]
 
 
 @dataclass(frozen=True)
@@ -111,9 +115,10 @@ class Mixer(nn.Module):
 
 def split_heads(dim: int, num_heads: int, what: str = "dim") -> int:
     """dim / num_heads, or a sentence that says why not."""
-    if dim % num_heads:
+    if dim == 0 or dim % num_heads:
         raise ValueError(
-            f"{what} = {dim} cannot be split into num_heads = {num_heads} heads; choose a divisor of {dim}."
+            f"{what} = {dim} cannot be split into num_heads = {num_heads} heads; make it a multiple of {num_heads}, "
+            "above 0, or choose another num_heads."
         )
     return dim // num_heads
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torchlmoe.layers.feature_maps import taylor_features
 from torchlmoe.layers.recurrence import recur_normalized
 from torchlmoe.layers.sequence import Sequence
+from torchlmoe.mixers.base import NormEps
 from torchlmoe.mixers.recurrent import RecurrentMixer
 
 
@@ -24,7 +25,7 @@ class Based(RecurrentMixer):
         *,
         num_heads: Annotated[int, Field(ge=1, description="Heads.")],
         feature_dim: Annotated[int, Field(ge=1, description="Width of a query or key before its feature map.")] = 16,
-        norm_eps: float = 1e-6,
+        norm_eps: NormEps = 1e-6,
         **options,
     ):
         super().__init__(dim, num_heads * feature_dim, dim, num_heads=num_heads, **options)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torchlmoe.layers.norms import RMSNorm
 from torchlmoe.layers.recurrence import recur, recur_normalized
 from torchlmoe.layers.sequence import Sequence
+from torchlmoe.mixers.base import NormEps
 from torchlmoe.mixers.recurrent import RecurrentMixer
 
 FEATURE_MAPS = {
@@ -34,7 +35,7 @@ class BasicLinearAttention(RecurrentMixer):
             Literal["identity", "elu", "relu", "silu", "softmax"], Field(description="phi, applied to q and k.")
         ] = "silu",
         normalizer: Annotated[bool, Field(description="Divide by the sum of the attention weights.")] = False,
-        norm_eps: float = 1e-6,
+        norm_eps: NormEps = 1e-6,
         **options,
     ):
         if normalizer and feature_map in ("identity", "silu"):

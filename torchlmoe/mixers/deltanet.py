@@ -17,7 +17,7 @@ from torchlmoe.layers.linear import Linear
 from torchlmoe.layers.norms import RMSNorm, l2_norm
 from torchlmoe.layers.recurrence import recur
 from torchlmoe.layers.sequence import Sequence
-from torchlmoe.mixers.base import split_heads
+from torchlmoe.mixers.base import NormEps, split_heads
 from torchlmoe.mixers.recurrent import ConvolvedMixer
 
 
@@ -39,7 +39,7 @@ class DeltaNet(ConvolvedMixer):
         negative_eigenvalues: Annotated[
             bool, Field(description="beta in (0, 2) in place of (0, 1) (arXiv 2411.12537).")
         ] = False,
-        norm_eps: float = 1e-6,
+        norm_eps: NormEps = 1e-6,
         **options,
     ):
         head_dim = head_dim or split_heads(dim, num_heads)

@@ -17,6 +17,7 @@ from torchlmoe.layers.initialization import constant_, normal_
 from torchlmoe.layers.linear import Linear
 from torchlmoe.layers.recurrence import OnlineGradient
 from torchlmoe.layers.sequence import Sequence
+from torchlmoe.mixers.base import NormEps
 from torchlmoe.mixers.recurrent import RecurrentMixer
 from torchlmoe.ops.online_gradient import online_gradient_flops_per_token
 
@@ -66,7 +67,7 @@ class FastWeightMixer(RecurrentMixer):
             int, Field(ge=1, description="Tokens whose gradients are taken at the same weights.")
         ] = 16,
         max_learning_rate: Annotated[float, Field(gt=0, description="Of the fast weights.")] = 1.0,
-        norm_eps: float = 1e-6,
+        norm_eps: NormEps = 1e-6,
         **options,
     ):
         super().__init__(dim, dim, dim, **options)

@@ -12,13 +12,14 @@ from torch import Tensor
 from torchlmoe.layers.decay_gate import DecayGate
 from torchlmoe.layers.linear import Linear
 from torchlmoe.layers.norms import GatedRMSNorm
+from torchlmoe.mixers.base import NormEps
 from torchlmoe.mixers.deltanet import DeltaNet
 
 
 class GatedDeltaNet(DeltaNet):
     decays = True
 
-    def __init__(self, dim: int, *, norm_eps: float = 1e-6, **options):
+    def __init__(self, dim: int, *, norm_eps: NormEps = 1e-6, **options):
         super().__init__(dim, norm_eps=norm_eps, **options)
         self.a_proj = Linear(dim, self.num_heads)
         self.decay = DecayGate(self.num_heads)

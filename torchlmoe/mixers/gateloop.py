@@ -23,6 +23,7 @@ from torchlmoe.layers.norms import GatedRMSNorm
 from torchlmoe.layers.recurrence import LinearRecurrence, recur
 from torchlmoe.layers.rotary import check_rotary_dim, rotate
 from torchlmoe.layers.sequence import Sequence
+from torchlmoe.mixers.base import NormEps
 from torchlmoe.mixers.recurrent import ExpandK, ExpandV, RecurrentMixer
 from torchlmoe.ops.linear_recurrence import recurrence_flops_per_token
 
@@ -31,7 +32,7 @@ class GateLoop(RecurrentMixer):
     decays = True
 
     def __init__(
-        self, dim: int, *, expand_k: ExpandK = 1.0, expand_v: ExpandV = 1.0, norm_eps: float = 1e-6, **options
+        self, dim: int, *, expand_k: ExpandK = 1.0, expand_v: ExpandV = 1.0, norm_eps: NormEps = 1e-6, **options
     ):
         key_width, value_width = int(dim * expand_k), int(dim * expand_v)
         super().__init__(dim, key_width, value_width, **options)

@@ -22,6 +22,7 @@ from torchlmoe.layers.low_rank import LowRank
 from torchlmoe.layers.norms import RMSNorm
 from torchlmoe.layers.recurrence import ElementwiseRecurrence, recur
 from torchlmoe.layers.sequence import Sequence
+from torchlmoe.mixers.base import NormEps
 from torchlmoe.mixers.recurrent import ExpandK, ExpandV, RecurrentMixer
 from torchlmoe.ops.elementwise_recurrence import elementwise_flops_per_token
 
@@ -37,7 +38,7 @@ class GatedFastWeights(RecurrentMixer):
         expand_v: ExpandV = 1.0,
         gate: Annotated[Literal["rank_one", "full"], Field(description="The gate on the state.")] = "rank_one",
         gate_rank: Annotated[int, Field(ge=1, description="Rank of a full gate's projection.")] = 16,
-        norm_eps: float = 1e-6,
+        norm_eps: NormEps = 1e-6,
         **options,
     ):
         key_width, value_width = int(dim * expand_k), int(dim * expand_v)

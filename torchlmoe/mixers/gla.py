@@ -16,6 +16,7 @@ from torchlmoe.layers.low_rank import LowRank
 from torchlmoe.layers.norms import GatedRMSNorm
 from torchlmoe.layers.recurrence import recur
 from torchlmoe.layers.sequence import Sequence
+from torchlmoe.mixers.base import NormEps
 from torchlmoe.mixers.recurrent import ExpandK, ExpandV, RecurrentMixer
 
 
@@ -30,7 +31,7 @@ class GatedLinearAttention(RecurrentMixer):
         expand_v: ExpandV = 1.0,
         gate_rank: Annotated[int, Field(ge=1, description="Rank of the decay's projection.")] = 16,
         gate_normalizer: Annotated[float, Field(gt=0, description="Divides the log decay.")] = 16.0,
-        norm_eps: float = 1e-6,
+        norm_eps: NormEps = 1e-6,
         **options,
     ):
         key_width, value_width = int(dim * expand_k), int(dim * expand_v)

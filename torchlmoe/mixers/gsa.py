@@ -21,6 +21,7 @@ from torchlmoe.layers.linear import Linear
 from torchlmoe.layers.norms import RMSNorm
 from torchlmoe.layers.recurrence import LinearRecurrence, recur
 from torchlmoe.layers.sequence import Sequence
+from torchlmoe.mixers.base import NormEps
 from torchlmoe.mixers.recurrent import ExpandK, ExpandV, RecurrentMixer
 from torchlmoe.ops.linear_recurrence import recurrence_flops_per_token
 
@@ -38,7 +39,7 @@ class GatedSlotAttention(RecurrentMixer):
             int | None, Field(ge=1, description="Slots of a head; a key head's width if unset.")
         ] = None,
         gate_normalizer: Annotated[float, Field(gt=0, description="Divides the log decay.")] = 8.0,
-        norm_eps: float = 1e-6,
+        norm_eps: NormEps = 1e-6,
         **options,
     ):
         value_width = int(dim * expand_v)

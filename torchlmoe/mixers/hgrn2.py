@@ -16,6 +16,7 @@ from torchlmoe.layers.initialization import constant_
 from torchlmoe.layers.norms import RMSNorm
 from torchlmoe.layers.recurrence import recur
 from torchlmoe.layers.sequence import Sequence
+from torchlmoe.mixers.base import NormEps
 from torchlmoe.mixers.recurrent import ExpandK, RecurrentMixer
 
 
@@ -39,7 +40,7 @@ class LowerBounds(nn.Module):
 class HGRN2(RecurrentMixer):
     decays = True
 
-    def __init__(self, dim: int, *, expand_k: ExpandK = 1.0, norm_eps: float = 1e-6, **options):
+    def __init__(self, dim: int, *, expand_k: ExpandK = 1.0, norm_eps: NormEps = 1e-6, **options):
         super().__init__(dim, int(dim * expand_k), dim, **options)
         self.norm = RMSNorm(dim, norm_eps)
 

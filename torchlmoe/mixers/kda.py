@@ -16,6 +16,7 @@ from torch import Tensor
 from torchlmoe.layers.decay_gate import DecayGate
 from torchlmoe.layers.low_rank import LowRank
 from torchlmoe.layers.norms import GatedRMSNorm
+from torchlmoe.mixers.base import NormEps
 from torchlmoe.mixers.deltanet import DeltaNet
 
 
@@ -29,7 +30,7 @@ class KimiDeltaAttention(DeltaNet):
         gate_rank: Annotated[
             int | None, Field(ge=1, description="Rank of the projections of decay and gate; a value head's if unset.")
         ] = None,
-        norm_eps: float = 1e-6,
+        norm_eps: NormEps = 1e-6,
         **options,
     ):
         super().__init__(dim, norm_eps=norm_eps, **options)

@@ -15,14 +15,14 @@ from torchlmoe.layers.linear import Linear
 from torchlmoe.layers.norms import GatedRMSNorm
 from torchlmoe.layers.recurrence import recur
 from torchlmoe.layers.sequence import Sequence
-from torchlmoe.mixers.base import Place
+from torchlmoe.mixers.base import NormEps, Place
 from torchlmoe.mixers.recurrent import RecurrentMixer
 
 
 class LightningAttention(RecurrentMixer):
     decays = True
 
-    def __init__(self, dim: int, place: Place | None = None, *, norm_eps: float = 1e-6, **options):
+    def __init__(self, dim: int, place: Place | None = None, *, norm_eps: NormEps = 1e-6, **options):
         super().__init__(dim, dim, dim, **options)
         place = place or Place()
         # As published, with a little of the decay left in the last layer.

@@ -22,7 +22,7 @@ from torchlmoe.layers.linear import Linear
 from torchlmoe.layers.recurrence import ElementwiseRecurrence, recur
 from torchlmoe.layers.sequence import Sequence
 from torchlmoe.layers.short_convolution import ShortConvolution
-from torchlmoe.mixers.base import Mixer, recurrent_state
+from torchlmoe.mixers.base import InitStd, Mixer, recurrent_state
 from torchlmoe.ops.elementwise_recurrence import elementwise_flops_per_token
 from torchlmoe.ops.linear_recurrence import Backend
 
@@ -62,10 +62,12 @@ class Mamba(Mixer):
         ] = None,
         conv_size: Annotated[int, Field(ge=1, description="Tokens that the short convolution sees.")] = 4,
         backend: Backend = "auto",
-        init_std: float = 0.02,
+        init_std: InitStd = 0.02,
     ):
         super().__init__()
         channels, self.step_rank = int(dim * expand), step_rank or math.ceil(dim / 16)
+        if channels == 0:
+            raise ValueError(f"expand = {expand} of dim = {dim} gives no channels; make it at least {1 / dim}.")
         self.channels, self.state_dim, self.init_std = channels, state_dim, init_std
         self.x_proj = Linear(dim, channels)
         self.gate_proj = Linear(dim, channels)

@@ -21,6 +21,7 @@ from torchlmoe.layers.linear import Linear
 from torchlmoe.layers.norms import GroupRMSNorm
 from torchlmoe.layers.recurrence import recur
 from torchlmoe.layers.sequence import Sequence
+from torchlmoe.mixers.base import NormEps
 from torchlmoe.mixers.recurrent import ConvolvedMixer, ExpandV
 
 
@@ -36,7 +37,7 @@ class Mamba2(ConvolvedMixer):
         expand_v: ExpandV = 2.0,
         min_step: Annotated[float, Field(ge=0, description="Least dt.")] = 0.0,
         max_step: Annotated[float | None, Field(gt=0, description="Largest dt; no limit if unset.")] = None,
-        norm_eps: float = 1e-6,
+        norm_eps: NormEps = 1e-6,
         **options,
     ):
         if max_step is not None and max_step < min_step:

@@ -23,7 +23,7 @@ from torchlmoe.layers.memories import Memories
 from torchlmoe.layers.recurrence import LinearRecurrence
 from torchlmoe.layers.router import Router
 from torchlmoe.layers.sequence import Sequence
-from torchlmoe.mixers.base import Mixer, Place
+from torchlmoe.mixers.base import InitStd, Mixer, NormEps, Place
 from torchlmoe.mixers.recurrent import RecurrentMixer
 from torchlmoe.ops.linear_recurrence import Backend
 
@@ -42,9 +42,9 @@ class MixtureOfMemories(Mixer):
         shared_memory: Annotated[bool, Field(description="One more memory, for every token.")] = True,
         aux_loss_weight: Annotated[float, Field(ge=0, description="Weight of the router's balance loss.")] = 1e-2,
         rope_base: Annotated[float, Field(gt=1, description="The inner mixer's, if it has phases.")] = 10_000.0,
-        norm_eps: float = 1e-6,
+        norm_eps: NormEps = 1e-6,
         backend: Backend = "auto",
-        init_std: float = 0.02,
+        init_std: InitStd = 0.02,
     ):
         super().__init__()
         from torchlmoe.mixers import MIXERS  # here, because the table holds this class too

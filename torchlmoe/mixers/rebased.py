@@ -9,11 +9,12 @@ from torch import Tensor
 
 from torchlmoe.layers.feature_maps import pair_products
 from torchlmoe.layers.norms import LayerNorm
+from torchlmoe.mixers.base import NormEps
 from torchlmoe.mixers.based import Based
 
 
 class ReBased(Based):
-    def __init__(self, dim: int, *, norm_eps: float = 1e-6, **options):
+    def __init__(self, dim: int, *, norm_eps: NormEps = 1e-6, **options):
         super().__init__(dim, norm_eps=norm_eps, **options)
         self.key_dim = self.feature_dim * (self.feature_dim + 1) // 2
         self.feature_norm = LayerNorm(self.feature_dim, norm_eps)

@@ -12,7 +12,7 @@ from torchlmoe.layers.recurrence import LinearRecurrence
 from torchlmoe.layers.sequence import Sequence
 from torchlmoe.layers.short_convolution import ShortConvolution
 from torchlmoe.layers.token_shift import TokenShift
-from torchlmoe.mixers.base import Mixer, recurrent_state, split_heads
+from torchlmoe.mixers.base import InitStd, Mixer, recurrent_state, split_heads
 from torchlmoe.ops.linear_recurrence import Backend, recurrence_flops_per_token
 
 ExpandK = Annotated[float, Field(gt=0, description="Width of all keys together, as a multiple of dim.")]
@@ -39,7 +39,7 @@ class RecurrentMixer(Mixer):
         *,
         num_heads: Annotated[int, Field(ge=1, description="Heads; where keys are shared, value heads.")],
         backend: Backend = "auto",
-        init_std: float = 0.02,
+        init_std: InitStd = 0.02,
     ):
         super().__init__()
         num_key_heads = num_key_heads or num_heads

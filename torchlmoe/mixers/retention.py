@@ -16,6 +16,7 @@ from torchlmoe.layers.norms import GatedRMSNorm
 from torchlmoe.layers.recurrence import recur
 from torchlmoe.layers.rotary import check_rotary_dim, rotary_phases, rotate
 from torchlmoe.layers.sequence import Sequence
+from torchlmoe.mixers.base import NormEps
 from torchlmoe.mixers.recurrent import ExpandV, RecurrentMixer
 
 
@@ -28,7 +29,7 @@ class Retention(RecurrentMixer):
         *,
         expand_v: ExpandV = 2.0,
         rope_base: Annotated[float, Field(gt=1, description="Base of the rotary wavelengths.")] = 10_000.0,
-        norm_eps: float = 1e-6,
+        norm_eps: NormEps = 1e-6,
         **options,
     ):
         value_width = int(dim * expand_v)

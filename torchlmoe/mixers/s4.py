@@ -21,7 +21,7 @@ from torchlmoe.layers.initialization import constant_, fill_, normal_, uniform_
 from torchlmoe.layers.linear import Linear
 from torchlmoe.layers.recurrence import ElementwiseRecurrence, recur
 from torchlmoe.layers.sequence import Sequence
-from torchlmoe.mixers.base import Mixer, recurrent_state
+from torchlmoe.mixers.base import InitStd, Mixer, recurrent_state
 from torchlmoe.ops.elementwise_recurrence import elementwise_flops_per_token
 from torchlmoe.ops.linear_recurrence import Backend
 
@@ -80,7 +80,7 @@ class S4(Mixer):
             Field(description="Frequencies of the state: the eigenvalues of HiPPO-LegS, or pi n (S4D-Lin)."),
         ] = "legs",
         backend: Backend = "auto",
-        init_std: float = 0.02,
+        init_std: InitStd = 0.02,
     ):
         super().__init__()
         if state_dim % 2:

@@ -18,6 +18,7 @@ from torchlmoe.layers.initialization import constant_
 from torchlmoe.layers.linear import Linear
 from torchlmoe.layers.norms import GatedRMSNorm, l2_norm
 from torchlmoe.layers.sequence import Sequence
+from torchlmoe.mixers.base import NormEps
 from torchlmoe.mixers.fast_weights import FastWeightMixer
 from torchlmoe.mixers.recurrent import ConvolvedMixer
 
@@ -27,7 +28,7 @@ class Titans(FastWeightMixer, ConvolvedMixer):
     has_momentum = True
     start_std = 1.0  # of M^T k, for a k of unit length
 
-    def __init__(self, dim: int, *, norm_eps: float = 1e-6, **options):
+    def __init__(self, dim: int, *, norm_eps: NormEps = 1e-6, **options):
         super().__init__(dim, norm_eps=norm_eps, **options)
         self.momentum_proj = Linear(dim, self.num_heads)
         self.momentum = LogSigmoidDecay(self.num_heads)

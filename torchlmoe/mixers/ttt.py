@@ -20,6 +20,7 @@ from torchlmoe.layers.norms import LayerNorm
 from torchlmoe.layers.rotary import check_rotary_dim, rotary_phases, rotate
 from torchlmoe.layers.sequence import Sequence
 from torchlmoe.layers.short_convolution import ShortConvolution
+from torchlmoe.mixers.base import NormEps
 from torchlmoe.mixers.fast_weights import FastWeightMixer
 
 
@@ -32,7 +33,7 @@ class TTT(FastWeightMixer):
         *,
         conv_size: Annotated[int, Field(ge=1, description="Tokens that the short convolutions see.")] = 4,
         rope_base: Annotated[float, Field(gt=1, description="Base of the rotary wavelengths.")] = 10_000.0,
-        norm_eps: float = 1e-6,
+        norm_eps: NormEps = 1e-6,
         **options,
     ):
         super().__init__(dim, norm_eps=norm_eps, **options)

@@ -98,7 +98,7 @@ class Decoder(nn.Module):
                 feed_forward = MoE(settings.dim, init_std=settings.init_std, **asdict(config.moe))
             else:
                 # 8/3 keeps the parameters of a SwiGLU those of a plain MLP of width 4.
-                hidden_dim = settings.mlp_dim or 16 * round(settings.dim * 8 / 3 / 16)
+                hidden_dim = settings.mlp_dim or 16 * max(1, round(settings.dim * 8 / 3 / 16))
                 feed_forward = MLP(settings.dim, hidden_dim, init_std=settings.init_std)
             place = Place(index, settings.num_layers, first=mixer not in seen)
             seen.add(mixer)

@@ -52,13 +52,16 @@ def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 
 @torch.no_grad()
-def clip_gradients(model: nn.Module, max_norm: float | None) -> torch.Tensor:
-    """Scales all gradients so that their 2-norm over all ranks is at most `max_norm`; returns the norm before that."""
+def clip_gradients(model: nn.Module, max_norm: float) -> torch.Tensor:
+    """Scales all gradients so that their 2-norm over all ranks is at most `max_norm`; returns the norm before that.
+
+    max_norm: 0 for no limit.
+    """
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
-    if max_norm is not None:
+    if max_norm > 0:
         # No look at the norm's value, for which the CPU would have to wait.
         factor = (max_norm / norm).clamp(max=1.0)
         torch._foreach_mul_([g.to_local() if isinstance(g, DTensor) else g for g in gradients], factor)

@@ -23,7 +23,7 @@ from torchlmoe.data.prepare import prepare
 from torchlmoe.data.store import TokenStore
 from torchlmoe.data.tokenizer import Tokenizer, load_tokenizer
 from torchlmoe.layers.cross_entropy import IGNORE_INDEX
-from torchlmoe.model.decoder import count_parameters
+from torchlmoe.model.decoder import build_on_meta, count_parameters
 from torchlmoe.parallel.failures import collective_failures
 from torchlmoe.parallel.mesh import build_mesh, choose_device, start_process_group, world_size_of_launch
 from torchlmoe.parallel.parallelize import build_model
@@ -109,6 +109,7 @@ class Trainer:
                 f"model.vocab_size = {vocab_size} is less than the {tokenizer.vocab_size} tokens of data.tokenizer = "
                 f"{data.tokenizer!r}; leave it unset or raise it."
             )
+        build_on_meta(self.config, vocab_size)  # so that sizes which do not fit are refused before all the tokenizing
 
         def store(split: str, max_tokens: int | None) -> TokenStore:
             return prepare(
