@@ -21,6 +21,10 @@ def name_of(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def is_published(folder: Path) -> bool:
+    return folder.is_dir() and _PUBLISHED.fullmatch(folder.resolve().name) is not None
+
+
 def published(root: Path) -> dict[int, Path]:
     """The checkpoints by step, the earliest first."""
     if not root.is_dir():
