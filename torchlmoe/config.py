@@ -176,7 +176,7 @@ class Validation(Table):
     enable: Annotated[bool, Field(description="Validate at intervals and at the end.")] = True
     interval: Annotated[int, Field(ge=1, description="Steps between validations.")] = 1000
     max_batches: Annotated[
-        int | None, Field(ge=1, description="Batches at intervals; all if unset. The last validation takes all.")
+        int | None, Field(ge=1, description="Batches at intervals, over all ranks; all if unset. The last takes all.")
     ] = None
     local_batch_size: Annotated[int | None, Field(ge=1, description="Rows at once; training's if unset.")] = None
 
