@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("process_group")
 
 
 @pytest.mark.parametrize("async_mode", ["disabled", "async"])
-def test_same_ranks_go_on_bit_for_bit(async_mode, corpus, tmp_path, monkeypatch):
+def test_same_ranks_go_on_bit_for_bit(async_mode, corpus, tmp_path, monkeypatch, caplog):
     write_data = CheckpointWriter.write_data
 
     def slowly(*arguments):
@@ -30,9 +30,11 @@ def test_same_ranks_go_on_bit_for_bit(async_mode, corpus, tmp_path, monkeypatch)
     extra = f"{GLOBAL_BATCH} --checkpoint.async_mode {async_mode} --metrics.tensorboard true --metrics.plot true"
     train(corpus, tmp_path / "whole", extra)
     folder = stopped_at_step_4(tmp_path / "whole", tmp_path / "again")
-    with (folder / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 9, "los')  # the row that was being written when the run was killed
+    metrics = folder / "metrics.jsonl"
+    # Lines that are no records, and the row that was being written when the run was killed.
+    metrics.write_text('3\n{"loss": 1}\n{"step": "2"}\n' + metrics.read_text() + '{"step": 9, "los')
     trainer = train(corpus, folder, extra)
+    assert f"Left out: line 3 of {metrics} is no record of a step." in caplog.messages
     assert trainer.checkpointer.saved_step == 8
     assert records(folder) == records(tmp_path / "whole")
     assert len(trainer.log.records) == 8  # of which the picture is drawn

@@ -1,6 +1,7 @@
 """Where a run's figures go: the console, `metrics.jsonl`, TensorBoard and a picture of the loss."""
 
 import json
+import logging
 import math
 import resource
 import sys
@@ -13,6 +14,8 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from torchlmoe.config import Metrics
+
+logger = logging.getLogger(__name__)
 
 
 class MetricsLog:
@@ -96,14 +99,16 @@ class MetricsLog:
 
 
 def _keep_rows(path: Path, last_step: int) -> list[dict[str, Any]]:
-    """Cuts metrics.jsonl down to the rows up to `last_step`, and returns them."""
+    """Cuts metrics.jsonl down to the rows up to `last_step`, and returns them; warns of lines that are none."""
     records: list[dict[str, Any]] = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+    for number, line in enumerate(path.read_text(errors="replace").splitlines() if path.exists() else [], start=1):
         try:
             record = json.loads(line)
-        except ValueError:  # half written when the run was killed
-            break
-        if record["step"] > last_step:
+            past = record["step"] > last_step
+        except (ValueError, TypeError, KeyError):  # half written when the run was killed, or not ours
+            logger.warning(f"Left out: line {number} of {path} is no record of a step.")
+            continue
+        if past:
             break
         records.append(record)
     kept = path.with_suffix(".partial")
