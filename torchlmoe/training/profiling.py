@@ -12,8 +12,9 @@ from torchlmoe.config import Profiling
 class StepProfiler:
     """Call `step` after every training step and `stop` after the last; does nothing unless enabled.
 
-    first_step: steps of the run that are done already. Writes <dump_folder>/profile/step_<last traced step>_rank_<rank>.json.gz, for chrome://tracing or ui.perfetto.dev,
+    Writes <dump_folder>/profile/step_<last traced step>_rank_<rank>.json.gz, for chrome://tracing or ui.perfetto.dev,
     and on request the same with .pickle, for pytorch.org/memory_viz. Raises ValueError for a snapshot without CUDA.
+    first_step: steps of the run that are done already.
     """
 
     def __init__(self, settings: Profiling, dump_folder: Path, rank: int, device: torch.device, first_step: int = 0):

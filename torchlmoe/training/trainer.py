@@ -90,7 +90,7 @@ class Trainer:
         if self.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "config.toml").write_text(to_toml(config))
-        self.profiler = StepProfiler(config.profiling, folder, self.rank, self.device)
+        self.profiler = StepProfiler(config.profiling, folder, self.rank, self.device, self.progress.step)
         self.log = MetricsLog(
             folder,
             config.metrics,
