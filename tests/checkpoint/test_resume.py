@@ -87,6 +87,12 @@ def test_another_model_or_order_of_data_is_refused(single, corpus, tmp_path):
         with pytest.raises(ValueError, match=r"start a new run in another job\.dump_folder") as error:
             Trainer(load_config(arguments(corpus, folder, f"{LOSS_FREE} {extra}")))
         assert sentence in str(error.value)
+    more = shutil.copytree(corpus, tmp_path / "more", ignore=shutil.ignore_patterns("cache"))
+    with (more / "train.jsonl").open("a") as file:
+        file.write('{"text": "One more."}\n')
+    for extra in (f"--data.dataset {more}", "--data.max_tokens 2000"):
+        with pytest.raises(ValueError, match=r"data\.num_tokens is .*: give the same training data"):
+            Trainer(load_config(arguments(corpus, folder, f"{LOSS_FREE} {extra}")))
     tokenizer = json.loads((single / "checkpoints/step-00000008/tokenizer.json").read_text())
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer, indent=3))
     with pytest.raises(ValueError, match=r"data\.tokenizer is .sha256"):

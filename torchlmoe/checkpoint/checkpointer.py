@@ -21,6 +21,7 @@ from torchlmoe.checkpoint.state import OptimizerState, load_tensors, model_state
 from torchlmoe.checkpoint.writer import CheckpointWriter
 from torchlmoe.config import Config
 from torchlmoe.config_loader import to_toml
+from torchlmoe.data.store import TokenStore
 from torchlmoe.data.tokenizer import Tokenizer
 from torchlmoe.model.decoder import Decoder
 from torchlmoe.parallel.failures import cause_of
@@ -42,6 +43,7 @@ class Checkpointer:
         model: Decoder,
         optimizer: torch.optim.Optimizer,
         tokenizer: Tokenizer,
+        store: TokenStore,
         *,
         vocab_size: int,
         global_batch_size: int,
@@ -52,7 +54,8 @@ class Checkpointer:
         if not self.settings.enable:
             return
         self.model, self.optimizer_state = model, OptimizerState(model, optimizer)
-        self.fixed = fixed_of_model(config, tokenizer, vocab_size) | fixed_of_run(config, global_batch_size)
+        self.fixed = fixed_of_model(config, tokenizer, vocab_size)
+        self.fixed |= fixed_of_run(config, global_batch_size, store)
         self.tokens_per_step = global_batch_size * config.training.seq_len
         self.files = {"config.toml": to_toml(config).encode(), "tokenizer.json": tokenizer.content}
         # Of its own: a save in the background must not take turns with the step's collectives.

@@ -14,6 +14,7 @@ import torch
 import torchlmoe
 from torchlmoe.config import Config
 from torchlmoe.config_loader import layer_options
+from torchlmoe.data.store import TokenStore
 from torchlmoe.data.tokenizer import Tokenizer
 
 # How it is computed or balanced or was drawn, not what it is. `layers` are looked at resolved, letter by letter.
@@ -51,7 +52,7 @@ def fixed_of_model(config: Config, tokenizer: Tokenizer, vocab_size: int) -> dic
     }
 
 
-def fixed_of_run(config: Config, global_batch_size: int) -> dict[str, Any]:
+def fixed_of_run(config: Config, global_batch_size: int, store: TokenStore) -> dict[str, Any]:
     """What the optimizer's state and the order of data hang on, as `fixed_of_model`."""
     training = config.training
     # Masters are at least float32: bfloat16 and float32 runs hold the same tensors.
@@ -62,6 +63,8 @@ def fixed_of_run(config: Config, global_batch_size: int) -> dict[str, Any]:
         "training.seq_len": training.seq_len,
         "training.global_batch_size": global_batch_size,
         "optimizer.name": config.optimizer.name,
+        "data.num_tokens": store.num_tokens,
+        "data.num_documents": store.num_documents,
     }
 
 
@@ -81,7 +84,10 @@ def check_same(saved: dict[str, Any], ours: dict[str, Any], folder: Path) -> Non
     """Raises ValueError naming the first fixed setting that is not as in the checkpoint `folder`."""
     for name, value in ours.items():
         if name in saved and saved[name] != value:
+            # Of the order of data, which is no setting of its own.
+            of_data = name in ("data.num_tokens", "data.num_documents")
+            remedy = "give the same training data and data.max_tokens again" if of_data else "set it to that"
             raise ValueError(
-                f"{name} is {value!r}, but the run that saved {folder} had {saved[name]!r}: set it to that, or start a "
-                "new run in another job.dump_folder."
+                f"{name} is {value!r}, but the run that saved {folder} had {saved[name]!r}: {remedy}, or start a new "
+                "run in another job.dump_folder."
             )

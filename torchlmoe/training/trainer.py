@@ -50,40 +50,41 @@ class Trainer:
         train_store, self.validation_store, tokenizer, vocab_size = self._prepare_data()
         with collective_failures("start-up", config.parallelism.timeout_seconds):
             start_process_group(self.device, config.parallelism.timeout_seconds)
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        if config.training.deterministic:
-            torch.use_deterministic_algorithms(True)
-            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a debugging aid that costs time
+            self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+            if config.training.deterministic:
+                torch.use_deterministic_algorithms(True)
+                torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a debugging aid that costs time
 
-        training = config.training
-        self.global_batch_size = training.global_batch_size or training.local_batch_size * self.world_size
-        self.mesh = build_mesh(config.parallelism, self.device.type)
-        self.model = build_model(config, vocab_size, self.mesh, self.device)
-        self.optimizer = build_optimizer(self.model, config.optimizer)
-        self.loader = TrainLoader(
-            train_store,
-            seq_len=training.seq_len,
-            local_batch_size=training.local_batch_size,
-            global_batch_size=self.global_batch_size,
-            rank=self.rank,
-            world_size=self.world_size,
-            seed=training.seed,
-            num_prefetch=config.data.num_prefetch,
-        )
-        self.flops_per_token = 3 * self.model.flops_per_token(training.seq_len)  # backward costs two forwards
-        peak = config.metrics.peak_tflops
-        dtype = getattr(torch, training.dtype)
-        self.peak_flops = peak_flops(self.device, dtype) if peak is None else 1e12 * peak
-        folder = Path(config.job.dump_folder)
-        self.checkpointer = Checkpointer(
-            folder / "checkpoints",
-            config,
-            self.model,
-            self.optimizer,
-            tokenizer,
-            vocab_size=vocab_size,
-            global_batch_size=self.global_batch_size,
-        )
+            training = config.training
+            self.global_batch_size = training.global_batch_size or training.local_batch_size * self.world_size
+            self.mesh = build_mesh(config.parallelism, self.device.type)
+            self.model = build_model(config, vocab_size, self.mesh, self.device)
+            self.optimizer = build_optimizer(self.model, config.optimizer)
+            self.loader = TrainLoader(
+                train_store,
+                seq_len=training.seq_len,
+                local_batch_size=training.local_batch_size,
+                global_batch_size=self.global_batch_size,
+                rank=self.rank,
+                world_size=self.world_size,
+                seed=training.seed,
+                num_prefetch=config.data.num_prefetch,
+            )
+            self.flops_per_token = 3 * self.model.flops_per_token(training.seq_len)  # backward costs two forwards
+            peak = config.metrics.peak_tflops
+            dtype = getattr(torch, training.dtype)
+            self.peak_flops = peak_flops(self.device, dtype) if peak is None else 1e12 * peak
+            folder = Path(config.job.dump_folder)
+            self.checkpointer = Checkpointer(
+                folder / "checkpoints",
+                config,
+                self.model,
+                self.optimizer,
+                tokenizer,
+                train_store,
+                vocab_size=vocab_size,
+                global_batch_size=self.global_batch_size,
+            )
         with collective_failures("loading the checkpoint", config.parallelism.timeout_seconds):
             self.progress = self.checkpointer.load()
         self.stop_request, self.stopping = StopRequest(), False
