@@ -1,19 +1,18 @@
 """What can go wrong while training: each ends in one sentence, in bounded time, and what was saved stays whole."""
 
 import os
-import resource
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from tests.checkpoint.conftest import arguments, records, train
+from tests.conftest import files_at_most
 from torchlmoe.checkpoint.folders import published
 from torchlmoe.checkpoint.manifest import verify
 from torchlmoe.config_loader import load_config
@@ -101,17 +100,6 @@ def test_data_that_vanishes(damage, sentence, corpus, tmp_path):
     assert "the tokens are built again" in str(error.value)
     assert trainer.progress.step < 12
     assert all_whole(tmp_path / "run")[:1] == [4]
-
-
-@contextmanager
-def files_at_most(num_bytes):
-    """As if the disk were full beyond: writing fails with an OSError."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("async_mode", ["disabled", "async"])
