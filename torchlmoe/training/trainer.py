@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 
 from torchlmoe.checkpoint.checkpointer import Checkpointer
 from torchlmoe.config import Config
@@ -48,6 +49,8 @@ class Trainer:
         self.device = choose_device(config.training.device)
         # Before the ranks are joined: while one tokenizes for an hour, no collective waits and times out.
         train_store, self.validation_store, tokenizer, vocab_size = self._prepare_data()
+        folder = Path(config.job.dump_folder)
+        self.lock = _lock(folder) if os.environ.get("RANK", "0") == "0" else None
         with collective_failures("start-up", config.parallelism.timeout_seconds):
             start_process_group(self.device, config.parallelism.timeout_seconds)
             self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
@@ -74,7 +77,6 @@ class Trainer:
             peak = config.metrics.peak_tflops
             dtype = getattr(torch, training.dtype)
             self.peak_flops = peak_flops(self.device, dtype) if peak is None else 1e12 * peak
-            folder = Path(config.job.dump_folder)
             self.checkpointer = Checkpointer(
                 folder / "checkpoints",
                 config,
@@ -89,7 +91,6 @@ class Trainer:
             self.progress = self.checkpointer.load()
         self.stop_request, self.stopping = StopRequest(), False
         if self.rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
             (folder / "config.toml").write_text(to_toml(config))
         self.profiler = StepProfiler(config.profiling, folder, self.rank, self.device, self.progress.step)
         self.log = MetricsLog(
@@ -174,6 +175,8 @@ class Trainer:
         self.loader.close()
         self.profiler.stop()
         self.log.close()
+        if self.lock is not None:
+            self.lock.release()
         if self.stopping:
             self._say_how_it_stopped()
         return record
@@ -279,6 +282,19 @@ class Trainer:
             }
             figures |= {f"{name}/{key}": value for key, value in layer_figures.items()}
         return figures
+
+
+def _lock(folder: Path) -> FileLock:
+    """Held by this process until it ends, however it does: a second run would spoil the first one's files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", timeout=0, thread_local=False, is_singleton=True)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(
+            f"Another run writes to {folder}: wait for its end, or set job.dump_folder to a folder of this run's own."
+        ) from None
+    return lock
 
 
 def _start_logging() -> None:
