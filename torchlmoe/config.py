@@ -167,7 +167,7 @@ class Checkpoint(Table):
         Literal["disabled", "async"], Field(description="async: a background thread writes while training goes on.")
     ] = "disabled"
     load_step: Annotated[
-        int | None, Field(ge=0, description="Go on from the checkpoint of this step; the latest if unset.")
+        int | None, Field(ge=0, description="Go back to the checkpoint of this step, once; the latest if unset.")
     ] = None
 
 

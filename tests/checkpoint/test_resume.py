@@ -1,8 +1,11 @@
 """A run that goes on, bit for bit; what may change and what may not."""
 
 import json
+import os
 import shutil
+import signal
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from tests.checkpoint.conftest import GLOBAL_BATCH, LOSS_FREE, arguments, record
 from torchlmoe.checkpoint.folders import published
 from torchlmoe.checkpoint.writer import CheckpointWriter
 from torchlmoe.config_loader import load_config
+from torchlmoe.training import validation
 from torchlmoe.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -60,11 +64,54 @@ def test_checkpoints_come_and_go(corpus, tmp_path):
     names = {path.name for path in root.iterdir()}
     assert names == {f"step-0000000{n}" for n in (6, 7, 8)} | {f"step-0000000{n}.abandoned" for n in (7, 8)}
     assert "load_step" not in (tmp_path / "config.toml").read_text()
-    finished = train(corpus, tmp_path, extra)  # the same command once more finds all done
-    assert finished.progress.step == 8
-    assert len(records(tmp_path)) == 8
+    for same in (extra, f"{extra} --checkpoint.load_step 6"):  # the same command once more finds all done
+        assert train(corpus, tmp_path, same).progress.step == 8
+        assert len(records(tmp_path)) == 8
+        assert {path.name for path in root.iterdir()} == names
+    first = {name: (root / name / "manifest.json").read_bytes() for name in names if "abandoned" in name}
+    train(corpus, tmp_path, f"{extra} --checkpoint.load_step 7 --optimizer.lr 1e-2")
+    assert {path.name for path in root.iterdir()} == names | {"step-00000008.abandoned-2"}
+    assert first == {name: (root / name / "manifest.json").read_bytes() for name in first}
+    (root / "step-00000008/run.json").write_text("")
+    with pytest.raises(ValueError, match=r"run\.json has 0 bytes"):
+        train(corpus, tmp_path, extra)
     with pytest.raises(ValueError, match=r"checkpoint.load_step = 5 is not in .*; there are: 6, 7, 8\."):
         train(corpus, tmp_path, "--checkpoint.load_step 5")
+
+
+def ask_to_stop():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def fail():
+    raise RuntimeError("the machine is gone")
+
+
+@pytest.mark.parametrize("step", [3, 8])
+@pytest.mark.parametrize("end", [ask_to_stop, fail])
+def test_a_validation_that_was_cut_off_is_made_up_for(end, step, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(validation, "BATCHES_BETWEEN_LOOKS", 1)
+    extra = f"{GLOBAL_BATCH} --validation.enable true --validation.interval 3"
+    train(corpus, tmp_path / "whole", extra)
+    folder = tmp_path / "cut"
+    trainer = Trainer(load_config(arguments(corpus, folder, extra)))
+    batches = []
+
+    def hook(model, *_):
+        if not model.training and trainer.progress.step == step:
+            batches.append(1)
+            end()
+
+    trainer.model.register_forward_hook(hook)
+    with pytest.raises(RuntimeError, match="is gone") if end is fail else nullcontext():
+        trainer.train()
+    assert len(batches) == 1
+    assert records(folder) == records(tmp_path / "whole")[: step - 1]
+    assert max(published(folder / "checkpoints"), default=0) == (0 if end is fail and step == 3 else step)
+    assert not (folder / "finished").exists()
+    train(corpus, folder, extra)
+    assert records(folder) == records(tmp_path / "whole")
+    assert (folder / "finished").exists()
 
 
 CHANGED = {

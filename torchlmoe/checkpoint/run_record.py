@@ -5,7 +5,7 @@ rate, intervals, backends, recomputation, parallel degrees.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,16 @@ _FREE = {
 
 @dataclass
 class Progress:
-    """How far a run has come. step: optimizer steps done, skipped ones included."""
+    """How far a run has come.
+
+    step: optimizer steps done, skipped ones included.
+    record: what is to be logged of that step, before its validation; empty where nothing is. A checkpoint is written
+        before both, so that a run which goes on from it can make up for them.
+    """
 
     step: int = 0
     skipped_steps: int = 0
+    record: dict[str, Any] = field(default_factory=dict)
 
 
 def fixed_of_model(config: Config, tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
@@ -78,6 +84,14 @@ def read_run(folder: Path) -> tuple[Progress, dict[str, Any]]:
     """Progress and fixed settings of a checkpoint."""
     run = json.loads((folder / "run.json").read_text())
     return Progress(**run["progress"]), run["fixed"]
+
+
+def load_step_of(folder: Path) -> int | None:
+    """The checkpoint.load_step of the run that saved a checkpoint; None also where run.json is damaged."""
+    try:
+        return json.loads((folder / "run.json").read_text())["load_step"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
 
 
 def check_same(saved: dict[str, Any], ours: dict[str, Any], folder: Path) -> None:

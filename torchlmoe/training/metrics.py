@@ -42,6 +42,11 @@ class MetricsLog:
         tensorboard = str(folder / "tensorboard")
         self._tensorboard = SummaryWriter(tensorboard, purge_step=first_step + 1) if settings.tensorboard else None
 
+    @property
+    def last_step(self) -> int:
+        """The last that is logged, 0 where none is; known to the first rank."""
+        return self.records[-1]["step"] if self.records else 0
+
     def log(self, record: dict[str, Any]) -> None:
         """record: `step` and figures by name; a list goes to metrics.jsonl only, what is not finite nowhere.
 
@@ -82,9 +87,10 @@ class MetricsLog:
             parts.append(f"{record['memory_gib']:.2f} GiB")
         if "val_loss" in record:
             parts.append(f"val_loss {record['val_loss']:.4f}  val_bits_per_byte {record['val_bits_per_byte']:.4f}")
-        seconds_per_step = (time.monotonic() - self._started) / (step - self.first_step)
-        remaining = seconds_per_step * (self.num_steps - step)
-        return "  ".join([*parts, f"eta {duration(remaining)}"])
+        if step > self.first_step:
+            seconds_per_step = (time.monotonic() - self._started) / (step - self.first_step)
+            parts.append(f"eta {duration(seconds_per_step * (self.num_steps - step))}")
+        return "  ".join(parts)
 
     def close(self) -> None:
         if not self.active:

@@ -90,7 +90,9 @@ class Trainer:
         with collective_failures("loading the checkpoint", config.parallelism.timeout_seconds):
             self.progress = self.checkpointer.load()
         self.stop_request, self.stopping = StopRequest(), False
+        self.stamp = folder / "finished"  # there once all steps are done and logged
         if self.rank == 0:
+            self.stamp.unlink(missing_ok=True)
             (folder / "config.toml").write_text(to_toml(config))
         self.profiler = StepProfiler(config.profiling, folder, self.rank, self.device, self.progress.step)
         self.log = MetricsLog(
@@ -146,40 +148,74 @@ class Trainer:
     def train(self) -> dict[str, Any]:
         """Runs the steps that are left, fewer if a signal asks to stop, and returns the last logged record."""
         settings, steps = self.config.metrics, self.config.training.steps
+        timeout = self.config.parallelism.timeout_seconds
         tokens_per_step = self.global_batch_size * self.config.training.seq_len
-        record: dict[str, Any] = self.log.records[-1] if self.log.records else {}
         timed_steps, begin = 0, time.perf_counter()
         with self.stop_request:
+            with collective_failures(f"step {self.progress.step}", timeout):
+                if self._was_cut_off():
+                    self._validate_and_log()
             while self.progress.step < steps and not self.stopping:
                 step = self.progress.step + 1
-                with collective_failures(f"step {step}", self.config.parallelism.timeout_seconds):
+                with collective_failures(f"step {step}", timeout):
                     totals, grad_norm, lr = self.train_step(step - 1)
                     self.profiler.step()
                     timed_steps += 1
-                    validates = self.validation_store is not None and (
-                        step == steps or step % self.config.validation.interval == 0
-                    )
-                    if step == 1 or step == steps or step % settings.log_freq == 0 or validates:
+                    self.progress.record = {}
+                    if step in (1, steps) or step % settings.log_freq == 0 or self._validates(step):
                         speed = timed_steps * tokens_per_step / (time.perf_counter() - begin)
-                        record = self._record(step, totals, grad_norm, lr, speed)
-                        if validates:
-                            assert self.validation_store is not None
-                            record |= validate(
-                                self.model, self.validation_store, self.config, whole=step == steps, say=self.log.say
-                            )
-                        self.log.log(record)
-                        timed_steps, begin = 0, time.perf_counter()
+                        self.progress.record = self._record(step, totals, grad_norm, lr, speed)
                     paused = time.perf_counter()
+                    # Before the validation, whose end is not needed to go on.
                     self.checkpointer.after_step(self.progress, last=step == steps or self.stopping)
                     begin += time.perf_counter() - paused
+                    if self.progress.record:
+                        self._validate_and_log()
+                        timed_steps, begin = 0, time.perf_counter()
+        self._end()
+        return self.log.records[-1] if self.log.records else {}
+
+    def _validates(self, step: int) -> bool:
+        last = step == self.config.training.steps
+        return self.validation_store is not None and (last or step % self.config.validation.interval == 0)
+
+    def _was_cut_off(self) -> bool:
+        """Whether the run that goes on here had saved its last step, but not come to log it."""
+        owed = bool(self.progress.record) and self.log.last_step < self.progress.step
+        owed_by_first = torch.tensor(float(owed and self.rank == 0), device=self.device)
+        dist.all_reduce(owed_by_first)
+        return owed_by_first.item() > 0
+
+    def _validate_and_log(self) -> None:
+        """Finishes the last step, unless a signal cuts its validation off: then the run that goes on does it."""
+        figures: dict[str, float] | None = {}
+        if self._validates(self.progress.step):
+            assert self.validation_store is not None
+            figures = validate(
+                self.model,
+                self.validation_store,
+                self.config,
+                whole=self.progress.step == self.config.training.steps,
+                say=self.log.say,
+                asked_to_stop=lambda: self.stop_request.name is not None,
+            )
+        if figures is None:
+            self.stopping = True
+            self.checkpointer.after_step(self.progress, last=True)
+        else:
+            self.log.log(self.progress.record | figures)
+
+    def _end(self) -> None:
         self.loader.close()
         self.profiler.stop()
         self.log.close()
+        finished = self.log.last_step == self.progress.step >= self.config.training.steps
+        if self.rank == 0 and finished:
+            self.stamp.touch()
         if self.lock is not None:
             self.lock.release()
-        if self.stopping:
+        if self.stopping and not finished:
             self._say_how_it_stopped()
-        return record
 
     def train_step(self, index: int) -> tuple[torch.Tensor, torch.Tensor, float]:
         """Step `index` (from 0); returns the summed figures (see `_totals`), gradient norm and learning rate."""

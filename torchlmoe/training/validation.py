@@ -16,15 +16,23 @@ from torchlmoe.model.decoder import Decoder
 from torchlmoe.training.metrics import duration
 
 SECONDS_BETWEEN_LINES = 5.0
+BATCHES_BETWEEN_LOOKS = 4  # a look at who asks to stop waits for all ranks
 
 
 @torch.no_grad()
 def validate(
-    model: Decoder, store: TokenStore, config: Config, *, whole: bool, say: Callable[[str], None]
-) -> dict[str, float]:
+    model: Decoder,
+    store: TokenStore,
+    config: Config,
+    *,
+    whole: bool,
+    say: Callable[[str], None],
+    asked_to_stop: Callable[[], bool],
+) -> dict[str, float] | None:
     """Loss (nats per token) and bits per byte of text, of the whole split or its first `validation.max_batches`.
 
     All ranks call it. say: takes a line now and then about how far it has come.
+    asked_to_stop: asked of every rank between batches; if one says so, all of them return None soon after.
     """
     settings, training = config.validation, config.training
     options: dict[str, Any] = dict(
@@ -40,6 +48,11 @@ def validate(
     num_rows, world_size = num_validation_rows(store, **options), dist.get_world_size()
     batches = validation_batches(store, rank=dist.get_rank(), world_size=world_size, **options)
     for index, batch in enumerate(batches, start=1):
+        if (index - 1) % BATCHES_BETWEEN_LOOKS == 0:
+            num_stops = sums.new_tensor(asked_to_stop())
+            dist.all_reduce(num_stops)
+            if num_stops > 0:
+                return None
         batch = batch.to(device)
         sums[0] += model(batch["tokens"], batch["document_bounds"], batch["labels"])
         sums[1] += (batch["labels"] != IGNORE_INDEX).sum()
