@@ -11,13 +11,13 @@ SOURCES := train.py $(CONFIG) $(shell find torchlmoe kernels assets -name '*.py'
 
 .PHONY: train test lint clean
 
-train: $(RUN)/loss_curve.png
+train: $(RUN)/finished
 	@tail -n 1 $(RUN)/metrics.jsonl | $(BIN)/python -c "import json, sys; r = json.load(sys.stdin); \
 	print(f\"step {r['step']}: validation loss {r['val_loss']:.4f}, {r['val_bits_per_byte']:.4f} bits per byte\")"
 	@echo "loss curve: $(RUN)/loss_curve.png"
 	@$(BIN)/python -m torchlmoe.generate --checkpoint $(RUN) --temperature 0.7 --prompt "It is a truth universally acknowledged"
 
-$(RUN)/loss_curve.png: $(VENV)/installed $(SOURCES)
+$(RUN)/finished: $(VENV)/installed $(SOURCES)
 	@# A finished run is set aside; one that was interrupted goes on from its last checkpoint.
 	@if [ -e $@ ]; then rm -rf $(RUN).before && mv $(RUN) $(RUN).before; fi
 	$(BIN)/python train.py --job.config_file $(CONFIG)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import arguments, show
-from torchlmoe.config_loader import load_config
+from torchlmoe.config_loader import batch_sizes, load_config
 
 CONFIG = "train_configs/debug.toml"
 CASES = {
@@ -34,8 +34,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=3, help="training time of each run")
     options = parser.parse_args()
     config = load_config(["--job.config_file", CONFIG])
-    rows_per_step = config.training.global_batch_size or config.training.local_batch_size
-    tokens_per_step = rows_per_step * config.training.seq_len
+    tokens_per_step = batch_sizes(config.training, 1)[1] * config.training.seq_len
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

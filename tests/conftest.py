@@ -1,8 +1,10 @@
-"""A small corpus, and functions on real gloo processes, for every test that needs them."""
+"""A small corpus, a disk that is full, and functions on real gloo processes, for every test that needs them."""
 
 import json
 import os
+import resource
 import socket
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,17 @@ def corpus(tmp_path_factory) -> Path:
     for split, part in (("train", documents), ("validation", documents[:5])):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
     return folder
+
+
+@contextmanager
+def files_at_most(num_bytes):
+    """As if the disk were full beyond: writing fails with an OSError."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def run_on_ranks(world_size: int, function, *args) -> None:

@@ -7,11 +7,15 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch.distributed as dist
+from filelock import FileLock
 
 import train
 from torchlmoe.command import run
@@ -24,7 +28,7 @@ SMALL = """--model.dim 32 --model.num_layers 2 --model.layer_pattern LN --model.
 
 
 @pytest.fixture(scope="module")
-def place(corpus, tmp_path_factory) -> Path:
+def place(corpus, tmp_path_factory) -> Iterator[Path]:
     """A folder with a finished run, prepared data, and files that are not what they should be."""
     place = tmp_path_factory.mktemp("bad")
     for split in ("train", "validation"):
@@ -41,6 +45,11 @@ def place(corpus, tmp_path_factory) -> Path:
     (place / "numbers.jsonl").write_text('{"text": 3}\n')
     (place / "other.jsonl").write_text('{"content": "text"}\n')
     (place / "fake.parquet").write_bytes(b"PAR1 nothing")
+    pq.write_table(pa.table({"text": ["whole"] * 9}), place / "torn.parquet")
+    with (place / "torn.parquet").open("r+b") as file:
+        file.seek(4)
+        file.write(b"\xff" * 20)
+    (place / "book.txt").write_text("Call me Ishmael. " * 99)
     (place / "tokenizer.json").write_text("{}")
     (place / "file").write_text("")
     damaged = shutil.copytree(place / "run", place / "damaged") / "checkpoints" / "step-00000002"
@@ -58,7 +67,9 @@ def place(corpus, tmp_path_factory) -> Path:
     shutil.copytree(place / "cache", place / "cut_tokens")
     for tokens in (place / "cut_tokens").glob("bad*-train-*/tokens_00000.bin"):
         os.truncate(tokens, 100)
-    return place
+    (place / "busy").mkdir()
+    with FileLock(place / "busy" / ".lock"):  # as a run holds it that goes on
+        yield place
 
 
 CASES = {
@@ -79,6 +90,8 @@ CASES = {
     "--data.dataset {place}/numbers.jsonl": "Column 'text' of {place}/numbers.jsonl holds int, not text",
     "--data.dataset {place}/other.jsonl": "other.jsonl has no column 'text': set data.text_column to one it has",
     "--data.dataset {place}/fake.parquet": "fake.parquet cannot be read",
+    "--data.dataset {place}/torn.parquet": "torn.parquet cannot be read",
+    "--data.dataset {place}/book.txt": "give a data.validation_dataset, set validation.enable = false, or",
     "--data.tokenizer {place}/nowhere": 'is not there: give "embedded", a tokenizer.json or a folder.',
     "--data.tokenizer {place}/tokenizer.json": "tokenizer.json is not a tokenizer.json that this version",
     "--data.end_token <|nothing|>": "has no end token <|nothing|>",
@@ -103,6 +116,7 @@ CASES = {
     "--lr_scheduler.warmup_steps 30": "lr_scheduler.warmup_steps = 30 is more than training.steps = 2",
     "--training.device cuda": "training.device = 'cuda' needs a GPU",
     "--job.dump_folder {place}/file/run": "{place}/file/run: Not a directory.",
+    "--job.dump_folder {place}/busy": "Another run writes to {place}/busy: wait for its end",
     "--checkpoint.load_step 7 --job.dump_folder {place}/run": "checkpoint.load_step = 7 is not in {place}/run",
     "--checkpoint.load_step 2 --checkpoint.enable false": "checkpoint.load_step = 2 is of no use",
     "--job.dump_folder {place}/damaged": "is damaged: its content does not have the checksum that was written",

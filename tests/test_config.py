@@ -9,7 +9,7 @@ import pytest
 import tomli
 
 from torchlmoe.config import Config
-from torchlmoe.config_loader import ConfigError, check_degrees, load_config, to_toml
+from torchlmoe.config_loader import ConfigError, batch_sizes, check_degrees, load_config, to_toml
 from torchlmoe.settings_reference import markdown
 
 ROOT = Path(__file__).parent.parent
@@ -108,7 +108,6 @@ BAD = {
     "--parallelism.attention_context_parallel ulysses": "= 'ulysses' is not supported yet; leave it at 'all_gather'.",
     "--parallelism.tensor_parallel_degree 2": "tensor_parallel_degree = 2 is not supported yet; leave it at 1.",
     "--float8.enable true --training.dtype float64": "needs training.dtype = 'bfloat16' or 'float32'; it is 'float64'.",
-    "--float8.enable true --training.seq_len 3": "needs a multiple of 16 tokens at once; training.local_batch_size *",
     "--activation_checkpoint.mode some": "it should be 'none', 'selective' or 'full'.",
     "--profiling.num_steps 9 --profiling.interval 9": "num_steps = 9 must be less than profiling.interval = 9",
     "--lr_scheduler.warmup_steps 1000": "warmup_steps = 1000 is more than training.steps = 100",
@@ -141,7 +140,19 @@ def test_degrees():
     with pytest.raises(ConfigError, match=r"data_parallel_shard_degree = 0 is impossible"):
         check_degrees(load("--parallelism.data_parallel_shard_degree 0"), 4)
     with pytest.raises(ConfigError, match=r"global_batch_size = 12 must be a multiple of .* 8 x 4 = 32"):
-        check_degrees(load("--training.global_batch_size 12"), 4)
+        check_degrees(load("--training.global_batch_size 12 --training.local_batch_size 8"), 4)
+    with pytest.raises(ConfigError, match=r"global_batch_size = 6 must be a multiple of the 4 data ranks"):
+        check_degrees(load("--training.global_batch_size 6"), 4)
+    with pytest.raises(ConfigError, match=r"a multiple of 16 tokens at once; .* seq_len is 24"):
+        check_degrees(load("--float8.enable true --training.seq_len 3"), 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sizes"),
+    [("", (8, 32)), ("--training.local_batch_size 2", (2, 8)), ("--training.global_batch_size 12", (3, 12))],
+)
+def test_batch_sizes_on_four_ranks(settings, sizes):
+    assert batch_sizes(load(settings).training, 4) == sizes
 
 
 def train(*arguments):

@@ -117,9 +117,12 @@ class Data(Table):
 class Training(Table):
     steps: Annotated[int, Field(ge=1, description="Optimizer steps.")] = 100
     seq_len: Annotated[int, Field(ge=1, description="Tokens in a row.")] = 512
-    local_batch_size: Annotated[int, Field(ge=1, description="Rows a rank holds at once.")] = 8
+    local_batch_size: Annotated[
+        int | None, Field(ge=1, description="Rows a rank holds at once; its share of the global batch, or 8, if unset.")
+    ] = None
     global_batch_size: Annotated[
-        int | None, Field(ge=1, description="Rows an optimizer step; local_batch_size on every data rank if unset.")
+        int | None,
+        Field(ge=1, description="Rows an optimizer step, over all ranks; local_batch_size on each if unset."),
     ] = None
     seed: Annotated[int, Field(ge=0, description="Of initialisation and data order.")] = 0
     dtype: Annotated[
@@ -168,7 +171,7 @@ class Checkpoint(Table):
         Literal["disabled", "async"], Field(description="async: a background thread writes while training goes on.")
     ] = "disabled"
     load_step: Annotated[
-        int | None, Field(ge=0, description="Go on from the checkpoint of this step; the latest if unset.")
+        int | None, Field(ge=0, description="Go back to the checkpoint of this step, once; the latest if unset.")
     ] = None
 
 
@@ -177,9 +180,9 @@ class Validation(Table):
     enable: Annotated[bool, Field(description="Validate at intervals and at the end.")] = True
     interval: Annotated[int, Field(ge=1, description="Steps between validations.")] = 1000
     max_batches: Annotated[
-        int | None, Field(ge=1, description="Batches at intervals; all if unset. The last validation takes all.")
+        int | None, Field(ge=1, description="Batches at intervals, over all ranks; all if unset. The last takes all.")
     ] = None
-    local_batch_size: Annotated[int | None, Field(ge=1, description="Rows at once; training's if unset.")] = None
+    local_batch_size: Annotated[int | None, Field(ge=1, description="Rows at once; training's, or 8, if unset.")] = None
 
 
 @dataclass

@@ -15,7 +15,7 @@ import tomli
 import tomli_w
 from pydantic import ConfigDict, TypeAdapter, ValidationError, create_model
 
-from torchlmoe.config import Config
+from torchlmoe.config import Config, Training
 from torchlmoe.mixers import MIXERS
 from torchlmoe.model.presets import FLAVORS
 
@@ -118,7 +118,7 @@ def layer_options(config: Config, letter: str) -> tuple[str, str, dict[str, Any]
 
 
 def check_degrees(config: Config, world_size: int) -> None:
-    """Whether the degrees fit the number of ranks and the global batch fits the data ranks."""
+    """Whether the degrees fit the number of ranks, and the batch fits them."""
     degrees = config.parallelism
     replicate, shard = degrees.data_parallel_replicate_degree, degrees.data_parallel_shard_degree
     if shard == 0:
@@ -134,13 +134,33 @@ def check_degrees(config: Config, world_size: int) -> None:
             f"parallelism.data_parallel_replicate_degree = {replicate} times data_parallel_shard_degree = {shard} is "
             f"{replicate * shard}, but there are {world_size} ranks; their product must be the number of ranks."
         )
-    training = config.training
-    rows = training.local_batch_size * world_size
-    if training.global_batch_size is not None and training.global_batch_size % rows:
+    local_batch_size, _ = batch_sizes(config.training, world_size)
+    tokens = local_batch_size * config.training.seq_len
+    if config.float8.enable and tokens % 16:
         raise ConfigError(
-            f"training.global_batch_size = {training.global_batch_size} must be a multiple of local_batch_size times "
-            f"the data ranks, {training.local_batch_size} x {world_size} = {rows}."
+            "float8.enable = true needs a multiple of 16 tokens at once; training.local_batch_size * seq_len is "
+            f"{tokens}."
         )
+
+
+def batch_sizes(training: Training, data_ranks: int) -> tuple[int, int]:
+    """Rows that a rank holds at once, and rows of an optimizer step over all ranks. ConfigError if they do not fit."""
+    local, whole = training.local_batch_size, training.global_batch_size
+    if whole is None:
+        local = local or 8
+        return local, local * data_ranks
+    if local is None:
+        if whole % data_ranks:
+            raise ConfigError(
+                f"training.global_batch_size = {whole} must be a multiple of the {data_ranks} data ranks; change one."
+            )
+        return whole // data_ranks, whole
+    if whole % (local * data_ranks):
+        raise ConfigError(
+            f"training.global_batch_size = {whole} must be a multiple of local_batch_size times the data ranks, "
+            f"{local} x {data_ranks} = {local * data_ranks}."
+        )
+    return local, whole
 
 
 def _read_toml(path: str) -> dict[str, Any]:
@@ -307,11 +327,6 @@ def _check_consistency(config: Config) -> None:
         )
     if config.float8.enable and training.dtype == "float64":
         raise ConfigError("float8.enable = true needs training.dtype = 'bfloat16' or 'float32'; it is 'float64'.")
-    if config.float8.enable and training.local_batch_size * training.seq_len % 16:
-        raise ConfigError(
-            f"float8.enable = true needs a multiple of 16 tokens at once; training.local_batch_size * seq_len is "
-            f"{training.local_batch_size * training.seq_len}."
-        )
     if config.lr_scheduler.warmup_steps > config.training.steps:
         raise ConfigError(
             f"lr_scheduler.warmup_steps = {config.lr_scheduler.warmup_steps} is more than training.steps = "

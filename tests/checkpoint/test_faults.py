@@ -1,19 +1,18 @@
 """What can go wrong while training: each ends in one sentence, in bounded time, and what was saved stays whole."""
 
 import os
-import resource
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from tests.checkpoint.conftest import arguments, records, train
+from tests.conftest import files_at_most
 from torchlmoe.checkpoint.folders import published
 from torchlmoe.checkpoint.manifest import verify
 from torchlmoe.config_loader import load_config
@@ -103,17 +102,6 @@ def test_data_that_vanishes(damage, sentence, corpus, tmp_path):
     assert all_whole(tmp_path / "run")[:1] == [4]
 
 
-@contextmanager
-def files_at_most(num_bytes):
-    """As if the disk were full beyond: writing fails with an OSError."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.parametrize("async_mode", ["disabled", "async"])
 def test_full_disk_for_a_checkpoint(async_mode, corpus, tmp_path):
     extra = f"--training.steps 100 --checkpoint.interval 10 --checkpoint.async_mode {async_mode}"
@@ -196,6 +184,7 @@ def test_signals_save_and_end(corpus, tmp_path):
         (step,) = all_whole(saving)
         assert out.splitlines()[-1].startswith(f"Stopped after step {step} by SIGTERM: saved in ")
         assert len(records(saving)) == step
+        assert not (saving / "finished").exists()  # make train goes on
 
         second.wait_for_step(5)
         second.processes[0].send_signal(signal.SIGINT)

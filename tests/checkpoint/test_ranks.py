@@ -3,6 +3,7 @@
 A launch takes seconds, so that there is one for each number of ranks.
 """
 
+import os
 import shutil
 
 import pytest
@@ -34,6 +35,11 @@ def on_two_ranks(corpus, folder):
         Trainer(load_config(arguments(corpus, folder / "damaged", LOSS_FREE)))
     assert "tokenizer.json" in str(error.value)
     (folder / f"refused_{dist.get_rank()}").touch()
+    if dist.get_rank() == 1:
+        os._exit(0)
+    with pytest.raises(ConnectionError, match="Another rank ended during start-up"):
+        Trainer(load_config(arguments(corpus, folder / "alone", LOSS_FREE)))
+    (folder / "left_alone").touch()
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +69,10 @@ def test_any_ranks_go_on_from_any(name, single, runs):
 
 def test_ranks_share_the_checking_and_agree(runs):
     assert sorted(path.name for path in runs.glob("refused_*")) == ["refused_0", "refused_1"]
+
+
+def test_a_rank_that_is_gone_at_start_up(runs):
+    assert (runs / "left_alone").exists()
 
 
 @pytest.mark.parametrize("max_shard", ["5", "0.0006"])

@@ -1,8 +1,11 @@
 """A run that goes on, bit for bit; what may change and what may not."""
 
 import json
+import os
 import shutil
+import signal
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,13 +16,14 @@ from tests.checkpoint.conftest import GLOBAL_BATCH, LOSS_FREE, arguments, record
 from torchlmoe.checkpoint.folders import published
 from torchlmoe.checkpoint.writer import CheckpointWriter
 from torchlmoe.config_loader import load_config
+from torchlmoe.training import validation
 from torchlmoe.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
 
 @pytest.mark.parametrize("async_mode", ["disabled", "async"])
-def test_same_ranks_go_on_bit_for_bit(async_mode, corpus, tmp_path, monkeypatch):
+def test_same_ranks_go_on_bit_for_bit(async_mode, corpus, tmp_path, monkeypatch, caplog):
     write_data = CheckpointWriter.write_data
 
     def slowly(*arguments):
@@ -30,9 +34,11 @@ def test_same_ranks_go_on_bit_for_bit(async_mode, corpus, tmp_path, monkeypatch)
     extra = f"{GLOBAL_BATCH} --checkpoint.async_mode {async_mode} --metrics.tensorboard true --metrics.plot true"
     train(corpus, tmp_path / "whole", extra)
     folder = stopped_at_step_4(tmp_path / "whole", tmp_path / "again")
-    with (folder / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 9, "los')  # the row that was being written when the run was killed
+    metrics = folder / "metrics.jsonl"
+    # Lines that are no records, and the row that was being written when the run was killed.
+    metrics.write_text('3\n{"loss": 1}\n{"step": "2"}\n' + metrics.read_text() + '{"step": 9, "los')
     trainer = train(corpus, folder, extra)
+    assert f"Left out: line 3 of {metrics} is no record of a step." in caplog.messages
     assert trainer.checkpointer.saved_step == 8
     assert records(folder) == records(tmp_path / "whole")
     assert len(trainer.log.records) == 8  # of which the picture is drawn
@@ -58,11 +64,54 @@ def test_checkpoints_come_and_go(corpus, tmp_path):
     names = {path.name for path in root.iterdir()}
     assert names == {f"step-0000000{n}" for n in (6, 7, 8)} | {f"step-0000000{n}.abandoned" for n in (7, 8)}
     assert "load_step" not in (tmp_path / "config.toml").read_text()
-    finished = train(corpus, tmp_path, extra)  # the same command once more finds all done
-    assert finished.progress.step == 8
-    assert len(records(tmp_path)) == 8
+    for same in (extra, f"{extra} --checkpoint.load_step 6"):  # the same command once more finds all done
+        assert train(corpus, tmp_path, same).progress.step == 8
+        assert len(records(tmp_path)) == 8
+        assert {path.name for path in root.iterdir()} == names
+    first = {name: (root / name / "manifest.json").read_bytes() for name in names if "abandoned" in name}
+    train(corpus, tmp_path, f"{extra} --checkpoint.load_step 7 --optimizer.lr 1e-2")
+    assert {path.name for path in root.iterdir()} == names | {"step-00000008.abandoned-2"}
+    assert first == {name: (root / name / "manifest.json").read_bytes() for name in first}
+    (root / "step-00000008/run.json").write_text("")
+    with pytest.raises(ValueError, match=r"run\.json has 0 bytes"):
+        train(corpus, tmp_path, extra)
     with pytest.raises(ValueError, match=r"checkpoint.load_step = 5 is not in .*; there are: 6, 7, 8\."):
         train(corpus, tmp_path, "--checkpoint.load_step 5")
+
+
+def ask_to_stop():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def fail():
+    raise RuntimeError("the machine is gone")
+
+
+@pytest.mark.parametrize("step", [3, 8])
+@pytest.mark.parametrize("end", [ask_to_stop, fail])
+def test_a_validation_that_was_cut_off_is_made_up_for(end, step, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(validation, "BATCHES_BETWEEN_LOOKS", 1)
+    extra = f"{GLOBAL_BATCH} --validation.enable true --validation.interval 3"
+    train(corpus, tmp_path / "whole", extra)
+    folder = tmp_path / "cut"
+    trainer = Trainer(load_config(arguments(corpus, folder, extra)))
+    batches = []
+
+    def hook(model, *_):
+        if not model.training and trainer.progress.step == step:
+            batches.append(1)
+            end()
+
+    trainer.model.register_forward_hook(hook)
+    with pytest.raises(RuntimeError, match="is gone") if end is fail else nullcontext():
+        trainer.train()
+    assert len(batches) == 1
+    assert records(folder) == records(tmp_path / "whole")[: step - 1]
+    assert max(published(folder / "checkpoints"), default=0) == (0 if end is fail and step == 3 else step)
+    assert not (folder / "finished").exists()
+    train(corpus, folder, extra)
+    assert records(folder) == records(tmp_path / "whole")
+    assert (folder / "finished").exists()
 
 
 CHANGED = {
@@ -85,6 +134,12 @@ def test_another_model_or_order_of_data_is_refused(single, corpus, tmp_path):
         with pytest.raises(ValueError, match=r"start a new run in another job\.dump_folder") as error:
             Trainer(load_config(arguments(corpus, folder, f"{LOSS_FREE} {extra}")))
         assert sentence in str(error.value)
+    more = shutil.copytree(corpus, tmp_path / "more", ignore=shutil.ignore_patterns("cache"))
+    with (more / "train.jsonl").open("a") as file:
+        file.write('{"text": "One more."}\n')
+    for extra in (f"--data.dataset {more}", "--data.max_tokens 2000"):
+        with pytest.raises(ValueError, match=r"data\.num_tokens is .*: give the same training data"):
+            Trainer(load_config(arguments(corpus, folder, f"{LOSS_FREE} {extra}")))
     tokenizer = json.loads((single / "checkpoints/step-00000008/tokenizer.json").read_text())
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer, indent=3))
     with pytest.raises(ValueError, match=r"data\.tokenizer is .sha256"):

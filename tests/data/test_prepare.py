@@ -123,7 +123,7 @@ def test_no_text_is_an_error_that_leaves_nothing(build, tmp_path):
     (tmp_path / "empty.jsonl").write_text('{"text": ""}\n{"text": null}\n')
     with pytest.raises(ValueError, match=r"The train split of .* has no documents with text"):
         build(dataset=str(tmp_path / "empty.jsonl"))
-    with pytest.raises(ValueError, match=r"The validation split of .*data\.validation_fraction"):
+    with pytest.raises(ValueError, match=r"The validation split of .*validation\.enable = false"):
         build("validation")
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock", ".lock"]
 

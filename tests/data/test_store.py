@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from tests.conftest import files_at_most
 from torchlmoe.data.store import StoreWriter, TokenStore
 
 
@@ -47,6 +48,18 @@ def test_nothing_is_there_before_finish(tmp_path):
 
     with pytest.raises(RuntimeError, match="stopped"):
         write_half()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("length", [2000, 2_000_000])  # known when the store is closed, and while it is written
+def test_a_full_disk_is_named(length, tmp_path):
+    def write():
+        with StoreWriter(tmp_path / "s", vocab_size=10, end_id=0, recipe={}) as writer:
+            writer.append([1] * length, length)
+            writer.finish()
+
+    with files_at_most(1000), pytest.raises(OSError, match=r"tokens could not be written to .*s\.partial: File too la"):
+        write()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -184,5 +184,6 @@ def test_refusals():
         elementwise_recurrence(**(inputs | {"v": inputs["v"].to(torch.complex128)}))
     with pytest.raises(ValueError, match="must be int32"):
         elementwise_recurrence(**inputs, cu_seqlens=torch.tensor([0, 8]))
-    with pytest.raises(ValueError, match="must rise from 0 to the number of tokens, 8"):
-        elementwise_recurrence(**inputs, cu_seqlens=torch.tensor([0, 9], dtype=torch.int32))
+    for backend in ("chunked", "reference"):
+        with pytest.raises(ValueError, match="must rise from 0 to the number of tokens, 8"):
+            elementwise_recurrence(**inputs, cu_seqlens=torch.tensor([0, 3], dtype=torch.int32), backend=backend)

@@ -226,5 +226,20 @@ def test_refusals():
         linear_recurrence(**(inputs | {"log_decay": torch.zeros(1, 8, 1)}))
     with pytest.raises(ValueError, match="must be int32"):
         linear_recurrence(**inputs, cu_seqlens=torch.tensor([0, 8]))
+    with pytest.raises(ValueError, match="must be int32"):
+        linear_recurrence(**inputs, cu_seqlens=torch.tensor([], dtype=torch.int32))
+
+
+@pytest.mark.parametrize("bounds", [[0, 9], [0, 3], [2, 8], [0, 5, 2, 8]])
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_bounds_that_are_none_are_refused(bounds, backend):
+    bounds = torch.tensor(bounds, dtype=torch.int32)
+    inputs = make_inputs((), 1, 8, num_states=len(bounds) - 1)
     with pytest.raises(ValueError, match="must rise from 0 to the number of tokens, 8"):
-        linear_recurrence(**inputs, cu_seqlens=torch.tensor([0, 9], dtype=torch.int32))
+        linear_recurrence(**inputs, cu_seqlens=bounds, backend=backend)
+    k, v = inputs["k"], inputs["v"]
+    for erase in (None, torch.ones(1, 8, 2)):
+        with pytest.raises(ValueError, match="must rise from 0 to the number of tokens, 8"):
+            span_summary(k, v, erase=erase, cu_seqlens=bounds, backend=backend)
+    with pytest.raises(ValueError, match="must rise from 0 to the number of tokens, 1"):
+        linear_recurrence(k[:, :1], k[:, :1], v[:, :1], cu_seqlens=bounds)

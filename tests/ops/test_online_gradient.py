@@ -174,3 +174,6 @@ def test_refusals():
         online_gradient(**inputs, log_momentum=torch.zeros(1, 8, 2))
     with pytest.raises(ValueError, match="must be int32"):
         online_gradient(**inputs, cu_seqlens=torch.tensor([0, 8]))
+    for backend in ("chunked", "reference"):
+        with pytest.raises(ValueError, match="must rise from 0 to the number of tokens, 8"):
+            online_gradient(**inputs, cu_seqlens=torch.tensor([0, 3], dtype=torch.int32), backend=backend)

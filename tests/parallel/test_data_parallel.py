@@ -14,7 +14,7 @@ from torchlmoe.training.trainer import Trainer
 
 SETTINGS = """--model.dim 32 --model.num_layers 4 --model.num_heads 2 --moe.num_experts 8 --moe.top_k 2
 --moe.expert_dim 16 --training.seq_len 48 --training.local_batch_size 1 --training.global_batch_size 4
---training.device cpu --training.steps 20 --optimizer.lr 1e-3
+--training.device cpu --training.steps 20 --optimizer.lr 1e-3 --validation.interval 10 --validation.max_batches 1
 --metrics.log_freq 1 --metrics.plot false --metrics.tensorboard false""".split()
 # What could depend on how a step is cut into ranks and microbatches.
 CUT_VARIANTS = {

@@ -28,6 +28,17 @@ def test_traces_name_the_recurrence_and_its_backward(corpus, tmp_path):
         assert names.count("torchlmoe::linear_recurrence_backward") == 1
 
 
+@pytest.mark.parametrize(("done", "names"), [(0, ["step_2", "step_5"]), (1, ["step_2", "step_5"]), (3, ["step_5"])])
+def test_steps_are_those_of_the_run(done, names, tmp_path):
+    settings = Profiling(enable=True, first_step=2, num_steps=1, interval=3)
+    profiler = StepProfiler(settings, tmp_path, 0, torch.device("cpu"), done)
+    for _ in range(done, 6):
+        torch.ones(2).sum()
+        profiler.step()
+    profiler.stop()
+    assert sorted(path.name.partition("_rank")[0] for path in (tmp_path / "profile").iterdir()) == names
+
+
 def test_snapshot_needs_cuda(tmp_path):
     settings = Profiling(enable=True, memory_snapshot=True)
     with pytest.raises(ValueError, match="memory_snapshot = true needs CUDA"):

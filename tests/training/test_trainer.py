@@ -59,6 +59,7 @@ def test_a_run_leaves_what_it_should(corpus, tmp_path):
     assert last["tokens_seen"] == 6 * 2 * 32
     assert abs(last["val_loss"] - math.log(4096)) < 0.5
     assert (tmp_path / "loss_curve.png").read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / "finished").exists()
     assert list((tmp_path / "tensorboard").glob("events*"))
     assert load_config(["--job.config_file", str(tmp_path / "config.toml")]).training.steps == 6
     assert "eta" in result.stdout

@@ -16,11 +16,20 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from torchlmoe.checkpoint.folders import abandon_after, clean, partial_of, published
 from torchlmoe.checkpoint.manifest import verify
-from torchlmoe.checkpoint.run_record import Progress, check_same, fixed_of_model, fixed_of_run, read_run, write_run
+from torchlmoe.checkpoint.run_record import (
+    Progress,
+    check_same,
+    fixed_of_model,
+    fixed_of_run,
+    load_step_of,
+    read_run,
+    write_run,
+)
 from torchlmoe.checkpoint.state import OptimizerState, load_tensors, model_state, saved_tensors
 from torchlmoe.checkpoint.writer import CheckpointWriter
 from torchlmoe.config import Config
 from torchlmoe.config_loader import to_toml
+from torchlmoe.data.store import TokenStore
 from torchlmoe.data.tokenizer import Tokenizer
 from torchlmoe.model.decoder import Decoder
 from torchlmoe.parallel.failures import cause_of
@@ -42,17 +51,20 @@ class Checkpointer:
         model: Decoder,
         optimizer: torch.optim.Optimizer,
         tokenizer: Tokenizer,
+        store: TokenStore,
         *,
         vocab_size: int,
         global_batch_size: int,
     ):
         self.root, self.settings = root, config.checkpoint
         self.saved_step: int | None = None
+        self._saving_step: int | None = None
         self._pending: Future | None = None
         if not self.settings.enable:
             return
         self.model, self.optimizer_state = model, OptimizerState(model, optimizer)
-        self.fixed = fixed_of_model(config, tokenizer, vocab_size) | fixed_of_run(config, global_batch_size)
+        self.fixed = fixed_of_model(config, tokenizer, vocab_size)
+        self.fixed |= fixed_of_run(config, global_batch_size, store)
         self.tokens_per_step = global_batch_size * config.training.seq_len
         self.files = {"config.toml": to_toml(config).encode(), "tokenizer.json": tokenizer.content}
         # Of its own: a save in the background must not take turns with the step's collectives.
@@ -62,6 +74,8 @@ class Checkpointer:
 
     def load(self) -> Progress:
         """Fills model and optimizer from the latest checkpoint, or that of checkpoint.load_step; none is step 0.
+
+        A run that has gone on from checkpoint.load_step already, with this setting, is not taken back to it again.
 
         Raises ValueError naming the file that is damaged, or the setting that is not as it was.
         """
@@ -101,7 +115,8 @@ class Checkpointer:
             return
         if self._pending is not None and self._pending.done():
             self.wait()
-        if last or progress.step % self.settings.interval == 0:
+        due = last or progress.step % self.settings.interval == 0
+        if due and progress.step not in (self.saved_step, self._saving_step):
             self.save(progress)
         if last:
             self.wait()
@@ -112,7 +127,11 @@ class Checkpointer:
         Raises OSError where this, or the save before in the background, cannot be written.
         """
         self.wait()
-        facts = {"tokens_seen": progress.step * self.tokens_per_step, "world_size": dist.get_world_size()}
+        facts = {
+            "tokens_seen": progress.step * self.tokens_per_step,
+            "world_size": dist.get_world_size(),
+            "load_step": self.settings.load_step,
+        }
         files = {"run.json": write_run(progress, self.fixed, **facts), **self.files}
         writer = CheckpointWriter(self.root, progress.step, files, self.settings.keep_latest_k)
         state = model_state(self.model) | self.optimizer_state.tensors()
@@ -133,6 +152,7 @@ class Checkpointer:
         """Returns when all is on disk."""
         if self._pending is None:
             return
+        assert self._saving_step is not None
         pending, self._pending = self._pending, None
         try:
             pending.result()
@@ -156,9 +176,15 @@ class Checkpointer:
             raise ValueError(f"checkpoint.load_step = {step} is not in {self.root}; there are: {there}.")
         if not available:
             return None, ""
-        step = max(available) if step is None else step
+        last = max(available)
+        if step is not None and step < last and load_step_of(available[last]) == step:
+            logger.info(f"checkpoint.load_step = {step} was gone back to before, and {available[last]} came of it.")
+            step = last
+        step = last if step is None else step
         before = [other for other in available if other < step]
-        if before:
+        if before and before[-1] == self.settings.load_step:
+            remedy = f"move {available[step]} away to go on from the one before"
+        elif before:
             remedy = f"start again with --checkpoint.load_step {before[-1]} to go on from the one before"
         else:
             remedy = f"there is none before it, so move {self.root} away to start anew"

@@ -3,13 +3,14 @@
     step-00000200              published, whole
     step-00000300.partial      being written
     step-00000100.removing     on its way out
-    step-00000400.abandoned    later than the one that `checkpoint.load_step` went back to
+    step-00000400.abandoned    later than the one that `checkpoint.load_step` went back to; .abandoned-2 the next time
 
 Whatever a killed process was doing, only whole checkpoints have a plain name.
 """
 
 import re
 import shutil
+from itertools import chain, count
 from pathlib import Path
 
 from torchlmoe.checkpoint.manifest import sync_folder
@@ -19,6 +20,10 @@ _PUBLISHED = re.compile(r"step-(\d{8,})")
 
 def name_of(step: int) -> str:
     return f"step-{step:08d}"
+
+
+def is_published(folder: Path) -> bool:
+    return folder.is_dir() and _PUBLISHED.fullmatch(folder.resolve().name) is not None
 
 
 def published(root: Path) -> dict[int, Path]:
@@ -47,11 +52,13 @@ def publish(root: Path, step: int, keep_latest_k: int) -> None:
 def abandon_after(root: Path, step: int) -> list[Path]:
     """Sets the checkpoints later than `step` aside; returns their new places."""
     later = [path for other, path in published(root).items() if other > step]
-    aside = [path.with_name(f"{path.name}.abandoned") for path in later]
-    for path, target in zip(later, aside, strict=True):
-        shutil.rmtree(target, ignore_errors=True)
-        path.rename(target)
-    return aside
+    return [path.rename(_free(path.with_name(f"{path.name}.abandoned"))) for path in later]
+
+
+def _free(path: Path) -> Path:
+    """`path`, or where it is there already that with the first number from 2 on that is not."""
+    numbered = (path.with_name(f"{path.name}-{number}") for number in count(2))
+    return next(candidate for candidate in chain([path], numbered) if not candidate.exists())
 
 
 def clean(root: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from torchlmoe.checkpoint.exported import is_exported, read_exported
-from torchlmoe.checkpoint.folders import published
+from torchlmoe.checkpoint.folders import is_published, published
 from torchlmoe.checkpoint.manifest import NAME, verify
 from torchlmoe.checkpoint.run_record import read_run
 from torchlmoe.checkpoint.state import load_tensors, model_state, saved_tensors
@@ -52,7 +52,7 @@ def open_model(
 
 def resolve(folder: Path) -> Path:
     """The checkpoint or exported folder that is meant. Raises ValueError where there is none."""
-    if (folder / NAME).is_file() or is_exported(folder):
+    if (folder / NAME).is_file() or is_published(folder) or is_exported(folder):
         return folder
     for root in (folder, folder / "checkpoints"):
         if available := published(root):

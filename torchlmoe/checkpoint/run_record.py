@@ -5,7 +5,7 @@ rate, intervals, backends, recomputation, parallel degrees.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 import torchlmoe
 from torchlmoe.config import Config
 from torchlmoe.config_loader import layer_options
+from torchlmoe.data.store import TokenStore
 from torchlmoe.data.tokenizer import Tokenizer
 
 # How it is computed or balanced or was drawn, not what it is. `layers` are looked at resolved, letter by letter.
@@ -26,10 +27,16 @@ _FREE = {
 
 @dataclass
 class Progress:
-    """How far a run has come. step: optimizer steps done, skipped ones included."""
+    """How far a run has come.
+
+    step: optimizer steps done, skipped ones included.
+    record: what is to be logged of that step, before its validation; empty where nothing is. A checkpoint is written
+        before both, so that a run which goes on from it can make up for them.
+    """
 
     step: int = 0
     skipped_steps: int = 0
+    record: dict[str, Any] = field(default_factory=dict)
 
 
 def fixed_of_model(config: Config, tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
@@ -51,7 +58,7 @@ def fixed_of_model(config: Config, tokenizer: Tokenizer, vocab_size: int) -> dic
     }
 
 
-def fixed_of_run(config: Config, global_batch_size: int) -> dict[str, Any]:
+def fixed_of_run(config: Config, global_batch_size: int, store: TokenStore) -> dict[str, Any]:
     """What the optimizer's state and the order of data hang on, as `fixed_of_model`."""
     training = config.training
     # Masters are at least float32: bfloat16 and float32 runs hold the same tensors.
@@ -62,6 +69,8 @@ def fixed_of_run(config: Config, global_batch_size: int) -> dict[str, Any]:
         "training.seq_len": training.seq_len,
         "training.global_batch_size": global_batch_size,
         "optimizer.name": config.optimizer.name,
+        "data.num_tokens": store.num_tokens,
+        "data.num_documents": store.num_documents,
     }
 
 
@@ -77,11 +86,22 @@ def read_run(folder: Path) -> tuple[Progress, dict[str, Any]]:
     return Progress(**run["progress"]), run["fixed"]
 
 
+def load_step_of(folder: Path) -> int | None:
+    """The checkpoint.load_step of the run that saved a checkpoint; None also where run.json is damaged."""
+    try:
+        return json.loads((folder / "run.json").read_text())["load_step"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
 def check_same(saved: dict[str, Any], ours: dict[str, Any], folder: Path) -> None:
     """Raises ValueError naming the first fixed setting that is not as in the checkpoint `folder`."""
     for name, value in ours.items():
         if name in saved and saved[name] != value:
+            # Of the order of data, which is no setting of its own.
+            of_data = name in ("data.num_tokens", "data.num_documents")
+            remedy = "give the same training data and data.max_tokens again" if of_data else "set it to that"
             raise ValueError(
-                f"{name} is {value!r}, but the run that saved {folder} had {saved[name]!r}: set it to that, or start a "
-                "new run in another job.dump_folder."
+                f"{name} is {value!r}, but the run that saved {folder} had {saved[name]!r}: {remedy}, or start a new "
+                "run in another job.dump_folder."
             )

@@ -109,25 +109,23 @@ def validation_batches(
     """This rank's microbatches of the store's rows, each row once, in order, as in TrainLoader.batches.
 
     Every rank gets equally many. Where rows run out, rows with no labels take their place.
-    max_batches: batches of each rank at most; None covers the whole split.
+    max_batches: batches over all ranks at most, so that the rows do not depend on the ranks; None covers the split.
     """
     max_docs = max_documents(store, seq_len)
-    for batch in range(_num_validation_batches(store, seq_len, batch_size * world_size, max_batches)):
-        first = (batch * world_size + rank) * batch_size
-        yield _microbatch(store, np.arange(first, first + batch_size), seq_len, max_docs)
+    rows = num_validation_rows(store, seq_len, batch_size, max_batches)
+    for first_of_all in range(0, rows, batch_size * world_size):
+        indices = np.arange(batch_size) + first_of_all + rank * batch_size
+        yield _microbatch(store, np.where(indices < rows, indices, num_rows(store, seq_len)), seq_len, max_docs)
 
 
-def validation_text_bytes(
-    store: TokenStore, *, seq_len: int, batch_size: int, world_size: int = 1, max_batches: int | None = None
-) -> int:
+def validation_text_bytes(store: TokenStore, *, seq_len: int, batch_size: int, max_batches: int | None = None) -> int:
     """UTF-8 bytes of text that the labels of `validation_batches` stand for, over all ranks.
 
     Bits per byte is the sum of the labels' negative log likelihoods / ln 2 / bytes, end tokens included.
     For a whole split they were counted from the text. For a part of one they are counted from its labels,
     which takes a byte-level tokenizer that leaves the text as it is: ValueError otherwise.
     """
-    num_batches = _num_validation_batches(store, seq_len, batch_size * world_size, max_batches)
-    num_labels = num_batches * world_size * batch_size * seq_len
+    num_labels = num_validation_rows(store, seq_len, batch_size, max_batches) * seq_len
     if num_labels >= store.num_tokens:
         return store.text_bytes
     if store.token_bytes is None:
@@ -140,9 +138,10 @@ def validation_text_bytes(
     return int(counts @ store.token_bytes.astype(np.int64))
 
 
-def _num_validation_batches(store: TokenStore, seq_len: int, rows_at_once: int, max_batches: int | None) -> int:
-    needed = -(-num_rows(store, seq_len) // rows_at_once)
-    return needed if max_batches is None else min(needed, max_batches)
+def num_validation_rows(store: TokenStore, seq_len: int, batch_size: int, max_batches: int | None = None) -> int:
+    """Rows with labels in `validation_batches`, over all ranks."""
+    available = num_rows(store, seq_len)
+    return available if max_batches is None else min(available, max_batches * batch_size)
 
 
 def _microbatch(store: TokenStore, indices: np.ndarray, seq_len: int, max_docs: int) -> TensorDict:

@@ -47,16 +47,15 @@ def read_files(files: list[Path], text_column: str) -> Iterator[str]:
     Raises ValueError for a column that is not there or holds no text, and for a file that cannot be read.
     """
     for path in files:
-        if _kind(path) == ".parquet":
-            yield from _read_parquet(path, text_column)
-            continue
         try:
-            if _kind(path) in TEXTS:
+            if _kind(path) == ".parquet":
+                yield from _read_parquet(path, text_column)
+            elif _kind(path) in TEXTS:
                 yield _open(path).read().decode()
             else:
                 for record in _read_json(path):
                     yield text_of(record, text_column, str(path))
-        except (UnicodeDecodeError, json.JSONDecodeError, OSError) as error:
+        except (UnicodeDecodeError, json.JSONDecodeError, OSError, pa.ArrowException) as error:
             raise ValueError(f"{path} cannot be read: {error}.") from error
 
 
@@ -76,10 +75,7 @@ def text_of(record: object, text_column: str, source: str) -> str:
 
 
 def _read_parquet(path: Path, text_column: str) -> Iterator[str]:
-    try:
-        file = pq.ParquetFile(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path} cannot be read: {error}.") from error
+    file = pq.ParquetFile(path)
     if text_column not in file.schema_arrow.names:
         raise _no_column(str(path), text_column, file.schema_arrow.names)
     for batch in file.iter_batches(batch_size=256, columns=[text_column]):

@@ -111,10 +111,13 @@ def _build(
             writer.append(ids, text_bytes)
             progress.update(writer.num_documents, writer.text_bytes, writer.num_tokens)
         if writer.num_documents == 0:
-            raise ValueError(
-                f"The {split} split of {corpus.name} has no documents with text: give it some, "
-                "or for validation a data.validation_dataset or a larger data.validation_fraction."
-            )
+            remedy = "give it some"
+            if split == "validation":
+                remedy = (
+                    "give a data.validation_dataset, set validation.enable = false, or, where there are many "
+                    "documents, raise data.validation_fraction"
+                )
+            raise ValueError(f"The {split} split of {corpus.name} has no documents with text: {remedy}.")
         return writer.finish(token_bytes)
 
 

@@ -11,6 +11,8 @@ A store is a folder of raw little-endian files:
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -121,11 +123,16 @@ class StoreWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._close()
+        with suppress(OSError):  # what a full disk has no room for, and was said already
+            self._close()
         shutil.rmtree(self.partial, ignore_errors=True)
 
     def append(self, ids: list[int] | np.ndarray, text_bytes: int) -> None:
         """Adds one document: its tokens, without an end token, and the length of its text in UTF-8."""
+        with _names(self.partial):
+            self._append(ids, text_bytes)
+
+    def _append(self, ids: list[int] | np.ndarray, text_bytes: int) -> None:
         assert self._documents is not None
         self._documents.write(np.array([self.num_tokens], dtype="<i8").tobytes())
         tokens = np.array([self.end_id, *ids], dtype=self.token_dtype)
@@ -144,6 +151,11 @@ class StoreWriter:
 
     def finish(self, token_bytes: np.ndarray | None = None) -> TokenStore:
         """Completes the store. token_bytes: uint16 [vocab_size], if exact for every document."""
+        with _names(self.partial):
+            self._finish(token_bytes)
+        return TokenStore(self.folder)
+
+    def _finish(self, token_bytes: np.ndarray | None) -> None:
         assert self._documents is not None
         assert self.num_documents > 0
         self._documents.write(np.array([self.num_tokens], dtype="<i8").tobytes())
@@ -163,7 +175,6 @@ class StoreWriter:
         )
         (self.partial / "index.json").write_text(json.dumps(asdict(index), indent=2))
         self.partial.rename(self.folder)
-        return TokenStore(self.folder)
 
     def _close(self) -> None:
         for file in (self._shard, self._documents):
@@ -173,6 +184,18 @@ class StoreWriter:
 
 def _shard_name(shard: int) -> str:
     return f"tokens_{shard:05d}.bin"
+
+
+@contextmanager
+def _names(folder: Path) -> Iterator[None]:
+    """Says where it was that something could not be written."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"The tokens could not be written to {folder}: {error.strerror}; make room, or set data.cache_dir to a "
+            "folder that has some."
+        ) from error
 
 
 def _damaged(path: Path, what: str) -> ValueError:

@@ -82,6 +82,14 @@ class ChunkLayout:
         return torch.empty_like(x_N).index_copy(0, self.order_N, x_N)
 
 
+def check_bounds(bounds: Sequence[int], length: int) -> None:
+    """Raises ValueError unless they rise from 0 to `length`."""
+    if bounds[0] != 0 or bounds[-1] != length or list(bounds) != sorted(bounds):
+        raise ValueError(
+            f"cu_seqlens must rise from 0 to the number of tokens, {length}; it is {list(bounds[:8])} ... {bounds[-1]}."
+        )
+
+
 def chunk_layout(
     batch_size: int,
     length: int,
@@ -99,11 +107,7 @@ def chunk_layout(
         starts_list = [row * length for row in range(batch_size)]
         lengths_list = [length] * batch_size
     else:
-        if bounds[0] != 0 or bounds[-1] != length or list(bounds) != sorted(bounds):
-            raise ValueError(
-                f"cu_seqlens must rise from 0 to the number of tokens, {length}; it is {list(bounds[:8])} ... "
-                f"{bounds[-1]}."
-            )
+        check_bounds(bounds, length)
         num_documents = len(bounds) - 1
         starts_list = list(bounds[:-1])
         lengths_list = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from torchlmoe.ops.chunk_layout import kept_scan_layout
+from torchlmoe.ops.chunk_layout import check_bounds, kept_scan_layout
 
 SLAB_STEPS = 32  # places; the state is kept once a slab
 
@@ -171,6 +171,7 @@ def _reference(q, k, v, log_decay, step, initial_state, cu_seqlens) -> tuple[Ten
     spans = [(row, 0, length) for row in range(batch_size)]
     if cu_seqlens is not None:
         bounds = cu_seqlens.tolist()
+        check_bounds(bounds, length)
         spans = [(0, start, end) for start, end in zip(bounds, bounds[1:], strict=False)]
 
     def at(x: Tensor, row: int, t: int) -> Tensor:

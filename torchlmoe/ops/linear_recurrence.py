@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from torchlmoe.ops.chunk_layout import check_bounds
 from torchlmoe.ops.chunked import Terms, chunked_forward, kept_layout_of
 from torchlmoe.ops.chunked_backward import chunked_backward
 from torchlmoe.ops.reference import reference_recurrence
@@ -174,7 +175,7 @@ def _check(q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, initial
         raise ValueError(f"{other} cannot be combined with erase; give one of the two.")
     num_documents = batch_size
     if cu_seqlens is not None:
-        if batch_size != 1 or cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32:
+        if batch_size != 1 or cu_seqlens.dim() != 1 or not len(cu_seqlens) or cu_seqlens.dtype != torch.int32:
             raise ValueError(
                 f"cu_seqlens (shape {list(cu_seqlens.shape)}, {cu_seqlens.dtype}) must be int32 [N + 1], with B = 1 "
                 f"(B is {batch_size})."
@@ -187,7 +188,11 @@ def _run(
     q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, scale, initial_state, cu_seqlens, backend
 ) -> tuple[Tensor, Tensor]:
     terms = (q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, scale, initial_state, cu_seqlens)
-    return reference_recurrence(*terms) if backend == "reference" else _forward(*terms)[:2]
+    if backend == "reference":
+        if cu_seqlens is not None:  # the other backends look at them where they lay out chunks
+            check_bounds(cu_seqlens.tolist(), v.shape[1])
+        return reference_recurrence(*terms)
+    return _forward(*terms)[:2]
 
 
 @torch.library.custom_op("torchlmoe::linear_recurrence", mutates_args=())

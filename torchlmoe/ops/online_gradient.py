@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from torchlmoe.ops.chunk_layout import chunk_layout, kept_scan_layout
+from torchlmoe.ops.chunk_layout import check_bounds, chunk_layout, kept_scan_layout
 from torchlmoe.ops.elementwise_recurrence import check_backend
 
 SLAB_STEPS = 16  # mini-batches; the state is kept once a slab
@@ -140,7 +140,11 @@ def _first_state(k: Tensor, v: Tensor, log_momentum, initial_state: Tensor | Non
 
 def _bounds(v: Tensor, cu_seqlens: Tensor | None) -> list[int]:
     """Of the documents, in the tokens of all rows one after another."""
-    return [row * v.shape[1] for row in range(v.shape[0] + 1)] if cu_seqlens is None else cu_seqlens.tolist()
+    if cu_seqlens is None:
+        return [row * v.shape[1] for row in range(v.shape[0] + 1)]
+    bounds = cu_seqlens.tolist()
+    check_bounds(bounds, v.shape[1])
+    return bounds
 
 
 def _gradient(z: Tensor, target: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float) -> Tensor:

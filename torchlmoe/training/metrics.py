@@ -1,6 +1,7 @@
 """Where a run's figures go: the console, `metrics.jsonl`, TensorBoard and a picture of the loss."""
 
 import json
+import logging
 import math
 import resource
 import sys
@@ -13,6 +14,8 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from torchlmoe.config import Metrics
+
+logger = logging.getLogger(__name__)
 
 
 class MetricsLog:
@@ -38,6 +41,11 @@ class MetricsLog:
         self._file = path.open("a")
         tensorboard = str(folder / "tensorboard")
         self._tensorboard = SummaryWriter(tensorboard, purge_step=first_step + 1) if settings.tensorboard else None
+
+    @property
+    def last_step(self) -> int:
+        """The last that is logged, 0 where none is; known to the first rank."""
+        return self.records[-1]["step"] if self.records else 0
 
     def log(self, record: dict[str, Any]) -> None:
         """record: `step` and figures by name; a list goes to metrics.jsonl only, what is not finite nowhere.
@@ -79,9 +87,10 @@ class MetricsLog:
             parts.append(f"{record['memory_gib']:.2f} GiB")
         if "val_loss" in record:
             parts.append(f"val_loss {record['val_loss']:.4f}  val_bits_per_byte {record['val_bits_per_byte']:.4f}")
-        seconds_per_step = (time.monotonic() - self._started) / (step - self.first_step)
-        remaining = seconds_per_step * (self.num_steps - step)
-        return "  ".join([*parts, f"eta {duration(remaining)}"])
+        if step > self.first_step:
+            seconds_per_step = (time.monotonic() - self._started) / (step - self.first_step)
+            parts.append(f"eta {duration(seconds_per_step * (self.num_steps - step))}")
+        return "  ".join(parts)
 
     def close(self) -> None:
         if not self.active:
@@ -96,14 +105,16 @@ class MetricsLog:
 
 
 def _keep_rows(path: Path, last_step: int) -> list[dict[str, Any]]:
-    """Cuts metrics.jsonl down to the rows up to `last_step`, and returns them."""
+    """Cuts metrics.jsonl down to the rows up to `last_step`, and returns them; warns of lines that are none."""
     records: list[dict[str, Any]] = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+    for number, line in enumerate(path.read_text(errors="replace").splitlines() if path.exists() else [], start=1):
         try:
             record = json.loads(line)
-        except ValueError:  # half written when the run was killed
-            break
-        if record["step"] > last_step:
+            past = record["step"] > last_step
+        except (ValueError, TypeError, KeyError):  # half written when the run was killed, or not ours
+            logger.warning(f"Left out: line {number} of {path} is no record of a step.")
+            continue
+        if past:
             break
         records.append(record)
     kept = path.with_suffix(".partial")

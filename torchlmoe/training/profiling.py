@@ -14,9 +14,10 @@ class StepProfiler:
 
     Writes <dump_folder>/profile/step_<last traced step>_rank_<rank>.json.gz, for chrome://tracing or ui.perfetto.dev,
     and on request the same with .pickle, for pytorch.org/memory_viz. Raises ValueError for a snapshot without CUDA.
+    first_step: steps of the run that are done already.
     """
 
-    def __init__(self, settings: Profiling, dump_folder: Path, rank: int, device: torch.device):
+    def __init__(self, settings: Profiling, dump_folder: Path, rank: int, device: torch.device, first_step: int = 0):
         self._profile: profile | None = None
         if not settings.enable:
             return
@@ -30,24 +31,25 @@ class StepProfiler:
             torch.cuda.memory._record_memory_history(max_entries=100_000)
 
         def write(trace: profile) -> None:
-            path = folder / f"step_{trace.step_num}_rank_{rank}"
+            path = folder / f"step_{first_step + trace.step_num}_rank_{rank}"
             trace.export_chrome_trace(f"{path}.json.gz")
             if settings.memory_snapshot:
                 torch.cuda.memory._dump_snapshot(f"{path}.pickle")
 
         # Each trace is written when it is whole, and its events are not needed again.
-        warnings.filterwarnings("ignore", "Profiler clears events")
+        warnings.filterwarnings("ignore", "(Warning: )?Profiler clears events")
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+        # The step before a trace warms the profiler up.
+        action_of = schedule(
+            skip_first=settings.first_step - 2,
+            skip_first_wait=1,
+            wait=settings.interval - settings.num_steps - 1,
+            warmup=1,
+            active=settings.num_steps,
+        )
         self._profile = profile(
             activities=activities,
-            # The step before a trace warms the profiler up.
-            schedule=schedule(
-                skip_first=settings.first_step - 2,
-                skip_first_wait=1,
-                wait=settings.interval - settings.num_steps - 1,
-                warmup=1,
-                active=settings.num_steps,
-            ),
+            schedule=lambda step: action_of(first_step + step),  # the profiler counts this process's steps
             on_trace_ready=write,
         )
         self._profile.start()

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 
 from torchlmoe.checkpoint.checkpointer import Checkpointer
 from torchlmoe.config import Config
-from torchlmoe.config_loader import check_degrees, to_toml
+from torchlmoe.config_loader import batch_sizes, check_degrees, to_toml
 from torchlmoe.data.loader import TrainLoader
 from torchlmoe.data.prepare import prepare
 from torchlmoe.data.store import TokenStore
@@ -48,49 +49,52 @@ class Trainer:
         self.device = choose_device(config.training.device)
         # Before the ranks are joined: while one tokenizes for an hour, no collective waits and times out.
         train_store, self.validation_store, tokenizer, vocab_size = self._prepare_data()
+        folder = Path(config.job.dump_folder)
+        self.lock = _lock(folder) if os.environ.get("RANK", "0") == "0" else None
         with collective_failures("start-up", config.parallelism.timeout_seconds):
             start_process_group(self.device, config.parallelism.timeout_seconds)
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        if config.training.deterministic:
-            torch.use_deterministic_algorithms(True)
-            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a debugging aid that costs time
+            self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+            if config.training.deterministic:
+                torch.use_deterministic_algorithms(True)
+                torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a debugging aid that costs time
 
-        training = config.training
-        self.global_batch_size = training.global_batch_size or training.local_batch_size * self.world_size
-        self.mesh = build_mesh(config.parallelism, self.device.type)
-        self.model = build_model(config, vocab_size, self.mesh, self.device)
-        self.optimizer = build_optimizer(self.model, config.optimizer)
-        self.loader = TrainLoader(
-            train_store,
-            seq_len=training.seq_len,
-            local_batch_size=training.local_batch_size,
-            global_batch_size=self.global_batch_size,
-            rank=self.rank,
-            world_size=self.world_size,
-            seed=training.seed,
-            num_prefetch=config.data.num_prefetch,
-        )
-        self.flops_per_token = 3 * self.model.flops_per_token(training.seq_len)  # backward costs two forwards
-        peak = config.metrics.peak_tflops
-        dtype = getattr(torch, training.dtype)
-        self.peak_flops = peak_flops(self.device, dtype) if peak is None else 1e12 * peak
-        folder = Path(config.job.dump_folder)
-        self.checkpointer = Checkpointer(
-            folder / "checkpoints",
-            config,
-            self.model,
-            self.optimizer,
-            tokenizer,
-            vocab_size=vocab_size,
-            global_batch_size=self.global_batch_size,
-        )
+            training = config.training
+            self.local_batch_size, self.global_batch_size = batch_sizes(training, self.world_size)
+            self.mesh = build_mesh(config.parallelism, self.device.type)
+            self.model = build_model(config, vocab_size, self.mesh, self.device)
+            self.optimizer = build_optimizer(self.model, config.optimizer)
+            self.loader = TrainLoader(
+                train_store,
+                seq_len=training.seq_len,
+                local_batch_size=self.local_batch_size,
+                global_batch_size=self.global_batch_size,
+                rank=self.rank,
+                world_size=self.world_size,
+                seed=training.seed,
+                num_prefetch=config.data.num_prefetch,
+            )
+            self.flops_per_token = 3 * self.model.flops_per_token(training.seq_len)  # backward costs two forwards
+            peak = config.metrics.peak_tflops
+            dtype = getattr(torch, training.dtype)
+            self.peak_flops = peak_flops(self.device, dtype) if peak is None else 1e12 * peak
+            self.checkpointer = Checkpointer(
+                folder / "checkpoints",
+                config,
+                self.model,
+                self.optimizer,
+                tokenizer,
+                train_store,
+                vocab_size=vocab_size,
+                global_batch_size=self.global_batch_size,
+            )
         with collective_failures("loading the checkpoint", config.parallelism.timeout_seconds):
             self.progress = self.checkpointer.load()
         self.stop_request, self.stopping = StopRequest(), False
+        self.stamp = folder / "finished"  # there once all steps are done and logged
         if self.rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
+            self.stamp.unlink(missing_ok=True)
             (folder / "config.toml").write_text(to_toml(config))
-        self.profiler = StepProfiler(config.profiling, folder, self.rank, self.device)
+        self.profiler = StepProfiler(config.profiling, folder, self.rank, self.device, self.progress.step)
         self.log = MetricsLog(
             folder,
             config.metrics,
@@ -145,38 +149,74 @@ class Trainer:
     def train(self) -> dict[str, Any]:
         """Runs the steps that are left, fewer if a signal asks to stop, and returns the last logged record."""
         settings, steps = self.config.metrics, self.config.training.steps
+        timeout = self.config.parallelism.timeout_seconds
         tokens_per_step = self.global_batch_size * self.config.training.seq_len
-        record: dict[str, Any] = self.log.records[-1] if self.log.records else {}
         timed_steps, begin = 0, time.perf_counter()
         with self.stop_request:
+            with collective_failures(f"step {self.progress.step}", timeout):
+                if self._was_cut_off():
+                    self._validate_and_log()
             while self.progress.step < steps and not self.stopping:
                 step = self.progress.step + 1
-                with collective_failures(f"step {step}", self.config.parallelism.timeout_seconds):
+                with collective_failures(f"step {step}", timeout):
                     totals, grad_norm, lr = self.train_step(step - 1)
                     self.profiler.step()
                     timed_steps += 1
-                    validates = self.validation_store is not None and (
-                        step == steps or step % self.config.validation.interval == 0
-                    )
-                    if step == 1 or step == steps or step % settings.log_freq == 0 or validates:
+                    self.progress.record = {}
+                    if step in (1, steps) or step % settings.log_freq == 0 or self._validates(step):
                         speed = timed_steps * tokens_per_step / (time.perf_counter() - begin)
-                        record = self._record(step, totals, grad_norm, lr, speed)
-                        if validates:
-                            assert self.validation_store is not None
-                            record |= validate(
-                                self.model, self.validation_store, self.config, whole=step == steps, say=self.log.say
-                            )
-                        self.log.log(record)
-                        timed_steps, begin = 0, time.perf_counter()
+                        self.progress.record = self._record(step, totals, grad_norm, lr, speed)
                     paused = time.perf_counter()
+                    # Before the validation, whose end is not needed to go on.
                     self.checkpointer.after_step(self.progress, last=step == steps or self.stopping)
                     begin += time.perf_counter() - paused
+                    if self.progress.record:
+                        self._validate_and_log()
+                        timed_steps, begin = 0, time.perf_counter()
+        self._end()
+        return self.log.records[-1] if self.log.records else {}
+
+    def _validates(self, step: int) -> bool:
+        last = step == self.config.training.steps
+        return self.validation_store is not None and (last or step % self.config.validation.interval == 0)
+
+    def _was_cut_off(self) -> bool:
+        """Whether the run that goes on here had saved its last step, but not come to log it."""
+        owed = bool(self.progress.record) and self.log.last_step < self.progress.step
+        owed_by_first = torch.tensor(float(owed and self.rank == 0), device=self.device)
+        dist.all_reduce(owed_by_first)
+        return owed_by_first.item() > 0
+
+    def _validate_and_log(self) -> None:
+        """Finishes the last step, unless a signal cuts its validation off: then the run that goes on does it."""
+        figures: dict[str, float] | None = {}
+        if self._validates(self.progress.step):
+            assert self.validation_store is not None
+            figures = validate(
+                self.model,
+                self.validation_store,
+                self.config,
+                whole=self.progress.step == self.config.training.steps,
+                say=self.log.say,
+                asked_to_stop=lambda: self.stop_request.name is not None,
+            )
+        if figures is None:
+            self.stopping = True
+            self.checkpointer.after_step(self.progress, last=True)
+        else:
+            self.log.log(self.progress.record | figures)
+
+    def _end(self) -> None:
         self.loader.close()
         self.profiler.stop()
         self.log.close()
-        if self.stopping:
+        finished = self.log.last_step == self.progress.step >= self.config.training.steps
+        if self.rank == 0 and finished:
+            self.stamp.touch()
+        if self.lock is not None:
+            self.lock.release()
+        if self.stopping and not finished:
             self._say_how_it_stopped()
-        return record
 
     def train_step(self, index: int) -> tuple[torch.Tensor, torch.Tensor, float]:
         """Step `index` (from 0); returns the summed figures (see `_totals`), gradient norm and learning rate."""
@@ -193,7 +233,7 @@ class Trainer:
         self.model.train()
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         # Rows are all of one length, so that a microbatch's share of the step does not depend on how it is cut.
-        share = training.local_batch_size / self.global_batch_size
+        share = self.local_batch_size / self.global_batch_size
         for batch in batches:
             nll = self.model(batch["tokens"], batch["document_bounds"], batch["labels"], share)
             loss = nll / num_tokens
@@ -279,6 +319,19 @@ class Trainer:
             }
             figures |= {f"{name}/{key}": value for key, value in layer_figures.items()}
         return figures
+
+
+def _lock(folder: Path) -> FileLock:
+    """Held by this process until it ends, however it does: a second run would spoil the first one's files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", timeout=0, thread_local=False, is_singleton=True)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(
+            f"Another run writes to {folder}: wait for its end, or set job.dump_folder to a folder of this run's own."
+        ) from None
+    return lock
 
 
 def _start_logging() -> None:
