@@ -51,6 +51,20 @@ def test_a_later_mixer_of_the_letter_counts_and_round_trips(tmp_path):
     assert dataclasses.asdict(again) == dataclasses.asdict(config)
 
 
+def test_a_later_source_may_take_away_what_an_earlier_setting_needs(tmp_path):
+    file = tmp_path / "settings.toml"
+    file.write_text('[optimizer]\nname = "muon"\nmatrix_lr = 0.02\n[model]\nmixer = "gla"\n')
+    config = load(f"--job.config_file {file} --optimizer.name adamw --model.layer_pattern N")
+    assert (config.optimizer.matrix_lr, config.model.mixer) == (None, None)
+    with pytest.raises(ConfigError, match=r"matrix_lr = 0.1 is of no use with"):
+        load(f"--job.config_file {file} --optimizer.name adamw --optimizer.matrix_lr 0.1")
+    file.write_text(to_toml(config))
+    assert load(f"--job.config_file {file}").optimizer == config.optimizer
+    file.write_text("[optimizer]\nmatrix_lr = 0.02\n")
+    with pytest.raises(ConfigError, match=r"matrix_lr = 0.02 is of no use with"):
+        load(f"--job.config_file {file} --training.steps 3")
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_resolved_settings_round_trip(recipe, tmp_path):
     config = load(f"--job.config_file {recipe}")
@@ -95,14 +109,13 @@ BAD = {
     "--model.layers.X.mlp moe": "model.layers.X.mixer is missing; choose one of",
     "--model.layers 3": "model.layers.layers = 3 must be a table",
     "--model.mixer bla --model.layers.L.mixer gla": "model.mixer = 'bla' contradicts model.layers.L.mixer = 'gla'",
-    "--model.mixer bla --model.layer_pattern N": "model.mixer = 'bla' is of no use without an L in the model.num_lay",
-    "--model.mixer bla --model.layer_pattern NL --model.num_layers 1": "model.mixer = 'bla' is of no use",
-    "--optimizer.matrix_lr 1e-2": "optimizer.matrix_lr = 0.01 is of no use without optimizer.name = 'muon'; give",
-    "--optimizer.momentum 0.9": "optimizer.momentum = 0.9 is of no use without optimizer.name = 'muon'",
-    "--moe.aux_loss_weight 1 --moe.balance none": "aux_loss_weight = 1.0 is of no use without moe.balance = 'aux_loss'",
+    "--model.mixer bla --model.layer_pattern N": "model.mixer = 'bla' is of no use with model.layer_pattern = 'N': ",
+    "--optimizer.matrix_lr 1e-2": "matrix_lr = 0.01 is of no use with optimizer.name = 'adamw': it needs 'muon' there;",
+    "--optimizer.momentum 0.9": "optimizer.momentum = 0.9 is of no use with optimizer.name = 'adamw'",
+    "--moe.aux_loss_weight 1 --moe.balance none": "aux_loss_weight = 1.0 is of no use with moe.balance = 'none'",
     "--moe.aux_loss_weight 1 --moe.balance loss_free": "or leave aux_loss_weight unset.",
-    "--moe.aux_loss_scope global_batch --moe.balance none": "moe.aux_loss_scope = 'global_batch' is of no use without",
-    "--moe.bias_update_rate 1": "moe.bias_update_rate = 1.0 is of no use without moe.balance = 'loss_free'",
+    "--moe.aux_loss_scope global_batch --moe.balance none": "moe.aux_loss_scope = 'global_batch' is of no use with",
+    "--moe.bias_update_rate 1": "it needs 'loss_free' there; give that, or leave bias_update_rate unset.",
     "--parallelism.pipeline_parallel_schedule GPipe": "= 'GPipe' is not supported yet; leave it at '1F1B'.",
     "--parallelism.lsm_context_parallel ring": "= 'ring' is not supported yet; leave it at 'all_gather'.",
     "--parallelism.attention_context_parallel ulysses": "= 'ulysses' is not supported yet; leave it at 'all_gather'.",
@@ -111,7 +124,7 @@ BAD = {
     "--activation_checkpoint.mode some": "it should be 'none', 'selective' or 'full'.",
     "--profiling.num_steps 9 --profiling.interval 9": "num_steps = 9 must be less than profiling.interval = 9",
     "--lr_scheduler.warmup_steps 1000": "warmup_steps = 1000 is more than training.steps = 100",
-    "--checkpoint.load_step 3": "checkpoint.load_step = 3 is of no use without checkpoint.enable = true",
+    "--checkpoint.load_step 3": "checkpoint.load_step = 3 is of no use with checkpoint.enable = false: it needs true",
     "--checkpoint.async_mode thread": "it should be 'disabled' or 'async'.",
     "steps": "'steps' is not a setting; write --table.key value (see --help).",
     "--model.dim": "--model.dim needs a value.",

@@ -7,7 +7,6 @@ import copy
 import dataclasses
 import difflib
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -33,18 +32,15 @@ _NOT_YET = (
     "lsm_context_parallel",
     "attention_context_parallel",
 )
-# Settings that do nothing but with others: name -> (what one not at its default needs, whether that is given).
-_NEEDS: dict[str, tuple[str, Callable[[Config], bool]]] = {
-    "model.mixer": (
-        "an L in the model.num_layers letters of model.layer_pattern",
-        lambda config: "L" in config.model.layer_pattern[: config.model.num_layers],
-    ),
-    "moe.aux_loss_weight": ("moe.balance = 'aux_loss'", lambda config: config.moe.balance == "aux_loss"),
-    "moe.aux_loss_scope": ("moe.balance = 'aux_loss'", lambda config: config.moe.balance == "aux_loss"),
-    "moe.bias_update_rate": ("moe.balance = 'loss_free'", lambda config: config.moe.balance == "loss_free"),
-    "optimizer.matrix_lr": ("optimizer.name = 'muon'", lambda config: config.optimizer.name == "muon"),
-    "optimizer.momentum": ("optimizer.name = 'muon'", lambda config: config.optimizer.name == "muon"),
-    "checkpoint.load_step": ("checkpoint.enable = true", lambda config: config.checkpoint.enable),
+# Settings that do nothing but with others: name -> (the other one, its value or a letter in it).
+_NEEDS: dict[str, tuple[str, Any]] = {
+    "model.mixer": ("model.layer_pattern", "L"),
+    "moe.aux_loss_weight": ("moe.balance", "aux_loss"),
+    "moe.aux_loss_scope": ("moe.balance", "aux_loss"),
+    "moe.bias_update_rate": ("moe.balance", "loss_free"),
+    "optimizer.matrix_lr": ("optimizer.name", "muon"),
+    "optimizer.momentum": ("optimizer.name", "muon"),
+    "checkpoint.load_step": ("checkpoint.enable", True),
 }
 
 
@@ -83,6 +79,7 @@ def config_from(sources: list[dict[str, Any]]) -> Config:
     except ValidationError as error:
         raise ConfigError(_sentence(error, Config)) from None
     _check_layers(config)
+    _check_needs(config, sources)
     _check_consistency(config)
     return config
 
@@ -303,6 +300,30 @@ def _check_backend(prefix: str, backend: Any) -> None:
         raise ConfigError(f"{prefix}.backend = 'triton' is not supported yet; use 'auto', 'chunked' or 'reference'.")
 
 
+def _check_needs(config: Config, sources: list[dict[str, Any]]) -> None:
+    """Refuses what would do nothing; but where a later source than its own changed what it needs, it is left out."""
+
+    def value(settings: Config, name: str) -> Any:
+        table, _, key = name.partition(".")
+        return getattr(getattr(settings, table), key)
+
+    def last_source(name: str) -> int:
+        table, _, key = name.partition(".")
+        return max((index for index, source in enumerate(sources) if key in source.get(table, {})), default=-1)
+
+    for name, (other, needed) in _NEEDS.items():
+        given, unset, actual = value(config, name), value(Config(), name), value(config, other)
+        if given == unset or (needed in actual if isinstance(actual, str) else needed == actual):
+            continue
+        table, _, key = name.partition(".")
+        if last_source(other) <= last_source(name):
+            raise ConfigError(
+                f"{name} = {toml_value(given)} is of no use with {other} = {toml_value(actual)}: it needs "
+                f"{toml_value(needed)} there; give that, or leave {key} unset."
+            )
+        setattr(getattr(config, table), key, unset)
+
+
 def _check_consistency(config: Config) -> None:
     default = Config()
     for key in _NOT_YET:
@@ -310,13 +331,6 @@ def _check_consistency(config: Config) -> None:
         if value != supported:
             raise ConfigError(
                 f"parallelism.{key} = {toml_value(value)} is not supported yet; leave it at {toml_value(supported)}."
-            )
-    for name, (need, is_met) in _NEEDS.items():
-        table, _, key = name.partition(".")
-        value = getattr(getattr(config, table), key)
-        if value != getattr(getattr(default, table), key) and not is_met(config):
-            raise ConfigError(
-                f"{name} = {toml_value(value)} is of no use without {need}; give that, or leave {key} unset."
             )
     _check_backend("model", config.model.backend)
     profiling, training = config.profiling, config.training
