@@ -1,7 +1,7 @@
 """Validation of the debug model by AdamW and by Muon at equal training time: python -m benchmarks.optimizers
 
 Measures the speed of each first, and from that takes the steps that fill `--minutes`; learning rates decay to their end
-within them. Each optimizer runs with a few peak learning rates; the tables of train_configs/debug.toml hold otherwise.
+within them. Peak learning rates are given per optimizer; train_configs/debug.toml holds otherwise.
 """
 
 import json
@@ -15,10 +15,6 @@ from benchmarks.report import arguments, show
 from torchlmoe.config_loader import batch_sizes, load_config
 
 CONFIG = "train_configs/debug.toml"
-CASES = {
-    "adamw": [{"optimizer.lr": lr} for lr in (4e-3, 8e-3)],
-    "muon": [{"optimizer.lr": 6e-3, "optimizer.matrix_lr": lr} for lr in (2e-2, 4e-2)],
-}
 
 
 def train(folder: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
@@ -32,13 +28,19 @@ def train(folder: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=3, help="training time of each run")
+    parser.add_argument("--adamw-lr", type=float, nargs="+", default=[6e-3], help="peak learning rates to try")
+    parser.add_argument("--matrix-lr", type=float, nargs="+", default=[2e-2], help="Muon's, beside 6e-3 for the rest")
     options = parser.parse_args()
+    cases = {
+        "adamw": [{"optimizer.lr": lr} for lr in options.adamw_lr],
+        "muon": [{"optimizer.lr": 6e-3, "optimizer.matrix_lr": lr} for lr in options.matrix_lr],
+    }
     config = load_config(["--job.config_file", CONFIG])
     tokens_per_step = batch_sizes(config.training, 1)[1] * config.training.seq_len
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        for name, choices in CASES.items():
+        for name, choices in cases.items():
             short = {"training.steps": 60, "lr_scheduler.warmup_steps": 10, "validation.enable": "false"}
             speed = train(folder / f"{name}_speed", {"optimizer.name": name, **short})[-1]["tokens_per_second"]
             steps = round(60 * options.minutes * speed / tokens_per_step)
