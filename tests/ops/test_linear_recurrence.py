@@ -107,6 +107,44 @@ def test_chunked_equals_token_loop(terms, length):
     assert_close(run(inputs, torch.float32, backend="chunked"), expected, 1e-5, 1e-4)
 
 
+STRONG_GATES = {
+    "constant": lambda shape: torch.tensor([-8.0, -12.0]).view(-1, *[1] * (len(shape) - 3)).expand(shape),
+    "half": lambda shape: torch.where(
+        torch.rand(shape, generator=torch.Generator().manual_seed(3)) < 0.5, -16.0, -0.01
+    ),
+    "all": lambda shape: torch.full(shape, -30.0),
+}
+
+
+@pytest.mark.parametrize("terms", [name for name, terms in TERMS.items() if {"head", "scalar"} & set(terms)])
+@pytest.mark.parametrize("gates", STRONG_GATES)
+def test_gradient_of_strong_gates(terms, gates):
+    """Each head's sum of g * dg too, which is what a rate that its gates share gets."""
+    inputs = make_inputs(TERMS[terms], 1, 65 if gates == "all" else 200)
+    with torch.no_grad():
+        log_decay = inputs["log_decay"]
+        log_decay.copy_(STRONG_GATES[gates](log_decay.shape))
+
+    def gradients(dtype, backend):
+        found = run(inputs, dtype, backend=backend)
+        product = (log_decay * found["dlog_decay"]).detach()
+        per_head = product if product.dim() == 1 else product.movedim(2, 0).flatten(1).sum(1)
+        return {"dlog_decay": found["dlog_decay"]} | {f"d of head {i}": x for i, x in enumerate(per_head)}
+
+    expected = gradients(torch.float64, "reference")
+    assert_close(gradients(torch.float64, "chunked"), expected, 1e-9)
+    assert_close(gradients(torch.float32, "chunked"), expected, 1e-4)
+
+
+@pytest.mark.parametrize("terms", [name for name, terms in TERMS.items() if {"head", "scalar"} & set(terms)])
+def test_decay_of_nothing_has_no_gradient(terms):
+    """One token, no state before it, none after it in the loss: exactly zero."""
+    inputs = make_inputs(TERMS[terms], 2, 1)
+    inputs.pop("initial_state")
+    o, _ = linear_recurrence(**inputs, backend="chunked")
+    assert not torch.autograd.grad(o.square().sum(), inputs["log_decay"])[0].any()
+
+
 @pytest.mark.parametrize("terms", TERMS)
 def test_packed_documents(terms):
     """Packed = each document alone, states included; empty documents hand their state on."""
