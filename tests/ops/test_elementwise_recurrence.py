@@ -160,6 +160,19 @@ def test_gates_without_decay_or_memory():
     zero = torch.zeros(1, 1, 4, dtype=torch.float64)
     torch.testing.assert_close(elementwise_recurrence(one, one, v, log_decay=zero)[0], v.cumsum(1))
     torch.testing.assert_close(elementwise_recurrence(one, one, v, log_decay=zero - torch.inf)[0], v)
+    bounds = torch.tensor([0, 0, 70], dtype=torch.int32)
+    transition, _ = elementwise_span_summary(one, v, log_decay=zero - torch.inf, cu_seqlens=bounds)
+    torch.testing.assert_close(transition, torch.stack([zero + 1, zero]))
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_no_documents(backend):
+    inputs = make_inputs(FORMS["selective"], 1, 0)
+    inputs["initial_state"] = inputs["initial_state"][:0]
+    none = torch.zeros(1, dtype=torch.int32)
+    o, state = elementwise_recurrence(**inputs, output_final_state=True, cu_seqlens=none, backend=backend)
+    assert o.shape == inputs["v"].shape
+    assert state.shape == inputs["initial_state"].shape
 
 
 def test_low_precision_inputs():
@@ -184,6 +197,8 @@ def test_refusals():
         elementwise_recurrence(**(inputs | {"v": inputs["v"].to(torch.complex128)}))
     with pytest.raises(ValueError, match="must be int32"):
         elementwise_recurrence(**inputs, cu_seqlens=torch.tensor([0, 8]))
+    with pytest.raises(ValueError, match="must be int32"):
+        elementwise_recurrence(**inputs, cu_seqlens=torch.tensor([], dtype=torch.int32))
     for backend in ("chunked", "reference"):
         with pytest.raises(ValueError, match="must rise from 0 to the number of tokens, 8"):
             elementwise_recurrence(**inputs, cu_seqlens=torch.tensor([0, 3], dtype=torch.int32), backend=backend)

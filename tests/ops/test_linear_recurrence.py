@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from torchlmoe.ops import linear_recurrence, span_summary
+from torchlmoe.ops.chunk_layout import kept_chunk_layout
 from torchlmoe.ops.chunked import Terms, chunked_forward, layout_of
 
 TERMS = {
@@ -107,6 +108,54 @@ def test_chunked_equals_token_loop(terms, length):
     assert_close(run(inputs, torch.float32, backend="chunked"), expected, 1e-5, 1e-4)
 
 
+STRONG_GATES = {
+    "constant": lambda shape: torch.tensor([-8.0, -12.0]).view(-1, *[1] * (len(shape) - 3)).expand(shape),
+    "half": lambda shape: torch.where(
+        torch.rand(shape, generator=torch.Generator().manual_seed(3)) < 0.5, -16.0, -0.01
+    ),
+    "all": lambda shape: torch.full(shape, -30.0),
+}
+
+
+@pytest.mark.parametrize("terms", [name for name, terms in TERMS.items() if {"head", "scalar"} & set(terms)])
+@pytest.mark.parametrize("gates", STRONG_GATES)
+def test_gradient_of_strong_gates(terms, gates):
+    """Each head's sum of g * dg too, which is what a rate that its gates share gets."""
+    inputs = make_inputs(TERMS[terms], 1, 65 if gates == "all" else 200)
+    with torch.no_grad():
+        log_decay = inputs["log_decay"]
+        log_decay.copy_(STRONG_GATES[gates](log_decay.shape))
+
+    def gradients(dtype, backend):
+        found = run(inputs, dtype, backend=backend)
+        product = (log_decay * found["dlog_decay"]).detach()
+        per_head = product if product.dim() == 1 else product.movedim(2, 0).flatten(1).sum(1)
+        return {"dlog_decay": found["dlog_decay"]} | {f"d of head {i}": x for i, x in enumerate(per_head)}
+
+    expected = gradients(torch.float64, "reference")
+    assert_close(gradients(torch.float64, "chunked"), expected, 1e-9)
+    assert_close(gradients(torch.float32, "chunked"), expected, 1e-4)
+
+
+@pytest.mark.parametrize("terms", [name for name, terms in TERMS.items() if set(terms) - {"bonus", "beta", "key"}])
+def test_gates_of_minus_infinity(terms):
+    """Nothing passes them, and nothing is NaN."""
+    inputs = make_inputs(TERMS[terms], 1, 130)
+    with torch.no_grad():
+        for gate in {"log_decay", "value_log_decay"} & set(inputs):
+            inputs[gate].masked_fill_(inputs[gate] <= inputs[gate].quantile(0.2), -torch.inf)
+    assert_close(run(inputs, backend="chunked"), run(inputs, backend="reference"), 1e-9)
+
+
+@pytest.mark.parametrize("terms", [name for name, terms in TERMS.items() if {"head", "scalar"} & set(terms)])
+def test_decay_of_nothing_has_no_gradient(terms):
+    """One token, no state before it, none after it in the loss: exactly zero."""
+    inputs = make_inputs(TERMS[terms], 2, 1)
+    inputs.pop("initial_state")
+    o, _ = linear_recurrence(**inputs, backend="chunked")
+    assert not torch.autograd.grad(o.square().sum(), inputs["log_decay"])[0].any()
+
+
 @pytest.mark.parametrize("terms", TERMS)
 def test_packed_documents(terms):
     """Packed = each document alone, states included; empty documents hand their state on."""
@@ -185,6 +234,29 @@ def test_no_tokens(terms):
     found = run(inputs := make_inputs(TERMS[terms], 2, 0), backend="chunked")
     assert torch.equal(found["final_state"], inputs["initial_state"])
     assert all(not grad.any() for name, grad in found.items() if name.startswith("d") and name != "dinitial_state")
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_no_documents(backend):
+    inputs = make_inputs(TERMS["gated_delta"], 1, 0)
+    inputs["initial_state"] = inputs["initial_state"][:0]
+    none = torch.zeros(1, dtype=torch.int32)
+    o, state = linear_recurrence(**inputs, output_final_state=True, cu_seqlens=none, backend=backend)
+    assert o.shape == inputs["v"].shape
+    assert state.shape == inputs["initial_state"].shape
+
+
+def test_packings_of_many_layers_are_laid_out_once():
+    """The backward of a model whose every layer packs its tokens in its own way finds the layouts of the forward."""
+    outputs = []
+    for layer in range(48):
+        inputs = make_inputs((), 1, 60, num_states=2)
+        bounds = torch.tensor([0, layer, 60], dtype=torch.int32)
+        outputs.append((linear_recurrence(**inputs, cu_seqlens=bounds)[0], inputs["v"]))
+    before = kept_chunk_layout.cache_info().misses
+    for o, v in reversed(outputs):
+        torch.autograd.grad(o.sum(), v)
+    assert kept_chunk_layout.cache_info().misses == before
 
 
 def test_compiles_whole():

@@ -152,6 +152,16 @@ def test_registered_operation(terms):
     )
 
 
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_no_documents(backend):
+    inputs = make_inputs((), 1, 0)
+    inputs["initial_state"] = inputs["initial_state"][:0]
+    none = torch.zeros(1, dtype=torch.int32)
+    o, state = online_gradient(**inputs, output_final_state=True, cu_seqlens=none, backend=backend)
+    assert o.shape == inputs["v"].shape
+    assert state.shape == inputs["initial_state"].shape
+
+
 def test_low_precision_inputs():
     """bfloat16 in and out, the state in float32 within."""
     inputs = {name: x.detach().to(torch.bfloat16) for name, x in make_inputs(TERMS["titans"], 1, 70).items()}
@@ -174,6 +184,8 @@ def test_refusals():
         online_gradient(**inputs, log_momentum=torch.zeros(1, 8, 2))
     with pytest.raises(ValueError, match="must be int32"):
         online_gradient(**inputs, cu_seqlens=torch.tensor([0, 8]))
+    with pytest.raises(ValueError, match="must be int32"):
+        online_gradient(**inputs, cu_seqlens=torch.tensor([], dtype=torch.int32))
     for backend in ("chunked", "reference"):
         with pytest.raises(ValueError, match="must rise from 0 to the number of tokens, 8"):
             online_gradient(**inputs, cu_seqlens=torch.tensor([0, 3], dtype=torch.int32), backend=backend)

@@ -14,6 +14,7 @@ BOUNDS = {
     "one": [0, 40],
     "one_and_empty": [0, 0, 17, 17],
     "one_letter": [0, 1],
+    "no_tokens": [0, 0],
     "pages": [0, 300, 301, 560],
 }
 

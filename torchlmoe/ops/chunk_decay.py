@@ -65,10 +65,11 @@ class MatrixDecay(CausalMask):
     log_decay_NC: of every chunk, zero at padded tokens; log_decay_GC: of the G chunks whose matrices are those of all,
     in turn. With reads_before the diagonal is left out: the bonus takes its place. Sums are float64: where gates are
     extreme the difference of two would lose an ordinary gate's digits.
+    A gate of -800 or less, -inf included, lets nothing through in any dtype.
     """
 
     def __init__(self, log_decay_NC: Tensor, log_decay_GC: Tensor, reads_before: bool, dtype: torch.dtype):
-        log_decay_NC, log_decay_GC = log_decay_NC.double(), log_decay_GC.double()
+        log_decay_NC, log_decay_GC = (x.double().clamp_min(-800) for x in (log_decay_NC, log_decay_GC))
         write = log_decay_GC.cumsum(1)
         read = write - log_decay_GC if reads_before else write
         seen = torch.ones(write.shape[1], write.shape[1], dtype=torch.bool, device=write.device).tril_(-reads_before)

@@ -82,6 +82,18 @@ class ChunkLayout:
         return torch.empty_like(x_N).index_copy(0, self.order_N, x_N)
 
 
+def num_documents(v: Tensor, cu_seqlens: Tensor | None) -> int:
+    """How many v [B, T, ...] holds. Raises ValueError where cu_seqlens is not int32 [N + 1] or there are more rows."""
+    if cu_seqlens is None:
+        return v.shape[0]
+    if v.shape[0] != 1 or cu_seqlens.dim() != 1 or not len(cu_seqlens) or cu_seqlens.dtype != torch.int32:
+        raise ValueError(
+            f"cu_seqlens (shape {list(cu_seqlens.shape)}, {cu_seqlens.dtype}) must be int32 [N + 1], with B = 1 "
+            f"(B is {v.shape[0]})."
+        )
+    return cu_seqlens.shape[0] - 1
+
+
 def check_bounds(bounds: Sequence[int], length: int) -> None:
     """Raises ValueError unless they rise from 0 to `length`."""
     if bounds[0] != 0 or bounds[-1] != length or list(bounds) != sorted(bounds):
@@ -143,14 +155,14 @@ def chunk_layout(
     return ChunkLayout(slabs, torch.tensor(order, dtype=torch.int64, device=device))
 
 
-_kept = lru_cache(maxsize=16)(chunk_layout)
+# Made once for all layers of a step, both ways, even where every layer packs its tokens in a way of its own.
+kept_chunk_layout = lru_cache(maxsize=64)(chunk_layout)
 
 
 def kept_scan_layout(v: Tensor, cu_seqlens: Tensor | None, chunk_size: int, slab_steps: int) -> ChunkLayout:
     """The layout of v's rows or documents, slabs of about `slab_steps` chunks of as many documents as v has abreast.
 
-    Made once for all layers of a step, both ways: for real tensors, not for traced ones. Raises ValueError for bounds
-    that are none.
+    For real tensors, not for traced ones. Raises ValueError for bounds that are none.
     """
     batch_size, length = v.shape[:2]
     bounds, longest = None, length
@@ -158,4 +170,4 @@ def kept_scan_layout(v: Tensor, cu_seqlens: Tensor | None, chunk_size: int, slab
         bounds = tuple(cu_seqlens.tolist())
         longest = max((end - start for start, end in zip(bounds, bounds[1:], strict=False)), default=0)
     abreast = -(-batch_size * length // max(1, longest))
-    return _kept(batch_size, length, bounds, chunk_size, slab_steps * max(1, abreast), v.device)
+    return kept_chunk_layout(batch_size, length, bounds, chunk_size, slab_steps * max(1, abreast), v.device)

@@ -19,14 +19,13 @@ Legend: N chunks of a slab times heads of v, C tokens a chunk, R readers, W writ
 """
 
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchlmoe.ops.chunk_decay import CausalMask, ChannelDecay, MatrixDecay, Undecayed, unit_lower_inverse
-from torchlmoe.ops.chunk_layout import ChunkLayout, Slab, chunk_layout
+from torchlmoe.ops.chunk_layout import ChunkLayout, Slab, chunk_layout, kept_chunk_layout
 
 CHUNK_SIZE = 64
 SLAB_TOKENS = 4096  # times heads; 1 MiB for a tensor of 64 channels
@@ -53,11 +52,8 @@ def layout_of(v: Tensor, cu_seqlens: Tensor | None) -> ChunkLayout:
 
 
 def kept_layout_of(v: Tensor, cu_seqlens: Tensor | None) -> ChunkLayout:
-    """`layout_of`, made once for all layers of a step, both ways: for real tensors, not for traced ones."""
-    return _kept_layout(*_layout_key(v, cu_seqlens))
-
-
-_kept_layout = lru_cache(maxsize=8)(chunk_layout)
+    """`layout_of`, made once: for real tensors, not for traced ones."""
+    return kept_chunk_layout(*_layout_key(v, cu_seqlens))
 
 
 def _layout_key(v: Tensor, cu_seqlens: Tensor | None) -> tuple[Any, ...]:

@@ -9,8 +9,13 @@ In the notation of `chunked.py`, with dS the gradient of a chunk's last state an
     dx   = rows(P', y) + exp G * (do * exp H, -dz) S^T
     dy   = columns(P', x) + exp(G_C - G) * (w * exp(H_C - H)) dS^T
     dS  <- (q * exp G)^T (do * exp H) + exp(G_C) dS exp(H_C) - (e * exp G)^T dz
-    dg   = reverse_cumsum(sum x * dx - sum y * dy) + sum_v S_C * dS            per chunk, or extreme gates cancel
+    dg_s = sum_{i>=s} x_i * (dx_i through S) + sum_{j<s} y_j * (dy_j through dS) + sum_{i>=s>j} P'_ij P_ij
+           + sum S * exp(G_C) dS exp(H_C)                                      one decay per token and head
+    dg   = reverse_cumsum(x * dx - y * dy) + sum_v S_C * dS                    per channel
     dh   = reverse_cumsum(o * do - v * dv) + sum_k S_C * dS
+
+One decay per token takes what passes it, term by term: a difference of flows would lose the digits of a gate that
+lets little through.
 
 What is read before a token's own decay counts from the token before it, and the bonus is no part of dg and dh.
 """
@@ -18,6 +23,7 @@ What is read before a token's own decay counts from the token before it, and the
 import torch
 from torch import Tensor
 
+from torchlmoe.ops.chunk_decay import ChannelDecay, MatrixDecay
 from torchlmoe.ops.chunk_layout import ChunkLayout
 from torchlmoe.ops.chunked import Chunks, Terms, beside, carry, cut, make_strict, read, scan
 
@@ -103,15 +109,17 @@ def _slab_backward(
         grad_scores = value_decay.pair(rows_NCRV, w_NCWV)
         if chunks.strict:
             make_strict(grad_scores)
-        key_decay.backward(grad_scores, x_NCRK, y_NCWK, grad_x, grad_y)
-
     grads = {"v": grad_v}
-    if (whole := key_decay.whole) is not None:
-        per_channel = whole.shape[-1] > 1
-        read_flow, write_flow = (
-            (x * grad).sum(2 if per_channel else (2, 3)) for x, grad in ((x_NCRK, grad_x), (y_NCWK, grad_y))
-        )
-        held = (torch.cat(chunks.ends) * grad_end_NKV).sum(2 if per_channel else (1, 2))
+    if isinstance(key_decay, MatrixDecay):
+        from_start, to_end = ((x * grad).sum((2, 3)) for x, grad in ((x_NCRK, grad_x), (y_NCWK, grad_y)))
+        through = (carry(torch.cat(chunks.starts), chunks.whole(), None) * grad_end_NKV).sum((1, 2))
+        within = (grad_scores * scores).sum((2, 4)) if grad_rows else None
+        grads["log_decay"] = _passing(from_start, to_end, through, within, chunks.reads_before)
+    if grad_rows:
+        key_decay.backward(grad_scores, x_NCRK, y_NCWK, grad_x, grad_y)
+    if isinstance(key_decay, ChannelDecay):
+        read_flow, write_flow = ((x * grad).sum(2) for x, grad in ((x_NCRK, grad_x), (y_NCWK, grad_y)))
+        held = (torch.cat(chunks.ends) * grad_end_NKV).sum(2)
         grads["log_decay"] = _decay_gradient(read_flow, write_flow, held, chunks.reads_before)
     if value_decay.whole is not None:
         read_flow = torch.zeros_like(grad_v) if grad_o_NCV is None else read(chunks, w_NCWV) * grad_o_NCV
@@ -163,6 +171,18 @@ def _mirrored_scan(
             before = torch.baddbmm(before, x[:, :, -1].mT, grad_z[-1], alpha=-1)
         grad_state = before
     return grad_state, torch.cat(grad_ends[::-1]), torch.cat(grad_z[::-1] or [chunks.v_NCV[:0]])
+
+
+def _passing(from_start: Tensor, to_end: Tensor, through: Tensor, within: Tensor | None, reads_before: bool) -> Tensor:
+    """Sums what passes each token's decay, [N, C].
+
+    from_start [N, C]: what each token reads of the chunk's first state; to_end [N, C]: what each adds to its last one;
+    through [N]: what goes from the first to the last; within [N, C, C]: what a token reads of another.
+    """
+    ones = from_start.new_ones(from_start.shape[1], from_start.shape[1])
+    written, read = ones.triu(1), ones.tril(-reads_before)  # [j, s] and [i, s]: whether a token is on that side of s
+    passing = torch.addmm(through[:, None], from_start, read).addmm_(to_end, written)
+    return passing if within is None else passing + (torch.matmul(within, written) * read).sum(1)
 
 
 def _decay_gradient(read_flow: Tensor, write_flow: Tensor, at_end: Tensor, reads_before: bool) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from torchlmoe.ops.chunk_layout import check_bounds, kept_scan_layout
+from torchlmoe.ops.chunk_layout import check_bounds, kept_scan_layout, num_documents
 
 SLAB_STEPS = 32  # places; the state is kept once a slab
 
@@ -91,6 +91,7 @@ def elementwise_span_summary(
         total = varying.new_zeros(len(lengths), *varying.shape[1:]).index_add(0, documents, varying)
         if step is not None:
             total = total[:, :, None] * log_decay
+    total = total.masked_fill((lengths == 0)[:, None, None, None], 0)  # no tokens of -inf are none, not NaN
     return total.to(state.dtype).exp(), state
 
 
@@ -134,15 +135,7 @@ def _check(q, k, v, log_decay, step, initial_state, cu_seqlens, backend) -> None
     else:
         expect("step", step, tuple(v.shape))
         expect("log_decay", log_decay, matrix)
-    num_documents = batch_size
-    if cu_seqlens is not None:
-        if batch_size != 1 or cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32:
-            raise ValueError(
-                f"cu_seqlens (shape {list(cu_seqlens.shape)}, {cu_seqlens.dtype}) must be int32 [N + 1], with B = 1 "
-                f"(B is {batch_size})."
-            )
-        num_documents = cu_seqlens.shape[0] - 1
-    expect("initial_state", initial_state, (num_documents, *matrix))
+    expect("initial_state", initial_state, (num_documents(v, cu_seqlens), *matrix))
 
 
 def _state_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -152,14 +145,10 @@ def _state_dtype(*tensors: Tensor | None) -> torch.dtype:
     return dtype
 
 
-def _num_documents(v: Tensor, cu_seqlens: Tensor | None) -> int:
-    return v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-
-
 def _first_state(q, k, v, log_decay, initial_state, cu_seqlens) -> Tensor:
     if initial_state is not None:
         return initial_state.to(_state_dtype(q, k, v, log_decay))
-    shape = (_num_documents(v, cu_seqlens), v.shape[2], k.shape[-1], v.shape[-1])
+    shape = (num_documents(v, cu_seqlens), v.shape[2], k.shape[-1], v.shape[-1])
     return torch.zeros(shape, dtype=_state_dtype(q, k, v, log_decay), device=v.device)
 
 
@@ -188,9 +177,10 @@ def _reference(q, k, v, log_decay, step, initial_state, cu_seqlens) -> tuple[Ten
             if q is not None:
                 rows[row].append(_real_like(torch.einsum("hk,hkv->hv", at(q, row, t), state), v))
         last_states.append(state)
+    final_state = torch.stack(last_states) if last_states else state_NHKV
     if q is None or length == 0:
-        return torch.zeros_like(v), torch.stack(last_states)
-    return torch.stack([torch.stack(row) for row in rows]).to(v.dtype), torch.stack(last_states)
+        return torch.zeros_like(v), final_state
+    return torch.stack([torch.stack(row) for row in rows]).to(v.dtype), final_state
 
 
 def _take(x: Tensor, tokens: Tensor, token_dim: int, dtype: torch.dtype) -> Tensor:

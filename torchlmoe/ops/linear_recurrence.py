@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from torchlmoe.ops.chunk_layout import check_bounds
+from torchlmoe.ops.chunk_layout import check_bounds, num_documents
 from torchlmoe.ops.chunked import Terms, chunked_forward, kept_layout_of
 from torchlmoe.ops.chunked_backward import chunked_backward
 from torchlmoe.ops.reference import reference_recurrence
@@ -95,10 +95,9 @@ def span_summary(
             return transition, state
         return (transition, _total_decay(value_log_decay, v, value_dim, cu_seqlens)), state
     # The columns of the state do not mix, so the transition is K more of them: no value, started from the identity.
-    num_documents = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    dtype = torch.promote_types(v.dtype, torch.float32)
-    identity = torch.eye(key_dim, dtype=dtype, device=v.device).expand(num_documents, num_heads, -1, -1)
-    initial_state = torch.cat([identity.new_zeros(num_documents, num_heads, key_dim, value_dim), identity], -1)
+    documents, dtype = num_documents(v, cu_seqlens), torch.promote_types(v.dtype, torch.float32)
+    identity = torch.eye(key_dim, dtype=dtype, device=v.device).expand(documents, num_heads, -1, -1)
+    initial_state = torch.cat([identity.new_zeros(documents, num_heads, key_dim, value_dim), identity], -1)
     wide_v = torch.nn.functional.pad(v, (0, key_dim))
     _, state = _run(None, k, wide_v, log_decay, erase, erase_key, None, None, 1.0, initial_state, cu_seqlens, backend)
     return state[..., value_dim:], state[..., :value_dim]
@@ -107,8 +106,8 @@ def span_summary(
 def _total_decay(log_decay: Tensor | None, v: Tensor, width: int, cu_seqlens: Tensor | None) -> Tensor:
     """exp of each document's summed log decay, [N, R, width]."""
     batch_size, length, num_heads, _ = v.shape
-    num_documents = batch_size if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    total = v.new_zeros(num_documents, num_heads, width, dtype=torch.promote_types(v.dtype, torch.float32))
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    total = v.new_zeros(num_documents(v, cu_seqlens), num_heads, width, dtype=dtype)
     if log_decay is not None:
         decay = log_decay.to(total.dtype)
         decay = decay.expand(batch_size, length, num_heads) if decay.dim() == 1 else decay
@@ -173,15 +172,7 @@ def _check(q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, initial
     if erase is not None and (value_log_decay is not None or bonus is not None):
         other = "bonus" if bonus is not None else "value_log_decay"
         raise ValueError(f"{other} cannot be combined with erase; give one of the two.")
-    num_documents = batch_size
-    if cu_seqlens is not None:
-        if batch_size != 1 or cu_seqlens.dim() != 1 or not len(cu_seqlens) or cu_seqlens.dtype != torch.int32:
-            raise ValueError(
-                f"cu_seqlens (shape {list(cu_seqlens.shape)}, {cu_seqlens.dtype}) must be int32 [N + 1], with B = 1 "
-                f"(B is {batch_size})."
-            )
-        num_documents = cu_seqlens.shape[0] - 1
-    expect("initial_state", initial_state, (num_documents, num_heads, key_dim, value_dim))
+    expect("initial_state", initial_state, (num_documents(v, cu_seqlens), num_heads, key_dim, value_dim))
 
 
 def _run(
@@ -216,9 +207,8 @@ def _forward(
 
 @_forward.register_fake
 def _(q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, scale, initial_state, cu_seqlens):
-    num_documents = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    num_heads, key_dim, value_dim = v.shape[2], k.shape[-1], v.shape[-1]
-    state = v.new_empty(num_documents, num_heads, key_dim, value_dim, dtype=torch.promote_types(v.dtype, torch.float32))
+    documents, num_heads, key_dim, value_dim = num_documents(v, cu_seqlens), v.shape[2], k.shape[-1], v.shape[-1]
+    state = v.new_empty(documents, num_heads, key_dim, value_dim, dtype=torch.promote_types(v.dtype, torch.float32))
     # How many slabs there are depends on the documents.
     kept = state.new_empty(torch.library.get_ctx().new_dynamic_size(), key_dim, value_dim)
     return torch.empty_like(v, memory_format=torch.contiguous_format), state, kept

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from torchlmoe.ops.chunk_layout import check_bounds, chunk_layout, kept_scan_layout
+from torchlmoe.ops.chunk_layout import check_bounds, chunk_layout, kept_scan_layout, num_documents
 from torchlmoe.ops.elementwise_recurrence import check_backend
 
 SLAB_STEPS = 16  # mini-batches; the state is kept once a slab
@@ -115,18 +115,9 @@ def _check(
         expect(name, tensor, batch_size, length, num_heads)
     expect("norm_weight", norm_weight, num_heads, value_dim)
     expect("norm_bias", norm_bias, num_heads, value_dim)
-    if cu_seqlens is not None and (batch_size != 1 or cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32):
-        raise ValueError(
-            f"cu_seqlens (shape {list(cu_seqlens.shape)}, {cu_seqlens.dtype}) must be int32 [N + 1], with B = 1 "
-            f"(B is {batch_size})."
-        )
-    num_documents, parts = _num_documents(v, cu_seqlens), 2 if log_momentum is None else 3
-    expect("initial_state", initial_state, num_documents, num_heads, parts, k.shape[-1], value_dim)
-    expect("offset", offset, num_documents)
-
-
-def _num_documents(v: Tensor, cu_seqlens: Tensor | None) -> int:
-    return v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    documents, parts = num_documents(v, cu_seqlens), 2 if log_momentum is None else 3
+    expect("initial_state", initial_state, documents, num_heads, parts, k.shape[-1], value_dim)
+    expect("offset", offset, documents)
 
 
 def _first_state(k: Tensor, v: Tensor, log_momentum, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
@@ -134,7 +125,7 @@ def _first_state(k: Tensor, v: Tensor, log_momentum, initial_state: Tensor | Non
     if initial_state is not None:
         return initial_state.to(dtype)
     parts = 2 if log_momentum is None else 3
-    shape = (_num_documents(v, cu_seqlens), v.shape[2], parts, k.shape[-1], v.shape[-1])
+    shape = (num_documents(v, cu_seqlens), v.shape[2], parts, k.shape[-1], v.shape[-1])
     return torch.zeros(shape, dtype=dtype, device=v.device)
 
 
@@ -189,7 +180,7 @@ def _reference(
                 anchor = weights
         last_states.append(torch.stack([anchor, weights, *momentum], 1))
     o = torch.stack(outputs).view(v.shape).to(v.dtype) if outputs else torch.zeros_like(v)
-    return o, torch.stack(last_states)
+    return o, torch.stack(last_states) if last_states else states
 
 
 @dataclass

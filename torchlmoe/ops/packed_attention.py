@@ -28,7 +28,7 @@ def packed_attention(
     like q.
     """
     length = q.shape[1]
-    if cu_seqlens is None:
+    if cu_seqlens is None or length == 0:
         return _sdpa(q, k, v, None if window is None or window >= length else _visible(length, window, q.device))
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
         # torch's own operation on packed documents, by flash attention.

@@ -45,11 +45,12 @@ def reference_recurrence(
 
     bounds = [0, num_tokens] if cu_seqlens is None else cu_seqlens.tolist()  # packed documents share the only row
     num_states = batch_size if cu_seqlens is None else 1
-    outputs, final_states = [], []
+    first_states_NRKV = v_BTRV.new_zeros((len(bounds) - 1) * num_states, num_heads, k.shape[-1], value_dim)
+    if initial_state is not None:
+        first_states_NRKV = initial_state.to(dtype)
+    outputs, final_states = [], [first_states_NRKV[:0]]
     for document, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
-        state_BRKV = v_BTRV.new_zeros(num_states, num_heads, k.shape[-1], value_dim)
-        if initial_state is not None:
-            state_BRKV = initial_state[document : document + num_states].to(dtype)
+        state_BRKV = first_states_NRKV[document : document + num_states]
         for t in range(start, end):
             k_BRK, v_BRV = k_BTRK[:, t], v_BTRV[:, t]
             before_BRKV = state_BRKV
