@@ -173,6 +173,21 @@ def test_settings_reach_the_constructor(case):
     assert config.model.layers["L"] == {"mixer": name, "mlp": "moe", **given}
 
 
+def test_widths_are_rounded_to_the_nearest():
+    for name, kind in MIXERS.items():
+        if "expand_v" in kind.settings():
+            head = {"head_dim": 100} if "head_dim" in kind.settings() else {}
+            mixer = MIXERS[name](100, num_heads=1, expand_v=0.57, **head)
+            assert mixer.v_proj.out_features == 57, name
+
+
+def test_backend_reaches_every_recurrence():
+    for name, kind in MIXERS.items():
+        if "backend" in kind.settings():
+            mixer = MIXERS[name](32, **({} if name in HEADLESS else {"num_heads": 4}), backend="reference")
+            assert {m.backend for m in mixer.modules() if hasattr(m, "backend")} == {"reference"}, name
+
+
 def test_impossible_sizes_are_refused():
     for name, kind in MIXERS.items():
         for width in {"expand", "expand_k", "expand_v"} & kind.settings().keys():
@@ -202,6 +217,12 @@ def test_impossible_sizes_are_refused():
         MIXERS["mamba2"](32, num_heads=4, min_step=0.2, max_step=0.1)
     with pytest.raises(ValueError, match="normalizer = true divides by a sum"):
         MIXERS["bla"](32, num_heads=4, normalizer=True)
+    with pytest.raises(ValueError, match="feature_dim = 1 must be at least 2"):
+        MIXERS["rebased"](32, num_heads=4, feature_dim=1)
+    with pytest.raises(ValueError, match="gate_rank = 4 belongs to gate = 'full'"):
+        MIXERS["gfw"](32, num_heads=4, gate_rank=4)
+    with pytest.raises(ValueError, match="inner = 'nope' is not a mixer; choose from attention"):
+        MIXERS["mom"](32, num_heads=4, inner="nope")
     with pytest.raises(ValueError, match="top_k = 5 is more than num_memories = 4"):
         MIXERS["mom"](32, num_heads=4, top_k=5)
     for inner in ("attention", "gsa", "gateloop", "mom"):
