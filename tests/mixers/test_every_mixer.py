@@ -73,10 +73,10 @@ BOUNDS = torch.tensor([[0, 8, 9, 20, 20], [0, 20, 20, 20, 20]], dtype=torch.int3
 PACKED = Sequence.of_packed_rows(BOUNDS, 20, loss_weight=0.0)
 
 
-def build(case, dtype=torch.float64):
+def build(case, dtype=torch.float64, **more):
     name, options = (CASES | MIXTURES)[case]
     heads = {} if name in HEADLESS else {"num_heads": HEADS}
-    mixer = MIXERS[name](DIM, init_std=0.3, **heads, **options).to(dtype)
+    mixer = MIXERS[name](DIM, init_std=0.3, **heads, **options, **more).to(dtype)
     with named_draws(mixer, seed=0):
         mixer.init_weights()
     generator = torch.Generator().manual_seed(0)
@@ -127,6 +127,48 @@ def test_decoding_continues_a_prefill(case):
         sequence = Sequence(torch.arange(start, end).expand(3, -1))
         pieces.append(mixer(x[:, start:end], sequence=sequence, cache=cache))
     torch.testing.assert_close(torch.cat(pieces, 1), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_several_chunks(case):
+    """Beyond a chunk of 64, with empty documents and with tokens that are zero or large: documents alone, decoding,
+    the other backend, and a gradient for every parameter.
+    """
+    x = inputs(1, 200)
+    x[:, [1, 20, 64, 65, 130, 199]] = 0.0
+    x[:, [0, 30, 66, 128, 150]] *= 20.0
+    bounds = [0, 0, 1, 2, 66, 131, 131, 200]
+    packed = Sequence.of_packed_rows(torch.tensor([bounds], dtype=torch.int32), 200, loss_weight=0.0)
+    backends = ["chunked", "reference"] if "backend" in MIXERS[CASES[case][0]].settings() else [None]
+    results = []
+    for backend in backends:
+        mixer = build(case, **({} if backend is None else {"backend": backend}))
+        y = mixer(x, sequence=packed)
+        (y * inputs(1, 200).flip(1)).sum().backward()
+        results.append({"output": y.detach()} | {name: p.grad for name, p in mixer.named_parameters()})
+        for name, gradient in results[-1].items():
+            assert gradient is not None, name
+            assert gradient.isfinite().all(), name
+            assert gradient.any(), name
+    for name, expected in results[-1].items():
+        assert_near(results[0][name], expected, name)
+
+    mixer = build(case)
+    with torch.no_grad():
+        for start, end in zip(bounds, bounds[1:], strict=False):
+            if start < end:
+                alone = mixer(x[:, start:end], sequence=Sequence.of_rows(1, end - start))
+                assert_near(results[0]["output"][:, start:end], alone, f"document {start} to {end}")
+        whole = mixer(x, sequence=Sequence.of_rows(1, 200))
+        cache, pieces, splits = mixer.init_cache(1, 200, torch.float64), [], [0, 65, 66, 129, 130, 200]
+        for start, end in zip(splits, splits[1:], strict=False):
+            sequence = Sequence(torch.arange(start, end)[None])
+            pieces.append(mixer(x[:, start:end], sequence=sequence, cache=cache))
+        assert_near(torch.cat(pieces, 1), whole, "decoding")
+
+
+def assert_near(found, expected, what):
+    assert (found - expected).norm() <= 1e-9 * expected.norm(), what
 
 
 @pytest.mark.parametrize("case", CASES)
