@@ -73,10 +73,10 @@ BOUNDS = torch.tensor([[0, 8, 9, 20, 20], [0, 20, 20, 20, 20]], dtype=torch.int3
 PACKED = Sequence.of_packed_rows(BOUNDS, 20, loss_weight=0.0)
 
 
-def build(case, dtype=torch.float64):
+def build(case, dtype=torch.float64, **more):
     name, options = (CASES | MIXTURES)[case]
     heads = {} if name in HEADLESS else {"num_heads": HEADS}
-    mixer = MIXERS[name](DIM, init_std=0.3, **heads, **options).to(dtype)
+    mixer = MIXERS[name](DIM, init_std=0.3, **heads, **options, **more).to(dtype)
     with named_draws(mixer, seed=0):
         mixer.init_weights()
     generator = torch.Generator().manual_seed(0)
@@ -130,6 +130,48 @@ def test_decoding_continues_a_prefill(case):
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_several_chunks(case):
+    """Beyond a chunk of 64, with empty documents and with tokens that are zero or large: documents alone, decoding,
+    the other backend, and a gradient for every parameter.
+    """
+    x = inputs(1, 200)
+    x[:, [1, 20, 64, 65, 130, 199]] = 0.0
+    x[:, [0, 30, 66, 128, 150]] *= 20.0
+    bounds = [0, 0, 1, 2, 66, 131, 131, 200]
+    packed = Sequence.of_packed_rows(torch.tensor([bounds], dtype=torch.int32), 200, loss_weight=0.0)
+    backends = ["chunked", "reference"] if "backend" in MIXERS[CASES[case][0]].settings() else [None]
+    results = []
+    for backend in backends:
+        mixer = build(case, **({} if backend is None else {"backend": backend}))
+        y = mixer(x, sequence=packed)
+        (y * inputs(1, 200).flip(1)).sum().backward()
+        results.append({"output": y.detach()} | {name: p.grad for name, p in mixer.named_parameters()})
+        for name, gradient in results[-1].items():
+            assert gradient is not None, name
+            assert gradient.isfinite().all(), name
+            assert gradient.any(), name
+    for name, expected in results[-1].items():
+        assert_near(results[0][name], expected, name)
+
+    mixer = build(case)
+    with torch.no_grad():
+        for start, end in zip(bounds, bounds[1:], strict=False):
+            if start < end:
+                alone = mixer(x[:, start:end], sequence=Sequence.of_rows(1, end - start))
+                assert_near(results[0]["output"][:, start:end], alone, f"document {start} to {end}")
+        whole = mixer(x, sequence=Sequence.of_rows(1, 200))
+        cache, pieces, splits = mixer.init_cache(1, 200, torch.float64), [], [0, 65, 66, 129, 130, 200]
+        for start, end in zip(splits, splits[1:], strict=False):
+            sequence = Sequence(torch.arange(start, end)[None])
+            pieces.append(mixer(x[:, start:end], sequence=sequence, cache=cache))
+        assert_near(torch.cat(pieces, 1), whole, "decoding")
+
+
+def assert_near(found, expected, what):
+    assert (found - expected).norm() <= 1e-9 * expected.norm(), what
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_low_precision_stays_near(case):
     mixer, x = build(case), inputs(1, 40)
     sequence = PACKED
@@ -173,6 +215,21 @@ def test_settings_reach_the_constructor(case):
     assert config.model.layers["L"] == {"mixer": name, "mlp": "moe", **given}
 
 
+def test_widths_are_rounded_to_the_nearest():
+    for name, kind in MIXERS.items():
+        if "expand_v" in kind.settings():
+            head = {"head_dim": 100} if "head_dim" in kind.settings() else {}
+            mixer = MIXERS[name](100, num_heads=1, expand_v=0.57, **head)
+            assert mixer.v_proj.out_features == 57, name
+
+
+def test_backend_reaches_every_recurrence():
+    for name, kind in MIXERS.items():
+        if "backend" in kind.settings():
+            mixer = MIXERS[name](32, **({} if name in HEADLESS else {"num_heads": 4}), backend="reference")
+            assert {m.backend for m in mixer.modules() if hasattr(m, "backend")} == {"reference"}, name
+
+
 def test_impossible_sizes_are_refused():
     for name, kind in MIXERS.items():
         for width in {"expand", "expand_k", "expand_v"} & kind.settings().keys():
@@ -202,6 +259,12 @@ def test_impossible_sizes_are_refused():
         MIXERS["mamba2"](32, num_heads=4, min_step=0.2, max_step=0.1)
     with pytest.raises(ValueError, match="normalizer = true divides by a sum"):
         MIXERS["bla"](32, num_heads=4, normalizer=True)
+    with pytest.raises(ValueError, match="feature_dim = 1 must be at least 2"):
+        MIXERS["rebased"](32, num_heads=4, feature_dim=1)
+    with pytest.raises(ValueError, match="gate_rank = 4 belongs to gate = 'full'"):
+        MIXERS["gfw"](32, num_heads=4, gate_rank=4)
+    with pytest.raises(ValueError, match="inner = 'nope' is not a mixer; choose from attention"):
+        MIXERS["mom"](32, num_heads=4, inner="nope")
     with pytest.raises(ValueError, match="top_k = 5 is more than num_memories = 4"):
         MIXERS["mom"](32, num_heads=4, top_k=5)
     for inner in ("attention", "gsa", "gateloop", "mom"):

@@ -174,10 +174,10 @@ def test_a_letter_has_a_parameter_in_common():
     """HGRN2's lower bounds (arXiv 2404.07904): zero in the first layer, then sums of a softmax over the layers."""
     model = build(*"--model.layer_pattern LNL --model.mixer hgrn2 --model.num_layers 6".split())
     weight = model.common["L"].weight
-    assert weight.shape == (4, 32)
+    assert weight.shape == (4 * 32,)  # a vector, so that it has no weight decay
     with torch.no_grad():
         weight.uniform_(-2, 2)
-    share = weight.exp() / weight.exp().sum(0)
+    share = weight.view(4, 32).exp() / weight.view(4, 32).exp().sum(0)
     bounds = [torch.zeros_like(share[0]), share[1], share[1] + share[2], share[1:].sum(0)]
     seen = []
     for index in ("0", "2", "3", "5"):

@@ -12,17 +12,17 @@ from torchlmoe.layers.sequence import Sequence
 class TokenMix(nn.Module):
     """x + (previous - x) * weight, weight from 0 to 1 per channel: [B, T, channels] -> like x.
 
-    power: at the start the weight of channel i is 1 - (i / channels)^power.
+    power, less: at the start the weight of channel i is 1 - (i / channels)^power - less.
     """
 
-    def __init__(self, channels: int, power: float):
+    def __init__(self, channels: int, power: float, less: float = 0.0):
         super().__init__()
-        self.power = power
+        self.power, self.less = power, less
         self.weight = nn.Parameter(torch.empty(channels))
 
     def init_weights(self) -> None:
         channels = len(self.weight)
-        copy_(self.weight, 1 - (torch.arange(channels) / channels) ** self.power)
+        copy_(self.weight, 1 - (torch.arange(channels) / channels) ** self.power - self.less)
 
     def forward(self, x: Tensor, difference: Tensor, more_weight: Tensor | None = None) -> Tensor:
         """difference: previous - x. more_weight: added to the weight, per token, like x."""

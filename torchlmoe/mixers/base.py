@@ -49,13 +49,7 @@ class Mixer(nn.Module):
 
     def init_weights(self) -> None:
         """Draws the parameters: projections normal with `init_std`, all else by its own `init_weights`."""
-        for module in self.modules():
-            if module is self:
-                continue
-            if isinstance(module, nn.Linear):
-                normal_(module.weight, self.init_std)
-            elif callable(init_weights := getattr(module, "init_weights", None)):
-                init_weights()
+        _draw_children(self, self.init_std)
 
     def init_cache(
         self, batch_size: int, max_length: int, dtype: torch.dtype, device: torch.device | None = None
@@ -111,6 +105,21 @@ class Mixer(nn.Module):
     def projection_flops(self) -> int:
         """Forward FLOPs of one token in all projections."""
         return sum(2 * module.weight.numel() for module in self.modules() if isinstance(module, nn.Linear))
+
+
+def _draw_children(module: nn.Module, std: float) -> None:
+    for child in module.children():
+        if isinstance(child, nn.Linear):
+            normal_(child.weight, std)
+        elif callable(init_weights := getattr(child, "init_weights", None)):
+            init_weights()  # and no deeper: another mixer has drawn what it holds as it wants it
+        else:
+            _draw_children(child, std)
+
+
+def scaled_width(dim: int, expand: float) -> int:
+    """The whole number nearest to dim * expand, which seldom is one in floating point."""
+    return round(dim * expand)
 
 
 def split_heads(dim: int, num_heads: int, what: str = "dim") -> int:

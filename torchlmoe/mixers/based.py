@@ -29,14 +29,16 @@ class Based(RecurrentMixer):
         **options,
     ):
         super().__init__(dim, num_heads * feature_dim, dim, num_heads=num_heads, **options)
-        self.feature_dim, self.norm_eps = feature_dim, norm_eps
+        self.feature_dim, self.normalizer_eps = feature_dim, norm_eps
         self.key_dim = 1 + feature_dim + feature_dim * (feature_dim + 1) // 2
         self.value_dim += 1  # the sum of the weights
 
     def forward(self, x: Tensor, *, sequence: Sequence, cache: TensorDict | None = None) -> Tensor:
         q, k, v = self.project(x, sequence=sequence)
         q, k = self.features(q), self.features(k)
-        o = recur_normalized(self.recurrence, q, k, v, normalizer_eps=self.norm_eps, sequence=sequence, cache=cache)
+        o = recur_normalized(
+            self.recurrence, q, k, v, normalizer_eps=self.normalizer_eps, sequence=sequence, cache=cache
+        )
         return self.o_proj(o.flatten(2))
 
     def features(self, x: Tensor) -> Tensor:

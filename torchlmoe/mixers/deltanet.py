@@ -17,7 +17,7 @@ from torchlmoe.layers.linear import Linear
 from torchlmoe.layers.norms import RMSNorm, l2_norm
 from torchlmoe.layers.recurrence import recur
 from torchlmoe.layers.sequence import Sequence
-from torchlmoe.mixers.base import NormEps, split_heads
+from torchlmoe.mixers.base import NormEps, scaled_width, split_heads
 from torchlmoe.mixers.recurrent import ConvolvedMixer
 
 
@@ -43,7 +43,7 @@ class DeltaNet(ConvolvedMixer):
         **options,
     ):
         head_dim = head_dim or split_heads(dim, num_heads)
-        key_width, value_width = (num_key_heads or num_heads) * head_dim, num_heads * int(head_dim * expand_v)
+        key_width, value_width = (num_key_heads or num_heads) * head_dim, num_heads * scaled_width(head_dim, expand_v)
         super().__init__(dim, key_width, value_width, num_key_heads, num_heads=num_heads, **options)
         self.max_beta = 2.0 if negative_eigenvalues else 1.0
         self.b_proj = Linear(dim, num_heads)

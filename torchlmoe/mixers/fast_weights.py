@@ -70,11 +70,10 @@ class FastWeightMixer(RecurrentMixer):
         norm_eps: NormEps = 1e-6,
         **options,
     ):
-        super().__init__(dim, dim, dim, **options)
+        super().__init__(dim, dim, dim, recurrence=OnlineGradient, **options)
         self.mini_batch_size, self.max_learning_rate, self.norm_eps = mini_batch_size, max_learning_rate, norm_eps
         self.learning_rate_proj = Linear(dim, self.num_heads)
         self.fast_weights = FastWeights(self.num_heads, self.key_dim, self.has_bias, self.start_std)
-        self.recurrence = OnlineGradient(self.recurrence.backend)  # type: ignore[assignment]
 
     def learning_rate(self, x: Tensor) -> Tensor:
         """x [B, T, dim] -> max_learning_rate * sigmoid(W x), [B, T, heads], in at least float32."""

@@ -23,7 +23,7 @@ from torchlmoe.layers.norms import GatedRMSNorm
 from torchlmoe.layers.recurrence import LinearRecurrence, recur
 from torchlmoe.layers.rotary import check_rotary_dim, rotate
 from torchlmoe.layers.sequence import Sequence
-from torchlmoe.mixers.base import NormEps
+from torchlmoe.mixers.base import NormEps, scaled_width
 from torchlmoe.mixers.recurrent import ExpandK, ExpandV, RecurrentMixer
 from torchlmoe.ops.linear_recurrence import recurrence_flops_per_token
 
@@ -34,13 +34,13 @@ class GateLoop(RecurrentMixer):
     def __init__(
         self, dim: int, *, expand_k: ExpandK = 1.0, expand_v: ExpandV = 1.0, norm_eps: NormEps = 1e-6, **options
     ):
-        key_width, value_width = int(dim * expand_k), int(dim * expand_v)
+        key_width, value_width = scaled_width(dim, expand_k), scaled_width(dim, expand_v)
         super().__init__(dim, key_width, value_width, **options)
         check_rotary_dim(self.key_dim, f"dim * expand_k = {key_width} in num_heads = {self.num_heads} heads")
         self.decay_proj = Linear(dim, key_width // 2)
         self.decay = LogSigmoidDecay(key_width // 2)
         self.phase_proj = Linear(dim, key_width // 2)
-        self.phase_sum = LinearRecurrence("chunked")
+        self.phase_sum = LinearRecurrence(self.recurrence.backend)
         self.gate_proj = Linear(dim, value_width)
         self.norm = GatedRMSNorm(self.value_dim, norm_eps)
 

@@ -20,9 +20,9 @@ from torchlmoe.layers.initialization import constant_
 from torchlmoe.layers.linear import Linear
 from torchlmoe.layers.low_rank import LowRank
 from torchlmoe.layers.norms import RMSNorm
-from torchlmoe.layers.recurrence import ElementwiseRecurrence, recur
+from torchlmoe.layers.recurrence import ElementwiseRecurrence, LinearRecurrence, recur
 from torchlmoe.layers.sequence import Sequence
-from torchlmoe.mixers.base import NormEps
+from torchlmoe.mixers.base import NormEps, scaled_width
 from torchlmoe.mixers.recurrent import ExpandK, ExpandV, RecurrentMixer
 from torchlmoe.ops.elementwise_recurrence import elementwise_flops_per_token
 
@@ -37,17 +37,21 @@ class GatedFastWeights(RecurrentMixer):
         expand_k: ExpandK = 1.0,
         expand_v: ExpandV = 1.0,
         gate: Annotated[Literal["rank_one", "full"], Field(description="The gate on the state.")] = "rank_one",
-        gate_rank: Annotated[int, Field(ge=1, description="Rank of a full gate's projection.")] = 16,
+        gate_rank: Annotated[
+            int | None, Field(ge=1, description="Rank of a full gate's projection, 16 if unset.")
+        ] = None,
         norm_eps: NormEps = 1e-6,
         **options,
     ):
-        key_width, value_width = int(dim * expand_k), int(dim * expand_v)
-        super().__init__(dim, key_width, value_width, **options)
+        key_width, value_width = scaled_width(dim, expand_k), scaled_width(dim, expand_v)
+        if gate != "full" and gate_rank is not None:
+            raise ValueError(f"gate_rank = {gate_rank} belongs to gate = 'full'; leave it out with gate = {gate!r}.")
+        kind = ElementwiseRecurrence if gate == "full" else LinearRecurrence
+        super().__init__(dim, key_width, value_width, recurrence=kind, **options)
         self.gate = gate
         if gate == "full":
-            self.gate_proj = LowRank(dim, gate_rank, key_width * self.value_dim)
+            self.gate_proj = LowRank(dim, gate_rank or 16, key_width * self.value_dim)
             self.decay = LogSigmoidDecay(key_width * self.value_dim)
-            self.recurrence = ElementwiseRecurrence(self.recurrence.backend)  # type: ignore[assignment]
         else:
             self.key_gate_proj = Linear(dim, key_width)
             self.key_decay = LogSigmoidDecay(key_width)

@@ -16,7 +16,7 @@ from torchlmoe.layers.low_rank import LowRank
 from torchlmoe.layers.norms import GatedRMSNorm
 from torchlmoe.layers.recurrence import recur
 from torchlmoe.layers.sequence import Sequence
-from torchlmoe.mixers.base import NormEps
+from torchlmoe.mixers.base import NormEps, scaled_width
 from torchlmoe.mixers.recurrent import ExpandK, ExpandV, RecurrentMixer
 
 
@@ -34,7 +34,7 @@ class GatedLinearAttention(RecurrentMixer):
         norm_eps: NormEps = 1e-6,
         **options,
     ):
-        key_width, value_width = int(dim * expand_k), int(dim * expand_v)
+        key_width, value_width = scaled_width(dim, expand_k), scaled_width(dim, expand_v)
         super().__init__(dim, key_width, value_width, **options)
         self.decay_proj = LowRank(dim, gate_rank, key_width)
         self.decay = LogSigmoidDecay(key_width, gate_normalizer)

@@ -21,7 +21,7 @@ from torchlmoe.layers.linear import Linear
 from torchlmoe.layers.norms import RMSNorm
 from torchlmoe.layers.recurrence import LinearRecurrence, recur
 from torchlmoe.layers.sequence import Sequence
-from torchlmoe.mixers.base import NormEps
+from torchlmoe.mixers.base import NormEps, scaled_width
 from torchlmoe.mixers.recurrent import ExpandK, ExpandV, RecurrentMixer
 from torchlmoe.ops.linear_recurrence import recurrence_flops_per_token
 
@@ -42,8 +42,8 @@ class GatedSlotAttention(RecurrentMixer):
         norm_eps: NormEps = 1e-6,
         **options,
     ):
-        value_width = int(dim * expand_v)
-        super().__init__(dim, int(dim * expand_k), value_width, **options)
+        value_width = scaled_width(dim, expand_v)
+        super().__init__(dim, scaled_width(dim, expand_k), value_width, **options)
         self.head_dim, self.key_dim = self.key_dim, num_slots or self.key_dim  # the second pass's keys are the slots
         self.slot_proj = Linear(dim, self.num_heads * self.key_dim)
         self.decay = LogSigmoidDecay(self.num_heads * self.key_dim, gate_normalizer)

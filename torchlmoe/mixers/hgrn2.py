@@ -16,7 +16,7 @@ from torchlmoe.layers.initialization import constant_
 from torchlmoe.layers.norms import RMSNorm
 from torchlmoe.layers.recurrence import recur
 from torchlmoe.layers.sequence import Sequence
-from torchlmoe.mixers.base import NormEps
+from torchlmoe.mixers.base import NormEps, scaled_width
 from torchlmoe.mixers.recurrent import ExpandK, RecurrentMixer
 
 
@@ -27,21 +27,23 @@ class LowerBounds(nn.Module):
 
     def __init__(self, num_layers: int, width: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_layers, width))
+        self.num_layers = num_layers
+        self.weight = nn.Parameter(torch.empty(num_layers * width))  # a vector, which has no weight decay
 
     def init_weights(self) -> None:
         constant_(self.weight, 0.0)
 
     def forward(self) -> Tensor:
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        return F.pad(self.weight.to(dtype).softmax(0)[1:].cumsum(0), (0, 0, 1, 0))
+        share = self.weight.to(dtype).view(self.num_layers, -1).softmax(0)
+        return F.pad(share[1:].cumsum(0), (0, 0, 1, 0))
 
 
 class HGRN2(RecurrentMixer):
     decays = True
 
     def __init__(self, dim: int, *, expand_k: ExpandK = 1.0, norm_eps: NormEps = 1e-6, **options):
-        super().__init__(dim, int(dim * expand_k), dim, **options)
+        super().__init__(dim, scaled_width(dim, expand_k), dim, **options)
         self.norm = RMSNorm(dim, norm_eps)
 
     def common(self, num_layers: int) -> LowerBounds:
@@ -52,8 +54,9 @@ class HGRN2(RecurrentMixer):
         log_forget = F.logsigmoid(f.to(torch.promote_types(f.dtype, torch.float32)))
         if sequence.common is not None:
             bound = sequence.common.view(self.num_heads, self.key_dim)
-            log_bound = bound.clamp(min=torch.finfo(bound.dtype).tiny).log()  # log 0 has no gradient
-            log_forget = torch.logaddexp(log_bound, torch.log1p(-bound) + log_forget)
+            limits = torch.finfo(bound.dtype)
+            bound = bound.clamp(limits.tiny, 1 - limits.eps)  # log 0 has no gradient
+            log_forget = torch.logaddexp(bound.log(), torch.log1p(-bound) + log_forget)
         o = recur(
             self.recurrence,
             F.silu(q),

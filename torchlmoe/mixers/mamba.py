@@ -22,7 +22,7 @@ from torchlmoe.layers.linear import Linear
 from torchlmoe.layers.recurrence import ElementwiseRecurrence, recur
 from torchlmoe.layers.sequence import Sequence
 from torchlmoe.layers.short_convolution import ShortConvolution
-from torchlmoe.mixers.base import InitStd, Mixer, recurrent_state
+from torchlmoe.mixers.base import InitStd, Mixer, recurrent_state, scaled_width
 from torchlmoe.ops.elementwise_recurrence import elementwise_flops_per_token
 from torchlmoe.ops.linear_recurrence import Backend
 
@@ -65,7 +65,7 @@ class Mamba(Mixer):
         init_std: InitStd = 0.02,
     ):
         super().__init__()
-        channels, self.step_rank = int(dim * expand), step_rank or math.ceil(dim / 16)
+        channels, self.step_rank = scaled_width(dim, expand), step_rank or math.ceil(dim / 16)
         if channels == 0:
             raise ValueError(f"expand = {expand} of dim = {dim} gives no channels; make it at least {1 / dim}.")
         self.channels, self.state_dim, self.init_std = channels, state_dim, init_std

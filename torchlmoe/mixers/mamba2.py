@@ -21,7 +21,7 @@ from torchlmoe.layers.linear import Linear
 from torchlmoe.layers.norms import GroupRMSNorm
 from torchlmoe.layers.recurrence import recur
 from torchlmoe.layers.sequence import Sequence
-from torchlmoe.mixers.base import NormEps
+from torchlmoe.mixers.base import NormEps, scaled_width
 from torchlmoe.mixers.recurrent import ConvolvedMixer, ExpandV
 
 
@@ -42,7 +42,7 @@ class Mamba2(ConvolvedMixer):
     ):
         if max_step is not None and max_step < min_step:
             raise ValueError(f"max_step = {max_step} must not be below min_step = {min_step}.")
-        value_width = int(dim * expand_v)
+        value_width = scaled_width(dim, expand_v)
         super().__init__(dim, num_groups * state_dim, value_width, num_groups, conv_bias=True, **options)
         self.gate_proj = Linear(dim, value_width)
         self.dt_proj = Linear(dim, self.num_heads)

@@ -1,6 +1,6 @@
 """Mixture of memories (arXiv 2502.13685): several states of another mixer's recurrence, of which a token meets a few.
 
-    p_t = softmax(W x_t), top-k: weights g_t of the chosen memories, made to sum to one
+    p_t = softmax(W x_t), top-k: weights g_t of the chosen memories, made to sum to one if there are several
     M^i_t = the inner mixer's update of M^i_{t-1} for the chosen i, else M^i_{t-1}
     o_t = (sum_i g^i_t M^i_t + M^shared_t)^T q_t
 
@@ -51,8 +51,11 @@ class MixtureOfMemories(Mixer):
 
         if top_k > num_memories:
             raise ValueError(f"top_k = {top_k} is more than num_memories = {num_memories}.")
+        if inner not in MIXERS:
+            raise ValueError(f"inner = {inner!r} is not a mixer; choose from {', '.join(sorted(MIXERS))}.")
         self.init_std, self.num_memories, self.shared_memory = init_std, num_memories, shared_memory
-        self.router = Router(dim, num_experts=num_memories, top_k=top_k, init_std=init_std)
+        # One weight made to sum to one would be a constant, and the router learn nothing from the task.
+        self.router = Router(dim, num_experts=num_memories, top_k=top_k, normalize_top_k=top_k > 1, init_std=init_std)
         self.load_balance = LoadBalance(
             num_memories, aux_loss_weight=aux_loss_weight, aux_loss_scope="sequence", z_loss_weight=0.0
         )

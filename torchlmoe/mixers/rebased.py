@@ -5,6 +5,8 @@
 The affine part lets the parabola move, so that a weight can be zero. All else as in Based.
 """
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from torchlmoe.layers.feature_maps import pair_products
@@ -12,12 +14,27 @@ from torchlmoe.layers.norms import LayerNorm
 from torchlmoe.mixers.base import NormEps
 from torchlmoe.mixers.based import Based
 
+NORMALIZER_EPS = 1e-5  # as the sum of the weights, an inner product of features, is rounded by up to 1e-6 in float32
+
+
+class FeatureNorm(LayerNorm):
+    """Layer norm whose result is in at least float32, which the product of features needs: it is near zero at times."""
+
+    float32_island = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return F.layer_norm(x.to(dtype), x.shape[-1:], self.weight.to(dtype), self.bias.to(dtype), self.eps)
+
 
 class ReBased(Based):
     def __init__(self, dim: int, *, norm_eps: NormEps = 1e-6, **options):
         super().__init__(dim, norm_eps=norm_eps, **options)
+        if self.feature_dim < 2:
+            raise ValueError(f"feature_dim = {self.feature_dim} must be at least 2: a normalised channel is constant.")
+        self.normalizer_eps = NORMALIZER_EPS
         self.key_dim = self.feature_dim * (self.feature_dim + 1) // 2
-        self.feature_norm = LayerNorm(self.feature_dim, norm_eps)
+        self.feature_norm = FeatureNorm(self.feature_dim, norm_eps)
 
     def features(self, x: Tensor) -> Tensor:
         return pair_products(self.feature_norm(x) * self.feature_dim**-0.25)

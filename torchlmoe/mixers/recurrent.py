@@ -8,7 +8,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from torchlmoe.layers.linear import Linear
-from torchlmoe.layers.recurrence import LinearRecurrence
+from torchlmoe.layers.recurrence import ElementwiseRecurrence, LinearRecurrence, OnlineGradient
 from torchlmoe.layers.sequence import Sequence
 from torchlmoe.layers.short_convolution import ShortConvolution
 from torchlmoe.layers.token_shift import TokenShift
@@ -22,9 +22,9 @@ ExpandV = Annotated[float, Field(gt=0, description="Width of all values together
 class RecurrentMixer(Mixer):
     """Heads of q, k and v by projection, one recurrence with a state [key_dim, value_dim] per head, output projection.
 
-    key_width, value_width: of all heads of k and of v together. A subclass may change key_dim or value_dim where its
-    feature map does, and says by `decays` and `erases` which terms its recurrence has. Its constructor hands on
-    `**options`, so that the keyword arguments here are settings of every such mixer.
+    key_width, value_width: of all heads of k and of v together. recurrence: its class. A subclass may change key_dim or
+    value_dim where its feature map does, and says by `decays` and `erases` which terms its recurrence has. Its
+    constructor hands on `**options`, so that the keyword arguments here are settings of every such mixer.
     """
 
     decays = False
@@ -36,6 +36,7 @@ class RecurrentMixer(Mixer):
         key_width: int,
         value_width: int,
         num_key_heads: int | None = None,
+        recurrence: type[LinearRecurrence | ElementwiseRecurrence | OnlineGradient] = LinearRecurrence,
         *,
         num_heads: Annotated[int, Field(ge=1, description="Heads; where keys are shared, value heads.")],
         backend: Backend = "auto",
@@ -51,7 +52,7 @@ class RecurrentMixer(Mixer):
         self.q_proj = Linear(dim, key_width)
         self.k_proj = Linear(dim, key_width)
         self.v_proj = Linear(dim, value_width)
-        self.recurrence = LinearRecurrence(backend)
+        self.recurrence = recurrence(backend)
         self.o_proj = Linear(value_width, dim)
 
     def init_cache(

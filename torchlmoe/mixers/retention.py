@@ -16,7 +16,7 @@ from torchlmoe.layers.norms import GatedRMSNorm
 from torchlmoe.layers.recurrence import recur
 from torchlmoe.layers.rotary import check_rotary_dim, rotary_phases, rotate
 from torchlmoe.layers.sequence import Sequence
-from torchlmoe.mixers.base import NormEps
+from torchlmoe.mixers.base import NormEps, scaled_width
 from torchlmoe.mixers.recurrent import ExpandV, RecurrentMixer
 
 
@@ -32,7 +32,7 @@ class Retention(RecurrentMixer):
         norm_eps: NormEps = 1e-6,
         **options,
     ):
-        value_width = int(dim * expand_v)
+        value_width = scaled_width(dim, expand_v)
         super().__init__(dim, dim, value_width, **options)
         check_rotary_dim(self.key_dim, f"dim = {dim} in num_heads = {self.num_heads} heads")
         self.rope_base = rope_base

@@ -42,14 +42,16 @@ class RWKV6(RecurrentMixer):
         **options,
     ):
         super().__init__(dim, dim, dim, **options)
-        self.place = place
+        self.depth = place.index / max(place.num_layers - 1, 1)  # from 0 to 1
         late = 1 - place.index / place.num_layers  # from 1 in the first layer to almost 0
         powers = {"r": late / 2, "k": late, "v": late, "g": late / 2, "w": late}
         self.token_shift = TokenShift(dim)
         self.mix_x = TokenMix(dim, late)
         self.mix_down_proj = Linear(dim, len(powers) * mix_rank)
         self.mix_up_proj = nn.ModuleDict({name: Linear(mix_rank, dim) for name in powers})
-        self.mix = nn.ModuleDict({name: TokenMix(dim, power) for name, power in powers.items()})
+        self.mix = nn.ModuleDict(
+            {name: TokenMix(dim, power, 0.3 * self.depth if name == "v" else 0.0) for name, power in powers.items()}
+        )
         self.gate_proj = Linear(dim, dim)
         self.decay_proj = LowRank(dim, decay_rank, dim, torch.tanh)
         self.decay = BiasedDecay(dim, lambda x: -x.clamp(max=MAX_LOG_RATE).exp())
@@ -58,11 +60,10 @@ class RWKV6(RecurrentMixer):
 
     def init_weights(self) -> None:
         super().init_weights()
-        depth = self.place.index / max(self.place.num_layers - 1, 1)  # from 0 to 1
         channel = torch.arange(len(self.bonus))
         fraction = channel / max(len(channel) - 1, 1)
-        copy_(self.decay.bias, -6 + 5 * fraction ** (0.7 + 1.3 * depth))
-        copy_(self.bonus, depth * (1 - fraction) + 0.1 * ((channel + 1) % 3 - 1))
+        copy_(self.decay.bias, -6 + 5 * fraction ** (0.7 + 1.3 * self.depth))
+        copy_(self.bonus, self.depth * (1 - fraction) + 0.1 * ((channel + 1) % 3 - 1))
         for down_proj in (self.mix_down_proj, self.decay_proj.down_proj):
             constant_(down_proj.weight, 0.0)
         for up_proj in (*self.mix_up_proj.values(), self.decay_proj.up_proj):

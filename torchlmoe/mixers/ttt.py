@@ -5,7 +5,9 @@
 
 q and k are one projection of x, each through a short convolution of its own and rotated by its place in the mini-batch,
 as in the authors' layer for the Mamba backbone. lr_t is max_learning_rate * sigmoid(w x_t), over the mini-batch's size
-and the head's width: from one mini-batch to the next the weights move as in the authors' code, by the mean gradient.
+and the head's width: from one mini-batch to the next the weights move by the mean gradient, as in the authors' code at
+its start. Inside a mini-batch it differs: there the token at place i (from 1) reads weights whose whole step so far is
+over i, 1/i plus a learned offset of each place, here over the mini-batch's size at every place.
 """
 
 from typing import Annotated
