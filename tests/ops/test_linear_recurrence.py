@@ -109,35 +109,38 @@ def test_chunked_equals_token_loop(terms, length):
 
 
 STRONG_GATES = {
-    "constant": lambda shape: torch.tensor([-8.0, -12.0]).view(-1, *[1] * (len(shape) - 3)).expand(shape),
-    "half": lambda shape: torch.where(
-        torch.rand(shape, generator=torch.Generator().manual_seed(3)) < 0.5, -16.0, -0.01
-    ),
+    "constant": lambda shape: torch.tensor([-8.0, -12.0]).view(-1, *[1] * max(0, len(shape) - 3)).expand(shape),
+    "half": lambda shape: -0.01 - 15.99 * (torch.rand(shape, generator=torch.Generator().manual_seed(3)) < 0.5),
     "all": lambda shape: torch.full(shape, -30.0),
 }
+DECAYED = [name for name, terms in TERMS.items() if {"head", "scalar", "channel", "value"} & set(terms)]
 
 
-@pytest.mark.parametrize("terms", [name for name, terms in TERMS.items() if {"head", "scalar"} & set(terms)])
+@pytest.mark.parametrize("terms", DECAYED)
 @pytest.mark.parametrize("gates", STRONG_GATES)
 def test_gradient_of_strong_gates(terms, gates):
     """Each head's sum of g * dg too, which is what a rate that its gates share gets."""
     inputs = make_inputs(TERMS[terms], 1, 65 if gates == "all" else 200)
+    names = [name for name in ("log_decay", "value_log_decay") if name in inputs]
     with torch.no_grad():
-        log_decay = inputs["log_decay"]
-        log_decay.copy_(STRONG_GATES[gates](log_decay.shape))
+        for name in names:
+            inputs[name].copy_(STRONG_GATES[gates](inputs[name].shape))
 
     def gradients(dtype, backend):
         found = run(inputs, dtype, backend=backend)
-        product = (log_decay * found["dlog_decay"]).detach()
-        per_head = product if product.dim() == 1 else product.movedim(2, 0).flatten(1).sum(1)
-        return {"dlog_decay": found["dlog_decay"]} | {f"d of head {i}": x for i, x in enumerate(per_head)}
+        result = {f"d{name}": found[f"d{name}"] for name in names}
+        for name in names:
+            product = (inputs[name] * found[f"d{name}"]).detach()
+            per_head = product if product.dim() == 1 else product.movedim(2, 0).flatten(1).sum(1)
+            result |= {f"d{name} of head {head}": x for head, x in enumerate(per_head)}
+        return result
 
     expected = gradients(torch.float64, "reference")
     assert_close(gradients(torch.float64, "chunked"), expected, 1e-9)
     assert_close(gradients(torch.float32, "chunked"), expected, 1e-4)
 
 
-@pytest.mark.parametrize("terms", [name for name, terms in TERMS.items() if set(terms) - {"bonus", "beta", "key"}])
+@pytest.mark.parametrize("terms", DECAYED)
 def test_gates_of_minus_infinity(terms):
     """Nothing passes them, and nothing is NaN."""
     inputs = make_inputs(TERMS[terms], 1, 130)
@@ -147,13 +150,14 @@ def test_gates_of_minus_infinity(terms):
     assert_close(run(inputs, backend="chunked"), run(inputs, backend="reference"), 1e-9)
 
 
-@pytest.mark.parametrize("terms", [name for name, terms in TERMS.items() if {"head", "scalar"} & set(terms)])
+@pytest.mark.parametrize("terms", DECAYED)
 def test_decay_of_nothing_has_no_gradient(terms):
     """One token, no state before it, none after it in the loss: exactly zero."""
     inputs = make_inputs(TERMS[terms], 2, 1)
     inputs.pop("initial_state")
     o, _ = linear_recurrence(**inputs, backend="chunked")
-    assert not torch.autograd.grad(o.square().sum(), inputs["log_decay"])[0].any()
+    gates = [x for name, x in inputs.items() if "decay" in name]
+    assert not any(grad.any() for grad in torch.autograd.grad(o.square().sum(), gates))
 
 
 @pytest.mark.parametrize("terms", TERMS)

@@ -139,13 +139,35 @@ class ChannelDecay(Undecayed):
             half.addcmul_(thin_matmul(self._flat_block(p_NCRCW, size), y).view(half.shape), later)
         return onto_NCRD
 
-    def columns(self, p_NCRCW: Tensor, x_NCRD: Tensor, onto_NCWD: Tensor) -> Tensor:
-        onto_NCWD += thin_matmul(p_NCRCW.diagonal(dim1=1, dim2=3).movedim(3, 1).mT, x_NCRD)
-        for size, later, earlier in self.levels:
-            x = (_half(x_NCRD, size, 1) * later).flatten(2, 3).flatten(0, 1)
-            half = _half(onto_NCWD, size, 0)
-            half.addcmul_(thin_matmul(self._flat_block(p_NCRCW, size).mT, x).view(half.shape), earlier)
-        return onto_NCWD
+    def gradient(
+        self, p_NCRCW: Tensor | None, x_NCRD: Tensor, y_NCWD: Tensor, dx_NCRD: Tensor, dy_NCWD: Tensor,
+        through_ND: Tensor, reads_before: bool,
+    ) -> Tensor:  # fmt: skip
+        """`rows` onto dx and `columns` onto dy, and returns the gradient of the log decay [N, C, D].
+
+        dx comes with what x reads of the chunk's first state, dy with what y adds to its last one, through: what goes
+        from the first to the last. Without readers there is no P.
+        """
+        read_NCD, written_NCD = (x_NCRD * dx_NCRD).sum(2), (y_NCWD * dy_NCWD).sum(2)
+        passing = through_ND.unsqueeze(1)  # a block's tokens alike, [N, blocks, D]
+        for size, later, earlier in reversed(self.levels):
+            # Both reach to a border of the block, so they pass the whole of the half that lies between.
+            read, written = _half(read_NCD, size, 1), _half(written_NCD, size, 0)
+            passing = torch.stack([passing + read.sum(2), passing + written.sum(2)], 2).flatten(1, 2)
+            if p_NCRCW is None:
+                continue
+            block, x, y = self._flat_block(p_NCRCW, size), _half(x_NCRD, size, 1), _half(y_NCWD, size, 0)
+            dx = thin_matmul(block, (y * earlier).flatten(2, 3).flatten(0, 1)).view(x.shape) * later
+            dy = thin_matmul(block.mT, (x * later).flatten(2, 3).flatten(0, 1)).view(y.shape) * earlier
+            _half(dx_NCRD, size, 1).add_(dx)
+            _half(dy_NCWD, size, 0).add_(dy)
+            read += (x * dx).sum(3)
+            written += (y * dy).sum(3)
+        if p_NCRCW is not None:
+            own = p_NCRCW.diagonal(dim1=1, dim2=3).movedim(3, 1)
+            dx_NCRD += thin_matmul(own, y_NCWD)
+            dy_NCWD += thin_matmul(own.mT, x_NCRD)
+        return passing if reads_before else passing + read_NCD
 
 
 def _half(x_NCRD: Tensor, size: int, half: int) -> Tensor:

@@ -10,12 +10,10 @@ In the notation of `chunked.py`, with dS the gradient of a chunk's last state an
     dy   = columns(P', x) + exp(G_C - G) * (w * exp(H_C - H)) dS^T
     dS  <- (q * exp G)^T (do * exp H) + exp(G_C) dS exp(H_C) - (e * exp G)^T dz
     dg_s = sum_{i>=s} x_i * (dx_i through S) + sum_{j<s} y_j * (dy_j through dS) + sum_{i>=s>j} P'_ij P_ij
-           + sum S * exp(G_C) dS exp(H_C)                                      one decay per token and head
-    dg   = reverse_cumsum(x * dx - y * dy) + sum_v S_C * dS                    per channel
-    dh   = reverse_cumsum(o * do - v * dv) + sum_k S_C * dS
+           + sum S * exp(G_C) dS exp(H_C)              (dh likewise of do, o and v, dv; per channel level by level)
 
-One decay per token takes what passes it, term by term: a difference of flows would lose the digits of a gate that
-lets little through.
+A decay takes what passes it, term by term: a difference of flows would lose the digits of a gate that lets little
+through.
 
 What is read before a token's own decay counts from the token before it, and the bonus is no part of dg and dh.
 """
@@ -25,7 +23,7 @@ from torch import Tensor
 
 from torchlmoe.ops.chunk_decay import ChannelDecay, MatrixDecay
 from torchlmoe.ops.chunk_layout import ChunkLayout
-from torchlmoe.ops.chunked import Chunks, Terms, beside, carry, cut, make_strict, read, scan
+from torchlmoe.ops.chunked import Chunks, Terms, beside, carry, cut, make_strict, scan
 
 PER_TOKEN = ("q", "k", "v", "log_decay", "erase", "erase_key", "value_log_decay")
 
@@ -83,7 +81,8 @@ def _slab_backward(
     grad_added = None
     if grad_o_NCV is not None:
         grad_rows.append(grad_o_NCV)
-        value_decay.columns(scores[:, :, :1], grad_o_NCV.unsqueeze(2), grad_w_NCWV)
+        if value_decay.whole is None:
+            value_decay.columns(scores[:, :, :1], grad_o_NCV.unsqueeze(2), grad_w_NCWV)
         grad_added = torch.bmm(read_keys[:, :, 0].mT, chunks.values_from_start(grad_o_NCV))
 
     grad_state, grad_end_NKV, grad_z_NCV = _mirrored_scan(chunks, grad_w_NCWV, grad_added, grad_state, last_grad)
@@ -96,7 +95,7 @@ def _slab_backward(
         if chunks.inverse_NCC is not None:
             grad_v.baddbmm_(scores[:, :, -1, :, 0].mT, grad_rows[-1])
 
-    grad_x = torch.zeros_like(x_NCRK)
+    grad_x, grad_scores = torch.zeros_like(x_NCRK), None
     grad_y = torch.bmm(chunks.values_at_end(w_NCWV).flatten(1, 2), grad_end_NKV.mT).view_as(y_NCWK)
     if key_decay.to_end is not None:
         grad_y *= key_decay.to_end.unsqueeze(2)
@@ -109,22 +108,28 @@ def _slab_backward(
         grad_scores = value_decay.pair(rows_NCRV, w_NCWV)
         if chunks.strict:
             make_strict(grad_scores)
-    grads = {"v": grad_v}
+    grads = {}
+    through_NKV = carry(torch.cat(chunks.starts), chunks.whole(), None) * grad_end_NKV
     if isinstance(key_decay, MatrixDecay):
         from_start, to_end = ((x * grad).sum((2, 3)) for x, grad in ((x_NCRK, grad_x), (y_NCWK, grad_y)))
-        through = (carry(torch.cat(chunks.starts), chunks.whole(), None) * grad_end_NKV).sum((1, 2))
-        within = (grad_scores * scores).sum((2, 4)) if grad_rows else None
-        grads["log_decay"] = _passing(from_start, to_end, through, within, chunks.reads_before)
-    if grad_rows:
-        key_decay.backward(grad_scores, x_NCRK, y_NCWK, grad_x, grad_y)
+        within = None if grad_scores is None else (grad_scores * scores).sum((2, 4))
+        grads["log_decay"] = _passing(from_start, to_end, through_NKV.sum((1, 2)), within, chunks.reads_before)
     if isinstance(key_decay, ChannelDecay):
-        read_flow, write_flow = ((x * grad).sum(2) for x, grad in ((x_NCRK, grad_x), (y_NCWK, grad_y)))
-        held = (torch.cat(chunks.ends) * grad_end_NKV).sum(2)
-        grads["log_decay"] = _decay_gradient(read_flow, write_flow, held, chunks.reads_before)
-    if value_decay.whole is not None:
-        read_flow = torch.zeros_like(grad_v) if grad_o_NCV is None else read(chunks, w_NCWV) * grad_o_NCV
-        held = (torch.cat(chunks.ends) * grad_end_NKV).sum(1)
-        grads["value_log_decay"] = _decay_gradient(read_flow, chunks.v_NCV * grad_v, held, chunks.reads_before)
+        grads["log_decay"] = key_decay.gradient(
+            grad_scores, x_NCRK, y_NCWK, grad_x, grad_y, through_NKV.sum(2), chunks.reads_before
+        )
+    elif grad_scores is not None:
+        key_decay.backward(grad_scores, x_NCRK, y_NCWK, grad_x, grad_y)
+    if isinstance(value_decay, ChannelDecay):
+        readers, read_NCRV, of_scores = w_NCWV[:, :, :0], w_NCWV[:, :, :0], None
+        if grad_o_NCV is not None:
+            readers, of_scores = grad_o_NCV.unsqueeze(2), scores[:, :, :1]
+            from_start = torch.bmm(read_keys[:, :, 0], torch.cat(chunks.starts))
+            read_NCRV = chunks.values_from_start(from_start).unsqueeze(2)
+        grads["value_log_decay"] = value_decay.gradient(
+            of_scores, readers, w_NCWV, read_NCRV, grad_v.unsqueeze(2), through_NKV.sum(1), chunks.reads_before
+        )
+    grads["v"] = grad_v
 
     k_NCK, grad_k = y_NCWK[:, :, 0], grad_y[:, :, 0]
     weight, bonus_N1K = chunks.bonus_weight(), chunks.bonus_N1K
@@ -183,10 +188,3 @@ def _passing(from_start: Tensor, to_end: Tensor, through: Tensor, within: Tensor
     written, read = ones.triu(1), ones.tril(-reads_before)  # [j, s] and [i, s]: whether a token is on that side of s
     passing = torch.addmm(through[:, None], from_start, read).addmm_(to_end, written)
     return passing if within is None else passing + (torch.matmul(within, written) * read).sum(1)
-
-
-def _decay_gradient(read_flow: Tensor, write_flow: Tensor, at_end: Tensor, reads_before: bool) -> Tensor:
-    """[N, C] or [N, C, D]; the flows are x * dx and y * dy of each token, at_end S * dS of the chunk's end."""
-    if reads_before:
-        read_flow = torch.cat([read_flow[:, 1:], torch.zeros_like(read_flow[:, :1])], 1)
-    return (read_flow - write_flow).flip(1).cumsum(1).flip(1) + at_end.unsqueeze(1)
