@@ -15,6 +15,7 @@ class Sequence:
     positions: int64 [B, T], each token's place in its document.
     cu_seqlens: int32 [N + 1] bounds of the documents packed into one row (B = 1), empty ones allowed; None where each
         row is one document.
+    start: the place of the first token in the packed row, of which cu_seqlens tells, where ranks hold spans of it.
     row_length: tokens in one row of data (with B = 1 the rows of a batch lie back to back).
     loss_weight: this microbatch's share of the rows of the optimizer step over all ranks; 0
             leaves balance losses and load counts out.
@@ -28,6 +29,7 @@ class Sequence:
     loss_weight: float = 1.0
     memories: Memories | None = None
     common: Tensor | None = None
+    start: int = 0
 
     @classmethod
     def of_rows(
