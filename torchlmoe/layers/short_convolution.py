@@ -4,10 +4,12 @@ import torch
 import torch.nn.functional as F
 from tensordict import TensorDict
 from torch import Tensor, nn
+from torch.distributed.tensor.parallel import ParallelStyle
 
 from torchlmoe.layers.initialization import uniform_
 from torchlmoe.layers.sequence import Sequence
 from torchlmoe.ops.causal_conv import causal_conv
+from torchlmoe.parallel.halo import ConvHalo
 
 
 class ShortConvolution(nn.Module):
@@ -43,3 +45,6 @@ class ShortConvolution(nn.Module):
         channels, width = self.weight.shape
         inputs = torch.zeros(batch_size, width - 1, channels, dtype=dtype, device=device)
         return TensorDict({"inputs": inputs}, batch_size=[batch_size])
+
+    def sequence_parallel_style(self) -> ParallelStyle:
+        return ConvHalo()
