@@ -81,7 +81,12 @@ class MixtureOfMemories(Mixer):
             memory_TK = F.pad(memory_TK, (0, 1), value=self.num_memories)
             weight_TK = F.pad(weight_TK, (0, 1), value=1.0)
         memories = Memories.of_choices(
-            memory_TK, weight_TK, self.num_memories + self.shared_memory, (x.shape[0], x.shape[1]), sequence.cu_seqlens
+            memory_TK,
+            weight_TK,
+            self.num_memories + self.shared_memory,
+            (x.shape[0], x.shape[1]),
+            sequence.cu_seqlens,
+            sequence.start,
         )
         return self.inner(x, sequence=replace(sequence, memories=memories), cache=cache, **shared)
 
