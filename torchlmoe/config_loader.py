@@ -132,17 +132,18 @@ def check_degrees(config: Config, world_size: int) -> None:
             f"times context_parallel_degree = {context} is {replicate * shard * context}, but there are {world_size} "
             "ranks; their product must be the number of ranks."
         )
-    rows, seq_len = batch_sizes(config.training, world_size // context)[0], config.training.seq_len
-    for table, num_rows in {"training": rows, "validation": validation_batch_size(config)}.items():
+    seq_len, rows = config.training.seq_len, batch_rows(config, world_size)
+    for table, num_rows in rows.items():
         if num_rows * seq_len % context:
             raise ConfigError(
                 f"parallelism.context_parallel_degree = {context} does not divide the {num_rows} x {seq_len} tokens of "
                 f"{table}.local_batch_size rows of training.seq_len; choose a divisor."
             )
-    if config.float8.enable and rows * seq_len // context % 16:
+    tokens = rows["training"] * seq_len
+    if config.float8.enable and tokens // context % 16:
         raise ConfigError(
             "float8.enable = true needs a multiple of 16 tokens at once; training.local_batch_size * seq_len is "
-            f"{rows * seq_len}, over context_parallel_degree = {context}."
+            f"{tokens}, over context_parallel_degree = {context}."
         )
 
 
@@ -171,13 +172,16 @@ def validation_batch_size(config: Config) -> int:
     return config.validation.local_batch_size or config.training.local_batch_size or 8
 
 
+def batch_rows(config: Config, world_size: int) -> dict[str, int]:
+    """Rows at once, in training and, if enabled, in validation. ConfigError as of `batch_sizes`."""
+    rows, _ = batch_sizes(config.training, world_size // config.parallelism.context_parallel_degree)
+    return {"training": rows} | ({"validation": validation_batch_size(config)} if config.validation.enable else {})
+
+
 def shortest_span(config: Config, world_size: int) -> int:
     """Tokens that a rank holds at once, in training or in validation, whichever is less."""
-    context = config.parallelism.context_parallel_degree
-    rows, _ = batch_sizes(config.training, world_size // context)
-    if config.validation.enable:
-        rows = min(rows, validation_batch_size(config))
-    return rows * config.training.seq_len // context
+    rows = min(batch_rows(config, world_size).values())
+    return rows * config.training.seq_len // config.parallelism.context_parallel_degree
 
 
 def _read_toml(path: str) -> dict[str, Any]:
