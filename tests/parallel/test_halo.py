@@ -75,7 +75,7 @@ def check_all(world_size: int, compiled: tuple[str, ...] = ()) -> None:
         if compiled and name not in compiled:
             continue
         split = copy.deepcopy(whole)
-        style = split.sequence_parallel_style()
+        style = split.sequence_parallel_style("all_gather", "all_gather")
         assert isinstance(style, TokenShiftHalo if name == "shift" else ConvHalo)
         parallelize_module(split, mesh, style)
         # A function around it, as a block is: what is compiled from outside leaves a module's hooks out.

@@ -46,5 +46,5 @@ class ShortConvolution(nn.Module):
         inputs = torch.zeros(batch_size, width - 1, channels, dtype=dtype, device=device)
         return TensorDict({"inputs": inputs}, batch_size=[batch_size])
 
-    def sequence_parallel_style(self) -> ParallelStyle:
+    def sequence_parallel_style(self, lsm: str, attention: str) -> ParallelStyle:
         return ConvHalo()

@@ -51,5 +51,5 @@ class TokenShift(nn.Module):
         last = torch.zeros(batch_size, 1, self.channels, dtype=dtype, device=device)
         return TensorDict({"input": last}, batch_size=[batch_size])
 
-    def sequence_parallel_style(self) -> ParallelStyle:
+    def sequence_parallel_style(self, lsm: str, attention: str) -> ParallelStyle:
         return TokenShiftHalo()

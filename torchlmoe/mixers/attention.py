@@ -35,9 +35,9 @@ class InnerAttention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
         return packed_attention(q, k, v, **options)
 
-    def sequence_parallel_style(self, communication: str) -> ParallelStyle:
-        """communication: "all_gather" or "ulysses", which raises ValueError where heads cannot be spread over ranks."""
-        return AttentionSequenceParallel(communication, self.num_heads)
+    def sequence_parallel_style(self, lsm: str, attention: str) -> ParallelStyle:
+        """attention: "all_gather" or "ulysses", which raises ValueError where heads cannot be spread over ranks."""
+        return AttentionSequenceParallel(attention, self.num_heads)
 
 
 class Attention(Mixer):
