@@ -50,7 +50,7 @@ def mesh_of(degree):
 
 
 def parallel(module, mesh, communication, inner="inner"):
-    style = module.get_submodule(inner).sequence_parallel_style(communication)
+    style = module.get_submodule(inner).sequence_parallel_style("all_gather", communication)
     return parallelize_module(module, mesh, {inner: style} if inner else style)
 
 

@@ -16,7 +16,7 @@ from torchlmoe.parallel.sequence import ElementwiseSequenceParallel, LSMSequence
 class LinearRecurrence(nn.Module):
     """`ops.linear_recurrence` with its signature and a backend of its own. Looks across tokens.
 
-    document_bounds: of the row, where cu_seqlens are the memories of its documents; for the style that splits sequences.
+    document_bounds: of the row, where cu_seqlens are its documents' memories; for the style that splits sequences.
     """
 
     def __init__(self, backend: str = "auto"):

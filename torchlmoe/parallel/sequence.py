@@ -1,6 +1,6 @@
-"""Sequence parallelism for linear sequence models: LASP-2 (arXiv 2502.07563) and LASP (2404.02882), for any recurrence.
+"""Sequence parallelism for linear sequence models: LASP-2 (arXiv 2502.07563), LASP (2404.02882), for any recurrence.
 
-Each of P ranks holds a span of L tokens. A span acts on the state that it receives as an affine map, whatever its length:
+Each of P ranks holds a span of L tokens. A span acts on the state that it receives as an affine map, however long:
 
     S_out = A S_in + S_ext         A: a diagonal (decays), K x K (erasing), a diagonal on either side (value decay)
 
@@ -10,8 +10,8 @@ neighbour to neighbour. Where a state decays only, what it adds to a span's outp
 from zero while the maps travel. Where it is erased too, or decays element by element, reading it takes a pass over the
 span in any case, so the one pass starts from it.
 
-Packed documents may straddle any number of ranks. Their bounds are those of the whole row on every rank; a span's map is
-that of its last document, and only its first document receives a state, if it began before.
+Packed documents may straddle any number of ranks. Their bounds are those of the whole row on every rank; a span's map
+is that of its last document, and only its first document receives a state, if it began before.
 
 The file needs torch alone. `LSMSequenceParallel` serves any module with the forward of `LinearRecurrence`:
 
@@ -20,8 +20,8 @@ The file needs torch alone. `LSMSequenceParallel` serves any module with the for
 
     parallelize_module(mixer, mesh["cp"], {"recurrence": LSMSequenceParallel()})
 
-Legend: P ranks, B rows, L tokens of a span, N documents, R heads, K key width, V value width, X states that a span hands
-on: one, or one for each row (B) where rows are not packed, or one for each memory of a document.
+Legend: P ranks, B rows, L tokens of a span, N documents, R heads, K key width, V value width, X states that a span
+hands on: one, or one for each row (B) where rows are not packed, or one for each memory of a document.
 """
 
 from collections.abc import Callable
@@ -45,7 +45,8 @@ class Span:
     """What a rank knows of its span and of the others'.
 
     runs: int32 [N * S + 1], bounds of the span's own runs of tokens, S of them a document and most of them empty; None
-        where rows are not packed. first, last: int64 [X], the runs of the document that its first and its last token is in.
+        where rows are not packed.
+    first, last: int64 [X], the runs of the documents that its first and its last token are in.
     continued_P: whether the document of a span's first token began before. whole_P: whether that of its last token did,
         so that the state it receives goes on. past: 0-dim or an int, tokens of the first document before the span.
     """
@@ -103,6 +104,10 @@ def all_gather(x: Tensor, mesh: DeviceMesh) -> Tensor:
     return sharded.redistribute(placements=[Replicate()], async_op=True).to_local(grad_placements=[Partial()])
 
 
+def _group(name: str) -> dist.ProcessGroup:
+    return _resolve_process_group(name)  # type: ignore[arg-type]  # a str by another name
+
+
 # Copies of this file register operations of their own.
 _NAMESPACE = __name__.replace(".", "_")
 
@@ -111,28 +116,28 @@ _NAMESPACE = __name__.replace(".", "_")
 def receive_state(like: Tensor, rank: int, group_name: str) -> Tensor:
     """What the rank before hands on, a tensor as `like`. On the way back its gradient is sent there."""
     received = torch.empty_like(like, memory_format=torch.contiguous_format)
-    dist.recv(received, group=_resolve_process_group(group_name), group_src=rank - 1)
+    dist.recv(received, group=_group(group_name), group_src=rank - 1)
     return received
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::send_state", mutates_args=())
 def send_state(x: Tensor, state: Tensor, rank: int, group_name: str) -> Tensor:
     """x, once `state` is on its way to the next rank. On the way back the state's gradient comes from there."""
-    dist.send(state.contiguous(), group=_resolve_process_group(group_name), group_dst=rank + 1)
+    dist.send(state.contiguous(), group=_group(group_name), group_dst=rank + 1)
     return x.clone()
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::receive_gradient", mutates_args=())
 def _receive_gradient(grad_x: Tensor, like: Tensor, rank: int, group_name: str) -> Tensor:
     received = torch.empty_like(like, memory_format=torch.contiguous_format)
-    dist.recv(received, group=_resolve_process_group(group_name), group_src=rank + 1)
+    dist.recv(received, group=_group(group_name), group_src=rank + 1)
     return received
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::send_gradient", mutates_args=())
 def _send_gradient(grad: Tensor, rank: int, group_name: str) -> Tensor:
     """Zeros, for what `receive_state` was given as an example."""
-    dist.send(grad.contiguous(), group=_resolve_process_group(group_name), group_dst=rank - 1)
+    dist.send(grad.contiguous(), group=_group(group_name), group_dst=rank - 1)
     return torch.zeros_like(grad)
 
 
@@ -187,7 +192,7 @@ class StateStyle(ParallelStyle):
             module.forward = partial(self.run, module.forward, device_mesh)
         return module
 
-    def run(self, forward: Callable, mesh: DeviceMesh, q: Tensor, k: Tensor, v: Tensor, **terms):
+    def run(self, forward: Callable, mesh: DeviceMesh, q: Tensor, k: Tensor, v: Tensor, **terms) -> tuple[Tensor, None]:
         """The module's forward of the whole sequence, for this rank's span of it."""
         raise TypeError(f"{type(self).__name__} must define run(forward, mesh, q, k, v, **terms).")
 
@@ -234,7 +239,7 @@ class LSMSequenceParallel(StateStyle):
             incoming = self.receive(mesh, span, factors, state, travelling)
             return _add_reading(o, q, incoming, span.end_of_first(), **terms), None
         incoming = self.receive(mesh, span, factors, state, self.start(mesh, factors, state))
-        if span.runs is not None:
+        if span.runs is not None and span.first is not None:
             none = incoming.new_zeros(len(span.runs) - 1, *incoming.shape[1:])
             incoming = none.index_copy(0, span.first, incoming)
         return forward(q, k, v, cu_seqlens=span.runs, initial_state=incoming, **terms)[0], None
@@ -251,9 +256,9 @@ class LSMSequenceParallel(StateStyle):
         terms = {name: x for name, x in terms.items() if name not in ("bonus", "scale")}
         summary = self.span_summary or partial(summary_by_forward, forward)
         transition, state = summary(k, v, cu_seqlens=cu_seqlens, **terms)
-        if terms.get("erase") is not None:
-            return transition, state
         of_keys, *of_values = transition if isinstance(transition, tuple) else (transition,)
+        if terms.get("erase") is not None:
+            return of_keys, state
         factors = [of_value[..., None, :] for of_value in of_values]
         log_decay = terms.get("log_decay")
         if log_decay is not None:  # one number a head where all channels have the same
@@ -334,7 +339,7 @@ class StateRing(StateStyle):
     first mini-batch are past.
     """
 
-    def run(
+    def run(  # type: ignore[override]
         self,
         forward: Callable,
         mesh: DeviceMesh,
@@ -383,8 +388,8 @@ def _span_of(v: Tensor, cu_seqlens: Tensor | None, document_bounds: Tensor | Non
         length, bounds = num_ranks * v.shape[1], cu_seqlens
         if not torch.compiler.is_compiling() and bounds.device.type == "cpu" and bounds[-1] != length:
             raise ValueError(
-                f"cu_seqlens ends at {bounds[-1]}; along a sequence that is split over {num_ranks} ranks it must hold the "
-                f"bounds of the whole row, which has {length} tokens."
+                f"cu_seqlens ends at {bounds[-1]}, but the whole row, split over {num_ranks} ranks, has {length} "
+                "tokens; give the bounds of its documents."
             )
         return Span.of_documents(bounds, rank, num_ranks, v.shape[1])
     return Span.of_documents(document_bounds, rank, num_ranks, document_bounds[-1] // num_ranks, cu_seqlens)
@@ -395,8 +400,8 @@ def summary_by_forward(
 ) -> tuple[Tensor | tuple[Tensor, ...], Tensor]:
     """`torchlmoe.ops.span_summary` for any module with `LinearRecurrence`'s forward.
 
-    Without an erase term the transition is how ones decay that nothing is added to: one key channel after another for the
-    keys' side, and one column for the values' side. With one, it is what becomes of the identity.
+    Without an erase term the transition is how ones decay that nothing is added to: a column of them for the keys'
+    side, a row for the values'. With one, it is what becomes of the identity.
     """
     options = {"cu_seqlens": cu_seqlens, "output_final_state": True}
     num_runs = v.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
