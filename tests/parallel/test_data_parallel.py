@@ -71,7 +71,10 @@ def assert_same_runs(folder: Path, reference: Path, variants: Iterable[str]) -> 
         for ours, theirs in zip(found, expected, strict=True):
             for key in ("loss", "grad_norm", "val_loss", "val_bits_per_byte"):
                 if key in theirs:
-                    assert ours[key] == pytest.approx(theirs[key], rel=1e-9), (name, key)
+                    # ReBased divides by sums that come close to zero: where these are taken in another order, even in
+                    # one process by another backend, the gradient's norm differs by 1e-6.
+                    tolerance = 1e-5 if key == "grad_norm" and "rebased" in name else 1e-9
+                    assert ours[key] == pytest.approx(theirs[key], rel=tolerance), (name, key)
             for key, value in theirs.items():
                 if key.endswith(("/load", "/dropped_fraction", "/load_max_over_mean")):
                     assert ours[key] == value, (name, key)

@@ -234,7 +234,7 @@ class Trainer:
         batches = [batch.to(self.device) for batch in self.loader.batches(index)]
         num_tokens = torch.stack([(batch["labels"] != IGNORE_INDEX).sum() for batch in batches]).sum()
         dist.all_reduce(num_tokens)
-        num_tokens //= self.mesh["cp"].size()  # whose ranks have read the same
+        num_tokens //= self.mesh["cp"].size()  # whose ranks have the same rows
         factor = lr_factor(index, training.steps, self.config.lr_scheduler)
         set_lr(self.optimizer, factor)
         self.model.train()

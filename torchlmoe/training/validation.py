@@ -59,7 +59,7 @@ def validate(
                 return None
         batch = batch.to(device)
         sums[0] += model(batch["tokens"], batch["document_bounds"], batch["labels"])
-        sums[1] += (batch["labels"] != IGNORE_INDEX).sum() / mesh["cp"].size()  # whose ranks have the same
+        sums[1] += (batch["labels"] != IGNORE_INDEX).sum()
         if time.monotonic() - last_said > SECONDS_BETWEEN_LINES:
             last_said = time.monotonic()
             rows = min(num_rows, index * options["batch_size"] * data_ranks)
@@ -67,4 +67,5 @@ def validate(
             say(f"validating: row {rows:,} of {num_rows:,}, eta {duration(left)}")
     dist.all_reduce(sums)
     nll, num_tokens = sums.tolist()
+    num_tokens /= mesh["cp"].size()  # whose ranks had the same rows
     return {"val_loss": nll / num_tokens, "val_bits_per_byte": nll / math.log(2) / num_bytes}
