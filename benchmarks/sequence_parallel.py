@@ -1,4 +1,4 @@
-"""What sequence parallelism sends, and how long it takes: python -m benchmarks.sequence_parallel [--output F] [--picture F]
+"""What sequence parallelism sends, and how long it takes: python -m benchmarks.sequence_parallel [--picture FILE]
 
 Counts: each recurrence and attention style on a fake process group of `--ranks` ranks, on tensors without storage, one
 document of 4k to 1M tokens; collectives and the bytes that a rank sends, forward and backward, from the operations that
@@ -197,7 +197,7 @@ def time_styles(lengths: tuple[int, ...], repeats: int, ranks: int = 2) -> dict[
 
 def draw(rows: list[dict[str, Any]], times: dict[str, dict[int, float]], ranks: int, path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.5))
-    for number, name in enumerate(cases()):
+    for name in cases():
         dashes = "-" if name.endswith("all_gather") else "--"
         color = f"C{list(RECURRENCES).index(cases()[name][0])}" if cases()[name][0] in RECURRENCES else "black"
         points = [(row["T"], row["forward KiB"] + row["backward KiB"]) for row in rows if row["style"] == name]
