@@ -1,6 +1,6 @@
 """What a layer is told about the tokens it sees: their places, and where documents begin and end."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -50,3 +50,8 @@ class Sequence:
         document = torch.searchsorted(ends, tokens.to(torch.int32), right=True)
         positions = (tokens - cu_seqlens[document])[None]
         return cls(positions, cu_seqlens, length, loss_weight)
+
+    def span(self, index: int, num_spans: int) -> "Sequence":
+        """The index-th of `num_spans` equal parts of one packed row."""
+        positions = self.positions.chunk(num_spans, 1)[index]
+        return replace(self, positions=positions, start=index * positions.shape[1])

@@ -42,7 +42,7 @@ def extended_bounds(cu_seqlens: Tensor, start: int, length: int, width: int) -> 
     return F.pad((cu_seqlens - (start - width)).clamp(0, width + length), (1, 0))
 
 
-class _Halo(ParallelStyle):
+class Halo(ParallelStyle):
     """The module runs on the span extended to the left. Raises ValueError where a span is shorter than the halo."""
 
     @abstractmethod
@@ -76,7 +76,7 @@ class _Halo(ParallelStyle):
         return module
 
 
-class ConvHalo(_Halo):
+class ConvHalo(Halo):
     """For a depthwise causal convolution with `weight` [channels, width]."""
 
     def width(self, module: nn.Module) -> int:
@@ -84,7 +84,7 @@ class ConvHalo(_Halo):
         return module.weight.shape[1] - 1
 
 
-class TokenShiftHalo(_Halo):
+class TokenShiftHalo(Halo):
     """For what looks at the token before, and tells a document's first by position 0."""
 
     def width(self, module: nn.Module) -> int:
