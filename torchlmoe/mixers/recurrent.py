@@ -29,6 +29,7 @@ class RecurrentMixer(Mixer):
 
     decays = False
     erases = False
+    shares_qk = False  # whether q and k are one projection
 
     def __init__(
         self,
@@ -50,7 +51,8 @@ class RecurrentMixer(Mixer):
         self.key_dim = split_heads(key_width, num_key_heads, "dim" if key_width == dim else "dim * expand_k")
         self.value_dim = split_heads(value_width, num_heads, "dim" if value_width == dim else "dim * expand_v")
         self.q_proj = Linear(dim, key_width)
-        self.k_proj = Linear(dim, key_width)
+        if not self.shares_qk:
+            self.k_proj = Linear(dim, key_width)
         self.v_proj = Linear(dim, value_width)
         self.recurrence = recurrence(backend)
         self.o_proj = Linear(value_width, dim)
