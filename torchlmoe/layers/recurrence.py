@@ -54,6 +54,7 @@ def recur(
     cu_seqlens, memories = sequence.cu_seqlens if cache is None else None, sequence.memories
     if memories is not None:
         cu_seqlens = memories.cu_seqlens
+    if memories is not None and sequence.packed_memories is None:
         q, k, v = memories.pack(q), memories.pack(k), memories.pack(v)
         terms = {name: memories.pack(term) if _is_per_token(term) else term for name, term in terms.items()}
     if cache is not None:

@@ -11,7 +11,10 @@ from torchlmoe.ops.causal_conv import causal_conv
 
 
 class ShortConvolution(nn.Module):
-    """Depthwise, `width` tokens, followed by SiLU or nothing: x [B, T, channels] -> like x. Looks across tokens."""
+    """Depthwise, `width` tokens, followed by SiLU or nothing: x [B, T, channels] -> like x. Looks across tokens.
+
+    Where memories have projections of their own, x is packed and each memory of a document is a run of its own.
+    """
 
     def __init__(self, channels: int, width: int, bias: bool = False, activation: bool = True):
         super().__init__()
@@ -25,12 +28,29 @@ class ShortConvolution(nn.Module):
             uniform_(parameter, -bound, bound)
 
     def forward(self, x: Tensor, *, sequence: Sequence, cache: TensorDict | None = None) -> Tensor:
+        memories = sequence.packed_memories
         if cache is None:
-            return self._convolve(x, sequence.cu_seqlens)
-        width = self.weight.shape[1]
-        extended = torch.cat([cache["inputs"].to(x.dtype), x], 1)
-        cache["inputs"].copy_(extended[:, extended.shape[1] - (width - 1) :])
-        return self._convolve(extended)[:, width - 1 :]
+            return self._convolve(x, sequence.cu_seqlens if memories is None else memories.cu_seqlens)
+        reach, earlier = self.weight.shape[1] - 1, cache["inputs"].to(x.dtype)
+        if memories is not None:
+            return self._continue_runs(x, memories.cu_seqlens, earlier, cache)
+        extended = torch.cat([earlier, x], 1)
+        cache["inputs"].copy_(extended[:, extended.shape[1] - reach :])
+        return self._convolve(extended)[:, reach:]
+
+    def _continue_runs(self, x: Tensor, bounds: Tensor, earlier: Tensor, cache: TensorDict) -> Tensor:
+        """x [1, M, channels], bounds [runs + 1], earlier [B, runs of a row, width - 1, channels]."""
+        reach, num_runs = self.weight.shape[1] - 1, len(bounds) - 1
+        token_M = torch.arange(x.shape[1], dtype=torch.int32, device=x.device)
+        place_M = token_M + reach * (1 + torch.searchsorted(bounds[1:].contiguous(), token_M, right=True))
+        # Each run after the inputs that its convolution has seen last.
+        extended_bounds = bounds + reach * torch.arange(num_runs + 1, dtype=torch.int32, device=x.device)
+        window = torch.arange(reach, device=x.device)
+        extended = x.new_empty(x.shape[1] + num_runs * reach, x.shape[2])
+        extended[extended_bounds[:-1, None] + window] = earlier.flatten(0, 1)
+        extended[place_M] = x[0]
+        cache["inputs"].copy_(extended[extended_bounds[1:, None] - reach + window].view_as(earlier))
+        return self._convolve(extended[None], extended_bounds)[:, place_M]
 
     def _convolve(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         if self.bias is None:
