@@ -17,6 +17,7 @@ from torchlmoe.training.trainer import Trainer
 
 LAST = "checkpoints/step-00000008"
 REPLICAS = "--parallelism.data_parallel_replicate_degree 2"
+SPANS = "--parallelism.context_parallel_degree 2"
 
 
 def on_four_ranks(corpus, folder):
@@ -31,6 +32,7 @@ def on_four_ranks(corpus, folder):
 
 def on_two_ranks(corpus, folder):
     train(corpus, folder / "four_to_two", LOSS_FREE)
+    train(corpus, folder / "one_to_two_spans", f"{LOSS_FREE} {SPANS}")
     with pytest.raises(ValueError, match="is damaged") as error:
         Trainer(load_config(arguments(corpus, folder / "damaged", LOSS_FREE)))
     assert "tokenizer.json" in str(error.value)
@@ -51,16 +53,21 @@ def runs(single, corpus, tmp_path_factory):
     run_on_ranks(4, on_four_ranks, corpus, folder)
 
     stopped_at_step_4(folder / "four", folder / "four_to_two")
+    stopped_at_step_4(single, folder / "one_to_two_spans")
     damaged = shutil.copytree(single, folder / "damaged") / LAST / "tokenizer.json"
     damaged.write_bytes(damaged.read_bytes().replace(b"a", b"b", 1))
     run_on_ranks(2, on_two_ranks, corpus, folder)
 
-    train(corpus, stopped_at_step_4(folder / "one_to_two_by_two", folder / "two_by_two_to_one"), LOSS_FREE)
+    for several, one in (("one_to_two_by_two", "two_by_two_to_one"), ("one_to_two_spans", "two_spans_to_one")):
+        train(corpus, stopped_at_step_4(folder / several, folder / one), LOSS_FREE)
     dist.destroy_process_group()
     return folder
 
 
-@pytest.mark.parametrize("name", ["four", "one_to_four", "one_to_two_by_two", "four_to_two", "two_by_two_to_one"])
+@pytest.mark.parametrize(
+    "name",
+    "four one_to_four one_to_two_by_two four_to_two one_to_two_spans two_by_two_to_one two_spans_to_one".split(),
+)
 def test_any_ranks_go_on_from_any(name, single, runs):
     for ours, theirs in zip(records(runs / name), records(single), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-9)
