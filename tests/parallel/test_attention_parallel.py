@@ -29,7 +29,7 @@ BOUNDS = {
     "empty_documents": [0, 0, 11, 11, 24, 24, 24, 31, 48, 48],
     "rows": None,
 }
-TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
 def randn(*shape, seed, dtype=torch.float64):
@@ -205,10 +205,11 @@ def compiled_equals_eager():
     for communication in COMMUNICATIONS:
         torch._dynamo.reset()
         counters.clear()
-        blocks = [block_of("attention", "dense") for _ in range(3)]
+        blocks = [block_of("attention", "dense") for _ in range(4)]
         for block in blocks:
             parallel(block, mesh, communication, "mixer.inner")
-        for block in blocks[1:]:
+        recompute(blocks[1], "selective")
+        for block in blocks[2:]:
             recompute(block, "full")
             compile_block(block, backend="aot_eager")
         for bounds in ([0, 20, 32], [0, 5, 32], [0, 56, 56]):

@@ -15,6 +15,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import parallelize_module
 
+from benchmarks.sequence_parallel import cases as styles
+from benchmarks.sequence_parallel import count
 from tests.conftest import run_on_ranks
 from tests.mixers.test_every_mixer import CASES, DIM, MIXTURES, build
 from torchlmoe.layers.recurrence import ElementwiseRecurrence, LinearRecurrence, OnlineGradient
@@ -223,6 +225,22 @@ def count_collectives():
 
 def test_one_collective_each_way():
     run_on_ranks(2, count_collectives)
+
+
+def count_bytes():
+    rows = count(4, (4096, 2**20))
+    assert len(rows) == 2 * len(styles())
+    for row in rows:
+        assert row["forward KiB"] == row["backward KiB"] == row["formula KiB"], row
+        assert row["calls"] == ("2 + 2" if "ulysses" in row["style"] else "1 + 1"), row
+    for short, long in zip(rows[::2], rows[1::2], strict=True):
+        grows = 256 if "attention" in short["style"] else 1
+        assert long["forward KiB"] == grows * short["forward KiB"], short
+
+
+def test_bytes_do_not_grow_with_the_sequence():
+    """And are those of the formula."""
+    run_on_ranks(1, count_bytes)
 
 
 # What the reference code of the paper gets wrong, as changes to ours: (object, attribute, its replacement).

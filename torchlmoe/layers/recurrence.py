@@ -71,10 +71,11 @@ def recur(
     Where `sequence` has memories, each is a state of its own, and the outputs of a token's memories are mixed.
     """
     cu_seqlens, memories = sequence.cu_seqlens if cache is None else None, sequence.memories
-    if memories is not None:
-        cu_seqlens = memories.cu_seqlens
+    if memories is not None and sequence.packed_memories is None:
         q, k, v = memories.pack(q), memories.pack(k), memories.pack(v)
         terms = {name: memories.pack(term) if _is_per_token(term) else term for name, term in terms.items()}
+    if memories is not None:
+        cu_seqlens = memories.cu_seqlens
         terms["document_bounds"] = memories.document_bounds
     if cache is not None:
         terms |= {"initial_state": cache["state"].flatten(0, -4), "output_final_state": True}

@@ -1,11 +1,12 @@
 """What a layer is told about the tokens it sees: their places, and where documents begin and end."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from torchlmoe.layers.memories import Memories
+from torchlmoe.layers.memories import Memories, MemoryLinear
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,18 @@ class Sequence:
     memories: Memories | None = None
     common: Tensor | None = None
     start: int = 0
+
+    @property
+    def packed_memories(self) -> Memories | None:
+        """The memories, where they have projections of their own: what enters the recurrence comes packed then."""
+        return None if self.memories is None or self.memories.by_memory is None else self.memories
+
+    def project(self, projection: Callable[..., Tensor], x: Tensor) -> Tensor:
+        """projection(x) of x [B, T, dim], [B, T, ...]; [1, M, ...] where there are `packed_memories`."""
+        memories = self.packed_memories
+        if memories is None:
+            return projection(x)
+        return projection(x, memories) if isinstance(projection, MemoryLinear) else memories.pack(projection(x))
 
     @classmethod
     def of_rows(

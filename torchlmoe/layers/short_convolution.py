@@ -13,7 +13,10 @@ from torchlmoe.parallel.halo import ConvHalo
 
 
 class ShortConvolution(nn.Module):
-    """Depthwise, `width` tokens, followed by SiLU or nothing: x [B, T, channels] -> like x. Looks across tokens."""
+    """Depthwise, `width` tokens, followed by SiLU or nothing: x [B, T, channels] -> like x. Looks across tokens.
+
+    Where memories have projections of their own, x is packed and each memory of a document is a run of its own.
+    """
 
     def __init__(self, channels: int, width: int, bias: bool = False, activation: bool = True):
         super().__init__()
@@ -27,12 +30,34 @@ class ShortConvolution(nn.Module):
             uniform_(parameter, -bound, bound)
 
     def forward(self, x: Tensor, *, sequence: Sequence, cache: TensorDict | None = None) -> Tensor:
+        memories = sequence.packed_memories
         if cache is None:
-            return self._convolve(x, sequence.cu_seqlens)
-        width = self.weight.shape[1]
-        extended = torch.cat([cache["inputs"].to(x.dtype), x], 1)
-        cache["inputs"].copy_(extended[:, extended.shape[1] - (width - 1) :])
-        return self._convolve(extended)[:, width - 1 :]
+            return self._convolve(x, sequence.cu_seqlens if memories is None else memories.cu_seqlens)
+        reach, earlier = self.weight.shape[1] - 1, cache["inputs"].to(x.dtype)
+        if memories is not None:
+            y, last = self.continue_runs(x, memories.cu_seqlens, earlier.flatten(0, 1))
+            cache["inputs"].copy_(last.view_as(earlier))
+            return y
+        extended = torch.cat([earlier, x], 1)
+        cache["inputs"].copy_(extended[:, extended.shape[1] - reach :])
+        return self._convolve(extended)[:, reach:]
+
+    def continue_runs(self, x: Tensor, bounds: Tensor, earlier: Tensor) -> tuple[Tensor, Tensor]:
+        """x [1, M, channels], bounds int32 [runs + 1], and what each run's convolution has seen last.
+
+        earlier: [runs, width - 1, channels]. Returns y like x, and what it has seen last now.
+        """
+        reach, num_runs = self.weight.shape[1] - 1, len(bounds) - 1
+        token_M = torch.arange(x.shape[1], dtype=torch.int32, device=x.device)
+        place_M = token_M + reach * (1 + torch.searchsorted(bounds[1:].contiguous(), token_M, right=True))
+        # Each run after the inputs that its convolution has seen last.
+        extended_bounds = bounds + reach * torch.arange(num_runs + 1, dtype=torch.int32, device=x.device)
+        window = torch.arange(reach, device=x.device)
+        extended = x.new_empty(x.shape[1] + num_runs * reach, x.shape[2])
+        extended[extended_bounds[:-1, None] + window] = earlier
+        extended[place_M] = x[0]
+        last = extended[extended_bounds[1:, None] - reach + window]
+        return self._convolve(extended[None], extended_bounds)[:, place_M], last
 
     def _convolve(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         if self.bias is None:

@@ -65,7 +65,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, window: 
     lengths = (q.shape[1], query_end - first_key)
     o = varlen_attn(q.flatten(0, 1), k, v, q_bounds, k_bounds, *lengths, window_size=span, enable_gqa=True)
     assert isinstance(o, Tensor)
-    return o.view_as(q)
+    return o.reshape(q.shape)
 
 
 def cached_attention(q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor, *, window: int | None = None) -> Tensor:

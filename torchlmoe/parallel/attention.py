@@ -8,10 +8,9 @@ see what comes before it:
     ulysses (arXiv 2309.14509): one all-to-all from spans with all heads to all tokens of a P-th of the heads, one
         back, and the same for the gradients.
 
-Per token and rank all_gather receives 2 (P - 1) G D numbers, G key and value heads of width D, and ulysses
-(2 H + 2 max(G, P)) (P - 1) / P D: the first is less where few keys serve many queries.
-
-The file needs torch alone.
+With H heads of queries and G of keys, of D numbers, all_gather brings a rank 2 G (P - 1) D numbers for each token of
+its span and ulysses 2 (H + lcm(G, P)) (P - 1) / P D, and as many on the way back: all_gather is for few ranks and few
+heads of keys. It keeps the keys of all tokens in memory, ulysses a P-th of all heads'. The file needs torch alone.
 """
 
 from functools import partial
