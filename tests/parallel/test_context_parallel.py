@@ -4,6 +4,7 @@ import re
 from functools import partial
 
 import pytest
+import torch
 
 import torchlmoe.parallel.compile as compile_module
 from tests.conftest import run_on_ranks
@@ -11,55 +12,77 @@ from tests.parallel.test_data_parallel import SETTINGS, assert_same_runs, train_
 from torchlmoe.config_loader import load_config
 from torchlmoe.mixers import MIXERS
 from torchlmoe.mixers.base import Mixer
+from torchlmoe.model.decoder import build_on_meta
+from torchlmoe.parallel.mesh import build_mesh, start_process_group
+from torchlmoe.parallel.parallelize import build_model
 from torchlmoe.training.trainer import Trainer
 
 # Three rows of 48 tokens at once: borders of 2 and 4 spans lie within rows, and most of them within documents.
 ROWS = "--training.global_batch_size 3 --training.local_batch_size 3 --validation.interval 20 --model.num_heads 4"
-RING = "--parallelism.lsm_context_parallel ring"
-ULYSSES = "--parallelism.attention_context_parallel ulysses"
+ONE_BLOCK = f"{ROWS} --model.layer_pattern L --model.num_layers 1"
 HYBRIDS = {mixer: f"{ROWS} --model.mixer {mixer} --model.layer_pattern LLLN" for mixer in MIXERS}
-PURE = {
-    f"pure_{mixer}": f"{ROWS} --model.mixer {mixer} --model.layer_pattern L --model.num_layers 1" for mixer in MIXERS
-}
+PURE = {f"pure_{mixer}": f"{ONE_BLOCK} --model.mixer {mixer}" for mixer in MIXERS}
+TWO_BLOCKS = f"{ROWS} --model.layer_pattern LN --model.num_layers 2"
 # What sums over a row, a microbatch or a step.
 SUMS = {
-    "global_batch": f"{ROWS} --moe.aux_loss_scope global_batch --moe.aux_loss_weight 0.1 --moe.z_loss_weight 0.01",
-    "rows": f"{ROWS} --moe.aux_loss_weight 0.1 --moe.z_loss_weight 0.01 --model.tie_embeddings true",
-    "loss_free": f"{ROWS} --moe.balance loss_free --moe.bias_update_rate 0.1 --optimizer.name muon",
+    "global_batch": f"{TWO_BLOCKS} --moe.aux_loss_scope global_batch --moe.aux_loss_weight 0.1 --moe.z_loss_weight 0.1",
+    "rows": f"{TWO_BLOCKS} --moe.aux_loss_weight 0.1 --moe.z_loss_weight 0.1 --model.tie_embeddings true",
+    "loss_free": f"{TWO_BLOCKS} --moe.balance loss_free --moe.bias_update_rate 0.1 --optimizer.name muon",
 }
-MORE_ROWS = f"{ROWS} --training.global_batch_size 6 --activation_checkpoint.mode"
-RECOMPUTED = {
-    "full": f"{MORE_ROWS} full --model.mixer rwkv7",
-    "compiled": f"{MORE_ROWS} selective --compile.enable true --model.num_layers 2 --model.layer_pattern LN",
-}
+COMPILED = {"compiled": f"{TWO_BLOCKS} --compile.enable true"}
+RECOMPUTED = {"full": f"{TWO_BLOCKS} --training.global_batch_size 6 --activation_checkpoint.mode full"}
+
 SPANS = "--parallelism.context_parallel_degree"
+RING = "--parallelism.lsm_context_parallel ring --parallelism.attention_context_parallel ulysses"
+# By number of processes: what runs on them, and how.
+JOBS = {
+    1: {"whole": ({**HYBRIDS, **PURE, **SUMS, **RECOMPUTED, **COMPILED}, "")},
+    2: {"all_gather": ({**HYBRIDS, **COMPILED}, f"{SPANS} 2")},
+    3: {"rows_across_spans": (SUMS, f"{SPANS} 3")},
+    4: {
+        "ring": (PURE, f"{SPANS} 4 {RING}"),
+        "fsdp": (RECOMPUTED, f"{SPANS} 2"),
+        "hsdp": (RECOMPUTED, f"{SPANS} 2 {RING} --parallelism.data_parallel_replicate_degree 2"),
+    },
+}
 
 
-def train(*arguments) -> None:
+def train(corpus: str, folder: str, world_size: int) -> None:
     compile_module.compile_block = partial(compile_module.compile_block, backend="aot_eager")
-    train_all(*arguments)
+    for name, (variants, extra) in JOBS[world_size].items():
+        train_all(corpus, f"{folder}/{name}", variants, extra)
 
 
 @pytest.fixture(scope="module")
 def one_process(corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("one_process")
-    run_on_ranks(1, train, str(corpus), str(folder), {**HYBRIDS, **PURE, **SUMS, **RECOMPUTED}, "")
-    return folder
+    run_on_ranks(1, train, str(corpus), str(folder), 1)
+    return folder / "whole"
 
 
-@pytest.mark.parametrize(
-    ("world_size", "variants", "extra"),
-    [
-        (2, HYBRIDS, f"{SPANS} 2"),
-        (4, PURE, f"{SPANS} 4 {RING} {ULYSSES}"),
-        (3, SUMS, f"{SPANS} 3"),
-        (4, RECOMPUTED, f"{SPANS} 2"),
-        (4, RECOMPUTED, f"{SPANS} 2 {RING} {ULYSSES} --parallelism.data_parallel_replicate_degree 2"),
-    ],
-)
-def test_equals_one_process(world_size, variants, extra, one_process, corpus, tmp_path):
-    run_on_ranks(world_size, train, str(corpus), str(tmp_path), variants, extra)
-    assert_same_runs(tmp_path, one_process, variants)
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_equals_one_process(world_size, one_process, corpus, tmp_path):
+    run_on_ranks(world_size, train, str(corpus), str(tmp_path), world_size)
+    for name, (variants, _) in JOBS[world_size].items():
+        assert_same_runs(tmp_path / name, one_process, variants)
+
+
+def check_logits() -> None:
+    """Of rows that are one document each, and without labels."""
+    config = load_config([*SETTINGS, *f"{SPANS} 2 --training.dtype float64".split()])
+    device = torch.device("cpu")
+    start_process_group(device)
+    mesh = build_mesh(config.parallelism, "cpu")
+    model = build_model(config, 50, mesh, device)
+    whole = build_on_meta(config, 50).double().to_empty(device="cpu")
+    whole.init_weights(config.training.seed)
+    tokens = torch.arange(60).view(3, 20) % 50
+    expected = whole(tokens).view(1, 60, 50).chunk(2, 1)[mesh["cp"].get_local_rank()]
+    torch.testing.assert_close(model(tokens), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_logits_of_a_span():
+    run_on_ranks(2, check_logits)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +92,7 @@ def test_equals_one_process(world_size, variants, extra, one_process, corpus, tm
             "parallelism.context_parallel_degree = 2 leaves spans of 2 tokens, and q_conv of model.layers.L looks back "
             "3; choose a lower degree or longer rows."
         ),
-        "--training.seq_len 4 --validation.local_batch_size 1 --model.mixer mom": (
+        "--training.seq_len 4 --validation.local_batch_size 1 --model.mixer mom --model.layers.L.single_kv_proj true": (
             "spans of 2 tokens, and inner.q_conv of model.layers.L looks back 3"
         ),
         "--model.mixer gla": (
@@ -82,6 +105,6 @@ def test_refused_before_data_is_looked_for(settings, sentence, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     if "gla" in settings:  # as a mixer that has no style
         monkeypatch.setattr(Mixer, "sequence_parallel_plan", lambda *_, **__: {})
-    arguments = [*SETTINGS, *f"{SPANS} 2 --training.local_batch_size 2 --data.dataset nowhere {settings}".split()]
+    arguments = [*SETTINGS, *f"{SPANS} 2 --training.local_batch_size 2 --data.dataset nowhere.jsonl {settings}".split()]
     with pytest.raises(ValueError, match=re.escape(sentence)):
         Trainer(load_config(arguments))
