@@ -3,6 +3,7 @@
 Each case runs the whole program, in a fork of this process that has imported it already.
 """
 
+import gc
 import json
 import os
 import shutil
@@ -132,6 +133,7 @@ def end_of(arguments: list[str], output: Path) -> tuple[int, str]:
     """Exit code and standard error of train.py with these arguments."""
     child = os.fork()
     if child == 0:
+        gc.disable()  # garbage of earlier tests may wait for threads (process groups), which a fork does not have
         descriptor = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
