@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from torchlmoe.ops.chunk_layout import check_bounds, kept_scan_layout, num_documents
+from torchlmoe.ops.chunk_layout import check_bounds, check_shape, kept_scan_layout, num_documents
 from torchlmoe.ops.time_invariant import time_invariant_backward, time_invariant_forward
 
 SLAB_STEPS = 32  # places; the state is kept once a slab
@@ -116,11 +116,6 @@ def check_backend(backend: str, operation: str = "elementwise_recurrence") -> No
 
 
 def _check(q, k, v, log_decay, step, initial_state, cu_seqlens, backend) -> None:
-    def expect(name: str, tensor: Tensor | None, *shapes: tuple[int, ...]) -> None:
-        if tensor is not None and tuple(tensor.shape) not in shapes:
-            wanted = " or ".join(str(list(shape)) for shape in shapes)
-            raise ValueError(f"{name} has shape {list(tensor.shape)}; with this k and v it must be {wanted}.")
-
     check_backend(backend)
     if v.dim() != 4 or k.dim() not in (2, 4):
         raise ValueError(
@@ -131,14 +126,14 @@ def _check(q, k, v, log_decay, step, initial_state, cu_seqlens, backend) -> None
     batch_size, length, num_heads, value_dim = v.shape
     key_dim = k.shape[-1]
     for name, tensor in (("q", q), ("k", k)):
-        expect(name, tensor, (batch_size, length, num_heads, key_dim), (num_heads, key_dim))
+        check_shape(name, tensor, (batch_size, length, num_heads, key_dim), (num_heads, key_dim))
     matrix = (num_heads, key_dim, value_dim)
     if step is None:
-        expect("log_decay", log_decay, matrix, (batch_size, length, *matrix))
+        check_shape("log_decay", log_decay, matrix, (batch_size, length, *matrix))
     else:
-        expect("step", step, tuple(v.shape))
-        expect("log_decay", log_decay, matrix)
-    expect("initial_state", initial_state, (num_documents(v, cu_seqlens), *matrix))
+        check_shape("step", step, tuple(v.shape))
+        check_shape("log_decay", log_decay, matrix)
+    check_shape("initial_state", initial_state, (num_documents(v, cu_seqlens), *matrix))
 
 
 def _state_dtype(*tensors: Tensor | None) -> torch.dtype:
