@@ -126,6 +126,7 @@ def test_decoding_continues_a_prefill(case):
     mixer, x = build(case), inputs(3, 12)
     expected = mixer(x, sequence=Sequence.of_rows(3, 12))
     cache = mixer.init_cache(3, 12, torch.float64)
+    mixer(x.flip(0, 1), sequence=Sequence.of_rows(3, 12), cache=cache)  # a cache may serve one document after another
     pieces = []
     for start, end in [(0, 7), (7, 8), (8, 9), (9, 12)]:
         sequence = Sequence(torch.arange(start, end).expand(3, -1))

@@ -58,7 +58,7 @@ def recur(
         q, k, v = memories.pack(q), memories.pack(k), memories.pack(v)
         terms = {name: memories.pack(term) if _is_per_token(term) else term for name, term in terms.items()}
     if cache is not None:
-        terms |= {"initial_state": cache["state"].flatten(0, -4), "output_final_state": True}
+        terms |= {"initial_state": sequence.restarted(cache["state"]).flatten(0, -4), "output_final_state": True}
     o, state = recurrence(q, k, v, cu_seqlens=cu_seqlens, **terms)
     if cache is not None:
         cache["state"].copy_(state.view_as(cache["state"]))
