@@ -19,6 +19,7 @@ class Memories:
 
     cu_seqlens: int32 [N * S + 1], bounds of the runs, a document's memories one after another; empty ones are common.
     weight_M: the share of each slot's output in its token's, at least float32. shape: (B, T).
+    document_bounds: int32 [N + 1] of the packed row, None where rows are not packed.
     by_memory: the slots sorted by memory alone, where memories have projections of their own; None where they share
         them. With projections of their own, what enters the recurrence comes packed (`Sequence.project`).
     """
@@ -27,6 +28,7 @@ class Memories:
     cu_seqlens: Tensor
     weight_M: Tensor
     shape: tuple[int, int]
+    document_bounds: Tensor | None
     by_memory: Slots | None = None
 
     @classmethod
@@ -37,22 +39,23 @@ class Memories:
         num_memories: int,
         shape: tuple[int, int],
         cu_seqlens: Tensor | None,
+        start: int = 0,
         own_projections: bool = False,
         alignment: int = 1,
     ) -> "Memories":
-        """memory_TK int64 [B * T, K], distinct in a row; cu_seqlens as in `Sequence`; alignment as in `Slots`."""
+        """memory_TK int64 [B * T, K], distinct in a row; cu_seqlens, start as of `Sequence`; alignment as of `Slots`."""
         num_tokens = shape[0] * shape[1]
         tokens = torch.arange(num_tokens, device=memory_TK.device)
         if cu_seqlens is None:
             document_T, num_documents = tokens // shape[1], shape[0]
         else:
-            document_T = torch.searchsorted(cu_seqlens[1:].contiguous(), tokens.int(), right=True)
+            document_T = torch.searchsorted(cu_seqlens[1:].contiguous(), tokens.int() + start, right=True)
             num_documents = len(cu_seqlens) - 1
         run_TK = document_T[:, None] * num_memories + memory_TK
         slots = Slots.sorted_by_expert(run_TK, num_documents * num_memories)
         bounds = torch.cat([slots.offset_E.new_zeros(1), slots.offset_E])
         by_memory = Slots.sorted_by_expert(memory_TK, num_memories, alignment) if own_projections else None
-        return cls(slots, bounds, reorder_choices(weight_TK, slots), shape, by_memory)
+        return cls(slots, bounds, reorder_choices(weight_TK, slots), shape, cu_seqlens, by_memory)
 
     def pack(self, x: Tensor) -> Tensor:
         """[B, T, ...] -> [1, M, ...]."""

@@ -1,7 +1,7 @@
 """What a layer is told about the tokens it sees: their places, and where documents begin and end."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ class Sequence:
     positions: int64 [B, T], each token's place in its document.
     cu_seqlens: int32 [N + 1] bounds of the documents packed into one row (B = 1), empty ones allowed; None where each
         row is one document.
+    start: the place of the first token in the packed row, of which cu_seqlens tells, where ranks hold spans of it.
     row_length: tokens in one row of data (with B = 1 the rows of a batch lie back to back).
     loss_weight: this microbatch's share of the rows of the optimizer step over all ranks; 0
             leaves balance losses and load counts out.
@@ -29,6 +30,7 @@ class Sequence:
     loss_weight: float = 1.0
     memories: Memories | None = None
     common: Tensor | None = None
+    start: int = 0
 
     def restarted(self, cached: Tensor) -> Tensor:
         """What a cache [B, ...] holds, zero in rows that begin a document now."""
@@ -66,3 +68,8 @@ class Sequence:
         document = torch.searchsorted(ends, tokens.to(torch.int32), right=True)
         positions = (tokens - cu_seqlens[document])[None]
         return cls(positions, cu_seqlens, length, loss_weight)
+
+    def span(self, index: int, num_spans: int) -> "Sequence":
+        """The index-th of `num_spans` equal parts of one packed row."""
+        positions = self.positions.chunk(num_spans, 1)[index]
+        return replace(self, positions=positions, start=index * positions.shape[1])

@@ -4,10 +4,12 @@ import torch
 import torch.nn.functional as F
 from tensordict import TensorDict
 from torch import Tensor, nn
+from torch.distributed.tensor.parallel import ParallelStyle
 
 from torchlmoe.layers.initialization import uniform_
 from torchlmoe.layers.sequence import Sequence
 from torchlmoe.ops.causal_conv import causal_conv
+from torchlmoe.parallel.halo import ConvHalo
 
 
 class ShortConvolution(nn.Module):
@@ -33,13 +35,18 @@ class ShortConvolution(nn.Module):
             return self._convolve(x, sequence.cu_seqlens if memories is None else memories.cu_seqlens)
         reach, earlier = self.weight.shape[1] - 1, sequence.restarted(cache["inputs"]).to(x.dtype)
         if memories is not None:
-            return self._continue_runs(x, memories.cu_seqlens, earlier, cache)
+            y, last = self.continue_runs(x, memories.cu_seqlens, earlier.flatten(0, 1))
+            cache["inputs"].copy_(last.view_as(earlier))
+            return y
         extended = torch.cat([earlier, x], 1)
         cache["inputs"].copy_(extended[:, extended.shape[1] - reach :])
         return self._convolve(extended)[:, reach:]
 
-    def _continue_runs(self, x: Tensor, bounds: Tensor, earlier: Tensor, cache: TensorDict) -> Tensor:
-        """x [1, M, channels], bounds [runs + 1], earlier [B, runs of a row, width - 1, channels]."""
+    def continue_runs(self, x: Tensor, bounds: Tensor, earlier: Tensor) -> tuple[Tensor, Tensor]:
+        """x [1, M, channels], bounds int32 [runs + 1], and what each run's convolution has seen last.
+
+        earlier: [runs, width - 1, channels]. Returns y like x, and what it has seen last now.
+        """
         reach, num_runs = self.weight.shape[1] - 1, len(bounds) - 1
         token_M = torch.arange(x.shape[1], dtype=torch.int32, device=x.device)
         place_M = token_M + reach * (1 + torch.searchsorted(bounds[1:].contiguous(), token_M, right=True))
@@ -47,10 +54,10 @@ class ShortConvolution(nn.Module):
         extended_bounds = bounds + reach * torch.arange(num_runs + 1, dtype=torch.int32, device=x.device)
         window = torch.arange(reach, device=x.device)
         extended = x.new_empty(x.shape[1] + num_runs * reach, x.shape[2])
-        extended[extended_bounds[:-1, None] + window] = earlier.flatten(0, 1)
+        extended[extended_bounds[:-1, None] + window] = earlier
         extended[place_M] = x[0]
-        cache["inputs"].copy_(extended[extended_bounds[1:, None] - reach + window].view_as(earlier))
-        return self._convolve(extended[None], extended_bounds)[:, place_M]
+        last = extended[extended_bounds[1:, None] - reach + window]
+        return self._convolve(extended[None], extended_bounds)[:, place_M], last
 
     def _convolve(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         if self.bias is None:
@@ -63,3 +70,6 @@ class ShortConvolution(nn.Module):
         channels, width = self.weight.shape
         inputs = torch.zeros(batch_size, width - 1, channels, dtype=dtype, device=device)
         return TensorDict({"inputs": inputs}, batch_size=[batch_size])
+
+    def sequence_parallel_style(self, lsm: str, attention: str) -> ParallelStyle:
+        return ConvHalo()

@@ -29,6 +29,8 @@ from torchlmoe.mixers.base import InitStd, Mixer, NormEps, Place
 from torchlmoe.mixers.recurrent import RecurrentMixer
 from torchlmoe.ops.grouped_matmul import run_alignment
 from torchlmoe.ops.linear_recurrence import Backend
+from torchlmoe.parallel.halo import ConvHalo
+from torchlmoe.parallel.run_halo import RunHalo
 
 
 class MixtureOfMemories(Mixer):
@@ -102,6 +104,7 @@ class MixtureOfMemories(Mixer):
             self.num_memories + self.shared_memory,
             (x.shape[0], x.shape[1]),
             sequence.cu_seqlens,
+            sequence.start,
             own_projections=not self.single_kv_proj,
             alignment=run_alignment(x),
         )
@@ -110,11 +113,14 @@ class MixtureOfMemories(Mixer):
     def common(self, num_layers: int) -> nn.Module | None:
         return self.inner.common(num_layers)
 
-    def sequence_parallel_plan(self) -> dict[str, ParallelStyle]:
-        """Empty where convolutions see runs: a token's predecessors there are not those of its row."""
-        if not self.single_kv_proj and self.inner.convolution_flops():
-            return {}
-        return super().sequence_parallel_plan()
+    def sequence_parallel_plan(
+        self, lsm: str = "all_gather", attention: str = "all_gather"
+    ) -> dict[str, ParallelStyle]:
+        """Where convolutions see runs, a token's predecessors are not those of its row."""
+        plan = super().sequence_parallel_plan(lsm, attention)
+        if self.single_kv_proj:
+            return plan
+        return {name: RunHalo() if isinstance(style, ConvHalo) else style for name, style in plan.items()}
 
     def pop_counters(self) -> dict[str, Tensor]:
         """As of `MoE`: the tokens that each memory was chosen by, and the balance loss."""
