@@ -43,7 +43,7 @@ class Memories:
         own_projections: bool = False,
         alignment: int = 1,
     ) -> "Memories":
-        """memory_TK int64 [B * T, K], distinct in a row; cu_seqlens, start as of `Sequence`; alignment as of `Slots`."""
+        """memory_TK int64 [B * T, K], distinct in a row; cu_seqlens, start as of `Sequence`, alignment of `Slots`."""
         num_tokens = shape[0] * shape[1]
         tokens = torch.arange(num_tokens, device=memory_TK.device)
         if cu_seqlens is None:
