@@ -33,7 +33,7 @@ class ShortConvolution(nn.Module):
         memories = sequence.packed_memories
         if cache is None:
             return self._convolve(x, sequence.cu_seqlens if memories is None else memories.cu_seqlens)
-        reach, earlier = self.weight.shape[1] - 1, cache["inputs"].to(x.dtype)
+        reach, earlier = self.weight.shape[1] - 1, sequence.restarted(cache["inputs"]).to(x.dtype)
         if memories is not None:
             y, last = self.continue_runs(x, memories.cu_seqlens, earlier.flatten(0, 1))
             cache["inputs"].copy_(last.view_as(earlier))

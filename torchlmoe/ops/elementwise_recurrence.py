@@ -6,7 +6,8 @@ G_t is given whole, or as step_t[v] * G[k, v], or is the same for every token. M
 K = the state's width and V = channels, with q = C, k = B, v = dt * x, G = A^T and step = dt. S4 has a head for each
 channel, V = 1, and q, k and G that do not vary. A plain scan h_t = exp(g_t) h_{t-1} + x_t is K = 1 with q = k = 1.
 
-Tokens are put in the order of their place in their document, documents from the longest to the shortest
+Where nothing but v varies over tokens, many of them are a convolution: `time_invariant` takes it. All else is scanned:
+tokens are put in the order of their place in their document, documents from the longest to the shortest
 (`chunk_layout` with chunks of one token), so that those of one place are one slice and the scan takes one fused
 multiply-add a place, with no padding. What is as large as a state per token lives for one slab of places at a time; the
 states between slabs are kept, and the backward computes each slab again. No exponent is positive and nothing is
@@ -19,9 +20,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from torchlmoe.ops.chunk_layout import check_bounds, kept_scan_layout, num_documents
+from torchlmoe.ops.chunk_layout import check_bounds, check_shape, kept_scan_layout, num_documents
+from torchlmoe.ops.time_invariant import time_invariant_backward, time_invariant_forward
 
 SLAB_STEPS = 32  # places; the state is kept once a slab
+MIN_CONVOLVED = 256  # tokens of a row from which on matrices pay, where nothing but v varies
 
 
 def elementwise_recurrence(
@@ -113,11 +116,6 @@ def check_backend(backend: str, operation: str = "elementwise_recurrence") -> No
 
 
 def _check(q, k, v, log_decay, step, initial_state, cu_seqlens, backend) -> None:
-    def expect(name: str, tensor: Tensor | None, *shapes: tuple[int, ...]) -> None:
-        if tensor is not None and tuple(tensor.shape) not in shapes:
-            wanted = " or ".join(str(list(shape)) for shape in shapes)
-            raise ValueError(f"{name} has shape {list(tensor.shape)}; with this k and v it must be {wanted}.")
-
     check_backend(backend)
     if v.dim() != 4 or k.dim() not in (2, 4):
         raise ValueError(
@@ -128,14 +126,14 @@ def _check(q, k, v, log_decay, step, initial_state, cu_seqlens, backend) -> None
     batch_size, length, num_heads, value_dim = v.shape
     key_dim = k.shape[-1]
     for name, tensor in (("q", q), ("k", k)):
-        expect(name, tensor, (batch_size, length, num_heads, key_dim), (num_heads, key_dim))
+        check_shape(name, tensor, (batch_size, length, num_heads, key_dim), (num_heads, key_dim))
     matrix = (num_heads, key_dim, value_dim)
     if step is None:
-        expect("log_decay", log_decay, matrix, (batch_size, length, *matrix))
+        check_shape("log_decay", log_decay, matrix, (batch_size, length, *matrix))
     else:
-        expect("step", step, tuple(v.shape))
-        expect("log_decay", log_decay, matrix)
-    expect("initial_state", initial_state, (num_documents(v, cu_seqlens), *matrix))
+        check_shape("step", step, tuple(v.shape))
+        check_shape("log_decay", log_decay, matrix)
+    check_shape("initial_state", initial_state, (num_documents(v, cu_seqlens), *matrix))
 
 
 def _state_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -219,6 +217,12 @@ def _over_values(state_PHKV: Tensor, v_PHV: Tensor) -> Tensor:
     return torch.matmul(state_PHKV, v_PHV[..., None])[..., 0]
 
 
+def _is_convolution(q: Tensor | None, k: Tensor, v: Tensor, log_decay: Tensor, step: Tensor | None) -> bool:
+    """Whether nothing but v varies over tokens, and there are enough of them (see `time_invariant`)."""
+    constant = step is None and log_decay.dim() == 3 and k.dim() == 2 and (q is None or q.dim() == 2)
+    return constant and v.shape[1] >= MIN_CONVOLVED
+
+
 @torch.library.custom_op("torchlmoe::elementwise_recurrence", mutates_args=())
 def _forward(
     q: Tensor | None,
@@ -230,6 +234,9 @@ def _forward(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns o, the final state and, for the backward, the state that each slab finds, [rows, H, K, V]."""
+    if _is_convolution(q, k, v, log_decay, step):
+        state = _first_state(q, k, v, log_decay, initial_state, cu_seqlens)
+        return *time_invariant_forward(q, k, v, log_decay, state, cu_seqlens), state[:0].clone()
     layout = kept_scan_layout(v, cu_seqlens, 1, SLAB_STEPS)
     state = _first_state(q, k, v, log_decay, initial_state, cu_seqlens).index_select(0, layout.order_N)
     dtype = state.dtype
@@ -274,6 +281,13 @@ def _backward(
     starts: Tensor,
 ) -> list[Tensor]:
     """Gradients of q, k, v, log_decay, step and initial_state; an operation cannot return None, so empty if absent."""
+    if _is_convolution(q, k, v, log_decay, step):
+        state = _first_state(q, k, v, log_decay, initial_state, cu_seqlens)
+        *of_terms, of_state = time_invariant_backward(grad_o, grad_final, q, k, v, log_decay, state, cu_seqlens)
+        return [
+            k.new_empty(0) if x is None or grad is None else _real_like(grad, x).to(x.dtype).contiguous()
+            for x, grad in zip((q, k, v, log_decay, step, initial_state), (*of_terms, None, of_state), strict=True)
+        ]
     layout = kept_scan_layout(v, cu_seqlens, 1, SLAB_STEPS)
     dtype = starts.dtype
     grads = [

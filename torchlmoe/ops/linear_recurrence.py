@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from torchlmoe.ops.chunk_layout import check_bounds, num_documents
+from torchlmoe.ops.chunk_layout import check_bounds, check_shape, num_documents
 from torchlmoe.ops.chunked import Terms, chunked_forward, kept_layout_of
 from torchlmoe.ops.chunked_backward import chunked_backward
 from torchlmoe.ops.reference import reference_recurrence
@@ -146,33 +146,28 @@ def _choose(backend: str, length: int) -> str:
 
 
 def _check(q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, initial_state, cu_seqlens) -> None:
-    def expect(name: str, tensor: Tensor | None, *shapes: tuple[int, ...]) -> None:
-        if tensor is not None and tuple(tensor.shape) not in shapes:
-            wanted = " or ".join(str(list(shape)) for shape in shapes)
-            raise ValueError(f"{name} has shape {list(tensor.shape)}; with this v it must be {wanted}.")
-
     if v.dim() != 4 or k.dim() != 4:
         raise ValueError(f"k and v must be [B, T, heads, width]; got {list(k.shape)} and {list(v.shape)}.")
     if not v.dtype.is_floating_point:
         raise ValueError(f"v has dtype {v.dtype}; linear_recurrence takes floating-point tensors.")
     batch_size, length, num_heads, value_dim = v.shape
     num_key_heads, key_dim = k.shape[2:]
-    expect("q", q, tuple(k.shape))
-    expect("k", k, (batch_size, length, num_key_heads, key_dim))
+    check_shape("q", q, tuple(k.shape))
+    check_shape("k", k, (batch_size, length, num_key_heads, key_dim))
     if num_heads % num_key_heads:
         raise ValueError(f"v has {num_heads} heads, which is not a multiple of the {num_key_heads} heads of k.")
     per_token = (batch_size, length, num_heads)
-    expect("log_decay", log_decay, (num_heads,), per_token, (*per_token, key_dim))
-    expect("erase", erase, per_token, (*per_token, key_dim))
-    expect("erase_key", erase_key, (*per_token, key_dim))
-    expect("value_log_decay", value_log_decay, (*per_token, value_dim))
-    expect("bonus", bonus, (num_heads, key_dim))
+    check_shape("log_decay", log_decay, (num_heads,), per_token, (*per_token, key_dim))
+    check_shape("erase", erase, per_token, (*per_token, key_dim))
+    check_shape("erase_key", erase_key, (*per_token, key_dim))
+    check_shape("value_log_decay", value_log_decay, (*per_token, value_dim))
+    check_shape("bonus", bonus, (num_heads, key_dim))
     if erase_key is not None and erase is None:
         raise ValueError("erase_key says where to erase, but erase (what to erase) is not given.")
     if erase is not None and (value_log_decay is not None or bonus is not None):
         other = "bonus" if bonus is not None else "value_log_decay"
         raise ValueError(f"{other} cannot be combined with erase; give one of the two.")
-    expect("initial_state", initial_state, (num_documents(v, cu_seqlens), num_heads, key_dim, value_dim))
+    check_shape("initial_state", initial_state, (num_documents(v, cu_seqlens), num_heads, key_dim, value_dim))
 
 
 def _run(
