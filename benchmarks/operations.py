@@ -96,6 +96,8 @@ def _recurrence_inputs(terms: tuple[str, ...]) -> Callable[[Size, torch.dtype, s
             inputs["erase"] = (read * (-inputs["log_decay"]).exp()).to(dtype)
             inputs["undecayed_erase"] = -read.to(dtype)
             inputs["erase_key"] = (read * torch.rand(*tokens, 1, device=device)).to(dtype)
+        if "value" in terms:
+            inputs["value_log_decay"] = F.logsigmoid(randn(*tokens, size.value_dim) + 2)
         if "bonus" in terms:
             inputs["bonus"] = randn(size.heads, size.key_dim)
         return inputs
@@ -145,6 +147,7 @@ def _recurrence(*terms: str, fla: str | None = None, fla_step: str | None = None
     taken += ["log_decay"] if {"head", "scalar", "channel"} & set(terms) else []
     taken += ["erase"] if {"beta", "elsewhere"} & set(terms) else []
     taken += ["erase_key"] if "elsewhere" in terms else []
+    taken += ["value_log_decay"] if "value" in terms else []
     taken += ["bonus"] if "bonus" in terms else []
     names = {name: name for name in taken}
     ways = {
@@ -160,7 +163,11 @@ def _recurrence(*terms: str, fla: str | None = None, fla_step: str | None = None
 
     def flops(size: Size) -> float:
         per_token = recurrence_flops_per_token(
-            size.heads, size.key_dim, size.value_dim, decay="log_decay" in taken, erase="erase" in taken
+            size.heads,
+            size.key_dim,
+            size.value_dim,
+            decay=bool({"log_decay", "value_log_decay"} & set(taken)),
+            erase="erase" in taken,
         )
         return size.batch * size.length * per_token
 
@@ -211,6 +218,7 @@ OPERATIONS = {
         fla_step="simple_gla.fused_recurrent_simple_gla log_decay:g",
     ),
     "RWKV6": _recurrence("channel", "bonus", fla="rwkv6.chunk_rwkv6 q:r log_decay:w bonus:u"),
+    "value decay": _recurrence("value"),  # the second pass of GSA
     "DeltaNet": _recurrence("beta", fla="delta_rule.chunk_delta_rule erase:beta"),
     "Gated DeltaNet": _recurrence(
         "scalar",

@@ -1,0 +1,252 @@
+"""Registers, spills and shared memory of every kernel, with no GPU: python -m benchmarks.kernel_resources
+
+Every kernel's operation runs forward and backward on small CPU tensors, but each launch only compiles: for sm_80,
+sm_90, sm_100 and gfx942, with the configurations that the kernel's file has for them, at key and value widths of 64,
+128 and 256 in bfloat16 and float32. Ends with exit code 1 and a list if one does not compile, does not fit the
+target's shared memory, or spills more than MOST_SPILLS registers.
+
+Spills are the registers of a thread that live in memory: the stack frame that cuobjdump reports, in words, for CUDA,
+and what the code object's notes say for ROCm. Shared memory is what a program asks for.
+"""
+
+import importlib
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from types import ModuleType
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
+from triton.runtime.jit import JITFunction
+
+from benchmarks.operations import OPERATIONS, Size
+from benchmarks.report import arguments, show
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # that one program can have
+MOST_SPILLS = 16
+WIDTHS = (64, 128, 256)
+DTYPES = ("bfloat16", "float32")
+LENGTHS = (64, 320)  # of one chunk, and of several spans of them: kernels may be launched otherwise
+HEADS = 16
+
+
+class CompileOnly:
+    """Stands in for the driver of a GPU that is not there. Triton asks it for nothing else before it launches."""
+
+    def __init__(self, target: GPUTarget):
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> str:  # what Triton keeps compiled kernels by
+        return str(self.target)
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel, and what it was compiled to, or why it could not be."""
+
+    kernel: str
+    compiled: CompiledKernel | None
+    failure: str
+
+
+def kernel_modules() -> list[ModuleType]:
+    """Every file of kernels/."""
+    os.environ.pop("TRITON_INTERPRET", None)  # read when a file is imported
+    folder = importlib.import_module("torchlmoe.kernels").__path__
+    return [importlib.import_module(f"torchlmoe.kernels.{module.name}") for module in pkgutil.iter_modules(folder)]
+
+
+@contextmanager
+def compiling_for(target: str) -> Iterator[list[Launch]]:
+    """Launches compile for `target` and do not run; the list grows by one for each."""
+    launches: list[Launch] = []
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> CompiledKernel | None:
+        compiled, failure = None, ""
+        try:
+            compiled = run(self, *args, grid=grid, warmup=True, **options)
+        except Exception as error:  # of the compiler: one line of the table
+            failure = f"{type(error).__name__}: {' '.join(str(error).split())[-200:]}"
+        file, name = self.__module__.rpartition(".")[2], self.__name__.strip("_").removesuffix("_kernel")
+        launches.append(Launch(f"{file}.{name}", compiled, failure))
+        return compiled
+
+    chosen = {module: module.architecture for module in kernel_modules() if hasattr(module, "architecture")}
+    JITFunction.run = compile_only
+    triton.runtime.driver.set_active(CompileOnly(TARGETS[target]))
+    for module in chosen:
+        module.architecture = lambda x: target
+    try:
+        yield launches
+    finally:
+        JITFunction.run = run
+        for module, architecture in chosen.items():
+            module.architecture = architecture
+
+
+def resources(compiled: CompiledKernel) -> dict[str, int]:
+    """registers and spills of a thread, shared memory of a program in bytes."""
+    if compiled.metadata.target.backend == "hip":
+        notes = {name: int(value) for name, value in re.findall(r"\.(\w+):\s+(\d+)\n", compiled.asm["amdgcn"])}
+        registers, spills = notes["vgpr_count"], notes["vgpr_spill_count"]
+    else:
+        with NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+            usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+        assert found, usage
+        registers, spills = int(found[1]), int(found[2]) // 4
+    return {"registers": registers, "spills": spills, "shared": compiled.metadata.shared}
+
+
+def run_recurrence(name: str) -> Callable[[int, torch.dtype, int], Any]:
+    """An instance of the linear recurrence."""
+
+    def run(width: int, dtype: torch.dtype, length: int) -> Any:
+        size = Size(batch=1, length=length, heads=HEADS, key_dim=width, value_dim=width, key_heads=HEADS)
+        inputs = OPERATIONS[name].make(size, dtype, "cpu")
+        names = ("q", "k", "v", "log_decay", "erase", "erase_key", "value_log_decay", "bonus")
+        terms = [leaf(inputs.get(name)) for name in names]
+        operation = importlib.import_module("torchlmoe.kernels.linear_recurrence").linear_recurrence
+        return operation(*terms, 1.0, leaf(torch.zeros(1, HEADS, width, width)), None)
+
+    return run
+
+
+def run_elementwise(width: int, dtype: torch.dtype, length: int) -> Any:
+    """Mamba's, of HEADS * width channels."""
+    size = Size(batch=1, length=length, heads=HEADS, key_dim=width, value_dim=width, key_heads=HEADS)
+    inputs = OPERATIONS["Mamba"].make(size, dtype, "cpu")
+    terms = [leaf(inputs[name]) for name in ("q", "k", "v", "log_decay", "step")]
+    operation = importlib.import_module("torchlmoe.kernels.elementwise_recurrence").elementwise_recurrence
+    return operation(*terms, leaf(torch.zeros(1, 1, 16, HEADS * width)), None)
+
+
+def leaf(x: torch.Tensor | None) -> torch.Tensor | None:
+    return None if x is None else x.requires_grad_()
+
+
+CALLS: dict[str, Callable[[int, torch.dtype, int], Any]] = {
+    **{name: run_recurrence(name) for name in ("Mamba2", "GLA", "RWKV6", "value decay", "DeltaNet", "KDA", "RWKV7")},
+    "Mamba": run_elementwise,
+}
+
+
+def rows_for(target: str, call: str, width: int, dtype: str) -> list[dict[str, Any]]:
+    """A row for each kernel that is launched, the most demanding where it is launched in several ways."""
+    with compiling_for(target) as launches:
+        for length in LENGTHS:
+            outputs = [x for x in CALLS[call](width, getattr(torch, dtype), length) if x.requires_grad]
+            torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
+    rows: dict[str, dict[str, Any]] = {}
+    for launch in launches:
+        row = rows.setdefault(
+            launch.kernel,
+            {"kernel": launch.kernel, "instance": call, "width": width, "dtype": dtype, "target": target}
+            | dict.fromkeys(("warps", "registers", "spills", "shared KiB"), 0)
+            | {"failure": ""},
+        )
+        if launch.compiled is None:
+            row["failure"] = launch.failure
+            continue
+        used = resources(launch.compiled)
+        found = (launch.compiled.metadata.num_warps, used["registers"], used["spills"], used["shared"] / 1024)
+        for name, value in zip(("warps", "registers", "spills", "shared KiB"), found, strict=True):
+            row[name] = max(row[name], value)
+    return list(rows.values())
+
+
+def faults(rows: list[dict[str, Any]]) -> list[str]:
+    """What does not compile, does not fit or spills too much, a sentence each."""
+    sentences = []
+    for row in rows:
+        where = f"{row['kernel']} of {row['instance']}, width {row['width']}, {row['dtype']}, on {row['target']}"
+        if row["failure"]:
+            sentences.append(f"{where} does not compile: {row['failure']}")
+        if row["shared KiB"] > SHARED_KIB[row["target"]]:
+            sentences.append(
+                f"{where} needs {row['shared KiB']:.0f} KiB of {SHARED_KIB[row['target']]} KiB shared memory"
+            )
+        if row["spills"] > MOST_SPILLS:
+            sentences.append(f"{where} spills {row['spills']} registers")
+    return sentences
+
+
+def write_table(rows: list[dict[str, Any]], path: Path) -> None:
+    """A line for each kernel, instance, dtype and width, a column for each target."""
+    cells: dict[tuple[Any, ...], dict[str, str]] = {}
+    for row in rows:
+        line = cells.setdefault(tuple(row[name] for name in ("kernel", "instance", "dtype", "width")), {})
+        line[row["target"]] = row["failure"] or f"{row['registers']} / {row['spills']} / {row['shared KiB']:.0f}"
+    targets = [name for name in TARGETS if any(row["target"] == name for row in rows)]
+    lines = [
+        "Written by `python -m benchmarks.kernel_resources --table kernels/RESOURCES.md`: do not edit.",
+        "",
+        "# Registers, spilled registers and KiB of shared memory",
+        "",
+        f"Compiled with Triton {triton.__version__} and no GPU. Each cell is the most that any launch of the kernel "
+        "needs, forward or backward. A program can have "
+        + ", ".join(f"{SHARED_KIB[name]} KiB on {name}" for name in targets)
+        + f"; {MOST_SPILLS} spilled registers are tolerated.",
+        "",
+        "| kernel | instance | dtype | width | " + " | ".join(targets) + " |",
+        "|---|---|---|---|" + "---|" * len(targets),
+        *(
+            "| " + " | ".join(map(str, key)) + " | " + " | ".join(line.get(name, "") for name in targets) + " |"
+            for key, line in cells.items()
+        ),
+    ]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def main() -> None:
+    parser = arguments(__doc__.splitlines()[0])
+    parser.add_argument("--table", type=Path, help="write the table to this Markdown file")
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--instances", nargs="+", choices=CALLS, default=list(CALLS))
+    parser.add_argument("--widths", nargs="+", type=int, default=WIDTHS)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="compilers at a time")
+    options = parser.parse_args()
+    cases = list(product(options.targets, options.instances, options.widths, options.dtypes))
+    with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
+        rows = [row for part in pool.map(rows_for, *zip(*cases, strict=True)) for row in part]
+    rows.sort(key=lambda row: row["kernel"])
+    show("Resources of kernels", rows, options.output)
+    if options.table:
+        write_table(rows, options.table)
+    found = faults(rows)
+    print("\n".join(found))
+    sys.exit(1 if found else 0)
+
+
+if __name__ == "__main__":
+    main()
