@@ -14,7 +14,6 @@ The decode case is one token from a state of at least 512 MiB; "x copy" is its t
 
 import importlib.util
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.operations import OPERATIONS, OURS, Operation, Size, Way
-from benchmarks.report import arguments, matmul_rate, show
+from benchmarks.report import arguments, attempt, matmul_rate, seconds_of, show
 
 CASES = {
     "anchor": Size(batch=1, length=8192, heads=96, key_dim=128, value_dim=128, key_heads=96),
@@ -39,26 +38,12 @@ SHARES_HEADS = {"Gated DeltaNet", "KDA"}  # in the models that share query and k
 Inputs = dict[str, Tensor]
 
 
-def time_of(run: Callable[[], object], device: str) -> float:
-    """Seconds of one run."""
-    if device == "cpu":
-        begin = time.perf_counter()
-        run()
-        return time.perf_counter() - begin
-    begin_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin_event.record()
-    run()
-    end_event.record()
-    end_event.synchronize()
-    return begin_event.elapsed_time(end_event) / 1e3
-
-
 def forward_seconds(way: Way, make: Callable[[], Inputs], repeats: int, device: str) -> float:
     times = []
     for _ in range(repeats + 2):
         given = way.arguments(make())
         with torch.no_grad():
-            times.append(time_of(lambda given=given: way.run(**given), device))
+            times.append(seconds_of(lambda given=given: way.run(**given), device))
     return statistics.median(times[2:])
 
 
@@ -68,7 +53,7 @@ def both_seconds(way: Way, make: Callable[[], Inputs], repeats: int, device: str
     for _ in range(repeats + 2):
         given = {name: tensor.requires_grad_() for name, tensor in way.arguments(make()).items()}
         grad = torch.randn_like(given["v"])
-        times.append(time_of(lambda given=given, grad=grad: way.run(**given).backward(grad), device))
+        times.append(seconds_of(lambda given=given, grad=grad: way.run(**given).backward(grad), device))
     return statistics.median(times[2:])
 
 
@@ -80,7 +65,7 @@ def copy_rate(device: str, repeats: int = 7) -> float:
     """Bytes read and written a second by a copy of 1 GiB (64 MiB on a CPU)."""
     size = (1 << 30) if device != "cpu" else (1 << 26)
     source, target = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
-    times = [time_of(lambda: target.copy_(source), device) for _ in range(repeats + 2)]
+    times = [seconds_of(lambda: target.copy_(source), device) for _ in range(repeats + 2)]
     return 2 * size / statistics.median(times[2:])
 
 
@@ -91,22 +76,6 @@ def error(way: Way, operation: Operation, inputs: Inputs) -> float | None:
     with torch.no_grad():
         expected = reference.run(**reference.arguments({name: tensor.float() for name, tensor in inputs.items()}))
         return ((way.run(**way.arguments(inputs)) - expected).norm() / expected.norm()).item()
-
-
-def attempt(notes: list[str], measure: Callable[..., Any], *args: Any) -> Any:
-    """measure(*args); None, and a note, where it fails."""
-    try:
-        return measure(*args)
-    except Exception as failure:  # another library's, or memory that does not suffice: a row of the table
-        text = " ".join(str(failure).split())
-        note = f"{type(failure).__name__}: {text[:160]}"
-        if note not in notes:
-            notes.append(note)
-        return None
-    finally:
-        torch.compiler.reset()  # or the eighth graph is the last that is compiled
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
 
 def rows_of(
@@ -159,7 +128,7 @@ def decode_rows(
         return OPERATIONS[name].make(size, dtype, device) | {"initial_state": state}
 
     state = make()["initial_state"]
-    copies = [time_of(state.clone, device) for _ in range(repeats + 2)]
+    copies = [seconds_of(state.clone, device) for _ in range(repeats + 2)]
     copy = statistics.median(copies[2:])
     rows = []
     for way_name, way in ways.items():

@@ -37,6 +37,36 @@ def interleaved_seconds(
     return seconds
 
 
+def seconds_of(run: Callable[[], object], device: str) -> float:
+    """Of one run: by CUDA events, or by the wall clock on a CPU."""
+    if device == "cpu":
+        begin = time.perf_counter()
+        run()
+        return time.perf_counter() - begin
+    begin_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin_event.record()
+    run()
+    end_event.record()
+    end_event.synchronize()
+    return begin_event.elapsed_time(end_event) / 1e3
+
+
+def attempt(notes: list[str], measure: Callable[..., Any], *args: Any) -> Any:
+    """measure(*args); None, and a note, where it fails."""
+    try:
+        return measure(*args)
+    except Exception as failure:  # another library's, or memory that does not suffice: a row of the table
+        text = " ".join(str(failure).split())
+        note = f"{type(failure).__name__}: {text[:160]}"
+        if note not in notes:
+            notes.append(note)
+        return None
+    finally:
+        torch.compiler.reset()  # or the eighth graph is the last that is compiled
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
 class Worker:
     """A case in a process of its own, so that one library's settings (of the allocator, say) do not reach another's.
 
