@@ -32,18 +32,13 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-# (architecture, complex?): tokens of a chunk, columns of a tile, warps.
+# architecture: tokens of a chunk, columns of a tile, warps.
 CONFIGS = {
-    ("sm_80", False): (64, 32, 4),
-    ("sm_80", True): (64, 32, 8),
-    ("sm_90", False): (64, 32, 4),
-    ("sm_90", True): (64, 32, 8),
-    ("sm_100", False): (64, 32, 4),
-    ("sm_100", True): (64, 32, 8),
-    ("gfx942", False): (64, 64, 4),
-    ("gfx942", True): (64, 64, 8),
-    ("interpreter", False): (32, 16, 1),
-    ("interpreter", True): (32, 16, 1),
+    "sm_80": (64, 32, 8),
+    "sm_90": (64, 32, 8),
+    "sm_100": (64, 32, 8),
+    "gfx942": (64, 32, 4),
+    "interpreter": (16, 16, 1),
 }
 FOLD_BLOCK = 256  # elements of a state that one program folds
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -151,24 +146,37 @@ def _columns(num_heads, value_dim, BLOCK_C: tl.constexpr, FOLD: tl.constexpr):
 
 
 @triton.jit
-def _key(pointer, token, row_mask, head, mask, stride_t, stride_h, key, COMPLEX: tl.constexpr, FOLD: tl.constexpr):
+def _from(pointer, element, COMPLEX: tl.constexpr):
+    """Where an int64 number of elements lies; what is added to it within a chunk fits int32."""
+    return pointer + (2 * element if COMPLEX else element)
+
+
+@triton.jit
+def _values(pointer, row, row_mask, head, channel, mask, stride_t, stride_h):
+    """Rows of v, step or do: float32 [BLOCK_T, BLOCK_C], 0 where masked."""
+    offset = (row * stride_t)[:, None] + (head * stride_h + channel)[None, :]
+    return tl.load(pointer + offset, mask=row_mask[:, None] & mask[None, :], other=0).to(tl.float32)
+
+
+@triton.jit
+def _key(pointer, row, row_mask, head, mask, stride_t, stride_h, key, COMPLEX: tl.constexpr, FOLD: tl.constexpr):
     """One key of q or k: [BLOCK_T, 1], or [1, BLOCK_C] where it is the same for every token."""
     if FOLD:
         real, imaginary = _load(pointer, (head * stride_h + key)[None, :], mask[None, :], COMPLEX)
     else:
-        real, imaginary = _load(pointer, (token * stride_t + head * stride_h + key)[:, None], row_mask[:, None], COMPLEX)
+        real, imaginary = _load(pointer, (row * stride_t + head * stride_h + key)[:, None], row_mask[:, None], COMPLEX)
     return real, imaginary
 
 
 @triton.jit
 def _log_decay(
-    pointer, step, token, row_mask, offset, mask, stride_t, PER_TOKEN: tl.constexpr, STEP: tl.constexpr,
+    pointer, step, row, row_mask, offset, mask, stride_t, PER_TOKEN: tl.constexpr, STEP: tl.constexpr,
     COMPLEX: tl.constexpr,
 ):  # fmt: skip
     """One key's log decay, [BLOCK_T, BLOCK_C], 0 at rows that are masked; offset of the head, key and columns."""
     tile_mask = row_mask[:, None] & mask[None, :]
     if PER_TOKEN:
-        real, imaginary = _load(pointer, (token * stride_t)[:, None] + offset[None, :], tile_mask, COMPLEX)
+        real, imaginary = _load(pointer, (row * stride_t)[:, None] + offset[None, :], tile_mask, COMPLEX)
     else:
         real, imaginary = _load(pointer, offset[None, :], mask[None, :], COMPLEX)
         if STEP:
@@ -187,35 +195,37 @@ def _summary_kernel(
 ):  # fmt: skip
     """P = exp(sum_t G_t), and the state from zero; in the backward, from q and do, the gradient of the first state."""
     chunk = tl.program_id(0).to(tl.int64)
-    start, end = tl.load(chunks + chunk), tl.load(chunks + num_chunks + chunk)
-    token = start + tl.arange(0, BLOCK_T)
-    row_mask = token < end
+    start = tl.load(chunks + chunk)
+    length = (tl.load(chunks + num_chunks + chunk) - start).to(tl.int32)
+    if length <= 0:
+        return
+    row = tl.arange(0, BLOCK_T)
+    row_mask = row < length
     head, channel, mask = _columns(num_heads, value_dim, BLOCK_C, FOLD)
-    tile_mask = row_mask[:, None] & mask[None, :]
-    v_tile = tl.load(
-        v + (token * v_stride_t)[:, None] + (head * v_stride_h + channel)[None, :], mask=tile_mask, other=0
-    ).to(tl.float32)
+    if not FOLD:
+        k = _from(k, start * k_stride_t, COMPLEX)
+    if PER_TOKEN:
+        log_decay = _from(log_decay, start * decay_stride_t, COMPLEX)
+    v_tile = _values(v + start * v_stride_t, row, row_mask, head, channel, mask, v_stride_t, v_stride_h)
     # What a token wrote decays by the tokens after it; what it reads had decayed by those up to it.
-    passed = token if BACKWARD else token + 1
-    passed_mask = row_mask if BACKWARD else passed < end
-    first = start + tl.arange(0, 1)
+    passed = row if BACKWARD else row + 1
+    passed_mask = passed < length
+    first = tl.arange(0, 1)
     step_tile, step_first = v_tile, v_tile
     if STEP:
-        step_columns = (head * step_stride_h + channel)[None, :]
-        step_mask = passed_mask[:, None] & mask[None, :]
-        step_tile = tl.load(step + (passed * step_stride_t)[:, None] + step_columns, mask=step_mask, other=0)
-        step_tile = step_tile.to(tl.float32)
+        step += start * step_stride_t
+        step_tile = _values(step, passed, passed_mask, head, channel, mask, step_stride_t, step_stride_h)
         if not BACKWARD:
-            first_mask = (first < end)[:, None] & mask[None, :]
-            step_first = tl.load(step + (first * step_stride_t)[:, None] + step_columns, mask=first_mask, other=0)
-            step_first = step_first.to(tl.float32)
-    state = chunk * num_heads * key_dim * value_dim + head * key_dim * value_dim + channel
+            step_first = _values(step, first, first < length, head, channel, mask, step_stride_t, step_stride_h)
+    size = num_heads * key_dim * value_dim
+    transition, local = _from(transition, chunk * size, COMPLEX), _from(local, chunk * size, COMPLEX)
+    state = head * key_dim * value_dim + channel
     for key in range(key_dim):
         decay_offset = head * decay_stride_h + key * decay_stride_k + channel
         g, gi = _log_decay(
             log_decay, step_tile, passed, passed_mask, decay_offset, mask, decay_stride_t, PER_TOKEN, STEP, COMPLEX
         )
-        k_key, ki_key = _key(k, token, row_mask, head, mask, k_stride_t, k_stride_h, key, COMPLEX, FOLD)
+        k_key, ki_key = _key(k, row, row_mask, head, mask, k_stride_t, k_stride_h, key, COMPLEX, FOLD)
         decay, decay_i = _exp(tl.cumsum(g, 0, reverse=not BACKWARD), tl.cumsum(gi, 0, reverse=not BACKWARD), COMPLEX)
         x, xi = _times(decay, decay_i, k_key, ki_key, COMPLEX)
         if COMPLEX and BACKWARD:
@@ -223,7 +233,16 @@ def _summary_kernel(
         total, total_i = tl.sum(g, 0), tl.sum(gi, 0)
         if not BACKWARD:
             g_first, gi_first = _log_decay(
-                log_decay, step_first, first, first < end, decay_offset, mask, decay_stride_t, PER_TOKEN, STEP, COMPLEX
+                log_decay,
+                step_first,
+                first,
+                first < length,
+                decay_offset,
+                mask,
+                decay_stride_t,
+                PER_TOKEN,
+                STEP,
+                COMPLEX,
             )
             total, total_i = total + tl.sum(g_first, 0), total_i + tl.sum(gi_first, 0)
         total, total_i = _exp(total, total_i, COMPLEX)
@@ -268,37 +287,40 @@ def _read_kernel(
     COMPLEX: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0).to(tl.int64)
-    start, end = tl.load(chunks + chunk), tl.load(chunks + num_chunks + chunk)
-    token = start + tl.arange(0, BLOCK_T)
-    row_mask = token < end
+    start = tl.load(chunks + chunk)
+    length = (tl.load(chunks + num_chunks + chunk) - start).to(tl.int32)
+    if length <= 0:
+        return
+    row = tl.arange(0, BLOCK_T)
+    row_mask = row < length
     head, channel, mask = _columns(num_heads, value_dim, BLOCK_C, FOLD)
-    tile_mask = row_mask[:, None] & mask[None, :]
-    v_tile = tl.load(
-        v + (token * v_stride_t)[:, None] + (head * v_stride_h + channel)[None, :], mask=tile_mask, other=0
-    ).to(tl.float32)
+    if not FOLD:
+        q, k = _from(q, start * q_stride_t, COMPLEX), _from(k, start * k_stride_t, COMPLEX)
+    if PER_TOKEN:
+        log_decay = _from(log_decay, start * decay_stride_t, COMPLEX)
+    v_tile = _values(v + start * v_stride_t, row, row_mask, head, channel, mask, v_stride_t, v_stride_h)
     step_tile = v_tile
     if STEP:
-        step_tile = tl.load(
-            step + (token * step_stride_t)[:, None] + (head * step_stride_h + channel)[None, :],
-            mask=tile_mask,
-            other=0,
-        ).to(tl.float32)
-    state = chunk * num_heads * key_dim * value_dim + head * key_dim * value_dim + channel
+        step += start * step_stride_t
+        step_tile = _values(step, row, row_mask, head, channel, mask, step_stride_t, step_stride_h)
+    starts = _from(starts, chunk * num_heads * key_dim * value_dim, COMPLEX)
+    state = head * key_dim * value_dim + channel
     o_tile = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
     for key in range(key_dim):
         decay_offset = head * decay_stride_h + key * decay_stride_k + channel
         g, gi = _log_decay(
-            log_decay, step_tile, token, row_mask, decay_offset, mask, decay_stride_t, PER_TOKEN, STEP, COMPLEX
+            log_decay, step_tile, row, row_mask, decay_offset, mask, decay_stride_t, PER_TOKEN, STEP, COMPLEX
         )
         decay, decay_i = _exp(g, gi, COMPLEX)
-        k_key, ki_key = _key(k, token, row_mask, head, mask, k_stride_t, k_stride_h, key, COMPLEX, FOLD)
-        q_key, qi_key = _key(q, token, row_mask, head, mask, q_stride_t, q_stride_h, key, COMPLEX, FOLD)
+        k_key, ki_key = _key(k, row, row_mask, head, mask, k_stride_t, k_stride_h, key, COMPLEX, FOLD)
+        q_key, qi_key = _key(q, row, row_mask, head, mask, q_stride_t, q_stride_h, key, COMPLEX, FOLD)
         decay, decay_i, s, si = _scan(decay, decay_i, k_key * v_tile, ki_key * v_tile, False, COMPLEX)
         s_start, si_start = _load(starts, state + key * value_dim, mask, COMPLEX)
         x, xi = _times(decay, decay_i, s_start[None, :], si_start[None, :], COMPLEX)
         o_tile += _times(q_key, qi_key, s + x, si + xi, COMPLEX)[0]
-    o_offset = (token * num_heads * value_dim)[:, None] + (head * value_dim + channel)[None, :]
-    tl.store(o + o_offset, o_tile, mask=tile_mask)
+    width = num_heads * value_dim
+    offset = (row * width)[:, None] + (head * value_dim + channel)[None, :]
+    tl.store(o + start * width + offset, o_tile, mask=row_mask[:, None] & mask[None, :])
 
 
 @triton.jit
@@ -311,38 +333,52 @@ def _gradient_kernel(
     COMPLEX: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0).to(tl.int64)
-    start, end = tl.load(chunks + chunk), tl.load(chunks + num_chunks + chunk)
-    token = start + tl.arange(0, BLOCK_T)
-    row_mask = token < end
-    before_mask = row_mask & (token > start)
-    after_mask = token + 1 < end
+    start = tl.load(chunks + chunk)
+    length = (tl.load(chunks + num_chunks + chunk) - start).to(tl.int32)
+    if length <= 0:
+        return
+    row = tl.arange(0, BLOCK_T)
+    row_mask = row < length
     head, channel, mask = _columns(num_heads, value_dim, BLOCK_C, FOLD)
     tile_mask = row_mask[:, None] & mask[None, :]
-    v_pointers = v + (token * v_stride_t)[:, None] + (head * v_stride_h + channel)[None, :]
-    v_tile = tl.load(v_pointers, mask=tile_mask, other=0).to(tl.float32)
-    v_before = tl.load(v_pointers - v_stride_t, mask=before_mask[:, None] & mask[None, :], other=0).to(tl.float32)
-    grad_tile = tl.load(
-        grad_o + (token * grad_stride_t)[:, None] + (head * grad_stride_h + channel)[None, :], mask=tile_mask, other=0
-    ).to(tl.float32)
+    before_mask, after_mask = row_mask & (row > 0), row + 1 < length
+    width = num_heads * value_dim
+    if FOLD:
+        dq, dk = _from(dq, chunk * width * key_dim, COMPLEX), _from(dk, chunk * width * key_dim, COMPLEX)
+    else:
+        q, k = _from(q, start * q_stride_t, COMPLEX), _from(k, start * k_stride_t, COMPLEX)
+        part = (tl.program_id(2).to(tl.int64) * num_tokens + start) * num_heads * key_dim
+        dq, dk = _from(dq, part, COMPLEX), _from(dk, part, COMPLEX)
+    if PER_TOKEN:
+        log_decay = _from(log_decay, start * decay_stride_t, COMPLEX)
+        dlog_decay = _from(dlog_decay, start * width * key_dim, COMPLEX)
+    else:
+        dlog_decay = _from(dlog_decay, chunk * width * key_dim, COMPLEX)
+    starts, grad_ends = (
+        _from(starts, chunk * width * key_dim, COMPLEX),
+        _from(grad_ends, chunk * width * key_dim, COMPLEX),
+    )
+    v += start * v_stride_t
+    v_tile = _values(v, row, row_mask, head, channel, mask, v_stride_t, v_stride_h)
+    v_before = _values(v, row - 1, before_mask, head, channel, mask, v_stride_t, v_stride_h)
+    grad_o += start * grad_stride_t
+    grad_tile = _values(grad_o, row, row_mask, head, channel, mask, grad_stride_t, grad_stride_h)
     step_tile, step_after = v_tile, v_tile
     if STEP:
-        step_pointers = step + (token * step_stride_t)[:, None] + (head * step_stride_h + channel)[None, :]
-        step_tile = tl.load(step_pointers, mask=tile_mask, other=0).to(tl.float32)
-        step_after = tl.load(step_pointers + step_stride_t, mask=after_mask[:, None] & mask[None, :], other=0)
-        step_after = step_after.to(tl.float32)
-    state = chunk * num_heads * key_dim * value_dim + head * key_dim * value_dim + channel
+        step += start * step_stride_t
+        step_tile = _values(step, row, row_mask, head, channel, mask, step_stride_t, step_stride_h)
+        step_after = _values(step, row + 1, after_mask, head, channel, mask, step_stride_t, step_stride_h)
+    state = head * key_dim * value_dim + channel
     dv_tile = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
     dstep_tile = dv_tile
     for key in range(key_dim):
         decay_offset = head * decay_stride_h + key * decay_stride_k + channel
-        k_key, ki_key = _key(k, token, row_mask, head, mask, k_stride_t, k_stride_h, key, COMPLEX, FOLD)
-        q_key, qi_key = _key(q, token, row_mask, head, mask, q_stride_t, q_stride_h, key, COMPLEX, FOLD)
-        k_before, ki_before = _key(
-            k, token - 1, before_mask, head, mask, k_stride_t, k_stride_h, key, COMPLEX, FOLD
-        )
+        k_key, ki_key = _key(k, row, row_mask, head, mask, k_stride_t, k_stride_h, key, COMPLEX, FOLD)
+        q_key, qi_key = _key(q, row, row_mask, head, mask, q_stride_t, q_stride_h, key, COMPLEX, FOLD)
+        k_before, ki_before = _key(k, row - 1, before_mask, head, mask, k_stride_t, k_stride_h, key, COMPLEX, FOLD)
         # What has decayed, z_t = a_t S_{t-1}, by a scan of its own: S_t - k_t v_t would lose it where a_t is small.
         g, gi = _log_decay(
-            log_decay, step_tile, token, row_mask, decay_offset, mask, decay_stride_t, PER_TOKEN, STEP, COMPLEX
+            log_decay, step_tile, row, row_mask, decay_offset, mask, decay_stride_t, PER_TOKEN, STEP, COMPLEX
         )
         a, ai = _exp(g, gi, COMPLEX)
         x, xi = _times(a, ai, k_before * v_before, ki_before * v_before, COMPLEX)
@@ -352,7 +388,7 @@ def _gradient_kernel(
         z, zi = z + x, zi + xi
         # The gradient of S_t: conj(q_t) do_t, and what comes back through the decay of the token after it.
         g, gi = _log_decay(
-            log_decay, step_after, token + 1, after_mask, decay_offset, mask, decay_stride_t, PER_TOKEN, STEP, COMPLEX
+            log_decay, step_after, row + 1, after_mask, decay_offset, mask, decay_stride_t, PER_TOKEN, STEP, COMPLEX
         )
         a, ai = _exp(g, -gi, COMPLEX)
         a, ai, ds, dsi = _scan(a, ai, q_key * grad_tile, -qi_key * grad_tile, True, COMPLEX)
@@ -367,24 +403,23 @@ def _gradient_kernel(
             _store(dq, state + key * value_dim, tl.sum(q_part, 0), tl.sum(qi_part, 0), mask, COMPLEX)
             _store(dk, state + key * value_dim, tl.sum(k_part, 0), tl.sum(ki_part, 0), mask, COMPLEX)
         else:
-            row = ((tl.program_id(2).to(tl.int64) * num_tokens + token) * num_heads + head) * key_dim + key
-            _store(dq, row, tl.sum(q_part, 1), tl.sum(qi_part, 1), row_mask, COMPLEX)
-            _store(dk, row, tl.sum(k_part, 1), tl.sum(ki_part, 1), row_mask, COMPLEX)
+            keys = (row * num_heads + head) * key_dim + key
+            _store(dq, keys, tl.sum(q_part, 1), tl.sum(qi_part, 1), row_mask, COMPLEX)
+            _store(dk, keys, tl.sum(k_part, 1), tl.sum(ki_part, 1), row_mask, COMPLEX)
         dg, dgi = _times_conjugate(ds, dsi, z, zi, COMPLEX)
         if PER_TOKEN:
-            matrix = (token * num_heads * key_dim * value_dim)[:, None]
-            matrix += (head * key_dim * value_dim + key * value_dim + channel)[None, :]
-            _store(dlog_decay, matrix, dg, dgi, tile_mask, COMPLEX)
+            matrices = (row * width * key_dim)[:, None] + (state + key * value_dim)[None, :]
+            _store(dlog_decay, matrices, dg, dgi, tile_mask, COMPLEX)
         else:
             if STEP:
                 g, gi = _load(log_decay, decay_offset[None, :], mask[None, :], COMPLEX)
                 dstep_tile += _times_conjugate(dg, dgi, g, gi, COMPLEX)[0]
                 dg, dgi = dg * step_tile, dgi * step_tile
             _store(dlog_decay, state + key * value_dim, tl.sum(dg, 0), tl.sum(dgi, 0), mask, COMPLEX)
-    offset = (token * num_heads * value_dim)[:, None] + (head * value_dim + channel)[None, :]
-    tl.store(dv + offset, dv_tile, mask=tile_mask)
+    offset = (row * width)[:, None] + (head * value_dim + channel)[None, :]
+    tl.store(dv + start * width + offset, dv_tile, mask=tile_mask)
     if STEP:
-        tl.store(dstep + offset, dstep_tile, mask=tile_mask)
+        tl.store(dstep + start * width + offset, dstep_tile, mask=tile_mask)
 
 
 class _Launch:
@@ -400,7 +435,7 @@ class _Launch:
         self.log_decay = self.planes(_dense(log_decay.flatten(0, 1) if self.per_token else log_decay[None]))
         self.v = _dense(v.flatten(0, 1))
         self.given_step = self.v if step is None else _dense(step.flatten(0, 1))
-        self.chunk_size, self.block, self.num_warps = CONFIGS[architecture(v), self.is_complex]
+        self.chunk_size, self.block, self.num_warps = CONFIGS[architecture(v)]
         columns = self.num_heads * self.value_dim if self.fold else self.value_dim
         self.block = max(16, min(self.block, triton.next_power_of_2(columns)))
         self.tiles = triton.cdiv(columns, self.block)
@@ -482,7 +517,7 @@ def _cut(v: Tensor, cu_seqlens: Tensor | None, chunk_size: int) -> tuple[Tensor,
     return torch.stack([start, torch.minimum(start + chunk_size, bounds[document + 1])]), first
 
 
-@torch.library.custom_op("torchlmoe::triton_elementwise_recurrence", mutates_args=())
+@torch.library.custom_op("torchlmoe::elementwise_recurrence_triton", mutates_args=())
 def elementwise_recurrence(
     q: Tensor | None,
     k: Tensor,
@@ -521,7 +556,7 @@ def _(q, k, v, log_decay, step, initial_state, cu_seqlens):
     return o, call.states(call.num_documents), call.states(call.num_chunks)
 
 
-@torch.library.custom_op("torchlmoe::triton_elementwise_recurrence_backward", mutates_args=())
+@torch.library.custom_op("torchlmoe::elementwise_recurrence_triton_backward", mutates_args=())
 def _backward(
     grad_o: Tensor,
     grad_final: Tensor,
@@ -542,11 +577,12 @@ def _backward(
     dstep = dv if step is None else torch.empty_like(step, memory_format=torch.contiguous_format)
     per_chunk = (call.num_chunks, call.num_heads, call.key_dim, call.value_dim)
     per_tile = (call.tiles, call.num_tokens, call.num_heads, call.key_dim)
-    dq, dk = (starts.new_empty(per_chunk if call.fold else per_tile) for _ in range(2))
+    # Chunks that there are not write nothing.
+    dq, dk = (starts.new_zeros(per_chunk) if call.fold else starts.new_empty(per_tile) for _ in range(2))
     if call.per_token:
         dlog_decay = log_decay.new_empty(log_decay.shape, dtype=starts.dtype if call.is_complex else log_decay.dtype)
     else:
-        dlog_decay = starts.new_empty(per_chunk)
+        dlog_decay = starts.new_zeros(per_chunk)
     if call.num_chunks and starts.numel():
         _gradient_kernel[call.grid](
             _raw(call.q), _raw(call.k), call.v, _raw(call.log_decay), call.given_step, grad_o, call.chunks,
@@ -595,16 +631,16 @@ elementwise_recurrence.register_autograd(_autograd, setup_context=_setup_context
 
 
 def _flops(q, k, v, log_decay, step) -> int:
-    """As it is defined: decay, write, add and read, step times rate; a complex product is six and its real part four."""
+    """As it is defined: decay, write, add, read, and step times rate; a complex product is six, its real part four."""
     per_element = 14 + 2 * (step is not None) if k.is_complex() or log_decay.is_complex() else 5 + (step is not None)
     return v.numel() * k.shape[-1] * per_element
 
 
-@register_flop_formula(torch.ops.torchlmoe.triton_elementwise_recurrence, get_raw=True)
+@register_flop_formula(torch.ops.torchlmoe.elementwise_recurrence_triton, get_raw=True)
 def _(q, k, v, log_decay, step, *rest, **kwargs) -> int:
     return _flops(q, k, v, log_decay, step)
 
 
-@register_flop_formula(torch.ops.torchlmoe.triton_elementwise_recurrence_backward, get_raw=True)
+@register_flop_formula(torch.ops.torchlmoe.elementwise_recurrence_triton_backward, get_raw=True)
 def _(grad_o, grad_final, q, k, v, log_decay, step, *rest, **kwargs) -> int:
     return 2 * _flops(q, k, v, log_decay, step)

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from torchlmoe.ops.chunk_layout import check_bounds, kept_scan_layout, num_documents
+from torchlmoe.ops.kernel_backend import kernels_serve
 
 SLAB_STEPS = 32  # places; the state is kept once a slab
 
@@ -46,18 +47,18 @@ def elementwise_recurrence(
         initial_state: [N, H, K, V] in at least float32; N = B, or the number of packed documents. Zero unless given.
         output_final_state: whether to return the state after the last token.
         cu_seqlens: int32 [N + 1], bounds of documents packed into one row (B = 1) from 0 to T; empty ones allowed.
-        backend: "reference" (token by token, by autograd), "chunked" (one operation, memory linear in T) or "auto".
+        backend: "reference" (token by token, by autograd), "chunked" (one operation, memory linear in T), "triton"
+            (kernels/elementwise_recurrence.py) or "auto": triton on a GPU, else chunked.
 
     Returns:
         o [B, T, H, V] in v's dtype, and the final state [N, H, K, V] or None: float32 (float64 for float64 input),
         complex where log_decay, q or k is.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit together, or a backend that there is not.
+        ValueError: shapes or dtypes that do not fit together, or a backend that does not serve them.
     """
     _check(q, k, v, log_decay, step, initial_state, cu_seqlens, backend)
-    run = _reference if backend == "reference" else _forward
-    o, state = run(q, k, v, log_decay, step, initial_state, cu_seqlens)[:2]
+    o, state = _run(q, k, v, log_decay, step, initial_state, cu_seqlens, backend)
     return o, (state if output_final_state else None)
 
 
@@ -75,8 +76,7 @@ def elementwise_span_summary(
     Arguments as in `elementwise_recurrence`; differentiable. Both results are [N, H, K, V] in the state's dtype.
     """
     _check(None, k, v, log_decay, step, None, cu_seqlens, backend)
-    run = _reference if backend == "reference" else _forward
-    state = run(None, k, v, log_decay, step, None, cu_seqlens)[1]
+    state = _run(None, k, v, log_decay, step, None, cu_seqlens, backend)[1]
     batch_size, length = v.shape[:2]
     if cu_seqlens is None:
         lengths = torch.full((batch_size,), length, device=v.device)
@@ -108,8 +108,10 @@ def elementwise_flops_per_token(
 
 def check_backend(backend: str, operation: str = "elementwise_recurrence") -> None:
     """Raises ValueError for a backend that the operation has not."""
-    if backend not in ("auto", "chunked", "reference"):
-        raise ValueError(f"backend = {backend!r} is not served by {operation}; use 'auto', 'chunked' or 'reference'.")
+    others = ("triton", "reference") if operation == "elementwise_recurrence" else ("reference",)
+    if backend not in ("auto", "chunked", *others):
+        served = "', '".join(("auto", "chunked", *others[:-1]))
+        raise ValueError(f"backend = {backend!r} is not served by {operation}; use '{served}' or 'reference'.")
 
 
 def _check(q, k, v, log_decay, step, initial_state, cu_seqlens, backend) -> None:
@@ -136,6 +138,17 @@ def _check(q, k, v, log_decay, step, initial_state, cu_seqlens, backend) -> None
         expect("step", step, tuple(v.shape))
         expect("log_decay", log_decay, matrix)
     expect("initial_state", initial_state, (num_documents(v, cu_seqlens), *matrix))
+
+
+def _run(q, k, v, log_decay, step, initial_state, cu_seqlens, backend) -> tuple[Tensor, Tensor]:
+    terms = (q, k, v, log_decay, step, initial_state, cu_seqlens)
+    if backend == "reference":
+        return _reference(*terms)
+    if kernels_serve(backend, *terms):
+        from torchlmoe.kernels import elementwise_recurrence as kernels
+
+        return kernels.elementwise_recurrence(*terms)[:2]
+    return _forward(*terms)[:2]
 
 
 def _state_dtype(*tensors: Tensor | None) -> torch.dtype:
