@@ -76,7 +76,6 @@ class Launch:
 
 def kernel_modules() -> list[ModuleType]:
     """Every file of kernels/."""
-    os.environ.pop("TRITON_INTERPRET", None)  # read when a file is imported
     folder = importlib.import_module("torchlmoe.kernels").__path__
     return [importlib.import_module(f"torchlmoe.kernels.{module.name}") for module in pkgutil.iter_modules(folder)]
 
@@ -84,6 +83,7 @@ def kernel_modules() -> list[ModuleType]:
 @contextmanager
 def compiling_for(target: str) -> Iterator[list[Launch]]:
     """Launches compile for `target` and do not run; the list grows by one for each."""
+    os.environ.pop("TRITON_INTERPRET", None)  # read when a kernel's file is imported
     launches: list[Launch] = []
     run = JITFunction.run
 

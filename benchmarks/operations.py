@@ -5,6 +5,7 @@ call, so that nothing here needs it.
 """
 
 import importlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
@@ -105,8 +106,17 @@ def _recurrence_inputs(terms: tuple[str, ...]) -> Callable[[Size, torch.dtype, s
     return make
 
 
-def _ours(backend: str) -> Callable[..., Tensor]:
-    return lambda **inputs: linear_recurrence(**inputs, backend=backend)[0]
+def _kernels() -> str:
+    """The backend of ours: never another one in silence where the kernels can run."""
+    return "triton" if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1" else "auto"
+
+
+def _ours(**arguments: Tensor) -> Tensor:
+    return linear_recurrence(**arguments, backend=_kernels())[0]
+
+
+def _chunked(**arguments: Tensor) -> Tensor:
+    return linear_recurrence(**arguments, backend="chunked")[0]
 
 
 @cache
@@ -136,7 +146,7 @@ def _fla(description: str, output: int, **fixed: Any) -> Way:
 
 
 def _our_step(**arguments: Tensor) -> Tensor:
-    state = linear_recurrence(**arguments, output_final_state=True)[1]
+    state = linear_recurrence(**arguments, output_final_state=True, backend=_kernels())[1]
     assert state is not None
     return state
 
@@ -151,8 +161,8 @@ def _recurrence(*terms: str, fla: str | None = None, fla_step: str | None = None
     taken += ["bonus"] if "bonus" in terms else []
     names = {name: name for name in taken}
     ways = {
-        OURS: Way(_ours("auto"), names),
-        "chunked": Way(_ours("chunked"), names),
+        OURS: Way(_ours, names),
+        "chunked": Way(_chunked, names),
         "compiled chunked": Way(_compiled_chunked, names),
     }
     decode_ways = {OURS: Way(_our_step, names)}
@@ -241,7 +251,7 @@ OPERATIONS = {
     "Mamba": Operation(
         _mamba_inputs,
         {
-            OURS: Way(lambda **x: elementwise_recurrence(**x, backend="auto")[0], _MAMBA_NAMES),
+            OURS: Way(lambda **x: elementwise_recurrence(**x, backend=_kernels())[0], _MAMBA_NAMES),
             "chunked": Way(lambda **x: elementwise_recurrence(**x, backend="chunked")[0], _MAMBA_NAMES),
         },
         _mamba_flops,
