@@ -3,8 +3,8 @@
     S_t = (I - b_t e_t^T) diag(exp g_t) S_{t-1} diag(exp h_t) + k_t v_t^T          o_t = scale * S_t^T q_t
 
 One family with flags. A term that is absent is None and its code is not compiled, so the same file serves linear
-attention, Lightning, Retention, GLA, HGRN2, RWKV6 (bonus u), Mamba2, GateLoop, Based, ReBased, DeltaNet, Gated DeltaNet,
-KDA, RWKV7 (own b), GSA and gated fast weights (h). g: none, per head or token (scalar) or per channel.
+attention, Lightning, Retention, GLA, HGRN2, RWKV6 (bonus u), Mamba2, GateLoop, Based, ReBased, DeltaNet, Gated
+DeltaNet, KDA, RWKV7 (own b), GSA and gated fast weights (h). g: none, per head or token (scalar) or per channel.
 
 A document is cut into chunks of C tokens; a program owns one head and V's columns in tiles of BLOCK_V:
 
@@ -13,7 +13,7 @@ A document is cut into chunks of C tokens; a program owns one head and V's colum
       C | q k e  |  *  K|   S   |   -> C     S = exp(G_C) S + (k exp(G_C - G))^T n
         +--------+      +-------+            T = (I + strict <e, k>)^-1, [C, C]
 
-G is the running sum of g in a chunk. Without e, n is v. With b of its own, k writes v and b writes n, for z = -<e, k> v.
+G is the running sum of g in a chunk. Without e, n is v. With b of its own, k writes v and b writes n, z = -<e, k> v.
 
   scores_kernel  per chunk and head: P and T, where one is wanted by several programs or is costly: [C, C] a chunk.
   scan_kernel    S in registers, float32. Either from a document's start to its end, writing o on the way (no state is
@@ -78,6 +78,15 @@ def erase_tile(e, writer, row, token, head, rows, cols, valid, WIDTH: tl.constex
 def per_head(u, head, cols, K: tl.constexpr):
     """u [heads, K] of a head, a row."""
     return tl.load(u + head * K + cols, mask=cols < K, other=0).to(tl.float32)
+
+
+@triton.jit
+def own_score(q_CK, k_CK, u, head, cols, K: tl.constexpr):
+    """What a token reads of itself: q k, or by the bonus q u k."""
+    if u is None:
+        return tl.sum(q_CK * k_CK, 1)
+    else:
+        return tl.sum(q_CK * k_CK * per_head(u, head, cols, K), 1)
 
 
 @triton.jit
@@ -175,7 +184,7 @@ def dot(a, b, DOT: tl.constexpr):
 
 @triton.jit
 def unit_lower_inverse(lower, rows, C: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + L)^-1 of a strictly lower L [C, C]: row by row in blocks of 16, then from halves and what is between them."""
+    """(I + L)^-1 of a strictly lower L [C, C]: blocks of 16 row by row, then halves and what is between them."""
     N: tl.constexpr = C // 16
     number = tl.arange(0, N)
     same = number[:, None, None, None] == number[None, None, :, None]
@@ -262,13 +271,12 @@ def scores_kernel(
             b_CK = tile(b, row, token, head, rows, cols, valid, K)
         if q is not None:
             q_CK = tile(q, row, token, head // GROUP, rows, cols, valid, K) * scale
+            own_k += own_score(q_CK, k_CK, u, head, cols, K)
+            own_b += tl.sum(q_CK * b_CK, 1)
         if e is not None:
             e_CK = erase_tile(e, b_CK, row, token, head, rows, cols, valid, K, IS_BETA)
         if PER_CHANNEL:
             g_CK = log2_tile(g, row, token, head, rows, cols, valid, K)
-            if q is not None:
-                own_k += tl.sum(q_CK * k_CK if u is None else q_CK * k_CK * per_head(u, head, cols, K), 1)
-                own_b += tl.sum(q_CK * b_CK, 1)
             for level in tl.static_range(6):
                 if (1 << level) < C:
                     later, earlier = halfway(g_CK, rows, 1 << level, u is not None, C, BLOCK_K)
@@ -289,16 +297,17 @@ def scores_kernel(
                 ek += dot(e_CK, tl.trans(k_CK), DOT)
                 if q is not None:
                     qb += dot(q_CK, tl.trans(b_CK), DOT)
-    if PER_CHANNEL:
-        qk += on_diagonal(own_k, rows)
-        qb += on_diagonal(own_b, rows)
-    else:
-        decay_CC = decay_matrix(g, row, token, head, rows, valid, False)
+    if not PER_CHANNEL:
+        decay_CC = decay_matrix(g, row, token, head, rows, valid, u is not None)
         strict_CC = tl.where(rows[:, None] > rows[None, :], decay_CC, 0.0)
         qk *= decay_CC
         qb *= decay_CC
         eb *= strict_CC
         ek *= strict_CC
+    if PER_CHANNEL or u is not None:
+        qk += on_diagonal(own_k, rows)
+    if PER_CHANNEL:
+        qb += on_diagonal(own_b, rows)
     if q is not None:
         tl.store(matrix_at(matrices, slot, head, heads, 0, rows, C), qk)
         if b is not None:
@@ -353,7 +362,7 @@ def scan_kernel(
         token, slot = start + chunk * C, span * (SPAN // C) + chunk
         valid = end - token
         if not FROM_STATES and states is not None:
-            if chunk % (SPAN // C) == 0:
+            if chunk % (SPAN // C) == 0:  # noqa: SIM102 (what is known when compiling, and what is not)
                 place, there = state_at(states, slot // (SPAN // C), head, heads, cols_k, cols_v, K, V)
                 tl.store(place, state_KV, mask=there)
         k_CK = tile(k, row, token, head // GROUP, rows, cols_k, valid, K)
@@ -383,7 +392,7 @@ def scan_kernel(
                 scores_CC = dot(q_CK, tl.trans(k_CK), DOT)
                 scores_CC *= decay_matrix(g, row, token, head, rows, valid, u is not None)
                 if u is not None:
-                    scores_CC += on_diagonal(tl.sum(q_CK * k_CK * per_head(u, head, cols_k, K), 1), rows)
+                    scores_CC += on_diagonal(own_score(q_CK, k_CK, u, head, cols_k, K), rows)
             if h is None:
                 o_CV += dot(scores_CC, w_CV, DOT)
             else:
@@ -499,8 +508,9 @@ def architecture(x: Tensor) -> str:
 
 def config_of(k: Tensor, dtype: torch.dtype) -> Config:
     width = max(64, triton.next_power_of_2(k.shape[-1]))
-    key = (width, dtype.itemsize)
-    return CONFIGS.get((architecture(k), *key), CONFIGS["default", *key])
+    family = architecture(k)
+    key = (family if (family, width, dtype.itemsize) in CONFIGS else "default", width, dtype.itemsize)
+    return CONFIGS[key]
 
 
 def unsupported(*tensors: Tensor | None, key_dim: int) -> str | None:
@@ -570,11 +580,10 @@ def problem_of(
 
 
 def chunk_matrices(problem: Problem) -> Tensor | None:
-    """Runs scores_kernel, where a decay per channel or an erase term calls for it."""
+    """Runs scores_kernel, where scores are costly (decay per channel) or read more than once (erase, value decay)."""
     shape, config, tensors = problem.shape, problem.config, problem.tensors
-    if not shape["PER_CHANNEL"] and tensors["e"] is None:
-        return None
-    if tensors["q"] is None and tensors["e"] is None:
+    of_q = tensors["q"] is not None and (shape["PER_CHANNEL"] or tensors["h"] is not None)
+    if not of_q and tensors["e"] is None:
         return None
     slots = problem.num_spans * shape["SPAN"] // config.chunk
     k, size = tensors["k"][0], (config.chunk, config.chunk)
@@ -632,12 +641,11 @@ def linear_recurrence(
     [B, T, heads, K]; value_log_decay [B, T, heads, V] and bonus [heads, K], neither with erase; cu_seqlens int32
     [N + 1], rising from 0 to T, for B = 1. float32, float16 or bfloat16; K up to 256.
     """
-    batch_size, length, heads, value_dim = v.shape
-    key_dim = k.shape[-1]
+    _, length, heads, value_dim = v.shape
     problem = problem_of(q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, scale, cu_seqlens)
     o = v.new_empty(0 if q is None else v.shape)
     wanted = None if q is None else o
-    final_state = v.new_empty(problem.num_documents, heads, key_dim, value_dim, dtype=torch.float32)
+    final_state = v.new_empty(problem.num_documents, heads, k.shape[-1], value_dim, dtype=torch.float32)
     if initial_state is not None:
         initial_state = initial_state.contiguous()
     if length == 1 and cu_seqlens is None:
