@@ -110,8 +110,8 @@ def compiling_for(target: str) -> Iterator[list[Launch]]:
             module.architecture = architecture
 
 
-def resources(compiled: CompiledKernel) -> dict[str, int]:
-    """registers and spills of a thread, shared memory of a program in bytes."""
+def resources(compiled: CompiledKernel) -> dict[str, float]:
+    """Of a thread: registers and spills. Of a program: warps and shared memory."""
     if compiled.metadata.target.backend == "hip":
         notes = {name: int(value) for name, value in re.findall(r"\.(\w+):\s+(\d+)\n", compiled.asm["amdgcn"])}
         registers, spills = notes["vgpr_count"], notes["vgpr_spill_count"]
@@ -124,7 +124,8 @@ def resources(compiled: CompiledKernel) -> dict[str, int]:
         found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
         assert found, usage
         registers, spills = int(found[1]), int(found[2]) // 4
-    return {"registers": registers, "spills": spills, "shared": compiled.metadata.shared}
+    shared_kib = compiled.metadata.shared / 1024
+    return {"warps": compiled.metadata.num_warps, "registers": registers, "spills": spills, "shared KiB": shared_kib}
 
 
 def run_recurrence(name: str) -> Callable[[int, torch.dtype, int], Any]:
@@ -160,44 +161,33 @@ CALLS: dict[str, Callable[[int, torch.dtype, int], Any]] = {
 }
 
 
-def rows_for(target: str, call: str, width: int, dtype: str) -> list[dict[str, Any]]:
-    """A row for each kernel that is launched, the most demanding where it is launched in several ways."""
+def rows_for(target: str, call: str, width: int, dtype: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """A row for each kernel that is launched, the most demanding where it is launched in several ways.
+
+    And what is wrong with it: that it does not compile, does not fit or spills too much, a sentence each.
+    """
     with compiling_for(target) as launches:
         for length in LENGTHS:
             outputs = [x for x in CALLS[call](width, getattr(torch, dtype), length) if x.requires_grad]
             torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
     rows: dict[str, dict[str, Any]] = {}
+    faults = []
     for launch in launches:
-        row = rows.setdefault(
-            launch.kernel,
-            {"kernel": launch.kernel, "instance": call, "width": width, "dtype": dtype, "target": target}
-            | dict.fromkeys(("warps", "registers", "spills", "shared KiB"), 0)
-            | {"failure": ""},
-        )
+        where = f"{launch.kernel} of {call}, width {width}, {dtype}, on {target}"
         if launch.compiled is None:
-            row["failure"] = launch.failure
+            faults.append(f"{where} does not compile: {launch.failure}")
             continue
+        case = {"kernel": launch.kernel, "instance": call, "width": width, "dtype": dtype, "target": target}
         used = resources(launch.compiled)
-        found = (launch.compiled.metadata.num_warps, used["registers"], used["spills"], used["shared"] / 1024)
-        for name, value in zip(("warps", "registers", "spills", "shared KiB"), found, strict=True):
-            row[name] = max(row[name], value)
-    return list(rows.values())
-
-
-def faults(rows: list[dict[str, Any]]) -> list[str]:
-    """What does not compile, does not fit or spills too much, a sentence each."""
-    sentences = []
-    for row in rows:
-        where = f"{row['kernel']} of {row['instance']}, width {row['width']}, {row['dtype']}, on {row['target']}"
-        if row["failure"]:
-            sentences.append(f"{where} does not compile: {row['failure']}")
-        if row["shared KiB"] > SHARED_KIB[row["target"]]:
-            sentences.append(
-                f"{where} needs {row['shared KiB']:.0f} KiB of {SHARED_KIB[row['target']]} KiB shared memory"
-            )
+        row = rows.setdefault(launch.kernel, case | dict.fromkeys(used, 0))
+        row |= {name: max(row[name], value) for name, value in used.items()}
+    for row in rows.values():
+        where = f"{row['kernel']} of {call}, width {width}, {dtype}, on {target}"
+        if row["shared KiB"] > SHARED_KIB[target]:
+            faults.append(f"{where} needs {row['shared KiB']:.1f} KiB of shared memory; there are {SHARED_KIB[target]}")
         if row["spills"] > MOST_SPILLS:
-            sentences.append(f"{where} spills {row['spills']} registers")
-    return sentences
+            faults.append(f"{where} spills {row['spills']} registers; {MOST_SPILLS} are tolerated")
+    return list(rows.values()), faults
 
 
 def write_table(rows: list[dict[str, Any]], path: Path) -> None:
@@ -205,7 +195,7 @@ def write_table(rows: list[dict[str, Any]], path: Path) -> None:
     cells: dict[tuple[Any, ...], dict[str, str]] = {}
     for row in rows:
         line = cells.setdefault(tuple(row[name] for name in ("kernel", "instance", "dtype", "width")), {})
-        line[row["target"]] = row["failure"] or f"{row['registers']} / {row['spills']} / {row['shared KiB']:.0f}"
+        line[row["target"]] = f"{row['registers']} / {row['spills']} / {row['shared KiB']:.0f}"
     targets = [name for name in TARGETS if any(row["target"] == name for row in rows)]
     lines = [
         "Written by `python -m benchmarks.kernel_resources --table kernels/RESOURCES.md`: do not edit.",
@@ -238,14 +228,14 @@ def main() -> None:
     options = parser.parse_args()
     cases = list(product(options.targets, options.instances, options.widths, options.dtypes))
     with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
-        rows = [row for part in pool.map(rows_for, *zip(*cases, strict=True)) for row in part]
-    rows.sort(key=lambda row: row["kernel"])
-    show("Resources of kernels", rows, options.output)
+        parts = list(pool.map(rows_for, *zip(*cases, strict=True)))
+    rows = sorted((row for part, _ in parts for row in part), key=lambda row: row["kernel"])
+    faults = [fault for _, part in parts for fault in part]
+    show("Resources of kernels", rows, options.output, faults=faults)
     if options.table:
         write_table(rows, options.table)
-    found = faults(rows)
-    print("\n".join(found))
-    sys.exit(1 if found else 0)
+    print("\n".join(faults))
+    sys.exit(1 if faults else 0)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ Every file of kernels/ whose launches are configured has a table CONFIGS: a key 
 (tiles, warps, stages). The operation is run to see which keys it looks up, and each of them is climbed from: any number
 of the configuration is halved or doubled, as long as that is faster. A configuration counts only if the output and all
 gradients agree with the chunked form in float32; its time is that of forward and backward, summed over instances in
-units of what each takes at the start. Prints the entries to paste into CONFIGS.
+units of what each takes at the start. Prints the entries to paste into CONFIGS. `--most 0` only checks those in use.
 
 Without a GPU it runs in Triton's interpreter on tiny sizes, which tests the program and finds nothing.
 """
@@ -12,6 +12,7 @@ Without a GPU it runs in Triton's interpreter on tiny sizes, which tests the pro
 import json
 import os
 import statistics
+import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -70,6 +71,7 @@ class Trial:
     """An instance at a size: what it gives in float32, and how long it takes."""
 
     def __init__(self, name: str, size: Size, dtype: torch.dtype, device: str):
+        self.description = f"{name}, {size}, {dtype}"
         self.way, self.device, self.dtype = OPERATIONS[name].ways[OURS], device, dtype
         self.inputs = OPERATIONS[name].make(size, dtype, device)
         self.grad = torch.randn_like(self.inputs["v"])
@@ -106,11 +108,18 @@ def climb(table: dict, key: Any, cost: Callable[[], float], most_trials: int) ->
     return best, best_cost, len(tried)
 
 
-def tune(module: ModuleType, trials: list[Trial], repeats: int, most_trials: int) -> list[dict[str, Any]]:
-    """A row for each key of module.CONFIGS that `trials` look up."""
+def tune(
+    module: ModuleType, trials: list[Trial], repeats: int, most_trials: int, faults: list[str]
+) -> list[dict[str, Any]]:
+    """A row for each key of module.CONFIGS that `trials` look up; a trial that fails from the start is a fault."""
     original = module.CONFIGS
     module.CONFIGS = table = LookedUp(original)
     first = [trial.seconds(repeats) for trial in trials]
+    faults += [
+        f"{trial.description}: wrong, or not run, as configured"
+        for trial, seconds in zip(trials, first, strict=True)
+        if seconds == float("inf")
+    ]
     taking_part = [(trial, seconds) for trial, seconds in zip(trials, first, strict=True) if seconds < float("inf")]
 
     def cost() -> float:
@@ -135,12 +144,13 @@ def main() -> None:
     parser.add_argument("--widths", nargs="+", type=int, default=WIDTHS)
     parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float32"), default=("bfloat16", "float32"))
     parser.add_argument("--repeats", type=int, default=7, help="timed runs of each configuration")
-    parser.add_argument("--most", type=int, default=60, help="configurations tried for a key")
+    parser.add_argument("--most", type=int, default=60, help="configurations tried for a key; 0: check the table")
     options = parser.parse_args()
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     modules = [module for module in kernel_modules() if hasattr(module, "CONFIGS")]
-    rows = []
+    rows: list[dict[str, Any]] = []
+    faults: list[str] = []
     for width in options.widths:
         heads = 96 * 128 // width if device == "cuda" else 1
         size = Size(1, 8192 if device == "cuda" else 20, heads, width, width, heads)
@@ -148,11 +158,13 @@ def main() -> None:
             trials = [Trial(name, size, getattr(torch, dtype), device) for name in options.instances]
             for module in modules:
                 if options.files is None or module.__name__.rpartition(".")[2] in options.files:
-                    rows += tune(module, trials, options.repeats, options.most)
+                    rows += tune(module, trials, options.repeats, options.most, faults)
                     print(json.dumps(rows[-1:]))
-    show("Configurations", rows, options.output)
+    show("Configurations", rows, options.output, faults=faults)
     for row in rows:
         print(f"{row['file']}.py: {row['key']}: {row['configuration']},")
+    print("\n".join(dict.fromkeys(faults)))
+    sys.exit(1 if faults else 0)
 
 
 if __name__ == "__main__":
