@@ -361,8 +361,8 @@ def scan_kernel(
     for chunk in range(0, tl.cdiv(end - start, C)):
         token, slot = start + chunk * C, span * (SPAN // C) + chunk
         valid = end - token
-        if not FROM_STATES and states is not None:
-            if chunk % (SPAN // C) == 0:  # noqa: SIM102 (what is known when compiling, and what is not)
+        if not FROM_STATES and states is not None:  # noqa: SIM102 (what is known when compiling, and what is not)
+            if chunk % (SPAN // C) == 0:
                 place, there = state_at(states, slot // (SPAN // C), head, heads, cols_k, cols_v, K, V)
                 tl.store(place, state_KV, mask=there)
         k_CK = tile(k, row, token, head // GROUP, rows, cols_k, valid, K)
@@ -492,7 +492,6 @@ CONFIGS: dict[tuple[str, int, int], Config] = {
     ("default", 128, 4): Config(64, 2, 32, 32, 8, 8, 1),
     ("default", 256, 4): Config(32, 2, 32, 16, 4, 8, 1),
 }
-MAX_WIDTH = 256  # of K; V is cut into tiles
 FILLS = 128  # programs that keep a chip busy: from there on no state is stored on the way
 
 
@@ -511,14 +510,6 @@ def config_of(k: Tensor, dtype: torch.dtype) -> Config:
     family = architecture(k)
     key = (family if (family, width, dtype.itemsize) in CONFIGS else "default", width, dtype.itemsize)
     return CONFIGS[key]
-
-
-def unsupported(*tensors: Tensor | None, key_dim: int) -> str | None:
-    """Why these kernels do not serve, in half a sentence; None if they do."""
-    for x in tensors:
-        if x is not None and x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            return f"the kernels do not compute in {x.dtype}"
-    return f"the kernels hold key widths up to {MAX_WIDTH}, not {key_dim}" if key_dim > MAX_WIDTH else None
 
 
 class Problem(NamedTuple):

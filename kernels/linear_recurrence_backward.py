@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchlmoe.kernels.linear_recurrence import (
+from .linear_recurrence import (
     architecture,
     bounds_of,
     chunk_at,

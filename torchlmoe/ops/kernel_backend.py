@@ -10,18 +10,18 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 
-def kernels_serve(backend: str, *tensors: Tensor | None) -> bool:
-    """Whether `backend` means the Triton kernels for these tensors.
+def kernels_serve(backend: str, *tensors: Tensor | None, refusal: str | None = None) -> bool:
+    """Whether `backend` means the Triton kernels for these tensors; refusal: why they do not serve, if it is known.
 
     "auto" means them wherever they run on a GPU, and says once why it does not where it does not. Raises ValueError for
     "triton" where they do not run.
     """
     on_gpu = all(x is None or x.is_cuda for x in tensors)
     if backend == "auto" and on_gpu:
-        if reason := _refusal(True, *tensors):
+        if reason := refusal or _refusal(True, *tensors):
             _say_chunked(reason)
         return reason is None
-    if backend == "triton" and (reason := _refusal(on_gpu, *tensors)):
+    if backend == "triton" and (reason := refusal or _refusal(on_gpu, *tensors)):
         raise ValueError(f"backend = 'triton' does not serve this, since {reason}; use 'chunked'.")
     return backend == "triton"
 
@@ -32,7 +32,11 @@ def _refusal(on_gpu: bool, *tensors: Tensor | None) -> str | None:
     installed, interpreted = _triton()
     if not installed:
         return "triton is not installed"
-    return None if on_gpu or interpreted else "on a CPU its kernels run only with TRITON_INTERPRET=1"
+    if not on_gpu and not interpreted:
+        return "on a CPU its kernels run only with TRITON_INTERPRET=1"
+    if interpreted and any(x is not None and x.dtype is torch.bfloat16 for x in tensors):
+        return "triton's interpreter computes bfloat16 wrongly"
+    return None
 
 
 @torch.compiler.assume_constant_result

@@ -6,6 +6,7 @@
 compile, recompute and FLOP counters see it whole. `span_summary` says what a span does to the state it receives.
 """
 
+from functools import cache
 from typing import Literal
 
 import torch
@@ -15,9 +16,11 @@ from torch.utils.flop_counter import register_flop_formula
 from torchlmoe.ops.chunk_layout import check_bounds, num_documents
 from torchlmoe.ops.chunked import Terms, chunked_forward, kept_layout_of
 from torchlmoe.ops.chunked_backward import chunked_backward
+from torchlmoe.ops.kernel_backend import kernels_serve
 from torchlmoe.ops.reference import reference_recurrence
 
 Backend = Literal["auto", "reference", "chunked", "triton"]
+KERNEL_WIDTH = 256  # of a key that the Triton kernels hold
 
 
 def linear_recurrence(
@@ -50,7 +53,9 @@ def linear_recurrence(
         initial_state: [N, R, K, V] in at least float32; N = B, or the number of packed documents. Zero unless given.
         output_final_state: whether to return the state after the last token.
         cu_seqlens: int32 [N + 1], bounds of documents packed into one row (B = 1) from 0 to T; empty ones allowed.
-        backend: "reference" (token by token), "chunked" (plain PyTorch) or "auto" (chunked from two tokens on).
+        backend: "reference" (token by token), "chunked" (plain PyTorch), "triton" (kernels/linear_recurrence.py: K up
+            to 256, not in float64, on a GPU or with TRITON_INTERPRET=1; bounds are not checked on a GPU) or "auto":
+            triton where it serves on a GPU, else chunked, or token by token for a single one.
 
     Returns:
         o [B, T, R, V] in v's dtype, and the final state [N, R, K, V] in float32 (float64 for float64 input) or None.
@@ -59,7 +64,6 @@ def linear_recurrence(
         ValueError: shapes, dtypes or terms that do not fit together, or that the backend does not serve.
     """
     _check(q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, initial_state, cu_seqlens)
-    backend = _choose(backend, q.shape[1])
     o, final_state = _run(
         q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, scale, initial_state, cu_seqlens, backend
     )
@@ -87,7 +91,6 @@ def span_summary(
     """
     _check(k, k, v, log_decay, erase, erase_key, value_log_decay, None, None, cu_seqlens)
     num_heads, key_dim, value_dim = v.shape[2], k.shape[-1], v.shape[-1]
-    backend = _choose(backend, v.shape[1])
     if erase is None:
         _, state = _run(None, k, v, log_decay, None, None, value_log_decay, None, 1.0, None, cu_seqlens, backend)
         transition = _total_decay(log_decay, v, key_dim, cu_seqlens)
@@ -135,16 +138,6 @@ def _document_ids(v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True)
 
 
-def _choose(backend: str, length: int) -> str:
-    if backend == "triton":
-        raise ValueError("backend = 'triton' has no kernels yet; use 'auto', 'chunked' or 'reference'.")
-    if backend not in ("auto", "reference", "chunked"):
-        raise ValueError(f"backend = {backend!r} is unknown; use 'auto', 'chunked' or 'reference'.")
-    if backend == "auto":
-        return "reference" if length == 1 else "chunked"  # decoding: one step of the definition is the least work
-    return backend
-
-
 def _check(q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, initial_state, cu_seqlens) -> None:
     def expect(name: str, tensor: Tensor | None, *shapes: tuple[int, ...]) -> None:
         if tensor is not None and tuple(tensor.shape) not in shapes:
@@ -179,11 +172,30 @@ def _run(
     q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, scale, initial_state, cu_seqlens, backend
 ) -> tuple[Tensor, Tensor]:
     terms = (q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, scale, initial_state, cu_seqlens)
-    if backend == "reference":
-        if cu_seqlens is not None:  # the other backends look at them where they lay out chunks
+    if backend not in ("auto", "reference", "chunked", "triton"):
+        raise ValueError(f"backend = {backend!r} is unknown; use 'auto', 'chunked', 'triton' or 'reference'.")
+    key_dim, tensors = k.shape[-1], [x for x in terms if isinstance(x, Tensor)]
+    too_wide = f"its keys are {key_dim} wide, more than {KERNEL_WIDTH}" if key_dim > KERNEL_WIDTH else None
+    if kernels_serve(backend, *tensors, refusal=too_wide):
+        _load_kernels()
+        return torch.ops.torchlmoe.linear_recurrence_triton(*terms)
+    if backend == "reference" or (
+        backend == "auto" and v.shape[1] == 1
+    ):  # one step of the definition is the least work
+        if cu_seqlens is not None:  # chunked looks at them where it lays out chunks
             check_bounds(cu_seqlens.tolist(), v.shape[1])
         return reference_recurrence(*terms)
     return _forward(*terms)[:2]
+
+
+@torch.compiler.assume_constant_result
+@cache
+def _load_kernels() -> None:
+    """Only where they run: Triton decides when they are imported whether to interpret them."""
+    from torchlmoe.kernels import linear_recurrence_backward  # noqa: F401
+
+    register_flop_formula(torch.ops.torchlmoe.linear_recurrence_triton)(_forward_flops)
+    register_flop_formula(torch.ops.torchlmoe.linear_recurrence_triton_backward)(_backward_flops)
 
 
 @torch.library.custom_op("torchlmoe::linear_recurrence", mutates_args=())
@@ -273,11 +285,13 @@ def _flops(k_shape, v_shape, log_decay_shape, erase_shape, value_log_decay_shape
 
 
 @register_flop_formula(torch.ops.torchlmoe.linear_recurrence)
-def _(q_shape, k_shape, v_shape, log_decay_shape, erase_shape, _, value_log_decay_shape, *rest, **kwargs) -> int:
+def _forward_flops(
+    q_shape, k_shape, v_shape, log_decay_shape, erase_shape, _, value_log_decay_shape, *rest, **kwargs
+) -> int:
     return _flops(k_shape, v_shape, log_decay_shape, erase_shape, value_log_decay_shape)
 
 
 @register_flop_formula(torch.ops.torchlmoe.linear_recurrence_backward)
-def _(grad_o, grad_final, *shapes, **kwargs) -> int:
+def _backward_flops(grad_o, grad_final, *shapes, **kwargs) -> int:
     _, k_shape, v_shape, log_decay_shape, erase_shape, _, value_log_decay_shape, *_ = shapes
     return 2 * _flops(k_shape, v_shape, log_decay_shape, erase_shape, value_log_decay_shape)
