@@ -1,7 +1,6 @@
 """Short causal convolution over tokens, as a module with its own decoding cache."""
 
 import torch
-import torch.nn.functional as F
 from tensordict import TensorDict
 from torch import Tensor, nn
 
@@ -26,17 +25,11 @@ class ShortConvolution(nn.Module):
 
     def forward(self, x: Tensor, *, sequence: Sequence, cache: TensorDict | None = None) -> Tensor:
         if cache is None:
-            return self._convolve(x, sequence.cu_seqlens)
-        width = self.weight.shape[1]
-        extended = torch.cat([cache["inputs"].to(x.dtype), x], 1)
-        cache["inputs"].copy_(extended[:, extended.shape[1] - (width - 1) :])
-        return self._convolve(extended)[:, width - 1 :]
-
-    def _convolve(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        if self.bias is None:
-            return causal_conv(x, self.weight, cu_seqlens=cu_seqlens, activation=self.activation)
-        y = causal_conv(x, self.weight, cu_seqlens=cu_seqlens, activation=False) + self.bias
-        return F.silu(y) if self.activation else y
+            return causal_conv(x, self.weight, self.bias, cu_seqlens=sequence.cu_seqlens, activation=self.activation)
+        inputs = cache["inputs"]
+        y = causal_conv(x, self.weight, self.bias, state=inputs, activation=self.activation)
+        inputs.copy_(torch.cat([inputs.to(x.dtype), x], 1)[:, x.shape[1] :])
+        return y
 
     def init_cache(self, batch_size: int, dtype: torch.dtype, device: torch.device | None = None) -> TensorDict:
         """The last width - 1 inputs."""

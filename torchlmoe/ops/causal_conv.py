@@ -1,23 +1,45 @@
 """Depthwise causal convolution over tokens, with SiLU, that does not look across documents.
 
-    y_t = silu(sum_i w_i x_{t-i})        i = 0 .. width - 1, tokens of earlier documents left out
+    y_t = silu(bias + sum_i w_i x_{t-i})        i = 0 .. width - 1, tokens of earlier documents left out
 
-Written as shifted multiply-adds on [B, T, channels]: on a CPU that is several times faster than `conv1d` with its
-transposes, forward and backward. One operation to torch; the sum before the SiLU is kept for the backward.
+On a GPU this is kernels/causal_conv.py. Elsewhere it is written as shifted multiply-adds on [B, T, channels]: on a CPU
+that is several times faster than `conv1d` with its transposes, forward and backward. One operation to torch; the sum
+before the SiLU is kept for the backward.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torchlmoe.ops.kernel_backend import kernels_serve
 
-def causal_conv(x: Tensor, weight: Tensor, *, cu_seqlens: Tensor | None = None, activation: bool = True) -> Tensor:
+
+def causal_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    activation: bool = True,
+) -> Tensor:
     """x [B, T, channels], weight [channels, width] (the last column meets the newest token) -> like x.
 
+    bias: [channels]. state: [B, width - 1, channels], the inputs before each row; zero unless given.
     cu_seqlens: int32 [N + 1] bounds of documents packed into one row (B = 1), or None.
     activation: whether SiLU follows.
     """
-    return _forward(x, weight, cu_seqlens, activation)[0]
+    if kernels_serve("auto", x):
+        from torchlmoe.kernels import causal_conv as kernels
+
+        return kernels.causal_conv(x, weight, bias, state, cu_seqlens, activation)
+    if state is not None:
+        extended = torch.cat([state.to(x.dtype), x], 1)
+        return causal_conv(extended, weight, bias, activation=activation)[:, state.shape[1] :]
+    if bias is None:
+        return _forward(x, weight, cu_seqlens, activation)[0]
+    y = _forward(x, weight, cu_seqlens, False)[0] + bias
+    return F.silu(y) if activation else y
 
 
 def _edges(cu_seqlens: Tensor, reach: int, at_end: bool) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ _PRODUCTS = {
 # Where an expert works is drawn once: a choice drawn again from scores that round otherwise could be another.
 _CHOICES = {"torchlmoe::top_indices", "torchlmoe::sort_slots"}
 # Ours, but as cheap as what is around them.
-_POINTWISE = {"torchlmoe::causal_conv", "torchlmoe::weighted_swiglu", "torchlmoe::gather_slots"}
+_POINTWISE = {f"torchlmoe::{name}" for name in ("causal_conv", "causal_conv_triton", "weighted_swiglu", "gather_slots")}
 
 
 def _policy(selective: bool, context, operation, *args, **kwargs) -> CheckpointPolicy:
