@@ -29,12 +29,14 @@ Tensors are handed to a kernel with their strides, (pointer, row, token, head), 
 dim is not contiguous. Nothing here waits for the device. The gradient is in `linear_recurrence_backward.py`.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-160.0)  # exp2 of it is zero: a gate of -inf becomes this, so that sums are finite
@@ -659,6 +661,13 @@ def _(q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, scale, initi
     documents = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     final_state = v.new_empty(documents, v.shape[2], k.shape[-1], v.shape[-1], dtype=torch.float32)
     return v.new_empty(0 if q is None else v.shape), final_state
+
+
+@register_flop_formula(torch.ops.torchlmoe.linear_recurrence_triton)
+def flops(q, k, v, log_decay, erase, erase_key, value_log_decay, *rest, **kwargs) -> int:
+    """Of the recurrence as it is defined, token by token, from the shapes of its tensors; a multiply-add is two."""
+    per_element = 4 + (log_decay is not None or value_log_decay is not None) + 4 * (erase is not None)
+    return math.prod(v) * k[-1] * per_element
 
 
 def _step(problem: Problem, initial_state: Tensor | None, o: Tensor | None, final_state: Tensor) -> None:

@@ -25,6 +25,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from .linear_recurrence import (
     architecture,
@@ -37,6 +38,7 @@ from .linear_recurrence import (
     dot,
     empty_states,
     erase_tile,
+    flops,
     halfway,
     linear_recurrence,
     log2_tile,
@@ -553,6 +555,11 @@ def linear_recurrence_backward(
 def _(grad_o, grad_final, q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, scale, initial_state, *rest):
     tensors = (q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, initial_state)
     return [k.new_empty(0 if x is None else x.shape) if x is None else x.new_empty(x.shape) for x in tensors]
+
+
+@register_flop_formula(torch.ops.torchlmoe.linear_recurrence_triton_backward)
+def _(grad_o, grad_final, *shapes, **kwargs) -> int:
+    return 2 * flops(*shapes)
 
 
 def backward_config_of(k: Tensor, dtype: torch.dtype) -> Config:

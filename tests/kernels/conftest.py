@@ -26,11 +26,13 @@ def uninitialized_memory_is_nan():
 @pytest.fixture(autouse=True, scope="session")
 def faster_interpreter():
     """Triton's interpreter with less to do for the same: it scans one element after another in Python, here one slice
-    after another in the same order; and it prepares the language again at every call of a device function of ours."""
+    after another in the same order; and it prepares the language again at every call of a device function."""
     if torch.cuda.is_available():
         yield
         return
-    from triton.runtime.interpreter import InterpretedFunction, ScanOps
+    from triton.runtime.interpreter import InterpretedFunction, ScanOps, _patch_lang
+
+    prepared = set()
 
     def generic_scan(self, inputs):
         arrays = [np.moveaxis(x.handle.data, self.axis, 0) for x in inputs]
@@ -43,11 +45,10 @@ def faster_interpreter():
         stacks = (np.stack([x.handle.data for x in column], self.axis) for column in zip(*rows, strict=True))
         return [self.to_tensor(x, dtype) for x, dtype in zip(stacks, dtypes, strict=True)]
 
-    prepare_and_call = InterpretedFunction.__call__
-
     def call(self, *args, **kwargs):
-        if self.fn.__module__.startswith("triton."):
-            return prepare_and_call(self, *args, **kwargs)
+        if self.fn.__module__ not in prepared:
+            _patch_lang(self.fn)
+            prepared.add(self.fn.__module__)
         return self.rewrite()(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -6,7 +6,6 @@
 compile, recompute and FLOP counters see it whole. `span_summary` says what a span does to the state it receives.
 """
 
-from functools import cache
 from typing import Literal
 
 import torch
@@ -177,25 +176,16 @@ def _run(
     key_dim, tensors = k.shape[-1], [x for x in terms if isinstance(x, Tensor)]
     too_wide = f"its keys are {key_dim} wide, more than {KERNEL_WIDTH}" if key_dim > KERNEL_WIDTH else None
     if kernels_serve(backend, *tensors, refusal=too_wide):
-        _load_kernels()
-        return torch.ops.torchlmoe.linear_recurrence_triton(*terms)
-    if backend == "reference" or (
-        backend == "auto" and v.shape[1] == 1
-    ):  # one step of the definition is the least work
+        # Only now: when they are imported, Triton decides whether to interpret them.
+        from torchlmoe.kernels import linear_recurrence_backward as kernels
+
+        return kernels.linear_recurrence(*terms)
+    decodes = backend == "auto" and v.shape[1] == 1  # one step of the definition is the least work
+    if backend == "reference" or decodes:
         if cu_seqlens is not None:  # chunked looks at them where it lays out chunks
             check_bounds(cu_seqlens.tolist(), v.shape[1])
         return reference_recurrence(*terms)
     return _forward(*terms)[:2]
-
-
-@torch.compiler.assume_constant_result
-@cache
-def _load_kernels() -> None:
-    """Only where they run: Triton decides when they are imported whether to interpret them."""
-    from torchlmoe.kernels import linear_recurrence_backward  # noqa: F401
-
-    register_flop_formula(torch.ops.torchlmoe.linear_recurrence_triton)(_forward_flops)
-    register_flop_formula(torch.ops.torchlmoe.linear_recurrence_triton_backward)(_backward_flops)
 
 
 @torch.library.custom_op("torchlmoe::linear_recurrence", mutates_args=())
@@ -285,13 +275,11 @@ def _flops(k_shape, v_shape, log_decay_shape, erase_shape, value_log_decay_shape
 
 
 @register_flop_formula(torch.ops.torchlmoe.linear_recurrence)
-def _forward_flops(
-    q_shape, k_shape, v_shape, log_decay_shape, erase_shape, _, value_log_decay_shape, *rest, **kwargs
-) -> int:
+def _(q_shape, k_shape, v_shape, log_decay_shape, erase_shape, _, value_log_decay_shape, *rest, **kwargs) -> int:
     return _flops(k_shape, v_shape, log_decay_shape, erase_shape, value_log_decay_shape)
 
 
 @register_flop_formula(torch.ops.torchlmoe.linear_recurrence_backward)
-def _backward_flops(grad_o, grad_final, *shapes, **kwargs) -> int:
+def _(grad_o, grad_final, *shapes, **kwargs) -> int:
     _, k_shape, v_shape, log_decay_shape, erase_shape, _, value_log_decay_shape, *_ = shapes
     return 2 * _flops(k_shape, v_shape, log_decay_shape, erase_shape, value_log_decay_shape)
