@@ -22,9 +22,9 @@ import triton.language as tl
 from torch import Tensor
 
 CONFIGS = {  # architecture: tokens and channels of a tile, warps
-    "sm_80": (32, 64, 4),
-    "sm_90": (32, 64, 4),
-    "sm_100": (32, 64, 4),
+    "sm_80": (32, 64, 8),
+    "sm_90": (32, 64, 8),
+    "sm_100": (32, 64, 8),
     "gfx942": (32, 64, 4),
     "interpreter": (16, 16, 1),
 }
@@ -108,6 +108,25 @@ def _forward_kernel(
 
 
 @triton.jit
+def _grad_of_sum(
+    grad_y, x, weight, bias, state, position, first, low, high, channel, channel_mask, grad_stride, x_stride,
+    num_channels, WIDTH: tl.constexpr, BIAS: tl.constexpr, STATE_ROWS: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """ds at each position, zero outside of the document."""
+    mask = ((position >= 0) & (position < high))[:, None] & channel_mask[None, :]
+    grad = tl.load(grad_y + ((position - first) * grad_stride)[:, None] + channel[None, :], mask=mask, other=0)
+    grad = grad.to(tl.float32)
+    if ACTIVATION:
+        total = _sum(
+            x, weight, bias, state, position, first, low, high, channel, channel_mask, x_stride, num_channels,
+            WIDTH, BIAS, STATE_ROWS,
+        )  # fmt: skip
+        sigmoid = tl.sigmoid(total)
+        grad *= sigmoid * (1 + total * (1 - sigmoid))
+    return grad
+
+
+@triton.jit
 def _backward_kernel(
     grad_y, x, weight, bias, state, cu_seqlens, dx, dstate, dweight, length, num_channels, num_documents, search_steps,
     grad_stride, x_stride,
@@ -128,17 +147,11 @@ def _backward_kernel(
     dweight += (row * tl.num_programs(0) + tl.program_id(0)) * (WIDTH + 1) * num_channels
     dx_tile = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
     for ahead in tl.static_range(WIDTH):
-        reader = position + ahead  # the token whose sum takes this one's x times w_ahead
-        mask = ((reader >= 0) & (reader < high))[:, None] & channel_mask[None, :]
-        grad = tl.load(grad_y + ((reader - first) * grad_stride)[:, None] + channel[None, :], mask=mask, other=0)
-        grad = grad.to(tl.float32)
-        if ACTIVATION:
-            total = _sum(
-                x, weight, bias, state, reader, first, low, high, channel, channel_mask, x_stride, num_channels,
-                WIDTH, BIAS, STATE_ROWS,
-            )  # fmt: skip
-            sigmoid = tl.sigmoid(total)
-            grad *= sigmoid * (1 + total * (1 - sigmoid))
+        # The token `ahead` takes this one's x times w_ahead.
+        grad = _grad_of_sum(
+            grad_y, x, weight, bias, state, position + ahead, first, low, high, channel, channel_mask, grad_stride,
+            x_stride, num_channels, WIDTH, BIAS, STATE_ROWS, ACTIVATION,
+        )  # fmt: skip
         w = tl.load(weight + channel * WIDTH + WIDTH - 1 - ahead, mask=channel_mask, other=0).to(tl.float32)
         dx_tile += w[None, :] * grad
         if ahead == 0:
