@@ -45,11 +45,11 @@ run() { # run PIECE OUTPUT: one piece, whose figures go to OUTPUT
         configurations_*) "$python" -m benchmarks.tune_kernels --most 0 --widths "$name" --output "$2" ;;
         kernels_*)
             "$python" -m benchmarks.kernels --case "$name" --output "$2" \
-                --by torchlmoe chunked fla "FlashAttention (SDPA)"
+                --by torchlmoe PyTorch fla "FlashAttention (SDPA)"
             ;;
         compiled_*) # which takes minutes
             "$python" -m benchmarks.kernels --case short_rows --operations "$name" --output "$2" \
-                --by torchlmoe chunked "compiled chunked"
+                --by torchlmoe PyTorch "compiled PyTorch"
             ;;
         throughput_*) "$python" -m benchmarks.throughput --instances "$name" --output "$2" ;;
     esac

@@ -47,6 +47,7 @@ WIDTHS = (64, 128, 256)
 DTYPES = ("bfloat16", "float32")
 LENGTHS = (64, 320)  # of one chunk, and of several spans of them: kernels may be launched otherwise
 HEADS = 16
+Call = Callable[[int, torch.dtype, int], Any]  # (width, dtype, length) -> outputs
 
 
 class CompileOnly:
@@ -128,36 +129,82 @@ def resources(compiled: CompiledKernel) -> dict[str, float]:
     return {"warps": compiled.metadata.num_warps, "registers": registers, "spills": spills, "shared KiB": shared_kib}
 
 
-def run_recurrence(name: str) -> Callable[[int, torch.dtype, int], Any]:
-    """An instance of the linear recurrence."""
-
-    def run(width: int, dtype: torch.dtype, length: int) -> Any:
-        size = Size(batch=1, length=length, heads=HEADS, key_dim=width, value_dim=width, key_heads=HEADS)
-        inputs = OPERATIONS[name].make(size, dtype, "cpu")
-        names = ("q", "k", "v", "log_decay", "erase", "erase_key", "value_log_decay", "bonus")
-        terms = [leaf(inputs.get(name)) for name in names]
-        operation = importlib.import_module("torchlmoe.kernels.linear_recurrence").linear_recurrence
-        return operation(*terms, 1.0, leaf(torch.zeros(1, HEADS, width, width)), None)
-
-    return run
-
-
-def run_elementwise(width: int, dtype: torch.dtype, length: int) -> Any:
-    """Mamba's, of HEADS * width channels."""
-    size = Size(batch=1, length=length, heads=HEADS, key_dim=width, value_dim=width, key_heads=HEADS)
-    inputs = OPERATIONS["Mamba"].make(size, dtype, "cpu")
-    terms = [leaf(inputs[name]) for name in ("q", "k", "v", "log_decay", "step")]
-    operation = importlib.import_module("torchlmoe.kernels.elementwise_recurrence").elementwise_recurrence
-    return operation(*terms, leaf(torch.zeros(1, 1, 16, HEADS * width)), None)
+def kernels(file: str) -> Any:
+    return importlib.import_module(f"torchlmoe.kernels.{file}")
 
 
 def leaf(x: torch.Tensor | None) -> torch.Tensor | None:
     return None if x is None else x.requires_grad_()
 
 
-CALLS: dict[str, Callable[[int, torch.dtype, int], Any]] = {
-    **{name: run_recurrence(name) for name in ("Mamba2", "GLA", "RWKV6", "value decay", "DeltaNet", "KDA", "RWKV7")},
+def inputs_of(name: str, width: int, dtype: torch.dtype, length: int, *order: str) -> list[torch.Tensor | None]:
+    """The named inputs of an operation, None for those that it has not."""
+    size = Size(batch=1, length=length, heads=HEADS, key_dim=width, value_dim=width, key_heads=HEADS)
+    inputs = OPERATIONS[name].make(size, dtype, "cpu")
+    return [leaf(inputs.get(name)) for name in order]
+
+
+def run_recurrence(name: str) -> Call:
+    """An instance of the linear recurrence."""
+    terms = ("q", "k", "v", "log_decay", "erase", "erase_key", "value_log_decay", "bonus")
+
+    def run(width: int, dtype: torch.dtype, length: int) -> Any:
+        state = torch.zeros(1, HEADS, width, width, requires_grad=True)
+        operation = kernels("linear_recurrence").linear_recurrence
+        return operation(*inputs_of(name, width, dtype, length, *terms), 1.0, state, None)
+
+    return run
+
+
+def run_elementwise(width: int, dtype: torch.dtype, length: int) -> Any:
+    """Mamba's, of HEADS * width channels."""
+    inputs = inputs_of("Mamba", width, dtype, length, "q", "k", "v", "log_decay", "step")
+    state = torch.zeros(1, 1, inputs[1].shape[-1], HEADS * width, requires_grad=True)
+    return kernels("elementwise_recurrence").elementwise_recurrence(*inputs, state, None)
+
+
+def run_complex(width: int, dtype: torch.dtype, length: int) -> Any:
+    """S4's: a head for each channel, whose query, key and decay are complex and the same for every token."""
+    q, k = (torch.randn(HEADS * width, 64, dtype=torch.complex64, requires_grad=True) for _ in range(2))
+    rates = torch.complex(-torch.rand(len(k), 64, 1), torch.randn(len(k), 64, 1)).requires_grad_()
+    v = torch.randn(1, length, len(k), 1).to(dtype).requires_grad_()
+    state = torch.zeros(1, *rates.shape, dtype=torch.complex64, requires_grad=True)
+    return kernels("elementwise_recurrence").elementwise_recurrence(q, k, v, rates, None, state, None)
+
+
+def run_convolution(width: int, dtype: torch.dtype, length: int) -> Any:
+    """Of packed documents."""
+    inputs = inputs_of("short convolution", width, dtype, length, "x", "weight", "bias")
+    bounds = torch.tensor([0, length // 2, length], dtype=torch.int32)
+    return [kernels("causal_conv").causal_conv(*inputs, None, bounds, True)]
+
+
+def run_norm(width: int, dtype: torch.dtype, length: int) -> Any:
+    inputs = inputs_of("gated RMS norm", width, dtype, length, "x", "weight", "gate")
+    return [kernels("gated_rms_norm").gated_rms_norm(*inputs, 1 / width, 1e-6, "silu")]
+
+
+def run_gate(width: int, dtype: torch.dtype, length: int) -> Any:
+    inputs = inputs_of("decay gate", width, dtype, length, "x", "bias", "A_log")
+    return kernels("gates").decay_gate(*inputs, 1, 1.0, [], True)
+
+
+def run_dispatch(width: int, dtype: torch.dtype, length: int) -> Any:
+    """8 slots a token, with the router's weights."""
+    slot, x = torch.randperm(8 * length).view(length, 8), torch.randn(length, HEADS * width).to(dtype)
+    moved = kernels("moe_permute").permute(leaf(x), slot.flatten().argsort() // 8, slot)
+    return [kernels("moe_permute").unpermute(moved, slot.flatten().argsort() // 8, slot, leaf(torch.rand(length, 8)))]
+
+
+RECURRENCES = ("Mamba2", "GLA", "RWKV6", "value decay", "Gated DeltaNet", "KDA", "RWKV7")
+CALLS: dict[str, Call] = {
+    **{name: run_recurrence(name) for name in RECURRENCES},
     "Mamba": run_elementwise,
+    "S4": run_complex,
+    "short convolution": run_convolution,
+    "gated RMS norm": run_norm,
+    "decay gate": run_gate,
+    "to experts and back": run_dispatch,
 }
 
 

@@ -1,12 +1,13 @@
 """Speed of the kernels: python -m benchmarks.kernels [--case NAME] [--output FILE]
 
-Every operation, forward, and forward and backward, on fresh random data each time: ours, the chunked form in plain
-PyTorch, the same compiled, flash-linear-attention (if installed) and FlashAttention through SDPA. Times are medians,
-by CUDA events on a GPU and by the wall clock on a CPU, where sizes are tiny and nothing but the program is tested.
+Every operation, forward, and forward and backward, on fresh random data each time: ours; plain PyTorch, which of a
+recurrence is the chunked form; that compiled; flash-linear-attention (if installed); FlashAttention through SDPA.
+Times are medians, by CUDA events on a GPU and by the wall clock on a CPU, where sizes are tiny and nothing but the
+program is tested.
 
 TFLOP/s count the recurrence as it is defined, token by token (a chunkwise form spends more); TB/s count every argument
 and result once, which no form can avoid. Both stand beside ceilings of the same machine, measured in the same run: a
-matrix product and a copy. "error" is that of the output against the chunked form in float32, ||x - x'|| / ||x'||.
+matrix product and a copy. "error" is that of the output against plain PyTorch in float32, ||x - x'|| / ||x'||.
 What fails is listed below the table.
 
 The decode case is one token from a state of at least 512 MiB; "x copy" is its time over that of copying the state.
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.operations import OPERATIONS, OURS, Operation, Size, Way
+from benchmarks.operations import OPERATIONS, OURS, PLAIN, Operation, Size, Way
 from benchmarks.report import arguments, attempt, matmul_rate, seconds_of, show
 
 CASES = {
@@ -49,12 +50,18 @@ def forward_seconds(way: Way, make: Callable[[], Inputs], repeats: int, device: 
 
 def both_seconds(way: Way, make: Callable[[], Inputs], repeats: int, device: str) -> float:
     """Forward and backward, the gradients of all arguments."""
+    with torch.no_grad():
+        output = way.run(**way.arguments(make()))
     times = []
     for _ in range(repeats + 2):
-        given = {name: tensor.requires_grad_() for name, tensor in way.arguments(make()).items()}
-        grad = torch.randn_like(given["v"])
+        given = {name: as_leaf(tensor) for name, tensor in way.arguments(make()).items()}
+        grad = torch.randn(output.shape, device=device).to(output.dtype)
         times.append(seconds_of(lambda given=given, grad=grad: way.run(**given).backward(grad), device))
     return statistics.median(times[2:])
+
+
+def as_leaf(x: Tensor) -> Tensor:
+    return x.requires_grad_() if x.is_floating_point() else x
 
 
 def num_bytes(tensors: Any) -> int:
@@ -70,11 +77,12 @@ def copy_rate(device: str, repeats: int = 7) -> float:
 
 
 def error(way: Way, operation: Operation, inputs: Inputs) -> float | None:
-    reference = operation.ways.get("chunked")
+    reference = operation.ways.get(PLAIN)
     if reference is None:
         return None
     with torch.no_grad():
-        expected = reference.run(**reference.arguments({name: tensor.float() for name, tensor in inputs.items()}))
+        in_float32 = {name: x.float() if x.is_floating_point() else x for name, x in inputs.items()}
+        expected = reference.run(**reference.arguments(in_float32))
         return ((way.run(**way.arguments(inputs)) - expected).norm() / expected.norm()).item()
 
 
@@ -96,7 +104,7 @@ def rows_of(
     for way_name, way in ways.items():
         notes: list[str] = []
         inputs = make()
-        read, written = num_bytes(way.arguments(inputs).values()), num_bytes([inputs["v"]])
+        read, written = num_bytes(way.arguments(inputs).values()), num_bytes([inputs["v" if "v" in inputs else "x"]])
         forward = attempt(notes, forward_seconds, way, make, repeats, device)
         both = attempt(notes, both_seconds, way, make, repeats, device)
         flops = operation.flops(size)

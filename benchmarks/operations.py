@@ -14,17 +14,22 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from torchlmoe.layers.decay_gate import DecayGate
+from torchlmoe.layers.dispatch import Slots, gather_slots, sum_slots
+from torchlmoe.layers.norms import GatedRMSNorm
 from torchlmoe.ops import (
     elementwise_flops_per_token,
     elementwise_recurrence,
     linear_recurrence,
     recurrence_flops_per_token,
 )
+from torchlmoe.ops.causal_conv import causal_conv
 from torchlmoe.ops.chunked import Terms, chunked_forward, layout_of
 
-OURS = "torchlmoe"
+OURS, PLAIN = "torchlmoe", "PyTorch"  # plain: a few torch functions, which are also what ours are compared with
 MOST_CHUNKS_TO_COMPILE = 32  # the traced form is unrolled over chunks
 
 
@@ -162,8 +167,8 @@ def _recurrence(*terms: str, fla: str | None = None, fla_step: str | None = None
     names = {name: name for name in taken}
     ways = {
         OURS: Way(_ours, names),
-        "chunked": Way(_chunked, names),
-        "compiled chunked": Way(_compiled_chunked, names),
+        PLAIN: Way(_chunked, names),
+        "compiled PyTorch": Way(_compiled_chunked, names),
     }
     decode_ways = {OURS: Way(_our_step, names)}
     if fla:
@@ -191,6 +196,84 @@ def _softmax(backends: list[SDPBackend]) -> Callable[..., Tensor]:
             return F.scaled_dot_product_attention(*heads_first, is_causal=True, scale=1.0).transpose(1, 2)
 
     return run
+
+
+def _rows(size: Size, dtype: torch.dtype, device: str, *per_channel: str) -> dict[str, Tensor]:
+    """x and gate [B, T, H, V], and float32 vectors of all H * V channels."""
+    tokens = (size.batch, size.length, size.heads, size.value_dim)
+    inputs = {name: torch.randn(tokens, device=device).to(dtype) for name in ("x", "gate")}
+    channels = size.heads * size.value_dim
+    return inputs | {name: torch.randn(channels, device=device) for name in per_channel}
+
+
+def _convolution_inputs(size: Size, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    x = _rows(size, dtype, device)["x"].flatten(2)
+    return {"x": x, "weight": torch.randn(x.shape[-1], 4, device=device).to(dtype)}
+
+
+def _convolve(x: Tensor, weight: Tensor) -> Tensor:
+    y = F.conv1d(x.mT, weight[:, None], padding=weight.shape[1] - 1, groups=x.shape[-1])
+    return F.silu(y[..., : x.shape[1]]).mT
+
+
+def _norm_inputs(size: Size, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    weight = torch.rand(size.value_dim, device=device).to(dtype)
+    return _rows(size, dtype, device) | {"weight": weight}
+
+
+def _our_norm(x: Tensor, gate: Tensor, weight: Tensor) -> Tensor:
+    with torch.device("meta"):
+        norm = GatedRMSNorm(x.shape[-1])
+    return functional_call(norm, {"weight": weight}, (x, gate))
+
+
+def _norm(x: Tensor, gate: Tensor, weight: Tensor) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], weight, 1e-6) * F.silu(gate)
+
+
+def _gate_inputs(size: Size, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    """As Kimi Delta Attention has it: a step for every channel, a rate for every head."""
+    inputs = _rows(size, dtype, device, "bias")
+    return {"x": inputs["x"].flatten(2), "bias": inputs["bias"], "A_log": torch.rand(size.heads, device=device)}
+
+
+def _our_gate(x: Tensor, bias: Tensor, A_log: Tensor) -> Tensor:
+    with torch.device("meta"):
+        gate = DecayGate(len(A_log), len(bias) // len(A_log))
+    return functional_call(gate, {"A_log": A_log, "dt_bias": bias}, (x, False))[0]
+
+
+def _gate(x: Tensor, bias: Tensor, A_log: Tensor) -> Tensor:
+    step = F.softplus(x.float() + bias).unflatten(-1, (len(A_log), -1))
+    return -A_log.exp()[:, None] * step
+
+
+def _dispatch_inputs(size: Size, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    """Tokens as wide as a model, each with its choice of 8 out of 64 experts."""
+    scores = torch.rand(size.batch * size.length, 64, device=device)
+    x = torch.randn(len(scores), 16 * size.value_dim, device=device).to(dtype)
+    return {"x": x, "expert": scores.topk(8).indices}
+
+
+def _our_dispatch(x: Tensor, expert: Tensor) -> Tensor:
+    slots = Slots.sorted_by_expert(expert, 64)
+    return sum_slots(gather_slots(x, slots), slots)
+
+
+def _dispatch(x: Tensor, expert: Tensor) -> Tensor:
+    token = expert.flatten().argsort(stable=True) // expert.shape[1]
+    return torch.zeros_like(x).index_add(0, token, x.index_select(0, token))
+
+
+def _fused(
+    make: Callable[[Size, torch.dtype, str], dict[str, Tensor]],
+    ours: Callable[..., Tensor],
+    plain: Callable[..., Tensor],
+    names: str,
+) -> Operation:
+    """An operation whose cost is its bytes."""
+    taken = {name: name for name in names.split()}
+    return Operation(make, {OURS: Way(ours, taken), PLAIN: Way(plain, taken)}, lambda size: 0.0)
 
 
 STATE_DIM = 16  # Mamba's default
@@ -252,10 +335,14 @@ OPERATIONS = {
         _mamba_inputs,
         {
             OURS: Way(lambda **x: elementwise_recurrence(**x, backend=_kernels())[0], _MAMBA_NAMES),
-            "chunked": Way(lambda **x: elementwise_recurrence(**x, backend="chunked")[0], _MAMBA_NAMES),
+            PLAIN: Way(lambda **x: elementwise_recurrence(**x, backend="chunked")[0], _MAMBA_NAMES),
         },
         _mamba_flops,
     ),
+    "short convolution": _fused(_convolution_inputs, causal_conv, _convolve, "x weight"),
+    "gated RMS norm": _fused(_norm_inputs, _our_norm, _norm, "x gate weight"),
+    "decay gate": _fused(_gate_inputs, _our_gate, _gate, "x bias A_log"),
+    "to experts and back": _fused(_dispatch_inputs, _our_dispatch, _dispatch, "x expert"),
     "softmax attention": Operation(
         _recurrence_inputs(()),
         {"FlashAttention (SDPA)": Way(_softmax([SDPBackend.FLASH_ATTENTION]), {"q": "q", "k": "k", "v": "v"})},

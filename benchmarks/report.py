@@ -168,7 +168,7 @@ def show(title: str, rows: list[dict[str, Any]], output: Path | None, **facts: A
         table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right", no_wrap=True)
     for row in rows:
         table.add_row(*(_cell(value) for value in row.values()))
-    Console(width=max(Console().width, 130)).print(table)  # wide enough for a log file too
+    Console(width=max(Console().width, 150)).print(table)  # wide enough for a log file too
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         record = {"title": title, "machine": machine(), **facts, "rows": rows}

@@ -24,7 +24,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel's file is imported
 
 from benchmarks.kernel_resources import kernel_modules
-from benchmarks.operations import OPERATIONS, OURS, Size, Way
+from benchmarks.operations import OPERATIONS, OURS, PLAIN, Size, Way
 from benchmarks.report import arguments, seconds_of, show
 
 WIDTHS = (64, 128, 256)
@@ -76,7 +76,7 @@ class Trial:
         self.inputs = OPERATIONS[name].make(size, dtype, device)
         self.grad = torch.randn_like(self.inputs["v"])
         in_float32 = {name: tensor.float() for name, tensor in self.inputs.items()}
-        self.expected = results(OPERATIONS[name].ways["chunked"], in_float32, self.grad)
+        self.expected = results(OPERATIONS[name].ways[PLAIN], in_float32, self.grad)
 
     def seconds(self, repeats: int) -> float:
         """inf where the result is wrong or the configuration is none that the kernel can have."""

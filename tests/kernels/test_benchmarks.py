@@ -22,7 +22,7 @@ def run(*command: str, **changed: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("module", "arguments", "rows"),
     [
-        ("kernels", ["--operations", "GLA", "Mamba", "softmax attention", "--by", "torchlmoe", "chunked", "fla"], 4),
+        ("kernels", "--operations KDA Mamba --by torchlmoe PyTorch".split(), 4),
         ("kernels", ["--case", "decode", "--operations", "KDA", "--by", "torchlmoe"], 1),
         ("throughput", ["--flavor", "debug", "--instances", "gla", "--lengths", "32", "64", "--tokens", "64"], 2),
     ],
