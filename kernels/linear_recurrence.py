@@ -365,8 +365,8 @@ def scan_kernel(
         valid = end - token
         if not FROM_STATES and states is not None:  # noqa: SIM102 (what is known when compiling, and what is not)
             if chunk % (SPAN // C) == 0:
-                kept, there = state_at(states, slot // (SPAN // C), head, heads, cols_k, cols_v, K, V)
-                tl.store(kept, state_KV, mask=there)
+                place, there = state_at(states, slot // (SPAN // C), head, heads, cols_k, cols_v, K, V)
+                tl.store(place, state_KV, mask=there)
         k_CK = tile(k, row, token, head // GROUP, rows, cols_k, valid, K)
         v_CV = tile(v, row, token, head, rows, cols_v, valid, V)
         start_CK, end_CK, whole_K = passes(g, row, token, head, rows, cols_k, valid, K, PER_CHANNEL, u is not None)

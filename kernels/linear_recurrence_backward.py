@@ -110,8 +110,8 @@ def reverse_kernel(
         chunk = chunks - 1 - step
         token, slot = start + chunk * C, span * (SPAN // C) + chunk
         valid = end - token
-        kept, there = state_at(state_grads, slot, head, heads, cols_k, cols_v, K, V)
-        tl.store(kept, grad_KV, mask=there)
+        place, there = state_at(state_grads, slot, head, heads, cols_k, cols_v, K, V)
+        tl.store(place, grad_KV, mask=there)
         start_CK, end_CK, whole_K = passes(g, row, token, head, rows, cols_k, valid, K, PER_CHANNEL, BEFORE)
         start_CV, _, whole_V = passes(h, row, token, head, rows, cols_v, valid, V, True, BEFORE)
         if q is not None:
