@@ -131,6 +131,14 @@ def _scan(a, ai, x, xi, REVERSE: tl.constexpr, COMPLEX: tl.constexpr):
 
 
 @triton.jit
+def _rows(chunks, BLOCK_T: tl.constexpr):
+    """The program's chunk, where it starts, its rows, and how many of them there are."""
+    chunk = tl.program_id(0).to(tl.int64)
+    start = tl.load(chunks + 2 * chunk)
+    return chunk, start, tl.arange(0, BLOCK_T), (tl.load(chunks + 2 * chunk + 1) - start).to(tl.int32)
+
+
+@triton.jit
 def _columns(num_heads, value_dim, BLOCK_C: tl.constexpr, FOLD: tl.constexpr):
     """The tile's columns: their head (one, or one each), their place in it and which there are."""
     column = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -152,34 +160,36 @@ def _from(pointer, element, COMPLEX: tl.constexpr):
 
 
 @triton.jit
-def _values(pointer, row, row_mask, head, channel, mask, stride_t, stride_h):
-    """Rows of v, step or do: float32 [BLOCK_T, BLOCK_C], 0 where masked."""
-    offset = (row * stride_t)[:, None] + (head * stride_h + channel)[None, :]
-    return tl.load(pointer + offset, mask=row_mask[:, None] & mask[None, :], other=0).to(tl.float32)
+def _values(x, start, row, row_mask, head, channel, mask):
+    """Rows of v, step or do, (pointer, strides of token and head): float32 [BLOCK_T, BLOCK_C], 0 where masked."""
+    offset = (row * x[1])[:, None] + (head * x[2] + channel)[None, :]
+    return tl.load(x[0] + start * x[1] + offset, mask=row_mask[:, None] & mask[None, :], other=0).to(tl.float32)
 
 
 @triton.jit
-def _key(pointer, row, row_mask, head, mask, stride_t, stride_h, key, COMPLEX: tl.constexpr, FOLD: tl.constexpr):
+def _key(x, start, row, row_mask, head, mask, key, COMPLEX: tl.constexpr, FOLD: tl.constexpr):
     """One key of q or k: [BLOCK_T, 1], or [1, BLOCK_C] where it is the same for every token."""
     if FOLD:
-        real, imaginary = _load(pointer, (head * stride_h + key)[None, :], mask[None, :], COMPLEX)
+        real, imaginary = _load(x[0], (head * x[2] + key)[None, :], mask[None, :], COMPLEX)
     else:
-        real, imaginary = _load(pointer, (row * stride_t + head * stride_h + key)[:, None], row_mask[:, None], COMPLEX)
+        offset = (row * x[1] + head * x[2] + key)[:, None]
+        real, imaginary = _load(_from(x[0], start * x[1], COMPLEX), offset, row_mask[:, None], COMPLEX)
     return real, imaginary
 
 
 @triton.jit
 def _log_decay(
-    pointer, step, row, row_mask, offset, mask, stride_t, PER_TOKEN: tl.constexpr, STEP: tl.constexpr,
-    COMPLEX: tl.constexpr,
+    x, step, start, row, row_mask, head, channel, mask, key, COMPLEX: tl.constexpr, PER_TOKEN: tl.constexpr
 ):  # fmt: skip
-    """One key's log decay, [BLOCK_T, BLOCK_C], 0 at rows that are masked; offset of the head, key and columns."""
+    """One key's log decay, times the step's tile if there is one: [BLOCK_T, BLOCK_C], 0 where masked."""
+    offset = (head * x[2] + key * x[3] + channel)[None, :]
     tile_mask = row_mask[:, None] & mask[None, :]
     if PER_TOKEN:
-        real, imaginary = _load(pointer, (row * stride_t)[:, None] + offset[None, :], tile_mask, COMPLEX)
+        pointer = _from(x[0], start * x[1], COMPLEX)
+        real, imaginary = _load(pointer, (row * x[1])[:, None] + offset, tile_mask, COMPLEX)
     else:
-        real, imaginary = _load(pointer, offset[None, :], mask[None, :], COMPLEX)
-        if STEP:
+        real, imaginary = _load(x[0], offset, mask[None, :], COMPLEX)
+        if step is not None:
             real, imaginary = real * step, imaginary * step
         real, imaginary = tl.where(tile_mask, real, 0), tl.where(tile_mask, imaginary, 0)
     return real, imaginary
@@ -187,73 +197,50 @@ def _log_decay(
 
 @triton.jit
 def _summary_kernel(
-    k, v, log_decay, step, chunks, transition, local, num_chunks, num_heads, key_dim, value_dim,
-    k_stride_t, k_stride_h, v_stride_t, v_stride_h, step_stride_t, step_stride_h,
-    decay_stride_t, decay_stride_h, decay_stride_k,
-    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, FOLD: tl.constexpr, PER_TOKEN: tl.constexpr, STEP: tl.constexpr,
-    COMPLEX: tl.constexpr, BACKWARD: tl.constexpr,
+    k, v, log_decay, step, chunks, transition, local, num_heads, key_dim, value_dim,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, FOLD: tl.constexpr, PER_TOKEN: tl.constexpr, COMPLEX: tl.constexpr,
+    BACKWARD: tl.constexpr,
 ):  # fmt: skip
     """P = exp(sum_t G_t), and the state from zero; in the backward, from q and do, the gradient of the first state."""
-    chunk = tl.program_id(0).to(tl.int64)
-    start = tl.load(chunks + chunk)
-    length = (tl.load(chunks + num_chunks + chunk) - start).to(tl.int32)
+    chunk, start, row, length = _rows(chunks, BLOCK_T)
     if length <= 0:
         return
-    row = tl.arange(0, BLOCK_T)
-    row_mask = row < length
     head, channel, mask = _columns(num_heads, value_dim, BLOCK_C, FOLD)
-    if not FOLD:
-        k = _from(k, start * k_stride_t, COMPLEX)
-    if PER_TOKEN:
-        log_decay = _from(log_decay, start * decay_stride_t, COMPLEX)
-    v_tile = _values(v + start * v_stride_t, row, row_mask, head, channel, mask, v_stride_t, v_stride_h)
+    v_tile = _values(v, start, row, row < length, head, channel, mask)
     # What a token wrote decays by the tokens after it; what it reads had decayed by those up to it.
     passed = row if BACKWARD else row + 1
-    passed_mask = passed < length
     first = tl.arange(0, 1)
-    step_tile, step_first = v_tile, v_tile
-    if STEP:
-        step += start * step_stride_t
-        step_tile = _values(step, passed, passed_mask, head, channel, mask, step_stride_t, step_stride_h)
-        if not BACKWARD:
-            step_first = _values(step, first, first < length, head, channel, mask, step_stride_t, step_stride_h)
+    step_tile, step_first = None, None
+    if step is not None:
+        step_tile = _values(step, start, passed, passed < length, head, channel, mask)
+        step_first = _values(step, start, first, first < length, head, channel, mask)
     size = num_heads * key_dim * value_dim
     transition, local = _from(transition, chunk * size, COMPLEX), _from(local, chunk * size, COMPLEX)
-    state = head * key_dim * value_dim + channel
     for key in range(key_dim):
-        decay_offset = head * decay_stride_h + key * decay_stride_k + channel
         g, gi = _log_decay(
-            log_decay, step_tile, passed, passed_mask, decay_offset, mask, decay_stride_t, PER_TOKEN, STEP, COMPLEX
+            log_decay, step_tile, start, passed, passed < length, head, channel, mask, key, COMPLEX, PER_TOKEN
         )
-        k_key, ki_key = _key(k, row, row_mask, head, mask, k_stride_t, k_stride_h, key, COMPLEX, FOLD)
         decay, decay_i = _exp(tl.cumsum(g, 0, reverse=not BACKWARD), tl.cumsum(gi, 0, reverse=not BACKWARD), COMPLEX)
+        k_key, ki_key = _key(k, start, row, row < length, head, mask, key, COMPLEX, FOLD)
         x, xi = _times(decay, decay_i, k_key, ki_key, COMPLEX)
         if COMPLEX and BACKWARD:
             xi = -xi
         total, total_i = tl.sum(g, 0), tl.sum(gi, 0)
         if not BACKWARD:
-            g_first, gi_first = _log_decay(
-                log_decay,
-                step_first,
-                first,
-                first < length,
-                decay_offset,
-                mask,
-                decay_stride_t,
-                PER_TOKEN,
-                STEP,
-                COMPLEX,
+            g, gi = _log_decay(
+                log_decay, step_first, start, first, first < length, head, channel, mask, key, COMPLEX, PER_TOKEN
             )
-            total, total_i = total + tl.sum(g_first, 0), total_i + tl.sum(gi_first, 0)
+            total, total_i = total + tl.sum(g, 0), total_i + tl.sum(gi, 0)
         total, total_i = _exp(total, total_i, COMPLEX)
-        _store(transition, state + key * value_dim, total, total_i, mask, COMPLEX)
-        _store(local, state + key * value_dim, tl.sum(x * v_tile, 0), tl.sum(xi * v_tile, 0), mask, COMPLEX)
+        state = head * key_dim * value_dim + key * value_dim + channel
+        _store(transition, state, total, total_i, mask, COMPLEX)
+        _store(local, state, tl.sum(x * v_tile, 0), tl.sum(xi * v_tile, 0), mask, COMPLEX)
 
 
 @triton.jit
 def _fold_kernel(
     transition, local, carry, last, first_chunk, size,
-    BLOCK: tl.constexpr, CARRY: tl.constexpr, COMPLEX: tl.constexpr, BACKWARD: tl.constexpr,
+    BLOCK: tl.constexpr, COMPLEX: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
     """Goes through a document's chunks and leaves in `local` what each of them receives."""
     document = tl.program_id(1).to(tl.int64)
@@ -261,7 +248,7 @@ def _fold_kernel(
     mask = element < size
     x = tl.zeros([BLOCK], tl.float32)
     xi = x
-    if CARRY:
+    if carry is not None:
         x, xi = _load(carry, document * size + element, mask, COMPLEX)
     begin, end = tl.load(first_chunk + document), tl.load(first_chunk + document + 1)
     for index in range(begin, end):
@@ -280,43 +267,28 @@ def _fold_kernel(
 
 @triton.jit
 def _read_kernel(
-    q, k, v, log_decay, step, chunks, starts, o, num_chunks, num_heads, key_dim, value_dim,
-    q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h, step_stride_t, step_stride_h,
-    decay_stride_t, decay_stride_h, decay_stride_k,
-    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, FOLD: tl.constexpr, PER_TOKEN: tl.constexpr, STEP: tl.constexpr,
-    COMPLEX: tl.constexpr,
+    q, k, v, log_decay, step, chunks, starts, o, num_heads, key_dim, value_dim,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, FOLD: tl.constexpr, PER_TOKEN: tl.constexpr, COMPLEX: tl.constexpr,
 ):  # fmt: skip
-    chunk = tl.program_id(0).to(tl.int64)
-    start = tl.load(chunks + chunk)
-    length = (tl.load(chunks + num_chunks + chunk) - start).to(tl.int32)
+    chunk, start, row, length = _rows(chunks, BLOCK_T)
     if length <= 0:
         return
-    row = tl.arange(0, BLOCK_T)
     row_mask = row < length
     head, channel, mask = _columns(num_heads, value_dim, BLOCK_C, FOLD)
-    if not FOLD:
-        q, k = _from(q, start * q_stride_t, COMPLEX), _from(k, start * k_stride_t, COMPLEX)
-    if PER_TOKEN:
-        log_decay = _from(log_decay, start * decay_stride_t, COMPLEX)
-    v_tile = _values(v + start * v_stride_t, row, row_mask, head, channel, mask, v_stride_t, v_stride_h)
-    step_tile = v_tile
-    if STEP:
-        step += start * step_stride_t
-        step_tile = _values(step, row, row_mask, head, channel, mask, step_stride_t, step_stride_h)
+    v_tile = _values(v, start, row, row_mask, head, channel, mask)
+    step_tile = None
+    if step is not None:
+        step_tile = _values(step, start, row, row_mask, head, channel, mask)
     starts = _from(starts, chunk * num_heads * key_dim * value_dim, COMPLEX)
-    state = head * key_dim * value_dim + channel
     o_tile = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
     for key in range(key_dim):
-        decay_offset = head * decay_stride_h + key * decay_stride_k + channel
-        g, gi = _log_decay(
-            log_decay, step_tile, row, row_mask, decay_offset, mask, decay_stride_t, PER_TOKEN, STEP, COMPLEX
-        )
-        decay, decay_i = _exp(g, gi, COMPLEX)
-        k_key, ki_key = _key(k, row, row_mask, head, mask, k_stride_t, k_stride_h, key, COMPLEX, FOLD)
-        q_key, qi_key = _key(q, row, row_mask, head, mask, q_stride_t, q_stride_h, key, COMPLEX, FOLD)
-        decay, decay_i, s, si = _scan(decay, decay_i, k_key * v_tile, ki_key * v_tile, False, COMPLEX)
-        s_start, si_start = _load(starts, state + key * value_dim, mask, COMPLEX)
-        x, xi = _times(decay, decay_i, s_start[None, :], si_start[None, :], COMPLEX)
+        g, gi = _log_decay(log_decay, step_tile, start, row, row_mask, head, channel, mask, key, COMPLEX, PER_TOKEN)
+        a, ai = _exp(g, gi, COMPLEX)
+        k_key, ki_key = _key(k, start, row, row_mask, head, mask, key, COMPLEX, FOLD)
+        q_key, qi_key = _key(q, start, row, row_mask, head, mask, key, COMPLEX, FOLD)
+        a, ai, s, si = _scan(a, ai, k_key * v_tile, ki_key * v_tile, False, COMPLEX)
+        first, first_i = _load(starts, head * key_dim * value_dim + key * value_dim + channel, mask, COMPLEX)
+        x, xi = _times(a, ai, first[None, :], first_i[None, :], COMPLEX)
         o_tile += _times(q_key, qi_key, s + x, si + xi, COMPLEX)[0]
     width = num_heads * value_dim
     offset = (row * width)[:, None] + (head * value_dim + channel)[None, :]
@@ -326,195 +298,164 @@ def _read_kernel(
 @triton.jit
 def _gradient_kernel(
     q, k, v, log_decay, step, grad_o, chunks, starts, grad_ends, dq, dk, dv, dlog_decay, dstep,
-    num_chunks, num_tokens, num_heads, key_dim, value_dim,
-    q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h, step_stride_t, step_stride_h,
-    decay_stride_t, decay_stride_h, decay_stride_k, grad_stride_t, grad_stride_h,
-    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, FOLD: tl.constexpr, PER_TOKEN: tl.constexpr, STEP: tl.constexpr,
-    COMPLEX: tl.constexpr,
+    num_tokens, num_heads, key_dim, value_dim,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, FOLD: tl.constexpr, PER_TOKEN: tl.constexpr, COMPLEX: tl.constexpr,
 ):  # fmt: skip
-    chunk = tl.program_id(0).to(tl.int64)
-    start = tl.load(chunks + chunk)
-    length = (tl.load(chunks + num_chunks + chunk) - start).to(tl.int32)
+    chunk, start, row, length = _rows(chunks, BLOCK_T)
     if length <= 0:
         return
-    row = tl.arange(0, BLOCK_T)
-    row_mask = row < length
     head, channel, mask = _columns(num_heads, value_dim, BLOCK_C, FOLD)
+    row_mask, before_mask, after_mask = row < length, (row > 0) & (row <= length), row + 1 < length
     tile_mask = row_mask[:, None] & mask[None, :]
-    before_mask, after_mask = row_mask & (row > 0), row + 1 < length
     width = num_heads * value_dim
-    if FOLD:
-        dq, dk = _from(dq, chunk * width * key_dim, COMPLEX), _from(dk, chunk * width * key_dim, COMPLEX)
-    else:
-        q, k = _from(q, start * q_stride_t, COMPLEX), _from(k, start * k_stride_t, COMPLEX)
+    size = width * key_dim
+    starts, grad_ends = _from(starts, chunk * size, COMPLEX), _from(grad_ends, chunk * size, COMPLEX)
+    dlog_decay = _from(dlog_decay, (start if PER_TOKEN else chunk) * size, COMPLEX)
+    part = chunk * size
+    if not FOLD:
         part = (tl.program_id(2).to(tl.int64) * num_tokens + start) * num_heads * key_dim
-        dq, dk = _from(dq, part, COMPLEX), _from(dk, part, COMPLEX)
-    if PER_TOKEN:
-        log_decay = _from(log_decay, start * decay_stride_t, COMPLEX)
-        dlog_decay = _from(dlog_decay, start * width * key_dim, COMPLEX)
-    else:
-        dlog_decay = _from(dlog_decay, chunk * width * key_dim, COMPLEX)
-    starts, grad_ends = (
-        _from(starts, chunk * width * key_dim, COMPLEX),
-        _from(grad_ends, chunk * width * key_dim, COMPLEX),
-    )
-    v += start * v_stride_t
-    v_tile = _values(v, row, row_mask, head, channel, mask, v_stride_t, v_stride_h)
-    v_before = _values(v, row - 1, before_mask, head, channel, mask, v_stride_t, v_stride_h)
-    grad_o += start * grad_stride_t
-    grad_tile = _values(grad_o, row, row_mask, head, channel, mask, grad_stride_t, grad_stride_h)
-    step_tile, step_after = v_tile, v_tile
-    if STEP:
-        step += start * step_stride_t
-        step_tile = _values(step, row, row_mask, head, channel, mask, step_stride_t, step_stride_h)
-        step_after = _values(step, row + 1, after_mask, head, channel, mask, step_stride_t, step_stride_h)
-    state = head * key_dim * value_dim + channel
+    dq, dk = _from(dq, part, COMPLEX), _from(dk, part, COMPLEX)
+    v_tile = _values(v, start, row, row_mask, head, channel, mask)
+    v_before = _values(v, start, row - 1, before_mask, head, channel, mask)
+    grad_tile = _values(grad_o, start, row, row_mask, head, channel, mask)
+    step_tile, step_after = None, None
+    if step is not None:
+        step_tile = _values(step, start, row, row_mask, head, channel, mask)
+        step_after = _values(step, start, row + 1, after_mask, head, channel, mask)
     dv_tile = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
     dstep_tile = dv_tile
     for key in range(key_dim):
-        decay_offset = head * decay_stride_h + key * decay_stride_k + channel
-        k_key, ki_key = _key(k, row, row_mask, head, mask, k_stride_t, k_stride_h, key, COMPLEX, FOLD)
-        q_key, qi_key = _key(q, row, row_mask, head, mask, q_stride_t, q_stride_h, key, COMPLEX, FOLD)
-        k_before, ki_before = _key(k, row - 1, before_mask, head, mask, k_stride_t, k_stride_h, key, COMPLEX, FOLD)
+        k_key, ki_key = _key(k, start, row, row_mask, head, mask, key, COMPLEX, FOLD)
+        q_key, qi_key = _key(q, start, row, row_mask, head, mask, key, COMPLEX, FOLD)
+        k_before, ki_before = _key(k, start, row - 1, before_mask, head, mask, key, COMPLEX, FOLD)
+        state = head * key_dim * value_dim + key * value_dim + channel
         # What has decayed, z_t = a_t S_{t-1}, by a scan of its own: S_t - k_t v_t would lose it where a_t is small.
-        g, gi = _log_decay(
-            log_decay, step_tile, row, row_mask, decay_offset, mask, decay_stride_t, PER_TOKEN, STEP, COMPLEX
-        )
+        g, gi = _log_decay(log_decay, step_tile, start, row, row_mask, head, channel, mask, key, COMPLEX, PER_TOKEN)
         a, ai = _exp(g, gi, COMPLEX)
         x, xi = _times(a, ai, k_before * v_before, ki_before * v_before, COMPLEX)
         a, ai, z, zi = _scan(a, ai, x, xi, False, COMPLEX)
-        s_start, si_start = _load(starts, state + key * value_dim, mask, COMPLEX)
-        x, xi = _times(a, ai, s_start[None, :], si_start[None, :], COMPLEX)
+        first, first_i = _load(starts, state, mask, COMPLEX)
+        x, xi = _times(a, ai, first[None, :], first_i[None, :], COMPLEX)
         z, zi = z + x, zi + xi
         # The gradient of S_t: conj(q_t) do_t, and what comes back through the decay of the token after it.
         g, gi = _log_decay(
-            log_decay, step_after, row + 1, after_mask, decay_offset, mask, decay_stride_t, PER_TOKEN, STEP, COMPLEX
+            log_decay, step_after, start, row + 1, after_mask, head, channel, mask, key, COMPLEX, PER_TOKEN
         )
         a, ai = _exp(g, -gi, COMPLEX)
         a, ai, ds, dsi = _scan(a, ai, q_key * grad_tile, -qi_key * grad_tile, True, COMPLEX)
-        s_end, si_end = _load(grad_ends, state + key * value_dim, mask, COMPLEX)
-        x, xi = _times(a, ai, s_end[None, :], si_end[None, :], COMPLEX)
+        last, last_i = _load(grad_ends, state, mask, COMPLEX)
+        x, xi = _times(a, ai, last[None, :], last_i[None, :], COMPLEX)
         ds, dsi = tl.where(tile_mask, ds + x, 0), tl.where(tile_mask, dsi + xi, 0)
 
         dv_tile += _times_conjugate(ds, dsi, k_key, ki_key, COMPLEX)[0]
-        q_part, qi_part = (k_key * v_tile + z) * grad_tile, -(ki_key * v_tile + zi) * grad_tile
-        k_part, ki_part = ds * v_tile, dsi * v_tile
+        of_q, of_qi = (k_key * v_tile + z) * grad_tile, -(ki_key * v_tile + zi) * grad_tile
+        of_k, of_ki = ds * v_tile, dsi * v_tile
         if FOLD:
-            _store(dq, state + key * value_dim, tl.sum(q_part, 0), tl.sum(qi_part, 0), mask, COMPLEX)
-            _store(dk, state + key * value_dim, tl.sum(k_part, 0), tl.sum(ki_part, 0), mask, COMPLEX)
+            _store(dq, state, tl.sum(of_q, 0), tl.sum(of_qi, 0), mask, COMPLEX)
+            _store(dk, state, tl.sum(of_k, 0), tl.sum(of_ki, 0), mask, COMPLEX)
         else:
-            keys = (row * num_heads + head) * key_dim + key
-            _store(dq, keys, tl.sum(q_part, 1), tl.sum(qi_part, 1), row_mask, COMPLEX)
-            _store(dk, keys, tl.sum(k_part, 1), tl.sum(ki_part, 1), row_mask, COMPLEX)
+            place = (row * num_heads + head) * key_dim + key
+            _store(dq, place, tl.sum(of_q, 1), tl.sum(of_qi, 1), row_mask, COMPLEX)
+            _store(dk, place, tl.sum(of_k, 1), tl.sum(of_ki, 1), row_mask, COMPLEX)
         dg, dgi = _times_conjugate(ds, dsi, z, zi, COMPLEX)
         if PER_TOKEN:
-            matrices = (row * width * key_dim)[:, None] + (state + key * value_dim)[None, :]
-            _store(dlog_decay, matrices, dg, dgi, tile_mask, COMPLEX)
+            _store(dlog_decay, (row * size)[:, None] + state[None, :], dg, dgi, tile_mask, COMPLEX)
         else:
-            if STEP:
-                g, gi = _load(log_decay, decay_offset[None, :], mask[None, :], COMPLEX)
-                dstep_tile += _times_conjugate(dg, dgi, g, gi, COMPLEX)[0]
+            if step is not None:
+                g, gi = _load(log_decay[0], head * log_decay[2] + key * log_decay[3] + channel, mask, COMPLEX)
+                dstep_tile += _times_conjugate(dg, dgi, g[None, :], gi[None, :], COMPLEX)[0]
                 dg, dgi = dg * step_tile, dgi * step_tile
-            _store(dlog_decay, state + key * value_dim, tl.sum(dg, 0), tl.sum(dgi, 0), mask, COMPLEX)
+            _store(dlog_decay, state, tl.sum(dg, 0), tl.sum(dgi, 0), mask, COMPLEX)
     offset = (row * width)[:, None] + (head * value_dim + channel)[None, :]
     tl.store(dv + start * width + offset, dv_tile, mask=tile_mask)
-    if STEP:
+    if step is not None:
         tl.store(dstep + start * width + offset, dstep_tile, mask=tile_mask)
 
 
-class _Launch:
-    """Operands as the kernels read them, and what all launches have in common."""
+class _Problem:
+    """The arguments of one call as the kernels take them."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, step: Tensor | None, cu_seqlens):
-        self.batch_size, self.length, self.num_heads, self.value_dim = v.shape
-        self.key_dim, self.num_tokens = k.shape[-1], self.batch_size * self.length
+        batch_size, length, num_heads, value_dim = v.shape
+        self.num_tokens, self.key_dim = batch_size * length, k.shape[-1]
         self.is_complex = any(x.is_complex() for x in (q, k, log_decay))
-        self.per_token, self.step = log_decay.dim() == 5, step is not None
-        self.fold = q.dim() == 2 and k.dim() == 2
-        self.q, self.k = self.planes(self.tokens(q)), self.planes(self.tokens(k))
-        self.log_decay = self.planes(_dense(log_decay.flatten(0, 1) if self.per_token else log_decay[None]))
-        self.v = _dense(v.flatten(0, 1))
-        self.given_step = self.v if step is None else _dense(step.flatten(0, 1))
-        self.chunk_size, self.block, self.num_warps = CONFIGS[architecture(v)]
-        columns = self.num_heads * self.value_dim if self.fold else self.value_dim
-        self.block = max(16, min(self.block, triton.next_power_of_2(columns)))
-        self.tiles = triton.cdiv(columns, self.block)
-        self.chunks, self.first_chunk = _cut(v, cu_seqlens, self.chunk_size)
-        self.num_documents, self.num_chunks = self.first_chunk.shape[0] - 1, self.chunks.shape[1]
-        self.grid = (self.num_chunks, 1 if self.fold else self.num_heads, self.tiles)
-        self.flags = dict(
-            BLOCK_T=self.chunk_size,
-            BLOCK_C=self.block,
-            FOLD=self.fold,
-            PER_TOKEN=self.per_token,
-            STEP=self.step,
-            COMPLEX=self.is_complex,
-            num_warps=self.num_warps,
-        )
-
-    def tokens(self, x: Tensor) -> Tensor:
-        """q or k as [M, H, K] ([1, H, K] where both are constant)"""
-        if x.dim() == 4:
-            return _dense(x.flatten(0, 1))
-        return _dense(x)[None].expand(1 if self.fold else self.num_tokens, -1, -1)
-
-    def planes(self, x: Tensor) -> Tensor:
-        return x.to(torch.complex64).resolve_conj() if self.is_complex else x
+        self.fold, per_token = q.dim() == 2 and k.dim() == 2, log_decay.dim() == 5
+        block_t, block_c, num_warps = CONFIGS[architecture(v)]
+        columns = num_heads * value_dim if self.fold else value_dim
+        block_c = max(16, min(block_c, triton.next_power_of_2(columns)))
+        self.num_documents = batch_size if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        self.num_chunks = triton.cdiv(length, block_t) * batch_size + (0 if cu_seqlens is None else self.num_documents)
+        self.grid = (self.num_chunks, 1 if self.fold else num_heads, triton.cdiv(columns, block_c))
+        self.matrix, self.v = (num_heads, self.key_dim, value_dim), v
+        self.sizes = dict(num_heads=num_heads, key_dim=self.key_dim, value_dim=value_dim)
+        self.flags = dict(BLOCK_T=block_t, BLOCK_C=block_c, FOLD=self.fold, PER_TOKEN=per_token, num_warps=num_warps)
+        self.flags["COMPLEX"] = self.is_complex
+        self.given = (q, k, log_decay, step, cu_seqlens)
 
     def states(self, rows: int) -> Tensor:
-        shape = (rows, self.num_heads, self.key_dim, self.value_dim)
-        return self.v.new_empty(shape, dtype=torch.complex64 if self.is_complex else torch.float32)
+        return self.v.new_empty((rows, *self.matrix), dtype=torch.complex64 if self.is_complex else torch.float32)
 
-    def summary_and_fold(self, k: Tensor, v: Tensor, carry: Tensor | None, backward: bool) -> tuple[Tensor, Tensor]:
+    def operands(self) -> dict:
+        """q, k, v, log_decay and step, each with its strides, and where chunks start and end."""
+        q, k, log_decay, step, cu_seqlens = self.given
+        self.chunks, self.first_chunk = _cut(self.v, cu_seqlens, self.flags["BLOCK_T"], self.num_chunks)
+        q, k = (x if x.dim() == 4 or self.fold else x.expand(*self.v.shape[:2], -1, -1) for x in (q, k))
+        return dict(
+            q=self.strided(q),
+            k=self.strided(k),
+            v=_strided(self.v),
+            log_decay=self.strided(log_decay),
+            step=None if step is None else _strided(step),
+            chunks=self.chunks,
+        )
+
+    def strided(self, x: Tensor) -> tuple:
+        return _strided(x.to(torch.complex64).resolve_conj() if self.is_complex else x)
+
+    def summary_and_fold(self, operands: dict, carry: Tensor | None, backward: bool) -> tuple[Tensor, Tensor]:
         """What each chunk receives, and what is left at the end (in the backward: the beginning) of the documents."""
         transition, local, last = (self.states(n) for n in (self.num_chunks, self.num_chunks, self.num_documents))
-        if self.num_chunks and last.numel():
+        if last.numel() and self.num_chunks:
             _summary_kernel[self.grid](
-                _raw(k), v, _raw(self.log_decay), self.given_step, self.chunks, _raw(transition), _raw(local),
-                self.num_chunks, self.num_heads, self.key_dim, self.value_dim,
-                *k.stride()[:2], *v.stride()[:2], *self.given_step.stride()[:2], *self.log_decay.stride()[:3],
-                BACKWARD=backward, **self.flags,
+                **operands, transition=_raw(transition), local=_raw(local), **self.sizes, **self.flags,
+                BACKWARD=backward,
             )  # fmt: skip
         if last.numel():
-            carry = None if carry is None else self.planes(carry).contiguous()
+            carry = None if carry is None else _raw(carry.to(last.dtype).resolve_conj().contiguous())
             size = last[0].numel()
             _fold_kernel[(triton.cdiv(size, FOLD_BLOCK), self.num_documents)](
-                _raw(transition), _raw(local), _raw(last if carry is None else carry), _raw(last), self.first_chunk,
-                size, BLOCK=FOLD_BLOCK, CARRY=carry is not None, COMPLEX=self.is_complex, BACKWARD=backward,
+                _raw(transition), _raw(local), carry, _raw(last), self.first_chunk, size,
+                BLOCK=FOLD_BLOCK, COMPLEX=self.is_complex, BACKWARD=backward,
             )  # fmt: skip
         return local, last
-
-
-def _dense(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _raw(x: Tensor) -> Tensor:
     return torch.view_as_real(x) if x.is_complex() else x
 
 
-def _most_chunks(v: Tensor, cu_seqlens: Tensor | None, chunk_size: int) -> int:
-    """How many there are is for the device to know."""
-    chunks = triton.cdiv(v.shape[1], chunk_size)
-    return v.shape[0] * chunks if cu_seqlens is None else chunks + cu_seqlens.shape[0] - 1
+def _strided(x: Tensor) -> tuple:
+    """x [B, T, ...] or, the same for every token, [...], with its strides of token, head (and key)."""
+    x = x.flatten(0, 1) if x.dim() > 3 else x[None]
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    return _raw(x), *x.stride()[:-1]
 
 
-def _cut(v: Tensor, cu_seqlens: Tensor | None, chunk_size: int) -> tuple[Tensor, Tensor]:
-    """Where chunks start and end, int64 [2, chunks], and each document's first chunk, int64 [N + 1].
+def _cut(v: Tensor, cu_seqlens: Tensor | None, chunk_size: int, num_chunks: int) -> tuple[Tensor, Tensor]:
+    """Where chunks start and end, int64 [chunks, 2], and each document's first chunk, int64 [N + 1].
 
-    Chunks that there are not start past their end.
+    How many chunks there are is for the device to know; those that there are not start past their end.
     """
-    batch_size, length = v.shape[:2]
     if cu_seqlens is None:
-        bounds = torch.arange(batch_size + 1, device=v.device) * length
+        bounds = torch.arange(v.shape[0] + 1, device=v.device) * v.shape[1]
     else:
         bounds = cu_seqlens.long()
     first = torch.zeros_like(bounds)
     torch.cumsum((bounds.diff() + chunk_size - 1) // chunk_size, 0, out=first[1:])
-    chunk = torch.arange(_most_chunks(v, cu_seqlens, chunk_size), device=v.device)
+    chunk = torch.arange(num_chunks, device=v.device)
     document = (torch.searchsorted(first, chunk, right=True) - 1).clamp(max=bounds.shape[0] - 2)
     start = bounds[document] + (chunk - first[document]) * chunk_size
-    return torch.stack([start, torch.minimum(start + chunk_size, bounds[document + 1])]), first
+    return torch.stack([start, torch.minimum(start + chunk_size, bounds[document + 1])], 1), first
 
 
 @torch.library.custom_op("torchlmoe::elementwise_recurrence_triton", mutates_args=())
@@ -534,26 +475,25 @@ def elementwise_recurrence(
     step: [B, T, H, V], times log_decay [H, K, V]. initial_state: [N, H, K, V]. cu_seqlens: int32 [N + 1], with B = 1.
     States are float32 or complex64.
     """
-    call = _Launch(k if q is None else q, k, v, log_decay, step, cu_seqlens)
-    starts, final = call.summary_and_fold(call.k, call.v, initial_state, backward=False)
+    problem = _Problem(k if q is None else q, k, v, log_decay, step, cu_seqlens)
+    operands = problem.operands()
+    q_operand = operands.pop("q")
+    starts, final = problem.summary_and_fold(operands, initial_state, backward=False)
     if q is None:
         return torch.zeros_like(v, memory_format=torch.contiguous_format), final, starts
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     if o.numel():
-        _read_kernel[call.grid](
-            _raw(call.q), _raw(call.k), call.v, _raw(call.log_decay), call.given_step, call.chunks, _raw(starts), o,
-            call.num_chunks, call.num_heads, call.key_dim, call.value_dim,
-            *call.q.stride()[:2], *call.k.stride()[:2], *call.v.stride()[:2], *call.given_step.stride()[:2],
-            *call.log_decay.stride()[:3], **call.flags,
+        _read_kernel[problem.grid](
+            q=q_operand, **operands, starts=_raw(starts), o=o, **problem.sizes, **problem.flags
         )  # fmt: skip
     return o, final, starts
 
 
 @elementwise_recurrence.register_fake
 def _(q, k, v, log_decay, step, initial_state, cu_seqlens):
-    call = _Launch(k if q is None else q, k, v, log_decay, step, cu_seqlens)
+    problem = _Problem(k if q is None else q, k, v, log_decay, step, cu_seqlens)
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
-    return o, call.states(call.num_documents), call.states(call.num_chunks)
+    return o, problem.states(problem.num_documents), problem.states(problem.num_chunks)
 
 
 @torch.library.custom_op("torchlmoe::elementwise_recurrence_triton_backward", mutates_args=())
@@ -570,26 +510,26 @@ def _backward(
     starts: Tensor,
 ) -> list[Tensor]:
     """Gradients of q, k, v, log_decay, step and initial_state; an operation cannot return None, so empty if absent."""
-    call = _Launch(k if q is None else q, k, v, log_decay, step, cu_seqlens)
-    grad_o = _dense(grad_o.flatten(0, 1)) if q is not None else torch.zeros_like(call.v)
-    ends, grad_initial = call.summary_and_fold(call.q, grad_o, grad_final, backward=True)
+    problem = _Problem(k if q is None else q, k, v, log_decay, step, cu_seqlens)
+    operands = problem.operands()
+    grad_rows = _strided(torch.zeros_like(v) if q is None else grad_o)
+    swapped = operands | dict(k=operands["q"], v=grad_rows)
+    del swapped["q"]
+    ends, grad_initial = problem.summary_and_fold(swapped, grad_final, backward=True)
     dv = torch.empty_like(v, memory_format=torch.contiguous_format)
-    dstep = dv if step is None else torch.empty_like(step, memory_format=torch.contiguous_format)
-    per_chunk = (call.num_chunks, call.num_heads, call.key_dim, call.value_dim)
-    per_tile = (call.tiles, call.num_tokens, call.num_heads, call.key_dim)
+    dstep = None if step is None else torch.empty_like(step, memory_format=torch.contiguous_format)
+    per_chunk = (problem.num_chunks, *problem.matrix)
+    per_tile = (problem.grid[2], problem.num_tokens, *problem.matrix[:2])
     # Chunks that there are not write nothing.
-    dq, dk = (starts.new_zeros(per_chunk) if call.fold else starts.new_empty(per_tile) for _ in range(2))
-    if call.per_token:
-        dlog_decay = log_decay.new_empty(log_decay.shape, dtype=starts.dtype if call.is_complex else log_decay.dtype)
+    dq, dk = (starts.new_zeros(per_chunk) if problem.fold else starts.new_empty(per_tile) for _ in range(2))
+    if problem.flags["PER_TOKEN"]:
+        dlog_decay = log_decay.new_empty(log_decay.shape, dtype=starts.dtype if problem.is_complex else log_decay.dtype)
     else:
         dlog_decay = starts.new_zeros(per_chunk)
-    if call.num_chunks and starts.numel():
-        _gradient_kernel[call.grid](
-            _raw(call.q), _raw(call.k), call.v, _raw(call.log_decay), call.given_step, grad_o, call.chunks,
-            _raw(starts), _raw(ends), _raw(dq), _raw(dk), dv, _raw(dlog_decay), dstep,
-            call.num_chunks, call.num_tokens, call.num_heads, call.key_dim, call.value_dim,
-            *call.q.stride()[:2], *call.k.stride()[:2], *call.v.stride()[:2], *call.given_step.stride()[:2],
-            *call.log_decay.stride()[:3], *grad_o.stride()[:2], **call.flags,
+    if problem.num_chunks and starts.numel():
+        _gradient_kernel[problem.grid](
+            **operands, grad_o=grad_rows, starts=_raw(starts), grad_ends=_raw(ends), dq=_raw(dq), dk=_raw(dk), dv=dv,
+            dlog_decay=_raw(dlog_decay), dstep=dstep, num_tokens=problem.num_tokens, **problem.sizes, **problem.flags,
         )  # fmt: skip
 
     def like(x: Tensor | None, grad: Tensor, *summed: int) -> Tensor:
@@ -600,11 +540,11 @@ def _backward(
         return grad.to(x.dtype).view(x.shape)
 
     def of_key(x: Tensor | None, grad: Tensor) -> Tensor:
-        if call.fold:
+        if problem.fold:
             return like(x, grad, 0, 3)
         return like(x, grad, 0) if x is None or x.dim() == 4 else like(x, grad, 0, 1)
 
-    of_decay = like(log_decay, dlog_decay) if call.per_token else like(log_decay, dlog_decay, 0)
+    of_decay = like(log_decay, dlog_decay) if log_decay.dim() == 5 else like(log_decay, dlog_decay, 0)
     return [of_key(q, dq), of_key(k, dk), dv, of_decay, like(step, dstep), like(initial_state, grad_initial)]
 
 
