@@ -102,33 +102,37 @@ def log2_column(decay, row, token, head, rows, valid):
 
 
 @triton.jit
-def passes(
+def from_start(
     decay, row, token, head, rows, cols, valid, WIDTH: tl.constexpr, PER_CHANNEL: tl.constexpr, BEFORE: tl.constexpr
 ):
-    """What passes from the chunk's start to each reader [C, D], from each writer to its end, and all of it [D].
+    """What passes from the chunk's start to each reader: [C, D], [C, 1] or [1, 1].
 
-    C or D is one where they are alike. BEFORE: a reader reads what was before its own decay.
+    BEFORE: a reader reads what was before its own decay.
     """
     if decay is None:
-        one = tl.full([1, 1], 1.0, tl.float32)
-        return one, one, tl.full([1], 1.0, tl.float32)
+        return tl.full([1, 1], 1.0, tl.float32)
     elif PER_CHANNEL:
         g = log2_tile(decay, row, token, head, rows, cols, valid, WIDTH)
-        read = tl.cumsum(g, 0)
-        if BEFORE:
-            read -= g
-        written = tl.cumsum(g, 0, reverse=True) - g
-        return tl.exp2(read), tl.exp2(written), tl.exp2(tl.sum(g, 0))
+        total = tl.cumsum(g, 0)
+        return tl.exp2(total - g if BEFORE else total)
     else:
         g = log2_column(decay, row, token, head, rows, valid)
         total = tl.cumsum(g, 0)
-        read = total
-        if BEFORE:
-            read -= g
-        whole = tl.sum(g, 0)
-        whole_1 = whole + tl.zeros([1], tl.float64)
-        to_end = tl.exp2((whole - total).to(tl.float32))
-        return tl.exp2(read.to(tl.float32))[:, None], to_end[:, None], tl.exp2(whole_1.to(tl.float32))
+        return tl.exp2((total - g if BEFORE else total).to(tl.float32))[:, None]
+
+
+@triton.jit
+def to_end(decay, row, token, head, rows, cols, valid, WIDTH: tl.constexpr, PER_CHANNEL: tl.constexpr):
+    """What passes from each writer to the chunk's end, and the whole of it: [D] or [1]."""
+    if decay is None:
+        return tl.full([1, 1], 1.0, tl.float32), tl.full([1], 1.0, tl.float32)
+    elif PER_CHANNEL:
+        g = log2_tile(decay, row, token, head, rows, cols, valid, WIDTH)
+        return tl.exp2(tl.cumsum(g, 0, reverse=True) - g), tl.exp2(tl.sum(g, 0))
+    else:
+        g = log2_column(decay, row, token, head, rows, valid)
+        whole = tl.sum(g, 0) + tl.zeros([1], tl.float64)
+        return tl.exp2((whole - tl.cumsum(g, 0)).to(tl.float32))[:, None], tl.exp2(whole.to(tl.float32))
 
 
 @triton.jit
@@ -379,8 +383,7 @@ def scan_kernel(
                 store_state(states, state_KV, slot // (SPAN // C), head, heads, cols_k, cols_v, K, V)
         k_CK = tile(k, row, token, head // GROUP, rows, cols_k, valid, K)
         v_CV = tile(v, row, token, head, rows, cols_v, valid, V)
-        start_CK, end_CK, whole_K = passes(g, row, token, head, rows, cols_k, valid, K, PER_CHANNEL, u is not None)
-        start_CV, end_CV, whole_V = passes(h, row, token, head, rows, cols_v, valid, V, True, u is not None)
+        start_CK = from_start(g, row, token, head, rows, cols_k, valid, K, PER_CHANNEL, u is not None)
         w_CV = v_CV  # what k writes
         if e is not None:
             b_CK = k_CK
@@ -397,7 +400,8 @@ def scan_kernel(
                 w_CV = n_CV
         if o is not None:
             q_CK = tile(q, row, token, head // GROUP, rows, cols_k, valid, K)
-            o_CV = dot(q_CK * start_CK, state_KV, DOT) * start_CV
+            o_CV = dot(q_CK * start_CK, state_KV, DOT)
+            o_CV *= from_start(h, row, token, head, rows, cols_v, valid, V, True, u is not None)
             if matrices is not None:
                 scores_CC = tl.load(matrix_at(matrices, slot, head, heads, 0, rows, C)).to(tl.float32)
             else:
@@ -413,6 +417,8 @@ def scan_kernel(
             if b is not None:
                 o_CV = add_dot(o_CV, tl.load(matrix_at(matrices, slot, head, heads, 2, rows, C)), n_CV, DOT)
             store_tile(o, o_CV * scale, row, token, head, rows, cols_v, valid, V)
+        end_CK, whole_K = to_end(g, row, token, head, rows, cols_k, valid, K, PER_CHANNEL)
+        end_CV, whole_V = to_end(h, row, token, head, rows, cols_v, valid, V, True)
         state_KV *= whole_K[:, None] * whole_V[None, :]
         state_KV = add_dot(state_KV, tl.trans(k_CK * end_CK), w_CV * end_CV, DOT)
         if b is not None:
@@ -589,11 +595,12 @@ def chunk_matrices(problem: Problem) -> Tensor | None:
     slots = problem.num_spans * shape["SPAN"] // config.chunk
     k, size = tensors["k"][0], (config.chunk, config.chunk)
     matrices = torch.empty(slots, shape["heads"], MATRICES.value, *size, dtype=problem.dtype, device=k.device)
+    # tf32 keeps as many digits as the 16 bits in which T is stored.
     precise = problem.dtype == torch.float32 or torch.version.hip is not None
     scores_kernel[(slots * shape["heads"],)](
         *(tensors[name] for name in ("q", "k", "e", "b", "g", "u")), matrices, tensors["spans"], **shape,
         BLOCK_K=min(config.block_k, max(16, triton.next_power_of_2(shape["K"]))),
-        PRECISION="ieee" if precise else "tf32x3", num_warps=config.scores_warps, num_stages=1,
+        PRECISION="ieee" if precise else "tf32", num_warps=config.scores_warps, num_stages=1,
     )  # fmt: skip
     return matrices
 

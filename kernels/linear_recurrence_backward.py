@@ -40,6 +40,7 @@ from .linear_recurrence import (
     empty_states,
     erase_tile,
     flops,
+    from_start,
     halfway,
     linear_recurrence,
     load_state,
@@ -47,7 +48,6 @@ from .linear_recurrence import (
     matrix_at,
     on_diagonal,
     own_score,
-    passes,
     per_head,
     problem_of,
     scan,
@@ -55,6 +55,7 @@ from .linear_recurrence import (
     store_tile,
     strided,
     tile,
+    to_end,
     within_blocks,
 )
 
@@ -112,8 +113,8 @@ def reverse_kernel(
         token, slot = start + chunk * C, span * (SPAN // C) + chunk
         valid = end - token
         store_state(state_grads, grad_KV, slot, head, heads, cols_k, cols_v, K, V)
-        start_CK, end_CK, whole_K = passes(g, row, token, head, rows, cols_k, valid, K, PER_CHANNEL, BEFORE)
-        start_CV, _, whole_V = passes(h, row, token, head, rows, cols_v, valid, V, True, BEFORE)
+        end_CK, whole_K = to_end(g, row, token, head, rows, cols_k, valid, K, PER_CHANNEL)
+        _, whole_V = to_end(h, row, token, head, rows, cols_v, valid, V, True)
         if q is not None:
             q_CK = tile(q, row, token, head // GROUP, rows, cols_k, valid, K)
             do_CV = tile(do, row, token, head, rows, cols_v, valid, V) * scale
@@ -133,7 +134,9 @@ def reverse_kernel(
             store_tile(dz, dz_CV, row, token, head, rows, cols_v, valid, V)
             e_CK = erase_tile(e, b_CK, row, token, head, rows, cols_k, valid, K, IS_BETA)
         grad_KV *= whole_K[:, None] * whole_V[None, :]
+        start_CK = from_start(g, row, token, head, rows, cols_k, valid, K, PER_CHANNEL, BEFORE)
         if q is not None:
+            start_CV = from_start(h, row, token, head, rows, cols_v, valid, V, True, BEFORE)
             grad_KV = add_dot(grad_KV, tl.trans(q_CK * start_CK), do_CV * start_CV, DOT)
         if e is not None:
             grad_KV -= dot(tl.trans(e_CK * start_CK), dz_CV, DOT)
@@ -213,7 +216,7 @@ def value_grads_kernel(
         return
     rows, cols_k = tl.arange(0, C), tl.arange(0, BLOCK_K)
     cols_v = tl.program_id(0) % tiles * BLOCK_V + tl.arange(0, BLOCK_V)
-    start_CK, end_CK, whole_K = passes(g, row, token, head, rows, cols_k, valid, K, PER_CHANNEL, u is not None)
+    end_CK, whole_K = to_end(g, row, token, head, rows, cols_k, valid, K, PER_CHANNEL)
     k_CK = tile(k, row, token, head // GROUP, rows, cols_k, valid, K)
     grad_KV = load_state(state_grads, slot, head, heads, cols_k, cols_v, K, V)
     dv_CV = dot(k_CK * end_CK, grad_KV, DOT)
@@ -234,7 +237,7 @@ def value_grads_kernel(
             dz_CV = tile(dz, row, token, head, rows, cols_v, valid, V)
             dv_CV -= dot(tl.trans(tl.load(matrix_at(matrices, slot, head, heads, 3, rows, C))), dz_CV, DOT)
     else:
-        start_CV, end_CV, whole_V = passes(h, row, token, head, rows, cols_v, valid, V, True, u is not None)
+        end_CV, whole_V = to_end(h, row, token, head, rows, cols_v, valid, V, True)
         v_CV = tile(v, row, token, head, rows, cols_v, valid, V)
         state_KV = load_state(states, slot, head, heads, cols_k, cols_v, K, V)
         through_V = tl.sum(state_KV * whole_K[:, None] * grad_KV, 0) * whole_V
@@ -244,6 +247,8 @@ def value_grads_kernel(
         read_CV = tl.zeros([C, BLOCK_V], tl.float32)
         h_CV = log2_tile(h, row, token, head, rows, cols_v, valid, V)
         if q is not None:
+            start_CK = from_start(g, row, token, head, rows, cols_k, valid, K, PER_CHANNEL, u is not None)
+            start_CV = from_start(h, row, token, head, rows, cols_v, valid, V, True, u is not None)
             read_CV += do_CV * dot(q_CK * start_CK, state_KV, DOT) * start_CV
             scores_CC = tl.load(matrix_at(matrices, slot, head, heads, 0, rows, C)).to(tl.float32)
             columns_CC = tl.trans(scores_CC)
@@ -287,7 +292,7 @@ def key_grads_kernel(
         cols_v = first + tl.arange(0, BLOCK_V)
         state_KV = load_state(states, slot, head, heads, cols, cols_v, K, V)
         grad_KV = load_state(state_grads, slot, head, heads, cols, cols_v, K, V)
-        start_CV, end_CV, whole_V = passes(h, row, token, head, rows, cols_v, valid, V, True, u is not None)
+        end_CV, whole_V = to_end(h, row, token, head, rows, cols_v, valid, V, True)
         if n is None or b is not None:
             w_CV = tile(v, row, token, head, rows, cols_v, valid, V)
         if n is not None:
@@ -301,11 +306,13 @@ def key_grads_kernel(
         dk_CK = add_dot(dk_CK, w_CV * end_CV, tl.trans(grad_KV), DOT)
         if q is not None:
             do_CV = tile(do, row, token, head, rows, cols_v, valid, V) * scale
+            start_CV = from_start(h, row, token, head, rows, cols_v, valid, V, True, u is not None)
             dq_CK = add_dot(dq_CK, do_CV * start_CV, tl.trans(state_KV), DOT)
         if g is not None:
             through_K += tl.sum(state_KV * grad_KV * whole_V[None, :], 1)
 
-    start_CK, end_CK, whole_K = passes(g, row, token, head, rows, cols, valid, K, PER_CHANNEL, u is not None)
+    start_CK = from_start(g, row, token, head, rows, cols, valid, K, PER_CHANNEL, u is not None)
+    end_CK, whole_K = to_end(g, row, token, head, rows, cols, valid, K, PER_CHANNEL)
     k_CK = tile(k, row, token, head // GROUP, rows, cols, valid, K)
     dk_CK *= end_CK
     written_CK = k_CK * dk_CK
