@@ -11,7 +11,6 @@ and what the code object's notes say for ROCm. Shared memory is what a program a
 
 import importlib
 import os
-import pkgutil
 import re
 import subprocess
 import sys
@@ -23,8 +22,9 @@ from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from types import ModuleType
 from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)  # read when triton and the kernels' files are imported
 
 import torch
 import triton
@@ -32,7 +32,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from benchmarks.operations import OPERATIONS, Size
+from benchmarks.operations import OPERATIONS, Size, kernel_modules
 from benchmarks.report import arguments, show
 
 TARGETS = {
@@ -45,7 +45,7 @@ SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # that o
 MOST_SPILLS = 16
 WIDTHS = (64, 128, 256)
 DTYPES = ("bfloat16", "float32")
-LENGTHS = (64, 320)  # of one chunk, and of several spans of them: kernels may be launched otherwise
+LENGTHS = (1, 64, 320)  # decoding, one chunk and several spans of them: kernels may be launched otherwise
 HEADS = 16
 Call = Callable[[int, torch.dtype, int], Any]  # (width, dtype, length) -> outputs
 
@@ -75,16 +75,9 @@ class Launch:
     failure: str
 
 
-def kernel_modules() -> list[ModuleType]:
-    """Every file of kernels/."""
-    folder = importlib.import_module("torchlmoe.kernels").__path__
-    return [importlib.import_module(f"torchlmoe.kernels.{module.name}") for module in pkgutil.iter_modules(folder)]
-
-
 @contextmanager
 def compiling_for(target: str) -> Iterator[list[Launch]]:
     """Launches compile for `target` and do not run; the list grows by one for each."""
-    os.environ.pop("TRITON_INTERPRET", None)  # read when a kernel's file is imported
     launches: list[Launch] = []
     run = JITFunction.run
 
@@ -216,7 +209,8 @@ def rows_for(target: str, call: str, width: int, dtype: str) -> tuple[list[dict[
     with compiling_for(target) as launches:
         for length in LENGTHS:
             outputs = [x for x in CALLS[call](width, getattr(torch, dtype), length) if x.requires_grad]
-            torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
+            if length > 1:
+                torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
     rows: dict[str, dict[str, Any]] = {}
     faults = []
     for launch in launches:

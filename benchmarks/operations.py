@@ -6,9 +6,11 @@ call, so that nothing here needs it.
 
 import importlib
 import os
+import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -69,6 +71,12 @@ class Operation:
     ways: dict[str, Way]
     flops: Callable[[Size], float]
     decode_ways: dict[str, Way] = field(default_factory=dict)  # of one token, from a state
+
+
+def kernel_modules() -> list[ModuleType]:
+    """Every file of kernels/."""
+    folder = importlib.import_module("torchlmoe.kernels").__path__
+    return [importlib.import_module(f"torchlmoe.kernels.{module.name}") for module in pkgutil.iter_modules(folder)]
 
 
 def _recurrence_inputs(terms: tuple[str, ...]) -> Callable[[Size, torch.dtype, str], dict[str, Tensor]]:

@@ -23,8 +23,7 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel's file is imported
 
-from benchmarks.kernel_resources import kernel_modules
-from benchmarks.operations import OPERATIONS, OURS, PLAIN, Size, Way
+from benchmarks.operations import OPERATIONS, OURS, PLAIN, Size, Way, kernel_modules
 from benchmarks.report import arguments, seconds_of, show
 
 WIDTHS = (64, 128, 256)
