@@ -168,13 +168,16 @@ def _run(
     terms = (q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, scale, initial_state, cu_seqlens)
     if backend not in ("auto", "reference", "chunked", "triton"):
         raise ValueError(f"backend = {backend!r} is unknown; use 'auto', 'chunked', 'triton' or 'reference'.")
-    key_dim, tensors = k.shape[-1], [x for x in terms if isinstance(x, Tensor)]
+    for_kernels = terms
+    if log_decay is not None and log_decay.dim() == 1 and v.dtype != torch.float64:  # a layer's constants, in float64
+        for_kernels = (q, k, v, log_decay.to(torch.float32), *terms[4:])
+    key_dim, tensors = k.shape[-1], [x for x in for_kernels if isinstance(x, Tensor)]
     too_wide = f"its keys are {key_dim} wide, more than {KERNEL_WIDTH}" if key_dim > KERNEL_WIDTH else None
     if kernels_serve(backend, *tensors, refusal=too_wide):
         # Only now: when they are imported, Triton decides whether to interpret them.
         from torchlmoe.kernels import linear_recurrence_backward as kernels
 
-        return kernels.linear_recurrence(*terms)
+        return kernels.linear_recurrence(*for_kernels)
     decodes = backend == "auto" and v.shape[1] == 1  # one step of the definition is the least work
     if backend == "reference" or decodes:
         if cu_seqlens is not None:  # chunked looks at them where it lays out chunks
