@@ -126,7 +126,8 @@ def test_module_takes_it(bias, device, monkeypatch):
         x, bounds = randn(1, 9, 6).float().to(device), torch.tensor([[0, 4, 9]], dtype=torch.int32, device=device)
         sequence, row = Sequence.of_packed_rows(bounds, 9), Sequence.of_rows(1, 9, device)
         cache = module.to(device).init_cache(1, torch.float32, device)
-        pieces = [module(part, sequence=row, cache=cache) for part in x.split([1, 2, 5, 1], 1)]
+        parts = zip(*(each.split([1, 2, 5, 1], 1) for each in (x, row.positions)), strict=True)
+        pieces = [module(part, sequence=Sequence(positions), cache=cache) for part, positions in parts]
         results = module(x, sequence=sequence), module(x, sequence=row), torch.cat(pieces, 1), cache["inputs"]
         return [result.cpu() for result in results]
 
