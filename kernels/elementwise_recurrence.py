@@ -532,8 +532,8 @@ def _backward(
             dlog_decay=_raw(dlog_decay), dstep=dstep, num_tokens=problem.num_tokens, **problem.sizes, **problem.flags,
         )  # fmt: skip
 
-    def like(x: Tensor | None, grad: Tensor, *summed: int) -> Tensor:
-        if x is None:
+    def like(x: Tensor | None, grad: Tensor | None, *summed: int) -> Tensor:
+        if x is None or grad is None:
             return k.new_empty(0)
         grad = grad.sum(summed) if summed else grad
         grad = grad.real.contiguous() if grad.is_complex() and not x.is_complex() else grad
