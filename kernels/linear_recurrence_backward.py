@@ -326,20 +326,20 @@ def key_grads_kernel(
         q_CK = tile(q, row, token, head // GROUP, rows, cols, valid, K)
         dq_CK *= start_CK
         read_CK += q_CK * dq_CK
-        qk = tl.load(matrix_at(grads, slot, head, heads, 0, rows, C)).to(tl.float32)
-        own = diagonal_of(qk, rows)[:, None]
+        qk = tl.load(matrix_at(grads, slot, head, heads, 0, rows, C))
+        own = diagonal_of(qk.to(tl.float32), rows)[:, None]
         if u is not None:
             own *= per_head(u, head, cols, K)[None, :]
             qk = tl.where(rows[:, None] > rows[None, :], qk, 0.0)
         if b is not None:
-            qb = tl.load(matrix_at(grads, slot, head, heads, 2, rows, C)).to(tl.float32)
+            qb = tl.load(matrix_at(grads, slot, head, heads, 2, rows, C))
     if e is not None:
         e_CK = erase_tile(e, b_CK, row, token, head, rows, cols, valid, K, IS_BETA)
         de_CK *= start_CK
         read_CK += e_CK * de_CK
-        eb = tl.load(matrix_at(grads, slot, head, heads, 1, rows, C)).to(tl.float32)
+        eb = tl.load(matrix_at(grads, slot, head, heads, 1, rows, C))
         if b is not None:
-            ek = tl.load(matrix_at(grads, slot, head, heads, 3, rows, C)).to(tl.float32)
+            ek = tl.load(matrix_at(grads, slot, head, heads, 3, rows, C))
 
     if PER_CHANNEL:
         g_CK = log2_tile(g, row, token, head, rows, cols, valid, K)
@@ -417,7 +417,7 @@ def key_grads_kernel(
             dq_CK += own * k_CK
             dk_CK += own * q_CK
             if b is not None:
-                own_b = diagonal_of(qb, rows)[:, None]
+                own_b = diagonal_of(qb.to(tl.float32), rows)[:, None]
                 dq_CK += own_b * b_CK
                 db_CK += own_b * q_CK
         if u is not None:
