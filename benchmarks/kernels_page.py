@@ -58,10 +58,21 @@ def choosing_as_on_a_gpu() -> Iterator[None]:
             module.kernels_serve = original  # type: ignore[attr-defined]
 
 
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def operations_of(name: str) -> set[str]:
-    """What a mixer calls, forward and backward."""
+    """What a mixer calls in 16 bits, forward and backward. (In float32 ReBased wants float64, which kernels refuse.)"""
     kind = MIXERS[name]
-    with FakeTensorMode(shape_env=ShapeEnv()), choosing_as_on_a_gpu(), OperationNames() as called:
+    fake, half = FakeTensorMode(shape_env=ShapeEnv()), default_dtype(torch.float16)
+    with fake, half, choosing_as_on_a_gpu(), OperationNames() as called:
         mixer = kind.at(Place(), 64, **({"num_heads": 4} if "num_heads" in kind.settings() else {}))
         x = torch.empty(1, 32, 64, requires_grad=True)
         y = mixer(x, sequence=Sequence.of_rows(1, 32, torch.device("cpu")))
