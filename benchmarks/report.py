@@ -4,9 +4,11 @@ import argparse
 import json
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,36 @@ def interleaved_seconds(
             _synchronize()
             seconds[name].append(time.perf_counter() - begin)
     return seconds
+
+
+def seconds_of(run: Callable[[], object], device: str) -> float:
+    """Of one run: by CUDA events, or by the wall clock on a CPU."""
+    if device == "cpu":
+        begin = time.perf_counter()
+        run()
+        return time.perf_counter() - begin
+    begin_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin_event.record()
+    run()
+    end_event.record()
+    end_event.synchronize()
+    return begin_event.elapsed_time(end_event) / 1e3
+
+
+def attempt(notes: list[str], measure: Callable[..., Any], *args: Any) -> Any:
+    """measure(*args); None, and a note, where it fails."""
+    try:
+        return measure(*args)
+    except Exception as failure:  # another library's, or memory that does not suffice: a row of the table
+        text = " ".join(str(failure).split())
+        note = f"{type(failure).__name__}: {text[:160]}"
+        if note not in notes:
+            notes.append(note)
+        return None
+    finally:
+        torch.compiler.reset()  # or the eighth graph is the last that is compiled
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 class Worker:
@@ -77,8 +109,6 @@ def matmul_rate(dtype: torch.dtype, device: str = "cpu", size: int = 1024, repea
 
 def machine() -> dict[str, Any]:
     """Hardware and versions, for the record."""
-    import transformers
-
     cpu = next(
         (line.split(":")[1].strip() for line in _read("/proc/cpuinfo").splitlines() if "model name" in line),
         platform.processor(),
@@ -91,8 +121,37 @@ def machine() -> dict[str, Any]:
         "gpu": gpu,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **{name: _version(name) for name in ("transformers", "triton", "flash-linear-attention")},
+        "ptxas": _ptxas_version(),
+        "cuda": torch.version.cuda,
+        "driver": _driver_version(),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _ptxas_version() -> str | None:
+    """Of the one that Triton carries for Hopper and later."""
+    try:
+        from triton import knobs
+    except ImportError:
+        return None
+    return knobs.nvidia.ptxas_blackwell.version
+
+
+def _driver_version() -> str | None:
+    if not torch.cuda.is_available():
+        return None
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
@@ -108,13 +167,19 @@ def show(title: str, rows: list[dict[str, Any]], output: Path | None, **facts: A
     for name in rows[0]:
         table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))
-    Console(width=max(Console().width, 110)).print(table)  # wide enough for a log file too
+        table.add_row(*(_cell(value) for value in row.values()))
+    Console(width=max(Console().width, 150)).print(table)  # wide enough for a log file too
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         record = {"title": title, "machine": machine(), **facts, "rows": rows}
         output.write_text(json.dumps(record, indent=2) + "\n")
         print(f"written to {output}")
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _synchronize() -> None:

@@ -17,9 +17,10 @@ import torch
 from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
 from benchmarks.report import Worker, arguments, interleaved_seconds, matmul_rate, show
+from torchlmoe.config import Config
 from torchlmoe.config_loader import load_config
 from torchlmoe.model.decoder import build_on_meta
-from torchlmoe.parallel.mesh import build_mesh, start_process_group
+from torchlmoe.parallel.mesh import build_mesh, choose_device, start_process_group
 from torchlmoe.parallel.parallelize import build_model
 from torchlmoe.training.host_memory import keep_freed_pages
 from torchlmoe.training.optimizer import build_optimizer, clip_gradients
@@ -39,22 +40,29 @@ SIZES = f"""
 def our_step(dtype: str, batch_size: int, length: int, *overrides: str) -> Callable[[], None]:
     """A training step of our model, as the trainer runs it."""
     keep_freed_pages()
-    config = load_config([*SIZES, "--training.dtype", dtype, *overrides])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return steps_of(load_config([*SIZES, "--training.dtype", dtype, *overrides]), VOCAB)(batch_size, length)
+
+
+def steps_of(config: Config, vocab_size: int) -> Callable[[int, int], Callable[[], None]]:
+    """Builds the model and its optimizer; the result, given a batch size and length, is a step on random tokens."""
+    device = choose_device("auto")
     start_process_group(device)
-    model = build_model(config, VOCAB, build_mesh(config.parallelism, device.type), device)
+    model = build_model(config, vocab_size, build_mesh(config.parallelism, device.type), device)
     optimizer = build_optimizer(model, config.optimizer)
-    tokens = torch.randint(VOCAB, (batch_size, length), device=device)
-    labels = torch.randint(VOCAB, (batch_size, length), device=device)
-    bounds = torch.tensor([[0, length]] * batch_size, dtype=torch.int32, device=device)
 
-    def step() -> None:
-        (model(tokens, bounds, labels) / labels.numel()).backward()
-        clip_gradients(model, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+    def step_of(batch_size: int, length: int) -> Callable[[], None]:
+        tokens, labels = (torch.randint(vocab_size, (batch_size, length), device=device) for _ in range(2))
+        bounds = torch.tensor([[0, length]] * batch_size, dtype=torch.int32, device=device)
 
-    return step
+        def step() -> None:
+            (model(tokens, bounds, labels) / labels.numel()).backward()
+            clip_gradients(model, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    return step_of
 
 
 def flops_per_token(length: int) -> int:

@@ -93,9 +93,6 @@ BAD = {
     "--model.layers.L.norm_eps nan": "model.layers.L.norm_eps = nan is not valid: it should be ",
     "--model.layers.L.init_std -1": "model.layers.L.init_std = -1 is not valid: it should be greater than 0.",
     "--model.layers.L.init_std inf": "model.layers.L.init_std = inf is not valid: it should be a finite number.",
-    "--model.backend triton": "model.backend = 'triton' is not supported yet; use 'auto'",
-    "--model.layers.L.backend triton": "model.layers.L.backend = 'triton' is not supported yet; use 'auto'",
-    "--model.mixer mom --model.layers.L.inner_options.backend triton": "L.inner_options.backend = 'triton' is not supp",
     "--model.mixer glaa": "model.layers.L.mixer = 'glaa' is unknown; the nearest is gla.",
     "--model.mixer mom --model.layers.L.inner glaa": "model.layers.L.inner = 'glaa' is unknown; the nearest is gla.",
     "--model.mixer mom --model.layers.L.inner gla --model.layers.L.inner_options.gate_rnk 3": (

@@ -10,6 +10,18 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
+def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    program, *arguments = command.split()
+    assert program == "python"
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+    )
+
+
 def insert_below(path: Path, line: str, addition: str) -> None:
     text = path.read_text()
     (place,) = (match.end() for match in re.finditer(line, text, re.MULTILINE))
@@ -21,19 +33,13 @@ def test_the_exercise_adds_a_mixer(tmp_path):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     page = (ROOT / "docs" / "adding_a_mixer.md").read_text()
-    file, imports, row, case, command, _ = re.findall(r"^```\w+\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    file, imports, row, case, regenerate, command, _ = re.findall(r"^```\w+\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     (tmp_path / "torchlmoe/mixers/gated_retention.py").write_text(file)
     insert_below(tmp_path / "torchlmoe/mixers/__init__.py", r"^from .* import GatedDeltaNet$", imports)
     insert_below(tmp_path / "torchlmoe/mixers/__init__.py", r'^    "retention": .*$', row)
     insert_below(tmp_path / "tests/mixers/test_every_mixer.py", r'^    "retention": .*$', case)
-    program, *arguments = command.split()
-    assert program == "python"
-    result = subprocess.run(
-        [sys.executable, *arguments, "-p", "no:cacheprovider"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
+    settings = run(regenerate.split(">")[0], tmp_path)
+    assert "mixer = 'gated_retention'" in settings.stdout, settings.stderr
+    result = run(f"{command} -p no:cacheprovider", tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     assert int(re.search(r"(\d+) passed", result.stdout)[1]) >= 6

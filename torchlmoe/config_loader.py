@@ -312,16 +312,10 @@ def _check_options(config: Config, prefix: str, mixer: str, options: dict[str, A
         checked: Any = model.model_validate(given)
     except ValidationError as error:
         raise ConfigError(_sentence(error, None, prefix, {**types, "mixer": 0, "mlp": 0})) from None
-    _check_backend(prefix, options.get("backend"))
     if "inner_options" in types:  # the mixer holds another one
         if checked.inner not in MIXERS:
             raise ConfigError(f"{prefix}.inner = {checked.inner!r} is unknown{_nearest(checked.inner, MIXERS)}.")
         _check_options(config, f"{prefix}.inner_options", checked.inner, checked.inner_options or {})
-
-
-def _check_backend(prefix: str, backend: Any) -> None:
-    if backend == "triton":
-        raise ConfigError(f"{prefix}.backend = 'triton' is not supported yet; use 'auto', 'chunked' or 'reference'.")
 
 
 def _check_needs(config: Config, sources: list[dict[str, Any]]) -> None:
@@ -356,7 +350,6 @@ def _check_consistency(config: Config) -> None:
             raise ConfigError(
                 f"parallelism.{key} = {toml_value(value)} is not supported yet; leave it at {toml_value(supported)}."
             )
-    _check_backend("model", config.model.backend)
     profiling, training = config.profiling, config.training
     if profiling.num_steps >= profiling.interval:
         raise ConfigError(

@@ -60,6 +60,7 @@ def test_open_says_what_is_missing(single, tmp_path):
         "[]": "config.json cannot be used: it holds a list, not an object.",
         json.dumps({**config, "settings": []}): r"settings is \[\], not of type dict",
         json.dumps({**config, "vocab_size": "many"}): "vocab_size is 'many', not of type int",
+        json.dumps({**config, "vocab_size": -3}): "vocab_size = -3 must be at least 2",
     }.items():
         (tmp_path / "model/config.json").write_text(text)
         with pytest.raises(ValueError, match=sentence):

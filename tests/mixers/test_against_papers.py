@@ -176,9 +176,12 @@ def test_rebased_quadratic_attention():
     assert_output(mixer, x, weights @ v / (weights.sum(-1, keepdim=True) + 1e-5))
 
 
-@pytest.mark.parametrize(("dtype", "length", "tolerance"), [(torch.float32, 1, 2e-2), (torch.bfloat16, 2, 1.0)])
-def test_rebased_where_weights_are_near_zero(dtype, length, tolerance):
-    """Early tokens whose q and k are nearly orthogonal: the sum of weights is rounded, and below zero at times."""
+@pytest.mark.parametrize(
+    ("dtype", "length", "tolerance", "tolerance_of_a_token"),
+    [(torch.float32, 1, 1e-5, 1e-3), (torch.float32, 2, 1e-5, 1e-3), (torch.bfloat16, 2, 3e-2, 1.0)],
+)
+def test_rebased_where_weights_are_near_zero(dtype, length, tolerance, tolerance_of_a_token):
+    """Early tokens whose q and k are nearly orthogonal: the sum of weights is what is left of features that cancel."""
     x = torch.randn(3000, length, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     outputs = []
     for kind in (torch.float64, dtype):
@@ -188,7 +191,8 @@ def test_rebased_where_weights_are_near_zero(dtype, length, tolerance):
         with torch.no_grad():
             outputs.append(mixer.to(kind)(x.to(kind), sequence=Sequence.of_rows(3000, length)).double())
     expected, y = outputs
-    assert ((y - expected).norm(dim=-1) / expected.norm(dim=-1)).max() <= tolerance
+    assert (y - expected).norm() <= tolerance * expected.norm()
+    assert ((y - expected).norm(dim=-1) / expected.norm(dim=-1)).max() <= tolerance_of_a_token
 
 
 @pytest.mark.parametrize("negative_eigenvalues", [False, True])

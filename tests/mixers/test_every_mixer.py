@@ -61,14 +61,13 @@ CASES = {
     ),
     "attention_no_rotary": ("attention", dict(rotary_fraction=0.0)),
 }
-SHARED_PROJECTIONS = ("mamba2", "rwkv6", "rwkv7")  # by the memories of a mixture, in any case
 # A mixture of memories over each mixer that can have one, for what memories could break.
 MIXTURES = {
     f"mom_{name}{'_single' * single}": ("mom", dict(inner=name, inner_options=CASES[name][1], single_kv_proj=single))
     for name in MIXERS
     for single in (False, True)
     if name not in ("mom", "attention", "gsa", "gateloop", "s4", "mamba", "ttt", "titans")
-    and (single or name not in SHARED_PROJECTIONS)
+    and (single or getattr(MIXERS[name], "memory_projections", ()))
 }
 HEADLESS = ("s4", "mamba")
 DIM, HEADS = 32, 4
@@ -126,6 +125,7 @@ def test_decoding_continues_a_prefill(case):
     mixer, x = build(case), inputs(3, 12)
     expected = mixer(x, sequence=Sequence.of_rows(3, 12))
     cache = mixer.init_cache(3, 12, torch.float64)
+    mixer(x.flip(0, 1), sequence=Sequence.of_rows(3, 12), cache=cache)  # a cache may serve one document after another
     pieces = []
     for start, end in [(0, 7), (7, 8), (8, 9), (9, 12)]:
         sequence = Sequence(torch.arange(start, end).expand(3, -1))
@@ -273,7 +273,7 @@ def test_impossible_sizes_are_refused():
         MIXERS["mom"](32, num_heads=4, inner="nope")
     with pytest.raises(ValueError, match="top_k = 5 is more than num_memories = 4"):
         MIXERS["mom"](32, num_heads=4, top_k=5)
-    for inner in SHARED_PROJECTIONS:
+    for inner in ("mamba2", "rwkv6", "rwkv7"):
         with pytest.raises(ValueError, match=f"inner = '{inner}' cannot have keys and values of each memory's own"):
             MIXERS["mom"](32, num_heads=4, inner=inner)
     for inner in ("attention", "gsa", "gateloop", "mom"):

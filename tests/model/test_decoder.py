@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from torchlmoe.config_loader import ConfigError, load_config
+from torchlmoe.config_loader import load_config
 from torchlmoe.layers.sequence import Sequence
 from torchlmoe.mixers import MIXERS
 from torchlmoe.model.decoder import build_on_meta, count_parameters
@@ -195,5 +195,3 @@ def test_impossible_sizes_are_refused():
         build("--moe.top_k", "5")
     with pytest.raises(ValueError, match="dim = 32 cannot be split into num_heads = 5"):
         build("--model.num_heads", "5")
-    with pytest.raises(ConfigError, match="'triton' is not supported yet"):
-        build("--model.backend", "triton")

@@ -124,6 +124,20 @@ def test_registered_operation(bounds):
     )
 
 
+@pytest.mark.parametrize("bounds", [None, [0, 5, 64]])
+def test_bfloat16_is_rounded_once(bounds):
+    """Forward and backward, at documents' edges too."""
+    cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
+    x, weight, grad = (tensor.detach().bfloat16() for tensor in make_inputs(1, 64, 4))
+    results = []
+    for leaves in ([x, weight], [x.double(), weight.double()]):
+        leaves = [leaf.requires_grad_() for leaf in leaves]
+        y = causal_conv(*leaves, cu_seqlens=cu_seqlens, activation=False)
+        results.append([y, *torch.autograd.grad(y, leaves, grad.to(y.dtype))])
+    for found, expected in zip(*results, strict=True):
+        assert ((found.double() - expected).abs() <= 2**-8 * expected.abs() + 1e-5).all()
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
 def test_lower_precision(dtype, tolerance):
     x, weight, grad = (tensor.detach().to(dtype) for tensor in make_inputs(2, 64, 4))

@@ -1,6 +1,7 @@
 """The chunked form and the span summary against the token loop in float64, over awkward shapes and extreme gates."""
 
 import itertools
+import sys
 
 import pytest
 import torch
@@ -15,10 +16,22 @@ FORMS = {
     "constant_of_one_value": dict(decay="constant", qk="constant", dtype=torch.complex128, value_dim=1),  # S4
     "complex_selective": dict(decay="step", qk="token", dtype=torch.complex128),
     "complex_decay_real_keys": dict(decay="constant", qk="token"),
+    # Those that are convolutions, taken as such whatever their length.
+    "convolved": dict(decay="constant", qk="constant", dtype=torch.complex128),
+    "convolved_of_one_value": dict(decay="constant", qk="constant", dtype=torch.complex128, value_dim=1),
+    "convolved_real": dict(decay="real", qk="constant"),
+    "convolved_real_keys": dict(decay="constant", qk="constant"),
 }
 LENGTHS = [1, 2, 63, 64, 65, 200]
 DOCUMENTS = [0, 0, 1, 2, 66, 66, 67, 190, 200, 200]  # empty, one-token, and longer ones
 PER_TOKEN = {"v", "step", "q", "k", "log_decay"}
+
+
+@pytest.fixture(autouse=True)
+def convolve_any_length(request, monkeypatch):
+    parameters = getattr(request.node, "callspec", None)
+    if parameters is not None and "convolved" in parameters.params.get("form", ""):
+        monkeypatch.setattr(sys.modules["torchlmoe.ops.elementwise_recurrence"], "MIN_CONVOLVED", 1)
 
 
 def make_inputs(form, batch_size, length, *, heads=2, key_dim=5, num_states=None):
@@ -187,7 +200,9 @@ def test_low_precision_inputs():
 
 def test_refusals():
     inputs = {name: x.detach() for name, x in make_inputs(FORMS["selective"], 1, 8).items()}
-    with pytest.raises(ValueError, match="backend = 'triton' is not served"):
+    with pytest.raises(ValueError, match=r"backend = 'fast' is not served by .* 'triton' or 'reference'"):
+        elementwise_recurrence(**inputs, backend="fast")
+    with pytest.raises(ValueError, match=r"backend = 'triton' does not serve this, since .* float64"):
         elementwise_recurrence(**inputs, backend="triton")
     with pytest.raises(ValueError, match=r"log_decay has shape \[2, 5\]"):
         elementwise_recurrence(**(inputs | {"log_decay": torch.zeros(2, 5)}))

@@ -70,6 +70,8 @@ def read_exported(folder: Path) -> tuple[Config, Tokenizer, int]:
         for key, kind in {"settings": dict, "end_token": str, "vocab_size": int}.items():
             if not isinstance(content[key], kind):
                 raise ValueError(f"{key} is {content[key]!r}, not of type {kind.__name__}")
+        if content["vocab_size"] < 2:
+            raise ValueError(f"vocab_size = {content['vocab_size']} must be at least 2")
     except KeyError as error:
         raise ValueError(f"{path} has no {error}: export the model again.") from error
     except ValueError as error:

@@ -1,4 +1,7 @@
-"""Log decay from a projected input, as in Mamba-2, Gated DeltaNet and Kimi Delta Attention."""
+"""Log decay from a projected input, as in Mamba-2, Gated DeltaNet and Kimi Delta Attention.
+
+On a GPU softplus and logsigmoid are kernels/gates.py.
+"""
 
 import math
 from collections.abc import Callable
@@ -8,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchlmoe.layers.initialization import constant_, fill_
+from torchlmoe.ops.kernel_backend import kernels_serve
 
 
 def draw_step(whole: Tensor, low: float, high: float, generator: torch.Generator | None) -> None:
@@ -45,7 +49,10 @@ class DecayGate(nn.Module):
         fill_(self.A_log, lambda whole, generator: whole.uniform_(*self.rates, generator=generator).log_())
         fill_(self.dt_bias, lambda whole, generator: draw_step(whole, 1e-3, 1e-1, generator))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, with_step: bool = True) -> tuple[Tensor, Tensor | None]:
+        """The step is None where it is not asked for."""
+        if kernels_serve("auto", x, self.A_log):
+            return self._by_kernel(x, with_step)
         dtype = torch.promote_types(self.A_log.dtype, torch.float32)
         step = F.softplus(x.to(dtype) + self.dt_bias.to(dtype))
         if self.step_limits is not None:
@@ -53,7 +60,16 @@ class DecayGate(nn.Module):
         rate = self.A_log.to(dtype).exp()
         if self.channels is not None:
             step, rate = step.unflatten(-1, (-1, self.channels)), rate[:, None]
-        return -rate * step, step
+        return -rate * step, (step if with_step else None)
+
+    def _by_kernel(self, x: Tensor, with_step: bool) -> tuple[Tensor, Tensor | None]:
+        from torchlmoe.kernels.gates import decay_gate
+
+        low, high = self.step_limits or (0.0, None)
+        limits = [] if self.step_limits is None else [low, math.inf if high is None else high]
+        log_decay, step = decay_gate(x, self.dt_bias, self.A_log, 1, 1.0, limits, with_step)
+        shape = x.shape if self.channels is None else (*x.shape[:-1], -1, self.channels)
+        return log_decay.view(shape), (step.view(shape) if with_step else None)
 
 
 class BiasedDecay(nn.Module):
@@ -82,3 +98,12 @@ class LogSigmoidDecay(BiasedDecay):
 
     def __init__(self, channels: int, normalizer: float = 1.0):
         super().__init__(channels, lambda x: F.logsigmoid(x) / normalizer)
+        self.normalizer = normalizer
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not kernels_serve("auto", x, self.bias):
+            return super().forward(x)
+        from torchlmoe.kernels.gates import decay_gate
+
+        # logsigmoid(x) = -softplus(-x)
+        return decay_gate(x, self.bias, None, -1, 1 / self.normalizer, [], False)[0]

@@ -6,6 +6,8 @@ from tokens and summing a token's slots are each other's derivative:
     gather_slots:  y_MD = x_TD[token_of_slot]                    backward: sum_slots
     sum_slots:     y_TD = sum_k x_MD[slot_of_choice[:, k]]       backward: gather_slots
 
+On a GPU both are kernels/moe_permute.py.
+
 Legend: T tokens, K experts per token, M = T * K slots, E experts, D width.
 """
 
@@ -14,6 +16,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from torchlmoe.ops.kernel_backend import kernels_serve
 
 
 @dataclass(frozen=True)
@@ -122,11 +126,19 @@ torch.library.register_autograd(
 
 def gather_slots(x_TD: Tensor, slots: Slots) -> Tensor:
     """x [T, D] -> [M, D]: every slot's token."""
+    if kernels_serve("auto", x_TD):
+        from torchlmoe.kernels import moe_permute as kernels
+
+        return kernels.permute(x_TD, slots.token_M, slots.slot_TK)
     return _gather(x_TD, slots.token_M, slots.slot_TK)
 
 
 def sum_slots(x_MD: Tensor, slots: Slots) -> Tensor:
     """x [M, D] -> [T, D]: the sum over each token's slots, added in at least float32, in x's dtype."""
+    if kernels_serve("auto", x_MD):
+        from torchlmoe.kernels import moe_permute as kernels
+
+        return kernels.unpermute(x_MD, slots.token_M, slots.slot_TK, None)
     return _sum(x_MD, slots.token_M, slots.slot_TK)
 
 

@@ -1,4 +1,4 @@
-"""RMS and L2 norms, computed in at least float32."""
+"""RMS and L2 norms, computed in at least float32; on a GPU by kernels/gated_rms_norm.py."""
 
 from collections.abc import Callable
 
@@ -8,6 +8,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from torchlmoe.layers.initialization import constant_
+from torchlmoe.ops.kernel_backend import kernels_serve
+
+_GATES: dict[Callable, str] = {F.silu: "silu", torch.sigmoid: "sigmoid"}  # as the kernel calls them
 
 
 class _ScaleToUnit(torch.autograd.Function):
@@ -42,14 +45,25 @@ class _ScaleToUnit(torch.autograd.Function):
         return grad_x.to(x.dtype), grad_weight, None, None
 
 
+def _scale_to_unit(
+    x: Tensor, weight: Tensor | None, factor: float, eps: float, gate: Tensor | None = None, activation: str = "none"
+) -> Tensor:
+    """With a gate, only where kernels serve."""
+    if kernels_serve("auto", x):
+        from torchlmoe.kernels import gated_rms_norm as kernels
+
+        return kernels.gated_rms_norm(x, weight, gate, factor, eps, activation)
+    return _ScaleToUnit.apply(x, weight, factor, eps)
+
+
 def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     """x / sqrt(sum(x^2) + eps) over the last dim, in x's dtype."""
-    return _ScaleToUnit.apply(x, None, 1.0, eps)
+    return _scale_to_unit(x, None, 1.0, eps)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dim, in x's dtype."""
-    return _ScaleToUnit.apply(x, weight, 1.0 / x.shape[-1], eps)
+    return _scale_to_unit(x, weight, 1.0 / x.shape[-1], eps)
 
 
 class RMSNorm(nn.Module):
@@ -75,6 +89,8 @@ class GatedRMSNorm(RMSNorm):
         self.activation = activation
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
+        if self.activation in _GATES and kernels_serve("auto", x):
+            return _scale_to_unit(x, self.weight, 1.0 / x.shape[-1], self.eps, gate, _GATES[self.activation])
         return super().forward(x) * self.activation(gate)
 
 

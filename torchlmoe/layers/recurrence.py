@@ -78,7 +78,7 @@ def recur(
         cu_seqlens = memories.cu_seqlens
         terms["document_bounds"] = memories.document_bounds
     if cache is not None:
-        terms |= {"initial_state": cache["state"].flatten(0, -4), "output_final_state": True}
+        terms |= {"initial_state": sequence.restarted(cache["state"]).flatten(0, -4), "output_final_state": True}
     o, state = recurrence(q, k, v, cu_seqlens=cu_seqlens, **terms)
     if cache is not None:
         cache["state"].copy_(state.view_as(cache["state"]))

@@ -32,6 +32,11 @@ class Sequence:
     common: Tensor | None = None
     start: int = 0
 
+    def restarted(self, cached: Tensor) -> Tensor:
+        """What a cache [B, ...] holds, zero in rows that begin a document now."""
+        begins = self.positions[:, 0] == 0
+        return cached.masked_fill(begins.view(-1, *[1] * (cached.dim() - 1)), 0)
+
     @property
     def packed_memories(self) -> Memories | None:
         """The memories, where they have projections of their own: what enters the recurrence comes packed then."""

@@ -1,7 +1,6 @@
 """Short causal convolution over tokens, as a module with its own decoding cache."""
 
 import torch
-import torch.nn.functional as F
 from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.distributed.tensor.parallel import ParallelStyle
@@ -33,14 +32,14 @@ class ShortConvolution(nn.Module):
         memories = sequence.packed_memories
         if cache is None:
             return self._convolve(x, sequence.cu_seqlens if memories is None else memories.cu_seqlens)
-        reach, earlier = self.weight.shape[1] - 1, cache["inputs"].to(x.dtype)
+        earlier = sequence.restarted(cache["inputs"]).to(x.dtype)
         if memories is not None:
             y, last = self.continue_runs(x, memories.cu_seqlens, earlier.flatten(0, 1))
             cache["inputs"].copy_(last.view_as(earlier))
             return y
-        extended = torch.cat([earlier, x], 1)
-        cache["inputs"].copy_(extended[:, extended.shape[1] - reach :])
-        return self._convolve(extended)[:, reach:]
+        y = causal_conv(x, self.weight, self.bias, state=earlier, activation=self.activation)
+        cache["inputs"].copy_(torch.cat([earlier, x], 1)[:, x.shape[1] :])
+        return y
 
     def continue_runs(self, x: Tensor, bounds: Tensor, earlier: Tensor) -> tuple[Tensor, Tensor]:
         """x [1, M, channels], bounds int32 [runs + 1], and what each run's convolution has seen last.
@@ -60,10 +59,7 @@ class ShortConvolution(nn.Module):
         return self._convolve(extended[None], extended_bounds)[:, place_M], last
 
     def _convolve(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        if self.bias is None:
-            return causal_conv(x, self.weight, cu_seqlens=cu_seqlens, activation=self.activation)
-        y = causal_conv(x, self.weight, cu_seqlens=cu_seqlens, activation=False) + self.bias
-        return F.silu(y) if self.activation else y
+        return causal_conv(x, self.weight, self.bias, cu_seqlens=cu_seqlens, activation=self.activation)
 
     def init_cache(self, batch_size: int, dtype: torch.dtype, device: torch.device | None = None) -> TensorDict:
         """The last width - 1 inputs."""

@@ -39,9 +39,9 @@ class Based(RecurrentMixer):
         q, k, v = self.project(x, sequence=sequence)
         q, k = self.features(q), self.features(k)
         o = recur_normalized(
-            self.recurrence, q, k, v, normalizer_eps=self.normalizer_eps, sequence=sequence, cache=cache
+            self.recurrence, q, k, v.to(q.dtype), normalizer_eps=self.normalizer_eps, sequence=sequence, cache=cache
         )
-        return self.o_proj(o.flatten(2))
+        return self.o_proj(o.flatten(2).to(x.dtype))
 
     def features(self, x: Tensor) -> Tensor:
         """Heads of q or k [..., feature_dim] -> [..., key_dim]."""

@@ -29,7 +29,7 @@ class GatedDeltaNet(DeltaNet):
         self.norm = GatedRMSNorm(self.value_dim, norm_eps)
 
     def log_decay(self, x: Tensor, sequence: Sequence) -> Tensor:
-        return self.decay(sequence.project(self.a_proj, x))[0]
+        return self.decay(sequence.project(self.a_proj, x), with_step=False)[0]
 
     def normalize(self, o: Tensor, x: Tensor) -> Tensor:
         return self.norm(o, self.gate_proj(x).view_as(o))

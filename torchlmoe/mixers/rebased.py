@@ -3,10 +3,15 @@
     o_t = sum_s w_ts v_s / sum_s w_ts          w_ts = (phi(q_t) . phi(k_s))^2 / feature_dim, phi = LayerNorm with affine
 
 The affine part lets the parabola move, so that a weight can be zero. All else as in Based.
+
+A weight near zero is what is left of features that cancel: its rounding error is that of features of size one, and
+where all weights of a token are small, as the first tokens of a document may have them, it would be seen. So features
+and their recurrence are in the dtype above x's: float32 for bfloat16, float64 for float32.
 """
 
 import torch
 import torch.nn.functional as F
+from tensordict import TensorDict
 from torch import Tensor
 
 from torchlmoe.layers.feature_maps import pair_products
@@ -17,13 +22,17 @@ from torchlmoe.mixers.based import Based
 NORMALIZER_EPS = 1e-5  # as the sum of the weights, an inner product of features, is rounded by up to 1e-6 in float32
 
 
+def wider(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype.itemsize < 4 else torch.float64
+
+
 class FeatureNorm(LayerNorm):
-    """Layer norm whose result is in at least float32, which the product of features needs: it is near zero at times."""
+    """Layer norm whose result is in the wider dtype."""
 
     float32_island = True
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = torch.promote_types(x.dtype, torch.float32)
+        dtype = wider(x.dtype)
         return F.layer_norm(x.to(dtype), x.shape[-1:], self.weight.to(dtype), self.bias.to(dtype), self.eps)
 
 
@@ -35,6 +44,12 @@ class ReBased(Based):
         self.normalizer_eps = NORMALIZER_EPS
         self.key_dim = self.feature_dim * (self.feature_dim + 1) // 2
         self.feature_norm = FeatureNorm(self.feature_dim, norm_eps)
+
+    def init_cache(
+        self, batch_size: int, max_length: int, dtype: torch.dtype, device: torch.device | None = None
+    ) -> TensorDict:
+        """As of `RecurrentMixer`, in the wider dtype."""
+        return super().init_cache(batch_size, max_length, wider(dtype), device)
 
     def features(self, x: Tensor) -> Tensor:
         return pair_products(self.feature_norm(x) * self.feature_dim**-0.25)

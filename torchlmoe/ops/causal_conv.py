@@ -1,23 +1,45 @@
 """Depthwise causal convolution over tokens, with SiLU, that does not look across documents.
 
-    y_t = silu(sum_i w_i x_{t-i})        i = 0 .. width - 1, tokens of earlier documents left out
+    y_t = silu(bias + sum_i w_i x_{t-i})        i = 0 .. width - 1, tokens of earlier documents left out
 
-Written as shifted multiply-adds on [B, T, channels]: on a CPU that is several times faster than `conv1d` with its
-transposes, forward and backward. One operation to torch; the sum before the SiLU is kept for the backward.
+On a GPU this is kernels/causal_conv.py. Elsewhere it is written as shifted multiply-adds on [B, T, channels]: on a CPU
+that is several times faster than `conv1d` with its transposes, forward and backward. One operation to torch; the sum
+before the SiLU is kept for the backward. Sums are in at least float32 and rounded once.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torchlmoe.ops.kernel_backend import kernels_serve
 
-def causal_conv(x: Tensor, weight: Tensor, *, cu_seqlens: Tensor | None = None, activation: bool = True) -> Tensor:
+
+def causal_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    activation: bool = True,
+) -> Tensor:
     """x [B, T, channels], weight [channels, width] (the last column meets the newest token) -> like x.
 
+    bias: [channels]. state: [B, width - 1, channels], the inputs before each row; zero unless given.
     cu_seqlens: int32 [N + 1] bounds of documents packed into one row (B = 1), or None.
     activation: whether SiLU follows.
     """
-    return _forward(x, weight, cu_seqlens, activation)[0]
+    if kernels_serve("auto", x):
+        from torchlmoe.kernels import causal_conv as kernels
+
+        return kernels.causal_conv(x, weight, bias, state, cu_seqlens, activation)
+    if state is not None:
+        extended = torch.cat([state.to(x.dtype), x], 1)
+        return causal_conv(extended, weight, bias, activation=activation)[:, state.shape[1] :]
+    if bias is None:
+        return _forward(x, weight, cu_seqlens, activation)[0]
+    y = _forward(x, weight, cu_seqlens, False)[0] + bias
+    return F.silu(y) if activation else y
 
 
 def _edges(cu_seqlens: Tensor, reach: int, at_end: bool) -> tuple[Tensor, Tensor]:
@@ -31,9 +53,9 @@ def _edges(cu_seqlens: Tensor, reach: int, at_end: bool) -> tuple[Tensor, Tensor
 
 
 def _shifted_sum(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None, forward: bool) -> Tensor:
-    """sum_i w_i x_{t-i}, or x_{t+i} for the backward, over the tokens of the same document."""
+    """sum_i w_i x_{t-i}, or x_{t+i} for the backward, over the tokens of the same document, in x's dtype."""
     width = weight.shape[1]
-    columns = [weight[:, width - 1 - shift].contiguous() for shift in range(width)]
+    columns = [weight[:, width - 1 - shift].to(x.dtype).contiguous() for shift in range(width)]
     y = x * columns[0]
     for shift in range(1, min(width, x.shape[1])):
         if forward:
@@ -52,11 +74,16 @@ def _shifted_sum(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None, forward: 
     return y
 
 
+def _sum_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 @torch.library.custom_op("torchlmoe::causal_conv", mutates_args=())
 def _forward(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None, activation: bool) -> tuple[Tensor, Tensor]:
     """Returns y, and the sum before the SiLU (empty without one)."""
-    total = _shifted_sum(x, weight, cu_seqlens, forward=True)
-    return (F.silu(total), total) if activation else (total, x.new_empty(0))
+    total = _shifted_sum(x.to(_sum_dtype(x)), weight, cu_seqlens, forward=True)
+    y = F.silu(total) if activation else total
+    return y.to(x.dtype), (total.to(x.dtype) if activation else x.new_empty(0))
 
 
 @_forward.register_fake
@@ -69,24 +96,25 @@ def _(x, weight, cu_seqlens, activation):
 def _backward(
     grad: Tensor, x: Tensor, weight: Tensor, cu_seqlens: Tensor | None, activation: bool, total: Tensor
 ) -> tuple[Tensor, Tensor]:
+    dtype = x.dtype
+    x, grad = x.to(_sum_dtype(x)), grad.to(_sum_dtype(x))
     if activation:
-        grad = torch.ops.aten.silu_backward(grad, total)
+        grad = torch.ops.aten.silu_backward(grad, total.to(grad.dtype))
     width = weight.shape[1]
     edges = None if cu_seqlens is None else _edges(cu_seqlens, width - 1, at_end=False)
-    accumulate = torch.promote_types(weight.dtype, torch.float32)
     columns = []
     for shift in range(width):
         if shift >= x.shape[1]:
-            columns.append(weight.new_zeros(weight.shape[0], dtype=accumulate))
+            columns.append(grad.new_zeros(weight.shape[0]))
             continue
         product = grad[:, shift:] * x[:, : x.shape[1] - shift]
         if edges is not None and shift:
             tokens, distance = edges
             crossing = tokens[(distance < shift) & (tokens >= shift)] - shift
             product.index_fill_(1, crossing, 0)
-        columns.append(product.sum((0, 1), dtype=accumulate))
+        columns.append(product.sum((0, 1)))
     grad_weight = torch.stack(columns[::-1], 1).to(weight.dtype)
-    return _shifted_sum(grad, weight, cu_seqlens, forward=False), grad_weight
+    return _shifted_sum(grad, weight, cu_seqlens, forward=False).to(dtype), grad_weight
 
 
 @_backward.register_fake

@@ -94,6 +94,13 @@ def num_documents(v: Tensor, cu_seqlens: Tensor | None) -> int:
     return cu_seqlens.shape[0] - 1
 
 
+def check_shape(name: str, tensor: Tensor | None, *shapes: tuple[int, ...]) -> None:
+    """Raises ValueError unless the tensor, if there is one, has one of the shapes."""
+    if tensor is not None and tuple(tensor.shape) not in shapes:
+        wanted = " or ".join(str(list(shape)) for shape in shapes)
+        raise ValueError(f"{name} has shape {list(tensor.shape)}; with this k and v it must be {wanted}.")
+
+
 def check_bounds(bounds: Sequence[int], length: int) -> None:
     """Raises ValueError unless they rise from 0 to `length`."""
     if bounds[0] != 0 or bounds[-1] != length or list(bounds) != sorted(bounds):

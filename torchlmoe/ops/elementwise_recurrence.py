@@ -6,7 +6,8 @@ G_t is given whole, or as step_t[v] * G[k, v], or is the same for every token. M
 K = the state's width and V = channels, with q = C, k = B, v = dt * x, G = A^T and step = dt. S4 has a head for each
 channel, V = 1, and q, k and G that do not vary. A plain scan h_t = exp(g_t) h_{t-1} + x_t is K = 1 with q = k = 1.
 
-Tokens are put in the order of their place in their document, documents from the longest to the shortest
+Where nothing but v varies over tokens, many of them are a convolution: `time_invariant` takes it. All else is scanned:
+tokens are put in the order of their place in their document, documents from the longest to the shortest
 (`chunk_layout` with chunks of one token), so that those of one place are one slice and the scan takes one fused
 multiply-add a place, with no padding. What is as large as a state per token lives for one slab of places at a time; the
 states between slabs are kept, and the backward computes each slab again. No exponent is positive and nothing is
@@ -19,9 +20,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from torchlmoe.ops.chunk_layout import check_bounds, kept_scan_layout, num_documents
+from torchlmoe.ops.chunk_layout import check_bounds, check_shape, kept_scan_layout, num_documents
+from torchlmoe.ops.kernel_backend import kernels_serve
+from torchlmoe.ops.time_invariant import time_invariant_backward, time_invariant_forward
 
 SLAB_STEPS = 32  # places; the state is kept once a slab
+MIN_CONVOLVED = 256  # tokens of a row from which on matrices pay, where nothing but v varies
 
 
 def elementwise_recurrence(
@@ -46,18 +50,18 @@ def elementwise_recurrence(
         initial_state: [N, H, K, V] in at least float32; N = B, or the number of packed documents. Zero unless given.
         output_final_state: whether to return the state after the last token.
         cu_seqlens: int32 [N + 1], bounds of documents packed into one row (B = 1) from 0 to T; empty ones allowed.
-        backend: "reference" (token by token, by autograd), "chunked" (one operation, memory linear in T) or "auto".
+        backend: "reference" (token by token, by autograd), "chunked" (one operation, memory linear in T), "triton"
+            (kernels/elementwise_recurrence.py) or "auto": triton on a GPU, else chunked.
 
     Returns:
         o [B, T, H, V] in v's dtype, and the final state [N, H, K, V] or None: float32 (float64 for float64 input),
         complex where log_decay, q or k is.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit together, or a backend that there is not.
+        ValueError: shapes or dtypes that do not fit together, or a backend that does not serve them.
     """
     _check(q, k, v, log_decay, step, initial_state, cu_seqlens, backend)
-    run = _reference if backend == "reference" else _forward
-    o, state = run(q, k, v, log_decay, step, initial_state, cu_seqlens)[:2]
+    o, state = _run(q, k, v, log_decay, step, initial_state, cu_seqlens, backend)
     return o, (state if output_final_state else None)
 
 
@@ -75,8 +79,7 @@ def elementwise_span_summary(
     Arguments as in `elementwise_recurrence`; differentiable. Both results are [N, H, K, V] in the state's dtype.
     """
     _check(None, k, v, log_decay, step, None, cu_seqlens, backend)
-    run = _reference if backend == "reference" else _forward
-    state = run(None, k, v, log_decay, step, None, cu_seqlens)[1]
+    state = _run(None, k, v, log_decay, step, None, cu_seqlens, backend)[1]
     batch_size, length = v.shape[:2]
     if cu_seqlens is None:
         lengths = torch.full((batch_size,), length, device=v.device)
@@ -108,16 +111,13 @@ def elementwise_flops_per_token(
 
 def check_backend(backend: str, operation: str = "elementwise_recurrence") -> None:
     """Raises ValueError for a backend that the operation has not."""
-    if backend not in ("auto", "chunked", "reference"):
-        raise ValueError(f"backend = {backend!r} is not served by {operation}; use 'auto', 'chunked' or 'reference'.")
+    others = ("triton", "reference") if operation == "elementwise_recurrence" else ("reference",)
+    if backend not in ("auto", "chunked", *others):
+        served = "', '".join(("auto", "chunked", *others[:-1]))
+        raise ValueError(f"backend = {backend!r} is not served by {operation}; use '{served}' or 'reference'.")
 
 
 def _check(q, k, v, log_decay, step, initial_state, cu_seqlens, backend) -> None:
-    def expect(name: str, tensor: Tensor | None, *shapes: tuple[int, ...]) -> None:
-        if tensor is not None and tuple(tensor.shape) not in shapes:
-            wanted = " or ".join(str(list(shape)) for shape in shapes)
-            raise ValueError(f"{name} has shape {list(tensor.shape)}; with this k and v it must be {wanted}.")
-
     check_backend(backend)
     if v.dim() != 4 or k.dim() not in (2, 4):
         raise ValueError(
@@ -128,14 +128,25 @@ def _check(q, k, v, log_decay, step, initial_state, cu_seqlens, backend) -> None
     batch_size, length, num_heads, value_dim = v.shape
     key_dim = k.shape[-1]
     for name, tensor in (("q", q), ("k", k)):
-        expect(name, tensor, (batch_size, length, num_heads, key_dim), (num_heads, key_dim))
+        check_shape(name, tensor, (batch_size, length, num_heads, key_dim), (num_heads, key_dim))
     matrix = (num_heads, key_dim, value_dim)
     if step is None:
-        expect("log_decay", log_decay, matrix, (batch_size, length, *matrix))
+        check_shape("log_decay", log_decay, matrix, (batch_size, length, *matrix))
     else:
-        expect("step", step, tuple(v.shape))
-        expect("log_decay", log_decay, matrix)
-    expect("initial_state", initial_state, (num_documents(v, cu_seqlens), *matrix))
+        check_shape("step", step, tuple(v.shape))
+        check_shape("log_decay", log_decay, matrix)
+    check_shape("initial_state", initial_state, (num_documents(v, cu_seqlens), *matrix))
+
+
+def _run(q, k, v, log_decay, step, initial_state, cu_seqlens, backend) -> tuple[Tensor, Tensor]:
+    terms = (q, k, v, log_decay, step, initial_state, cu_seqlens)
+    if backend == "reference":
+        return _reference(*terms)
+    if kernels_serve(backend, *terms):
+        from torchlmoe.kernels import elementwise_recurrence as kernels
+
+        return kernels.elementwise_recurrence(*terms)[:2]
+    return _forward(*terms)[:2]
 
 
 def _state_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -219,6 +230,12 @@ def _over_values(state_PHKV: Tensor, v_PHV: Tensor) -> Tensor:
     return torch.matmul(state_PHKV, v_PHV[..., None])[..., 0]
 
 
+def _is_convolution(q: Tensor | None, k: Tensor, v: Tensor, log_decay: Tensor, step: Tensor | None) -> bool:
+    """Whether nothing but v varies over tokens, and there are enough of them (see `time_invariant`)."""
+    constant = step is None and log_decay.dim() == 3 and k.dim() == 2 and (q is None or q.dim() == 2)
+    return constant and v.shape[1] >= MIN_CONVOLVED
+
+
 @torch.library.custom_op("torchlmoe::elementwise_recurrence", mutates_args=())
 def _forward(
     q: Tensor | None,
@@ -230,6 +247,9 @@ def _forward(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns o, the final state and, for the backward, the state that each slab finds, [rows, H, K, V]."""
+    if _is_convolution(q, k, v, log_decay, step):
+        state = _first_state(q, k, v, log_decay, initial_state, cu_seqlens)
+        return *time_invariant_forward(q, k, v, log_decay, state, cu_seqlens), state[:0].clone()
     layout = kept_scan_layout(v, cu_seqlens, 1, SLAB_STEPS)
     state = _first_state(q, k, v, log_decay, initial_state, cu_seqlens).index_select(0, layout.order_N)
     dtype = state.dtype
@@ -274,6 +294,13 @@ def _backward(
     starts: Tensor,
 ) -> list[Tensor]:
     """Gradients of q, k, v, log_decay, step and initial_state; an operation cannot return None, so empty if absent."""
+    if _is_convolution(q, k, v, log_decay, step):
+        state = _first_state(q, k, v, log_decay, initial_state, cu_seqlens)
+        *of_terms, of_state = time_invariant_backward(grad_o, grad_final, q, k, v, log_decay, state, cu_seqlens)
+        return [
+            k.new_empty(0) if x is None or grad is None else _real_like(grad, x).to(x.dtype).contiguous()
+            for x, grad in zip((q, k, v, log_decay, step, initial_state), (*of_terms, None, of_state), strict=True)
+        ]
     layout = kept_scan_layout(v, cu_seqlens, 1, SLAB_STEPS)
     dtype = starts.dtype
     grads = [

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from torchlmoe.ops.chunk_layout import check_bounds, num_documents
+from torchlmoe.ops.chunk_layout import check_bounds, check_shape, num_documents
 from torchlmoe.ops.chunked import Terms, chunked_forward, kept_layout_of
 from torchlmoe.ops.chunked_backward import chunked_backward
+from torchlmoe.ops.kernel_backend import kernels_serve
 from torchlmoe.ops.reference import reference_recurrence
 
 Backend = Literal["auto", "reference", "chunked", "triton"]
+KERNEL_WIDTH = 256  # of a key that the Triton kernels hold
 
 
 def linear_recurrence(
@@ -50,7 +52,9 @@ def linear_recurrence(
         initial_state: [N, R, K, V] in at least float32; N = B, or the number of packed documents. Zero unless given.
         output_final_state: whether to return the state after the last token.
         cu_seqlens: int32 [N + 1], bounds of documents packed into one row (B = 1) from 0 to T; empty ones allowed.
-        backend: "reference" (token by token), "chunked" (plain PyTorch) or "auto" (chunked from two tokens on).
+        backend: "reference" (token by token), "chunked" (plain PyTorch), "triton" (kernels/linear_recurrence.py: K up
+            to 256, not in float64, on a GPU or with TRITON_INTERPRET=1; bounds are not checked on a GPU) or "auto":
+            triton where it serves on a GPU, else chunked, or token by token for a single one.
 
     Returns:
         o [B, T, R, V] in v's dtype, and the final state [N, R, K, V] in float32 (float64 for float64 input) or None.
@@ -59,7 +63,6 @@ def linear_recurrence(
         ValueError: shapes, dtypes or terms that do not fit together, or that the backend does not serve.
     """
     _check(q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, initial_state, cu_seqlens)
-    backend = _choose(backend, q.shape[1])
     o, final_state = _run(
         q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, scale, initial_state, cu_seqlens, backend
     )
@@ -87,7 +90,6 @@ def span_summary(
     """
     _check(k, k, v, log_decay, erase, erase_key, value_log_decay, None, None, cu_seqlens)
     num_heads, key_dim, value_dim = v.shape[2], k.shape[-1], v.shape[-1]
-    backend = _choose(backend, v.shape[1])
     if erase is None:
         _, state = _run(None, k, v, log_decay, None, None, value_log_decay, None, 1.0, None, cu_seqlens, backend)
         transition = _total_decay(log_decay, v, key_dim, cu_seqlens)
@@ -135,52 +137,50 @@ def _document_ids(v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True)
 
 
-def _choose(backend: str, length: int) -> str:
-    if backend == "triton":
-        raise ValueError("backend = 'triton' has no kernels yet; use 'auto', 'chunked' or 'reference'.")
-    if backend not in ("auto", "reference", "chunked"):
-        raise ValueError(f"backend = {backend!r} is unknown; use 'auto', 'chunked' or 'reference'.")
-    if backend == "auto":
-        return "reference" if length == 1 else "chunked"  # decoding: one step of the definition is the least work
-    return backend
-
-
 def _check(q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, initial_state, cu_seqlens) -> None:
-    def expect(name: str, tensor: Tensor | None, *shapes: tuple[int, ...]) -> None:
-        if tensor is not None and tuple(tensor.shape) not in shapes:
-            wanted = " or ".join(str(list(shape)) for shape in shapes)
-            raise ValueError(f"{name} has shape {list(tensor.shape)}; with this v it must be {wanted}.")
-
     if v.dim() != 4 or k.dim() != 4:
         raise ValueError(f"k and v must be [B, T, heads, width]; got {list(k.shape)} and {list(v.shape)}.")
     if not v.dtype.is_floating_point:
         raise ValueError(f"v has dtype {v.dtype}; linear_recurrence takes floating-point tensors.")
     batch_size, length, num_heads, value_dim = v.shape
     num_key_heads, key_dim = k.shape[2:]
-    expect("q", q, tuple(k.shape))
-    expect("k", k, (batch_size, length, num_key_heads, key_dim))
+    check_shape("q", q, tuple(k.shape))
+    check_shape("k", k, (batch_size, length, num_key_heads, key_dim))
     if num_heads % num_key_heads:
         raise ValueError(f"v has {num_heads} heads, which is not a multiple of the {num_key_heads} heads of k.")
     per_token = (batch_size, length, num_heads)
-    expect("log_decay", log_decay, (num_heads,), per_token, (*per_token, key_dim))
-    expect("erase", erase, per_token, (*per_token, key_dim))
-    expect("erase_key", erase_key, (*per_token, key_dim))
-    expect("value_log_decay", value_log_decay, (*per_token, value_dim))
-    expect("bonus", bonus, (num_heads, key_dim))
+    check_shape("log_decay", log_decay, (num_heads,), per_token, (*per_token, key_dim))
+    check_shape("erase", erase, per_token, (*per_token, key_dim))
+    check_shape("erase_key", erase_key, (*per_token, key_dim))
+    check_shape("value_log_decay", value_log_decay, (*per_token, value_dim))
+    check_shape("bonus", bonus, (num_heads, key_dim))
     if erase_key is not None and erase is None:
         raise ValueError("erase_key says where to erase, but erase (what to erase) is not given.")
     if erase is not None and (value_log_decay is not None or bonus is not None):
         other = "bonus" if bonus is not None else "value_log_decay"
         raise ValueError(f"{other} cannot be combined with erase; give one of the two.")
-    expect("initial_state", initial_state, (num_documents(v, cu_seqlens), num_heads, key_dim, value_dim))
+    check_shape("initial_state", initial_state, (num_documents(v, cu_seqlens), num_heads, key_dim, value_dim))
 
 
 def _run(
     q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, scale, initial_state, cu_seqlens, backend
 ) -> tuple[Tensor, Tensor]:
     terms = (q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, scale, initial_state, cu_seqlens)
-    if backend == "reference":
-        if cu_seqlens is not None:  # the other backends look at them where they lay out chunks
+    if backend not in ("auto", "reference", "chunked", "triton"):
+        raise ValueError(f"backend = {backend!r} is unknown; use 'auto', 'chunked', 'triton' or 'reference'.")
+    for_kernels = terms
+    if log_decay is not None and log_decay.dim() == 1 and v.dtype != torch.float64:  # a layer's constants, in float64
+        for_kernels = (q, k, v, log_decay.to(torch.float32), *terms[4:])
+    key_dim, tensors = k.shape[-1], [x for x in for_kernels if isinstance(x, Tensor)]
+    too_wide = f"its keys are {key_dim} wide, more than {KERNEL_WIDTH}" if key_dim > KERNEL_WIDTH else None
+    if kernels_serve(backend, *tensors, refusal=too_wide):
+        # Only now: when they are imported, Triton decides whether to interpret them.
+        from torchlmoe.kernels import linear_recurrence_backward as kernels
+
+        return kernels.linear_recurrence(*for_kernels)
+    decodes = backend == "auto" and v.shape[1] == 1  # one step of the definition is the least work
+    if backend == "reference" or decodes:
+        if cu_seqlens is not None:  # chunked looks at them where it lays out chunks
             check_bounds(cu_seqlens.tolist(), v.shape[1])
         return reference_recurrence(*terms)
     return _forward(*terms)[:2]

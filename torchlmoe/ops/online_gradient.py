@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from torchlmoe.ops.chunk_layout import check_bounds, chunk_layout, kept_scan_layout, num_documents
+from torchlmoe.ops.chunk_layout import check_bounds, check_shape, chunk_layout, kept_scan_layout, num_documents
 from torchlmoe.ops.elementwise_recurrence import check_backend
 
 SLAB_STEPS = 16  # mini-batches; the state is kept once a slab
@@ -126,10 +126,6 @@ def online_gradient_flops_per_token(
 
 
 def _check(terms: Terms, mini_batch_size: int, initial_state, offset, cu_seqlens, backend: str) -> None:
-    def expect(name: str, tensor: Tensor | None, *shape: int) -> None:
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} has shape {list(tensor.shape)}; with this k and v it must be {list(shape)}.")
-
     q, k, v = terms[:3]
     check_backend(backend, "online_gradient")
     if mini_batch_size < 1:
@@ -139,18 +135,16 @@ def _check(terms: Terms, mini_batch_size: int, initial_state, offset, cu_seqlens
     if not v.dtype.is_floating_point:
         raise ValueError(f"v has dtype {v.dtype}; online_gradient takes floating-point tensors.")
     batch_size, length, num_heads, value_dim = v.shape
-    expect("k", k, batch_size, length, num_heads, k.shape[-1])
-    expect("q", q, *k.shape)
+    check_shape("k", k, (batch_size, length, num_heads, k.shape[-1]))
+    check_shape("q", q, tuple(k.shape))
     for name in ("learning_rate", "log_decay", "log_momentum"):
-        expect(name, getattr(terms, name), batch_size, length, num_heads)
-    expect("norm_weight", terms.norm_weight, num_heads, value_dim)
-    expect("norm_bias", terms.norm_bias, num_heads, value_dim)
-    if terms.step_scale is not None:
-        scaled_heads = 1 if terms.step_scale.shape[:1] == (1,) else num_heads
-        expect("step_scale", terms.step_scale, scaled_heads, mini_batch_size)
+        check_shape(name, getattr(terms, name), (batch_size, length, num_heads))
+    check_shape("norm_weight", terms.norm_weight, (num_heads, value_dim))
+    check_shape("norm_bias", terms.norm_bias, (num_heads, value_dim))
+    check_shape("step_scale", terms.step_scale, (num_heads, mini_batch_size), (1, mini_batch_size))
     documents, parts = num_documents(v, cu_seqlens), 2 if terms.log_momentum is None else 3
-    expect("initial_state", initial_state, documents, num_heads, parts, k.shape[-1], value_dim)
-    expect("offset", offset, documents)
+    check_shape("initial_state", initial_state, (documents, num_heads, parts, k.shape[-1], value_dim))
+    check_shape("offset", offset, (documents,))
 
 
 def _first_state(terms: Terms, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
@@ -319,30 +313,30 @@ def _descend(slab: _MiniBatches, norm_eps: float, state: Tensor, terms: dict[str
     return torch.cat(outputs), torch.cat([state, *reversed(finished)])
 
 
+def _split(arguments: tuple) -> tuple[Terms, tuple]:
+    """The terms, and the arguments of the operation after them."""
+    return Terms(*arguments[: len(Terms._fields)]), arguments[len(Terms._fields) :]
+
+
 def _slab_terms(slab: _MiniBatches, dtype: torch.dtype, terms: Terms) -> dict[str, Tensor]:
     """The terms as `_descend` takes them."""
     return terms.present(lambda x: x.to(dtype) if x.dim() == 2 else slab.take(x, dtype))
 
 
-@torch.library.custom_op("torchlmoe::online_gradient", mutates_args=())
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    learning_rate: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    log_decay: Tensor | None,
-    log_momentum: Tensor | None,
-    step_scale: Tensor | None,
-    initial_state: Tensor | None,
-    norm_eps: float,
-    mini_batch_size: int,
-    offset: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+_ARGUMENTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor learning_rate, Tensor norm_weight, Tensor norm_bias, Tensor? log_decay, "
+    "Tensor? log_momentum, Tensor? step_scale, Tensor? initial_state, float norm_eps, int mini_batch_size, "
+    "Tensor? offset, Tensor? cu_seqlens"
+)
+
+
+@torch.library.custom_op(
+    "torchlmoe::online_gradient", mutates_args=(), schema=f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)"
+)
+def _forward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     """Returns o, the final state and, for the backward, the state that each slab finds, [rows, H, 2 or 3, K, V]."""
-    terms = Terms(q, k, v, learning_rate, norm_weight, norm_bias, log_decay, log_momentum, step_scale)
+    terms, (initial_state, norm_eps, mini_batch_size, offset, cu_seqlens) = _split(arguments)
+    v = terms.v
     slabs, order_N = _mini_batches(v, cu_seqlens, offset, mini_batch_size)
     state = _first_state(terms, initial_state, cu_seqlens).index_select(0, order_N)
     o = torch.zeros_like(v, memory_format=torch.contiguous_format)
@@ -358,35 +352,22 @@ def _forward(
 
 @_forward.register_fake
 def _(*arguments):
-    terms, initial_state, cu_seqlens = Terms(*arguments[:9]), arguments[9], arguments[-1]
+    terms, (initial_state, *_, cu_seqlens) = _split(arguments)
     state = _first_state(terms, initial_state, cu_seqlens)
     rows = torch.library.get_ctx().new_dynamic_size()  # how many depends on the documents
     o = torch.empty_like(terms.v, memory_format=torch.contiguous_format)
     return o, torch.empty_like(state), state.new_empty(rows, *state.shape[1:])
 
 
-@torch.library.custom_op("torchlmoe::online_gradient_backward", mutates_args=())
-def _backward(
-    grad_o: Tensor,
-    grad_final: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    learning_rate: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    log_decay: Tensor | None,
-    log_momentum: Tensor | None,
-    step_scale: Tensor | None,
-    initial_state: Tensor | None,
-    norm_eps: float,
-    mini_batch_size: int,
-    offset: Tensor | None,
-    cu_seqlens: Tensor | None,
-    starts: Tensor,
-) -> list[Tensor]:
+@torch.library.custom_op(
+    "torchlmoe::online_gradient_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_o, Tensor grad_final, Tensor starts, {_ARGUMENTS}) -> Tensor[]",
+)
+def _backward(grad_o: Tensor, grad_final: Tensor, starts: Tensor, *arguments) -> list[Tensor]:
     """Gradients of q .. initial_state; an operation cannot return None, so empty if absent."""
-    terms = Terms(q, k, v, learning_rate, norm_weight, norm_bias, log_decay, log_momentum, step_scale)
+    terms, (initial_state, norm_eps, mini_batch_size, offset, cu_seqlens) = _split(arguments)
+    v = terms.v
     slabs, order_N = _mini_batches(v, cu_seqlens, offset, mini_batch_size)
     dtype = starts.dtype
     grads = terms.present(lambda x: torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format))
@@ -404,18 +385,17 @@ def _backward(
                 grads[name] += grad
             else:
                 slab.put(grads[name], grad)
-    result = [k.new_empty(0) if x is None else grads[name].to(x.dtype) for name, x in terms._asdict().items()]
+    result = [v.new_empty(0) if x is None else grads[name].to(x.dtype) for name, x in terms._asdict().items()]
     if initial_state is None:
-        return [*result, k.new_empty(0)]
+        return [*result, v.new_empty(0)]
     return [*result, torch.empty_like(grad_state).index_copy_(0, order_N, grad_state).to(initial_state.dtype)]
 
 
 @_backward.register_fake
-def _(grad_o, grad_final, *arguments):
-    *terms, initial_state = arguments[:10]
+def _(grad_o, grad_final, starts, *arguments):
     return [
         grad_o.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
-        for x in (*terms, initial_state)
+        for x in arguments[:10]  # up to the initial state
     ]
 
 
@@ -427,7 +407,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _autograd(ctx, grad_o, grad_final, _):
     *tensors, offset, cu_seqlens, starts = ctx.saved_tensors
-    grads = _backward(grad_o, grad_final, *tensors, ctx.norm_eps, ctx.mini_batch_size, offset, cu_seqlens, starts)
+    grads = _backward(grad_o, grad_final, starts, *tensors, ctx.norm_eps, ctx.mini_batch_size, offset, cu_seqlens)
     return (*(None if x is None else grad for x, grad in zip(tensors, grads, strict=True)), None, None, None, None)
 
 
@@ -448,9 +428,9 @@ def _flops(shapes: Terms) -> int:
 
 @register_flop_formula(torch.ops.torchlmoe.online_gradient)
 def _(*shapes, **kwargs) -> int:
-    return _flops(Terms(*shapes[:9]))
+    return _flops(_split(shapes)[0])
 
 
 @register_flop_formula(torch.ops.torchlmoe.online_gradient_backward)
-def _(grad_o, grad_final, *shapes, **kwargs) -> int:
-    return 2 * _flops(Terms(*shapes[:9]))
+def _(grad_o, grad_final, starts, *shapes, **kwargs) -> int:
+    return 2 * _flops(_split(shapes)[0])

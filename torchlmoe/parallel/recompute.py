@@ -21,14 +21,17 @@ _PRODUCTS = {
 # Where an expert works is drawn once: a choice drawn again from scores that round otherwise could be another.
 _CHOICES = {"torchlmoe::top_indices", "torchlmoe::sort_slots"}
 # Ours, but as cheap as what is around them.
-_POINTWISE = {"torchlmoe::causal_conv", "torchlmoe::weighted_swiglu", "torchlmoe::gather_slots"}
+_POINTWISE = {
+    f"torchlmoe::{name}"
+    for name in ("causal_conv", "weighted_swiglu", "gather_slots", "permute", "gated_rms_norm", "decay_gate")
+}
 
 
 def _policy(selective: bool, context, operation, *args, **kwargs) -> CheckpointPolicy:
     name = operation.name().partition(".")[0]
     keep = name in _CHOICES
     if selective:
-        ours = name.startswith(("torchlmoe::", "torch_attn::")) and name not in _POINTWISE
+        ours = name.startswith(("torchlmoe::", "torch_attn::")) and name.removesuffix("_triton") not in _POINTWISE
         keep = keep or ours or operation.overloadpacket in _PRODUCTS
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 

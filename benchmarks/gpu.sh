@@ -1,0 +1,80 @@
+#!/usr/bin/env bash
+# Everything that wants a GPU, in pieces of less than ten minutes: bash benchmarks/gpu.sh [--list | piece ...]
+#
+# Tests of the kernels, every configuration against the chunked form, speed of the kernels, training throughput. A piece
+# leaves a JSON file with hardware and versions, and a log, in benchmarks/results/<the GPU's name>; a piece whose JSON
+# is there is skipped, so that the same command goes on where it was interrupted. Ends with 1 if any piece failed.
+# PYTHON is the interpreter, `python` if unset.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
+python=${PYTHON:-python}
+
+pieces=()
+for file in tests/kernels/test_*.py; do
+    pieces+=("$(basename "$file" .py)")
+done
+for width in 64 128 256; do
+    pieces+=("configurations_$width")
+done
+for case in anchor shared_heads long narrow wide short_rows decode; do
+    pieces+=("kernels_$case")
+done
+for operation in GLA Mamba2 KDA; do
+    pieces+=("compiled_$operation")
+done
+for instance in attention bla retention gla hgrn2 mamba2 rwkv6 deltanet gated_deltanet kda rwkv7 mamba; do
+    pieces+=("throughput_$instance")
+done
+
+if [[ ${1:-} == --list ]]; then
+    printf '%s\n' "${pieces[@]}"
+    exit 0
+fi
+if ! gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null) || [[ -z $gpu ]]; then
+    echo "No GPU is visible to nvidia-smi; the same kernels are tested on a CPU by: python -m pytest tests/kernels" >&2
+    exit 2
+fi
+gpu=$(head -n 1 <<<"$gpu" | tr ' [:upper:]' '_[:lower:]')
+results=benchmarks/results/$gpu
+mkdir -p "$results"
+
+run() { # run PIECE OUTPUT: one piece, whose figures go to OUTPUT
+    local name=${1#*_}
+    case $1 in
+        test_*) "$python" -m benchmarks.kernel_tests "tests/kernels/$1.py" --output "$2" ;;
+        configurations_*) "$python" -m benchmarks.tune_kernels --most 0 --widths "$name" --output "$2" ;;
+        kernels_*)
+            "$python" -m benchmarks.kernels --case "$name" --output "$2" \
+                --by torchlmoe PyTorch fla "FlashAttention (SDPA)"
+            ;;
+        compiled_*) # which takes minutes
+            "$python" -m benchmarks.kernels --case short_rows --operations "$name" --output "$2" \
+                --by torchlmoe PyTorch "compiled PyTorch"
+            ;;
+        throughput_*) "$python" -m benchmarks.throughput --instances "$name" --output "$2" ;;
+    esac
+}
+
+failed=()
+for piece in "${@:-${pieces[@]}}"; do
+    if [[ ! " ${pieces[*]} " == *" $piece "* ]]; then
+        echo "There is no piece '$piece'; --list names them." >&2
+        exit 2
+    fi
+    if [[ -e $results/$piece.json ]]; then
+        echo "$piece: done before"
+        continue
+    fi
+    echo "$piece: $(date +%H:%M:%S)"
+    unfinished=$results/$piece.unfinished
+    if timeout 600 bash -c "$(declare -f run); python='$python'; run '$piece' '$unfinished'" >"$results/$piece.log" 2>&1; then
+        mv "$unfinished" "$results/$piece.json"
+    else
+        failed+=("$piece")
+        echo "$piece: failed, see $results/$piece.log"
+    fi
+done
+if ((${#failed[@]})); then
+    echo "failed: ${failed[*]}"
+    exit 1
+fi

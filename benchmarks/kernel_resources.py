@@ -1,0 +1,283 @@
+"""Registers, spills and shared memory of every kernel, with no GPU: python -m benchmarks.kernel_resources
+
+Every kernel's operation runs forward and backward on small CPU tensors, but each launch only compiles: for sm_80,
+sm_90, sm_100 and gfx942, with the configurations that the kernel's file has for them, at key and value widths of 64,
+128 and 256 in bfloat16 and float32. Ends with exit code 1 and a list if one does not compile, does not fit the
+target's shared memory, or spills more than MOST_SPILLS registers.
+
+Spills are the registers of a thread that live in memory: the stack frame that cuobjdump reports, in words, for CUDA,
+and what the code object's notes say for ROCm. Shared memory is what a program asks for.
+"""
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)  # read when triton and the kernels' files are imported
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
+from triton.runtime.jit import JITFunction
+
+from benchmarks.operations import OPERATIONS, Size, kernel_modules
+from benchmarks.report import arguments, show
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # that one program can have
+MOST_SPILLS = 16
+WIDTHS = (64, 128, 256)
+DTYPES = ("bfloat16", "float32")
+LENGTHS = (1, 64, 320)  # decoding, one chunk and several spans of them: kernels may be launched otherwise
+HEADS = 16
+Call = Callable[[int, torch.dtype, int], Any]  # (width, dtype, length) -> outputs
+
+
+class CompileOnly:
+    """Stands in for the driver of a GPU that is not there. Triton asks it for nothing else before it launches."""
+
+    def __init__(self, target: GPUTarget):
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> str:  # what Triton keeps compiled kernels by
+        return str(self.target)
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel, and what it was compiled to, or why it could not be."""
+
+    kernel: str
+    compiled: CompiledKernel | None
+    failure: str
+
+
+@contextmanager
+def compiling_for(target: str) -> Iterator[list[Launch]]:
+    """Launches compile for `target` and do not run; the list grows by one for each."""
+    launches: list[Launch] = []
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> CompiledKernel | None:
+        compiled, failure = None, ""
+        try:
+            compiled = run(self, *args, grid=grid, warmup=True, **options)
+        except Exception as error:  # of the compiler: one line of the table
+            failure = f"{type(error).__name__}: {' '.join(str(error).split())[-200:]}"
+        file, name = self.__module__.rpartition(".")[2], self.__name__.strip("_").removesuffix("_kernel")
+        launches.append(Launch(f"{file}.{name}", compiled, failure))
+        return compiled
+
+    chosen = {module: module.architecture for module in kernel_modules() if hasattr(module, "architecture")}
+    JITFunction.run = compile_only
+    triton.runtime.driver.set_active(CompileOnly(TARGETS[target]))
+    for module in chosen:
+        module.architecture = lambda x: target
+    try:
+        yield launches
+    finally:
+        JITFunction.run = run
+        for module, architecture in chosen.items():
+            module.architecture = architecture
+
+
+def resources(compiled: CompiledKernel) -> dict[str, float]:
+    """Of a thread: registers and spills. Of a program: warps and shared memory."""
+    if compiled.metadata.target.backend == "hip":
+        notes = {name: int(value) for name, value in re.findall(r"\.(\w+):\s+(\d+)\n", compiled.asm["amdgcn"])}
+        registers, spills = notes["vgpr_count"], notes["vgpr_spill_count"]
+    else:
+        with NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+            usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+        assert found, usage
+        registers, spills = int(found[1]), int(found[2]) // 4
+    shared_kib = compiled.metadata.shared / 1024
+    return {"warps": compiled.metadata.num_warps, "registers": registers, "spills": spills, "shared KiB": shared_kib}
+
+
+def kernels(file: str) -> Any:
+    return importlib.import_module(f"torchlmoe.kernels.{file}")
+
+
+def leaf(x: torch.Tensor | None) -> torch.Tensor | None:
+    return None if x is None else x.requires_grad_()
+
+
+def inputs_of(name: str, width: int, dtype: torch.dtype, length: int, *order: str) -> list[torch.Tensor | None]:
+    """The named inputs of an operation, None for those that it has not."""
+    size = Size(batch=1, length=length, heads=HEADS, key_dim=width, value_dim=width, key_heads=HEADS)
+    inputs = OPERATIONS[name].make(size, dtype, "cpu")
+    return [leaf(inputs.get(name)) for name in order]
+
+
+def run_recurrence(name: str) -> Call:
+    """An instance of the linear recurrence."""
+    terms = ("q", "k", "v", "log_decay", "erase", "erase_key", "value_log_decay", "bonus")
+
+    def run(width: int, dtype: torch.dtype, length: int) -> Any:
+        state = torch.zeros(1, HEADS, width, width, requires_grad=True)
+        operation = kernels("linear_recurrence").linear_recurrence
+        return operation(*inputs_of(name, width, dtype, length, *terms), 1.0, state, None)
+
+    return run
+
+
+def run_elementwise(width: int, dtype: torch.dtype, length: int) -> Any:
+    """Mamba's, of HEADS * width channels."""
+    inputs = inputs_of("Mamba", width, dtype, length, "q", "k", "v", "log_decay", "step")
+    state = torch.zeros(1, 1, inputs[1].shape[-1], HEADS * width, requires_grad=True)
+    return kernels("elementwise_recurrence").elementwise_recurrence(*inputs, state, None)
+
+
+def run_complex(width: int, dtype: torch.dtype, length: int) -> Any:
+    """S4's: a head for each channel, whose query, key and decay are complex and the same for every token."""
+    q, k = (torch.randn(HEADS * width, 64, dtype=torch.complex64, requires_grad=True) for _ in range(2))
+    rates = torch.complex(-torch.rand(len(k), 64, 1), torch.randn(len(k), 64, 1)).requires_grad_()
+    v = torch.randn(1, length, len(k), 1).to(dtype).requires_grad_()
+    state = torch.zeros(1, *rates.shape, dtype=torch.complex64, requires_grad=True)
+    return kernels("elementwise_recurrence").elementwise_recurrence(q, k, v, rates, None, state, None)
+
+
+def run_convolution(width: int, dtype: torch.dtype, length: int) -> Any:
+    """Of packed documents."""
+    inputs = inputs_of("short convolution", width, dtype, length, "x", "weight", "bias")
+    bounds = torch.tensor([0, length // 2, length], dtype=torch.int32)
+    return [kernels("causal_conv").causal_conv(*inputs, None, bounds, True)]
+
+
+def run_norm(width: int, dtype: torch.dtype, length: int) -> Any:
+    inputs = inputs_of("gated RMS norm", width, dtype, length, "x", "weight", "gate")
+    return [kernels("gated_rms_norm").gated_rms_norm(*inputs, 1 / width, 1e-6, "silu")]
+
+
+def run_gate(width: int, dtype: torch.dtype, length: int) -> Any:
+    inputs = inputs_of("decay gate", width, dtype, length, "x", "bias", "A_log")
+    return kernels("gates").decay_gate(*inputs, 1, 1.0, [], True)
+
+
+def run_dispatch(width: int, dtype: torch.dtype, length: int) -> Any:
+    """8 slots a token, with the router's weights."""
+    slot, x = torch.randperm(8 * length).view(length, 8), torch.randn(length, HEADS * width).to(dtype)
+    moved = kernels("moe_permute").permute(leaf(x), slot.flatten().argsort() // 8, slot)
+    return [kernels("moe_permute").unpermute(moved, slot.flatten().argsort() // 8, slot, leaf(torch.rand(length, 8)))]
+
+
+RECURRENCES = ("Mamba2", "GLA", "RWKV6", "value decay", "Gated DeltaNet", "KDA", "RWKV7")
+CALLS: dict[str, Call] = {
+    **{name: run_recurrence(name) for name in RECURRENCES},
+    "Mamba": run_elementwise,
+    "S4": run_complex,
+    "short convolution": run_convolution,
+    "gated RMS norm": run_norm,
+    "decay gate": run_gate,
+    "to experts and back": run_dispatch,
+}
+
+
+def rows_for(target: str, call: str, width: int, dtype: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """A row for each kernel that is launched, the most demanding where it is launched in several ways.
+
+    And what is wrong with it: that it does not compile, does not fit or spills too much, a sentence each.
+    """
+    with compiling_for(target) as launches:
+        for length in LENGTHS:
+            outputs = [x for x in CALLS[call](width, getattr(torch, dtype), length) if x.requires_grad]
+            if length > 1:
+                torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
+    rows: dict[str, dict[str, Any]] = {}
+    faults = []
+    for launch in launches:
+        where = f"{launch.kernel} of {call}, width {width}, {dtype}, on {target}"
+        if launch.compiled is None:
+            faults.append(f"{where} does not compile: {launch.failure}")
+            continue
+        case = {"kernel": launch.kernel, "instance": call, "width": width, "dtype": dtype, "target": target}
+        used = resources(launch.compiled)
+        row = rows.setdefault(launch.kernel, case | dict.fromkeys(used, 0))
+        row |= {name: max(row[name], value) for name, value in used.items()}
+    for row in rows.values():
+        where = f"{row['kernel']} of {call}, width {width}, {dtype}, on {target}"
+        if row["shared KiB"] > SHARED_KIB[target]:
+            faults.append(f"{where} needs {row['shared KiB']:.1f} KiB of shared memory; there are {SHARED_KIB[target]}")
+        if row["spills"] > MOST_SPILLS:
+            faults.append(f"{where} spills {row['spills']} registers; {MOST_SPILLS} are tolerated")
+    return list(rows.values()), faults
+
+
+def write_table(rows: list[dict[str, Any]], path: Path) -> None:
+    """A line for each kernel, instance, dtype and width, a column for each target."""
+    cells: dict[tuple[Any, ...], dict[str, str]] = {}
+    for row in rows:
+        line = cells.setdefault(tuple(row[name] for name in ("kernel", "instance", "dtype", "width")), {})
+        line[row["target"]] = f"{row['registers']} / {row['spills']} / {row['shared KiB']:.0f}"
+    targets = [name for name in TARGETS if any(row["target"] == name for row in rows)]
+    lines = [
+        "Written by `python -m benchmarks.kernel_resources --table kernels/RESOURCES.md`: do not edit.",
+        "",
+        "# Registers, spilled registers and KiB of shared memory",
+        "",
+        f"Compiled with Triton {triton.__version__} and no GPU. Each cell is the most that any launch of the kernel "
+        "needs, forward or backward. A program can have "
+        + ", ".join(f"{SHARED_KIB[name]} KiB on {name}" for name in targets)
+        + f"; {MOST_SPILLS} spilled registers are tolerated.",
+        "",
+        "| kernel | instance | dtype | width | " + " | ".join(targets) + " |",
+        "|---|---|---|---|" + "---|" * len(targets),
+        *(
+            "| " + " | ".join(map(str, key)) + " | " + " | ".join(line.get(name, "") for name in targets) + " |"
+            for key, line in cells.items()
+        ),
+    ]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def main() -> None:
+    parser = arguments(__doc__.splitlines()[0])
+    parser.add_argument("--table", type=Path, help="write the table to this Markdown file")
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--instances", nargs="+", choices=CALLS, default=list(CALLS))
+    parser.add_argument("--widths", nargs="+", type=int, default=WIDTHS)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="compilers at a time")
+    options = parser.parse_args()
+    cases = list(product(options.targets, options.instances, options.widths, options.dtypes))
+    with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
+        parts = list(pool.map(rows_for, *zip(*cases, strict=True)))
+    rows = sorted((row for part, _ in parts for row in part), key=lambda row: row["kernel"])
+    faults = [fault for _, part in parts for fault in part]
+    show("Resources of kernels", rows, options.output, faults=faults)
+    if options.table:
+        write_table(rows, options.table)
+    print("\n".join(faults))
+    sys.exit(1 if faults else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""Finds the kernels' configurations anew on this machine's GPU: python -m benchmarks.tune_kernels [--output FILE]
+
+Every file of kernels/ whose launches are configured has a table CONFIGS: a key (architecture, width, ..) -> numbers
+(tiles, warps, stages). The operation is run to see which keys it looks up, and each of them is climbed from: any number
+of the configuration is halved or doubled, as long as that is faster. A configuration counts only if the output and all
+gradients agree with the chunked form in float32; its time is that of forward and backward, summed over instances in
+units of what each takes at the start. Prints the entries to paste into CONFIGS. `--most 0` only checks those in use.
+
+Without a GPU it runs in Triton's interpreter on tiny sizes, which tests the program and finds nothing.
+"""
+
+import json
+import os
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel's file is imported
+
+from benchmarks.operations import OPERATIONS, OURS, PLAIN, Size, Way, kernel_modules
+from benchmarks.report import arguments, seconds_of, show
+
+WIDTHS = (64, 128, 256)
+LIMITS = {torch.bfloat16: 2e-2, torch.float16: 2e-2, torch.float32: 1e-4}  # of ||x - x'|| / ||x'||
+INSTANCES = ("Mamba2", "GLA", "Gated DeltaNet", "KDA", "RWKV7", "Mamba")
+Inputs = dict[str, Tensor]
+
+
+class LookedUp(dict):
+    """A table that notes what is looked up in it."""
+
+    def __init__(self, table: dict):
+        super().__init__(table)
+        self.keys_seen: list[Any] = []
+
+    def __getitem__(self, key: Any) -> Any:
+        if key not in self.keys_seen:
+            self.keys_seen.append(key)
+        return super().__getitem__(key)
+
+
+def neighbours(configuration: Any) -> Iterator[Any]:
+    """Those with one number halved or doubled, of the same type."""
+    numbers = list(configuration)
+    for place, number in enumerate(numbers):
+        for other in (number // 2, number * 2):
+            if other >= 1:
+                changed = [*numbers[:place], other, *numbers[place + 1 :]]
+                yield type(configuration)(*changed) if hasattr(configuration, "_fields") else tuple(changed)
+
+
+def results(way: Way, inputs: Inputs, grad: Tensor) -> list[Tensor]:
+    """The output and the gradients of all arguments."""
+    given = {name: tensor.detach().requires_grad_() for name, tensor in way.arguments(inputs).items()}
+    output = way.run(**given)
+    return [output, *torch.autograd.grad(output, list(given.values()), grad.to(output.dtype))]
+
+
+def agrees(found: list[Tensor], expected: list[Tensor], limit: float) -> bool:
+    return all((x - y).norm() <= limit * y.norm() for x, y in zip(found, expected, strict=True))  # false of NaN
+
+
+class Trial:
+    """An instance at a size: what it gives in float32, and how long it takes."""
+
+    def __init__(self, name: str, size: Size, dtype: torch.dtype, device: str):
+        self.description = f"{name}, {size}, {dtype}"
+        self.way, self.device, self.dtype = OPERATIONS[name].ways[OURS], device, dtype
+        self.inputs = OPERATIONS[name].make(size, dtype, device)
+        self.grad = torch.randn_like(self.inputs["v"])
+        in_float32 = {name: tensor.float() for name, tensor in self.inputs.items()}
+        self.expected = results(OPERATIONS[name].ways[PLAIN], in_float32, self.grad)
+
+    def seconds(self, repeats: int) -> float:
+        """inf where the result is wrong or the configuration is none that the kernel can have."""
+        try:
+            if not agrees(results(self.way, self.inputs, self.grad), self.expected, LIMITS[self.dtype]):
+                return float("inf")
+            run = lambda: results(self.way, self.inputs, self.grad)  # noqa: E731
+            return statistics.median(seconds_of(run, self.device) for _ in range(repeats))
+        except Exception as failure:
+            print(f"  {type(failure).__name__}: {' '.join(str(failure).split())[:100]}")
+            return float("inf")
+
+
+def climb(table: dict, key: Any, cost: Callable[[], float], most_trials: int) -> tuple[Any, float, int]:
+    """The best configuration found from table[key], its cost (1 for the first one) and how many were tried."""
+    best, best_cost, tried = table[key], 1.0, {table[key]}
+    improved = True
+    while improved:
+        improved = False
+        for candidate in neighbours(best):
+            if candidate in tried or len(tried) > most_trials:
+                continue
+            tried.add(candidate)
+            table[key] = candidate
+            if (candidate_cost := cost()) < 0.99 * best_cost:
+                best, best_cost, improved = candidate, candidate_cost, True
+            print(f"  {tuple(candidate)}: {candidate_cost:.3f}", flush=True)
+    table[key] = best
+    return best, best_cost, len(tried)
+
+
+def tune(
+    module: ModuleType, trials: list[Trial], repeats: int, most_trials: int, faults: list[str]
+) -> list[dict[str, Any]]:
+    """A row for each key of module.CONFIGS that `trials` look up; a trial that fails from the start is a fault."""
+    original = module.CONFIGS
+    module.CONFIGS = table = LookedUp(original)
+    first = [trial.seconds(repeats) for trial in trials]
+    faults += [
+        f"{trial.description}: wrong, or not run, as configured"
+        for trial, seconds in zip(trials, first, strict=True)
+        if seconds == float("inf")
+    ]
+    taking_part = [(trial, seconds) for trial, seconds in zip(trials, first, strict=True) if seconds < float("inf")]
+
+    def cost() -> float:
+        return sum(trial.seconds(repeats) / seconds for trial, seconds in taking_part) / len(taking_part)
+
+    rows = []
+    for key in list(table.keys_seen) if taking_part else []:
+        print(f"{module.__name__}: {key}, from {tuple(table[key])}")
+        best, best_cost, num_tried = climb(table, key, cost, most_trials)
+        family = module.architecture(trials[0].inputs["v"])
+        own_key = (family, *key[1:]) if isinstance(key, tuple) else family
+        row = {"file": module.__name__.rpartition(".")[2], "key": repr(own_key), "configuration": str(tuple(best))}
+        rows.append({**row, "of first time": best_cost, "tried": num_tried})
+    module.CONFIGS = original
+    return rows
+
+
+def main() -> None:
+    parser = arguments(__doc__.splitlines()[0])
+    parser.add_argument("--files", nargs="+", help="of kernels/, without .py; all that have configurations if unset")
+    parser.add_argument("--instances", nargs="+", choices=INSTANCES, default=INSTANCES)
+    parser.add_argument("--widths", nargs="+", type=int, default=WIDTHS)
+    parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float32"), default=("bfloat16", "float32"))
+    parser.add_argument("--repeats", type=int, default=7, help="timed runs of each configuration")
+    parser.add_argument("--most", type=int, default=60, help="configurations tried for a key; 0: check the table")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    modules = [module for module in kernel_modules() if hasattr(module, "CONFIGS")]
+    rows: list[dict[str, Any]] = []
+    faults: list[str] = []
+    for width in options.widths:
+        heads = 96 * 128 // width if device == "cuda" else 1
+        size = Size(1, 8192 if device == "cuda" else 20, heads, width, width, heads)
+        for dtype in options.dtypes:
+            trials = [Trial(name, size, getattr(torch, dtype), device) for name in options.instances]
+            for module in modules:
+                if options.files is None or module.__name__.rpartition(".")[2] in options.files:
+                    rows += tune(module, trials, options.repeats, options.most, faults)
+                    print(json.dumps(rows[-1:]))
+    show("Configurations", rows, options.output, faults=faults)
+    for row in rows:
+        print(f"{row['file']}.py: {row['key']}: {row['configuration']},")
+    print("\n".join(dict.fromkeys(faults)))
+    sys.exit(1 if faults else 0)
+
+
+if __name__ == "__main__":
+    main()

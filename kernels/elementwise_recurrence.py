@@ -1,0 +1,586 @@
+"""The recurrence whose decay is a matrix of its own for every token, forward and backward, in Triton.
+
+    S_t = exp(G_t) * S_{t-1} + k_t v_t^T          o_t = Re(S_t^T q_t)          * elementwise, S and G in R or C^{K x V}
+
+Serves Mamba (G_t = step_t[v] * G[k, v]), S4 (G, q and k the same for every token, complex), HGRN and fast weights with
+a full gate (G of every token). Real numbers are complex ones whose imaginary plane the compiler drops.
+
+Documents are cut into chunks; a chunk is an affine map of the state, so there are three launches each way:
+
+    tokens      |  chunk 0  |  chunk 1  |  chunk 2  |           a program: one chunk, one head, one tile of columns,
+    1 summary      P_0, X_0    P_1, X_1    P_2, X_2             all K one after another; per key a tile
+    2 fold         S_0 ------> S_1 ------> S_2 -----> final
+    3 read         o           o           o                                 columns (values of a head, or of
+                                                                             all heads where q, k are constant)
+    The backward is the same from right to left, with                       +----------------+
+    P, sum_t P_t q_t do_t and the gradient of the state;             tokens | decay, k v, S  |  BLOCK_T x BLOCK_C
+    its third pass scans a tile both ways, so that no               down    |  scanned down  |  in registers
+    state of a token is ever stored.                                        +----------------+
+
+The state that each chunk finds ([chunks, H, K, V]) is all that is kept between forward and backward. What columns add
+up to (gradients of q and k) and what tokens add up to (gradients of what is constant) is written once a program and
+summed afterwards: no atomics. No exponent is positive, nothing is divided, nothing is subtracted.
+
+Inner dims are read with a stride of one and rows of a batch at one distance; other layouts are copied first.
+
+Legend: M = B * T tokens, H heads, K key width, V value width, N documents.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+# architecture: tokens of a chunk, columns of a tile, warps.
+CONFIGS = {
+    "sm_80": (64, 32, 8),
+    "sm_90": (64, 32, 8),
+    "sm_100": (64, 32, 8),
+    "gfx942": (64, 32, 4),
+    "interpreter": (16, 16, 1),
+}
+FOLD_BLOCK = 256  # elements of a state that one program folds
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+def architecture(x: Tensor) -> str:
+    if x.device.type != "cuda":
+        return "interpreter"
+    if torch.version.hip:
+        return "gfx942"
+    return {8: "sm_80", 9: "sm_90"}.get(torch.cuda.get_device_capability(x.device)[0], "sm_100")
+
+
+@triton.jit
+def _load(pointer, offset, mask, COMPLEX: tl.constexpr):
+    """Both planes; of a real number the second is never looked at."""
+    if COMPLEX:
+        real = tl.load(pointer + 2 * offset, mask=mask, other=0).to(tl.float32)
+        imaginary = tl.load(pointer + 2 * offset + 1, mask=mask, other=0).to(tl.float32)
+    else:
+        real = tl.load(pointer + offset, mask=mask, other=0).to(tl.float32)
+        imaginary = real
+    return real, imaginary
+
+
+@triton.jit
+def _store(pointer, offset, real, imaginary, mask, COMPLEX: tl.constexpr):
+    if COMPLEX:
+        tl.store(pointer + 2 * offset, real, mask=mask)
+        tl.store(pointer + 2 * offset + 1, imaginary, mask=mask)
+    else:
+        tl.store(pointer + offset, real, mask=mask)
+
+
+@triton.jit
+def _times(a, ai, b, bi, COMPLEX: tl.constexpr):
+    """a * b"""
+    if COMPLEX:
+        real = a * b - ai * bi
+        imaginary = a * bi + ai * b
+    else:
+        real = a * b
+        imaginary = real
+    return real, imaginary
+
+
+@triton.jit
+def _times_conjugate(a, ai, b, bi, COMPLEX: tl.constexpr):
+    """a * conj(b)"""
+    if COMPLEX:
+        real = a * b + ai * bi
+        imaginary = ai * b - a * bi
+    else:
+        real = a * b
+        imaginary = real
+    return real, imaginary
+
+
+@triton.jit
+def _exp(log, log_i, COMPLEX: tl.constexpr):
+    real = tl.exp2(log * LOG2_E)
+    imaginary = real
+    if COMPLEX:
+        imaginary = real * tl.sin(log_i)
+        real = real * tl.cos(log_i)
+    return real, imaginary
+
+
+@triton.jit
+def _then(a, x, b, y):
+    """S -> a S + x, then S -> b S + y"""
+    return a * b, b * x + y
+
+
+@triton.jit
+def _then_complex(a, ai, x, xi, b, bi, y, yi):
+    return a * b - ai * bi, a * bi + ai * b, b * x - bi * xi + y, b * xi + bi * x + yi
+
+
+@triton.jit
+def _scan(a, ai, x, xi, REVERSE: tl.constexpr, COMPLEX: tl.constexpr):
+    """All maps up to each row (from it on, in reverse), as one: the decay, and what is added."""
+    if COMPLEX:
+        a, ai, x, xi = tl.associative_scan((a, ai, x, xi), 0, _then_complex, reverse=REVERSE)
+    else:
+        a, x = tl.associative_scan((a, x), 0, _then, reverse=REVERSE)
+        ai = a
+        xi = x
+    return a, ai, x, xi
+
+
+@triton.jit
+def _rows(chunks, BLOCK_T: tl.constexpr):
+    """The program's chunk, where it starts, its rows, and how many of them there are."""
+    chunk = tl.program_id(0).to(tl.int64)
+    start = tl.load(chunks + 2 * chunk)
+    return chunk, start, tl.arange(0, BLOCK_T), (tl.load(chunks + 2 * chunk + 1) - start).to(tl.int32)
+
+
+@triton.jit
+def _columns(num_heads, value_dim, BLOCK_C: tl.constexpr, FOLD: tl.constexpr):
+    """The tile's columns: their head (one, or one each), their place in it and which there are."""
+    column = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    if FOLD:
+        head = column // value_dim
+        channel = column % value_dim
+        mask = column < num_heads * value_dim
+    else:
+        head = tl.program_id(1)
+        channel = column
+        mask = column < value_dim
+    return head, channel, mask
+
+
+@triton.jit
+def _from(pointer, element, COMPLEX: tl.constexpr):
+    """Where an int64 number of elements lies; what is added to it within a chunk fits int32."""
+    return pointer + (2 * element if COMPLEX else element)
+
+
+@triton.jit
+def _values(x, start, row, row_mask, head, channel, mask):
+    """Rows of v, step or do, (pointer, strides of token and head): float32 [BLOCK_T, BLOCK_C], 0 where masked."""
+    offset = (row * x[1])[:, None] + (head * x[2] + channel)[None, :]
+    return tl.load(x[0] + start * x[1] + offset, mask=row_mask[:, None] & mask[None, :], other=0).to(tl.float32)
+
+
+@triton.jit
+def _key(x, start, row, row_mask, head, mask, key, COMPLEX: tl.constexpr, FOLD: tl.constexpr):
+    """One key of q or k: [BLOCK_T, 1], or [1, BLOCK_C] where it is the same for every token."""
+    if FOLD:
+        real, imaginary = _load(x[0], (head * x[2] + key)[None, :], mask[None, :], COMPLEX)
+    else:
+        offset = (row * x[1] + head * x[2] + key)[:, None]
+        real, imaginary = _load(_from(x[0], start * x[1], COMPLEX), offset, row_mask[:, None], COMPLEX)
+    return real, imaginary
+
+
+@triton.jit
+def _log_decay(
+    x, step, start, row, row_mask, head, channel, mask, key, COMPLEX: tl.constexpr, PER_TOKEN: tl.constexpr
+):  # fmt: skip
+    """One key's log decay, times the step's tile if there is one: [BLOCK_T, BLOCK_C], 0 where masked."""
+    offset = (head * x[2] + key * x[3] + channel)[None, :]
+    tile_mask = row_mask[:, None] & mask[None, :]
+    if PER_TOKEN:
+        pointer = _from(x[0], start * x[1], COMPLEX)
+        real, imaginary = _load(pointer, (row * x[1])[:, None] + offset, tile_mask, COMPLEX)
+    else:
+        real, imaginary = _load(x[0], offset, mask[None, :], COMPLEX)
+        if step is not None:
+            real, imaginary = real * step, imaginary * step
+        real, imaginary = tl.where(tile_mask, real, 0), tl.where(tile_mask, imaginary, 0)
+    return real, imaginary
+
+
+@triton.jit
+def _summary_kernel(
+    k, v, log_decay, step, chunks, transition, local, num_heads, key_dim, value_dim,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, FOLD: tl.constexpr, PER_TOKEN: tl.constexpr, COMPLEX: tl.constexpr,
+    BACKWARD: tl.constexpr,
+):  # fmt: skip
+    """P = exp(sum_t G_t), and the state from zero; in the backward, from q and do, the gradient of the first state."""
+    chunk, start, row, length = _rows(chunks, BLOCK_T)
+    if length <= 0:
+        return
+    head, channel, mask = _columns(num_heads, value_dim, BLOCK_C, FOLD)
+    v_tile = _values(v, start, row, row < length, head, channel, mask)
+    # What a token wrote decays by the tokens after it; what it reads had decayed by those up to it.
+    passed = row if BACKWARD else row + 1
+    first = tl.arange(0, 1)
+    step_tile, step_first = None, None
+    if step is not None:
+        step_tile = _values(step, start, passed, passed < length, head, channel, mask)
+        step_first = _values(step, start, first, first < length, head, channel, mask)
+    size = num_heads * key_dim * value_dim
+    transition, local = _from(transition, chunk * size, COMPLEX), _from(local, chunk * size, COMPLEX)
+    for key in range(key_dim):
+        g, gi = _log_decay(
+            log_decay, step_tile, start, passed, passed < length, head, channel, mask, key, COMPLEX, PER_TOKEN
+        )
+        decay, decay_i = _exp(tl.cumsum(g, 0, reverse=not BACKWARD), tl.cumsum(gi, 0, reverse=not BACKWARD), COMPLEX)
+        k_key, ki_key = _key(k, start, row, row < length, head, mask, key, COMPLEX, FOLD)
+        x, xi = _times(decay, decay_i, k_key, ki_key, COMPLEX)
+        if COMPLEX and BACKWARD:
+            xi = -xi
+        total, total_i = tl.sum(g, 0), tl.sum(gi, 0)
+        if not BACKWARD:
+            g, gi = _log_decay(
+                log_decay, step_first, start, first, first < length, head, channel, mask, key, COMPLEX, PER_TOKEN
+            )
+            total, total_i = total + tl.sum(g, 0), total_i + tl.sum(gi, 0)
+        total, total_i = _exp(total, total_i, COMPLEX)
+        state = head * key_dim * value_dim + key * value_dim + channel
+        _store(transition, state, total, total_i, mask, COMPLEX)
+        _store(local, state, tl.sum(x * v_tile, 0), tl.sum(xi * v_tile, 0), mask, COMPLEX)
+
+
+@triton.jit
+def _fold_kernel(
+    transition, local, carry, last, first_chunk, size,
+    BLOCK: tl.constexpr, COMPLEX: tl.constexpr, BACKWARD: tl.constexpr,
+):  # fmt: skip
+    """Goes through a document's chunks and leaves in `local` what each of them receives."""
+    document = tl.program_id(1).to(tl.int64)
+    element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = element < size
+    x = tl.zeros([BLOCK], tl.float32)
+    xi = x
+    if carry is not None:
+        x, xi = _load(carry, document * size + element, mask, COMPLEX)
+    begin, end = tl.load(first_chunk + document), tl.load(first_chunk + document + 1)
+    for index in range(begin, end):
+        chunk = begin + end - 1 - index if BACKWARD else index
+        offset = chunk * size + element
+        a, ai = _load(transition, offset, mask, COMPLEX)
+        y, yi = _load(local, offset, mask, COMPLEX)
+        _store(local, offset, x, xi, mask, COMPLEX)
+        if BACKWARD:
+            x, xi = _times_conjugate(x, xi, a, ai, COMPLEX)
+        else:
+            x, xi = _times(x, xi, a, ai, COMPLEX)
+        x, xi = x + y, xi + yi
+    _store(last, document * size + element, x, xi, mask, COMPLEX)
+
+
+@triton.jit
+def _read_kernel(
+    q, k, v, log_decay, step, chunks, starts, o, num_heads, key_dim, value_dim,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, FOLD: tl.constexpr, PER_TOKEN: tl.constexpr, COMPLEX: tl.constexpr,
+):  # fmt: skip
+    chunk, start, row, length = _rows(chunks, BLOCK_T)
+    if length <= 0:
+        return
+    row_mask = row < length
+    head, channel, mask = _columns(num_heads, value_dim, BLOCK_C, FOLD)
+    v_tile = _values(v, start, row, row_mask, head, channel, mask)
+    step_tile = None
+    if step is not None:
+        step_tile = _values(step, start, row, row_mask, head, channel, mask)
+    starts = _from(starts, chunk * num_heads * key_dim * value_dim, COMPLEX)
+    o_tile = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
+    for key in range(key_dim):
+        g, gi = _log_decay(log_decay, step_tile, start, row, row_mask, head, channel, mask, key, COMPLEX, PER_TOKEN)
+        a, ai = _exp(g, gi, COMPLEX)
+        k_key, ki_key = _key(k, start, row, row_mask, head, mask, key, COMPLEX, FOLD)
+        q_key, qi_key = _key(q, start, row, row_mask, head, mask, key, COMPLEX, FOLD)
+        a, ai, s, si = _scan(a, ai, k_key * v_tile, ki_key * v_tile, False, COMPLEX)
+        first, first_i = _load(starts, head * key_dim * value_dim + key * value_dim + channel, mask, COMPLEX)
+        x, xi = _times(a, ai, first[None, :], first_i[None, :], COMPLEX)
+        o_tile += _times(q_key, qi_key, s + x, si + xi, COMPLEX)[0]
+    width = num_heads * value_dim
+    offset = (row * width)[:, None] + (head * value_dim + channel)[None, :]
+    tl.store(o + start * width + offset, o_tile, mask=row_mask[:, None] & mask[None, :])
+
+
+@triton.jit
+def _gradient_kernel(
+    q, k, v, log_decay, step, grad_o, chunks, starts, grad_ends, dq, dk, dv, dlog_decay, dstep,
+    num_tokens, num_heads, key_dim, value_dim,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, FOLD: tl.constexpr, PER_TOKEN: tl.constexpr, COMPLEX: tl.constexpr,
+):  # fmt: skip
+    chunk, start, row, length = _rows(chunks, BLOCK_T)
+    if length <= 0:
+        return
+    head, channel, mask = _columns(num_heads, value_dim, BLOCK_C, FOLD)
+    row_mask, before_mask, after_mask = row < length, (row > 0) & (row <= length), row + 1 < length
+    tile_mask = row_mask[:, None] & mask[None, :]
+    width = num_heads * value_dim
+    size = width * key_dim
+    starts, grad_ends = _from(starts, chunk * size, COMPLEX), _from(grad_ends, chunk * size, COMPLEX)
+    dlog_decay = _from(dlog_decay, (start if PER_TOKEN else chunk) * size, COMPLEX)
+    part = chunk * size
+    if not FOLD:
+        part = (tl.program_id(2).to(tl.int64) * num_tokens + start) * num_heads * key_dim
+    dq, dk = _from(dq, part, COMPLEX), _from(dk, part, COMPLEX)
+    v_tile = _values(v, start, row, row_mask, head, channel, mask)
+    v_before = _values(v, start, row - 1, before_mask, head, channel, mask)
+    grad_tile = _values(grad_o, start, row, row_mask, head, channel, mask)
+    step_tile, step_after = None, None
+    if step is not None:
+        step_tile = _values(step, start, row, row_mask, head, channel, mask)
+        step_after = _values(step, start, row + 1, after_mask, head, channel, mask)
+    dv_tile = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
+    dstep_tile = dv_tile
+    for key in range(key_dim):
+        k_key, ki_key = _key(k, start, row, row_mask, head, mask, key, COMPLEX, FOLD)
+        q_key, qi_key = _key(q, start, row, row_mask, head, mask, key, COMPLEX, FOLD)
+        k_before, ki_before = _key(k, start, row - 1, before_mask, head, mask, key, COMPLEX, FOLD)
+        state = head * key_dim * value_dim + key * value_dim + channel
+        # What has decayed, z_t = a_t S_{t-1}, by a scan of its own: S_t - k_t v_t would lose it where a_t is small.
+        g, gi = _log_decay(log_decay, step_tile, start, row, row_mask, head, channel, mask, key, COMPLEX, PER_TOKEN)
+        a, ai = _exp(g, gi, COMPLEX)
+        x, xi = _times(a, ai, k_before * v_before, ki_before * v_before, COMPLEX)
+        a, ai, z, zi = _scan(a, ai, x, xi, False, COMPLEX)
+        first, first_i = _load(starts, state, mask, COMPLEX)
+        x, xi = _times(a, ai, first[None, :], first_i[None, :], COMPLEX)
+        z, zi = z + x, zi + xi
+        # The gradient of S_t: conj(q_t) do_t, and what comes back through the decay of the token after it.
+        g, gi = _log_decay(
+            log_decay, step_after, start, row + 1, after_mask, head, channel, mask, key, COMPLEX, PER_TOKEN
+        )
+        a, ai = _exp(g, -gi, COMPLEX)
+        a, ai, ds, dsi = _scan(a, ai, q_key * grad_tile, -qi_key * grad_tile, True, COMPLEX)
+        last, last_i = _load(grad_ends, state, mask, COMPLEX)
+        x, xi = _times(a, ai, last[None, :], last_i[None, :], COMPLEX)
+        ds, dsi = tl.where(tile_mask, ds + x, 0), tl.where(tile_mask, dsi + xi, 0)
+
+        dv_tile += _times_conjugate(ds, dsi, k_key, ki_key, COMPLEX)[0]
+        of_q, of_qi = (k_key * v_tile + z) * grad_tile, -(ki_key * v_tile + zi) * grad_tile
+        of_k, of_ki = ds * v_tile, dsi * v_tile
+        if FOLD:
+            _store(dq, state, tl.sum(of_q, 0), tl.sum(of_qi, 0), mask, COMPLEX)
+            _store(dk, state, tl.sum(of_k, 0), tl.sum(of_ki, 0), mask, COMPLEX)
+        else:
+            place = (row * num_heads + head) * key_dim + key
+            _store(dq, place, tl.sum(of_q, 1), tl.sum(of_qi, 1), row_mask, COMPLEX)
+            _store(dk, place, tl.sum(of_k, 1), tl.sum(of_ki, 1), row_mask, COMPLEX)
+        dg, dgi = _times_conjugate(ds, dsi, z, zi, COMPLEX)
+        if PER_TOKEN:
+            _store(dlog_decay, (row * size)[:, None] + state[None, :], dg, dgi, tile_mask, COMPLEX)
+        else:
+            if step is not None:
+                g, gi = _load(log_decay[0], head * log_decay[2] + key * log_decay[3] + channel, mask, COMPLEX)
+                dstep_tile += _times_conjugate(dg, dgi, g[None, :], gi[None, :], COMPLEX)[0]
+                dg, dgi = dg * step_tile, dgi * step_tile
+            _store(dlog_decay, state, tl.sum(dg, 0), tl.sum(dgi, 0), mask, COMPLEX)
+    offset = (row * width)[:, None] + (head * value_dim + channel)[None, :]
+    tl.store(dv + start * width + offset, dv_tile, mask=tile_mask)
+    if step is not None:
+        tl.store(dstep + start * width + offset, dstep_tile, mask=tile_mask)
+
+
+class _Problem:
+    """The arguments of one call as the kernels take them."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, step: Tensor | None, cu_seqlens):
+        batch_size, length, num_heads, value_dim = v.shape
+        self.num_tokens, self.key_dim = batch_size * length, k.shape[-1]
+        self.is_complex = any(x.is_complex() for x in (q, k, log_decay))
+        self.fold, per_token = q.dim() == 2 and k.dim() == 2, log_decay.dim() == 5
+        block_t, block_c, num_warps = CONFIGS[architecture(v)]
+        columns = num_heads * value_dim if self.fold else value_dim
+        block_c = max(16, min(block_c, triton.next_power_of_2(columns)))
+        self.num_documents = batch_size if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        self.num_chunks = triton.cdiv(length, block_t) * batch_size + (0 if cu_seqlens is None else self.num_documents)
+        self.grid = (self.num_chunks, 1 if self.fold else num_heads, triton.cdiv(columns, block_c))
+        self.matrix, self.v = (num_heads, self.key_dim, value_dim), v
+        self.sizes = dict(num_heads=num_heads, key_dim=self.key_dim, value_dim=value_dim)
+        self.flags = dict(BLOCK_T=block_t, BLOCK_C=block_c, FOLD=self.fold, PER_TOKEN=per_token, num_warps=num_warps)
+        self.flags["COMPLEX"] = self.is_complex
+        self.given = (q, k, log_decay, step, cu_seqlens)
+
+    def states(self, rows: int) -> Tensor:
+        return self.v.new_empty((rows, *self.matrix), dtype=torch.complex64 if self.is_complex else torch.float32)
+
+    def operands(self) -> dict:
+        """q, k, v, log_decay and step, each with its strides, and where chunks start and end."""
+        q, k, log_decay, step, cu_seqlens = self.given
+        self.chunks, self.first_chunk = _cut(self.v, cu_seqlens, self.flags["BLOCK_T"], self.num_chunks)
+        q, k = (x if x.dim() == 4 or self.fold else x.expand(*self.v.shape[:2], -1, -1) for x in (q, k))
+        return dict(
+            q=self.strided(q),
+            k=self.strided(k),
+            v=_strided(self.v),
+            log_decay=self.strided(log_decay),
+            step=None if step is None else _strided(step),
+            chunks=self.chunks,
+        )
+
+    def strided(self, x: Tensor) -> tuple:
+        return _strided(x.to(torch.complex64).resolve_conj() if self.is_complex else x)
+
+    def summary_and_fold(self, operands: dict, carry: Tensor | None, backward: bool) -> tuple[Tensor, Tensor]:
+        """What each chunk receives, and what is left at the end (in the backward: the beginning) of the documents."""
+        transition, local, last = (self.states(n) for n in (self.num_chunks, self.num_chunks, self.num_documents))
+        if last.numel() and self.num_chunks:
+            _summary_kernel[self.grid](
+                **operands, transition=_raw(transition), local=_raw(local), **self.sizes, **self.flags,
+                BACKWARD=backward,
+            )  # fmt: skip
+        if last.numel():
+            carry = None if carry is None else _raw(carry.to(last.dtype).resolve_conj().contiguous())
+            size = last[0].numel()
+            _fold_kernel[(triton.cdiv(size, FOLD_BLOCK), self.num_documents)](
+                _raw(transition), _raw(local), carry, _raw(last), self.first_chunk, size,
+                BLOCK=FOLD_BLOCK, COMPLEX=self.is_complex, BACKWARD=backward,
+            )  # fmt: skip
+        return local, last
+
+
+def _raw(x: Tensor) -> Tensor:
+    return torch.view_as_real(x) if x.is_complex() else x
+
+
+def _strided(x: Tensor) -> tuple:
+    """x [B, T, ...] or, the same for every token, [...], with its strides of token, head (and key)."""
+    x = x.flatten(0, 1) if x.dim() > 3 else x[None]
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    return _raw(x), *x.stride()[:-1]
+
+
+def _cut(v: Tensor, cu_seqlens: Tensor | None, chunk_size: int, num_chunks: int) -> tuple[Tensor, Tensor]:
+    """Where chunks start and end, int64 [chunks, 2], and each document's first chunk, int64 [N + 1].
+
+    How many chunks there are is for the device to know; those that there are not start past their end.
+    """
+    if cu_seqlens is None:
+        bounds = torch.arange(v.shape[0] + 1, device=v.device) * v.shape[1]
+    else:
+        bounds = cu_seqlens.long()
+    first = torch.zeros_like(bounds)
+    torch.cumsum((bounds.diff() + chunk_size - 1) // chunk_size, 0, out=first[1:])
+    chunk = torch.arange(num_chunks, device=v.device)
+    document = (torch.searchsorted(first, chunk, right=True) - 1).clamp(max=bounds.shape[0] - 2)
+    start = bounds[document] + (chunk - first[document]) * chunk_size
+    return torch.stack([start, torch.minimum(start + chunk_size, bounds[document + 1])], 1), first
+
+
+@torch.library.custom_op("torchlmoe::elementwise_recurrence_triton", mutates_args=())
+def elementwise_recurrence(
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    step: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns o, the final state and, for the backward, the state that each chunk finds.
+
+    q, k: [B, T, H, K], or [H, K] where they are the same for every token; real or complex. Without q, o is zero.
+    v: [B, T, H, V], float32, float16 or bfloat16. log_decay: [B, T, H, K, V] or [H, K, V], real part <= 0.
+    step: [B, T, H, V], times log_decay [H, K, V]. initial_state: [N, H, K, V]. cu_seqlens: int32 [N + 1], with B = 1.
+    States are float32 or complex64.
+    """
+    problem = _Problem(k if q is None else q, k, v, log_decay, step, cu_seqlens)
+    operands = problem.operands()
+    q_operand = operands.pop("q")
+    starts, final = problem.summary_and_fold(operands, initial_state, backward=False)
+    if q is None:
+        return torch.zeros_like(v, memory_format=torch.contiguous_format), final, starts
+    o = torch.empty_like(v, memory_format=torch.contiguous_format)
+    if o.numel():
+        _read_kernel[problem.grid](
+            q=q_operand, **operands, starts=_raw(starts), o=o, **problem.sizes, **problem.flags
+        )  # fmt: skip
+    return o, final, starts
+
+
+@elementwise_recurrence.register_fake
+def _(q, k, v, log_decay, step, initial_state, cu_seqlens):
+    problem = _Problem(k if q is None else q, k, v, log_decay, step, cu_seqlens)
+    o = torch.empty_like(v, memory_format=torch.contiguous_format)
+    return o, problem.states(problem.num_documents), problem.states(problem.num_chunks)
+
+
+@torch.library.custom_op("torchlmoe::elementwise_recurrence_triton_backward", mutates_args=())
+def _backward(
+    grad_o: Tensor,
+    grad_final: Tensor,
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    step: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    starts: Tensor,
+) -> list[Tensor]:
+    """Gradients of q, k, v, log_decay, step and initial_state; an operation cannot return None, so empty if absent."""
+    problem = _Problem(k if q is None else q, k, v, log_decay, step, cu_seqlens)
+    operands = problem.operands()
+    grad_rows = _strided(torch.zeros_like(v) if q is None else grad_o)
+    swapped = operands | dict(k=operands["q"], v=grad_rows)
+    del swapped["q"]
+    ends, grad_initial = problem.summary_and_fold(swapped, grad_final, backward=True)
+    dv = torch.empty_like(v, memory_format=torch.contiguous_format)
+    dstep = None if step is None else torch.empty_like(step, memory_format=torch.contiguous_format)
+    per_chunk = (problem.num_chunks, *problem.matrix)
+    per_tile = (problem.grid[2], problem.num_tokens, *problem.matrix[:2])
+    # Chunks that there are not write nothing.
+    dq, dk = (starts.new_zeros(per_chunk) if problem.fold else starts.new_empty(per_tile) for _ in range(2))
+    if problem.flags["PER_TOKEN"]:
+        dlog_decay = log_decay.new_empty(log_decay.shape, dtype=starts.dtype if problem.is_complex else log_decay.dtype)
+    else:
+        dlog_decay = starts.new_zeros(per_chunk)
+    if problem.num_chunks and starts.numel():
+        _gradient_kernel[problem.grid](
+            **operands, grad_o=grad_rows, starts=_raw(starts), grad_ends=_raw(ends), dq=_raw(dq), dk=_raw(dk), dv=dv,
+            dlog_decay=_raw(dlog_decay), dstep=dstep, num_tokens=problem.num_tokens, **problem.sizes, **problem.flags,
+        )  # fmt: skip
+
+    def like(x: Tensor | None, grad: Tensor | None, *summed: int) -> Tensor:
+        if x is None or grad is None:
+            return k.new_empty(0)
+        grad = grad.sum(summed) if summed else grad
+        grad = grad.real.contiguous() if grad.is_complex() and not x.is_complex() else grad
+        return grad.to(x.dtype).view(x.shape)
+
+    def of_key(x: Tensor | None, grad: Tensor) -> Tensor:
+        if problem.fold:
+            return like(x, grad, 0, 3)
+        return like(x, grad, 0) if x is None or x.dim() == 4 else like(x, grad, 0, 1)
+
+    of_decay = like(log_decay, dlog_decay) if log_decay.dim() == 5 else like(log_decay, dlog_decay, 0)
+    return [of_key(q, dq), of_key(k, dk), dv, of_decay, like(step, dstep), like(initial_state, grad_initial)]
+
+
+@_backward.register_fake
+def _(grad_o, grad_final, q, k, v, log_decay, step, initial_state, *rest):
+    return [
+        k.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+        for x in (q, k, v, log_decay, step, initial_state)
+    ]
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs, output[2])
+    ctx.mark_non_differentiable(output[2])
+
+
+def _autograd(ctx, grad_o, grad_final, _):
+    *inputs, starts = ctx.saved_tensors
+    grads = _backward(grad_o, grad_final, *inputs, starts)
+    return (*(None if x is None else grad for x, grad in zip(inputs[:6], grads, strict=True)), None)
+
+
+elementwise_recurrence.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def _flops(q, k, v, log_decay, step) -> int:
+    """As it is defined: decay, write, add, read, and step times rate; a complex product is six, its real part four."""
+    per_element = 14 + 2 * (step is not None) if k.is_complex() or log_decay.is_complex() else 5 + (step is not None)
+    return v.numel() * k.shape[-1] * per_element
+
+
+@register_flop_formula(torch.ops.torchlmoe.elementwise_recurrence_triton, get_raw=True)
+def _(q, k, v, log_decay, step, *rest, **kwargs) -> int:
+    return _flops(q, k, v, log_decay, step)
+
+
+@register_flop_formula(torch.ops.torchlmoe.elementwise_recurrence_triton_backward, get_raw=True)
+def _(grad_o, grad_final, q, k, v, log_decay, step, *rest, **kwargs) -> int:
+    return 2 * _flops(q, k, v, log_decay, step)

@@ -1,0 +1,696 @@
+"""The linear recurrence chunk by chunk: forward, state of a span, and one token at a time.
+
+    S_t = (I - b_t e_t^T) diag(exp g_t) S_{t-1} diag(exp h_t) + k_t v_t^T          o_t = scale * S_t^T q_t
+
+One family with flags. A term that is absent is None and its code is not compiled, so the same file serves linear
+attention, Lightning, Retention, GLA, HGRN2, RWKV6 (bonus u), Mamba2, GateLoop, Based, ReBased, DeltaNet, Gated
+DeltaNet, KDA, RWKV7 (own b), GSA and gated fast weights (h). g: none, per head or token (scalar) or per channel.
+
+A document is cut into chunks of C tokens; a program owns one head and V's columns in tiles of BLOCK_V:
+
+             K           BLOCK_V             n = T (z - (e exp G) S)            what the erase term writes, for z = v
+        +--------+      +-------+            o = (q exp G) S + P n              P = <q, k>, [C, C]
+      C | q k e  |  *  K|   S   |   -> C     S = exp(G_C) S + (k exp(G_C - G))^T n
+        +--------+      +-------+            T = (I + strict <e, k>)^-1, [C, C]
+
+G is the running sum of g in a chunk. Without e, n is v. With b of its own, k writes v and b writes n, z = -<e, k> v.
+
+  scores_kernel  per chunk and head: P and T, where one is wanted by several programs or is costly: [C, C] a chunk.
+  scan_kernel    S in registers, float32. Either from a document's start to its end, writing o on the way (no state is
+                 stored: where documents x heads x tiles fill the chip), or storing S at the start of every span of a
+                 few chunks, and then once more, all spans at a time, from these to o.
+  step_kernel    one token: a read and a write of the state.
+
+Scores under a decay per channel: C is halved down to single tokens. Where the later half of a block reads what its
+earlier half wrote, the decay factorises at the middle, so each level is one product of matrices and no exponent is
+positive. A scalar decay multiplies the matrix; its sums are float64, so that gates of -30 do not cost others digits.
+
+Tensors are handed to a kernel with their strides, (pointer, row, token, head), and are not copied, unless their last
+dim is not contiguous. Nothing here waits for the device. The gradient is in `linear_recurrence_backward.py`.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-160.0)  # exp2 of it is zero: a gate of -inf becomes this, so that sums are finite
+MATRICES = tl.constexpr(4)  # what scores_kernel has room for a chunk: <q, k>, T, and with a b of its own <q, b>, <e, k>
+
+
+@triton.jit
+def tile(x, row, token, head, rows, cols, valid, WIDTH: tl.constexpr):
+    """x[row, token + rows, head, cols] in float32, zero beyond `valid` rows and WIDTH columns."""
+    pointer, row_stride, token_stride, head_stride = x
+    pointer += row.to(tl.int64) * row_stride + token.to(tl.int64) * token_stride + head.to(tl.int64) * head_stride
+    inside = (rows < valid)[:, None] & (cols < WIDTH)[None, :]
+    return tl.load(pointer + rows[:, None] * token_stride + cols[None, :], mask=inside, other=0).to(tl.float32)
+
+
+@triton.jit
+def store_tile(x, values, row, token, head, rows, cols, valid, WIDTH: tl.constexpr):
+    pointer, row_stride, token_stride, head_stride = x
+    pointer += row.to(tl.int64) * row_stride + token.to(tl.int64) * token_stride + head.to(tl.int64) * head_stride
+    inside = (rows < valid)[:, None] & (cols < WIDTH)[None, :]
+    tl.store(pointer + rows[:, None] * token_stride + cols[None, :], values, mask=inside)
+
+
+@triton.jit
+def column(x, row, token, head, rows, valid):
+    """x[row, token + rows, head] of one number a token."""
+    pointer, row_stride, token_stride, head_stride = x
+    pointer += row.to(tl.int64) * row_stride + token.to(tl.int64) * token_stride + head.to(tl.int64) * head_stride
+    return tl.load(pointer + rows * token_stride, mask=rows < valid, other=0).to(tl.float32)
+
+
+@triton.jit
+def erase_tile(e, writer, row, token, head, rows, cols, valid, WIDTH: tl.constexpr, IS_BETA: tl.constexpr):
+    if IS_BETA:
+        return column(e, row, token, head, rows, valid)[:, None] * writer
+    else:
+        return tile(e, row, token, head, rows, cols, valid, WIDTH)
+
+
+@triton.jit
+def per_head(u, head, cols, K: tl.constexpr):
+    """u [heads, K] of a head, a row."""
+    return tl.load(u + head * K + cols, mask=cols < K, other=0).to(tl.float32)
+
+
+@triton.jit
+def own_score(q_CK, k_CK, u, head, cols, K: tl.constexpr):
+    """What a token reads of itself: q k, or by the bonus q u k."""
+    if u is None:
+        return tl.sum(q_CK * k_CK, 1)
+    else:
+        return tl.sum(q_CK * k_CK * per_head(u, head, cols, K), 1)
+
+
+@triton.jit
+def log2_tile(decay, row, token, head, rows, cols, valid, WIDTH: tl.constexpr):
+    return tl.maximum(tile(decay, row, token, head, rows, cols, valid, WIDTH) * LOG2_E, LOWEST)
+
+
+@triton.jit
+def log2_column(decay, row, token, head, rows, valid):
+    return tl.maximum(column(decay, row, token, head, rows, valid) * LOG2_E, LOWEST).to(tl.float64)
+
+
+@triton.jit
+def from_start(
+    decay, row, token, head, rows, cols, valid, WIDTH: tl.constexpr, PER_CHANNEL: tl.constexpr, BEFORE: tl.constexpr
+):
+    """What passes from the chunk's start to each reader: [C, D], [C, 1] or [1, 1].
+
+    BEFORE: a reader reads what was before its own decay.
+    """
+    if decay is None:
+        return tl.full([1, 1], 1.0, tl.float32)
+    elif PER_CHANNEL:
+        g = log2_tile(decay, row, token, head, rows, cols, valid, WIDTH)
+        total = tl.cumsum(g, 0)
+        return tl.exp2(total - g if BEFORE else total)
+    else:
+        g = log2_column(decay, row, token, head, rows, valid)
+        total = tl.cumsum(g, 0)
+        return tl.exp2((total - g if BEFORE else total).to(tl.float32))[:, None]
+
+
+@triton.jit
+def to_end(decay, row, token, head, rows, cols, valid, WIDTH: tl.constexpr, PER_CHANNEL: tl.constexpr):
+    """What passes from each writer to the chunk's end, and the whole of it: [D] or [1]."""
+    if decay is None:
+        return tl.full([1, 1], 1.0, tl.float32), tl.full([1], 1.0, tl.float32)
+    elif PER_CHANNEL:
+        g = log2_tile(decay, row, token, head, rows, cols, valid, WIDTH)
+        return tl.exp2(tl.cumsum(g, 0, reverse=True) - g), tl.exp2(tl.sum(g, 0))
+    else:
+        g = log2_column(decay, row, token, head, rows, valid)
+        whole = tl.sum(g, 0) + tl.zeros([1], tl.float64)
+        return tl.exp2((whole - tl.cumsum(g, 0)).to(tl.float32))[:, None], tl.exp2(whole.to(tl.float32))
+
+
+@triton.jit
+def decay_matrix(decay, row, token, head, rows, valid, BEFORE: tl.constexpr):
+    """What passes from token j to token i, [C, C], zero above the diagonal; on it, where BEFORE, too."""
+    if BEFORE:
+        seen = rows[:, None] > rows[None, :]
+    else:
+        seen = rows[:, None] >= rows[None, :]
+    if decay is None:
+        return tl.where(seen, 1.0, 0.0)
+    else:
+        g = log2_column(decay, row, token, head, rows, valid)
+        total = tl.cumsum(g, 0)
+        read = total
+        if BEFORE:
+            read -= g
+        return tl.exp2(tl.where(seen, (read[:, None] - total[None, :]).to(tl.float32), -float("inf")))
+
+
+@triton.jit
+def halfway(g, rows, SIZE: tl.constexpr, BEFORE: tl.constexpr, C: tl.constexpr, D: tl.constexpr):
+    """Of blocks of 2 * SIZE tokens, what passes from the middle to the later half's readers, and from the earlier
+    half's writers to there: [C, D] each, zero in the other half. g: log2 of the decay."""
+    halves = tl.reshape(g, [C // SIZE, SIZE, D])
+    read = tl.reshape(tl.cumsum(halves, 1), [C, D])
+    if BEFORE:
+        read -= g
+    written = tl.reshape(tl.cumsum(halves, 1, reverse=True), [C, D]) - g
+    later = ((rows // SIZE) % 2 == 1)[:, None]
+    factor = tl.exp2(tl.where(later, read, written))
+    return tl.where(later, factor, 0.0), tl.where(later, 0.0, factor)
+
+
+@triton.jit
+def within_blocks(x, rows, SIZE: tl.constexpr):
+    """x [C, C] where both tokens are of one block of SIZE, else zero."""
+    return tl.where((rows // SIZE)[:, None] == (rows // SIZE)[None, :], x, 0.0)
+
+
+@triton.jit
+def on_diagonal(x, rows):
+    return tl.where(rows[:, None] == rows[None, :], x[:, None], 0.0)
+
+
+@triton.jit
+def diagonal_of(x, rows):
+    return tl.sum(tl.where(rows[:, None] == rows[None, :], x, 0.0), 1)
+
+
+@triton.jit
+def dot(a, b, DOT: tl.constexpr):
+    return tl.dot(a.to(DOT), b.to(DOT), input_precision="ieee")
+
+
+@triton.jit
+def add_dot(onto, a, b, DOT: tl.constexpr):
+    return tl.dot(a.to(DOT), b.to(DOT), onto, input_precision="ieee")
+
+
+@triton.jit
+def unit_lower_inverse(lower, rows, C: tl.constexpr, PRECISION: tl.constexpr):
+    """(I + L)^-1 of a strictly lower L [C, C]: blocks of 16 row by row, then halves and what is between them."""
+    N: tl.constexpr = C // 16
+    number = tl.arange(0, N)
+    same = number[:, None, None, None] == number[None, None, :, None]
+    blocks = tl.sum(tl.where(same, tl.reshape(lower, [N, 16, N, 16]), 0.0), 2)
+    index = tl.arange(0, 16)
+    inverse = tl.where((index[:, None] == index[None, :])[None], 1.0, 0.0) + tl.zeros([N, 16, 16], tl.float32)
+    for i in range(1, 16):
+        this = (index == i)[None, :, None]
+        row = tl.sum(tl.where(this, blocks, 0.0), 1)
+        inverse -= tl.where(this, tl.sum(row[:, :, None] * inverse, 1)[:, None, :], 0.0)
+    inverse = tl.reshape(tl.where(same, inverse[:, :, None, :], 0.0), [C, C])
+    for level in tl.static_range(4, 6):
+        if (1 << level) < C:
+            later = (rows >> level) % 2 == 1
+            between = tl.where(later[:, None] & (later == 0)[None, :], within_blocks(lower, rows, 2 << level), 0.0)
+            below = tl.dot(between, inverse, input_precision=PRECISION)
+            inverse -= tl.dot(inverse, below, input_precision=PRECISION)
+    return inverse
+
+
+@triton.jit
+def document_of(spans, span, T, SPAN: tl.constexpr):
+    """The document to which a span of SPAN tokens belongs."""
+    if spans is None:
+        return span // tl.cdiv(T, SPAN)
+    else:
+        _, _, owner = spans
+        return tl.load(owner + span)
+
+
+@triton.jit
+def bounds_of(spans, document, T, SPAN: tl.constexpr):
+    """A document's row, its first token there and the one past its last, and its first span."""
+    if spans is None:
+        return document, document * 0, document * 0 + T, document * tl.cdiv(T, SPAN)
+    else:
+        bounds, first, _ = spans
+        return document * 0, tl.load(bounds + document), tl.load(bounds + document + 1), tl.load(first + document)
+
+
+@triton.jit
+def chunk_at(spans, slot, T, SPAN: tl.constexpr, C: tl.constexpr):
+    """The row and first token of the chunk in a slot, and how many tokens it has (none, or less, in unused slots)."""
+    span = slot // (SPAN // C)
+    row, start, end, first = bounds_of(spans, document_of(spans, span, T, SPAN), T, SPAN)
+    token = start + (span - first) * SPAN + slot % (SPAN // C) * C
+    return row, token, end - token
+
+
+@triton.jit
+def matrix_at(matrices, slot, head, heads, number: tl.constexpr, rows, C: tl.constexpr):
+    """Where the numbered one of a chunk's matrices is, [C, C]."""
+    place = ((slot.to(tl.int64) * heads + head) * MATRICES + number) * C * C
+    return matrices + place + rows[:, None] * C + rows[None, :]
+
+
+@triton.jit
+def load_state(states, index, head, heads, rows, cols, K: tl.constexpr, V: tl.constexpr):
+    """A tile of states[index, head] [K, V] in float32."""
+    states += (index.to(tl.int64) * heads + head) * K * V
+    inside = (rows < K)[:, None] & (cols < V)[None, :]
+    return tl.load(states + rows[:, None] * V + cols[None, :], mask=inside, other=0).to(tl.float32)
+
+
+@triton.jit
+def store_state(states, state_KV, index, head, heads, rows, cols, K: tl.constexpr, V: tl.constexpr):
+    states += (index.to(tl.int64) * heads + head) * K * V
+    inside = (rows < K)[:, None] & (cols < V)[None, :]
+    tl.store(states + rows[:, None] * V + cols[None, :], state_KV, mask=inside)
+
+
+@triton.jit
+def scores_kernel(
+    q, k, e, b, g, u, matrices, spans, T, heads,
+    GROUP: tl.constexpr, K: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr, BLOCK_K: tl.constexpr,
+    PER_CHANNEL: tl.constexpr, IS_BETA: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    slot, head = tl.program_id(0) // heads, tl.program_id(0) % heads
+    row, token, valid = chunk_at(spans, slot, T, SPAN, C)
+    if valid <= 0:
+        return
+    rows = tl.arange(0, C)
+    qk = tl.zeros([C, C], tl.float32)
+    qb, eb, ek = qk, qk, qk
+    own_k = tl.zeros([C], tl.float32)
+    own_b = own_k
+    for start in range(0, K, BLOCK_K):
+        cols = start + tl.arange(0, BLOCK_K)
+        k_CK = tile(k, row, token, head // GROUP, rows, cols, valid, K)
+        b_CK = k_CK
+        if b is not None:
+            b_CK = tile(b, row, token, head, rows, cols, valid, K)
+        if q is not None:
+            q_CK = tile(q, row, token, head // GROUP, rows, cols, valid, K)
+            own_k += own_score(q_CK, k_CK, u, head, cols, K)
+            own_b += tl.sum(q_CK * b_CK, 1)
+        if e is not None:
+            e_CK = erase_tile(e, b_CK, row, token, head, rows, cols, valid, K, IS_BETA)
+        if PER_CHANNEL:
+            g_CK = log2_tile(g, row, token, head, rows, cols, valid, K)
+            for level in tl.static_range(6):
+                if (1 << level) < C:
+                    later, earlier = halfway(g_CK, rows, 1 << level, u is not None, C, BLOCK_K)
+                    if q is not None:
+                        qk += within_blocks(dot(q_CK * later, tl.trans(k_CK * earlier), DOT), rows, 2 << level)
+                    if e is not None:
+                        eb += within_blocks(dot(e_CK * later, tl.trans(b_CK * earlier), DOT), rows, 2 << level)
+                    if b is not None:
+                        ek += within_blocks(dot(e_CK * later, tl.trans(k_CK * earlier), DOT), rows, 2 << level)
+                        if q is not None:
+                            qb += within_blocks(dot(q_CK * later, tl.trans(b_CK * earlier), DOT), rows, 2 << level)
+        else:
+            if q is not None:
+                qk = add_dot(qk, q_CK, tl.trans(k_CK), DOT)
+            if e is not None:
+                eb = add_dot(eb, e_CK, tl.trans(b_CK), DOT)
+            if b is not None:
+                ek = add_dot(ek, e_CK, tl.trans(k_CK), DOT)
+                if q is not None:
+                    qb = add_dot(qb, q_CK, tl.trans(b_CK), DOT)
+    if not PER_CHANNEL:
+        decay_CC = decay_matrix(g, row, token, head, rows, valid, u is not None)
+        strict_CC = tl.where(rows[:, None] > rows[None, :], decay_CC, 0.0)
+        qk *= decay_CC
+        qb *= decay_CC
+        eb *= strict_CC
+        ek *= strict_CC
+    if PER_CHANNEL or u is not None:
+        qk += on_diagonal(own_k, rows)
+    if PER_CHANNEL:
+        qb += on_diagonal(own_b, rows)
+    if q is not None:
+        tl.store(matrix_at(matrices, slot, head, heads, 0, rows, C), qk)
+        if b is not None:
+            tl.store(matrix_at(matrices, slot, head, heads, 2, rows, C), qb)
+    if e is not None:
+        tl.store(matrix_at(matrices, slot, head, heads, 1, rows, C), unit_lower_inverse(eb, rows, C, PRECISION))
+        if b is not None:
+            tl.store(matrix_at(matrices, slot, head, heads, 3, rows, C), ek)
+
+
+@triton.jit
+def rows_of(scores_CC, w_CV, h_CV, rows, BEFORE: tl.constexpr, C: tl.constexpr, D: tl.constexpr, DOT: tl.constexpr):
+    """sum_j P_ij w_j * exp(H_i - H_j), [C, D], under a value decay."""
+    o_CV = diagonal_of(scores_CC, rows)[:, None] * w_CV
+    for level in tl.static_range(6):
+        if (1 << level) < C:
+            later, earlier = halfway(h_CV, rows, 1 << level, BEFORE, C, D)
+            o_CV += dot(within_blocks(scores_CC, rows, 2 << level), w_CV * earlier, DOT) * later
+    return o_CV
+
+
+@triton.jit
+def scan_kernel(
+    q, k, v, g, e, b, h, u, matrices, initial_state, states, o, n, final_state, spans, scale, T, heads,
+    GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, FROM_STATES: tl.constexpr,
+    PER_CHANNEL: tl.constexpr, IS_BETA: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """A document from its initial state, or, FROM_STATES, a span from its stored one. BLOCK_K holds all of K."""
+    tiles = tl.cdiv(V, BLOCK_V)
+    index, head = tl.program_id(0) // tiles // heads, tl.program_id(0) // tiles % heads
+    rows, cols_k = tl.arange(0, C), tl.arange(0, BLOCK_K)
+    cols_v = tl.program_id(0) % tiles * BLOCK_V + tl.arange(0, BLOCK_V)
+    document = index
+    if FROM_STATES:
+        document = document_of(spans, index, T, SPAN)
+    row, start, end, span = bounds_of(spans, document, T, SPAN)
+    state_KV = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
+    if FROM_STATES:
+        start += (index - span) * SPAN
+        end = tl.minimum(end, start + SPAN)
+        span = index
+        if start >= end:
+            return
+        state_KV = load_state(states, index, head, heads, cols_k, cols_v, K, V)
+    elif initial_state is not None:
+        state_KV = load_state(initial_state, index, head, heads, cols_k, cols_v, K, V)
+
+    for chunk in range(0, tl.cdiv(end - start, C)):
+        token, slot = start + chunk * C, span * (SPAN // C) + chunk
+        valid = end - token
+        if not FROM_STATES and states is not None:  # noqa: SIM102 (what is known when compiling, and what is not)
+            if chunk % (SPAN // C) == 0:
+                store_state(states, state_KV, slot // (SPAN // C), head, heads, cols_k, cols_v, K, V)
+        k_CK = tile(k, row, token, head // GROUP, rows, cols_k, valid, K)
+        v_CV = tile(v, row, token, head, rows, cols_v, valid, V)
+        start_CK = from_start(g, row, token, head, rows, cols_k, valid, K, PER_CHANNEL, u is not None)
+        w_CV = v_CV  # what k writes
+        if e is not None:
+            b_CK = k_CK
+            z_CV = v_CV
+            if b is not None:
+                b_CK = tile(b, row, token, head, rows, cols_k, valid, K)
+                z_CV = -dot(tl.load(matrix_at(matrices, slot, head, heads, 3, rows, C)), v_CV, DOT)
+            e_CK = erase_tile(e, b_CK, row, token, head, rows, cols_k, valid, K, IS_BETA)
+            z_CV -= dot(e_CK * start_CK, state_KV, DOT)
+            n_CV = dot(tl.load(matrix_at(matrices, slot, head, heads, 1, rows, C)), z_CV, DOT)
+            if n is not None:
+                store_tile(n, n_CV, row, token, head, rows, cols_v, valid, V)
+            if b is None:
+                w_CV = n_CV
+        if o is not None:
+            q_CK = tile(q, row, token, head // GROUP, rows, cols_k, valid, K)
+            o_CV = dot(q_CK * start_CK, state_KV, DOT)
+            o_CV *= from_start(h, row, token, head, rows, cols_v, valid, V, True, u is not None)
+            if matrices is not None:
+                scores_CC = tl.load(matrix_at(matrices, slot, head, heads, 0, rows, C)).to(tl.float32)
+            else:
+                scores_CC = dot(q_CK, tl.trans(k_CK), DOT)
+                scores_CC *= decay_matrix(g, row, token, head, rows, valid, u is not None)
+                if u is not None:
+                    scores_CC += on_diagonal(own_score(q_CK, k_CK, u, head, cols_k, K), rows)
+            if h is None:
+                o_CV = add_dot(o_CV, scores_CC, w_CV, DOT)
+            else:
+                h_CV = log2_tile(h, row, token, head, rows, cols_v, valid, V)
+                o_CV += rows_of(scores_CC, w_CV, h_CV, rows, u is not None, C, BLOCK_V, DOT)
+            if b is not None:
+                o_CV = add_dot(o_CV, tl.load(matrix_at(matrices, slot, head, heads, 2, rows, C)), n_CV, DOT)
+            store_tile(o, o_CV * scale, row, token, head, rows, cols_v, valid, V)
+        end_CK, whole_K = to_end(g, row, token, head, rows, cols_k, valid, K, PER_CHANNEL)
+        end_CV, whole_V = to_end(h, row, token, head, rows, cols_v, valid, V, True)
+        state_KV *= whole_K[:, None] * whole_V[None, :]
+        state_KV = add_dot(state_KV, tl.trans(k_CK * end_CK), w_CV * end_CV, DOT)
+        if b is not None:
+            state_KV = add_dot(state_KV, tl.trans(b_CK * end_CK), n_CV, DOT)
+
+    if not FROM_STATES and final_state is not None:
+        store_state(final_state, state_KV, index, head, heads, cols_k, cols_v, K, V)
+
+
+@triton.jit
+def token_of(x, row, head, cols, WIDTH: tl.constexpr):
+    """x[row, 0, head, cols] in float32."""
+    pointer, row_stride, _, head_stride = x
+    pointer += row.to(tl.int64) * row_stride + head.to(tl.int64) * head_stride
+    return tl.load(pointer + cols, mask=cols < WIDTH, other=0).to(tl.float32)
+
+
+@triton.jit
+def number_of(x, row, head):
+    pointer, row_stride, _, head_stride = x
+    return tl.load(pointer + row.to(tl.int64) * row_stride + head.to(tl.int64) * head_stride).to(tl.float32)
+
+
+@triton.jit
+def step_kernel(
+    q, k, v, g, e, b, h, u, initial_state, o, final_state, scale, heads,
+    GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    PER_CHANNEL: tl.constexpr, IS_BETA: tl.constexpr,
+):  # fmt: skip
+    """One token a row: reads the state, decays it, erases, writes, and stores it and o."""
+    tiles = tl.cdiv(V, BLOCK_V)
+    row, head = tl.program_id(0) // tiles // heads, tl.program_id(0) // tiles % heads
+    cols_k, cols_v = tl.arange(0, BLOCK_K), tl.program_id(0) % tiles * BLOCK_V + tl.arange(0, BLOCK_V)
+    before_KV = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
+    if initial_state is not None:
+        before_KV = load_state(initial_state, row, head, heads, cols_k, cols_v, K, V)
+    k_K = token_of(k, row, head // GROUP, cols_k, K)
+    v_V = token_of(v, row, head, cols_v, V)
+    state_KV = before_KV
+    if g is not None:
+        if PER_CHANNEL:
+            state_KV *= tl.exp2(token_of(g, row, head, cols_k, K) * LOG2_E)[:, None]
+        else:
+            state_KV *= tl.exp2(number_of(g, row, head) * LOG2_E)
+    if h is not None:
+        state_KV *= tl.exp2(token_of(h, row, head, cols_v, V) * LOG2_E)[None, :]
+    if e is not None:
+        b_K = k_K
+        if b is not None:
+            b_K = token_of(b, row, head, cols_k, K)
+        if IS_BETA:
+            e_K = number_of(e, row, head) * b_K
+        else:
+            e_K = token_of(e, row, head, cols_k, K)
+        state_KV -= b_K[:, None] * tl.sum(e_K[:, None] * state_KV, 0)[None, :]
+    added_KV = k_K[:, None] * v_V[None, :]
+    state_KV += added_KV
+    store_state(final_state, state_KV, row, head, heads, cols_k, cols_v, K, V)
+    if q is not None:
+        q_K = token_of(q, row, head // GROUP, cols_k, K) * scale
+        if u is not None:
+            state_KV = before_KV + per_head(u, head, cols_k, K)[:, None] * added_KV
+        o_V = tl.sum(q_K[:, None] * state_KV, 0)
+        pointer, row_stride, _, head_stride = o
+        tl.store(pointer + row.to(tl.int64) * row_stride + head * head_stride + cols_v, o_V, mask=cols_v < V)
+
+
+class Config(NamedTuple):
+    """Tile shapes and launch options of one kernel's programs."""
+
+    chunk: int
+    chunks_per_span: int  # how many share one stored state
+    block_k: int  # of scores_kernel; scan_kernel holds all of K
+    block_v: int
+    scores_warps: int
+    scan_warps: int
+    stages: int
+
+
+# By architecture, width of K (64, 128 or 256) and bytes a number: nothing that depends on the sequence.
+CONFIGS: dict[tuple[str, int, int], Config] = {
+    ("default", 64, 2): Config(64, 2, 64, 64, 4, 4, 2),
+    ("default", 128, 2): Config(64, 2, 64, 64, 4, 4, 2),
+    ("default", 256, 2): Config(64, 2, 64, 32, 4, 8, 1),
+    ("default", 64, 4): Config(64, 2, 32, 32, 4, 4, 1),
+    ("default", 128, 4): Config(64, 2, 32, 32, 8, 8, 1),
+    ("default", 256, 4): Config(32, 2, 32, 16, 4, 8, 1),
+}
+FILLS = 128  # programs that keep a chip busy: from there on no state is stored on the way
+
+
+def architecture(x: Tensor) -> str:
+    """Which machine x is on, as CONFIGS names it."""
+    if x.device.type == "cpu":
+        return "interpreter"
+    if torch.version.hip is not None:
+        return torch.cuda.get_device_properties(x.device).gcnArchName.split(":")[0]
+    major, _ = torch.cuda.get_device_capability(x.device)
+    return f"sm_{major}0"
+
+
+def config_of(k: Tensor, dtype: torch.dtype) -> Config:
+    width = max(64, triton.next_power_of_2(k.shape[-1]))
+    family = architecture(k)
+    key = (family if (family, width, dtype.itemsize) in CONFIGS else "default", width, dtype.itemsize)
+    return CONFIGS[key]
+
+
+class Problem(NamedTuple):
+    """The arguments of one call as the kernels take them."""
+
+    tensors: dict[str, Any]  # q k v g e b h (pointer, row, token, head), u and spans
+    shape: dict[str, Any]  # T, heads, GROUP, K, C, SPAN, PER_CHANNEL, IS_BETA, DOT
+    config: Config
+    scale: float
+    dtype: torch.dtype  # in which matrices are multiplied
+    num_documents: int
+    num_spans: int  # enough for any bounds
+
+
+def strided(x: Tensor | None) -> tuple[Tensor, int, int, int] | None:
+    """x [B, T, heads, width] or [B, T, heads] with its strides; copied only if its last dim is not contiguous."""
+    if x is None:
+        return None
+    if x.dim() == 4 and x.shape[-1] > 1 and x.stride(-1) != 1:
+        x = x.contiguous()
+    return x, x.stride(0), x.stride(1), x.stride(2)
+
+
+def spans_of(cu_seqlens: Tensor, length: int, span: int, num_spans: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Each document's bounds [N + 1] and first span [N + 1], and each span's document [num_spans]."""
+    bounds = cu_seqlens.clamp(0, length)
+    counts = torch.div(bounds.diff() + span - 1, span, rounding_mode="floor")
+    first = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+    index = torch.arange(num_spans, dtype=torch.int32, device=bounds.device)
+    owner = torch.searchsorted(first[1:].contiguous(), index, right=True, out_int32=True)
+    return bounds, first, owner.clamp_(max=max(0, len(counts) - 1))
+
+
+def problem_of(
+    q: Tensor | None, k: Tensor, v: Tensor, log_decay: Tensor | None, erase: Tensor | None, erase_key: Tensor | None,
+    value_log_decay: Tensor | None, bonus: Tensor | None, scale: float, cu_seqlens: Tensor | None,
+    chunks_per_span: int | None = None,
+) -> Problem:  # fmt: skip
+    batch_size, length, heads, _ = v.shape
+    dtypes = {x.dtype for x in (q, k, v, erase_key) if x is not None}
+    dtype = v.dtype if len(dtypes) == 1 else torch.float32
+    config = config_of(k, dtype)
+    span = config.chunk * (chunks_per_span or config.chunks_per_span)
+    spans, num_documents, num_spans = None, batch_size, batch_size * triton.cdiv(length, span)
+    if cu_seqlens is not None:
+        num_documents = len(cu_seqlens) - 1
+        num_spans = length // span + num_documents
+        spans = spans_of(cu_seqlens, length, span, num_spans)
+    if log_decay is not None and log_decay.dim() == 1:
+        log_decay = log_decay.expand(batch_size, length, heads)
+    terms = dict(q=q, k=k, v=v, g=log_decay, e=erase, b=erase_key, h=value_log_decay)
+    tensors = {name: strided(x) for name, x in terms.items()}
+    tensors |= dict(u=None if bonus is None else bonus.contiguous(), spans=spans)
+    shape = dict(
+        T=length, heads=heads, GROUP=heads // k.shape[2], K=k.shape[-1], C=config.chunk, SPAN=span,
+        PER_CHANNEL=log_decay is not None and log_decay.dim() == 4, IS_BETA=erase is not None and erase.dim() == 3,
+        DOT=getattr(tl, str(dtype).removeprefix("torch.")),
+    )  # fmt: skip
+    return Problem(tensors, shape, config, scale, dtype, num_documents, num_spans)
+
+
+def chunk_matrices(problem: Problem) -> Tensor | None:
+    """Runs scores_kernel, where scores are costly (decay per channel) or read more than once (erase, value decay)."""
+    shape, config, tensors = problem.shape, problem.config, problem.tensors
+    of_q = tensors["q"] is not None and (shape["PER_CHANNEL"] or tensors["h"] is not None)
+    if not of_q and tensors["e"] is None:
+        return None
+    slots = problem.num_spans * shape["SPAN"] // config.chunk
+    k, size = tensors["k"][0], (config.chunk, config.chunk)
+    matrices = torch.empty(slots, shape["heads"], MATRICES.value, *size, dtype=problem.dtype, device=k.device)
+    # tf32 keeps as many digits as the 16 bits in which T is stored.
+    precise = problem.dtype == torch.float32 or torch.version.hip is not None
+    scores_kernel[(slots * shape["heads"],)](
+        *(tensors[name] for name in ("q", "k", "e", "b", "g", "u")), matrices, tensors["spans"], **shape,
+        BLOCK_K=min(config.block_k, max(16, triton.next_power_of_2(shape["K"]))),
+        PRECISION="ieee" if precise else "tf32", num_warps=config.scores_warps, num_stages=1,
+    )  # fmt: skip
+    return matrices
+
+
+def scan(
+    problem: Problem, matrices: Tensor | None, *, initial_state: Tensor | None = None, states: Tensor | None = None,
+    o: Tensor | None = None, n: Tensor | None = None, final_state: Tensor | None = None, from_states: bool = False,
+) -> None:  # fmt: skip
+    """Runs scan_kernel over documents, or over spans from their states, writing what it is given."""
+    shape, config, v = problem.shape, problem.config, problem.tensors["v"][0]
+    block_v = min(config.block_v, max(16, triton.next_power_of_2(v.shape[-1])))
+    programs = (problem.num_spans if from_states else problem.num_documents) * shape["heads"]
+    terms = (problem.tensors[name] for name in ("q", "k", "v", "g", "e", "b", "h", "u"))
+    scan_kernel[(programs * triton.cdiv(v.shape[-1], block_v),)](
+        *terms, matrices, initial_state, states, strided(o), strided(n), final_state, problem.tensors["spans"],
+        problem.scale, **shape, V=v.shape[-1], BLOCK_K=max(16, triton.next_power_of_2(shape["K"])), BLOCK_V=block_v,
+        FROM_STATES=from_states, num_warps=config.scan_warps, num_stages=config.stages,
+    )  # fmt: skip
+
+
+def empty_states(problem: Problem) -> Tensor:
+    """Room for the state at the start of every span, in the dtype of products."""
+    v, shape = problem.tensors["v"][0], problem.shape
+    size = (problem.num_spans, shape["heads"], shape["K"], v.shape[-1])
+    return torch.empty(size, dtype=problem.dtype, device=v.device)
+
+
+@torch.library.custom_op("torchlmoe::linear_recurrence_triton", mutates_args=())
+def linear_recurrence(
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    erase: Tensor | None,
+    erase_key: Tensor | None,
+    value_log_decay: Tensor | None,
+    bonus: Tensor | None,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """o [B, T, heads, V] in v's dtype (empty without q) and the final state [N, heads, K, V] in float32.
+
+    q, k [B, T, H, K], v [B, T, heads, V], heads a multiple of H; log_decay [heads], [B, T, heads] or [B, T, heads, K],
+    natural logarithm, <= 0; erase [B, T, heads] (e = erase * b) or [B, T, heads, K]; erase_key (b, else k)
+    [B, T, heads, K]; value_log_decay [B, T, heads, V] and bonus [heads, K], neither with erase; cu_seqlens int32
+    [N + 1], rising from 0 to T, for B = 1. float32, float16 or bfloat16; K up to 256.
+    """
+    _, length, heads, value_dim = v.shape
+    problem = problem_of(q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, scale, cu_seqlens)
+    o = v.new_empty(0 if q is None else v.shape)
+    wanted = None if q is None else o
+    final_state = v.new_empty(problem.num_documents, heads, k.shape[-1], value_dim, dtype=torch.float32)
+    if initial_state is not None:
+        initial_state = initial_state.contiguous()
+    if length == 1 and cu_seqlens is None:
+        _step(problem, initial_state, wanted, final_state)
+        return o, final_state
+    matrices = chunk_matrices(problem)
+    tiles = triton.cdiv(value_dim, problem.config.block_v)
+    one_pass = q is None or problem.num_documents * heads * tiles >= FILLS or problem.num_spans <= problem.num_documents
+    if one_pass:
+        scan(problem, matrices, initial_state=initial_state, o=wanted, final_state=final_state)
+    else:
+        states = empty_states(problem)
+        scan(problem, matrices, initial_state=initial_state, states=states, final_state=final_state)
+        scan(problem, matrices, states=states, o=o, from_states=True)
+    return o, final_state
+
+
+@linear_recurrence.register_fake
+def _(q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, scale, initial_state, cu_seqlens):
+    documents = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    final_state = v.new_empty(documents, v.shape[2], k.shape[-1], v.shape[-1], dtype=torch.float32)
+    return v.new_empty(0 if q is None else v.shape), final_state
+
+
+@register_flop_formula(torch.ops.torchlmoe.linear_recurrence_triton)
+def flops(q, k, v, log_decay, erase, erase_key, value_log_decay, *rest, **kwargs) -> int:
+    """Of the recurrence as it is defined, token by token, from the shapes of its tensors; a multiply-add is two."""
+    per_element = 4 + (log_decay is not None or value_log_decay is not None) + 4 * (erase is not None)
+    return math.prod(v) * k[-1] * per_element
+
+
+def _step(problem: Problem, initial_state: Tensor | None, o: Tensor | None, final_state: Tensor) -> None:
+    shape, (batch_size, heads, key_dim, value_dim) = problem.shape, final_state.shape
+    block_k = max(16, triton.next_power_of_2(key_dim))
+    block_v = min(triton.next_power_of_2(value_dim), 8192 // block_k)
+    terms = (problem.tensors[name] for name in ("q", "k", "v", "g", "e", "b", "h", "u"))
+    step_kernel[(batch_size * heads * triton.cdiv(value_dim, block_v),)](
+        *terms, initial_state, strided(o), final_state, problem.scale, heads, shape["GROUP"], key_dim, value_dim,
+        block_k, block_v, shape["PER_CHANNEL"], shape["IS_BETA"], num_warps=4,
+    )  # fmt: skip

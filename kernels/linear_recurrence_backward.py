@@ -1,0 +1,586 @@
+"""The gradient of the linear recurrence; importing it registers the gradient with the forward's operation.
+
+Used beside `linear_recurrence.py`, whose notation and parts it shares. Nothing but the inputs is kept between the two:
+the scores and the state at the start of every chunk are computed again. With dS the gradient of a chunk's last state:
+
+    dn   = P^T do + (k exp(G_C - G)) dS              dv = dn, or dz where something is erased (b = k)
+    dz   = T^T dn                                    dP = do n^T           dP_e = -dz n^T
+    dq   = rows(dP, k) + exp G (do S^T)              de = rows(dP_e, k) - exp G (dz S^T)
+    dk   = columns(dP, q) + columns(dP_e, e) + exp(G_C - G) (n dS^T)
+    dS  <- (q exp G)^T do + exp(G_C) dS - (e exp G)^T dz
+
+  reverse_kernel       per document, head and V tile: dS in registers from the last chunk to the first; dz.
+  score_grads_kernel   per chunk and head: dP, a sum over V.
+  value_grads_kernel   per chunk, head and V tile: dv and dh.
+  key_grads_kernel     per chunk, head and K tile: dq, dk, de, db, dg and the bonus's.
+
+A decay's gradient adds up what passes it, term by term and level by level: a difference of two flows would lose the
+digits of a gate that lets little through. Sums over heads that share q and k, and over K tiles, are made of what each
+program wrote for itself: no atomics, the same bits every time.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from .linear_recurrence import (
+    add_dot,
+    architecture,
+    bounds_of,
+    chunk_at,
+    chunk_matrices,
+    column,
+    decay_matrix,
+    diagonal_of,
+    dot,
+    empty_states,
+    erase_tile,
+    flops,
+    from_start,
+    halfway,
+    linear_recurrence,
+    load_state,
+    log2_tile,
+    matrix_at,
+    on_diagonal,
+    own_score,
+    per_head,
+    problem_of,
+    scan,
+    store_state,
+    store_tile,
+    strided,
+    tile,
+    to_end,
+    within_blocks,
+)
+
+
+@triton.jit
+def of_other_half(x, SIZE: tl.constexpr, C: tl.constexpr, D: tl.constexpr):
+    """Each token's sum of x [C, D] over the other half of its block of 2 * SIZE tokens."""
+    sums = tl.sum(tl.reshape(x, [C // (2 * SIZE), 2, SIZE, D]), 2, keep_dims=True)
+    earlier = (tl.arange(0, 2) == 0)[None, :, None, None]
+    of_later = tl.sum(tl.where(earlier, 0.0, sums), 1, keep_dims=True)
+    of_earlier = tl.sum(tl.where(earlier, sums, 0.0), 1, keep_dims=True)
+    other = tl.where(earlier, of_later, of_earlier)
+    return tl.reshape(tl.broadcast_to(other, [C // (2 * SIZE), 2, SIZE, D]), [C, D])
+
+
+@triton.jit
+def passing_each(read, written, within, rows, BEFORE: tl.constexpr):
+    """Sums what passes each token's decay [C]: what tokens read of the chunk's first state [C], what they add to its
+    last one [C], and what they read of one another [C, C]."""
+    earlier = rows[:, None] < rows[None, :]
+    if BEFORE:
+        later = rows[:, None] > rows[None, :]
+        read_after = tl.dot(tl.where(earlier, 1.0, 0.0), within, input_precision="ieee")
+    else:
+        later = rows[:, None] >= rows[None, :]
+        read_after = tl.cumsum(within, 0, reverse=True)
+    of_ends = tl.where(later, read[:, None], tl.where(earlier, written[:, None], 0.0))
+    return tl.sum(of_ends, 0) + tl.sum(tl.where(rows[:, None] > rows[None, :], read_after, 0.0), 1)
+
+
+@triton.jit
+def store_number(x, values, number, row, token, head, rows, valid):
+    """Into x[row, token + rows, head, number]."""
+    pointer, row_stride, token_stride, head_stride = x
+    pointer += row.to(tl.int64) * row_stride + token.to(tl.int64) * token_stride + head.to(tl.int64) * head_stride
+    tl.store(pointer + rows * token_stride + number, values, mask=rows < valid)
+
+
+@triton.jit
+def reverse_kernel(
+    q, k, g, e, b, h, matrices, do, dz, final_grad, state_grads, initial_grad, spans, scale, T, heads,
+    GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BEFORE: tl.constexpr,
+    PER_CHANNEL: tl.constexpr, IS_BETA: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(V, BLOCK_V)
+    document, head = tl.program_id(0) // tiles // heads, tl.program_id(0) // tiles % heads
+    rows, cols_k = tl.arange(0, C), tl.arange(0, BLOCK_K)
+    cols_v = tl.program_id(0) % tiles * BLOCK_V + tl.arange(0, BLOCK_V)
+    row, start, end, span = bounds_of(spans, document, T, SPAN)
+    grad_KV = load_state(final_grad, document, head, heads, cols_k, cols_v, K, V)
+    chunks = tl.cdiv(end - start, C)
+    for step in range(0, chunks):
+        chunk = chunks - 1 - step
+        token, slot = start + chunk * C, span * (SPAN // C) + chunk
+        valid = end - token
+        store_state(state_grads, grad_KV, slot, head, heads, cols_k, cols_v, K, V)
+        end_CK, whole_K = to_end(g, row, token, head, rows, cols_k, valid, K, PER_CHANNEL)
+        _, whole_V = to_end(h, row, token, head, rows, cols_v, valid, V, True)
+        if q is not None:
+            q_CK = tile(q, row, token, head // GROUP, rows, cols_k, valid, K)
+            do_CV = tile(do, row, token, head, rows, cols_v, valid, V) * scale
+        if e is not None:
+            if b is None:
+                b_CK = tile(k, row, token, head // GROUP, rows, cols_k, valid, K)
+                P: tl.constexpr = 0
+            else:
+                b_CK = tile(b, row, token, head, rows, cols_k, valid, K)
+                P: tl.constexpr = 2
+            dn_CV = dot(b_CK * end_CK, grad_KV, DOT)
+            if q is not None:
+                dn_CV = add_dot(
+                    dn_CV, tl.trans(tl.load(matrix_at(matrices, slot, head, heads, P, rows, C))), do_CV, DOT
+                )
+            dz_CV = dot(tl.trans(tl.load(matrix_at(matrices, slot, head, heads, 1, rows, C))), dn_CV, DOT)
+            store_tile(dz, dz_CV, row, token, head, rows, cols_v, valid, V)
+            e_CK = erase_tile(e, b_CK, row, token, head, rows, cols_k, valid, K, IS_BETA)
+        grad_KV *= whole_K[:, None] * whole_V[None, :]
+        start_CK = from_start(g, row, token, head, rows, cols_k, valid, K, PER_CHANNEL, BEFORE)
+        if q is not None:
+            start_CV = from_start(h, row, token, head, rows, cols_v, valid, V, True, BEFORE)
+            grad_KV = add_dot(grad_KV, tl.trans(q_CK * start_CK), do_CV * start_CV, DOT)
+        if e is not None:
+            grad_KV -= dot(tl.trans(e_CK * start_CK), dz_CV, DOT)
+    if initial_grad is not None:
+        store_state(initial_grad, grad_KV, document, head, heads, cols_k, cols_v, K, V)
+
+
+@triton.jit
+def score_grads_kernel(
+    v, g, b, h, n, do, dz, grads, spans, scale, T, heads,
+    V: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr, BLOCK_V: tl.constexpr, BEFORE: tl.constexpr,
+    PER_CHANNEL: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """Stores the gradients of <q, k>, <e, b>, <q, b> and <e, k>, in this order; those of a scalar decay times it."""
+    slot, head = tl.program_id(0) // heads, tl.program_id(0) % heads
+    row, token, valid = chunk_at(spans, slot, T, SPAN, C)
+    if valid <= 0:
+        return
+    rows = tl.arange(0, C)
+    qk = tl.zeros([C, C], tl.float32)
+    qb, eb, ek = qk, qk, qk
+    own = tl.zeros([C], tl.float32)
+    for first in range(0, V, BLOCK_V):
+        cols = first + tl.arange(0, BLOCK_V)
+        if n is None or b is not None:
+            v_CV = tile(v, row, token, head, rows, cols, valid, V)
+        if n is not None:
+            n_CV = tile(n, row, token, head, rows, cols, valid, V)
+            dz_CV = tile(dz, row, token, head, rows, cols, valid, V)
+            eb -= dot(dz_CV, tl.trans(n_CV), DOT)
+            if b is None:
+                v_CV = n_CV
+            else:
+                ek -= dot(dz_CV, tl.trans(v_CV), DOT)
+        if do is not None:
+            do_CV = tile(do, row, token, head, rows, cols, valid, V) * scale
+            own += tl.sum(do_CV * v_CV, 1)
+            if b is not None:
+                qb = add_dot(qb, do_CV, tl.trans(n_CV), DOT)
+            if h is None:
+                qk = add_dot(qk, do_CV, tl.trans(v_CV), DOT)
+            else:
+                h_CV = log2_tile(h, row, token, head, rows, cols, valid, V)
+                for level in tl.static_range(6):
+                    if (1 << level) < C:
+                        later, earlier = halfway(h_CV, rows, 1 << level, BEFORE, C, BLOCK_V)
+                        qk += within_blocks(dot(do_CV * later, tl.trans(v_CV * earlier), DOT), rows, 2 << level)
+    strict = rows[:, None] > rows[None, :]
+    if PER_CHANNEL:
+        decay_CC = tl.where(rows[:, None] >= rows[None, :], 1.0, 0.0)
+    else:
+        decay_CC = decay_matrix(g, row, token, head, rows, valid, False)
+        if BEFORE:
+            decay_CC = decay_matrix(g, row, token, head, rows, valid, True)
+    if do is not None:
+        qk = tl.where(strict, qk * decay_CC, on_diagonal(own, rows))
+        tl.store(matrix_at(grads, slot, head, heads, 0, rows, C), qk)
+        if b is not None:
+            tl.store(matrix_at(grads, slot, head, heads, 2, rows, C), qb * decay_CC)
+    if n is not None:
+        tl.store(matrix_at(grads, slot, head, heads, 1, rows, C), tl.where(strict, eb * decay_CC, 0.0))
+        if b is not None:
+            tl.store(matrix_at(grads, slot, head, heads, 3, rows, C), tl.where(strict, ek * decay_CC, 0.0))
+
+
+@triton.jit
+def value_grads_kernel(
+    q, k, v, g, b, h, u, matrices, states, state_grads, do, dz, dv, dh, spans, scale, T, heads,
+    GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PER_CHANNEL: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """Of what k writes: v."""
+    tiles = tl.cdiv(V, BLOCK_V)
+    slot, head = tl.program_id(0) // tiles // heads, tl.program_id(0) // tiles % heads
+    row, token, valid = chunk_at(spans, slot, T, SPAN, C)
+    if valid <= 0:
+        return
+    rows, cols_k = tl.arange(0, C), tl.arange(0, BLOCK_K)
+    cols_v = tl.program_id(0) % tiles * BLOCK_V + tl.arange(0, BLOCK_V)
+    end_CK, whole_K = to_end(g, row, token, head, rows, cols_k, valid, K, PER_CHANNEL)
+    k_CK = tile(k, row, token, head // GROUP, rows, cols_k, valid, K)
+    grad_KV = load_state(state_grads, slot, head, heads, cols_k, cols_v, K, V)
+    dv_CV = dot(k_CK * end_CK, grad_KV, DOT)
+    if q is not None:
+        q_CK = tile(q, row, token, head // GROUP, rows, cols_k, valid, K)
+        do_CV = tile(do, row, token, head, rows, cols_v, valid, V) * scale
+    if h is None:
+        if q is not None:
+            if matrices is None:
+                scores_CC = dot(k_CK, tl.trans(q_CK), DOT)  # transposed
+                scores_CC *= tl.trans(decay_matrix(g, row, token, head, rows, valid, u is not None))
+                if u is not None:
+                    scores_CC += on_diagonal(own_score(q_CK, k_CK, u, head, cols_k, K), rows)
+            else:
+                scores_CC = tl.trans(tl.load(matrix_at(matrices, slot, head, heads, 0, rows, C)))
+            dv_CV = add_dot(dv_CV, scores_CC, do_CV, DOT)
+        if b is not None:
+            dz_CV = tile(dz, row, token, head, rows, cols_v, valid, V)
+            dv_CV -= dot(tl.trans(tl.load(matrix_at(matrices, slot, head, heads, 3, rows, C))), dz_CV, DOT)
+    else:
+        end_CV, whole_V = to_end(h, row, token, head, rows, cols_v, valid, V, True)
+        v_CV = tile(v, row, token, head, rows, cols_v, valid, V)
+        state_KV = load_state(states, slot, head, heads, cols_k, cols_v, K, V)
+        through_V = tl.sum(state_KV * whole_K[:, None] * grad_KV, 0) * whole_V
+        passing_CV = tl.zeros([C, BLOCK_V], tl.float32) + through_V[None, :]
+        dv_CV *= end_CV
+        written_CV = v_CV * dv_CV
+        read_CV = tl.zeros([C, BLOCK_V], tl.float32)
+        h_CV = log2_tile(h, row, token, head, rows, cols_v, valid, V)
+        if q is not None:
+            start_CK = from_start(g, row, token, head, rows, cols_k, valid, K, PER_CHANNEL, u is not None)
+            start_CV = from_start(h, row, token, head, rows, cols_v, valid, V, True, u is not None)
+            read_CV += do_CV * dot(q_CK * start_CK, state_KV, DOT) * start_CV
+            scores_CC = tl.load(matrix_at(matrices, slot, head, heads, 0, rows, C)).to(tl.float32)
+            columns_CC = tl.trans(scores_CC)
+        for level in tl.static_range(6):
+            if (32 >> level) < C:
+                is_later = ((rows // (32 >> level)) % 2 == 1)[:, None]
+                passing_CV += of_other_half(tl.where(is_later, read_CV, written_CV), 32 >> level, C, BLOCK_V)
+                if q is not None:
+                    later, earlier = halfway(h_CV, rows, 32 >> level, u is not None, C, BLOCK_V)
+                    by_rows = dot(within_blocks(scores_CC, rows, 64 >> level), v_CV * earlier, DOT)
+                    by_columns = dot(within_blocks(columns_CC, rows, 64 >> level), do_CV * later, DOT) * earlier
+                    read_CV += do_CV * by_rows * later
+                    written_CV += v_CV * by_columns
+                    dv_CV += by_columns
+        if q is not None:
+            dv_CV += diagonal_of(scores_CC, rows)[:, None] * do_CV
+        if u is None:
+            passing_CV += read_CV
+        store_tile(dh, passing_CV, row, token, head, rows, cols_v, valid, V)
+    store_tile(dv, dv_CV, row, token, head, rows, cols_v, valid, V)
+
+
+@triton.jit
+def key_grads_kernel(
+    q, k, v, g, e, b, h, u, n, grads, states, state_grads, do, dz, dq, dk, dg, de, db, du, spans, scale, T, heads,
+    GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PER_CHANNEL: tl.constexpr, IS_BETA: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """Of what meets the state's rows. dg and de of one number a token are sums of this tile's channels."""
+    tiles = tl.cdiv(K, BLOCK_K)
+    slot, head = tl.program_id(0) // tiles // heads, tl.program_id(0) // tiles % heads
+    row, token, valid = chunk_at(spans, slot, T, SPAN, C)
+    if valid <= 0:
+        return
+    number = tl.program_id(0) % tiles
+    rows, cols = tl.arange(0, C), number * BLOCK_K + tl.arange(0, BLOCK_K)
+    dq_CK = tl.zeros([C, BLOCK_K], tl.float32)
+    dk_CK, de_CK, db_CK = dq_CK, dq_CK, dq_CK
+    through_K = tl.zeros([BLOCK_K], tl.float32)
+    for first in range(0, V, BLOCK_V):
+        cols_v = first + tl.arange(0, BLOCK_V)
+        state_KV = load_state(states, slot, head, heads, cols, cols_v, K, V)
+        grad_KV = load_state(state_grads, slot, head, heads, cols, cols_v, K, V)
+        end_CV, whole_V = to_end(h, row, token, head, rows, cols_v, valid, V, True)
+        if n is None or b is not None:
+            w_CV = tile(v, row, token, head, rows, cols_v, valid, V)
+        if n is not None:
+            n_CV = tile(n, row, token, head, rows, cols_v, valid, V)
+            dz_CV = tile(dz, row, token, head, rows, cols_v, valid, V)
+            de_CK -= dot(dz_CV, tl.trans(state_KV), DOT)
+            if b is None:
+                w_CV = n_CV
+            else:
+                db_CK = add_dot(db_CK, n_CV, tl.trans(grad_KV), DOT)
+        dk_CK = add_dot(dk_CK, w_CV * end_CV, tl.trans(grad_KV), DOT)
+        if q is not None:
+            do_CV = tile(do, row, token, head, rows, cols_v, valid, V) * scale
+            start_CV = from_start(h, row, token, head, rows, cols_v, valid, V, True, u is not None)
+            dq_CK = add_dot(dq_CK, do_CV * start_CV, tl.trans(state_KV), DOT)
+        if g is not None:
+            through_K += tl.sum(state_KV * grad_KV * whole_V[None, :], 1)
+
+    start_CK = from_start(g, row, token, head, rows, cols, valid, K, PER_CHANNEL, u is not None)
+    end_CK, whole_K = to_end(g, row, token, head, rows, cols, valid, K, PER_CHANNEL)
+    k_CK = tile(k, row, token, head // GROUP, rows, cols, valid, K)
+    dk_CK *= end_CK
+    written_CK = k_CK * dk_CK
+    read_CK = tl.zeros([C, BLOCK_K], tl.float32)
+    b_CK = k_CK
+    if b is not None:
+        b_CK = tile(b, row, token, head, rows, cols, valid, K)
+        db_CK *= end_CK
+        written_CK += b_CK * db_CK
+    if q is not None:
+        q_CK = tile(q, row, token, head // GROUP, rows, cols, valid, K)
+        dq_CK *= start_CK
+        read_CK += q_CK * dq_CK
+        qk = tl.load(matrix_at(grads, slot, head, heads, 0, rows, C))
+        own = diagonal_of(qk.to(tl.float32), rows)[:, None]
+        if u is not None:
+            own *= per_head(u, head, cols, K)[None, :]
+            qk = tl.where(rows[:, None] > rows[None, :], qk, 0.0)
+        if b is not None:
+            qb = tl.load(matrix_at(grads, slot, head, heads, 2, rows, C))
+    if e is not None:
+        e_CK = erase_tile(e, b_CK, row, token, head, rows, cols, valid, K, IS_BETA)
+        de_CK *= start_CK
+        read_CK += e_CK * de_CK
+        eb = tl.load(matrix_at(grads, slot, head, heads, 1, rows, C))
+        if b is not None:
+            ek = tl.load(matrix_at(grads, slot, head, heads, 3, rows, C))
+
+    if PER_CHANNEL:
+        g_CK = log2_tile(g, row, token, head, rows, cols, valid, K)
+        passing_CK = tl.zeros([C, BLOCK_K], tl.float32) + (through_K * whole_K)[None, :]
+        for level in tl.static_range(6):
+            if (32 >> level) < C:
+                is_later = ((rows // (32 >> level)) % 2 == 1)[:, None]
+                passing_CK += of_other_half(tl.where(is_later, read_CK, written_CK), 32 >> level, C, BLOCK_K)
+                later, earlier = halfway(g_CK, rows, 32 >> level, u is not None, C, BLOCK_K)
+                by_k = tl.zeros([C, BLOCK_K], tl.float32)
+                by_b = by_k
+                if q is not None:
+                    qk_here = within_blocks(qk, rows, 64 >> level)
+                    by_q = dot(qk_here, k_CK * earlier, DOT)
+                    by_k = add_dot(by_k, tl.trans(qk_here), q_CK * later, DOT)
+                    if b is not None:
+                        qb_here = within_blocks(qb, rows, 64 >> level)
+                        by_q = add_dot(by_q, qb_here, b_CK * earlier, DOT)
+                        by_b = add_dot(by_b, tl.trans(qb_here), q_CK * later, DOT)
+                    by_q *= later
+                    dq_CK += by_q
+                    read_CK += q_CK * by_q
+                if e is not None:
+                    eb_here = within_blocks(eb, rows, 64 >> level)
+                    by_e = dot(eb_here, b_CK * earlier, DOT)
+                    by_b = add_dot(by_b, tl.trans(eb_here), e_CK * later, DOT)
+                    if b is None:
+                        by_k += by_b
+                    else:
+                        ek_here = within_blocks(ek, rows, 64 >> level)
+                        by_e = add_dot(by_e, ek_here, k_CK * earlier, DOT)
+                        by_k = add_dot(by_k, tl.trans(ek_here), e_CK * later, DOT)
+                        by_b *= earlier
+                        db_CK += by_b
+                        written_CK += b_CK * by_b
+                    by_e *= later
+                    de_CK += by_e
+                    read_CK += e_CK * by_e
+                by_k *= earlier
+                dk_CK += by_k
+                written_CK += k_CK * by_k
+        if u is None:
+            passing_CK += read_CK
+        store_tile(dg, passing_CK, row, token, head, rows, cols, valid, K)
+    else:
+        within_CC = tl.zeros([C, C], tl.float32)
+        if q is not None:
+            dq_CK = add_dot(dq_CK, qk, k_CK, DOT)
+            dk_CK = add_dot(dk_CK, tl.trans(qk), q_CK, DOT)
+            if g is not None:
+                within_CC += qk * dot(q_CK, tl.trans(k_CK), DOT)
+            if b is not None:
+                dq_CK = add_dot(dq_CK, qb, b_CK, DOT)
+                db_CK = add_dot(db_CK, tl.trans(qb), q_CK, DOT)
+                if g is not None:
+                    within_CC += qb * dot(q_CK, tl.trans(b_CK), DOT)
+        if e is not None:
+            de_CK = add_dot(de_CK, eb, b_CK, DOT)
+            if b is None:
+                dk_CK = add_dot(dk_CK, tl.trans(eb), e_CK, DOT)
+            else:
+                db_CK = add_dot(db_CK, tl.trans(eb), e_CK, DOT)
+                de_CK = add_dot(de_CK, ek, k_CK, DOT)
+                dk_CK = add_dot(dk_CK, tl.trans(ek), e_CK, DOT)
+            if g is not None:
+                within_CC += eb * dot(e_CK, tl.trans(b_CK), DOT)
+                if b is not None:
+                    within_CC += ek * dot(e_CK, tl.trans(k_CK), DOT)
+        if g is not None:
+            passing_C = passing_each(tl.sum(read_CK, 1), tl.sum(written_CK, 1), within_CC, rows, u is not None)
+            passing_C += tl.sum(through_K * whole_K, 0)
+            store_number(dg, passing_C, number, row, token, head, rows, valid)
+    if q is not None:
+        if PER_CHANNEL or u is not None:
+            dq_CK += own * k_CK
+            dk_CK += own * q_CK
+            if b is not None:
+                own_b = diagonal_of(qb.to(tl.float32), rows)[:, None]
+                dq_CK += own_b * b_CK
+                db_CK += own_b * q_CK
+        if u is not None:
+            weight = diagonal_of(tl.load(matrix_at(grads, slot, head, heads, 0, rows, C)).to(tl.float32), rows)
+            place = du + (slot.to(tl.int64) * heads + head) * K + cols
+            tl.store(place, tl.sum(weight[:, None] * q_CK * k_CK, 0), mask=cols < K)
+        store_tile(dq, dq_CK, row, token, head, rows, cols, valid, K)
+    if e is not None:
+        if IS_BETA:
+            store_number(de, tl.sum(de_CK * b_CK, 1), number, row, token, head, rows, valid)
+            de_CK *= column(e, row, token, head, rows, valid)[:, None]
+            if b is None:
+                dk_CK += de_CK
+            else:
+                db_CK += de_CK
+        else:
+            store_tile(de, de_CK, row, token, head, rows, cols, valid, K)
+        if b is not None:
+            store_tile(db, db_CK, row, token, head, rows, cols, valid, K)
+    store_tile(dk, dk_CK, row, token, head, rows, cols, valid, K)
+
+
+class Config(NamedTuple):
+    """Tile shapes and launch options; the chunk is the forward's."""
+
+    block_k: int  # of key_grads_kernel; the others hold all of K
+    block_v: int
+    scan_warps: int
+    grads_warps: int
+    stages: int
+
+
+# By architecture, width of K (64, 128 or 256) and bytes a number, as the forward's.
+CONFIGS: dict[tuple[str, int, int], Config] = {
+    ("default", 64, 2): Config(64, 64, 4, 8, 1),
+    ("default", 128, 2): Config(64, 64, 8, 8, 1),
+    ("default", 256, 2): Config(64, 32, 8, 8, 1),
+    ("default", 64, 4): Config(32, 32, 4, 8, 1),
+    ("default", 128, 4): Config(32, 32, 8, 8, 1),
+    ("default", 256, 4): Config(32, 16, 8, 8, 1),
+}
+
+
+@torch.library.custom_op("torchlmoe::linear_recurrence_triton_backward", mutates_args=())
+def linear_recurrence_backward(
+    grad_o: Tensor,
+    grad_final: Tensor,
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    erase: Tensor | None,
+    erase_key: Tensor | None,
+    value_log_decay: Tensor | None,
+    bonus: Tensor | None,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> list[Tensor]:
+    """Gradients of all tensors but cu_seqlens, in order, each in its dtype; empty for those that are None."""
+    problem = problem_of(
+        q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, scale, cu_seqlens, chunks_per_span=1
+    )
+    tensors, shape, config = problem.tensors, problem.shape, backward_config_of(k, problem.dtype)
+    heads, key_dim, value_dim = shape["heads"], k.shape[-1], v.shape[-1]
+    all_k, all_v = (max(16, triton.next_power_of_2(width)) for width in (key_dim, value_dim))
+    block_k, block_v = min(config.block_k, all_k), min(config.block_v, all_v)
+    tiles_k, tiles_v = triton.cdiv(key_dim, block_k), triton.cdiv(value_dim, block_v)
+    if initial_state is not None:
+        initial_state = initial_state.contiguous()
+
+    def like(x: Tensor | None, *size: int, dtype: torch.dtype | None = None) -> Tensor | None:
+        return None if x is None else torch.empty(size or x.shape, dtype=dtype or x.dtype, device=x.device)
+
+    def terms(*names: str) -> list:
+        return [tensors[name] for name in names]
+
+    matrices, states = chunk_matrices(problem), empty_states(problem)
+    n = like(erase, *v.shape, dtype=problem.dtype)
+    scan(problem, matrices, initial_state=initial_state, states=states, n=n)
+
+    # Where k writes n, the gradient of z is that of v.
+    dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    dz = None if erase is None else dv if erase_key is None else torch.empty_like(n)
+    do = None if q is None else strided(grad_o)
+    state_grads, initial_grad = empty_states(problem), like(initial_state)
+    common = dict(PER_CHANNEL=shape["PER_CHANNEL"], DOT=shape["DOT"], V=value_dim, C=shape["C"], SPAN=shape["SPAN"])
+    of_keys = dict(GROUP=shape["GROUP"], K=key_dim)
+    spans, length, before = tensors["spans"], shape["T"], bonus is not None
+    reverse_kernel[(problem.num_documents * heads * tiles_v,)](
+        *terms("q", "k", "g", "e", "b", "h"), matrices, do, strided(dz), grad_final.contiguous(), state_grads,
+        initial_grad, spans, scale, length, heads, **of_keys, **common, BLOCK_K=all_k, BLOCK_V=block_v, BEFORE=before,
+        IS_BETA=shape["IS_BETA"], num_warps=config.scan_warps, num_stages=config.stages,
+    )  # fmt: skip
+
+    chunks = problem.num_spans
+    grads = states.new_empty(chunks, heads, 4, shape["C"], shape["C"])
+    if q is not None or erase is not None:
+        score_grads_kernel[(chunks * heads,)](
+            *terms("v", "g", "b", "h"), strided(n), do, strided(dz), grads, spans, scale, length, heads, **common,
+            BLOCK_V=block_v, BEFORE=before, num_warps=config.grads_warps, num_stages=config.stages,
+        )  # fmt: skip
+    dh = like(value_log_decay)
+    if erase is None or erase_key is not None:
+        value_grads_kernel[(chunks * heads * tiles_v,)](
+            *terms("q", "k", "v", "g", "b", "h", "u"), matrices, states, state_grads, do, strided(dz), strided(dv),
+            strided(dh), spans, scale, length, heads, **of_keys, **common, BLOCK_K=all_k, BLOCK_V=block_v,
+            num_warps=config.grads_warps, num_stages=config.stages,
+        )  # fmt: skip
+    of_heads = (*v.shape[:3], key_dim)
+    dq, dk = like(q, *of_heads), torch.empty(of_heads, dtype=k.dtype, device=k.device)
+    dg, de = like(log_decay), like(erase)
+    if dg is not None and not shape["PER_CHANNEL"]:
+        dg = like(log_decay, *v.shape[:3], tiles_k, dtype=torch.float32)
+    if shape["IS_BETA"]:
+        de = like(erase, *v.shape[:3], tiles_k, dtype=torch.float32)
+    db = like(erase_key)
+    du = None if bonus is None else torch.zeros(chunks, heads, key_dim, dtype=torch.float32, device=bonus.device)
+    key_grads_kernel[(chunks * heads * tiles_k,)](
+        *terms("q", "k", "v", "g", "e", "b", "h", "u"), strided(n), grads, states, state_grads, do, strided(dz),
+        strided(dq), strided(dk), strided(dg), strided(de), strided(db), du, spans, scale, length, heads,
+        **of_keys, **common, BLOCK_K=block_k, BLOCK_V=block_v, IS_BETA=shape["IS_BETA"],
+        num_warps=config.grads_warps, num_stages=config.stages,
+    )  # fmt: skip
+
+    if (group := shape["GROUP"]) > 1:
+        dq, dk = (None if x is None else x.unflatten(2, (-1, group)).sum(3) for x in (dq, dk))
+    if dg is not None and not shape["PER_CHANNEL"]:
+        dg = dg.sum((0, 1, 3) if log_decay.dim() == 1 else 3).to(log_decay.dtype)
+    if shape["IS_BETA"]:
+        de = de.sum(3).to(erase.dtype)
+    if du is not None:
+        du = du.sum(0).to(bonus.dtype)
+    found = (dq, dk, dv, dg, de, db, dh, du, initial_grad)
+    return [k.new_empty(0) if grad is None else grad for grad in found]
+
+
+@linear_recurrence_backward.register_fake
+def _(grad_o, grad_final, q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, scale, initial_state, *rest):
+    tensors = (q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, initial_state)
+    return [k.new_empty(0 if x is None else x.shape) if x is None else x.new_empty(x.shape) for x in tensors]
+
+
+@register_flop_formula(torch.ops.torchlmoe.linear_recurrence_triton_backward)
+def _(grad_o, grad_final, *shapes, **kwargs) -> int:
+    return 2 * flops(*shapes)
+
+
+def backward_config_of(k: Tensor, dtype: torch.dtype) -> Config:
+    width, family = max(64, triton.next_power_of_2(k.shape[-1])), architecture(k)
+    return CONFIGS[(family if (family, width, dtype.itemsize) in CONFIGS else "default", width, dtype.itemsize)]
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *terms, ctx.scale, initial_state, cu_seqlens = inputs
+    ctx.save_for_backward(*terms, initial_state, cu_seqlens)
+
+
+def _autograd(ctx, grad_o, grad_final):
+    *terms, initial_state, cu_seqlens = ctx.saved_tensors
+    grads = linear_recurrence_backward(grad_o, grad_final, *terms, ctx.scale, initial_state, cu_seqlens)
+    *of_terms, of_state = [None if x is None else grad for x, grad in zip((*terms, initial_state), grads, strict=True)]
+    return (*of_terms, None, of_state, None)
+
+
+linear_recurrence.register_autograd(_autograd, setup_context=_setup_context)

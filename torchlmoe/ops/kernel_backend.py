@@ -1,0 +1,54 @@
+"""Where Triton kernels run: on a GPU, not in float64; and on a CPU in Triton's interpreter, if asked for by name."""
+
+import logging
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+
+def kernels_serve(backend: str, *tensors: Tensor | None, refusal: str | None = None) -> bool:
+    """Whether `backend` means the Triton kernels for these tensors; refusal: why they do not serve, if it is known.
+
+    "auto" means them wherever they run on a GPU, and says once why it does not where it does not. Raises ValueError for
+    "triton" where they do not run.
+    """
+    on_gpu = all(x is None or x.is_cuda for x in tensors)
+    if backend == "auto" and on_gpu:
+        if reason := refusal or _refusal(True, *tensors):
+            _say_chunked(reason)
+        return reason is None
+    if backend == "triton" and (reason := refusal or _refusal(on_gpu, *tensors)):
+        raise ValueError(f"backend = 'triton' does not serve this, since {reason}; use 'chunked'.")
+    return backend == "triton"
+
+
+def _refusal(on_gpu: bool, *tensors: Tensor | None) -> str | None:
+    if any(x is not None and x.dtype in (torch.float64, torch.complex128) for x in tensors):
+        return "its kernels do not compute in float64"
+    installed, interpreted = _triton()
+    if not installed:
+        return "triton is not installed"
+    if not on_gpu and not interpreted:
+        return "on a CPU its kernels run only with TRITON_INTERPRET=1"
+    if interpreted and any(x is not None and x.dtype is torch.bfloat16 for x in tensors):
+        return "triton's interpreter computes bfloat16 wrongly"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _triton() -> tuple[bool, bool]:
+    """Whether it is installed, and whether kernels are interpreted."""
+    if find_spec("triton") is None:
+        return False, False
+    from triton import knobs
+
+    return True, knobs.runtime.interpret
+
+
+@cache
+def _say_chunked(reason: str) -> None:
+    logger.warning(f"backend = 'auto' takes the chunked form, since {reason}.")

@@ -1,0 +1,130 @@
+"""The elementwise recurrence where nothing but v varies over tokens (S4), as products of matrices.
+
+    o_t = sum_{n<=t} c_n v_{t-n}          c_n = Re(sum_k q_k exp(n G_k) k_k)
+
+is a convolution. In a chunk of C tokens it is a Toeplitz matrix of C taps, and what came before is in the state at the
+chunk's start, which is read, decayed and written by one product each: per channel C + 2 K multiply-adds a token in
+matrix products, where the scan goes through K complex numbers in memory. Powers of exp(G) are products in float64, so
+that no phase n * G loses its digits and no exponent is positive.
+
+A document's last chunk may be short: it is read from its first slot and written up to its last one, so its tokens lie
+at the left of the chunk for the one and at the right for the other; the state decays by as many tokens as there are.
+
+Legend: N documents, M chunks, C slots of a chunk, H heads, K key width, V value width.
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from torchlmoe.ops.chunk_layout import Slab, kept_scan_layout, num_documents
+
+CHUNK_SIZE = 64
+
+
+def time_invariant_forward(
+    q: Tensor | None, k: Tensor, v: Tensor, log_decay: Tensor, state_NHKV: Tensor, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """o like v (zero without q), and the state after every document.
+
+    q, k: [H, K]. v: [B, T, H, V], T at least 1. log_decay: [H, K, V]. state_NHKV: before every document.
+    """
+    slab, order_N = _layout(v, cu_seqlens)
+    terms = [k, _cut(slab, v, state_NHKV), log_decay, state_NHKV.index_select(0, order_N)]
+    final, *read = _convolve(slab, *terms, q)  # type: ignore[call-arg]
+    o = torch.zeros_like(v, memory_format=torch.contiguous_format)
+    for o_HVMC in read:
+        _paste(slab, o_HVMC, o)
+    return o, torch.empty_like(state_NHKV).index_copy_(0, order_N, final)
+
+
+def time_invariant_backward(
+    grad_o: Tensor,
+    grad_final: Tensor,
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state_NHKV: Tensor,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q (None without it), k, v, log_decay and the state before."""
+    slab, order_N = _layout(v, cu_seqlens)
+    terms = [k, _cut(slab, v, state_NHKV), log_decay, state_NHKV.index_select(0, order_N)]
+    grads = [grad_final.to(state_NHKV.dtype).index_select(0, order_N)]
+    if q is not None:
+        terms, grads = [*terms, q], [*grads, _cut(slab, grad_o, state_NHKV)]
+    # Autograd is off within an operation; torch.func is not.
+    pull_back = torch.func.vjp(partial(_convolve, slab), *terms)[1]
+    grad_k, grad_x, grad_log_decay, grad_state, *of_q = pull_back(tuple(grads))
+    grad_v = torch.zeros_like(v, memory_format=torch.contiguous_format)
+    _paste(slab, grad_x, grad_v)
+    grad_state = torch.empty_like(state_NHKV).index_copy_(0, order_N, grad_state)
+    return of_q[0] if of_q else None, grad_k, grad_v, grad_log_decay, grad_state
+
+
+def _layout(v: Tensor, cu_seqlens: Tensor | None) -> tuple[Slab, Tensor]:
+    """All chunks as one slab, and the documents from the longest to the shortest."""
+    layout = kept_scan_layout(v, cu_seqlens, CHUNK_SIZE, v.shape[1] * num_documents(v, cu_seqlens))
+    return layout.slabs[0], layout.order_N
+
+
+def _cut(slab: Slab, x: Tensor, state: Tensor) -> Tensor:
+    """[B, T, H, V] -> [H, V, M, C], in the real dtype of the state."""
+    chunks = slab.cut(x, x.shape[2]).to(state.real.dtype)
+    return chunks.unflatten(0, (-1, x.shape[2])).permute(1, 3, 0, 2).contiguous()
+
+
+def _paste(slab: Slab, x_HVMC: Tensor, out: Tensor) -> None:
+    """To its places in [B, T, H, V]."""
+    slab.paste(x_HVMC.permute(2, 0, 3, 1).flatten(0, 1), out)
+
+
+def _real(x: Tensor, sign: int = 1) -> Tensor:
+    """[..., K] -> [..., 2 K], real parts and then imaginary parts times `sign`; a real x as it is."""
+    return torch.cat([x.real, sign * x.imag], -1) if x.is_complex() else x
+
+
+def _convolve(
+    slab: Slab, k: Tensor, x_HVMC: Tensor, log_decay: Tensor, state_NHKV: Tensor, q: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """The state after each document, longest first, and with q also o [H, V, M, C]; differentiable."""
+    dtype, chunk_size = state_NHKV.dtype, x_HVMC.shape[-1]
+    once_HV1K = log_decay.to(torch.promote_types(log_decay.dtype, torch.float64)).exp().mT[:, :, None]
+    powers_HVCK, power_HV1K = torch.ones_like(once_HV1K, dtype=dtype), once_HV1K
+    while powers_HVCK.shape[2] < chunk_size:
+        powers_HVCK = torch.cat([powers_HVCK, powers_HVCK * power_HV1K.to(dtype)], 2)
+        power_HV1K = power_HV1K * power_HV1K
+    decay_HVMK, powers = power_HV1K.to(dtype), _real(powers_HVCK)
+
+    written = x_HVMC
+    if slab.padded_MC is not None:
+        length_M = chunk_size - slab.padded_MC.sum(1)
+        source_MC = torch.arange(chunk_size, device=x_HVMC.device) - (chunk_size - length_M)[:, None]
+        written = x_HVMC.gather(-1, source_MC.clamp_min(0).expand_as(x_HVMC)) * (source_MC >= 0)
+        decay_HVMK = torch.cat([powers_HVCK, decay_HVMK], 2)[:, :, length_M]
+    added_HVMK = written.flip(-1) @ powers
+    if dtype.is_complex:
+        added_HVMK = torch.complex(*added_HVMK.chunk(2, -1))
+    added_HVMK = added_HVMK * k.to(dtype)[:, None, None]
+
+    state, starts, finished = state_NHKV.permute(1, 3, 0, 2), [], []
+    by_step = zip(
+        added_HVMK.split(slab.num_active, 2), decay_HVMK.expand_as(added_HVMK).split(slab.num_active, 2), strict=True
+    )
+    for added, decay in by_step:
+        starts.append(state[:, :, : added.shape[2]])
+        finished.append(state[:, :, added.shape[2] :])
+        state = torch.addcmul(added, decay, starts[-1])
+    final = torch.cat([state, *reversed(finished)], 2).permute(2, 0, 3, 1)
+    if q is None:
+        return (final,)
+
+    # Re(z w) is the product of (Re z, Im z) and (Re w, -Im w).
+    q_H11K = q.to(dtype)[:, None, None]
+    taps_HVC = (powers @ _real(q_H11K * k.to(dtype)[:, None, None], -1).mT)[..., 0]
+    toeplitz = F.pad(taps_HVC, (chunk_size - 1, 0)).unfold(-1, chunk_size, 1).flip(-1)
+    before = torch.cat(starts, 2) * (q_H11K * once_HV1K.to(dtype))
+    return final, x_HVMC @ toeplitz.mT + _real(before, -1) @ powers.mT
