@@ -302,14 +302,13 @@ def _descend(slab: _MiniBatches, norm_eps: float, state: Tensor, terms: dict[str
             changed = changed + from_momentum[rows, :, -1:, None] * momentum[0]
             kept = momentum_from_start[rows, :, -1:, None] * momentum[0]
             momentum = [kept - momentum_key[rows].mT @ gradient]
-        ended = changed
+        current = ended = changed
         if scale is not None:
             o = torch.lerp(q[rows] @ anchor, o, scale)
             ended = torch.lerp(anchor, changed, scale[:, -1:])
+            current = torch.where(complete[rows], ended, changed)
         outputs.append(o)
-        state = torch.stack(
-            [torch.where(complete[rows], ended, anchor), torch.where(complete[rows], ended, changed), *momentum], 2
-        )
+        state = torch.stack([torch.where(complete[rows], ended, anchor), current, *momentum], 2)
     return torch.cat(outputs), torch.cat([state, *reversed(finished)])
 
 
