@@ -44,7 +44,9 @@ class Mixer(nn.Module):
     shared_width: int = 0
 
     def forward(self, x: Tensor, *, sequence: Sequence, cache: TensorDict | None = None) -> Tensor:
-        """cache: what `init_cache` returned, brought up to date in place; then each row is one document."""
+        """cache: what `init_cache` returned, brought up to date in place; then each row is one document, and one whose
+        first position is 0 begins anew, whatever the cache holds.
+        """
         raise TypeError(f"{type(self).__name__} must define forward(x, *, sequence, cache=None).")
 
     def init_weights(self) -> None:

@@ -218,6 +218,7 @@ class _MiniBatches:
     tokens_MC: Tensor  # the token at each slot, counted over all rows; 0 at empty ones
     filled_MC: Tensor  # whether there is one
     complete_M: Tensor  # whether the mini-batch ends with its last slot
+    first: bool  # whether the slab's first ones may be under way already, W no longer what they started from
 
     def take(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """[B, T, H, ...] -> [M, H, C, ...], zero in empty slots."""
@@ -248,13 +249,14 @@ def _mini_batches(
             shifted.append(len(places))
         layout = chunk_layout(1, len(places), shifted, size, SLAB_STEPS * len(offset), v.device)
         token_at = torch.tensor(places, dtype=torch.int64, device=v.device)
-    slabs = []
+    slabs: list[_MiniBatches] = []
     for slab in layout.slabs:
         tokens = slab.tokens_MC if token_at is None else token_at[slab.tokens_MC]
         reached = torch.ones_like(tokens, dtype=torch.bool) if slab.padded_MC is None else ~slab.padded_MC
         # A layout of shorter chunks has no document as long as a mini-batch.
         complete = reached.all(1) & (tokens.shape[1] == size)
-        slabs.append(_MiniBatches(slab.num_active, tokens.clamp_min(0), reached & (tokens >= 0), complete))
+        filled = reached & (tokens >= 0)
+        slabs.append(_MiniBatches(slab.num_active, tokens.clamp_min(0), filled, complete, first=not slabs))
     return slabs, layout.order_N
 
 
@@ -282,34 +284,38 @@ def _descend(slab: _MiniBatches, norm_eps: float, state: Tensor, terms: dict[str
     path = path * learning_rate[..., None, :]
     scores = (q @ k.mT) * path
     written_key = k * path[..., -1, :, None]
-    decayed_q = q * from_start[..., None]
+    read_q = decayed_q = q * from_start[..., None]
+    if step_scale is not None:
+        scale = step_scale[:, : q.shape[2], None]  # short documents have fewer slots
+        read_q, decayed_q, scores = torch.lerp(q, decayed_q, scale), scale * decayed_q, scale * scores
+    if log_momentum is not None:
+        momentum_q = q * from_momentum[..., None] * (1 if step_scale is None else scale)
     complete = slab.complete_M[:, None, None, None]
     weight, bias = norm_weight[:, None], norm_bias[:, None]
-    scale = None if step_scale is None else step_scale[:, : q.shape[2], None]  # short documents have fewer slots
 
     outputs, finished = [], []
     start = 0
-    for count in slab.counts:
+    for step, count in enumerate(slab.counts):
         rows = slice(start, start + count)
         start += count
         finished.append(state[count:])
         anchor, current, *momentum = state[:count].unbind(2)
         gradient = _gradient(k[rows] @ anchor, v[rows], weight, bias, norm_eps)
-        o = decayed_q[rows] @ current - scores[rows] @ gradient
+        o = read_q[rows] @ anchor - scores[rows] @ gradient
+        if slab.first and step == 0:
+            o = o + decayed_q[rows] @ (current - anchor)
         changed = from_start[rows, :, -1:, None] * current - written_key[rows].mT @ gradient
         if momentum:
-            o = o + from_momentum[rows, ..., None] * (q[rows] @ momentum[0])
+            o = o + momentum_q[rows] @ momentum[0]
             changed = changed + from_momentum[rows, :, -1:, None] * momentum[0]
             kept = momentum_from_start[rows, :, -1:, None] * momentum[0]
             momentum = [kept - momentum_key[rows].mT @ gradient]
-        ended = changed
-        if scale is not None:
-            o = torch.lerp(q[rows] @ anchor, o, scale)
+        current = ended = changed
+        if step_scale is not None:
             ended = torch.lerp(anchor, changed, scale[:, -1:])
+            current = torch.where(complete[rows], ended, changed)
         outputs.append(o)
-        state = torch.stack(
-            [torch.where(complete[rows], ended, anchor), torch.where(complete[rows], ended, changed), *momentum], 2
-        )
+        state = torch.stack([torch.where(complete[rows], ended, anchor), current, *momentum], 2)
     return torch.cat(outputs), torch.cat([state, *reversed(finished)])
 
 
