@@ -1,7 +1,7 @@
 """silu(gate) * up * weight (arXiv 2002.05202), with one weight per row: the hidden layer of an expert.
 
-One operation to torch, which keeps only its inputs for the backward. On a GPU kernels/weighted_swiglu.py; on a CPU
-it works through blocks of rows small enough that its intermediate results never leave the cache.
+One operation to torch, which keeps only its inputs for the backward: on a GPU kernels/weighted_swiglu.py, on a CPU
+blocks of rows small enough that intermediate results never leave the cache.
 
 Legend: M rows, F hidden width.
 """
