@@ -102,33 +102,37 @@ def log2_column(decay, row, token, head, rows, valid):
 
 
 @triton.jit
-def passes(
+def from_start(
     decay, row, token, head, rows, cols, valid, WIDTH: tl.constexpr, PER_CHANNEL: tl.constexpr, BEFORE: tl.constexpr
 ):
-    """What passes from the chunk's start to each reader [C, D], from each writer to its end, and all of it [D].
+    """What passes from the chunk's start to each reader: [C, D], [C, 1] or [1, 1].
 
-    C or D is one where they are alike. BEFORE: a reader reads what was before its own decay.
+    BEFORE: a reader reads what was before its own decay.
     """
     if decay is None:
-        one = tl.full([1, 1], 1.0, tl.float32)
-        return one, one, tl.full([1], 1.0, tl.float32)
+        return tl.full([1, 1], 1.0, tl.float32)
     elif PER_CHANNEL:
         g = log2_tile(decay, row, token, head, rows, cols, valid, WIDTH)
-        read = tl.cumsum(g, 0)
-        if BEFORE:
-            read -= g
-        written = tl.cumsum(g, 0, reverse=True) - g
-        return tl.exp2(read), tl.exp2(written), tl.exp2(tl.sum(g, 0))
+        total = tl.cumsum(g, 0)
+        return tl.exp2(total - g if BEFORE else total)
     else:
         g = log2_column(decay, row, token, head, rows, valid)
         total = tl.cumsum(g, 0)
-        read = total
-        if BEFORE:
-            read -= g
-        whole = tl.sum(g, 0)
-        whole_1 = whole + tl.zeros([1], tl.float64)
-        to_end = tl.exp2((whole - total).to(tl.float32))
-        return tl.exp2(read.to(tl.float32))[:, None], to_end[:, None], tl.exp2(whole_1.to(tl.float32))
+        return tl.exp2((total - g if BEFORE else total).to(tl.float32))[:, None]
+
+
+@triton.jit
+def to_end(decay, row, token, head, rows, cols, valid, WIDTH: tl.constexpr, PER_CHANNEL: tl.constexpr):
+    """What passes from each writer to the chunk's end, and the whole of it: [D] or [1]."""
+    if decay is None:
+        return tl.full([1, 1], 1.0, tl.float32), tl.full([1], 1.0, tl.float32)
+    elif PER_CHANNEL:
+        g = log2_tile(decay, row, token, head, rows, cols, valid, WIDTH)
+        return tl.exp2(tl.cumsum(g, 0, reverse=True) - g), tl.exp2(tl.sum(g, 0))
+    else:
+        g = log2_column(decay, row, token, head, rows, valid)
+        whole = tl.sum(g, 0) + tl.zeros([1], tl.float64)
+        return tl.exp2((whole - tl.cumsum(g, 0)).to(tl.float32))[:, None], tl.exp2(whole.to(tl.float32))
 
 
 @triton.jit
@@ -182,6 +186,11 @@ def diagonal_of(x, rows):
 @triton.jit
 def dot(a, b, DOT: tl.constexpr):
     return tl.dot(a.to(DOT), b.to(DOT), input_precision="ieee")
+
+
+@triton.jit
+def add_dot(onto, a, b, DOT: tl.constexpr):
+    return tl.dot(a.to(DOT), b.to(DOT), onto, input_precision="ieee")
 
 
 @triton.jit
@@ -244,15 +253,23 @@ def matrix_at(matrices, slot, head, heads, number: tl.constexpr, rows, C: tl.con
 
 
 @triton.jit
-def state_at(states, index, head, heads, rows, cols, K: tl.constexpr, V: tl.constexpr):
-    """Where a state [.., heads, K, V] is, and which of it there is."""
-    place = (index.to(tl.int64) * heads + head) * K * V
-    return states + place + rows[:, None] * V + cols[None, :], (rows < K)[:, None] & (cols < V)[None, :]
+def load_state(states, index, head, heads, rows, cols, K: tl.constexpr, V: tl.constexpr):
+    """A tile of states[index, head] [K, V] in float32."""
+    states += (index.to(tl.int64) * heads + head) * K * V
+    inside = (rows < K)[:, None] & (cols < V)[None, :]
+    return tl.load(states + rows[:, None] * V + cols[None, :], mask=inside, other=0).to(tl.float32)
+
+
+@triton.jit
+def store_state(states, state_KV, index, head, heads, rows, cols, K: tl.constexpr, V: tl.constexpr):
+    states += (index.to(tl.int64) * heads + head) * K * V
+    inside = (rows < K)[:, None] & (cols < V)[None, :]
+    tl.store(states + rows[:, None] * V + cols[None, :], state_KV, mask=inside)
 
 
 @triton.jit
 def scores_kernel(
-    q, k, e, b, g, u, matrices, spans, scale, T, heads,
+    q, k, e, b, g, u, matrices, spans, T, heads,
     GROUP: tl.constexpr, K: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr, BLOCK_K: tl.constexpr,
     PER_CHANNEL: tl.constexpr, IS_BETA: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -272,7 +289,7 @@ def scores_kernel(
         if b is not None:
             b_CK = tile(b, row, token, head, rows, cols, valid, K)
         if q is not None:
-            q_CK = tile(q, row, token, head // GROUP, rows, cols, valid, K) * scale
+            q_CK = tile(q, row, token, head // GROUP, rows, cols, valid, K)
             own_k += own_score(q_CK, k_CK, u, head, cols, K)
             own_b += tl.sum(q_CK * b_CK, 1)
         if e is not None:
@@ -292,13 +309,13 @@ def scores_kernel(
                             qb += within_blocks(dot(q_CK * later, tl.trans(b_CK * earlier), DOT), rows, 2 << level)
         else:
             if q is not None:
-                qk += dot(q_CK, tl.trans(k_CK), DOT)
+                qk = add_dot(qk, q_CK, tl.trans(k_CK), DOT)
             if e is not None:
-                eb += dot(e_CK, tl.trans(b_CK), DOT)
+                eb = add_dot(eb, e_CK, tl.trans(b_CK), DOT)
             if b is not None:
-                ek += dot(e_CK, tl.trans(k_CK), DOT)
+                ek = add_dot(ek, e_CK, tl.trans(k_CK), DOT)
                 if q is not None:
-                    qb += dot(q_CK, tl.trans(b_CK), DOT)
+                    qb = add_dot(qb, q_CK, tl.trans(b_CK), DOT)
     if not PER_CHANNEL:
         decay_CC = decay_matrix(g, row, token, head, rows, valid, u is not None)
         strict_CC = tl.where(rows[:, None] > rows[None, :], decay_CC, 0.0)
@@ -354,23 +371,19 @@ def scan_kernel(
         span = index
         if start >= end:
             return
-        place, there = state_at(states, index, head, heads, cols_k, cols_v, K, V)
-        state_KV += tl.load(place, mask=there, other=0).to(tl.float32)
+        state_KV = load_state(states, index, head, heads, cols_k, cols_v, K, V)
     elif initial_state is not None:
-        place, there = state_at(initial_state, index, head, heads, cols_k, cols_v, K, V)
-        state_KV += tl.load(place, mask=there, other=0).to(tl.float32)
+        state_KV = load_state(initial_state, index, head, heads, cols_k, cols_v, K, V)
 
     for chunk in range(0, tl.cdiv(end - start, C)):
         token, slot = start + chunk * C, span * (SPAN // C) + chunk
         valid = end - token
         if not FROM_STATES and states is not None:  # noqa: SIM102 (what is known when compiling, and what is not)
             if chunk % (SPAN // C) == 0:
-                place, there = state_at(states, slot // (SPAN // C), head, heads, cols_k, cols_v, K, V)
-                tl.store(place, state_KV, mask=there)
+                store_state(states, state_KV, slot // (SPAN // C), head, heads, cols_k, cols_v, K, V)
         k_CK = tile(k, row, token, head // GROUP, rows, cols_k, valid, K)
         v_CV = tile(v, row, token, head, rows, cols_v, valid, V)
-        start_CK, end_CK, whole_K = passes(g, row, token, head, rows, cols_k, valid, K, PER_CHANNEL, u is not None)
-        start_CV, end_CV, whole_V = passes(h, row, token, head, rows, cols_v, valid, V, True, u is not None)
+        start_CK = from_start(g, row, token, head, rows, cols_k, valid, K, PER_CHANNEL, u is not None)
         w_CV = v_CV  # what k writes
         if e is not None:
             b_CK = k_CK
@@ -386,8 +399,9 @@ def scan_kernel(
             if b is None:
                 w_CV = n_CV
         if o is not None:
-            q_CK = tile(q, row, token, head // GROUP, rows, cols_k, valid, K) * scale
-            o_CV = dot(q_CK * start_CK, state_KV, DOT) * start_CV
+            q_CK = tile(q, row, token, head // GROUP, rows, cols_k, valid, K)
+            o_CV = dot(q_CK * start_CK, state_KV, DOT)
+            o_CV *= from_start(h, row, token, head, rows, cols_v, valid, V, True, u is not None)
             if matrices is not None:
                 scores_CC = tl.load(matrix_at(matrices, slot, head, heads, 0, rows, C)).to(tl.float32)
             else:
@@ -396,21 +410,22 @@ def scan_kernel(
                 if u is not None:
                     scores_CC += on_diagonal(own_score(q_CK, k_CK, u, head, cols_k, K), rows)
             if h is None:
-                o_CV += dot(scores_CC, w_CV, DOT)
+                o_CV = add_dot(o_CV, scores_CC, w_CV, DOT)
             else:
                 h_CV = log2_tile(h, row, token, head, rows, cols_v, valid, V)
                 o_CV += rows_of(scores_CC, w_CV, h_CV, rows, u is not None, C, BLOCK_V, DOT)
             if b is not None:
-                o_CV += dot(tl.load(matrix_at(matrices, slot, head, heads, 2, rows, C)), n_CV, DOT)
-            store_tile(o, o_CV, row, token, head, rows, cols_v, valid, V)
+                o_CV = add_dot(o_CV, tl.load(matrix_at(matrices, slot, head, heads, 2, rows, C)), n_CV, DOT)
+            store_tile(o, o_CV * scale, row, token, head, rows, cols_v, valid, V)
+        end_CK, whole_K = to_end(g, row, token, head, rows, cols_k, valid, K, PER_CHANNEL)
+        end_CV, whole_V = to_end(h, row, token, head, rows, cols_v, valid, V, True)
         state_KV *= whole_K[:, None] * whole_V[None, :]
-        state_KV += dot(tl.trans(k_CK * end_CK), w_CV * end_CV, DOT)
+        state_KV = add_dot(state_KV, tl.trans(k_CK * end_CK), w_CV * end_CV, DOT)
         if b is not None:
-            state_KV += dot(tl.trans(b_CK * end_CK), n_CV, DOT)
+            state_KV = add_dot(state_KV, tl.trans(b_CK * end_CK), n_CV, DOT)
 
     if not FROM_STATES and final_state is not None:
-        place, there = state_at(final_state, index, head, heads, cols_k, cols_v, K, V)
-        tl.store(place, state_KV, mask=there)
+        store_state(final_state, state_KV, index, head, heads, cols_k, cols_v, K, V)
 
 
 @triton.jit
@@ -437,11 +452,9 @@ def step_kernel(
     tiles = tl.cdiv(V, BLOCK_V)
     row, head = tl.program_id(0) // tiles // heads, tl.program_id(0) // tiles % heads
     cols_k, cols_v = tl.arange(0, BLOCK_K), tl.program_id(0) % tiles * BLOCK_V + tl.arange(0, BLOCK_V)
-    place, there = state_at(final_state, row, head, heads, cols_k, cols_v, K, V)
     before_KV = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
     if initial_state is not None:
-        from_place, _ = state_at(initial_state, row, head, heads, cols_k, cols_v, K, V)
-        before_KV = tl.load(from_place, mask=there, other=0).to(tl.float32)
+        before_KV = load_state(initial_state, row, head, heads, cols_k, cols_v, K, V)
     k_K = token_of(k, row, head // GROUP, cols_k, K)
     v_V = token_of(v, row, head, cols_v, V)
     state_KV = before_KV
@@ -463,7 +476,7 @@ def step_kernel(
         state_KV -= b_K[:, None] * tl.sum(e_K[:, None] * state_KV, 0)[None, :]
     added_KV = k_K[:, None] * v_V[None, :]
     state_KV += added_KV
-    tl.store(place, state_KV, mask=there)
+    store_state(final_state, state_KV, row, head, heads, cols_k, cols_v, K, V)
     if q is not None:
         q_K = token_of(q, row, head // GROUP, cols_k, K) * scale
         if u is not None:
@@ -474,7 +487,7 @@ def step_kernel(
 
 
 class Config(NamedTuple):
-    """Tile shapes and launch options of one kernel's programs."""
+    """Tile shapes and launch options."""
 
     chunk: int
     chunks_per_span: int  # how many share one stored state
@@ -485,14 +498,21 @@ class Config(NamedTuple):
     stages: int
 
 
-# By architecture, width of K (64, 128 or 256) and bytes a number: nothing that depends on the sequence.
-CONFIGS: dict[tuple[str, int, int], Config] = {
-    ("default", 64, 2): Config(64, 2, 64, 64, 4, 4, 2),
-    ("default", 128, 2): Config(64, 2, 64, 64, 4, 4, 2),
-    ("default", 256, 2): Config(64, 2, 64, 32, 4, 8, 1),
-    ("default", 64, 4): Config(64, 2, 32, 32, 4, 4, 1),
-    ("default", 128, 4): Config(64, 2, 32, 32, 8, 8, 1),
-    ("default", 256, 4): Config(32, 2, 32, 16, 4, 8, 1),
+# By architecture, whether a decay is per channel, width of K (64, 128 or 256) and bytes a number: nothing that depends
+# on the sequence.
+CONFIGS: dict[tuple[str, bool, int, int], Config] = {
+    ("default", False, 64, 2): Config(64, 2, 64, 64, 4, 4, 2),
+    ("default", False, 128, 2): Config(64, 2, 64, 64, 4, 4, 2),
+    ("default", False, 256, 2): Config(64, 2, 64, 32, 4, 8, 1),
+    ("default", True, 64, 2): Config(64, 2, 32, 64, 4, 8, 2),
+    ("default", True, 128, 2): Config(64, 2, 32, 32, 4, 8, 2),
+    ("default", True, 256, 2): Config(64, 2, 32, 16, 4, 8, 1),
+    ("default", False, 64, 4): Config(64, 2, 32, 32, 8, 8, 1),
+    ("default", False, 128, 4): Config(64, 2, 32, 32, 8, 8, 1),
+    ("default", False, 256, 4): Config(32, 2, 32, 16, 4, 8, 1),
+    ("default", True, 64, 4): Config(64, 2, 32, 32, 8, 8, 1),
+    ("default", True, 128, 4): Config(64, 2, 32, 16, 8, 8, 1),
+    ("default", True, 256, 4): Config(32, 2, 32, 16, 4, 8, 1),
 }
 FILLS = 128  # programs that keep a chip busy: from there on no state is stored on the way
 
@@ -507,19 +527,20 @@ def architecture(x: Tensor) -> str:
     return f"sm_{major}0"
 
 
-def config_of(k: Tensor, dtype: torch.dtype) -> Config:
-    width = max(64, triton.next_power_of_2(k.shape[-1]))
-    family = architecture(k)
-    key = (family if (family, width, dtype.itemsize) in CONFIGS else "default", width, dtype.itemsize)
-    return CONFIGS[key]
+def config_of(configs: dict[tuple[str, bool, int, int], Any], k: Tensor, per_channel: bool, dtype: torch.dtype) -> Any:
+    """What `configs` has for this machine, or for any."""
+    key = (per_channel, max(64, triton.next_power_of_2(k.shape[-1])), dtype.itemsize)
+    return configs.get((architecture(k), *key)) or configs["default", key[0], key[1], key[2]]
 
 
 class Problem(NamedTuple):
     """The arguments of one call as the kernels take them."""
 
     tensors: dict[str, Any]  # q k v g e b h (pointer, row, token, head), u and spans
-    shape: dict[str, Any]  # scale, T, heads, GROUP, K, C, SPAN, PER_CHANNEL, IS_BETA, DOT
+    shape: dict[str, Any]  # T, heads, GROUP, K, C, SPAN, PER_CHANNEL, IS_BETA, DOT
     config: Config
+    decays_per_channel: bool  # on either side
+    scale: float
     dtype: torch.dtype  # in which matrices are multiplied
     num_documents: int
     num_spans: int  # enough for any bounds
@@ -552,7 +573,8 @@ def problem_of(
     batch_size, length, heads, _ = v.shape
     dtypes = {x.dtype for x in (q, k, v, erase_key) if x is not None}
     dtype = v.dtype if len(dtypes) == 1 else torch.float32
-    config = config_of(k, dtype)
+    decays_per_channel = value_log_decay is not None or (log_decay is not None and log_decay.dim() == 4)
+    config = config_of(CONFIGS, k, decays_per_channel, dtype)
     span = config.chunk * (chunks_per_span or config.chunks_per_span)
     spans, num_documents, num_spans = None, batch_size, batch_size * triton.cdiv(length, span)
     if cu_seqlens is not None:
@@ -565,11 +587,11 @@ def problem_of(
     tensors = {name: strided(x) for name, x in terms.items()}
     tensors |= dict(u=None if bonus is None else bonus.contiguous(), spans=spans)
     shape = dict(
-        scale=scale, T=length, heads=heads, GROUP=heads // k.shape[2], K=k.shape[-1], C=config.chunk, SPAN=span,
+        T=length, heads=heads, GROUP=heads // k.shape[2], K=k.shape[-1], C=config.chunk, SPAN=span,
         PER_CHANNEL=log_decay is not None and log_decay.dim() == 4, IS_BETA=erase is not None and erase.dim() == 3,
         DOT=getattr(tl, str(dtype).removeprefix("torch.")),
     )  # fmt: skip
-    return Problem(tensors, shape, config, dtype, num_documents, num_spans)
+    return Problem(tensors, shape, config, decays_per_channel, scale, dtype, num_documents, num_spans)
 
 
 def chunk_matrices(problem: Problem) -> Tensor | None:
@@ -581,11 +603,12 @@ def chunk_matrices(problem: Problem) -> Tensor | None:
     slots = problem.num_spans * shape["SPAN"] // config.chunk
     k, size = tensors["k"][0], (config.chunk, config.chunk)
     matrices = torch.empty(slots, shape["heads"], MATRICES.value, *size, dtype=problem.dtype, device=k.device)
+    # tf32 keeps as many digits as the 16 bits in which T is stored.
     precise = problem.dtype == torch.float32 or torch.version.hip is not None
     scores_kernel[(slots * shape["heads"],)](
         *(tensors[name] for name in ("q", "k", "e", "b", "g", "u")), matrices, tensors["spans"], **shape,
         BLOCK_K=min(config.block_k, max(16, triton.next_power_of_2(shape["K"]))),
-        PRECISION="ieee" if precise else "tf32x3", num_warps=config.scores_warps, num_stages=1,
+        PRECISION="ieee" if precise else "tf32", num_warps=config.scores_warps, num_stages=1,
     )  # fmt: skip
     return matrices
 
@@ -601,7 +624,7 @@ def scan(
     terms = (problem.tensors[name] for name in ("q", "k", "v", "g", "e", "b", "h", "u"))
     scan_kernel[(programs * triton.cdiv(v.shape[-1], block_v),)](
         *terms, matrices, initial_state, states, strided(o), strided(n), final_state, problem.tensors["spans"],
-        **shape, V=v.shape[-1], BLOCK_K=max(16, triton.next_power_of_2(shape["K"])), BLOCK_V=block_v,
+        problem.scale, **shape, V=v.shape[-1], BLOCK_K=max(16, triton.next_power_of_2(shape["K"])), BLOCK_V=block_v,
         FROM_STATES=from_states, num_warps=config.scan_warps, num_stages=config.stages,
     )  # fmt: skip
 
@@ -676,6 +699,6 @@ def _step(problem: Problem, initial_state: Tensor | None, o: Tensor | None, fina
     block_v = min(triton.next_power_of_2(value_dim), 8192 // block_k)
     terms = (problem.tensors[name] for name in ("q", "k", "v", "g", "e", "b", "h", "u"))
     step_kernel[(batch_size * heads * triton.cdiv(value_dim, block_v),)](
-        *terms, initial_state, strided(o), final_state, shape["scale"], heads, shape["GROUP"], key_dim, value_dim,
+        *terms, initial_state, strided(o), final_state, problem.scale, heads, shape["GROUP"], key_dim, value_dim,
         block_k, block_v, shape["PER_CHANNEL"], shape["IS_BETA"], num_warps=4,
     )  # fmt: skip

@@ -28,31 +28,34 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .linear_recurrence import (
-    architecture,
+    add_dot,
     bounds_of,
     chunk_at,
     chunk_matrices,
     column,
+    config_of,
     decay_matrix,
     diagonal_of,
     dot,
     empty_states,
     erase_tile,
     flops,
+    from_start,
     halfway,
     linear_recurrence,
+    load_state,
     log2_tile,
     matrix_at,
     on_diagonal,
     own_score,
-    passes,
     per_head,
     problem_of,
     scan,
-    state_at,
+    store_state,
     store_tile,
     strided,
     tile,
+    to_end,
     within_blocks,
 )
 
@@ -103,20 +106,18 @@ def reverse_kernel(
     rows, cols_k = tl.arange(0, C), tl.arange(0, BLOCK_K)
     cols_v = tl.program_id(0) % tiles * BLOCK_V + tl.arange(0, BLOCK_V)
     row, start, end, span = bounds_of(spans, document, T, SPAN)
-    place, there = state_at(final_grad, document, head, heads, cols_k, cols_v, K, V)
-    grad_KV = tl.load(place, mask=there, other=0).to(tl.float32)
+    grad_KV = load_state(final_grad, document, head, heads, cols_k, cols_v, K, V)
     chunks = tl.cdiv(end - start, C)
     for step in range(0, chunks):
         chunk = chunks - 1 - step
         token, slot = start + chunk * C, span * (SPAN // C) + chunk
         valid = end - token
-        place, there = state_at(state_grads, slot, head, heads, cols_k, cols_v, K, V)
-        tl.store(place, grad_KV, mask=there)
-        start_CK, end_CK, whole_K = passes(g, row, token, head, rows, cols_k, valid, K, PER_CHANNEL, BEFORE)
-        start_CV, _, whole_V = passes(h, row, token, head, rows, cols_v, valid, V, True, BEFORE)
+        store_state(state_grads, grad_KV, slot, head, heads, cols_k, cols_v, K, V)
+        end_CK, whole_K = to_end(g, row, token, head, rows, cols_k, valid, K, PER_CHANNEL)
+        _, whole_V = to_end(h, row, token, head, rows, cols_v, valid, V, True)
         if q is not None:
-            q_CK = tile(q, row, token, head // GROUP, rows, cols_k, valid, K) * scale
-            do_CV = tile(do, row, token, head, rows, cols_v, valid, V)
+            q_CK = tile(q, row, token, head // GROUP, rows, cols_k, valid, K)
+            do_CV = tile(do, row, token, head, rows, cols_v, valid, V) * scale
         if e is not None:
             if b is None:
                 b_CK = tile(k, row, token, head // GROUP, rows, cols_k, valid, K)
@@ -126,23 +127,26 @@ def reverse_kernel(
                 P: tl.constexpr = 2
             dn_CV = dot(b_CK * end_CK, grad_KV, DOT)
             if q is not None:
-                dn_CV += dot(tl.trans(tl.load(matrix_at(matrices, slot, head, heads, P, rows, C))), do_CV, DOT)
+                dn_CV = add_dot(
+                    dn_CV, tl.trans(tl.load(matrix_at(matrices, slot, head, heads, P, rows, C))), do_CV, DOT
+                )
             dz_CV = dot(tl.trans(tl.load(matrix_at(matrices, slot, head, heads, 1, rows, C))), dn_CV, DOT)
             store_tile(dz, dz_CV, row, token, head, rows, cols_v, valid, V)
             e_CK = erase_tile(e, b_CK, row, token, head, rows, cols_k, valid, K, IS_BETA)
         grad_KV *= whole_K[:, None] * whole_V[None, :]
+        start_CK = from_start(g, row, token, head, rows, cols_k, valid, K, PER_CHANNEL, BEFORE)
         if q is not None:
-            grad_KV += dot(tl.trans(q_CK * start_CK), do_CV * start_CV, DOT)
+            start_CV = from_start(h, row, token, head, rows, cols_v, valid, V, True, BEFORE)
+            grad_KV = add_dot(grad_KV, tl.trans(q_CK * start_CK), do_CV * start_CV, DOT)
         if e is not None:
             grad_KV -= dot(tl.trans(e_CK * start_CK), dz_CV, DOT)
     if initial_grad is not None:
-        place, there = state_at(initial_grad, document, head, heads, cols_k, cols_v, K, V)
-        tl.store(place, grad_KV, mask=there)
+        store_state(initial_grad, grad_KV, document, head, heads, cols_k, cols_v, K, V)
 
 
 @triton.jit
 def score_grads_kernel(
-    v, g, b, h, n, do, dz, grads, spans, T, heads,
+    v, g, b, h, n, do, dz, grads, spans, scale, T, heads,
     V: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr, BLOCK_V: tl.constexpr, BEFORE: tl.constexpr,
     PER_CHANNEL: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
@@ -168,12 +172,12 @@ def score_grads_kernel(
             else:
                 ek -= dot(dz_CV, tl.trans(v_CV), DOT)
         if do is not None:
-            do_CV = tile(do, row, token, head, rows, cols, valid, V)
+            do_CV = tile(do, row, token, head, rows, cols, valid, V) * scale
             own += tl.sum(do_CV * v_CV, 1)
             if b is not None:
-                qb += dot(do_CV, tl.trans(n_CV), DOT)
+                qb = add_dot(qb, do_CV, tl.trans(n_CV), DOT)
             if h is None:
-                qk += dot(do_CV, tl.trans(v_CV), DOT)
+                qk = add_dot(qk, do_CV, tl.trans(v_CV), DOT)
             else:
                 h_CV = log2_tile(h, row, token, head, rows, cols, valid, V)
                 for level in tl.static_range(6):
@@ -212,14 +216,13 @@ def value_grads_kernel(
         return
     rows, cols_k = tl.arange(0, C), tl.arange(0, BLOCK_K)
     cols_v = tl.program_id(0) % tiles * BLOCK_V + tl.arange(0, BLOCK_V)
-    start_CK, end_CK, whole_K = passes(g, row, token, head, rows, cols_k, valid, K, PER_CHANNEL, u is not None)
+    end_CK, whole_K = to_end(g, row, token, head, rows, cols_k, valid, K, PER_CHANNEL)
     k_CK = tile(k, row, token, head // GROUP, rows, cols_k, valid, K)
-    place, there = state_at(state_grads, slot, head, heads, cols_k, cols_v, K, V)
-    grad_KV = tl.load(place, mask=there, other=0).to(tl.float32)
+    grad_KV = load_state(state_grads, slot, head, heads, cols_k, cols_v, K, V)
     dv_CV = dot(k_CK * end_CK, grad_KV, DOT)
     if q is not None:
-        q_CK = tile(q, row, token, head // GROUP, rows, cols_k, valid, K) * scale
-        do_CV = tile(do, row, token, head, rows, cols_v, valid, V)
+        q_CK = tile(q, row, token, head // GROUP, rows, cols_k, valid, K)
+        do_CV = tile(do, row, token, head, rows, cols_v, valid, V) * scale
     if h is None:
         if q is not None:
             if matrices is None:
@@ -229,15 +232,14 @@ def value_grads_kernel(
                     scores_CC += on_diagonal(own_score(q_CK, k_CK, u, head, cols_k, K), rows)
             else:
                 scores_CC = tl.trans(tl.load(matrix_at(matrices, slot, head, heads, 0, rows, C)))
-            dv_CV += dot(scores_CC, do_CV, DOT)
+            dv_CV = add_dot(dv_CV, scores_CC, do_CV, DOT)
         if b is not None:
             dz_CV = tile(dz, row, token, head, rows, cols_v, valid, V)
             dv_CV -= dot(tl.trans(tl.load(matrix_at(matrices, slot, head, heads, 3, rows, C))), dz_CV, DOT)
     else:
-        start_CV, end_CV, whole_V = passes(h, row, token, head, rows, cols_v, valid, V, True, u is not None)
+        end_CV, whole_V = to_end(h, row, token, head, rows, cols_v, valid, V, True)
         v_CV = tile(v, row, token, head, rows, cols_v, valid, V)
-        place, there = state_at(states, slot, head, heads, cols_k, cols_v, K, V)
-        state_KV = tl.load(place, mask=there, other=0).to(tl.float32)
+        state_KV = load_state(states, slot, head, heads, cols_k, cols_v, K, V)
         through_V = tl.sum(state_KV * whole_K[:, None] * grad_KV, 0) * whole_V
         passing_CV = tl.zeros([C, BLOCK_V], tl.float32) + through_V[None, :]
         dv_CV *= end_CV
@@ -245,6 +247,8 @@ def value_grads_kernel(
         read_CV = tl.zeros([C, BLOCK_V], tl.float32)
         h_CV = log2_tile(h, row, token, head, rows, cols_v, valid, V)
         if q is not None:
+            start_CK = from_start(g, row, token, head, rows, cols_k, valid, K, PER_CHANNEL, u is not None)
+            start_CV = from_start(h, row, token, head, rows, cols_v, valid, V, True, u is not None)
             read_CV += do_CV * dot(q_CK * start_CK, state_KV, DOT) * start_CV
             scores_CC = tl.load(matrix_at(matrices, slot, head, heads, 0, rows, C)).to(tl.float32)
             columns_CC = tl.trans(scores_CC)
@@ -286,11 +290,9 @@ def key_grads_kernel(
     through_K = tl.zeros([BLOCK_K], tl.float32)
     for first in range(0, V, BLOCK_V):
         cols_v = first + tl.arange(0, BLOCK_V)
-        place, there = state_at(states, slot, head, heads, cols, cols_v, K, V)
-        state_KV = tl.load(place, mask=there, other=0).to(tl.float32)
-        place, there = state_at(state_grads, slot, head, heads, cols, cols_v, K, V)
-        grad_KV = tl.load(place, mask=there, other=0).to(tl.float32)
-        start_CV, end_CV, whole_V = passes(h, row, token, head, rows, cols_v, valid, V, True, u is not None)
+        state_KV = load_state(states, slot, head, heads, cols, cols_v, K, V)
+        grad_KV = load_state(state_grads, slot, head, heads, cols, cols_v, K, V)
+        end_CV, whole_V = to_end(h, row, token, head, rows, cols_v, valid, V, True)
         if n is None or b is not None:
             w_CV = tile(v, row, token, head, rows, cols_v, valid, V)
         if n is not None:
@@ -300,15 +302,17 @@ def key_grads_kernel(
             if b is None:
                 w_CV = n_CV
             else:
-                db_CK += dot(n_CV, tl.trans(grad_KV), DOT)
-        dk_CK += dot(w_CV * end_CV, tl.trans(grad_KV), DOT)
+                db_CK = add_dot(db_CK, n_CV, tl.trans(grad_KV), DOT)
+        dk_CK = add_dot(dk_CK, w_CV * end_CV, tl.trans(grad_KV), DOT)
         if q is not None:
-            do_CV = tile(do, row, token, head, rows, cols_v, valid, V)
-            dq_CK += dot(do_CV * start_CV, tl.trans(state_KV), DOT)
+            do_CV = tile(do, row, token, head, rows, cols_v, valid, V) * scale
+            start_CV = from_start(h, row, token, head, rows, cols_v, valid, V, True, u is not None)
+            dq_CK = add_dot(dq_CK, do_CV * start_CV, tl.trans(state_KV), DOT)
         if g is not None:
             through_K += tl.sum(state_KV * grad_KV * whole_V[None, :], 1)
 
-    start_CK, end_CK, whole_K = passes(g, row, token, head, rows, cols, valid, K, PER_CHANNEL, u is not None)
+    start_CK = from_start(g, row, token, head, rows, cols, valid, K, PER_CHANNEL, u is not None)
+    end_CK, whole_K = to_end(g, row, token, head, rows, cols, valid, K, PER_CHANNEL)
     k_CK = tile(k, row, token, head // GROUP, rows, cols, valid, K)
     dk_CK *= end_CK
     written_CK = k_CK * dk_CK
@@ -319,23 +323,23 @@ def key_grads_kernel(
         db_CK *= end_CK
         written_CK += b_CK * db_CK
     if q is not None:
-        q_CK = tile(q, row, token, head // GROUP, rows, cols, valid, K) * scale
+        q_CK = tile(q, row, token, head // GROUP, rows, cols, valid, K)
         dq_CK *= start_CK
         read_CK += q_CK * dq_CK
-        qk = tl.load(matrix_at(grads, slot, head, heads, 0, rows, C)).to(tl.float32)
-        own = diagonal_of(qk, rows)[:, None]
+        qk = tl.load(matrix_at(grads, slot, head, heads, 0, rows, C))
+        own = diagonal_of(qk.to(tl.float32), rows)[:, None]
         if u is not None:
             own *= per_head(u, head, cols, K)[None, :]
             qk = tl.where(rows[:, None] > rows[None, :], qk, 0.0)
         if b is not None:
-            qb = tl.load(matrix_at(grads, slot, head, heads, 2, rows, C)).to(tl.float32)
+            qb = tl.load(matrix_at(grads, slot, head, heads, 2, rows, C))
     if e is not None:
         e_CK = erase_tile(e, b_CK, row, token, head, rows, cols, valid, K, IS_BETA)
         de_CK *= start_CK
         read_CK += e_CK * de_CK
-        eb = tl.load(matrix_at(grads, slot, head, heads, 1, rows, C)).to(tl.float32)
+        eb = tl.load(matrix_at(grads, slot, head, heads, 1, rows, C))
         if b is not None:
-            ek = tl.load(matrix_at(grads, slot, head, heads, 3, rows, C)).to(tl.float32)
+            ek = tl.load(matrix_at(grads, slot, head, heads, 3, rows, C))
 
     if PER_CHANNEL:
         g_CK = log2_tile(g, row, token, head, rows, cols, valid, K)
@@ -350,24 +354,24 @@ def key_grads_kernel(
                 if q is not None:
                     qk_here = within_blocks(qk, rows, 64 >> level)
                     by_q = dot(qk_here, k_CK * earlier, DOT)
-                    by_k += dot(tl.trans(qk_here), q_CK * later, DOT)
+                    by_k = add_dot(by_k, tl.trans(qk_here), q_CK * later, DOT)
                     if b is not None:
                         qb_here = within_blocks(qb, rows, 64 >> level)
-                        by_q += dot(qb_here, b_CK * earlier, DOT)
-                        by_b += dot(tl.trans(qb_here), q_CK * later, DOT)
+                        by_q = add_dot(by_q, qb_here, b_CK * earlier, DOT)
+                        by_b = add_dot(by_b, tl.trans(qb_here), q_CK * later, DOT)
                     by_q *= later
                     dq_CK += by_q
                     read_CK += q_CK * by_q
                 if e is not None:
                     eb_here = within_blocks(eb, rows, 64 >> level)
                     by_e = dot(eb_here, b_CK * earlier, DOT)
-                    by_b += dot(tl.trans(eb_here), e_CK * later, DOT)
+                    by_b = add_dot(by_b, tl.trans(eb_here), e_CK * later, DOT)
                     if b is None:
                         by_k += by_b
                     else:
                         ek_here = within_blocks(ek, rows, 64 >> level)
-                        by_e += dot(ek_here, k_CK * earlier, DOT)
-                        by_k += dot(tl.trans(ek_here), e_CK * later, DOT)
+                        by_e = add_dot(by_e, ek_here, k_CK * earlier, DOT)
+                        by_k = add_dot(by_k, tl.trans(ek_here), e_CK * later, DOT)
                         by_b *= earlier
                         db_CK += by_b
                         written_CK += b_CK * by_b
@@ -383,23 +387,23 @@ def key_grads_kernel(
     else:
         within_CC = tl.zeros([C, C], tl.float32)
         if q is not None:
-            dq_CK += dot(qk, k_CK, DOT)
-            dk_CK += dot(tl.trans(qk), q_CK, DOT)
+            dq_CK = add_dot(dq_CK, qk, k_CK, DOT)
+            dk_CK = add_dot(dk_CK, tl.trans(qk), q_CK, DOT)
             if g is not None:
                 within_CC += qk * dot(q_CK, tl.trans(k_CK), DOT)
             if b is not None:
-                dq_CK += dot(qb, b_CK, DOT)
-                db_CK += dot(tl.trans(qb), q_CK, DOT)
+                dq_CK = add_dot(dq_CK, qb, b_CK, DOT)
+                db_CK = add_dot(db_CK, tl.trans(qb), q_CK, DOT)
                 if g is not None:
                     within_CC += qb * dot(q_CK, tl.trans(b_CK), DOT)
         if e is not None:
-            de_CK += dot(eb, b_CK, DOT)
+            de_CK = add_dot(de_CK, eb, b_CK, DOT)
             if b is None:
-                dk_CK += dot(tl.trans(eb), e_CK, DOT)
+                dk_CK = add_dot(dk_CK, tl.trans(eb), e_CK, DOT)
             else:
-                db_CK += dot(tl.trans(eb), e_CK, DOT)
-                de_CK += dot(ek, k_CK, DOT)
-                dk_CK += dot(tl.trans(ek), e_CK, DOT)
+                db_CK = add_dot(db_CK, tl.trans(eb), e_CK, DOT)
+                de_CK = add_dot(de_CK, ek, k_CK, DOT)
+                dk_CK = add_dot(dk_CK, tl.trans(ek), e_CK, DOT)
             if g is not None:
                 within_CC += eb * dot(e_CK, tl.trans(b_CK), DOT)
                 if b is not None:
@@ -413,14 +417,14 @@ def key_grads_kernel(
             dq_CK += own * k_CK
             dk_CK += own * q_CK
             if b is not None:
-                own_b = diagonal_of(qb, rows)[:, None]
+                own_b = diagonal_of(qb.to(tl.float32), rows)[:, None]
                 dq_CK += own_b * b_CK
                 db_CK += own_b * q_CK
         if u is not None:
             weight = diagonal_of(tl.load(matrix_at(grads, slot, head, heads, 0, rows, C)).to(tl.float32), rows)
             place = du + (slot.to(tl.int64) * heads + head) * K + cols
             tl.store(place, tl.sum(weight[:, None] * q_CK * k_CK, 0), mask=cols < K)
-        store_tile(dq, dq_CK * scale, row, token, head, rows, cols, valid, K)
+        store_tile(dq, dq_CK, row, token, head, rows, cols, valid, K)
     if e is not None:
         if IS_BETA:
             store_number(de, tl.sum(de_CK * b_CK, 1), number, row, token, head, rows, valid)
@@ -446,14 +450,20 @@ class Config(NamedTuple):
     stages: int
 
 
-# By architecture, width of K (64, 128 or 256) and bytes a number, as the forward's.
-CONFIGS: dict[tuple[str, int, int], Config] = {
-    ("default", 64, 2): Config(64, 64, 4, 8, 1),
-    ("default", 128, 2): Config(64, 64, 8, 8, 1),
-    ("default", 256, 2): Config(64, 32, 8, 8, 1),
-    ("default", 64, 4): Config(32, 32, 4, 8, 1),
-    ("default", 128, 4): Config(32, 32, 8, 8, 1),
-    ("default", 256, 4): Config(32, 16, 8, 8, 1),
+# Keyed as the forward's.
+CONFIGS: dict[tuple[str, bool, int, int], Config] = {
+    ("default", False, 64, 2): Config(64, 64, 4, 8, 1),
+    ("default", False, 128, 2): Config(64, 64, 8, 8, 1),
+    ("default", False, 256, 2): Config(64, 32, 8, 8, 1),
+    ("default", True, 64, 2): Config(32, 64, 8, 8, 1),
+    ("default", True, 128, 2): Config(32, 32, 8, 8, 1),
+    ("default", True, 256, 2): Config(32, 16, 8, 8, 1),
+    ("default", False, 64, 4): Config(32, 32, 8, 8, 1),
+    ("default", False, 128, 4): Config(32, 32, 8, 8, 1),
+    ("default", False, 256, 4): Config(32, 16, 8, 8, 1),
+    ("default", True, 64, 4): Config(32, 32, 8, 8, 1),
+    ("default", True, 128, 4): Config(32, 16, 8, 8, 1),
+    ("default", True, 256, 4): Config(32, 16, 8, 8, 1),
 }
 
 
@@ -477,7 +487,8 @@ def linear_recurrence_backward(
     problem = problem_of(
         q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, scale, cu_seqlens, chunks_per_span=1
     )
-    tensors, shape, config = problem.tensors, problem.shape, backward_config_of(k, problem.dtype)
+    tensors, shape = problem.tensors, problem.shape
+    config = config_of(CONFIGS, k, problem.decays_per_channel, problem.dtype)
     heads, key_dim, value_dim = shape["heads"], k.shape[-1], v.shape[-1]
     all_k, all_v = (max(16, triton.next_power_of_2(width)) for width in (key_dim, value_dim))
     block_k, block_v = min(config.block_k, all_k), min(config.block_v, all_v)
@@ -513,7 +524,7 @@ def linear_recurrence_backward(
     grads = states.new_empty(chunks, heads, 4, shape["C"], shape["C"])
     if q is not None or erase is not None:
         score_grads_kernel[(chunks * heads,)](
-            *terms("v", "g", "b", "h"), strided(n), do, strided(dz), grads, spans, length, heads, **common,
+            *terms("v", "g", "b", "h"), strided(n), do, strided(dz), grads, spans, scale, length, heads, **common,
             BLOCK_V=block_v, BEFORE=before, num_warps=config.grads_warps, num_stages=config.stages,
         )  # fmt: skip
     dh = like(value_log_decay)
@@ -560,11 +571,6 @@ def _(grad_o, grad_final, q, k, v, log_decay, erase, erase_key, value_log_decay,
 @register_flop_formula(torch.ops.torchlmoe.linear_recurrence_triton_backward)
 def _(grad_o, grad_final, *shapes, **kwargs) -> int:
     return 2 * flops(*shapes)
-
-
-def backward_config_of(k: Tensor, dtype: torch.dtype) -> Config:
-    width, family = max(64, triton.next_power_of_2(k.shape[-1])), architecture(k)
-    return CONFIGS[(family if (family, width, dtype.itemsize) in CONFIGS else "default", width, dtype.itemsize)]
 
 
 def _setup_context(ctx, inputs, output) -> None:

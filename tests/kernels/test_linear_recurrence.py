@@ -88,7 +88,7 @@ def test_gates_of_minus_infinity(terms, device):
 @pytest.mark.parametrize("terms", ["none", "scalar", "channel", "value", "channel_bonus", "gated_delta", "rwkv7"])
 def test_float16(terms, device):
     """Half precision in and out: within 2e-2, and twice what the chunked form makes of the same numbers."""
-    inputs = make_inputs(TERMS[terms], 1, 131, value_heads=1)
+    inputs = make_inputs(TERMS[terms], 1, 131, value_heads=1, **WIDTHS)
     expected = run(inputs, backend="reference")
     inputs = on(device, inputs, torch.float16)
     found, chunked = run_on(inputs), run_on(inputs, "chunked")
