@@ -61,6 +61,7 @@ ONLINE = {
     "plain": {},
     "decay": {"log_decay": PER_TOKEN},
     "momentum": {"log_decay": PER_TOKEN, "log_momentum": PER_TOKEN},
+    "scaled steps": {"step_scale": (HEADS, 4)},
 }
 
 
@@ -69,14 +70,14 @@ def draw(name, shape, rows, generator, dtype):
     x = torch.randn(*shape, dtype=torch.float64, generator=generator)
     if name.endswith(("log_decay", "log_momentum")):
         x = F.logsigmoid(2 * x)
-    elif name in ("erase", "step", "learning_rate") and len(shape) < 5:
+    elif name in ("erase", "step", "step_scale", "learning_rate"):
         x = x.sigmoid() if x.shape[-1] != KEY else 0.3 * x
     elif name in ("k", "erase_key"):
         x = F.normalize(x, dim=-1)
     return x.to(dtype)
 
 
-def cases(dtype):
+def cases(dtype, backend="auto", wanted=lambda kind, name, row_name: True):
     """Modules, and their arguments for the whole sequence."""
     generator = torch.Generator().manual_seed(0)
     for row_name, bounds in ROWS.items():
@@ -105,7 +106,8 @@ def cases(dtype):
                     options["mini_batch_size"] = 4
                 if name in ("scalar", "gated delta"):
                     options["scale"] = 0.5
-                yield (kind.__name__, name, row_name), kind(), tensors, options
+                if wanted(kind.__name__, name, row_name):
+                    yield (kind.__name__, name, row_name), kind(backend), tensors, options
 
 
 def splits(name, x):
@@ -132,10 +134,10 @@ def mesh_and_cut():
     return mesh, lambda name, x: x[:, span] if splits(name, x) else x
 
 
-def assert_ranks_equal_one(communication, dtype, tolerance, erase_tolerance=None):
+def assert_ranks_equal_one(communication, dtype, tolerance, erase_tolerance=None, **which):
     mesh, cut = mesh_and_cut()
 
-    for case, module, tensors, options in cases(dtype):
+    for case, module, tensors, options in cases(dtype, **which):
         expected = outcome(module, tensors, options)
         style = module.sequence_parallel_style(communication, "all_gather")
         if case[2] == "straddling" and case[0] == "LinearRecurrence":  # without an operation for it

@@ -31,13 +31,13 @@ class ShortConvolution(nn.Module):
     def forward(self, x: Tensor, *, sequence: Sequence, cache: TensorDict | None = None) -> Tensor:
         memories = sequence.packed_memories
         if cache is None:
-            return self._convolve(x, sequence.cu_seqlens if memories is None else memories.cu_seqlens)
+            return self._convolve(x, cu_seqlens=sequence.cu_seqlens if memories is None else memories.cu_seqlens)
         earlier = sequence.restarted(cache["inputs"]).to(x.dtype)
         if memories is not None:
             y, last = self.continue_runs(x, memories.cu_seqlens, earlier.flatten(0, 1))
             cache["inputs"].copy_(last.view_as(earlier))
             return y
-        y = causal_conv(x, self.weight, self.bias, state=earlier, activation=self.activation)
+        y = self._convolve(x, state=earlier)
         cache["inputs"].copy_(torch.cat([earlier, x], 1)[:, x.shape[1] :])
         return y
 
@@ -56,10 +56,10 @@ class ShortConvolution(nn.Module):
         extended[extended_bounds[:-1, None] + window] = earlier
         extended[place_M] = x[0]
         last = extended[extended_bounds[1:, None] - reach + window]
-        return self._convolve(extended[None], extended_bounds)[:, place_M], last
+        return self._convolve(extended[None], cu_seqlens=extended_bounds)[:, place_M], last
 
-    def _convolve(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        return causal_conv(x, self.weight, self.bias, cu_seqlens=cu_seqlens, activation=self.activation)
+    def _convolve(self, x: Tensor, **options: Tensor | None) -> Tensor:
+        return causal_conv(x, self.weight, self.bias, activation=self.activation, **options)
 
     def init_cache(self, batch_size: int, dtype: torch.dtype, device: torch.device | None = None) -> TensorDict:
         """The last width - 1 inputs."""
