@@ -130,7 +130,7 @@ def tune(
         best, best_cost, num_tried = climb(table, key, cost, most_trials)
         family = module.architecture(trials[0].inputs["v"])
         own_key = (family, *key[1:]) if isinstance(key, tuple) else family
-        row = {"file": module.__name__.rpartition(".")[2], "key": repr(own_key), "configuration": str(tuple(best))}
+        row = {"file": module.__name__.rpartition(".")[2], "key": repr(own_key), "configuration": repr(best)}
         rows.append({**row, "of first time": best_cost, "tried": num_tried})
     module.CONFIGS = original
     return rows
