@@ -4,7 +4,8 @@ Every file of kernels/ whose launches are configured has a table CONFIGS: a key 
 (tiles, warps, stages). The operation is run to see which keys it looks up, and each of them is climbed from: any number
 of the configuration is halved or doubled, as long as that is faster. A configuration counts only if the output and all
 gradients agree with plain PyTorch in float32; its time is that of forward and backward, summed over instances in
-units of what each takes at the start. The table it prints has the entries for CONFIGS. `--most 0` only checks those in use.
+units of what each takes at the start. The table it prints has the entries for CONFIGS. `--most 0` only checks those
+in use.
 
 Without a GPU it runs in Triton's interpreter on tiny sizes, which tests the program and finds nothing.
 """
