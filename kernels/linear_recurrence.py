@@ -487,7 +487,7 @@ def step_kernel(
 
 
 class Config(NamedTuple):
-    """Tile shapes and launch options of one kernel's programs."""
+    """Tile shapes and launch options."""
 
     chunk: int
     chunks_per_span: int  # how many share one stored state
@@ -498,14 +498,21 @@ class Config(NamedTuple):
     stages: int
 
 
-# By architecture, width of K (64, 128 or 256) and bytes a number: nothing that depends on the sequence.
-CONFIGS: dict[tuple[str, int, int], Config] = {
-    ("default", 64, 2): Config(64, 2, 64, 64, 4, 4, 2),
-    ("default", 128, 2): Config(64, 2, 64, 64, 4, 4, 2),
-    ("default", 256, 2): Config(64, 2, 64, 32, 4, 8, 1),
-    ("default", 64, 4): Config(64, 2, 32, 32, 4, 4, 1),
-    ("default", 128, 4): Config(64, 2, 32, 32, 8, 8, 1),
-    ("default", 256, 4): Config(32, 2, 32, 16, 4, 8, 1),
+# By architecture, whether a decay is per channel, width of K (64, 128 or 256) and bytes a number: nothing that depends
+# on the sequence.
+CONFIGS: dict[tuple[str, bool, int, int], Config] = {
+    ("default", False, 64, 2): Config(64, 2, 64, 64, 4, 4, 2),
+    ("default", False, 128, 2): Config(64, 2, 64, 64, 4, 4, 2),
+    ("default", False, 256, 2): Config(64, 2, 64, 32, 4, 8, 1),
+    ("default", True, 64, 2): Config(64, 2, 32, 64, 4, 8, 2),
+    ("default", True, 128, 2): Config(64, 2, 32, 32, 4, 8, 2),
+    ("default", True, 256, 2): Config(64, 2, 32, 16, 4, 8, 1),
+    ("default", False, 64, 4): Config(64, 2, 32, 32, 8, 8, 1),
+    ("default", False, 128, 4): Config(64, 2, 32, 32, 8, 8, 1),
+    ("default", False, 256, 4): Config(32, 2, 32, 16, 4, 8, 1),
+    ("default", True, 64, 4): Config(64, 2, 32, 32, 8, 8, 1),
+    ("default", True, 128, 4): Config(64, 2, 32, 16, 8, 8, 1),
+    ("default", True, 256, 4): Config(32, 2, 32, 16, 4, 8, 1),
 }
 FILLS = 128  # programs that keep a chip busy: from there on no state is stored on the way
 
@@ -520,11 +527,10 @@ def architecture(x: Tensor) -> str:
     return f"sm_{major}0"
 
 
-def config_of(k: Tensor, dtype: torch.dtype) -> Config:
-    width = max(64, triton.next_power_of_2(k.shape[-1]))
-    family = architecture(k)
-    key = (family if (family, width, dtype.itemsize) in CONFIGS else "default", width, dtype.itemsize)
-    return CONFIGS[key]
+def config_of(configs: dict[tuple[str, bool, int, int], Any], k: Tensor, per_channel: bool, dtype: torch.dtype) -> Any:
+    """What `configs` has for this machine, or for any."""
+    key = (per_channel, max(64, triton.next_power_of_2(k.shape[-1])), dtype.itemsize)
+    return configs.get((architecture(k), *key)) or configs["default", key[0], key[1], key[2]]
 
 
 class Problem(NamedTuple):
@@ -533,6 +539,7 @@ class Problem(NamedTuple):
     tensors: dict[str, Any]  # q k v g e b h (pointer, row, token, head), u and spans
     shape: dict[str, Any]  # T, heads, GROUP, K, C, SPAN, PER_CHANNEL, IS_BETA, DOT
     config: Config
+    decays_per_channel: bool  # on either side
     scale: float
     dtype: torch.dtype  # in which matrices are multiplied
     num_documents: int
@@ -566,7 +573,8 @@ def problem_of(
     batch_size, length, heads, _ = v.shape
     dtypes = {x.dtype for x in (q, k, v, erase_key) if x is not None}
     dtype = v.dtype if len(dtypes) == 1 else torch.float32
-    config = config_of(k, dtype)
+    decays_per_channel = value_log_decay is not None or (log_decay is not None and log_decay.dim() == 4)
+    config = config_of(CONFIGS, k, decays_per_channel, dtype)
     span = config.chunk * (chunks_per_span or config.chunks_per_span)
     spans, num_documents, num_spans = None, batch_size, batch_size * triton.cdiv(length, span)
     if cu_seqlens is not None:
@@ -583,7 +591,7 @@ def problem_of(
         PER_CHANNEL=log_decay is not None and log_decay.dim() == 4, IS_BETA=erase is not None and erase.dim() == 3,
         DOT=getattr(tl, str(dtype).removeprefix("torch.")),
     )  # fmt: skip
-    return Problem(tensors, shape, config, scale, dtype, num_documents, num_spans)
+    return Problem(tensors, shape, config, decays_per_channel, scale, dtype, num_documents, num_spans)
 
 
 def chunk_matrices(problem: Problem) -> Tensor | None:

@@ -29,11 +29,11 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .linear_recurrence import (
     add_dot,
-    architecture,
     bounds_of,
     chunk_at,
     chunk_matrices,
     column,
+    config_of,
     decay_matrix,
     diagonal_of,
     dot,
@@ -450,14 +450,20 @@ class Config(NamedTuple):
     stages: int
 
 
-# By architecture, width of K (64, 128 or 256) and bytes a number, as the forward's.
-CONFIGS: dict[tuple[str, int, int], Config] = {
-    ("default", 64, 2): Config(64, 64, 4, 8, 1),
-    ("default", 128, 2): Config(64, 64, 8, 8, 1),
-    ("default", 256, 2): Config(64, 32, 8, 8, 1),
-    ("default", 64, 4): Config(32, 32, 4, 8, 1),
-    ("default", 128, 4): Config(32, 32, 8, 8, 1),
-    ("default", 256, 4): Config(32, 16, 8, 8, 1),
+# Keyed as the forward's.
+CONFIGS: dict[tuple[str, bool, int, int], Config] = {
+    ("default", False, 64, 2): Config(64, 64, 4, 8, 1),
+    ("default", False, 128, 2): Config(64, 64, 8, 8, 1),
+    ("default", False, 256, 2): Config(64, 32, 8, 8, 1),
+    ("default", True, 64, 2): Config(32, 64, 8, 8, 1),
+    ("default", True, 128, 2): Config(32, 32, 8, 8, 1),
+    ("default", True, 256, 2): Config(32, 16, 8, 8, 1),
+    ("default", False, 64, 4): Config(32, 32, 8, 8, 1),
+    ("default", False, 128, 4): Config(32, 32, 8, 8, 1),
+    ("default", False, 256, 4): Config(32, 16, 8, 8, 1),
+    ("default", True, 64, 4): Config(32, 32, 8, 8, 1),
+    ("default", True, 128, 4): Config(32, 16, 8, 8, 1),
+    ("default", True, 256, 4): Config(32, 16, 8, 8, 1),
 }
 
 
@@ -481,7 +487,8 @@ def linear_recurrence_backward(
     problem = problem_of(
         q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, scale, cu_seqlens, chunks_per_span=1
     )
-    tensors, shape, config = problem.tensors, problem.shape, backward_config_of(k, problem.dtype)
+    tensors, shape = problem.tensors, problem.shape
+    config = config_of(CONFIGS, k, problem.decays_per_channel, problem.dtype)
     heads, key_dim, value_dim = shape["heads"], k.shape[-1], v.shape[-1]
     all_k, all_v = (max(16, triton.next_power_of_2(width)) for width in (key_dim, value_dim))
     block_k, block_v = min(config.block_k, all_k), min(config.block_v, all_v)
@@ -564,11 +571,6 @@ def _(grad_o, grad_final, q, k, v, log_decay, erase, erase_key, value_log_decay,
 @register_flop_formula(torch.ops.torchlmoe.linear_recurrence_triton_backward)
 def _(grad_o, grad_final, *shapes, **kwargs) -> int:
     return 2 * flops(*shapes)
-
-
-def backward_config_of(k: Tensor, dtype: torch.dtype) -> Config:
-    width, family = max(64, triton.next_power_of_2(k.shape[-1])), architecture(k)
-    return CONFIGS[(family if (family, width, dtype.itemsize) in CONFIGS else "default", width, dtype.itemsize)]
 
 
 def _setup_context(ctx, inputs, output) -> None:
