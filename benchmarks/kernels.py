@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.operations import OPERATIONS, OURS, PLAIN, Operation, Size, Way
+from benchmarks.operations import OPERATIONS, OURS, PLAIN, Operation, Size, Way, as_leaf, widened
 from benchmarks.report import arguments, attempt, matmul_rate, seconds_of, show
 
 CASES = {
@@ -60,10 +60,6 @@ def both_seconds(way: Way, make: Callable[[], Inputs], repeats: int, device: str
     return statistics.median(times[2:])
 
 
-def as_leaf(x: Tensor) -> Tensor:
-    return x.requires_grad_() if x.is_floating_point() else x
-
-
 def num_bytes(tensors: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
@@ -81,8 +77,7 @@ def error(way: Way, operation: Operation, inputs: Inputs) -> float | None:
     if reference is None:
         return None
     with torch.no_grad():
-        in_float32 = {name: x.float() if x.is_floating_point() else x for name, x in inputs.items()}
-        expected = reference.run(**reference.arguments(in_float32))
+        expected = reference.run(**reference.arguments(widened(inputs)))
         return ((way.run(**way.arguments(inputs)) - expected).norm() / expected.norm()).item()
 
 

@@ -73,6 +73,16 @@ class Operation:
     decode_ways: dict[str, Way] = field(default_factory=dict)  # of one token, from a state
 
 
+def as_leaf(x: Tensor) -> Tensor:
+    """x, which asks for a gradient if it can have one."""
+    return x.requires_grad_() if x.is_floating_point() else x
+
+
+def widened(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """In float32, but integers."""
+    return {name: x.to(torch.float32) if x.is_floating_point() else x for name, x in inputs.items()}
+
+
 def kernel_modules() -> list[ModuleType]:
     """Every file of kernels/."""
     folder = importlib.import_module("torchlmoe.kernels").__path__

@@ -3,8 +3,9 @@
 Every file of kernels/ whose launches are configured has a table CONFIGS: a key (architecture, width, ..) -> numbers
 (tiles, warps, stages). The operation is run to see which keys it looks up, and each of them is climbed from: any number
 of the configuration is halved or doubled, as long as that is faster. A configuration counts only if the output and all
-gradients agree with the chunked form in float32; its time is that of forward and backward, summed over instances in
-units of what each takes at the start. Prints the entries to paste into CONFIGS. `--most 0` only checks those in use.
+gradients agree with plain PyTorch in float32; its time is that of forward and backward, summed over instances in
+units of what each takes at the start. The table it prints has the entries for CONFIGS. `--most 0` only checks those
+in use.
 
 Without a GPU it runs in Triton's interpreter on tiny sizes, which tests the program and finds nothing.
 """
@@ -23,12 +24,12 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel's file is imported
 
-from benchmarks.operations import OPERATIONS, OURS, PLAIN, Size, Way, kernel_modules
+from benchmarks.operations import OPERATIONS, OURS, PLAIN, Size, Way, as_leaf, kernel_modules, widened
 from benchmarks.report import arguments, seconds_of, show
 
 WIDTHS = (64, 128, 256)
 LIMITS = {torch.bfloat16: 2e-2, torch.float16: 2e-2, torch.float32: 1e-4}  # of ||x - x'|| / ||x'||
-INSTANCES = ("Mamba2", "GLA", "Gated DeltaNet", "KDA", "RWKV7", "Mamba")
+INSTANCES = [name for name, operation in OPERATIONS.items() if {OURS, PLAIN} <= operation.ways.keys()]
 Inputs = dict[str, Tensor]
 
 
@@ -39,9 +40,13 @@ class LookedUp(dict):
         super().__init__(table)
         self.keys_seen: list[Any] = []
 
-    def __getitem__(self, key: Any) -> Any:
-        if key not in self.keys_seen:
+    def get(self, key: Any, default: Any = None) -> Any:
+        if key in self and key not in self.keys_seen:
             self.keys_seen.append(key)
+        return super().get(key, default)
+
+    def __getitem__(self, key: Any) -> Any:
+        self.get(key)
         return super().__getitem__(key)
 
 
@@ -55,11 +60,12 @@ def neighbours(configuration: Any) -> Iterator[Any]:
                 yield type(configuration)(*changed) if hasattr(configuration, "_fields") else tuple(changed)
 
 
-def results(way: Way, inputs: Inputs, grad: Tensor) -> list[Tensor]:
-    """The output and the gradients of all arguments."""
-    given = {name: tensor.detach().requires_grad_() for name, tensor in way.arguments(inputs).items()}
+def results(way: Way, inputs: Inputs, grad: Tensor | None = None) -> list[Tensor]:
+    """The output and the gradients of all arguments; grad: of the output, ones if not given."""
+    given = {name: as_leaf(tensor.detach()) for name, tensor in way.arguments(inputs).items()}
     output = way.run(**given)
-    return [output, *torch.autograd.grad(output, list(given.values()), grad.to(output.dtype))]
+    grad = torch.ones_like(output) if grad is None else grad.to(output.dtype)
+    return [output, *torch.autograd.grad(output, [x for x in given.values() if x.requires_grad], grad)]
 
 
 def agrees(found: list[Tensor], expected: list[Tensor], limit: float) -> bool:
@@ -73,9 +79,9 @@ class Trial:
         self.description = f"{name}, {size}, {dtype}"
         self.way, self.device, self.dtype = OPERATIONS[name].ways[OURS], device, dtype
         self.inputs = OPERATIONS[name].make(size, dtype, device)
-        self.grad = torch.randn_like(self.inputs["v"])
-        in_float32 = {name: tensor.float() for name, tensor in self.inputs.items()}
-        self.expected = results(OPERATIONS[name].ways[PLAIN], in_float32, self.grad)
+        plain, in_float32 = OPERATIONS[name].ways[PLAIN], widened(self.inputs)
+        self.grad = torch.randn_like(results(plain, in_float32)[0])
+        self.expected = results(plain, in_float32, self.grad)
 
     def seconds(self, repeats: int) -> float:
         """inf where the result is wrong or the configuration is none that the kernel can have."""
@@ -108,9 +114,12 @@ def climb(table: dict, key: Any, cost: Callable[[], float], most_trials: int) ->
 
 
 def tune(
-    module: ModuleType, trials: list[Trial], repeats: int, most_trials: int, faults: list[str]
+    module: ModuleType, family: str, trials: list[Trial], repeats: int, most_trials: int, faults: list[str]
 ) -> list[dict[str, Any]]:
-    """A row for each key of module.CONFIGS that `trials` look up; a trial that fails from the start is a fault."""
+    """A row for each key of module.CONFIGS that `trials` look up; a trial that fails from the start is a fault.
+
+    family: the architecture, for keys of which "default" is the first part.
+    """
     original = module.CONFIGS
     module.CONFIGS = table = LookedUp(original)
     first = [trial.seconds(repeats) for trial in trials]
@@ -128,10 +137,9 @@ def tune(
     for key in list(table.keys_seen) if taking_part else []:
         print(f"{module.__name__}: {key}, from {tuple(table[key])}")
         best, best_cost, num_tried = climb(table, key, cost, most_trials)
-        family = module.architecture(trials[0].inputs["v"])
         own_key = (family, *key[1:]) if isinstance(key, tuple) else family
-        row = {"file": module.__name__.rpartition(".")[2], "key": repr(own_key), "configuration": str(tuple(best))}
-        rows.append({**row, "of first time": best_cost, "tried": num_tried})
+        row = {"file": module.__name__.rpartition(".")[2], "key": repr(own_key), "configuration": repr(best)}
+        rows.append({"of first time": best_cost, "tried": num_tried, **row})
     module.CONFIGS = original
     return rows
 
@@ -148,20 +156,21 @@ def main() -> None:
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     modules = [module for module in kernel_modules() if hasattr(module, "CONFIGS")]
+    family = next(module.architecture for module in modules if hasattr(module, "architecture"))(
+        torch.empty(0, device=device)
+    )
     rows: list[dict[str, Any]] = []
     faults: list[str] = []
     for width in options.widths:
         heads = 96 * 128 // width if device == "cuda" else 1
-        size = Size(1, 8192 if device == "cuda" else 20, heads, width, width, heads)
+        size = Size(1, 4096 if device == "cuda" else 20, heads, width, width, heads)
         for dtype in options.dtypes:
             trials = [Trial(name, size, getattr(torch, dtype), device) for name in options.instances]
             for module in modules:
                 if options.files is None or module.__name__.rpartition(".")[2] in options.files:
-                    rows += tune(module, trials, options.repeats, options.most, faults)
+                    rows += tune(module, family, trials, options.repeats, options.most, faults)
                     print(json.dumps(rows[-1:]))
     show("Configurations", rows, options.output, faults=faults)
-    for row in rows:
-        print(f"{row['file']}.py: {row['key']}: {row['configuration']},")
     print("\n".join(dict.fromkeys(faults)))
     sys.exit(1 if faults else 0)
 

@@ -1,13 +1,18 @@
 """The programs that measure kernels run, here on tiny sizes; benchmarks/gpu.sh goes on where it was interrupted."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+import torch
+
+from benchmarks.tune_kernels import LookedUp, agrees, climb
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,6 +43,31 @@ def test_measures(tmp_path, module, arguments, rows):
     for row in record["rows"]:
         assert row.get("error", 0) < 1e-2
         assert None not in row.values()
+
+
+class Configuration(NamedTuple):
+    tile: int
+    warps: int
+
+
+def test_tuning_climbs_past_what_is_wrong():
+    """Best at (64, 16); larger tiles are not to be had, and single warps give wrong results."""
+    table = LookedUp({"sm_90": Configuration(16, 2), "gfx942": Configuration(16, 2)})
+
+    def cost() -> float:
+        tile, warps = table["sm_90"]
+        return float("inf") if tile > 64 or warps == 1 else 64 / tile * abs(math.log2(warps / 16)) / 12
+
+    best, best_cost, num_tried = climb(table, "sm_90", cost, most_trials=50)
+    assert (best, table["sm_90"]) == (Configuration(64, 16), best)
+    assert best_cost == 0
+    assert table.keys_seen == ["sm_90"]
+    assert num_tried < 50
+    assert climb(table, "gfx942", cost, most_trials=0) == (Configuration(16, 2), 1.0, 1)
+    nan = torch.tensor([float("nan")])
+    assert not agrees([nan], [torch.ones(1)], limit=1.0)
+    assert not agrees([torch.tensor([1.1])], [torch.ones(1)], limit=0.05)
+    assert agrees([torch.tensor([1.01])], [torch.ones(1)], limit=0.05)
 
 
 def executable(path: Path, text: str) -> None:
