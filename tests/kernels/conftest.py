@@ -2,6 +2,7 @@
 
 import importlib
 import pkgutil
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pytest
@@ -38,12 +39,15 @@ def uninitialized_memory_is_nan():
 
 
 @pytest.fixture(autouse=True, scope="session")
+def with_faster_interpreter():
+    with faster_interpreter() if INTERPRETED else nullcontext():
+        yield
+
+
+@contextmanager
 def faster_interpreter():
     """Triton's interpreter with less to do for the same: it scans one element after another in Python, here one slice
     after another in the same order; and it prepares the language again at every call of a device function."""
-    if not INTERPRETED:
-        yield
-        return
     from triton.runtime.interpreter import InterpretedFunction, ScanOps, _patch_lang
 
     prepared = set()
