@@ -41,6 +41,13 @@ def test_rows(terms, length, device):
     check(make_inputs(TERMS[terms], 2 if length == 1 else 1, length, heads=2, value_heads=4), device)
 
 
+@pytest.mark.parametrize("key_dim", [65, 129])
+def test_wide_keys(key_dim, device):
+    """Their chunks are shorter."""
+    check(make_inputs(TERMS["gated_delta"], 1, 35, value_heads=1, key_dim=key_dim), device)
+    check(make_inputs(TERMS["channel"], 1, 35, value_heads=1, key_dim=key_dim), device)
+
+
 @pytest.mark.parametrize("terms", ["channel_value", "gated_delta"])
 def test_long_row(terms, device):
     check(make_inputs(TERMS[terms], 1, 200, value_heads=1), device)
