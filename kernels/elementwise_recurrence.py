@@ -5,21 +5,27 @@
 Serves Mamba (G_t = step_t[v] * G[k, v]), S4 (G, q and k the same for every token, complex), HGRN and fast weights with
 a full gate (G of every token). Real numbers are complex ones whose imaginary plane the compiler drops.
 
-Documents are cut into chunks; a chunk is an affine map of the state, so there are three launches each way:
+Documents are cut into chunks. A chunk does S -> P S + X to the state, so there are three launches each way:
 
-    tokens      |  chunk 0  |  chunk 1  |  chunk 2  |           a program: one chunk, one head, one tile of columns,
-    1 summary      P_0, X_0    P_1, X_1    P_2, X_2             all K one after another; per key a tile
-    2 fold         S_0 ------> S_1 ------> S_2 -----> final
-    3 read         o           o           o                                 columns (values of a head, or of
-                                                                             all heads where q, k are constant)
-    The backward is the same from right to left, with                       +----------------+
-    P, sum_t P_t q_t do_t and the gradient of the state;             tokens | decay, k v, S  |  BLOCK_T x BLOCK_C
-    its third pass scans a tile both ways, so that no               down    |  scanned down  |  in registers
-    state of a token is ever stored.                                        +----------------+
+    tokens      |  chunk 0   |  chunk 1   |  chunk 2   |
+    1 summary      P_0, X_0     P_1, X_1     P_2, X_2
+    2 fold       S_0 --------> S_1 --------> S_2 ------> final state
+    3 read            o            o            o
+
+    A program of 1 and 3 has a chunk, a head and a tile of columns, and takes the K keys one after another:
+
+                  columns: values of a head, or of all heads where q and k do not vary
+               +-----------+
+      tokens   |  BLOCK_T  |     a = exp(G) and x = k v^T in registers; S by an associative scan of S -> a S + x down
+               | x BLOCK_C |     the tile, so that no state of a token is ever stored
+               +-----------+
+
+    The backward is the same from right to left: it folds sum_t P_t q_t do_t, P_t the decay from the chunk's start to t,
+    and its third launch scans each tile both ways, for S and for the gradient of S.
 
 The state that each chunk finds ([chunks, H, K, V]) is all that is kept between forward and backward. What columns add
 up to (gradients of q and k) and what tokens add up to (gradients of what is constant) is written once a program and
-summed afterwards: no atomics. No exponent is positive, nothing is divided, nothing is subtracted.
+summed afterwards: no atomics. No exponent is positive, and no decay is divided by or had by subtraction.
 
 Inner dims are read with a stride of one and rows of a batch at one distance; other layouts are copied first.
 
@@ -243,8 +249,8 @@ def _fold_kernel(
     BLOCK: tl.constexpr, COMPLEX: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
     """Goes through a document's chunks and leaves in `local` what each of them receives."""
-    document = tl.program_id(1).to(tl.int64)
-    element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    document = tl.program_id(0).to(tl.int64)
+    element = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = element < size
     x = tl.zeros([BLOCK], tl.float32)
     xi = x
@@ -388,8 +394,10 @@ class _Problem:
         self.grid = (self.num_chunks, 1 if self.fold else num_heads, triton.cdiv(columns, block_c))
         self.matrix, self.v = (num_heads, self.key_dim, value_dim), v
         self.sizes = dict(num_heads=num_heads, key_dim=self.key_dim, value_dim=value_dim)
-        self.flags = dict(BLOCK_T=block_t, BLOCK_C=block_c, FOLD=self.fold, PER_TOKEN=per_token, num_warps=num_warps)
-        self.flags["COMPLEX"] = self.is_complex
+        self.flags = dict(
+            BLOCK_T=block_t, BLOCK_C=block_c, FOLD=self.fold, PER_TOKEN=per_token, COMPLEX=self.is_complex,
+            num_warps=num_warps,
+        )  # fmt: skip
         self.given = (q, k, log_decay, step, cu_seqlens)
 
     def states(self, rows: int) -> Tensor:
@@ -398,7 +406,7 @@ class _Problem:
     def operands(self) -> dict:
         """q, k, v, log_decay and step, each with its strides, and where chunks start and end."""
         q, k, log_decay, step, cu_seqlens = self.given
-        self.chunks, self.first_chunk = _cut(self.v, cu_seqlens, self.flags["BLOCK_T"], self.num_chunks)
+        chunks, self.first_chunk = _cut(self.v, cu_seqlens, self.flags["BLOCK_T"], self.num_chunks)
         q, k = (x if x.dim() == 4 or self.fold else x.expand(*self.v.shape[:2], -1, -1) for x in (q, k))
         return dict(
             q=self.strided(q),
@@ -406,7 +414,7 @@ class _Problem:
             v=_strided(self.v),
             log_decay=self.strided(log_decay),
             step=None if step is None else _strided(step),
-            chunks=self.chunks,
+            chunks=chunks,
         )
 
     def strided(self, x: Tensor) -> tuple:
@@ -423,7 +431,7 @@ class _Problem:
         if last.numel():
             carry = None if carry is None else _raw(carry.to(last.dtype).resolve_conj().contiguous())
             size = last[0].numel()
-            _fold_kernel[(triton.cdiv(size, FOLD_BLOCK), self.num_documents)](
+            _fold_kernel[self.num_documents, triton.cdiv(size, FOLD_BLOCK)](
                 _raw(transition), _raw(local), carry, _raw(last), self.first_chunk, size,
                 BLOCK=FOLD_BLOCK, COMPLEX=self.is_complex, BACKWARD=backward,
             )  # fmt: skip

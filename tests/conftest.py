@@ -5,12 +5,19 @@ import os
 import resource
 import socket
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+if find_spec("triton") and not torch.cuda.is_available():
+    # For tests/kernels: whether Triton's own functions are interpreted is settled when it is first imported, by anyone.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        import triton  # noqa: F401
 
 
 @pytest.fixture(scope="session")

@@ -113,6 +113,8 @@ CASES = {
     "--model.backend triton": "backend = 'triton'",
     "--parallelism.data_parallel_shard_degree 3": "there are 1 ranks; their product must be the number of ranks",
     "--parallelism.pipeline_parallel_degree 2": "pipeline_parallel_degree = 2 is not supported yet; leave it at 1.",
+    "--parallelism.context_parallel_degree 2": "context_parallel_degree = 2 does not divide the 1 ranks; choose",
+    "--parallelism.lsm_context_parallel ring": "lsm_context_parallel = 'ring' is of no use with",
     "--lr_scheduler.warmup_steps 30": "lr_scheduler.warmup_steps = 30 is more than training.steps = 2",
     "--training.device cuda": "training.device = 'cuda' needs a GPU",
     "--job.dump_folder {place}/file/run": "{place}/file/run: Not a directory.",

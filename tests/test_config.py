@@ -114,8 +114,12 @@ BAD = {
     "--moe.aux_loss_scope global_batch --moe.balance none": "moe.aux_loss_scope = 'global_batch' is of no use with",
     "--moe.bias_update_rate 1": "it needs 'loss_free' there; give that, or leave bias_update_rate unset.",
     "--parallelism.pipeline_parallel_schedule GPipe": "= 'GPipe' is not supported yet; leave it at '1F1B'.",
-    "--parallelism.lsm_context_parallel ring": "= 'ring' is not supported yet; leave it at 'all_gather'.",
-    "--parallelism.attention_context_parallel ulysses": "= 'ulysses' is not supported yet; leave it at 'all_gather'.",
+    "--parallelism.lsm_context_parallel ring": "= 'ring' is of no use with parallelism.context_parallel_degree = 1: it",
+    "--parallelism.attention_context_parallel ulysses": "it needs 2 or more there; give that, or leave attention_c",
+    "--parallelism.context_parallel_degree 2 --moe.capacity_factor 1.5": (
+        "moe.capacity_factor = 1.5 goes by a token's place among all of a microbatch, which "
+        "parallelism.context_parallel_degree = 2 splits; leave it unset (dropless)."
+    ),
     "--parallelism.tensor_parallel_degree 2": "tensor_parallel_degree = 2 is not supported yet; leave it at 1.",
     "--float8.enable true --training.dtype float64": "needs training.dtype = 'bfloat16' or 'float32'; it is 'float64'.",
     "--activation_checkpoint.mode some": "it should be 'none', 'selective' or 'full'.",
@@ -140,11 +144,23 @@ def test_bad_settings(arguments, sentence, monkeypatch):
     assert "\n" not in str(error.value)
 
 
+def context(degree, settings):
+    return load(f"--parallelism.context_parallel_degree {degree} {settings}")
+
+
 def test_degrees():
     check_degrees(load("--parallelism.data_parallel_replicate_degree 2"), 4)
     check_degrees(load("--parallelism.data_parallel_shard_degree 2 --parallelism.data_parallel_replicate_degree 2"), 4)
-    with pytest.raises(ConfigError, match=r"data_parallel_replicate_degree = 3 does not divide the 4 ranks"):
-        check_degrees(load("--parallelism.data_parallel_replicate_degree 3"), 4)
+    check_degrees(context(4, "--training.local_batch_size 1"), 4)
+    for name in ("data_parallel_replicate_degree", "context_parallel_degree"):
+        with pytest.raises(ConfigError, match=rf"{name} = 3 .*does not divide the 4 ranks"):
+            check_degrees(load(f"--parallelism.{name} 3"), 4)
+    with pytest.raises(ConfigError, match=r"context_parallel_degree = 2 is 16, but there are 4 ranks"):
+        check_degrees(load("--parallelism.data_parallel_shard_degree 8 --parallelism.context_parallel_degree 2"), 4)
+    with pytest.raises(ConfigError, match=r"degree = 4 does not divide the 1 x 6 tokens of training.local_batch_size"):
+        check_degrees(context(4, "--training.seq_len 6 --training.local_batch_size 1"), 4)
+    with pytest.raises(ConfigError, match=r"= 4 does not divide the 3 x 6 tokens of validation.local_batch_size"):
+        check_degrees(context(4, "--training.seq_len 6 --validation.local_batch_size 3"), 4)
     with pytest.raises(ConfigError, match=r"is 8, but there are 4 ranks"):
         check_degrees(load("--parallelism.data_parallel_shard_degree 8"), 4)
     with pytest.raises(ConfigError, match=r"data_parallel_shard_degree = 0 is impossible"):
@@ -155,6 +171,8 @@ def test_degrees():
         check_degrees(load("--training.global_batch_size 6"), 4)
     with pytest.raises(ConfigError, match=r"a multiple of 16 tokens at once; .* seq_len is 24"):
         check_degrees(load("--float8.enable true --training.seq_len 3"), 2)
+    with pytest.raises(ConfigError, match=r"seq_len is 16, over context_parallel_degree = 2"):
+        check_degrees(context(2, "--float8.enable true --training.seq_len 2"), 2)
 
 
 @pytest.mark.parametrize(

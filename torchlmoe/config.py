@@ -118,7 +118,8 @@ class Training(Table):
     steps: Annotated[int, Field(ge=1, description="Optimizer steps.")] = 100
     seq_len: Annotated[int, Field(ge=1, description="Tokens in a row.")] = 512
     local_batch_size: Annotated[
-        int | None, Field(ge=1, description="Rows a rank holds at once; its share of the global batch, or 8, if unset.")
+        int | None,
+        Field(ge=1, description="Rows a data rank holds at once; its share of the global batch, or 8, if unset."),
     ] = None
     global_batch_size: Annotated[
         int | None,
@@ -229,18 +230,23 @@ class ActivationCheckpoint(Table):
 class Parallelism(Table):
     data_parallel_replicate_degree: Annotated[int, Field(ge=1, description="Replicas (HSDP).")] = 1
     data_parallel_shard_degree: Annotated[
-        int, Field(ge=-1, description="Ranks that share the parameters (FSDP2); -1 for the rest.")
+        int,
+        Field(ge=-1, description="Ranks with other rows that share the parameters (FSDP2); -1 for the rest."),
     ] = -1
     tensor_parallel_degree: Annotated[int, Field(ge=1, description="Only 1 is supported yet.")] = 1
     pipeline_parallel_degree: Annotated[int, Field(ge=1, description="Only 1 is supported yet.")] = 1
     pipeline_parallel_schedule: Annotated[str, Field(description="Only 1F1B is supported yet.")] = "1F1B"
     expert_parallel_degree: Annotated[int, Field(ge=1, description="Only 1 is supported yet.")] = 1
-    context_parallel_degree: Annotated[int, Field(ge=1, description="Only 1 is supported yet.")] = 1
+    context_parallel_degree: Annotated[
+        int, Field(ge=1, description="Ranks that share a microbatch's tokens, in contiguous spans.")
+    ] = 1
     lsm_context_parallel: Annotated[
-        Literal["all_gather", "ring"], Field(description="Only all_gather is supported yet.")
+        Literal["all_gather", "ring"],
+        Field(description="How states cross spans: all gathered at once (LASP-2), or from neighbour to neighbour."),
     ] = "all_gather"
     attention_context_parallel: Annotated[
-        Literal["all_gather", "ulysses"], Field(description="Only all_gather is supported yet.")
+        Literal["all_gather", "ulysses"],
+        Field(description="Softmax blocks: keys and values of all spans on each rank, or whole rows of some heads."),
     ] = "all_gather"
     timeout_seconds: Annotated[
         float, Field(gt=0, description="After so long a collective has failed: a rank hangs or is far behind.")

@@ -28,11 +28,8 @@ _NOT_YET = (
     "pipeline_parallel_degree",
     "pipeline_parallel_schedule",
     "expert_parallel_degree",
-    "context_parallel_degree",
-    "lsm_context_parallel",
-    "attention_context_parallel",
 )
-# Settings that do nothing but with others: name -> (the other one, its value or a letter in it).
+# Settings that do nothing but with others: name -> (the other one, its value, a letter in it or its least number).
 _NEEDS: dict[str, tuple[str, Any]] = {
     "model.mixer": ("model.layer_pattern", "L"),
     "moe.aux_loss_weight": ("moe.balance", "aux_loss"),
@@ -41,6 +38,8 @@ _NEEDS: dict[str, tuple[str, Any]] = {
     "optimizer.matrix_lr": ("optimizer.name", "muon"),
     "optimizer.momentum": ("optimizer.name", "muon"),
     "checkpoint.load_step": ("checkpoint.enable", True),
+    "parallelism.lsm_context_parallel": ("parallelism.context_parallel_degree", 2),
+    "parallelism.attention_context_parallel": ("parallelism.context_parallel_degree", 2),
 }
 
 
@@ -118,25 +117,33 @@ def check_degrees(config: Config, world_size: int) -> None:
     """Whether the degrees fit the number of ranks, and the batch fits them."""
     degrees = config.parallelism
     replicate, shard = degrees.data_parallel_replicate_degree, degrees.data_parallel_shard_degree
+    context = degrees.context_parallel_degree
     if shard == 0:
         raise ConfigError("parallelism.data_parallel_shard_degree = 0 is impossible; give -1 (the rest) or at least 1.")
     if shard == -1:
-        if world_size % replicate:
+        if world_size % (replicate * context):
             raise ConfigError(
-                f"parallelism.data_parallel_replicate_degree = {replicate} does not divide the {world_size} ranks; "
-                "choose a divisor."
+                f"parallelism.data_parallel_replicate_degree = {replicate} times context_parallel_degree = {context} "
+                f"does not divide the {world_size} ranks; choose a divisor."
             )
-    elif replicate * shard != world_size:
+    elif replicate * shard * context != world_size:
         raise ConfigError(
-            f"parallelism.data_parallel_replicate_degree = {replicate} times data_parallel_shard_degree = {shard} is "
-            f"{replicate * shard}, but there are {world_size} ranks; their product must be the number of ranks."
+            f"parallelism.data_parallel_replicate_degree = {replicate} times data_parallel_shard_degree = {shard} "
+            f"times context_parallel_degree = {context} is {replicate * shard * context}, but there are {world_size} "
+            "ranks; their product must be the number of ranks."
         )
-    local_batch_size, _ = batch_sizes(config.training, world_size)
-    tokens = local_batch_size * config.training.seq_len
-    if config.float8.enable and tokens % 16:
+    seq_len, rows = config.training.seq_len, batch_rows(config, world_size)
+    for table, num_rows in rows.items():
+        if num_rows * seq_len % context:
+            raise ConfigError(
+                f"parallelism.context_parallel_degree = {context} does not divide the {num_rows} x {seq_len} tokens of "
+                f"{table}.local_batch_size rows of training.seq_len; choose a divisor."
+            )
+    tokens = rows["training"] * seq_len
+    if config.float8.enable and tokens // context % 16:
         raise ConfigError(
             "float8.enable = true needs a multiple of 16 tokens at once; training.local_batch_size * seq_len is "
-            f"{tokens}."
+            f"{tokens}, over context_parallel_degree = {context}."
         )
 
 
@@ -158,6 +165,23 @@ def batch_sizes(training: Training, data_ranks: int) -> tuple[int, int]:
             f"{local} x {data_ranks} = {local * data_ranks}."
         )
     return local, whole
+
+
+def validation_batch_size(config: Config) -> int:
+    """Rows of a validation batch: not what a rank trains on, since how a part is cut must not hang on the ranks."""
+    return config.validation.local_batch_size or config.training.local_batch_size or 8
+
+
+def batch_rows(config: Config, world_size: int) -> dict[str, int]:
+    """Rows at once, in training and, if enabled, in validation. ConfigError as of `batch_sizes`."""
+    rows, _ = batch_sizes(config.training, world_size // config.parallelism.context_parallel_degree)
+    return {"training": rows} | ({"validation": validation_batch_size(config)} if config.validation.enable else {})
+
+
+def shortest_span(config: Config, world_size: int) -> int:
+    """Tokens that a rank holds at once, in training or in validation, whichever is less."""
+    rows = min(batch_rows(config, world_size).values())
+    return rows * config.training.seq_len // config.parallelism.context_parallel_degree
 
 
 def _read_toml(path: str) -> dict[str, Any]:
@@ -307,13 +331,13 @@ def _check_needs(config: Config, sources: list[dict[str, Any]]) -> None:
 
     for name, (other, needed) in _NEEDS.items():
         given, unset, actual = value(config, name), value(Config(), name), value(config, other)
-        if given == unset or (needed in actual if isinstance(actual, str) else needed == actual):
+        if given == unset or (needed in actual if isinstance(actual, str) else needed <= actual):
             continue
         table, _, key = name.partition(".")
         if last_source(other) <= last_source(name):
             raise ConfigError(
                 f"{name} = {toml_value(given)} is of no use with {other} = {toml_value(actual)}: it needs "
-                f"{toml_value(needed)} there; give that, or leave {key} unset."
+                f"{toml_value(needed)}{' or more' * (type(needed) is int)} there; give that, or leave {key} unset."
             )
         setattr(getattr(config, table), key, unset)
 
@@ -334,6 +358,12 @@ def _check_consistency(config: Config) -> None:
         )
     if config.float8.enable and training.dtype == "float64":
         raise ConfigError("float8.enable = true needs training.dtype = 'bfloat16' or 'float32'; it is 'float64'.")
+    context = config.parallelism.context_parallel_degree
+    if config.moe.capacity_factor is not None and context > 1:
+        raise ConfigError(
+            f"moe.capacity_factor = {config.moe.capacity_factor} goes by a token's place among all of a microbatch, "
+            f"which parallelism.context_parallel_degree = {context} splits; leave it unset (dropless)."
+        )
     if config.lr_scheduler.warmup_steps > config.training.steps:
         raise ConfigError(
             f"lr_scheduler.warmup_steps = {config.lr_scheduler.warmup_steps} is more than training.steps = "

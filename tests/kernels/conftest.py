@@ -1,13 +1,27 @@
 """Kernels run in Triton's interpreter where there is no GPU, and everywhere on memory that is full of NaN."""
 
-import os
+import importlib
+import pkgutil
 
 import numpy as np
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated, so before its file is imported
+import torchlmoe.kernels
+
+INTERPRETED = not torch.cuda.is_available()
+if INTERPRETED:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")  # read when a kernel is decorated, that is when its file is imported
+        for file in pkgutil.iter_modules(torchlmoe.kernels.__path__):
+            importlib.import_module(f"torchlmoe.kernels.{file.name}")
+
+
+@pytest.fixture(autouse=True)
+def interpreter_where_there_is_no_gpu(monkeypatch):
+    """In these tests only: elsewhere backend = "triton" is refused on a CPU."""
+    if INTERPRETED:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture
@@ -27,7 +41,7 @@ def uninitialized_memory_is_nan():
 def faster_interpreter():
     """Triton's interpreter with less to do for the same: it scans one element after another in Python, here one slice
     after another in the same order; and it prepares the language again at every call of a device function."""
-    if torch.cuda.is_available():
+    if not INTERPRETED:
         yield
         return
     from triton.runtime.interpreter import InterpretedFunction, ScanOps, _patch_lang

@@ -96,12 +96,14 @@ def test_layer_takes_it(device, monkeypatch):
 
     expected, calls = run("cpu"), []
     operations = torch.ops.torchlmoe
-    monkeypatch.setattr("torchlmoe.layers.dispatch.kernels_serve", lambda *_: True)
-    for name in ("permute", "unpermute"):
+    for place in ("layers.dispatch", "ops.weighted_swiglu"):
+        monkeypatch.setattr(f"torchlmoe.{place}.kernels_serve", lambda *_: True)
+    for place in ("moe_permute.permute", "weighted_swiglu.weighted_swiglu", "moe_permute.unpermute"):
+        name = place.partition(".")[2]
         operation = getattr(operations, f"{name}_triton")
         monkeypatch.setattr(
-            f"torchlmoe.kernels.moe_permute.{name}",
+            f"torchlmoe.kernels.{place}",
             lambda *args, name=name, operation=operation: (calls.append(name), operation(*args))[1],
         )
     torch.testing.assert_close(run(device), expected)
-    assert calls[:2] == ["permute", "unpermute"]
+    assert calls[:3] == ["permute", "weighted_swiglu", "unpermute"]

@@ -1,5 +1,6 @@
 """Mixers against their papers' formulas, written out token by token or as masked attention, in float64."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -346,16 +347,20 @@ def test_gfw_token_loop(gate):
     torch.testing.assert_close(mixer(x, sequence=Sequence.of_rows(2, 70)), expected, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("single_kv_proj", [True, False])
 @pytest.mark.parametrize("shared_memory", [True, False])
-def test_mom_token_loop(shared_memory):
+def test_mom_token_loop(shared_memory, single_kv_proj):
     """arXiv 2502.13685, section 3: a state per memory, updated where the router sends the token, read as a mixture."""
-    mixer, x = randomize(build("mom", inner="gla", shared_memory=shared_memory)), inputs()
+    options = dict(inner="gla", shared_memory=shared_memory, single_kv_proj=single_kv_proj)
+    mixer, x = randomize(build("mom", **options)), inputs()
     inner = mixer.inner
-    q, k, v = (heads(z) for z in projected(inner, x, x, x))
+    matrices = (w.weight.expand(4 + shared_memory, -1, -1) for w in (inner.k_proj, inner.v_proj))
+    k, v = ([heads(x @ matrix.T) for matrix in of_memories] for of_memories in matrices)
+    q = heads(x @ inner.q_proj.weight.T)
     alpha = heads(torch.sigmoid(low_rank(x, inner.decay_proj) + inner.decay.bias).pow(1 / 16))
     score, chosen = (x @ mixer.router.weight.T).softmax(-1).topk(2)
     share = score / score.sum(-1, keepdim=True)
-    outputs = torch.zeros_like(v)
+    outputs = torch.zeros(2, 70, 4, 8, dtype=torch.float64)
     for row in range(2):
         states = torch.zeros(5, 4, 4, 8, dtype=torch.float64)
         for t in range(70):
@@ -364,7 +369,7 @@ def test_mom_token_loop(shared_memory):
             )
             states = states.clone()
             for memory in weights:
-                kv = k[row, t, :, :, None] * v[row, t, :, None]
+                kv = k[memory][row, t, :, :, None] * v[memory][row, t, :, None]
                 states[memory] = alpha[row, t, :, :, None] * states[memory] + kv
             mixture = sum(weight * states[memory] for memory, weight in weights.items())
             outputs[row, t] = torch.einsum("hk,hkv->hv", q[row, t] / 2, mixture)
@@ -373,9 +378,43 @@ def test_mom_token_loop(shared_memory):
     torch.testing.assert_close(mixer(x, sequence=Sequence.of_rows(2, 70)), expected, rtol=1e-9, atol=1e-11)
 
 
+def test_mom_of_gated_delta_rules():
+    """Each memory alone, over the tokens that it gets: projections of its own of k, v, beta and decay; convolutions."""
+    mixer, x = randomize(build("mom")), inputs()
+    inner, outputs = mixer.inner, torch.zeros(2, 70, 4, 8, dtype=torch.float64)
+    score, chosen = (x @ mixer.router.weight.T).softmax(-1).topk(2)
+    share = torch.zeros(2, 70, 5, dtype=torch.float64).scatter(2, chosen, score / score.sum(-1, keepdim=True))
+    share[..., 4] = 1.0
+
+    def convolved(z, convolution):
+        return F.silu(F.conv1d(F.pad(z.T, (3, 0)), convolution.weight[:, None], groups=32).T).view(-1, 4, 8)
+
+    def unit(z):
+        return z / (z.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+
+    for row, memory in itertools.product(range(2), range(5)):
+        tokens = share[row, :, memory].nonzero()[:, 0]
+        z = x[row, tokens]
+        q = unit(convolved(z @ inner.q_proj.weight.T, inner.q_conv))
+        k = unit(convolved(z @ inner.k_proj.weight[memory].T, inner.k_conv))
+        v = convolved(z @ inner.v_proj.weight[memory].T, inner.v_conv)
+        beta = torch.sigmoid(z @ inner.b_proj.weight[memory].T)
+        step = F.softplus(z @ inner.a_proj.weight[memory].T + inner.decay.dt_bias)
+        alpha = torch.exp(-inner.decay.A_log.exp() * step)
+        state = torch.zeros(4, 8, 8, dtype=torch.float64)
+        for t, token in enumerate(tokens):
+            state = alpha[t, :, None, None] * state
+            error = v[t] - torch.einsum("hk,hkv->hv", k[t], state)
+            state = state + beta[t, :, None, None] * k[t, :, :, None] * error[:, None]
+            outputs[row, token] += share[row, token, memory] * torch.einsum("hk,hkv->hv", q[t], state) / 8**0.5
+    o = rms(outputs) * inner.norm.weight * F.silu(heads(x @ inner.gate_proj.weight.T))
+    expected = o.flatten(2) @ inner.o_proj.weight.T
+    torch.testing.assert_close(mixer(x, sequence=Sequence.of_rows(2, 70)), expected, rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize("inner", ["gated_deltanet", "gfw", "rwkv6", "rwkv7", "mamba2"])
 def test_mom_keeps_the_inner_mixers_start(inner):
-    mixer = build("mom", inner=inner)
+    mixer = build("mom", inner=inner, single_kv_proj=True)
     alone = MIXERS[inner](32, num_heads=4, init_std=0.3).double()
     with named_draws(torch.nn.ModuleDict({"inner": alone}), seed=1):
         alone.init_weights()

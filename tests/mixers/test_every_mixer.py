@@ -42,6 +42,7 @@ CASES = {
     "gsa_sizes": ("gsa", dict(expand_k=0.5, expand_v=1.5, num_slots=6, gate_normalizer=2.0)),
     "mom": ("mom", {}),
     "mom_sizes": ("mom", dict(num_memories=3, top_k=1, shared_memory=False, inner="gla")),
+    "mom_single_kv_proj": ("mom", dict(single_kv_proj=True)),
     "s4": ("s4", {}),
     "s4_linear": ("s4", dict(state_dim=6, initialization="linear")),
     "mamba": ("mamba", {}),
@@ -60,11 +61,14 @@ CASES = {
     ),
     "attention_no_rotary": ("attention", dict(rotary_fraction=0.0)),
 }
+SHARED_PROJECTIONS = ("mamba2", "rwkv6", "rwkv7")  # by the memories of a mixture, in any case
 # A mixture of memories over each mixer that can have one, for what memories could break.
 MIXTURES = {
-    f"mom_{name}": ("mom", dict(inner=name, inner_options=CASES[name][1]))
+    f"mom_{name}{'_single' * single}": ("mom", dict(inner=name, inner_options=CASES[name][1], single_kv_proj=single))
     for name in MIXERS
+    for single in (False, True)
     if name not in ("mom", "attention", "gsa", "gateloop", "s4", "mamba", "ttt", "titans")
+    and (single or name not in SHARED_PROJECTIONS)
 }
 HEADLESS = ("s4", "mamba")
 DIM, HEADS = 32, 4
@@ -199,6 +203,8 @@ def test_flops_of_projections(case):
         window = CASES[case][1].get("sliding_window")
         across_tokens = across_tokens // 2 if window is None else across_tokens * window // 64
     convolutions = sum(2 * m.weight.numel() for n, m in mixer.named_modules() if n.endswith("_conv"))
+    if case == "mom":  # which see a token in each of its memories
+        convolutions *= 3
     assert said == pytest.approx(across_tokens + 64 * convolutions, rel=1e-6)
 
 
@@ -267,6 +273,9 @@ def test_impossible_sizes_are_refused():
         MIXERS["mom"](32, num_heads=4, inner="nope")
     with pytest.raises(ValueError, match="top_k = 5 is more than num_memories = 4"):
         MIXERS["mom"](32, num_heads=4, top_k=5)
+    for inner in SHARED_PROJECTIONS:
+        with pytest.raises(ValueError, match=f"inner = '{inner}' cannot have keys and values of each memory's own"):
+            MIXERS["mom"](32, num_heads=4, inner=inner)
     for inner in ("attention", "gsa", "gateloop", "mom"):
         with pytest.raises(ValueError, match=f"inner = '{inner}' cannot have a mixture of memories"):
             MIXERS["mom"](32, num_heads=4, inner=inner)

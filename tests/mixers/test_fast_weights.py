@@ -34,31 +34,36 @@ def heads(x):
     return x.view(LENGTH, HEADS, -1)
 
 
-def learn(fast, q, k, v, learning_rate, momentum=None, keep=None, bias=None):
-    """q, k, v [T, H, K]; the others [T, H] -> [T, H, V]; a head after the other, a token after the other."""
+def learn(fast, q, k, v, learning_rate, momentum=None, keep=None, bias=None, scale=None):
+    """q, k, v [T, H, K]; scale [BATCH], of the step so far; the others [T, H] -> [T, H, V]; a head after the other, a
+    token after the other.
+    """
     outputs = torch.zeros_like(v)
     for head in range(HEADS):
         weight, shift = (x.view(HEADS, -1)[head] for x in (fast.norm_weight, fast.norm_bias))
         theta = [fast.weight[head]] + ([] if bias is None else [bias.view(HEADS, -1)[head]])
-        surprise = [torch.zeros_like(x) for x in theta]
+        read, surprise = theta, [torch.zeros_like(x) for x in theta]
 
         def model(x, theta, weight=weight, shift=shift):
             return x + F.layer_norm(x @ theta[0] + sum(theta[1:]), (x.shape[-1],), weight, shift, 1e-6)
 
         for t in range(LENGTH):
             if t % BATCH == 0:
+                theta = list(read)
                 start = [x.detach().requires_grad_() for x in theta]
             loss = (model(k[t, head], start) - v[t, head]).square().sum() / 2
             for index, gradient in enumerate(torch.autograd.grad(loss, start)):
                 kept = 0.0 if momentum is None else momentum[t, head]
                 surprise[index] = kept * surprise[index] - learning_rate[t, head] * gradient
                 theta[index] = (1.0 if keep is None else keep[t, head]) * theta[index] + surprise[index]
-            outputs[t, head] = model(q[t, head], theta)
+            share = 1.0 if scale is None else scale[t % BATCH]
+            read = [first.detach() + share * (now - first.detach()) for first, now in zip(start, theta, strict=True)]
+            outputs[t, head] = model(q[t, head], read)
     return outputs.detach()
 
 
 def test_ttt():
-    """arXiv 2407.04620, sections 2.4 to 2.7 and the authors' layer for the Mamba backbone."""
+    """arXiv 2407.04620, sections 2.4 to 2.7, and the authors' layer for the Mamba backbone (`ttt.py` of their code)."""
     mixer, x = drawn("ttt"), inputs()
     shared = mixer.q_proj(x)
     q, k = (convolved(shared, c, c.bias) for c in (mixer.q_conv, mixer.k_conv))
@@ -67,8 +72,11 @@ def test_ttt():
     turn = torch.polar(torch.ones_like(angle), angle)
     turned = [torch.complex(heads(y)[..., :4], heads(y)[..., 4:]) * turn for y in (q, k)]
     q, k = (torch.cat([y.real, y.imag], -1) for y in turned)
-    rate = torch.sigmoid(mixer.learning_rate_proj(x))[0] / BATCH / 8
-    o = learn(mixer.fast_weights, q, k, heads(mixer.v_proj(x)), rate, bias=mixer.fast_weights.bias)
+    rate = torch.sigmoid(mixer.learning_rate_proj(x) + mixer.step_size.bias)[0] / 8
+    with torch.no_grad():
+        mixer.step_size.offset[1] = -0.7  # more than the share of the second place, which stays at zero
+    scale = (1 / torch.arange(1, BATCH + 1).double() + mixer.step_size.offset).clamp_min(0)
+    o = learn(mixer.fast_weights, q, k, heads(mixer.v_proj(x)), rate, bias=mixer.fast_weights.bias, scale=scale)
     o = F.layer_norm(o.flatten(1), (32,), mixer.norm.weight, mixer.norm.bias, 1e-6)
     expected = mixer.o_proj(o * F.gelu(mixer.gate_proj(x), approximate="tanh"))
     torch.testing.assert_close(mixer(x, sequence=Sequence.of_rows(1, LENGTH)), expected, rtol=1e-9, atol=1e-11)

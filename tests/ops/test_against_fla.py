@@ -69,7 +69,7 @@ def elementwise_hgrn(x, g, initial_state):
     return o[:, :, 0], state[:, 0, 0]
 
 
-def ttt(q, k, v, w, b, initial_state, initial_state_bias):
+def ttt(q, k, v, w, b, eta, initial_state, initial_state_bias):
     """The inner bias is the weights' last row, read by a one; theirs adds the layer norm of o to o."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     start = torch.cat([initial_state, initial_state_bias], 2)
@@ -77,9 +77,10 @@ def ttt(q, k, v, w, b, initial_state, initial_state_bias):
         F.pad(q, (0, 1), value=1.0),
         F.pad(k, (0, 1), value=1.0),
         v - k,
-        learning_rate=torch.full(q.shape[:3], 0.05, dtype=q.dtype),
+        learning_rate=torch.ones(q.shape[:3], dtype=q.dtype),
         norm_weight=w,
         norm_bias=b,
+        step_scale=eta,
         initial_state=torch.stack([start, start], 2),
         output_final_state=True,
     )

@@ -9,17 +9,20 @@ import torch.nn.functional as F
 from torchlmoe.ops import online_gradient
 
 TERMS = {
-    "ttt": (),
+    "plain": (),
+    "ttt": ("step_scale",),
     "decay": ("log_decay",),
     "momentum": ("log_momentum",),
     "titans": ("log_decay", "log_momentum"),
+    "decay_and_scale": ("log_decay", "step_scale"),
+    "momentum_and_scale": ("log_momentum", "step_scale"),
 }
 LENGTHS = [1, 2, 15, 16, 17, 63, 64, 65, 300]  # the last is longer than a span of mini-batches
 DOCUMENTS = [0, 0, 1, 2, 66, 66, 67, 190, 200, 200]  # empty, one-token, and longer ones
 # Decays of -30 wipe the weights out, and the layer norm of next to nothing magnifies rounding by 1 / sqrt(eps), in the
 # token loop as well.
 NORM_EPS = 1e-4
-NOT_PER_TOKEN = {"norm_weight", "norm_bias", "initial_state"}
+NOT_PER_TOKEN = {"norm_weight", "norm_bias", "step_scale", "initial_state"}
 
 
 def make_inputs(terms, batch_size, length, *, heads=2, key_dim=5, value_dim=4, num_states=None):
@@ -42,9 +45,13 @@ def make_inputs(terms, batch_size, length, *, heads=2, key_dim=5, value_dim=4, n
         learning_rate=torch.rand(*tokens, dtype=torch.float64, generator=generator) * 0.2,
         norm_weight=1 + 0.2 * randn(heads, value_dim),
         norm_bias=0.2 * randn(heads, value_dim),
-        **{name: mixed(*tokens) for name in terms},
+        **{name: mixed(*tokens) for name in terms if name != "step_scale"},
         initial_state=randn(num_states or batch_size, heads, parts, key_dim, value_dim),
     )
+    if "step_scale" in terms:
+        inputs["step_scale"] = torch.rand(
+            heads if "log_decay" in terms else 1, 16, dtype=torch.float64, generator=generator
+        )
     return {name: tensor.requires_grad_() for name, tensor in inputs.items()}
 
 
@@ -73,20 +80,27 @@ def test_descends_the_inner_loss(terms):
     """The token loop, with gradients that autograd takes of the loss as the papers write it."""
     inputs = {name: x.detach() for name, x in make_inputs(TERMS[terms], 1, 21, heads=1).items()}
     inputs["initial_state"][:, :, 1] = inputs["initial_state"][:, :, 0]
+    scale = torch.ones(4, dtype=torch.float64)
+    if "step_scale" in inputs:
+        inputs["step_scale"] = inputs["step_scale"][:, :4]
+        scale = inputs["step_scale"][0]
     o, final = online_gradient(**inputs, mini_batch_size=4, output_final_state=True, backend="reference")
     row = {name: x[0, :, 0] for name, x in inputs.items() if name not in NOT_PER_TOKEN}
     weights, momentum = inputs["initial_state"][0, 0, 1], torch.zeros(5, 4, dtype=torch.float64)
     if "log_momentum" in TERMS[terms]:
         momentum = inputs["initial_state"][0, 0, 2]
+    read = weights
     for t in range(21):
         if t % 4 == 0:
+            weights = read
             anchor = weights.clone().requires_grad_()
         normed = F.layer_norm(row["k"][t] @ anchor, (4,), inputs["norm_weight"][0], inputs["norm_bias"][0], 1e-6)
         (gradient,) = torch.autograd.grad((normed - row["v"][t]).square().sum() / 2, anchor)
         kept = row["log_momentum"][t].exp() if "log_momentum" in row else 0.0
         momentum = kept * momentum - row["learning_rate"][t] * gradient
         weights = (row["log_decay"][t].exp() if "log_decay" in row else 1.0) * weights + momentum
-        torch.testing.assert_close(o[0, t, 0], row["q"][t] @ weights, rtol=1e-9, atol=1e-10)
+        read = (1 - scale[t % 4]) * anchor.detach() + scale[t % 4] * weights
+        torch.testing.assert_close(o[0, t, 0], row["q"][t] @ read, rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(final[0, 0, :2], torch.stack([anchor, weights]), rtol=1e-9, atol=1e-10)
 
 
@@ -143,7 +157,8 @@ def test_registered_operation(terms):
     """torch's own checks of a custom operation."""
     inputs = make_inputs(TERMS[terms], 2, 40)
     order = (
-        "q", "k", "v", "learning_rate", "norm_weight", "norm_bias", "log_decay", "log_momentum", "initial_state",
+        "q", "k", "v", "learning_rate", "norm_weight", "norm_bias", "log_decay", "log_momentum", "step_scale",
+        "initial_state",
     )  # fmt: skip
     torch.library.opcheck(
         torch.ops.torchlmoe.online_gradient.default,
@@ -173,13 +188,15 @@ def test_low_precision_inputs():
 
 
 def test_refusals():
-    inputs = {name: x.detach() for name, x in make_inputs(TERMS["ttt"], 1, 8).items()}
+    inputs = {name: x.detach() for name, x in make_inputs(TERMS["plain"], 1, 8).items()}
     with pytest.raises(ValueError, match="backend = 'triton' is not served"):
         online_gradient(**inputs, backend="triton")
     with pytest.raises(ValueError, match="mini_batch_size = 0 must be at least 1"):
         online_gradient(**inputs, mini_batch_size=0)
     with pytest.raises(ValueError, match=r"learning_rate has shape \[1, 8\]"):
         online_gradient(**(inputs | {"learning_rate": torch.zeros(1, 8)}))
+    with pytest.raises(ValueError, match=r"step_scale has shape \[2, 8\]; .* it must be \[2, 16\]"):
+        online_gradient(**(inputs | {"step_scale": torch.zeros(2, 8)}))
     with pytest.raises(ValueError, match=r"initial_state has shape .* it must be \[1, 2, 3, 5, 4\]"):
         online_gradient(**inputs, log_momentum=torch.zeros(1, 8, 2))
     with pytest.raises(ValueError, match="must be int32"):

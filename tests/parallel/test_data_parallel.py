@@ -1,6 +1,7 @@
 """FSDP2 on 2 and 4 gloo processes equals the single process: losses, load counts, gradients, weights, validation."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,27 @@ def records(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def assert_same_runs(folder: Path, reference: Path, variants: Iterable[str]) -> None:
+    """What `train_all` left of the variants: losses, figures and loads of every step, the first step's gradients."""
+    for name in variants:
+        found, expected = records(folder / name), records(reference / name)
+        assert [record["step"] for record in found] == list(range(1, 21))
+        for ours, theirs in zip(found, expected, strict=True):
+            for key in ("loss", "grad_norm", "val_loss", "val_bits_per_byte"):
+                if key in theirs:
+                    assert ours[key] == pytest.approx(theirs[key], rel=1e-9), (name, key)
+            for key, value in theirs.items():
+                if key.endswith(("/load", "/dropped_fraction", "/load_max_over_mean")):
+                    assert ours[key] == value, (name, key)
+                elif key.endswith(("/aux_loss", "/z_loss")):
+                    assert ours[key] == pytest.approx(value, rel=1e-9), (name, key)
+        first, expected_first = (torch.load(f / f"{name}_float32" / "first_step.pt") for f in (folder, reference))
+        torch.testing.assert_close(first.pop("loss"), expected_first.pop("loss"), rtol=1e-6, atol=0)
+        whole = torch.stack([gradient.norm() for gradient in expected_first.values()]).norm()
+        for key, gradient in expected_first.items():
+            assert (first[key] - gradient).norm() <= 1e-5 * max(gradient.norm(), 1e-3 * whole), (name, key)
+
+
 @pytest.fixture(scope="module")
 def single(corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("single")
@@ -74,23 +96,7 @@ def single(corpus, tmp_path_factory):
 )
 def test_ranks_equal_the_single_process(world_size, variants, extra, single, corpus, tmp_path):
     run_on_ranks(world_size, train_all, str(corpus), str(tmp_path), variants, extra)
-    for name in variants:
-        found, expected = records(tmp_path / name), records(single / name)
-        assert [record["step"] for record in found] == list(range(1, 21))
-        for ours, theirs in zip(found, expected, strict=True):
-            for key in ("loss", "grad_norm", "val_loss", "val_bits_per_byte"):
-                if key in theirs:
-                    assert ours[key] == pytest.approx(theirs[key], rel=1e-9), (name, key)
-            for key, value in theirs.items():
-                if key.endswith(("/load", "/dropped_fraction", "/load_max_over_mean")):
-                    assert ours[key] == value, (name, key)
-                elif key.endswith(("/aux_loss", "/z_loss")):
-                    assert ours[key] == pytest.approx(value, rel=1e-9), (name, key)
-        first, reference = (torch.load(f / f"{name}_float32" / "first_step.pt") for f in (tmp_path, single))
-        torch.testing.assert_close(first.pop("loss"), reference.pop("loss"), rtol=1e-6, atol=0)
-        whole = torch.stack([gradient.norm() for gradient in reference.values()]).norm()
-        for key, gradient in reference.items():
-            assert (first[key] - gradient).norm() <= 1e-5 * max(gradient.norm(), 1e-3 * whole), (name, key)
+    assert_same_runs(tmp_path, single, variants)
 
 
 def test_training_lowers_the_loss(single):

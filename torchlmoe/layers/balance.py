@@ -17,11 +17,13 @@ share of the step's tokens, so they need no path through the model's outputs or 
 Counting happens on the way back too, as a gradient that `backward()` gathers in a buffer (`torch.autograd.grad` does
 not): once per microbatch, however often recomputation runs the forward, and not at all in evaluation.
 
-Legend: T tokens, K experts per token, E experts, R rows.
+Legend: T tokens, K experts per token, E experts, M = T * K slots.
 """
 
 import torch
 from torch import Tensor, nn
+from torch.distributed._functional_collectives import all_reduce
+from torch.distributed.device_mesh import DeviceMesh
 
 from torchlmoe.layers.router import Routing
 from torchlmoe.layers.sequence import Sequence
@@ -50,10 +52,12 @@ class LoadBalance(nn.Module):
 
     aux_loss_scope: "global_batch" (f_e over all tokens of the last step) or "sequence" (f and P per row of
     `sequence.row_length` tokens, then the mean over rows). A weight of zero leaves that loss out.
+    mesh: of the ranks that hold the spans of a microbatch, if it is split.
     """
 
     counters: Tensor
     last_counts: Tensor | None
+    mesh: DeviceMesh | None = None
 
     def __init__(self, num_experts: int, *, aux_loss_weight: float, aux_loss_scope: str, z_loss_weight: float):
         super().__init__()
@@ -112,19 +116,24 @@ class LoadBalance(nn.Module):
         return _InjectAndCount.apply(x, losses, self.counters, counted, sequence.loss_weight)
 
     def _switch_loss(self, routing: Routing, sequence: Sequence) -> Tensor:
-        probability_TE = routing.probability_TE
+        probability_TE, expert_TK = routing.probability_TE, routing.expert_TK
         if self.last_counts is not None:
             fraction_E = self.last_counts.to(probability_TE.dtype) / self.last_counts.sum()
             # The microbatch's own mean: times loss_weight and summed over the step, it is the whole mean.
             return self.num_experts * (fraction_E * probability_TE.mean(0)).sum()
-        length = sequence.row_length
-        if length is None or probability_TE.shape[0] % length:
+        num_tokens, top_k = expert_TK.shape
+        length, all_tokens = sequence.row_length, num_tokens * (1 if self.mesh is None else self.mesh.size())
+        if length is None or all_tokens % length:
             raise ValueError(
-                f"aux_loss_scope = 'sequence' needs sequence.row_length to divide the "
-                f"{probability_TE.shape[0]} tokens of the microbatch, got {length}: give whole rows or use "
-                "'global_batch'."
+                f"aux_loss_scope = 'sequence' needs sequence.row_length to divide the {all_tokens} tokens of the "
+                f"microbatch, got {length}: give whole rows or use 'global_batch'."
             )
-        chosen_TE = torch.zeros_like(probability_TE).scatter(-1, routing.expert_TK, 1.0)
-        fraction_RE = chosen_TE.unflatten(0, (-1, length)).mean(1) / routing.expert_TK.shape[1]
-        probability_RE = probability_TE.unflatten(0, (-1, length)).mean(1)
-        return self.num_experts * (fraction_RE * probability_RE).sum(-1).mean()
+        row_T = (sequence.start + torch.arange(num_tokens, device=expert_TK.device)) // length
+        choice_M = (row_T[:, None] * self.num_experts + expert_TK).flatten()
+        counts = probability_TE.new_zeros(all_tokens // length * self.num_experts)
+        counts = counts.scatter_add(0, choice_M, torch.ones_like(choice_M, dtype=counts.dtype))
+        if self.mesh is not None:
+            counts = all_reduce(counts, "sum", self.mesh)
+        fraction_TE = counts.view(-1, self.num_experts)[row_T] / (length * top_k)
+        # Rows are of one length: the mean over tokens is that over the rows' means, and a span's share of it a span's.
+        return self.num_experts * (fraction_TE * probability_TE).sum(-1).mean()

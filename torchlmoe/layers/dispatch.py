@@ -142,6 +142,14 @@ def sum_slots(x_MD: Tensor, slots: Slots) -> Tensor:
     return _sum(x_MD, slots.token_M, slots.slot_TK)
 
 
+def permute_slots(x_MD: Tensor, old: Slots, new: Slots) -> Tensor:
+    """x [M, D] in the order of `old` -> in that of `new`, which has no padding, both of the same [T, K] choices."""
+    if old.padding_M is not None:
+        x_MD = x_MD.masked_fill(old.padding_M[:, None], 0)  # their gradient is zero too
+    source_M, target_M = old.slot_TK.flatten()[new.choice_M], new.slot_TK.flatten()[old.choice_M]
+    return _gather(x_MD, source_M, target_M[:, None])
+
+
 def reorder_choices(x_TK: Tensor, slots: Slots) -> Tensor:
     """x [T, K] -> [M]: one number per choice, in the order of the slots; zero at padding."""
     x_M = _gather(x_TK.flatten(), slots.choice_M, slots.slot_TK.view(-1, 1))  # as tokens with one choice each

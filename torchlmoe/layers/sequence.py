@@ -1,11 +1,12 @@
 """What a layer is told about the tokens it sees: their places, and where documents begin and end."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from torchlmoe.layers.memories import Memories
+from torchlmoe.layers.memories import Memories, MemoryLinear
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,7 @@ class Sequence:
     positions: int64 [B, T], each token's place in its document.
     cu_seqlens: int32 [N + 1] bounds of the documents packed into one row (B = 1), empty ones allowed; None where each
         row is one document.
+    start: the place of the first token in the packed row, of which cu_seqlens tells, where ranks hold spans of it.
     row_length: tokens in one row of data (with B = 1 the rows of a batch lie back to back).
     loss_weight: this microbatch's share of the rows of the optimizer step over all ranks; 0
             leaves balance losses and load counts out.
@@ -28,6 +30,19 @@ class Sequence:
     loss_weight: float = 1.0
     memories: Memories | None = None
     common: Tensor | None = None
+    start: int = 0
+
+    @property
+    def packed_memories(self) -> Memories | None:
+        """The memories, where they have projections of their own: what enters the recurrence comes packed then."""
+        return None if self.memories is None or self.memories.by_memory is None else self.memories
+
+    def project(self, projection: Callable[..., Tensor], x: Tensor) -> Tensor:
+        """projection(x) of x [B, T, dim], [B, T, ...]; [1, M, ...] where there are `packed_memories`."""
+        memories = self.packed_memories
+        if memories is None:
+            return projection(x)
+        return projection(x, memories) if isinstance(projection, MemoryLinear) else memories.pack(projection(x))
 
     @classmethod
     def of_rows(
@@ -48,3 +63,8 @@ class Sequence:
         document = torch.searchsorted(ends, tokens.to(torch.int32), right=True)
         positions = (tokens - cu_seqlens[document])[None]
         return cls(positions, cu_seqlens, length, loss_weight)
+
+    def span(self, index: int, num_spans: int) -> "Sequence":
+        """The index-th of `num_spans` equal parts of one packed row."""
+        positions = self.positions.chunk(num_spans, 1)[index]
+        return replace(self, positions=positions, start=index * positions.shape[1])

@@ -4,9 +4,11 @@ import torch
 import torch.nn.functional as F
 from tensordict import TensorDict
 from torch import Tensor, nn
+from torch.distributed.tensor.parallel import ParallelStyle
 
 from torchlmoe.layers.initialization import copy_
 from torchlmoe.layers.sequence import Sequence
+from torchlmoe.parallel.halo import TokenShiftHalo
 
 
 class TokenMix(nn.Module):
@@ -48,3 +50,6 @@ class TokenShift(nn.Module):
         """The last input."""
         last = torch.zeros(batch_size, 1, self.channels, dtype=dtype, device=device)
         return TensorDict({"input": last}, batch_size=[batch_size])
+
+    def sequence_parallel_style(self, lsm: str, attention: str) -> ParallelStyle:
+        return TokenShiftHalo()

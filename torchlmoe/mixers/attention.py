@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 from tensordict import TensorDict
 from torch import Tensor, nn
+from torch.distributed.tensor.parallel import ParallelStyle
 
 from torchlmoe.layers.linear import Linear
 from torchlmoe.layers.low_rank import LowRank
@@ -19,6 +20,7 @@ from torchlmoe.layers.sequence import Sequence
 from torchlmoe.mixers.base import InitStd, Mixer, NormEps, split_heads
 from torchlmoe.mixers.latent_attention import LatentKeyValues
 from torchlmoe.ops.packed_attention import cached_attention, packed_attention
+from torchlmoe.parallel.attention import AttentionSequenceParallel
 
 Rotation = Callable[[Tensor], Tensor]
 
@@ -26,8 +28,16 @@ Rotation = Callable[[Tensor], Tensor]
 class InnerAttention(nn.Module):
     """`packed_attention` as a submodule, so that a sequence-parallel plan can name it. Looks across tokens."""
 
+    def __init__(self, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
         return packed_attention(q, k, v, **options)
+
+    def sequence_parallel_style(self, lsm: str, attention: str) -> ParallelStyle:
+        """attention: "all_gather" or "ulysses", which raises ValueError where heads cannot be spread over ranks."""
+        return AttentionSequenceParallel(attention, self.num_heads)
 
 
 class Attention(Mixer):
@@ -103,7 +113,7 @@ class Attention(Mixer):
             )  # fmt: skip
         self.q_norm = RMSNorm(self.head_dim, norm_eps) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_dim, norm_eps) if qk_norm else nn.Identity()
-        self.inner = InnerAttention()
+        self.inner = InnerAttention(num_heads)
         self.gate_proj = Linear(dim, num_heads * self.value_dim) if output_gate else None
         self.o_proj = Linear(num_heads * self.value_dim, dim)
 

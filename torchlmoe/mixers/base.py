@@ -71,9 +71,18 @@ class Mixer(nn.Module):
         """Styles by submodule; empty where the mixer cannot be split by heads."""
         return {}
 
-    def sequence_parallel_plan(self) -> dict[str, ParallelStyle]:
-        """Styles by submodule; empty where the mixer cannot be split along the sequence."""
-        return {}
+    def sequence_parallel_plan(
+        self, lsm: str = "all_gather", attention: str = "all_gather"
+    ) -> dict[str, ParallelStyle]:
+        """Styles by submodule: of each one that looks across tokens, its own. Empty where there is none.
+
+        lsm, attention: how recurrences and softmax attention communicate, as in `[parallelism]`.
+        """
+        return {
+            name: module.sequence_parallel_style(lsm, attention)  # type: ignore[operator]
+            for name, module in self.named_modules()
+            if hasattr(module, "sequence_parallel_style")
+        }
 
     @classmethod
     def at(cls, place: Place, dim: int, **options: Any) -> "Mixer":

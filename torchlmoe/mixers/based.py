@@ -19,6 +19,8 @@ from torchlmoe.mixers.recurrent import RecurrentMixer
 
 
 class Based(RecurrentMixer):
+    memory_projections = ("k_proj", "v_proj")
+
     def __init__(
         self,
         dim: int,

@@ -27,6 +27,8 @@ FEATURE_MAPS = {
 
 
 class BasicLinearAttention(RecurrentMixer):
+    memory_projections = ("k_proj", "v_proj")
+
     def __init__(
         self,
         dim: int,

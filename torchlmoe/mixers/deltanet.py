@@ -23,6 +23,7 @@ from torchlmoe.mixers.recurrent import ConvolvedMixer
 
 class DeltaNet(ConvolvedMixer):
     erases = True
+    memory_projections: tuple[str, ...] = ("k_proj", "v_proj", "b_proj")
 
     def __init__(
         self,
@@ -51,13 +52,13 @@ class DeltaNet(ConvolvedMixer):
 
     def forward(self, x: Tensor, *, sequence: Sequence, cache: TensorDict | None = None) -> Tensor:
         q, k, v = self.project(x, sequence=sequence, cache=cache)
-        beta = self.b_proj(x).sigmoid() * self.max_beta
+        beta = sequence.project(self.b_proj, x).sigmoid() * self.max_beta
         o = recur(
             self.recurrence,
             l2_norm(q),
             l2_norm(k),
             v * beta[..., None],
-            log_decay=self.log_decay(x),
+            log_decay=self.log_decay(x, sequence),
             erase=beta,
             scale=self.key_dim**-0.5,
             sequence=sequence,
@@ -65,8 +66,8 @@ class DeltaNet(ConvolvedMixer):
         )
         return self.o_proj(self.normalize(o, x).flatten(2))
 
-    def log_decay(self, x: Tensor) -> Tensor | None:
-        """x [B, T, dim] -> [B, T, heads] or [B, T, heads, K]; None for no decay."""
+    def log_decay(self, x: Tensor, sequence: Sequence) -> Tensor | None:
+        """x [B, T, dim] -> [B, T, heads] or [B, T, heads, K], by `sequence.project`; None for no decay."""
         return None
 
     def normalize(self, o: Tensor, x: Tensor) -> Tensor:

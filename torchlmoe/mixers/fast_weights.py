@@ -57,6 +57,7 @@ class FastWeightMixer(RecurrentMixer):
 
     has_bias = False
     has_momentum = False
+    scales_steps = False
     start_std = 0.02
 
     def __init__(
@@ -75,10 +76,10 @@ class FastWeightMixer(RecurrentMixer):
         self.learning_rate_proj = Linear(dim, self.num_heads)
         self.fast_weights = FastWeights(self.num_heads, self.key_dim, self.has_bias, self.start_std)
 
-    def learning_rate(self, x: Tensor) -> Tensor:
-        """x [B, T, dim] -> max_learning_rate * sigmoid(W x), [B, T, heads], in at least float32."""
+    def learning_rate(self, x: Tensor, bias: Tensor | float = 0.0) -> Tensor:
+        """x [B, T, dim] -> max_learning_rate * sigmoid(W x + bias), [B, T, heads], in at least float32."""
         logit = self.learning_rate_proj(x)
-        return self.max_learning_rate * logit.to(torch.promote_types(logit.dtype, torch.float32)).sigmoid()
+        return self.max_learning_rate * (logit.to(torch.promote_types(logit.dtype, torch.float32)) + bias).sigmoid()
 
     def read(
         self,
@@ -136,4 +137,5 @@ class FastWeightMixer(RecurrentMixer):
             self.value_dim,
             decay=self.decays,
             momentum=self.has_momentum,
+            step_scale=self.scales_steps,
         )

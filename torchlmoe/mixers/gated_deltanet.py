@@ -12,12 +12,14 @@ from torch import Tensor
 from torchlmoe.layers.decay_gate import DecayGate
 from torchlmoe.layers.linear import Linear
 from torchlmoe.layers.norms import GatedRMSNorm
+from torchlmoe.layers.sequence import Sequence
 from torchlmoe.mixers.base import NormEps
 from torchlmoe.mixers.deltanet import DeltaNet
 
 
 class GatedDeltaNet(DeltaNet):
     decays = True
+    memory_projections = (*DeltaNet.memory_projections, "a_proj")
 
     def __init__(self, dim: int, *, norm_eps: NormEps = 1e-6, **options):
         super().__init__(dim, norm_eps=norm_eps, **options)
@@ -26,8 +28,8 @@ class GatedDeltaNet(DeltaNet):
         self.gate_proj = Linear(dim, self.num_heads * self.value_dim)
         self.norm = GatedRMSNorm(self.value_dim, norm_eps)
 
-    def log_decay(self, x: Tensor) -> Tensor:
-        return self.decay(self.a_proj(x), with_step=False)[0]
+    def log_decay(self, x: Tensor, sequence: Sequence) -> Tensor:
+        return self.decay(sequence.project(self.a_proj, x), with_step=False)[0]
 
     def normalize(self, o: Tensor, x: Tensor) -> Tensor:
         return self.norm(o, self.gate_proj(x).view_as(o))

@@ -29,6 +29,7 @@ from torchlmoe.ops.elementwise_recurrence import elementwise_flops_per_token
 
 class GatedFastWeights(RecurrentMixer):
     decays = True
+    memory_projections = ("k_proj", "v_proj")
 
     def __init__(
         self,
@@ -71,8 +72,8 @@ class GatedFastWeights(RecurrentMixer):
             gates = {"log_decay": self.decay(self.gate_proj(x)).view(*k.shape, self.value_dim)}
         else:
             gates = {
-                "log_decay": self.key_decay(self.key_gate_proj(x)).view_as(k),
-                "value_log_decay": self.value_decay(self.value_gate_proj(x)).view_as(v),
+                "log_decay": self.key_decay(sequence.project(self.key_gate_proj, x)).view_as(k),
+                "value_log_decay": self.value_decay(sequence.project(self.value_gate_proj, x)).view_as(v),
             }
         o = recur(self.recurrence, q * self.key_dim**-0.5, k, v, **gates, sequence=sequence, cache=cache)
         return self.o_proj(self.norm(o).flatten(2))

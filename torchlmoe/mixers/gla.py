@@ -22,6 +22,7 @@ from torchlmoe.mixers.recurrent import ExpandK, ExpandV, RecurrentMixer
 
 class GatedLinearAttention(RecurrentMixer):
     decays = True
+    memory_projections = ("k_proj", "v_proj")
 
     def __init__(
         self,
@@ -43,7 +44,7 @@ class GatedLinearAttention(RecurrentMixer):
 
     def forward(self, x: Tensor, *, sequence: Sequence, cache: TensorDict | None = None) -> Tensor:
         q, k, v = self.project(x, sequence=sequence)
-        log_decay = self.decay(self.decay_proj(x)).view_as(k)
+        log_decay = self.decay(sequence.project(self.decay_proj, x)).view_as(k)
         o = recur(
             self.recurrence, q, k, v, log_decay=log_decay, scale=self.key_dim**-0.5, sequence=sequence, cache=cache
         )

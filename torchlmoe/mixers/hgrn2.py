@@ -41,6 +41,7 @@ class LowerBounds(nn.Module):
 
 class HGRN2(RecurrentMixer):
     decays = True
+    memory_projections = ("k_proj", "v_proj")
 
     def __init__(self, dim: int, *, expand_k: ExpandK = 1.0, norm_eps: NormEps = 1e-6, **options):
         super().__init__(dim, scaled_width(dim, expand_k), dim, **options)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torchlmoe.layers.decay_gate import DecayGate
 from torchlmoe.layers.low_rank import LowRank
 from torchlmoe.layers.norms import GatedRMSNorm
+from torchlmoe.layers.sequence import Sequence
 from torchlmoe.mixers.base import NormEps
 from torchlmoe.mixers.deltanet import DeltaNet
 
@@ -40,8 +41,8 @@ class KimiDeltaAttention(DeltaNet):
         self.gate_proj = LowRank(dim, gate_rank, self.num_heads * self.value_dim)
         self.norm = GatedRMSNorm(self.value_dim, norm_eps, torch.sigmoid)
 
-    def log_decay(self, x: Tensor) -> Tensor:
-        return self.decay(self.decay_proj(x), with_step=False)[0]
+    def log_decay(self, x: Tensor, sequence: Sequence) -> Tensor:
+        return self.decay(sequence.project(self.decay_proj, x), with_step=False)[0]
 
     def normalize(self, o: Tensor, x: Tensor) -> Tensor:
         return self.norm(o, self.gate_proj(x).view_as(o))

@@ -21,6 +21,7 @@ from torchlmoe.mixers.recurrent import RecurrentMixer
 
 class LightningAttention(RecurrentMixer):
     decays = True
+    memory_projections = ("k_proj", "v_proj")
 
     def __init__(self, dim: int, place: Place | None = None, *, norm_eps: NormEps = 1e-6, **options):
         super().__init__(dim, dim, dim, **options)

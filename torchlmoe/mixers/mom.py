@@ -4,9 +4,10 @@
     M^i_t = the inner mixer's update of M^i_{t-1} for the chosen i, else M^i_{t-1}
     o_t = (sum_i g^i_t M^i_t + M^shared_t)^T q_t
 
-All else is the inner mixer's. Its projections and convolutions serve all memories (`single_kv_proj` in the authors'
-code) and see the tokens in their own order; the recurrence alone sees them packed, each memory of each document a run,
-and a run is the tokens that chose it. The shared memory is one more, which every token goes to with weight one.
+All else is the inner mixer's. Each memory of each document is a run, of the tokens that chose it. Keys and values, and
+the gates that the authors' code counts with them, are projected by matrices of each memory's own, and convolutions see
+a run. With `single_kv_proj` all memories share the projections; then convolutions see the tokens in their own order,
+and the recurrence alone sees runs. The shared memory is one more, which every token goes to with weight one.
 """
 
 from dataclasses import replace
@@ -17,15 +18,19 @@ import torch.nn.functional as F
 from pydantic import Field
 from tensordict import TensorDict
 from torch import Tensor, nn
+from torch.distributed.tensor.parallel import ParallelStyle
 
 from torchlmoe.layers.balance import LoadBalance
-from torchlmoe.layers.memories import Memories
+from torchlmoe.layers.memories import Memories, MemoryLinear
 from torchlmoe.layers.recurrence import LinearRecurrence
 from torchlmoe.layers.router import Router
 from torchlmoe.layers.sequence import Sequence
 from torchlmoe.mixers.base import InitStd, Mixer, NormEps, Place
 from torchlmoe.mixers.recurrent import RecurrentMixer
+from torchlmoe.ops.grouped_matmul import run_alignment
 from torchlmoe.ops.linear_recurrence import Backend
+from torchlmoe.parallel.halo import ConvHalo
+from torchlmoe.parallel.run_halo import RunHalo
 
 
 class MixtureOfMemories(Mixer):
@@ -40,6 +45,9 @@ class MixtureOfMemories(Mixer):
         num_memories: Annotated[int, Field(ge=1, description="Memories that tokens are routed to.")] = 4,
         top_k: Annotated[int, Field(ge=1, description="Of these, how many a token goes to.")] = 2,
         shared_memory: Annotated[bool, Field(description="One more memory, for every token.")] = True,
+        single_kv_proj: Annotated[
+            bool, Field(description="The same projections of keys and values for all memories.")
+        ] = False,
         aux_loss_weight: Annotated[float, Field(ge=0, description="Weight of the router's balance loss.")] = 1e-2,
         rope_base: Annotated[float, Field(gt=1, description="The inner mixer's, if it has phases.")] = 10_000.0,
         norm_eps: NormEps = 1e-6,
@@ -68,7 +76,17 @@ class MixtureOfMemories(Mixer):
             raise ValueError(
                 f"inner = {inner!r} cannot have a mixture of memories; it must hold one linear recurrence and no more."
             )
-        self.inner, self.shared_width = built, built.shared_width
+        self.inner, self.shared_width, self.single_kv_proj = built, built.shared_width, single_kv_proj
+        if single_kv_proj:
+            return
+        if not built.memory_projections:
+            raise ValueError(
+                f"inner = {inner!r} cannot have keys and values of each memory's own; set single_kv_proj = true."
+            )
+        for name in built.memory_projections:
+            shared = getattr(built, name)
+            own = MemoryLinear(shared.in_features, shared.out_features, num_memories + shared_memory, init_std)
+            setattr(built, name, own)
 
     def forward(self, x: Tensor, *, sequence: Sequence, cache: TensorDict | None = None, **shared: Tensor) -> Tensor:
         """shared: given where the inner mixer's layers share a tensor, and then returned beside y."""
@@ -81,12 +99,28 @@ class MixtureOfMemories(Mixer):
             memory_TK = F.pad(memory_TK, (0, 1), value=self.num_memories)
             weight_TK = F.pad(weight_TK, (0, 1), value=1.0)
         memories = Memories.of_choices(
-            memory_TK, weight_TK, self.num_memories + self.shared_memory, (x.shape[0], x.shape[1]), sequence.cu_seqlens
+            memory_TK,
+            weight_TK,
+            self.num_memories + self.shared_memory,
+            (x.shape[0], x.shape[1]),
+            sequence.cu_seqlens,
+            sequence.start,
+            own_projections=not self.single_kv_proj,
+            alignment=run_alignment(x),
         )
         return self.inner(x, sequence=replace(sequence, memories=memories), cache=cache, **shared)
 
     def common(self, num_layers: int) -> nn.Module | None:
         return self.inner.common(num_layers)
+
+    def sequence_parallel_plan(
+        self, lsm: str = "all_gather", attention: str = "all_gather"
+    ) -> dict[str, ParallelStyle]:
+        """Where convolutions see runs, a token's predecessors are not those of its row."""
+        plan = super().sequence_parallel_plan(lsm, attention)
+        if self.single_kv_proj:
+            return plan
+        return {name: RunHalo() if isinstance(style, ConvHalo) else style for name, style in plan.items()}
 
     def pop_counters(self) -> dict[str, Tensor]:
         """As of `MoE`: the tokens that each memory was chosen by, and the balance loss."""
@@ -99,13 +133,22 @@ class MixtureOfMemories(Mixer):
     def init_cache(
         self, batch_size: int, max_length: int, dtype: torch.dtype, device: torch.device | None = None
     ) -> TensorDict:
-        """The inner mixer's, its state [batch, memories, heads, K, V]."""
+        """The inner mixer's, its state [batch, memories, heads, K, V]; so too inputs of convolutions that see runs."""
         cache = self.inner.init_cache(batch_size, max_length, dtype, device)
-        num_memories = self.num_memories + self.shared_memory
-        cache["state"] = cache["state"].unsqueeze(1).repeat(1, num_memories, 1, 1, 1)
-        return cache
+
+        def of_each_memory(x: Tensor) -> Tensor:
+            return x.unsqueeze(1).repeat_interleave(self.num_memories + self.shared_memory, 1)
+
+        if self.single_kv_proj:
+            cache["state"] = of_each_memory(cache["state"])
+            return cache
+        return TensorDict(cache.apply(of_each_memory), batch_size=[batch_size])
 
     def flops_per_token(self, seq_len: int) -> int:
-        further = self.router.top_k + self.shared_memory - 1
-        inner = self.inner.flops_per_token(seq_len) + further * self.inner.recurrence_flops()
-        return inner + self.router.flops_per_token()
+        slots = self.router.top_k + self.shared_memory
+        flops = self.inner.flops_per_token(seq_len) + (slots - 1) * self.inner.recurrence_flops()
+        if not self.single_kv_proj:
+            own = (module for module in self.inner.children() if isinstance(module, MemoryLinear))
+            flops += slots * sum(module.flops_per_slot() for module in own)
+            flops += (slots - 1) * self.inner.convolution_flops()
+        return flops + self.router.flops_per_token()

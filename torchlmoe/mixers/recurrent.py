@@ -25,10 +25,15 @@ class RecurrentMixer(Mixer):
     key_width, value_width: of all heads of k and of v together. recurrence: its class. A subclass may change key_dim or
     value_dim where its feature map does, and says by `decays` and `erases` which terms its recurrence has. Its
     constructor hands on `**options`, so that the keyword arguments here are settings of every such mixer.
+
+    memory_projections: names of the projections that each memory of a mixture may have its own of. A mixer that names
+    any makes all that enters its recurrence by `sequence.project`, and of that nothing goes past the recurrence.
     """
 
     decays = False
     erases = False
+    memory_projections: tuple[str, ...] = ()
+    shares_qk = False  # whether q and k are one projection
 
     def __init__(
         self,
@@ -50,7 +55,8 @@ class RecurrentMixer(Mixer):
         self.key_dim = split_heads(key_width, num_key_heads, "dim" if key_width == dim else "dim * expand_k")
         self.value_dim = split_heads(value_width, num_heads, "dim" if value_width == dim else "dim * expand_v")
         self.q_proj = Linear(dim, key_width)
-        self.k_proj = Linear(dim, key_width)
+        if not self.shares_qk:
+            self.k_proj = Linear(dim, key_width)
         self.v_proj = Linear(dim, value_width)
         self.recurrence = recurrence(backend)
         self.o_proj = Linear(value_width, dim)
@@ -68,8 +74,11 @@ class RecurrentMixer(Mixer):
         return TensorDict({"state": state, **caches}, batch_size=[batch_size])
 
     def flops_per_token(self, seq_len: int) -> int:
-        convolutions = sum(2 * child.weight.numel() for child in self.children() if isinstance(child, ShortConvolution))
-        return self.projection_flops() + convolutions + self.recurrence_flops()
+        return self.projection_flops() + self.convolution_flops() + self.recurrence_flops()
+
+    def convolution_flops(self) -> int:
+        """Forward FLOPs of one token in the short convolutions."""
+        return sum(2 * child.weight.numel() for child in self.children() if isinstance(child, ShortConvolution))
 
     def recurrence_flops(self) -> int:
         """Forward FLOPs of one token in the recurrence."""
@@ -80,8 +89,9 @@ class RecurrentMixer(Mixer):
     def project(
         self, x: Tensor, *, sequence: Sequence, cache: TensorDict | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, T, dim] -> q, k [B, T, key heads, K] and v [B, T, heads, V]."""
-        return self.split_heads(self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        """x [B, T, dim] -> q, k [B, T, key heads, K] and v [B, T, heads, V]; packed as `sequence.project` says."""
+        q, k, v = (sequence.project(projection, x) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        return self.split_heads(q, k, v)
 
     def split_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Each [B, T, width] -> [B, T, heads, width of a head]."""
@@ -112,7 +122,7 @@ class ConvolvedMixer(RecurrentMixer):
         self, x: Tensor, *, sequence: Sequence, cache: TensorDict | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         caches = {} if cache is None else cache
-        q = self.q_conv(self.q_proj(x), sequence=sequence, cache=caches.get("q_conv"))
-        k = self.k_conv(self.k_proj(x), sequence=sequence, cache=caches.get("k_conv"))
-        v = self.v_conv(self.v_proj(x), sequence=sequence, cache=caches.get("v_conv"))
+        q = self.q_conv(sequence.project(self.q_proj, x), sequence=sequence, cache=caches.get("q_conv"))
+        k = self.k_conv(sequence.project(self.k_proj, x), sequence=sequence, cache=caches.get("k_conv"))
+        v = self.v_conv(sequence.project(self.v_proj, x), sequence=sequence, cache=caches.get("v_conv"))
         return self.split_heads(q, k, v)

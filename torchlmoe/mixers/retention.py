@@ -22,6 +22,7 @@ from torchlmoe.mixers.recurrent import ExpandV, RecurrentMixer
 
 class Retention(RecurrentMixer):
     decays = True
+    memory_projections = ("k_proj", "v_proj")
 
     def __init__(
         self,
@@ -41,7 +42,8 @@ class Retention(RecurrentMixer):
 
     def forward(self, x: Tensor, *, sequence: Sequence, cache: TensorDict | None = None) -> Tensor:
         q, k, v = self.project(x, sequence=sequence)
-        phases = rotary_phases(sequence.positions, self.key_dim, self.rope_base)
+        positions = sequence.project(lambda _: sequence.positions, x)
+        phases = rotary_phases(positions, self.key_dim, self.rope_base)
         head = torch.arange(self.num_heads, dtype=torch.float64, device=x.device)
         o = recur(
             self.recurrence,

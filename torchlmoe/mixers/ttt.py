@@ -1,22 +1,24 @@
 """TTT-Linear (arXiv 2407.04620): the hidden state is a linear model with a layer norm, which learns at test time.
 
-    W_t = W_{t-1} - lr_t dl_t/dW at the mini-batch's first W          l_t(W) = |f(k_t; W) - v_t|^2 / 2
-    y_t = W_o (LN(f(q_t; W_t)) * gelu(W_g x_t))                       f(x; W) = x + LN(W^T x + b)
+    W_t = W_a - max(0, 1 / i + c_i) sum_{s=a+1..t} eta_s dl_s/dW (W_a)          l_s(W) = |f(k_s; W) - v_s|^2 / 2
+    y_t = W_o (LN(f(q_t; W_t)) * gelu(W_g x_t))                                 f(x; W) = x + LN(W^T x + b)
 
-q and k are one projection of x, each through a short convolution of its own and rotated by its place in the mini-batch,
-as in the authors' layer for the Mamba backbone. lr_t is max_learning_rate * sigmoid(w x_t), over the mini-batch's size
-and the head's width: from one mini-batch to the next the weights move by the mean gradient, as in the authors' code at
-its start. Inside a mini-batch it differs: there the token at place i (from 1) reads weights whose whole step so far is
-over i, 1/i plus a learned offset of each place, here over the mini-batch's size at every place.
+with W_a the weights that the mini-batch of t starts from and i the place of t in it, from 1: a token reads weights
+that have moved by the mean gradient so far, and the last place's are where the next mini-batch starts. The offset c_i
+of each place is learned. eta_s is max_learning_rate * sigmoid(w x_s + w_0), over the head's width. q and k are one
+projection of x, each through a short convolution of its own and rotated by its place in the mini-batch, as in the
+authors' layer for the Mamba backbone.
 """
 
 from typing import Annotated
 
+import torch
 import torch.nn.functional as F
 from pydantic import Field
 from tensordict import TensorDict
-from torch import Tensor
+from torch import Tensor, nn
 
+from torchlmoe.layers.initialization import constant_
 from torchlmoe.layers.linear import Linear
 from torchlmoe.layers.norms import LayerNorm
 from torchlmoe.layers.rotary import check_rotary_dim, rotary_phases, rotate
@@ -26,8 +28,32 @@ from torchlmoe.mixers.base import NormEps
 from torchlmoe.mixers.fast_weights import FastWeightMixer
 
 
+class StepSize(nn.Module):
+    """-> the learning rate's bias, [H], and what the step so far counts for at each place of a mini-batch, [1, places]:
+    one over the place, from 1, plus a learned offset, at least 0. Both in at least float32.
+    """
+
+    float32_island = True
+
+    def __init__(self, num_heads: int, mini_batch_size: int):
+        super().__init__()
+        self.bias = nn.Parameter(torch.empty(num_heads))
+        self.offset = nn.Parameter(torch.empty(mini_batch_size))
+
+    def init_weights(self) -> None:
+        constant_(self.bias, 0.0)
+        constant_(self.offset, 0.0)
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        dtype = torch.promote_types(self.bias.dtype, torch.float32)
+        place = torch.arange(1, len(self.offset) + 1, dtype=dtype, device=self.offset.device)
+        return self.bias.to(dtype), (1 / place + self.offset.to(dtype)).clamp_min(0)[None]
+
+
 class TTT(FastWeightMixer):
+    shares_qk = True
     has_bias = True
+    scales_steps = True
 
     def __init__(
         self,
@@ -41,9 +67,9 @@ class TTT(FastWeightMixer):
         super().__init__(dim, norm_eps=norm_eps, **options)
         check_rotary_dim(self.key_dim, f"dim = {dim} in num_heads = {self.num_heads} heads")
         self.rope_base = rope_base
-        del self.k_proj  # q and k share theirs
         self.q_conv = ShortConvolution(dim, conv_size, bias=True, activation=False)
         self.k_conv = ShortConvolution(dim, conv_size, bias=True, activation=False)
+        self.step_size = StepSize(self.num_heads, self.mini_batch_size)
         self.gate_proj = Linear(dim, dim)
         self.norm = LayerNorm(dim, norm_eps)
 
@@ -54,11 +80,13 @@ class TTT(FastWeightMixer):
         k = self.k_conv(shared, sequence=sequence, cache=caches.get("k_conv"))
         q, k, v = self.split_heads(q, k, self.v_proj(x))
         phases = rotary_phases(sequence.positions % self.mini_batch_size, self.key_dim, self.rope_base)
+        bias, step_scale = self.step_size()
         o = self.read(
             rotate(q, phases),
             rotate(k, phases),
             v,
-            learning_rate=self.learning_rate(x) / (self.mini_batch_size * self.key_dim),
+            learning_rate=self.learning_rate(x, bias) / self.key_dim,
+            step_scale=step_scale,
             sequence=sequence,
             cache=cache,
         )

@@ -85,6 +85,7 @@ class Decoder(nn.Module):
         pattern = settings.layer_pattern
         self.blocks = nn.ModuleDict()
         self.common = nn.ModuleDict()  # by letter
+        self.span = (0, 1)  # which part of a microbatch this rank has, and of how many; see parallel/context.py
         self.shared_width = 0
         letters = [pattern[index % len(pattern)] for index in range(settings.num_layers)]
         self.places_in_common = {
@@ -137,18 +138,24 @@ class Decoder(nn.Module):
             document if None.
         loss_weight: the microbatch's share of the step's rows, by which the experts' balance losses are weighed as
             their gradients join the main loss's on the way back; 1 if unset, but 0 (none) without labels.
+
+        Under context parallelism each rank is given all tokens, and returns the sum, or the logits
+        [1, B * T / ranks, V], of its span of the rows laid back to back.
         """
         batch_size, length = tokens.shape
+        index, num_spans = self.span
         if loss_weight is None:
             loss_weight = 0.0 if labels is None else 1.0
+        if document_bounds is None and num_spans > 1:
+            document_bounds = torch.tensor([[0, length]], dtype=torch.int32, device=tokens.device).expand(batch_size, 2)
         if document_bounds is None:
             sequence = Sequence.of_rows(batch_size, length, tokens.device, loss_weight)
-            x = self.embedding(tokens)
         else:
-            sequence = Sequence.of_packed_rows(document_bounds, length, loss_weight)
-            x = self.embedding(tokens.reshape(1, -1))
-        output = self._run(x, sequence, labels=labels)
-        return output if labels is not None else output.view(batch_size, length, -1)
+            sequence = Sequence.of_packed_rows(document_bounds, length, loss_weight / num_spans).span(index, num_spans)
+            tokens = tokens.reshape(1, -1).chunk(num_spans, 1)[index]
+            labels = None if labels is None else labels.reshape(1, -1).chunk(num_spans, 1)[index]
+        output = self._run(self.embedding(tokens), sequence, labels=labels)
+        return output if labels is not None or num_spans > 1 else output.view(batch_size, length, -1)
 
     def next_logits(self, tokens: Tensor, positions: Tensor, cache: TensorDict) -> Tensor:
         """What comes after `tokens`, which go on where `cache` ends: logits [B, V] of the last token of each row.

@@ -19,7 +19,7 @@ def kernels_serve(backend: str, *tensors: Tensor | None, refusal: str | None = N
     on_gpu = all(x is None or x.is_cuda for x in tensors)
     if backend == "auto" and on_gpu:
         if reason := refusal or _refusal(True, *tensors):
-            _say_chunked(reason)
+            _say_once(reason)
         return reason is None
     if backend == "triton" and (reason := refusal or _refusal(on_gpu, *tensors)):
         raise ValueError(f"backend = 'triton' does not serve this, since {reason}; use 'chunked'.")
@@ -50,5 +50,5 @@ def _triton() -> tuple[bool, bool]:
 
 
 @cache
-def _say_chunked(reason: str) -> None:
-    logger.warning(f"backend = 'auto' takes the chunked form, since {reason}.")
+def _say_once(reason: str) -> None:
+    logger.warning(f"Plain PyTorch runs here instead of Triton kernels, since {reason}.")

@@ -10,14 +10,21 @@ with A and M the sums of g and m since its start, and S and W those that it find
     P_ts = sum_{r=s..t} exp(A_t - A_r) exp(M_r - M_s)            f_t = sum_{r<=t} exp(A_t - A_r) exp(M_r)
     O    = exp(A) * (Q W) + f * (Q S) - (Q K^T * P * lr) G       W and S after it likewise, with K in place of Q
 
-Without momentum, S is the step alone and P_ts = exp(A_t - A_s). Mini-batches run one after another, over all documents
-and heads at once. They start anew with every document; `offset` says how much of a document's first one is past.
-The forward keeps the state once in a slab of mini-batches, the backward differentiates each slab again.
+Without momentum, S is the step alone and P_ts = exp(A_t - A_s). A step scale, a number r_i for each place of a
+mini-batch, weighs what has come of it so far: the token there reads W_a + r_i (W_t - W_a), and what the last one reads
+is what goes on as W.
+
+Mini-batches run one after another, over all documents and heads at once. They start anew with every document; `offset`
+says how much of a document's first one is past. The forward keeps the state once in a slab of mini-batches, the
+backward differentiates each slab again.
 
 Legend: B batch, T tokens, H heads, K key width, V value width, N documents, M mini-batches, C slots of a mini-batch.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +34,24 @@ from torchlmoe.ops.chunk_layout import check_bounds, chunk_layout, kept_scan_lay
 from torchlmoe.ops.elementwise_recurrence import check_backend
 
 SLAB_STEPS = 16  # mini-batches; the state is kept once a slab
+
+
+class Terms(NamedTuple):
+    """What a document is read with; see `online_gradient`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    learning_rate: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
+    log_decay: Tensor | None = None
+    log_momentum: Tensor | None = None
+    step_scale: Tensor | None = None
+
+    def present(self, function: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """By name, `function` of each term that there is."""
+        return {name: function(x) for name, x in self._asdict().items() if x is not None}
 
 
 def online_gradient(
@@ -39,6 +64,7 @@ def online_gradient(
     norm_bias: Tensor,
     log_decay: Tensor | None = None,
     log_momentum: Tensor | None = None,
+    step_scale: Tensor | None = None,
     norm_eps: float = 1e-6,
     mini_batch_size: int = 16,
     initial_state: Tensor | None = None,
@@ -56,6 +82,8 @@ def online_gradient(
         norm_weight, norm_bias: [H, V], of the layer norm in the inner loss.
         log_decay: g, [B, T, H], finite and <= 0: what W keeps, as a natural logarithm; everything unless given.
         log_momentum: m, [B, T, H], finite and <= 0: what S keeps; no momentum unless given.
+        step_scale: r, [H or 1, mini_batch_size], >= 0: by place in the mini-batch, what its step so far counts for; one
+            unless given.
         norm_eps: of the layer norm.
         mini_batch_size: tokens whose gradients are taken at the same weights.
         initial_state: [N, H, 2 or 3, K, V] in at least float32: the weights W_a at which the first mini-batch takes its
@@ -73,34 +101,36 @@ def online_gradient(
     Raises:
         ValueError: shapes or dtypes that do not fit together, or a backend that there is not.
     """
-    _check(
-        q, k, v, learning_rate, norm_weight, norm_bias, log_decay, log_momentum, mini_batch_size, initial_state,
-        offset, cu_seqlens, backend,
-    )  # fmt: skip
-    run = _reference if backend == "reference" else _forward
-    o, state = run(
-        q, k, v, learning_rate, norm_weight, norm_bias, log_decay, log_momentum, initial_state, norm_eps,
-        mini_batch_size, offset, cu_seqlens,
-    )[:2]  # fmt: skip
+    terms = Terms(q, k, v, learning_rate, norm_weight, norm_bias, log_decay, log_momentum, step_scale)
+    _check(terms, mini_batch_size, initial_state, offset, cu_seqlens, backend)
+    if backend == "reference":
+        o, state = _reference(terms, initial_state, norm_eps, mini_batch_size, offset, cu_seqlens)
+    else:
+        o, state, _ = _forward(*terms, initial_state, norm_eps, mini_batch_size, offset, cu_seqlens)
     return o, (state if output_final_state else None)
 
 
 def online_gradient_flops_per_token(
-    num_heads: int, key_dim: int, value_dim: int, *, decay: bool = False, momentum: bool = False
+    num_heads: int,
+    key_dim: int,
+    value_dim: int,
+    *,
+    decay: bool = False,
+    momentum: bool = False,
+    step_scale: bool = False,
 ) -> int:
     """Forward FLOPs as it is defined, token by token (a multiply-add is two, the layer norm left out), all heads."""
-    per_element = 6 + decay + 2 * momentum  # W^T k, the gradient, W^T q; decay; S's decay and W + S
+    # W^T k, the gradient, W^T q; decay; S's decay and W + S; W_a^T q.
+    per_element = 6 + decay + 2 * momentum + 2 * step_scale
     return num_heads * key_dim * value_dim * per_element
 
 
-def _check(
-    q, k, v, learning_rate, norm_weight, norm_bias, log_decay, log_momentum, mini_batch_size, initial_state, offset,
-    cu_seqlens, backend,
-) -> None:  # fmt: skip
+def _check(terms: Terms, mini_batch_size: int, initial_state, offset, cu_seqlens, backend: str) -> None:
     def expect(name: str, tensor: Tensor | None, *shape: int) -> None:
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{name} has shape {list(tensor.shape)}; with this k and v it must be {list(shape)}.")
 
+    q, k, v = terms[:3]
     check_backend(backend, "online_gradient")
     if mini_batch_size < 1:
         raise ValueError(f"mini_batch_size = {mini_batch_size} must be at least 1.")
@@ -111,20 +141,24 @@ def _check(
     batch_size, length, num_heads, value_dim = v.shape
     expect("k", k, batch_size, length, num_heads, k.shape[-1])
     expect("q", q, *k.shape)
-    for name, tensor in (("learning_rate", learning_rate), ("log_decay", log_decay), ("log_momentum", log_momentum)):
-        expect(name, tensor, batch_size, length, num_heads)
-    expect("norm_weight", norm_weight, num_heads, value_dim)
-    expect("norm_bias", norm_bias, num_heads, value_dim)
-    documents, parts = num_documents(v, cu_seqlens), 2 if log_momentum is None else 3
+    for name in ("learning_rate", "log_decay", "log_momentum"):
+        expect(name, getattr(terms, name), batch_size, length, num_heads)
+    expect("norm_weight", terms.norm_weight, num_heads, value_dim)
+    expect("norm_bias", terms.norm_bias, num_heads, value_dim)
+    if terms.step_scale is not None:
+        scaled_heads = 1 if terms.step_scale.shape[:1] == (1,) else num_heads
+        expect("step_scale", terms.step_scale, scaled_heads, mini_batch_size)
+    documents, parts = num_documents(v, cu_seqlens), 2 if terms.log_momentum is None else 3
     expect("initial_state", initial_state, documents, num_heads, parts, k.shape[-1], value_dim)
     expect("offset", offset, documents)
 
 
-def _first_state(k: Tensor, v: Tensor, log_momentum, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+def _first_state(terms: Terms, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    k, v = terms.k, terms.v
     dtype = torch.promote_types(v.dtype, torch.float32)
     if initial_state is not None:
         return initial_state.to(dtype)
-    parts = 2 if log_momentum is None else 3
+    parts = 2 if terms.log_momentum is None else 3
     shape = (num_documents(v, cu_seqlens), v.shape[2], parts, k.shape[-1], v.shape[-1])
     return torch.zeros(shape, dtype=dtype, device=v.device)
 
@@ -148,21 +182,17 @@ def _gradient(z: Tensor, target: Tensor, norm_weight: Tensor, norm_bias: Tensor,
 
 
 def _reference(
-    q, k, v, learning_rate, norm_weight, norm_bias, log_decay, log_momentum, initial_state, norm_eps, mini_batch_size,
-    offset, cu_seqlens,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    terms: Terms, initial_state, norm_eps: float, mini_batch_size: int, offset, cu_seqlens
+) -> tuple[Tensor, Tensor]:
     """Token by token, differentiable by autograd: the definition in code."""
-    states = _first_state(k, v, log_momentum, initial_state, cu_seqlens)
+    states, v = _first_state(terms, initial_state, cu_seqlens), terms.v
     bounds = _bounds(v, cu_seqlens)
     offsets = [0] * len(states) if offset is None else offset.tolist()
-
-    def rows_of(x: Tensor) -> Tensor:
-        return x.flatten(0, 1).to(states.dtype)
-
-    q, k, target, learning_rate = (rows_of(x) for x in (q, k, v, learning_rate))
-    keep = None if log_decay is None else rows_of(log_decay).exp()[..., None, None]
-    keep_momentum = None if log_momentum is None else rows_of(log_momentum).exp()[..., None, None]
-    norm_weight, norm_bias = norm_weight.to(states.dtype), norm_bias.to(states.dtype)
+    q, k, target, learning_rate, norm_weight, norm_bias, log_decay, log_momentum, step_scale = Terms(
+        **terms.present(lambda x: (x if x.dim() == 2 else x.flatten(0, 1)).to(states.dtype))
+    )
+    keep = None if log_decay is None else log_decay.exp()[..., None, None]
+    keep_momentum = None if log_momentum is None else log_momentum.exp()[..., None, None]
     outputs, last_states = [], []
     for state, place, start, end in zip(states, offsets, bounds, bounds[1:], strict=False):
         anchor, weights, *momentum = state.unbind(1)
@@ -174,10 +204,13 @@ def _reference(
                 change = keep_momentum[t] * momentum[0] + change
                 momentum = [change]
             weights = (weights if keep is None else keep[t] * weights) + change
-            outputs.append(torch.einsum("hk,hkv->hv", q[t], weights))
+            read = weights
+            if step_scale is not None:
+                read = anchor + step_scale[:, place % mini_batch_size, None, None] * (weights - anchor)
+            outputs.append(torch.einsum("hk,hkv->hv", q[t], read))
             place += 1
             if place % mini_batch_size == 0:
-                anchor = weights
+                anchor = weights = read
         last_states.append(torch.stack([anchor, weights, *momentum], 1))
     o = torch.stack(outputs).view(v.shape).to(v.dtype) if outputs else torch.zeros_like(v)
     return o, torch.stack(last_states) if last_states else states
@@ -192,10 +225,8 @@ class _MiniBatches:
     filled_MC: Tensor  # whether there is one
     complete_M: Tensor  # whether the mini-batch ends with its last slot
 
-    def take(self, x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    def take(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """[B, T, H, ...] -> [M, H, C, ...], zero in empty slots."""
-        if x is None:
-            return None
         taken = x.flatten(0, 1)[self.tokens_MC].to(dtype)
         filled = self.filled_MC.view(*self.filled_MC.shape, *[1] * (taken.dim() - 2))
         return taken.masked_fill(~filled, 0).movedim(2, 1)
@@ -240,23 +271,13 @@ def _decays(log: Tensor) -> tuple[Tensor, Tensor]:
     return total.to(log.dtype).exp(), between.to(log.dtype).exp().tril()
 
 
-def _descend(
-    slab: _MiniBatches,
-    norm_eps: float,
-    state: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    learning_rate: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    log_decay: Tensor | None,
-    log_momentum: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """A slab of mini-batches, [M, H, C, ...], from the state of the documents that it has; differentiable.
+def _descend(slab: _MiniBatches, norm_eps: float, state: Tensor, terms: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """A slab of mini-batches, from the state of the documents that it has; differentiable.
 
-    Returns o [M, H, C, V], and the state after the slab or after the document's last mini-batch.
+    terms: those present of `Terms`, [M, H, C, ...] where they vary with tokens. Returns o [M, H, C, V], and the state
+    after the slab or after the document's last mini-batch.
     """
+    q, k, v, learning_rate, norm_weight, norm_bias, log_decay, log_momentum, step_scale = Terms(**terms)
     from_start, path = _decays(torch.zeros_like(learning_rate) if log_decay is None else log_decay)
     if log_momentum is not None:
         momentum_from_start, momentum_path = _decays(log_momentum)
@@ -270,6 +291,7 @@ def _descend(
     decayed_q = q * from_start[..., None]
     complete = slab.complete_M[:, None, None, None]
     weight, bias = norm_weight[:, None], norm_bias[:, None]
+    scale = None if step_scale is None else step_scale[:, : q.shape[2], None]  # short documents have fewer slots
 
     outputs, finished = [], []
     start = 0
@@ -286,14 +308,20 @@ def _descend(
             changed = changed + from_momentum[rows, :, -1:, None] * momentum[0]
             kept = momentum_from_start[rows, :, -1:, None] * momentum[0]
             momentum = [kept - momentum_key[rows].mT @ gradient]
+        ended = changed
+        if scale is not None:
+            o = torch.lerp(q[rows] @ anchor, o, scale)
+            ended = torch.lerp(anchor, changed, scale[:, -1:])
         outputs.append(o)
-        state = torch.stack([torch.where(complete[rows], changed, anchor), changed, *momentum], 2)
+        state = torch.stack(
+            [torch.where(complete[rows], ended, anchor), torch.where(complete[rows], ended, changed), *momentum], 2
+        )
     return torch.cat(outputs), torch.cat([state, *reversed(finished)])
 
 
-def _slab_inputs(slab: _MiniBatches, dtype: torch.dtype, tensors: list[Tensor | None]) -> list:
-    """q, k, v, learning_rate, norm_weight, norm_bias, log_decay and log_momentum as `_descend` takes them."""
-    return [x.to(dtype) if x is not None and x.dim() == 2 else slab.take(x, dtype) for x in tensors]
+def _slab_terms(slab: _MiniBatches, dtype: torch.dtype, terms: Terms) -> dict[str, Tensor]:
+    """The terms as `_descend` takes them."""
+    return terms.present(lambda x: x.to(dtype) if x.dim() == 2 else slab.take(x, dtype))
 
 
 @torch.library.custom_op("torchlmoe::online_gradient", mutates_args=())
@@ -306,6 +334,7 @@ def _forward(
     norm_bias: Tensor,
     log_decay: Tensor | None,
     log_momentum: Tensor | None,
+    step_scale: Tensor | None,
     initial_state: Tensor | None,
     norm_eps: float,
     mini_batch_size: int,
@@ -313,14 +342,14 @@ def _forward(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns o, the final state and, for the backward, the state that each slab finds, [rows, H, 2 or 3, K, V]."""
+    terms = Terms(q, k, v, learning_rate, norm_weight, norm_bias, log_decay, log_momentum, step_scale)
     slabs, order_N = _mini_batches(v, cu_seqlens, offset, mini_batch_size)
-    state = _first_state(k, v, log_momentum, initial_state, cu_seqlens).index_select(0, order_N)
+    state = _first_state(terms, initial_state, cu_seqlens).index_select(0, order_N)
     o = torch.zeros_like(v, memory_format=torch.contiguous_format)
     final, starts = state.clone(), []  # that of an empty document is what came in
     for slab in slabs:
         starts.append(state[: slab.counts[0]])
-        tensors = [q, k, v, learning_rate, norm_weight, norm_bias, log_decay, log_momentum]
-        o_MHCV, state = _descend(slab, norm_eps, starts[-1], *_slab_inputs(slab, state.dtype, tensors))
+        o_MHCV, state = _descend(slab, norm_eps, starts[-1], _slab_terms(slab, state.dtype, terms))
         slab.put(o, o_MHCV)
         final[: state.shape[0]] = state
         state = state[: slab.counts[-1]]
@@ -328,10 +357,11 @@ def _forward(
 
 
 @_forward.register_fake
-def _(q, k, v, learning_rate, norm_weight, norm_bias, log_decay, log_momentum, initial_state, *rest):
-    state = _first_state(k, v, log_momentum, initial_state, rest[-1])
+def _(*arguments):
+    terms, initial_state, cu_seqlens = Terms(*arguments[:9]), arguments[9], arguments[-1]
+    state = _first_state(terms, initial_state, cu_seqlens)
     rows = torch.library.get_ctx().new_dynamic_size()  # how many depends on the documents
-    o = torch.empty_like(v, memory_format=torch.contiguous_format)
+    o = torch.empty_like(terms.v, memory_format=torch.contiguous_format)
     return o, torch.empty_like(state), state.new_empty(rows, *state.shape[1:])
 
 
@@ -347,6 +377,7 @@ def _backward(
     norm_bias: Tensor,
     log_decay: Tensor | None,
     log_momentum: Tensor | None,
+    step_scale: Tensor | None,
     initial_state: Tensor | None,
     norm_eps: float,
     mini_batch_size: int,
@@ -355,48 +386,36 @@ def _backward(
     starts: Tensor,
 ) -> list[Tensor]:
     """Gradients of q .. initial_state; an operation cannot return None, so empty if absent."""
+    terms = Terms(q, k, v, learning_rate, norm_weight, norm_bias, log_decay, log_momentum, step_scale)
     slabs, order_N = _mini_batches(v, cu_seqlens, offset, mini_batch_size)
-    tensors = [q, k, v, learning_rate, norm_weight, norm_bias, log_decay, log_momentum]
     dtype = starts.dtype
-    grads = [None if x is None else torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format)
-             for x in tensors]  # fmt: skip
+    grads = terms.present(lambda x: torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format))
     grad_state = grad_final.to(dtype).index_select(0, order_N)  # of every document's state after the slab
     end = starts.shape[0]
     for slab in reversed(slabs):
         state = starts[end - slab.counts[0] : end]
         end -= slab.counts[0]
-        inputs = _slab_inputs(slab, dtype, tensors)
-        given = [index for index, x in enumerate(inputs) if x is not None]
-
-        def descend(state: Tensor, *present: Tensor, slab=slab, given=given) -> tuple[Tensor, Tensor]:
-            arguments = dict.fromkeys(range(len(tensors))) | dict(zip(given, present, strict=True))
-            return _descend(slab, norm_eps, state, *arguments.values())  # type: ignore[arg-type]
-
         # Autograd is off within an operation; torch.func is not.
-        pull_back = torch.func.vjp(descend, state, *(inputs[index] for index in given))[1]
+        pull_back = torch.func.vjp(partial(_descend, slab, norm_eps), state, _slab_terms(slab, dtype, terms))[1]
         grad_o_MHCV = slab.take(grad_o, dtype)
-        grad_state[: slab.counts[0]], *grads_of_slab = pull_back((grad_o_MHCV, grad_state[: slab.counts[0]].clone()))
-        for index, grad in zip(given, grads_of_slab, strict=True):
-            into = grads[index]
-            assert into is not None
-            if into.dim() == 2:
-                into += grad
+        grad_state[: slab.counts[0]], grads_of_slab = pull_back((grad_o_MHCV, grad_state[: slab.counts[0]].clone()))
+        for name, grad in grads_of_slab.items():
+            if grads[name].dim() == 2:
+                grads[name] += grad
             else:
-                slab.put(into, grad)
-    result = [
-        k.new_empty(0) if x is None or grad is None else grad.to(x.dtype)
-        for x, grad in zip(tensors, grads, strict=True)
-    ]
+                slab.put(grads[name], grad)
+    result = [k.new_empty(0) if x is None else grads[name].to(x.dtype) for name, x in terms._asdict().items()]
     if initial_state is None:
         return [*result, k.new_empty(0)]
     return [*result, torch.empty_like(grad_state).index_copy_(0, order_N, grad_state).to(initial_state.dtype)]
 
 
 @_backward.register_fake
-def _(grad_o, grad_final, q, k, v, learning_rate, norm_weight, norm_bias, log_decay, log_momentum, initial_state, *_):
-    tensors = (q, k, v, learning_rate, norm_weight, norm_bias, log_decay, log_momentum, initial_state)
+def _(grad_o, grad_final, *arguments):
+    *terms, initial_state = arguments[:10]
     return [
-        k.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors
+        grad_o.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+        for x in (*terms, initial_state)
     ]
 
 
@@ -415,20 +434,23 @@ def _autograd(ctx, grad_o, grad_final, _):
 torch.library.register_autograd("torchlmoe::online_gradient", _autograd, setup_context=_setup_context)
 
 
-def _flops(k_shape, v_shape, log_decay_shape, log_momentum_shape) -> int:
-    batch_size, length, num_heads, value_dim = v_shape
+def _flops(shapes: Terms) -> int:
+    batch_size, length, num_heads, value_dim = shapes.v
     return (batch_size * length) * online_gradient_flops_per_token(
-        num_heads, k_shape[-1], value_dim, decay=log_decay_shape is not None, momentum=log_momentum_shape is not None
+        num_heads,
+        shapes.k[-1],  # type: ignore[arg-type]
+        value_dim,
+        decay=shapes.log_decay is not None,
+        momentum=shapes.log_momentum is not None,
+        step_scale=shapes.step_scale is not None,
     )
 
 
 @register_flop_formula(torch.ops.torchlmoe.online_gradient)
-def _(q, k, v, learning_rate, norm_weight, norm_bias, log_decay, log_momentum, *rest, **kwargs) -> int:
-    return _flops(k, v, log_decay, log_momentum)
+def _(*shapes, **kwargs) -> int:
+    return _flops(Terms(*shapes[:9]))
 
 
 @register_flop_formula(torch.ops.torchlmoe.online_gradient_backward)
-def _(
-    grad_o, grad_final, q, k, v, learning_rate, norm_weight, norm_bias, log_decay, log_momentum, *rest, **kwargs
-) -> int:
-    return 2 * _flops(k, v, log_decay, log_momentum)
+def _(grad_o, grad_final, *shapes, **kwargs) -> int:
+    return 2 * _flops(Terms(*shapes[:9]))

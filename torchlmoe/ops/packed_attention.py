@@ -4,10 +4,17 @@ Documents are gathered into batches of similar length and padded at the end, whe
 padding from every real token. So no mask of the whole row is built, the cost is that of the documents alone, and
 what one document holds cannot reach another even as a rounding error. One operation to torch (forward and backward
 are a `torch.library.custom_op` pair), since the shapes within depend on the documents.
+
+Queries may be a span of the rows that keys and values are of. Only the document that the span starts in has keys
+before it, and the span's queries see all of those: one more softmax, without causality, joined to that over the span
+by the sums of both (arXiv 2112.05682).
 """
 
+from bisect import bisect_right
 from collections import defaultdict
 from functools import lru_cache
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,25 +26,46 @@ _PAGE = 256  # longer documents are padded to a multiple of it, shorter ones to 
 
 
 def packed_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Tensor | None = None, window: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    window: int | None = None,
+    query_start: int = 0,
 ) -> Tensor:
     """softmax(q k^T / sqrt(D)) v over the earlier tokens of the same document.
 
-    q [B, T, H, D]; k, v [B, T, G, D], G a divisor of H. cu_seqlens: int32 [N + 1] bounds of documents in one row
-    (B = 1), empty ones allowed. window: how many tokens, itself included, a token sees; all unless given. Returns o
-    like q.
+    q [B, S, H, D]; k, v [B, T, G, D], G a divisor of H. cu_seqlens: int32 [N + 1] bounds of documents in one row
+    (B = 1, of T tokens), empty ones allowed. window: how many tokens, itself included, a token sees; all unless given.
+    query_start: the place in its row of the first query, where S is less than T. Returns o like q.
     """
     length = q.shape[1]
-    if cu_seqlens is None or length == 0:
-        return _sdpa(q, k, v, None if window is None or window >= length else _visible(length, window, q.device))
+    if length == 0 or (cu_seqlens is None and k.shape[1] == length):
+        mask = None if window is None or window >= length else _visible(length, length, 0, window, q.device)
+        return _sdpa(q, k, v, mask)
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-        # torch's own operation on packed documents, by flash attention.
-        span = (-1 if window is None else window - 1, 0)
-        bounds = (cu_seqlens, cu_seqlens, length, length)
-        o = varlen_attn(q[0], k[0], v[0], *bounds, window_size=span, enable_gqa=True)
-        assert isinstance(o, Tensor)
-        return o[None]
-    return _forward(q, k, v, cu_seqlens, window)[0]
+        return _varlen(q, k, v, cu_seqlens, window, query_start)
+    return _forward(q, k, v, cu_seqlens, window, query_start)[0]
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, window: int | None, query_start: int) -> Tensor:
+    """By torch's own operation on packed documents, flash attention, in which a document's last query meets its last
+    key."""
+    first_key = 0 if window is None else max(0, query_start - window + 1)
+    query_end = query_start + q.shape[1]
+    k, v = (x[:, first_key:query_end].flatten(0, 1) for x in (k, v))
+    if cu_seqlens is None:
+        rows = torch.arange(len(q) + 1, dtype=torch.int32, device=q.device)
+        q_bounds, k_bounds = rows * q.shape[1], rows * (query_end - first_key)
+    else:
+        q_bounds = cu_seqlens.clamp(query_start, query_end) - query_start
+        k_bounds = cu_seqlens.clamp(first_key, query_end) - first_key
+    span = (-1 if window is None else window - 1, 0)
+    lengths = (q.shape[1], query_end - first_key)
+    o = varlen_attn(q.flatten(0, 1), k, v, q_bounds, k_bounds, *lengths, window_size=span, enable_gqa=True)
+    assert isinstance(o, Tensor)
+    return o.reshape(q.shape)
 
 
 def cached_attention(q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor, *, window: int | None = None) -> Tensor:
@@ -60,11 +88,34 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return o.transpose(1, 2)
 
 
-def _visible(length: int, window: int | None, device: torch.device) -> Tensor:
-    """bool [T, T]: which places a place sees."""
-    place = torch.arange(length, device=device)
-    distance = place[:, None] - place
+def _visible(num_queries: int, num_keys: int, first_query: int, window: int | None, device: torch.device) -> Tensor:
+    """bool [queries, keys]: which keys the queries at `first_query` and on see."""
+    query = first_query + torch.arange(num_queries, device=device)
+    distance = query[:, None] - torch.arange(num_keys, device=device)
     return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+
+
+class _Span(NamedTuple):
+    """bounds: of the documents among the queries, all rows' back to back. The first `num_queries` of each row also see
+    the keys `first_key` .. query_start of their document, those before the span."""
+
+    bounds: tuple[int, ...]
+    first_key: int
+    num_queries: int
+
+
+def _span(q: Tensor, cu_seqlens: Tensor | None, window: int | None, query_start: int) -> _Span:
+    num_rows, length = q.shape[:2]
+    if cu_seqlens is None:
+        bounds, first_key, end = tuple(length * row for row in range(num_rows + 1)), 0, length
+    else:
+        places = cu_seqlens.tolist()
+        bounds = tuple(min(max(place - query_start, 0), length) for place in places)
+        after = bisect_right(places, query_start)
+        first_key, end = places[after - 1], bounds[after]
+    if window is not None:
+        first_key, end = max(first_key, query_start - window + 1), min(end, window - 1)
+    return _Span(bounds, first_key, end if first_key < query_start else 0)
 
 
 @lru_cache(maxsize=4)
@@ -92,15 +143,25 @@ def _padded_length(length: int) -> int:
 
 
 def _take(x: Tensor, tokens: Tensor, num_heads: int) -> Tensor:
-    """[1, T, G, ...] -> [documents, num_heads, padded length, ...]; head h takes from head h // (num_heads / G)."""
-    rows = x[0].index_select(0, tokens.flatten()).unflatten(0, tokens.shape).transpose(1, 2)
+    """[B, T, G, ...] -> [documents, num_heads, padded length, ...]; head h takes from head h // (num_heads / G)."""
+    rows = x.flatten(0, 1).index_select(0, tokens.flatten()).unflatten(0, tokens.shape).transpose(1, 2)
     return rows if rows.shape[1] == num_heads else rows.repeat_interleave(num_heads // rows.shape[1], 1)
 
 
-def _put(parts: list[Tensor], place: Tensor, num_heads: int) -> Tensor:
+def _put(parts: list[Tensor], place: Tensor, num_rows: int, num_heads: int) -> Tensor:
     """The way back; heads that shared a source are summed."""
     rows = torch.cat([part.transpose(1, 2).flatten(0, 1) for part in parts]).index_select(0, place)
-    return (rows if rows.shape[1] == num_heads else rows.unflatten(1, (num_heads, -1)).sum(2))[None]
+    rows = rows if rows.shape[1] == num_heads else rows.unflatten(1, (num_heads, -1)).sum(2)
+    return rows.unflatten(0, (num_rows, -1))
+
+
+def _share(x: Tensor, num_heads: int) -> Tensor:
+    """[B, n, H, ...] -> [B, num_heads, H / num_heads * n, ...]: queries that share a key's head, as queries of one."""
+    return x.unflatten(2, (num_heads, -1)).movedim(1, 3).flatten(2, 3)
+
+
+def _unshare(x: Tensor, num_queries: int) -> Tensor:
+    return x.unflatten(2, (-1, num_queries)).movedim(3, 1).flatten(2, 3)
 
 
 def _has_kernels(q: Tensor) -> bool:
@@ -113,58 +174,97 @@ def _bias(q: Tensor, window: int | None) -> Tensor | None:
     length = q.shape[-2]
     if _has_kernels(q) and (window is None or window >= length):
         return None
-    return torch.where(_visible(length, window, q.device), 0.0, -torch.inf).to(q.dtype)
+    return torch.where(_visible(length, length, 0, window, q.device), 0.0, -torch.inf).to(q.dtype)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """q, k, v [documents, H, T, D] -> o, and the logarithm of each softmax's sum [documents, H, T]."""
+def _past(q: Tensor, k: Tensor, span: _Span, window: int | None, query_start: int) -> tuple[slice, Tensor | None]:
+    """The places of the keys before the span, and the bias of all queries that share a head; None where all see all."""
+    num_queries, num_keys = span.num_queries, query_start - span.first_key
+    past = slice(span.first_key, query_start)
+    if window is None or num_keys + num_queries <= window:
+        return past, None
+    seen = _visible(num_queries, num_keys, num_keys, window, q.device)
+    return past, torch.where(seen, 0.0, -torch.inf).to(q.dtype).repeat(q.shape[2] // k.shape[2], 1)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool) -> tuple[Tensor, Tensor]:
+    """q [documents, H, S, D]; k, v [documents, H, T, D] -> o, and the logarithm of each softmax's sum
+    [documents, H, S]. causal: without a bias, which then says all."""
     if _has_kernels(q):
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, bias is None, attn_mask=bias)
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias)
     dtype = torch.promote_types(q.dtype, torch.float32)
-    scores = (q @ k.mT).to(dtype) * q.shape[-1] ** -0.5 + bias
+    scores = _scores(q, k, bias, dtype)
     logsumexp = scores.logsumexp(-1)
     return (scores - logsumexp[..., None]).exp().to(v.dtype) @ v, logsumexp
 
 
 def _attend_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, logsumexp: Tensor, bias: Tensor | None
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, logsumexp: Tensor, bias: Tensor | None, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """o and logsumexp may be those of a softmax over more keys, of which k are some."""
     if _has_kernels(q):
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, q, k, v, o, logsumexp, 0.0, bias is None, attn_mask=bias
+            grad, q, k, v, o, logsumexp, 0.0, causal, attn_mask=bias
         )
-    scale = q.shape[-1] ** -0.5
-    weight = ((q @ k.mT).to(logsumexp.dtype) * scale + bias - logsumexp[..., None]).exp()
+    weight = (_scores(q, k, bias, logsumexp.dtype) - logsumexp[..., None]).exp()
     grad_weight = (grad @ v.mT).to(weight.dtype)
-    grad_scores = (weight * (grad_weight - (grad * o).sum(-1, keepdim=True)) * scale).to(q.dtype)
+    grad_scores = (weight * (grad_weight - (grad * o).sum(-1, keepdim=True)) * q.shape[-1] ** -0.5).to(q.dtype)
     return grad_scores @ k, grad_scores.mT @ q, weight.to(v.dtype).mT @ grad
 
 
+def _scores(q: Tensor, k: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    scores = (q @ k.mT).to(dtype) * q.shape[-1] ** -0.5
+    return scores if bias is None else scores + bias
+
+
 @torch.library.custom_op("torchlmoe::packed_attention", mutates_args=())
-def _forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
-    """Returns o [1, T, H, D] and the logarithm of each softmax's sum [1, T, H] for the backward."""
-    batches, place = _batches(tuple(cu_seqlens.tolist()), q.device)
-    num_heads = q.shape[2]
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, window: int | None, query_start: int
+) -> tuple[Tensor, Tensor]:
+    """Returns o [B, S, H, D] and the logarithm of each softmax's sum [B, S, H] for the backward."""
+    num_rows, length, num_heads = q.shape[:3]
+    span = _span(q, cu_seqlens, window, query_start)
+    batches, place = _batches(span.bounds, q.device)
+    k_own, v_own = (x[:, query_start : query_start + length] for x in (k, v))
     parts = []
     for tokens in batches:
-        q_part, k_part, v_part = (_take(x, tokens, num_heads) for x in (q, k, v))
-        parts.append(_attend(q_part, k_part, v_part, _bias(q_part, window)))
-    o, logsumexp = (_put(list(part), place, num_heads) for part in zip(*parts, strict=True))
+        q_part, k_part, v_part = (_take(x, tokens, num_heads) for x in (q, k_own, v_own))
+        bias = _bias(q_part, window)
+        parts.append(_attend(q_part, k_part, v_part, bias, bias is None))
+    o, logsumexp = (_put(list(part), place, num_rows, num_heads) for part in zip(*parts, strict=True))
+    if n := span.num_queries:
+        past, bias = _past(q, k, span, window, query_start)
+        q_n, k_past, v_past = _share(q[:, :n], k.shape[2]), k[:, past].transpose(1, 2), v[:, past].transpose(1, 2)
+        o_past, sum_past = (_unshare(x, n) for x in _attend(q_n, k_past, v_past, bias, False))
+        total = torch.logaddexp(logsumexp[:, :n], sum_past)
+        own_weight, past_weight = ((x - total).exp()[..., None] for x in (logsumexp[:, :n], sum_past))
+        o[:, :n] = own_weight * o[:, :n] + past_weight * o_past
+        logsumexp[:, :n] = total
     return o, logsumexp
 
 
 @_forward.register_fake
-def _(q, k, v, cu_seqlens, window):
+def _(q, k, v, cu_seqlens, window, query_start):
     dtype = torch.promote_types(q.dtype, torch.float32)
     return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:3], dtype=dtype)
 
 
 @torch.library.custom_op("torchlmoe::packed_attention_backward", mutates_args=())
 def _backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, logsumexp: Tensor, cu_seqlens: Tensor, window: int | None
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    logsumexp: Tensor,
+    cu_seqlens: Tensor | None,
+    window: int | None,
+    query_start: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batches, place = _batches(tuple(cu_seqlens.tolist()), q.device)
-    num_heads = q.shape[2]
+    num_rows, length, num_heads = q.shape[:3]
+    span = _span(q, cu_seqlens, window, query_start)
+    batches, place = _batches(span.bounds, q.device)
+    own = slice(query_start, query_start + length)
     inside = torch.zeros(sum(tokens.numel() for tokens in batches), dtype=torch.bool, device=q.device)
     inside[place] = True
     parts, start = [], 0
@@ -173,45 +273,60 @@ def _backward(
         real = inside[start : start + tokens.numel()].view(tokens.shape)[:, None, :, None]
         start += tokens.numel()
         grad_part, q_part, k_part, v_part, o_part, sum_part = (
-            _take(x, tokens, num_heads) for x in (grad, q, k, v, o, logsumexp)
+            _take(x, tokens, num_heads) for x in (grad, q, k[:, own], v[:, own], o, logsumexp)
         )
-        grad_part = grad_part.where(real, 0)
-        parts.append(_attend_backward(grad_part, q_part, k_part, v_part, o_part, sum_part, _bias(q_part, window)))
+        grad_part, bias = grad_part.where(real, 0), _bias(q_part, window)
+        parts.append(_attend_backward(grad_part, q_part, k_part, v_part, o_part, sum_part, bias, bias is None))
     grad_q, grad_k, grad_v = (
-        _put(list(part), place, x.shape[2]) for part, x in zip(zip(*parts, strict=True), (q, k, v), strict=True)
+        _put(list(part), place, num_rows, x.shape[2])
+        for part, x in zip(zip(*parts, strict=True), (q, k, v), strict=True)
     )
-    return grad_q, grad_k, grad_v
+    if k.shape[1] == length:
+        return grad_q, grad_k, grad_v
+    all_k, all_v = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (k, v))
+    all_k[:, own], all_v[:, own] = grad_k, grad_v
+    if n := span.num_queries:
+        past, bias = _past(q, k, span, window, query_start)
+        grad_n, q_n, o_n, sum_n = (_share(x[:, :n], k.shape[2]) for x in (grad, q, o, logsumexp))
+        k_past, v_past = k[:, past].transpose(1, 2), v[:, past].transpose(1, 2)
+        grad_q_n, grad_k, grad_v = _attend_backward(grad_n, q_n, k_past, v_past, o_n, sum_n, bias, False)
+        grad_q[:, :n] += _unshare(grad_q_n, n)
+        all_k[:, past], all_v[:, past] = grad_k.transpose(1, 2), grad_v.transpose(1, 2)
+    return grad_q, all_k, all_v
 
 
 @_backward.register_fake
-def _(grad, q, k, v, o, logsumexp, cu_seqlens, window):
+def _(grad, q, k, v, o, logsumexp, cu_seqlens, window, query_start):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))  # type: ignore[return-value]
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, cu_seqlens, ctx.window = inputs
+    q, k, v, cu_seqlens, ctx.window, ctx.query_start = inputs
     ctx.save_for_backward(q, k, v, *output, cu_seqlens)
     ctx.mark_non_differentiable(output[1])
 
 
 def _autograd(ctx, grad, _):
     q, k, v, o, logsumexp, cu_seqlens = ctx.saved_tensors
-    return (*_backward(grad, q, k, v, o, logsumexp, cu_seqlens, ctx.window), None, None)
+    return (*_backward(grad, q, k, v, o, logsumexp, cu_seqlens, ctx.window, ctx.query_start), None, None, None)
 
 
 torch.library.register_autograd("torchlmoe::packed_attention", _autograd, setup_context=_setup_context)
 
 
-def _flops(q: Tensor, cu_seqlens: Tensor) -> int:
-    """Scores and values over the whole square of each document, as torch counts SDPA."""
-    return 4 * q.shape[2] * q.shape[3] * int(cu_seqlens.long().diff().square().sum())
+def _flops(q: Tensor, cu_seqlens: Tensor | None, window: int | None, query_start: int) -> int:
+    """Scores and values over the whole square of each document, as torch counts SDPA, and over all keys before it."""
+    span = _span(q, cu_seqlens, window, query_start)
+    pairs = sum((end - start) ** 2 for start, end in pairwise(span.bounds))
+    pairs += len(q) * span.num_queries * (query_start - span.first_key)
+    return 4 * q.shape[2] * q.shape[3] * pairs
 
 
 @register_flop_formula(torch.ops.torchlmoe.packed_attention, get_raw=True)
-def _forward_flops(q, k, v, cu_seqlens, window, **kwargs) -> int:
-    return _flops(q, cu_seqlens)
+def _forward_flops(q, k, v, cu_seqlens, window, query_start, **kwargs) -> int:
+    return _flops(q, cu_seqlens, window, query_start)
 
 
 @register_flop_formula(torch.ops.torchlmoe.packed_attention_backward, get_raw=True)
-def _backward_flops(grad, q, k, v, o, logsumexp, cu_seqlens, window, **kwargs) -> int:
-    return 5 * _flops(q, cu_seqlens) // 2
+def _backward_flops(grad, q, k, v, o, logsumexp, cu_seqlens, window, query_start, **kwargs) -> int:
+    return 5 * _flops(q, cu_seqlens, window, query_start) // 2

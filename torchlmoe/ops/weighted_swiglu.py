@@ -1,7 +1,7 @@
 """silu(gate) * up * weight (arXiv 2002.05202), with one weight per row: the hidden layer of an expert.
 
-One operation to torch, which keeps only its inputs for the backward. On a CPU it works through blocks of rows
-small enough that its intermediate results never leave the cache.
+One operation to torch, which keeps only its inputs for the backward: on a GPU kernels/weighted_swiglu.py, on a CPU
+blocks of rows small enough that intermediate results never leave the cache.
 
 Legend: M rows, F hidden width.
 """
@@ -11,11 +11,17 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from torchlmoe.ops.kernel_backend import kernels_serve
+
 _BLOCK_ELEMENTS = 1 << 18  # 1 MiB in float32, the second-level cache of one core
 
 
 def weighted_swiglu(gate_up: Tensor, weight: Tensor) -> Tensor:
     """gate_up [M, 2F], gate first; weight [M], at least float32 -> [M, F] in gate_up's dtype."""
+    if kernels_serve("auto", gate_up):
+        from torchlmoe.kernels import weighted_swiglu as kernels
+
+        return kernels.weighted_swiglu(gate_up, weight)
     return _forward(gate_up, weight)
 
 

@@ -52,11 +52,24 @@ def start_process_group(device: torch.device, timeout_seconds: float = 300.0) ->
 
 
 def build_mesh(degrees: Parallelism, device_type: str) -> DeviceMesh:
-    """Axes dp_replicate, dp_shard over all ranks; a shard degree of -1 is the rest."""
-    replicate = degrees.data_parallel_replicate_degree
-    mesh = init_device_mesh(
-        device_type, (replicate, dist.get_world_size() // replicate), mesh_dim_names=("dp_replicate", "dp_shard")
-    )
-    for group in mesh.get_all_groups():  # which have the backend's default of many minutes
+    """Axes dp_replicate, dp_shard, cp over all ranks; a shard degree of -1 is the rest."""
+    replicate, context = degrees.data_parallel_replicate_degree, degrees.context_parallel_degree
+    sizes = (replicate, dist.get_world_size() // (replicate * context), context)
+    mesh = init_device_mesh(device_type, sizes, mesh_dim_names=("dp_replicate", "dp_shard", "cp"))
+    # Which have the backend's default of many minutes.
+    for group in {*mesh.get_all_groups(), *parameter_mesh(mesh).get_all_groups()}:
         _set_pg_timeout(timedelta(seconds=degrees.timeout_seconds), group)
     return mesh
+
+
+def parameter_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """What FSDP works on: dp_shard_cp, the axes dp_shard and cp as one, behind dp_replicate if there are replicas."""
+    shard = mesh["dp_shard", "cp"]._flatten("dp_shard_cp")
+    replicate = mesh["dp_replicate"]
+    return DeviceMesh._concatenate([replicate, shard]) if replicate.size() > 1 else shard
+
+
+def data_place(mesh: DeviceMesh) -> tuple[int, int]:
+    """The place of this rank's rows among those of all ranks, and how many places there are; cp ranks share one."""
+    replicate, shard = mesh["dp_replicate"], mesh["dp_shard"]
+    return replicate.get_local_rank() * shard.size() + shard.get_local_rank(), replicate.size() * shard.size()

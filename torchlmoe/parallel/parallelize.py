@@ -4,8 +4,10 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from torchlmoe.config import Config
+from torchlmoe.config_loader import shortest_span
 from torchlmoe.model.decoder import Decoder, build_on_meta
 from torchlmoe.parallel.compile import compile_blocks
+from torchlmoe.parallel.context import apply_context_parallel
 from torchlmoe.parallel.data import apply_fsdp
 from torchlmoe.parallel.float8 import convert_to_float8
 from torchlmoe.parallel.precision import compute_in
@@ -20,6 +22,8 @@ def build_model(config: Config, vocab_size: int, mesh: DeviceMesh, device: torch
     dtype = getattr(torch, config.training.dtype)
     master_dtype = torch.promote_types(dtype, torch.float32)
     model = build_on_meta(config, vocab_size).to(master_dtype)
+    if mesh["cp"].size() > 1:
+        apply_context_parallel(model, mesh["cp"], config.parallelism, shortest_span(config, mesh.size()))
     if config.float8.enable:
         convert_to_float8(model, config.float8, device)
     if config.activation_checkpoint.mode != "none":

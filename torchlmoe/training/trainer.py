@@ -18,15 +18,16 @@ from filelock import FileLock, Timeout
 
 from torchlmoe.checkpoint.checkpointer import Checkpointer
 from torchlmoe.config import Config
-from torchlmoe.config_loader import batch_sizes, check_degrees, to_toml
+from torchlmoe.config_loader import batch_sizes, check_degrees, shortest_span, to_toml
 from torchlmoe.data.loader import TrainLoader
 from torchlmoe.data.prepare import prepare
 from torchlmoe.data.store import TokenStore
 from torchlmoe.data.tokenizer import Tokenizer, load_tokenizer
 from torchlmoe.layers.cross_entropy import IGNORE_INDEX
 from torchlmoe.model.decoder import build_on_meta, count_parameters
+from torchlmoe.parallel.context import context_parallel_plans
 from torchlmoe.parallel.failures import collective_failures
-from torchlmoe.parallel.mesh import build_mesh, choose_device, start_process_group, world_size_of_launch
+from torchlmoe.parallel.mesh import build_mesh, choose_device, data_place, start_process_group, world_size_of_launch
 from torchlmoe.parallel.parallelize import build_model
 from torchlmoe.training.host_memory import keep_freed_pages
 from torchlmoe.training.metrics import MetricsLog, load_figures, memory_gib
@@ -59,8 +60,9 @@ class Trainer:
                 torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a debugging aid that costs time
 
             training = config.training
-            self.local_batch_size, self.global_batch_size = batch_sizes(training, self.world_size)
             self.mesh = build_mesh(config.parallelism, self.device.type)
+            data_rank, data_ranks = data_place(self.mesh)
+            self.local_batch_size, self.global_batch_size = batch_sizes(training, data_ranks)
             self.model = build_model(config, vocab_size, self.mesh, self.device)
             self.optimizer = build_optimizer(self.model, config.optimizer)
             self.loader = TrainLoader(
@@ -68,8 +70,8 @@ class Trainer:
                 seq_len=training.seq_len,
                 local_batch_size=self.local_batch_size,
                 global_batch_size=self.global_batch_size,
-                rank=self.rank,
-                world_size=self.world_size,
+                rank=data_rank,
+                world_size=data_ranks,
                 seed=training.seed,
                 num_prefetch=config.data.num_prefetch,
             )
@@ -113,7 +115,10 @@ class Trainer:
                 f"model.vocab_size = {vocab_size} is less than the {tokenizer.vocab_size} tokens of data.tokenizer = "
                 f"{data.tokenizer!r}; leave it unset or raise it."
             )
-        build_on_meta(self.config, vocab_size)  # so that sizes which do not fit are refused before all the tokenizing
+        # So that what does not fit is refused before all the tokenizing.
+        model, parallelism = build_on_meta(self.config, vocab_size), self.config.parallelism
+        if parallelism.context_parallel_degree > 1:
+            context_parallel_plans(model, parallelism, shortest_span(self.config, world_size_of_launch()))
 
         def store(split: str, max_tokens: int | None) -> TokenStore:
             return prepare(
@@ -196,6 +201,7 @@ class Trainer:
                 self.model,
                 self.validation_store,
                 self.config,
+                self.mesh,
                 whole=self.progress.step == self.config.training.steps,
                 say=self.log.say,
                 asked_to_stop=lambda: self.stop_request.name is not None,
@@ -228,6 +234,7 @@ class Trainer:
         batches = [batch.to(self.device) for batch in self.loader.batches(index)]
         num_tokens = torch.stack([(batch["labels"] != IGNORE_INDEX).sum() for batch in batches]).sum()
         dist.all_reduce(num_tokens)
+        num_tokens //= self.mesh["cp"].size()  # whose ranks have read the same
         factor = lr_factor(index, training.steps, self.config.lr_scheduler)
         set_lr(self.optimizer, factor)
         self.model.train()

@@ -7,12 +7,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from torchlmoe.config import Config
+from torchlmoe.config_loader import validation_batch_size
 from torchlmoe.data.loader import num_validation_rows, validation_batches, validation_text_bytes
 from torchlmoe.data.store import TokenStore
 from torchlmoe.layers.cross_entropy import IGNORE_INDEX
 from torchlmoe.model.decoder import Decoder
+from torchlmoe.parallel.mesh import data_place
 from torchlmoe.training.metrics import duration
 
 SECONDS_BETWEEN_LINES = 5.0
@@ -24,6 +27,7 @@ def validate(
     model: Decoder,
     store: TokenStore,
     config: Config,
+    mesh: DeviceMesh,
     *,
     whole: bool,
     say: Callable[[str], None],
@@ -37,8 +41,7 @@ def validate(
     settings, training = config.validation, config.training
     options: dict[str, Any] = dict(
         seq_len=training.seq_len,
-        # Not what a rank trains on: how a partial validation is cut must not hang on the number of ranks.
-        batch_size=settings.local_batch_size or training.local_batch_size or 8,
+        batch_size=validation_batch_size(config),
         max_batches=None if whole else settings.max_batches,
     )
     num_bytes = validation_text_bytes(store, **options)
@@ -46,8 +49,8 @@ def validate(
     device = model.embedding.weight.device
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     begin = last_said = time.monotonic()
-    num_rows, world_size = num_validation_rows(store, **options), dist.get_world_size()
-    batches = validation_batches(store, rank=dist.get_rank(), world_size=world_size, **options)
+    num_rows, (data_rank, data_ranks) = num_validation_rows(store, **options), data_place(mesh)
+    batches = validation_batches(store, rank=data_rank, world_size=data_ranks, **options)
     for index, batch in enumerate(batches, start=1):
         if (index - 1) % BATCHES_BETWEEN_LOOKS == 0:
             num_stops = sums.new_tensor(asked_to_stop())
@@ -56,10 +59,10 @@ def validate(
                 return None
         batch = batch.to(device)
         sums[0] += model(batch["tokens"], batch["document_bounds"], batch["labels"])
-        sums[1] += (batch["labels"] != IGNORE_INDEX).sum()
+        sums[1] += (batch["labels"] != IGNORE_INDEX).sum() / mesh["cp"].size()  # whose ranks have the same
         if time.monotonic() - last_said > SECONDS_BETWEEN_LINES:
             last_said = time.monotonic()
-            rows = min(num_rows, index * options["batch_size"] * world_size)
+            rows = min(num_rows, index * options["batch_size"] * data_ranks)
             left = (last_said - begin) / rows * (num_rows - rows)
             say(f"validating: row {rows:,} of {num_rows:,}, eta {duration(left)}")
     dist.all_reduce(sums)

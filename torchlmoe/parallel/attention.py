@@ -1,0 +1,85 @@
+"""Softmax attention over a sequence whose tokens are spread over ranks, as a style for `parallelize_module`.
+
+Each of the P ranks of the mesh holds a contiguous span of the tokens, all spans equally long. Two ways to let a span
+see what comes before it:
+
+    all_gather (LASP-2H, arXiv 2502.07563): one all-gather of keys and values, for the queries of the span; one
+        reduce-scatter of their gradients.
+    ulysses (arXiv 2309.14509): one all-to-all from spans with all heads to all tokens of a P-th of the heads, one
+        back, and the same for the gradients.
+
+With H heads of queries and G of keys, of D numbers, all_gather brings a rank 2 G (P - 1) D numbers for each token of
+its span and ulysses 2 (H + lcm(G, P)) (P - 1) / P D, and as many on the way back: all_gather is for few ranks and few
+heads of keys. It keeps the keys of all tokens in memory, ulysses a P-th of all heads'. The file needs torch alone.
+"""
+
+from functools import partial
+from math import lcm
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed._functional_collectives import all_to_all_single_autograd
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.parallel import ParallelStyle
+
+
+class AttentionSequenceParallel(ParallelStyle):
+    """For a module with forward(q, k, v, *, cu_seqlens=None, query_start=0, ...) -> o like q.
+
+    From then on q [B, T / P, H, D], k and v [B, T / P, G, D] and o are the rank's own span; `cu_seqlens` are bounds in
+    all T tokens. The module computes the attention of queries that start at token `query_start` to the T keys.
+
+    communication: "all_gather" or "ulysses". num_heads: H, which ulysses has to split over the ranks; ValueError where
+    it cannot, when the style is applied. A mesh of one rank leaves the module as it is.
+    """
+
+    def __init__(self, communication: str = "all_gather", num_heads: int | None = None):
+        if communication not in ("all_gather", "ulysses"):
+            raise ValueError(f"communication = {communication!r} must be 'all_gather' or 'ulysses'.")
+        self.communication, self.num_heads = communication, num_heads
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        degree = device_mesh.size()
+        if degree == 1:
+            return module
+        if self.communication == "all_gather":
+            module.register_forward_pre_hook(partial(_gather_keys, device_mesh), with_kwargs=True)
+            return module
+        if self.num_heads is not None and self.num_heads % degree:
+            raise ValueError(
+                f"ulysses cannot spread num_heads = {self.num_heads} over {degree} ranks; make num_heads a multiple of "
+                f"{degree}, or use all_gather."
+            )
+        module.register_forward_pre_hook(partial(_to_heads, device_mesh))
+        module.register_forward_hook(partial(_to_spans, device_mesh))
+        return module
+
+
+def _gather_keys(mesh: DeviceMesh, module: nn.Module, inputs: tuple[Tensor, ...], options: dict[str, Any]):
+    q, k, v = inputs
+    # Tokens lead, so that what arrives from the ranks is in order as it is.
+    span = DTensor.from_local(torch.cat([k, v], -1).transpose(0, 1), mesh, [Shard(0)])
+    whole = span.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()]).transpose(0, 1)
+    k, v = whole.split([k.shape[-1], v.shape[-1]], -1)
+    return (q, k, v), options | {"query_start": mesh.get_local_rank() * q.shape[1]}
+
+
+def _to_heads(mesh: DeviceMesh, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """[B, T / P, heads, D] -> [B, T, heads / P, D] of each. Keys that too few heads hold are sent more than once."""
+    q, k, v = inputs
+    degree, num_copies = mesh.size(), lcm(k.shape[2], mesh.size()) // k.shape[2]
+    k, v = (x.repeat_interleave(num_copies, 2) for x in (k, v))
+    # P destinations, each with its part of the heads of q, k and v.
+    heads_PBTHD = torch.cat([x.unflatten(2, (degree, -1)) for x in (q, k, v)], 3).movedim(2, 0)
+    spans_PBTHD = all_to_all_single_autograd(heads_PBTHD.contiguous(), None, None, (mesh, 0))
+    rows = spans_PBTHD.movedim(0, 1).flatten(1, 2)
+    return rows.split([x.shape[2] // degree for x in (q, k, v)], 2)
+
+
+def _to_spans(mesh: DeviceMesh, module: nn.Module, inputs: tuple[Tensor, ...], o: Tensor) -> Tensor:
+    """The way back of o."""
+    spans_PBTHD = o.unflatten(1, (mesh.size(), -1)).movedim(1, 0)
+    heads_PBTHD = all_to_all_single_autograd(spans_PBTHD.contiguous(), None, None, (mesh, 0))
+    return heads_PBTHD.movedim(0, 2).flatten(2, 3)

@@ -1,0 +1,49 @@
+"""Context parallelism: a microbatch is split into contiguous spans of tokens, and ranks exchange what crosses them.
+
+Mixers look across tokens only in submodules that have a parallel style for that (`Mixer.sequence_parallel_plan`). All
+else in a model works token by token, but for the load of a row of data, which is summed over its spans.
+"""
+
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
+
+from torchlmoe.config import Parallelism
+from torchlmoe.model.decoder import Decoder
+from torchlmoe.parallel.halo import Halo
+
+
+def context_parallel_plans(model: Decoder, settings: Parallelism, span: int) -> dict[str, dict[str, ParallelStyle]]:
+    """By block, the styles of its mixer's submodules.
+
+    span: tokens of the shortest span. Raises ValueError where a mixer cannot be split, or looks further back than that.
+    """
+    plans = {}
+    for index, block in model.blocks.items():
+        mixer, (letter, _) = block.mixer, model.places_in_common[index]
+        lsm, attention = settings.lsm_context_parallel, settings.attention_context_parallel
+        plan = mixer.sequence_parallel_plan(lsm=lsm, attention=attention)  # type: ignore[operator,union-attr]
+        if not plan:
+            raise ValueError(
+                f"parallelism.context_parallel_degree = {settings.context_parallel_degree} cannot split the "
+                f"{type(mixer).__name__} of model.layers.{letter} with lsm_context_parallel = {lsm!r} and "
+                f"attention_context_parallel = {attention!r}; choose another way, another mixer or degree 1."
+            )
+        for name, style in plan.items():
+            reach = style.width(mixer.get_submodule(name)) if isinstance(style, Halo) else 0  # type: ignore[union-attr]
+            if reach > span:
+                raise ValueError(
+                    f"parallelism.context_parallel_degree = {settings.context_parallel_degree} leaves spans of {span} "
+                    f"tokens, and {name} of model.layers.{letter} looks back {reach}; choose a lower degree or longer "
+                    "rows."
+                )
+        plans[index] = plan
+    return plans
+
+
+def apply_context_parallel(model: Decoder, mesh: DeviceMesh, settings: Parallelism, span: int) -> None:
+    """Each rank of `mesh` works on its part of every microbatch. span and errors: of `context_parallel_plans`."""
+    for index, plan in context_parallel_plans(model, settings, span).items():
+        parallelize_module(model.blocks[index].get_submodule("mixer"), mesh, plan)
+    for layer in model.routed_layers().values():
+        layer.load_balance.mesh = mesh
+    model.span = (mesh.get_local_rank(), mesh.size())
