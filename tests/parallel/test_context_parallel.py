@@ -21,7 +21,9 @@ from torchlmoe.training.trainer import Trainer
 ROWS = "--training.global_batch_size 3 --training.local_batch_size 3 --validation.interval 20 --model.num_heads 4"
 ONE_BLOCK = f"{ROWS} --model.layer_pattern L --model.num_layers 1"
 HYBRIDS = {mixer: f"{ROWS} --model.mixer {mixer} --model.layer_pattern LLLN" for mixer in MIXERS}
-PURE = {f"pure_{mixer}": f"{ONE_BLOCK} --model.mixer {mixer}" for mixer in MIXERS}
+# One of each kind of state and of what looks across tokens; tests/parallel/test_sequence_parallel.py has all on 4 ranks.
+KINDS = ("lightning", "kda", "rwkv6", "rwkv7", "gsa", "gateloop", "mom", "mamba", "ttt", "titans", "attention")
+PURE = {f"pure_{mixer}": f"{ONE_BLOCK} --model.mixer {mixer}" for mixer in KINDS}
 TWO_BLOCKS = f"{ROWS} --model.layer_pattern LN --model.num_layers 2"
 # What sums over a row, a microbatch or a step.
 SUMS = {
