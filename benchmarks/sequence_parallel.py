@@ -14,6 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from math import lcm
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def formula(what: str, how: str, ranks: int, length: int) -> int:
     if what == "softmax attention":
         if how == "all_gather":
             return (ranks - 1) * 2 * span * KV_HEADS * WIDTH * FLOAT
-        heads = 2 * HEADS + 2 * max(KV_HEADS, ranks)
+        heads = 2 * HEADS + 2 * lcm(KV_HEADS, ranks)
         return (ranks - 1) * span * heads * WIDTH * FLOAT // ranks
     return HEADS * FLOAT * (STATE if how == "ring" else (ranks - 1) * RECURRENCES[what][2])
 

@@ -56,4 +56,5 @@ def _run_rank(rank: int, world_size: int, port: int, function, args) -> None:
     os.environ.update({name: str(value) for name, value in place.items()})
     function(*args)
     if dist.is_initialized():
+        dist.barrier()  # a rank that ends while others still talk may be aborted by gloo's threads
         dist.destroy_process_group()

@@ -148,7 +148,7 @@ def test_every_router_is_counted():
 @pytest.mark.parametrize("mixer", ["rwkv7", "mom"])
 def test_a_mixer_hands_a_tensor_on_to_its_later_layers(mixer):
     """RWKV-7's first values, past a block with another mixer; only the first layer has no use for them."""
-    inner = "--model.layers.L.inner rwkv7".split() if mixer == "mom" else []
+    inner = "--model.layers.L.inner rwkv7 --model.layers.L.single_kv_proj true".split() if mixer == "mom" else []
     model = build(*f"--model.layer_pattern NLNL --model.mixer {mixer} --model.num_layers 4".split(), *inner)
     first, later = (
         block.mixer.inner if mixer == "mom" else block.mixer for block in (model.blocks["1"], model.blocks["3"])

@@ -21,7 +21,7 @@ from torchlmoe.training.trainer import Trainer
 ROWS = "--training.global_batch_size 3 --training.local_batch_size 3 --validation.interval 20 --model.num_heads 4"
 ONE_BLOCK = f"{ROWS} --model.layer_pattern L --model.num_layers 1"
 HYBRIDS = {mixer: f"{ROWS} --model.mixer {mixer} --model.layer_pattern LLLN" for mixer in MIXERS}
-# One of each kind of state and of what looks across tokens; tests/parallel/test_sequence_parallel.py has all on 4 ranks.
+# One of each kind of state and of what looks across tokens; test_sequence_parallel.py has all mixers on 4 ranks.
 KINDS = ("lightning", "kda", "rwkv6", "rwkv7", "gsa", "gateloop", "mom", "mamba", "ttt", "titans", "attention")
 PURE = {f"pure_{mixer}": f"{ONE_BLOCK} --model.mixer {mixer}" for mixer in KINDS}
 TWO_BLOCKS = f"{ROWS} --model.layer_pattern LN --model.num_layers 2"
@@ -55,18 +55,11 @@ def train(corpus: str, folder: str, world_size: int) -> None:
         train_all(corpus, f"{folder}/{name}", variants, extra)
 
 
-@pytest.fixture(scope="module")
-def one_process(corpus, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("one_process")
-    run_on_ranks(1, train, str(corpus), str(folder), 1)
-    return folder / "whole"
-
-
-@pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_equals_one_process(world_size, one_process, corpus, tmp_path):
-    run_on_ranks(world_size, train, str(corpus), str(tmp_path), world_size)
-    for name, (variants, _) in JOBS[world_size].items():
-        assert_same_runs(tmp_path / name, one_process, variants)
+def test_equals_one_process(corpus, tmp_path):
+    for world_size, jobs in JOBS.items():
+        run_on_ranks(world_size, train, str(corpus), str(tmp_path), world_size)
+        for name, (variants, _) in jobs.items():
+            assert_same_runs(tmp_path / name, tmp_path / "whole", variants)
 
 
 def check_logits() -> None:

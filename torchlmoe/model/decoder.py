@@ -146,6 +146,8 @@ class Decoder(nn.Module):
         index, num_spans = self.span
         if loss_weight is None:
             loss_weight = 0.0 if labels is None else 1.0
+        if tokens.numel() % num_spans:
+            raise ValueError(f"{batch_size} x {length} tokens do not split into {num_spans} spans; give a multiple.")
         if document_bounds is None and num_spans > 1:
             document_bounds = torch.tensor([[0, length]], dtype=torch.int32, device=tokens.device).expand(batch_size, 2)
         if document_bounds is None:

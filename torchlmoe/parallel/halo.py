@@ -51,7 +51,7 @@ class Halo(ParallelStyle):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         width = self.width(module)
-        if width == 0:
+        if width == 0 or device_mesh.size() == 1:
             return module
 
         def extend(module: nn.Module, args: tuple[Tensor], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

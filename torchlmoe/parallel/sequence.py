@@ -62,7 +62,7 @@ class Span:
     def of_rows(cls, length: int, rank: int, num_ranks: int, device: torch.device) -> "Span":
         """Each row is one document."""
         later = torch.arange(num_ranks, device=device) > 0
-        return cls(None, None, None, later, later | True, rank * length)
+        return cls(None, None, None, later, torch.ones_like(later), rank * length)
 
     @classmethod
     def of_documents(
@@ -306,11 +306,18 @@ class LSMSequenceParallel(StateStyle):
         name = mesh.get_group().group_name
         incoming = torch.zeros_like(state)
         if rank > 0:
-            incoming = receive_state(state, rank, name).masked_fill(~span.continued_P[rank], 0)
+            received = receive_state(_as_real(state), rank, name)
+            received = torch.complex(*received.unbind(-1)) if state.is_complex() else received
+            incoming = received.masked_fill(~span.continued_P[rank], 0)
         if rank < mesh.size() - 1:
             outgoing = state + self.advance(factors, incoming).masked_fill(~span.whole_P[rank], 0)
-            incoming = send_state(incoming, outgoing, rank, name)
+            incoming = send_state(incoming, _as_real(outgoing), rank, name)
         return incoming
+
+
+def _as_real(x: Tensor) -> Tensor:
+    """What communication libraries can send."""
+    return torch.view_as_real(x) if x.is_complex() else x
 
 
 class ElementwiseSequenceParallel(LSMSequenceParallel):
@@ -362,7 +369,9 @@ class StateRing(StateStyle):
         first, last = (own if x is None else x for x in (span.first, span.last))
         offset = torch.zeros_like(own)
         if rank > 0:
-            fresh = initial_state[first]
+            # Tied to all that makes the sender's state need a gradient: its backward waits for this one's.
+            tie = sum(x[:, :0].sum() for x in (k, v, *terms.values()) if isinstance(x, Tensor) and x.dim() > 2)
+            fresh = initial_state[first] + tie
             state = torch.where(span.continued_P[rank], receive_state(fresh, rank, name), fresh)
             initial_state = initial_state.index_copy(0, first, state)
             offset = offset.index_put((first,), torch.as_tensor(span.past, device=v.device).long() % mini_batch_size)
@@ -445,9 +454,10 @@ def _add_reading(
     def so_far(log: Tensor) -> Tensor:
         if log.dim() == 1:
             log = log.expand(1, length, -1)
-        log = log.to(state.dtype)
-        total = log.cumsum(1)
-        return (total if bonus is None else total - log).exp()
+        total = log.to(state.dtype).cumsum(1)
+        if bonus is not None:  # moved by a token, since a difference would cancel
+            total = torch.cat([torch.zeros_like(total[:, :1]), total[:, :-1]], 1)
+        return total.exp()
 
     q = q.to(state.dtype).repeat_interleave(o.shape[2] // q.shape[2], 2) * scale
     if log_decay is not None and log_decay.dim() == 4:
