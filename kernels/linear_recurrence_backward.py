@@ -456,7 +456,7 @@ CONFIGS: dict[tuple[str, bool, int, int], Config] = {
     ("default", False, 128, 2): Config(64, 64, 8, 8, 1),
     ("default", False, 256, 2): Config(64, 32, 8, 8, 1),
     ("default", True, 64, 2): Config(32, 32, 8, 8, 1),
-    ("default", True, 128, 2): Config(32, 32, 8, 8, 1),
+    ("default", True, 128, 2): Config(64, 64, 8, 8, 1),
     ("default", True, 256, 2): Config(32, 16, 8, 8, 1),
     ("default", False, 64, 4): Config(32, 16, 8, 8, 1),
     ("default", False, 128, 4): Config(32, 16, 8, 8, 1),
@@ -468,6 +468,11 @@ CONFIGS: dict[tuple[str, bool, int, int], Config] = {
     ("interpreter", False, 64, 4): Config(32, 64, 4, 4, 1),
     ("interpreter", True, 64, 2): Config(32, 64, 4, 4, 1),
     ("interpreter", True, 64, 4): Config(32, 64, 4, 4, 1),
+}
+CONFIGS |= {
+    ("gfx942", *key[1:]): config._replace(scan_warps=config.scan_warps // 2, grads_warps=config.grads_warps // 2)
+    for key, config in CONFIGS.items()
+    if key[0] == "default"
 }
 
 
