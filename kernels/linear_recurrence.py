@@ -40,7 +40,6 @@ from torch.utils.flop_counter import register_flop_formula
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-160.0)  # exp2 of it is zero: a gate of -inf becomes this, so that sums are finite
-MATRICES = tl.constexpr(4)  # what scores_kernel has room for a chunk: <q, k>, T, and with a b of its own <q, b>, <e, k>
 
 
 @triton.jit
@@ -247,9 +246,10 @@ def chunk_at(spans, slot, T, SPAN: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def matrix_at(matrices, slot, head, heads, number: tl.constexpr, rows, C: tl.constexpr):
-    """Where the numbered one of a chunk's matrices is, [C, C]."""
-    place = ((slot.to(tl.int64) * heads + head) * MATRICES + number) * C * C
-    return matrices + place + rows[:, None] * C + rows[None, :]
+    """Where the numbered one of a chunk's matrices is, [C, C]. matrices: (pointer, how many a chunk has)."""
+    pointer, count = matrices
+    pointer += ((slot.to(tl.int64) * heads + head) * count + number) * C * C
+    return pointer + rows[:, None] * C + rows[None, :]
 
 
 @triton.jit
@@ -608,15 +608,25 @@ def problem_of(
     return Problem(tensors, shape, config, decays_per_channel, scale, dtype, num_documents, num_spans)
 
 
-def chunk_matrices(problem: Problem) -> Tensor | None:
-    """Runs scores_kernel, where scores are costly (decay per channel) or read more than once (erase, value decay)."""
+def empty_matrices(problem: Problem) -> tuple[Tensor, int]:
+    """Room for one [C, C] matrix of every chunk, two where something is erased, four where b is its own."""
+    tensors, chunk = problem.tensors, problem.config.chunk
+    count = 1 if tensors["e"] is None else 2 if tensors["b"] is None else 4
+    size = (problem.num_spans * problem.shape["SPAN"] // chunk, problem.shape["heads"], count, chunk, chunk)
+    return torch.empty(size, dtype=problem.dtype, device=tensors["v"][0].device), count
+
+
+def chunk_matrices(problem: Problem) -> tuple[Tensor, int] | None:
+    """Runs scores_kernel, where scores are costly (decay per channel) or read more than once (erase, value decay).
+
+    Returns <q, k>, T and, where b is its own, <q, b> and <e, k> of every chunk, as far as they are needed.
+    """
     shape, config, tensors = problem.shape, problem.config, problem.tensors
     of_q = tensors["q"] is not None and (shape["PER_CHANNEL"] or tensors["h"] is not None)
     if not of_q and tensors["e"] is None:
         return None
     slots = problem.num_spans * shape["SPAN"] // config.chunk
-    k, size = tensors["k"][0], (config.chunk, config.chunk)
-    matrices = torch.empty(slots, shape["heads"], MATRICES.value, *size, dtype=problem.dtype, device=k.device)
+    matrices = empty_matrices(problem)
     # tf32 keeps as many digits as the 16 bits in which T is stored.
     precise = problem.dtype == torch.float32 or torch.version.hip is not None
     scores_kernel[(slots * shape["heads"],)](
@@ -628,8 +638,9 @@ def chunk_matrices(problem: Problem) -> Tensor | None:
 
 
 def scan(
-    problem: Problem, matrices: Tensor | None, *, initial_state: Tensor | None = None, states: Tensor | None = None,
-    o: Tensor | None = None, n: Tensor | None = None, final_state: Tensor | None = None, from_states: bool = False,
+    problem: Problem, matrices: tuple[Tensor, int] | None, *, initial_state: Tensor | None = None,
+    states: Tensor | None = None, o: Tensor | None = None, n: Tensor | None = None, final_state: Tensor | None = None,
+    from_states: bool = False,
 ) -> None:  # fmt: skip
     """Runs scan_kernel over documents, or over spans from their states, writing what it is given."""
     shape, config, v = problem.shape, problem.config, problem.tensors["v"][0]

@@ -37,6 +37,7 @@ from .linear_recurrence import (
     decay_matrix,
     diagonal_of,
     dot,
+    empty_matrices,
     empty_states,
     erase_tile,
     flops,
@@ -530,7 +531,7 @@ def linear_recurrence_backward(
     )  # fmt: skip
 
     chunks = problem.num_spans
-    grads = states.new_empty(chunks, heads, 4, shape["C"], shape["C"])
+    grads = empty_matrices(problem)
     if q is not None or erase is not None:
         score_grads_kernel[(chunks * heads,)](
             *terms("v", "g", "b", "h"), strided(n), do, strided(dz), grads, spans, scale, length, heads, **common,
