@@ -470,8 +470,10 @@ CONFIGS: dict[tuple[str, bool, int, int], Config] = {
     ("interpreter", True, 64, 2): Config(32, 64, 4, 4, 1),
     ("interpreter", True, 64, 4): Config(32, 64, 4, 4, 1),
 }
-CONFIGS |= {
-    ("gfx942", *key[1:]): config._replace(scan_warps=config.scan_warps // 2, grads_warps=config.grads_warps // 2)
+CONFIGS |= {  # a warp has 64 threads there, with more registers each if they are few
+    ("gfx942", *key[1:]): Config(
+        16 if key[1] else config.block_k, config.block_v, config.scan_warps // 2, 4, config.stages
+    )
     for key, config in CONFIGS.items()
     if key[0] == "default"
 }
