@@ -12,6 +12,7 @@ and what the code object's notes say for ROCm. Shared memory is what a program a
 import importlib
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -42,7 +43,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # that one program can have
-MOST_SPILLS = 16
+MOST_SPILLS = 32  # of the 255 that a thread can have on CUDA
 WIDTHS = (64, 128, 256)
 DTYPES = ("bfloat16", "float32")
 LENGTHS = (1, 64, 320)  # decoding, one chunk and several spans of them: kernels may be launched otherwise
@@ -189,6 +190,12 @@ def run_dispatch(width: int, dtype: torch.dtype, length: int) -> Any:
     return [kernels("moe_permute").unpermute(moved, slot.flatten().argsort() // 8, slot, leaf(torch.rand(length, 8)))]
 
 
+def run_swiglu(width: int, dtype: torch.dtype, length: int) -> Any:
+    """gate and up of HEADS * width channels side by side, and the router's weight of each row."""
+    hidden = torch.randn(length, 2 * HEADS * width).to(dtype)
+    return [kernels("weighted_swiglu").weighted_swiglu(leaf(hidden), leaf(torch.rand(length)))]
+
+
 RECURRENCES = ("Mamba2", "GLA", "RWKV6", "value decay", "Gated DeltaNet", "KDA", "RWKV7")
 CALLS: dict[str, Call] = {
     **{name: run_recurrence(name) for name in RECURRENCES},
@@ -198,6 +205,7 @@ CALLS: dict[str, Call] = {
     "gated RMS norm": run_norm,
     "decay gate": run_gate,
     "to experts and back": run_dispatch,
+    "weighted SwiGLU": run_swiglu,
 }
 
 
@@ -231,15 +239,15 @@ def rows_for(target: str, call: str, width: int, dtype: str) -> tuple[list[dict[
     return list(rows.values()), faults
 
 
-def write_table(rows: list[dict[str, Any]], path: Path) -> None:
-    """A line for each kernel, instance, dtype and width, a column for each target."""
+def write_table(rows: list[dict[str, Any]], faults: list[str], path: Path) -> None:
+    """A line for each kernel, instance, dtype and width, a column for each target; then the faults."""
     cells: dict[tuple[Any, ...], dict[str, str]] = {}
     for row in rows:
         line = cells.setdefault(tuple(row[name] for name in ("kernel", "instance", "dtype", "width")), {})
         line[row["target"]] = f"{row['registers']} / {row['spills']} / {row['shared KiB']:.0f}"
     targets = [name for name in TARGETS if any(row["target"] == name for row in rows)]
     lines = [
-        "Written by `python -m benchmarks.kernel_resources --table kernels/RESOURCES.md`: do not edit.",
+        f"Written by `python -m benchmarks.kernel_resources {shlex.join(sys.argv[1:])}`: do not edit.",
         "",
         "# Registers, spilled registers and KiB of shared memory",
         "",
@@ -255,6 +263,8 @@ def write_table(rows: list[dict[str, Any]], path: Path) -> None:
             for key, line in cells.items()
         ),
     ]
+    if faults:
+        lines += ["", "## Beyond what is tolerated", "", *(f"- {fault}" for fault in faults)]
     path.write_text("\n".join(lines) + "\n")
 
 
@@ -274,7 +284,7 @@ def main() -> None:
     faults = [fault for _, part in parts for fault in part]
     show("Resources of kernels", rows, options.output, faults=faults)
     if options.table:
-        write_table(rows, options.table)
+        write_table(rows, faults, options.table)
     print("\n".join(faults))
     sys.exit(1 if faults else 0)
 

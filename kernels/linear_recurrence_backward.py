@@ -457,7 +457,7 @@ CONFIGS: dict[tuple[str, bool, int, int], Config] = {
     ("default", False, 128, 2): Config(64, 64, 8, 8, 1),
     ("default", False, 256, 2): Config(64, 32, 8, 8, 1),
     ("default", True, 64, 2): Config(32, 32, 8, 8, 1),
-    ("default", True, 128, 2): Config(32, 32, 8, 8, 1),
+    ("default", True, 128, 2): Config(64, 64, 8, 8, 1),
     ("default", True, 256, 2): Config(32, 16, 8, 8, 1),
     ("default", False, 64, 4): Config(32, 16, 8, 8, 1),
     ("default", False, 128, 4): Config(32, 16, 8, 8, 1),
@@ -469,6 +469,13 @@ CONFIGS: dict[tuple[str, bool, int, int], Config] = {
     ("interpreter", False, 64, 4): Config(32, 64, 4, 4, 1),
     ("interpreter", True, 64, 2): Config(32, 64, 4, 4, 1),
     ("interpreter", True, 64, 4): Config(32, 64, 4, 4, 1),
+}
+CONFIGS |= {  # a warp has 64 threads there, with more registers each if they are few
+    ("gfx942", *key[1:]): Config(
+        16 if key[1] else config.block_k, config.block_v, config.scan_warps // 2, 4, config.stages
+    )
+    for key, config in CONFIGS.items()
+    if key[0] == "default"
 }
 
 
