@@ -37,7 +37,7 @@ from torchlmoe.mixers.attention import InnerAttention
 
 HEADS, KV_HEADS, WIDTH = 8, 2, 64  # keys and values are equally wide
 LENGTHS = tuple(4096 * 4**power for power in range(5))
-TIMED_LENGTHS = (4096, 16384, 65536)
+TIMED_LENGTHS = (1024, 4096, 16384)
 FLOAT = 4  # bytes; states travel in float32, and so do keys and values here
 STATE = WIDTH * WIDTH
 # name -> (module, terms beside q, k, v; numbers of a head's map)
