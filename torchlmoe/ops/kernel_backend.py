@@ -16,9 +16,10 @@ def kernels_serve(backend: str, *tensors: Tensor | None, refusal: str | None = N
     "auto" means them wherever they run on a GPU, and says once why it does not where it does not. Raises ValueError for
     "triton" where they do not run.
     """
-    on_gpu = all(x is None or x.is_cuda for x in tensors)
-    if backend == "auto" and on_gpu:
-        if reason := refusal or _refusal(True, *tensors):
+    given = [x.is_cuda for x in tensors if x is not None]
+    on_gpu = all(given)
+    if backend == "auto" and any(given):
+        if reason := refusal or _refusal(on_gpu, *tensors):
             _say_once(reason)
         return reason is None
     if backend == "triton" and (reason := refusal or _refusal(on_gpu, *tensors)):
@@ -32,6 +33,8 @@ def _refusal(on_gpu: bool, *tensors: Tensor | None) -> str | None:
     installed, interpreted = _triton()
     if not installed:
         return "triton is not installed"
+    if not on_gpu and any(x is not None and x.is_cuda for x in tensors):
+        return "some of its tensors are on a GPU and some are not"
     if not on_gpu and not interpreted:
         return "on a CPU its kernels run only with TRITON_INTERPRET=1"
     if interpreted and any(x is not None and x.dtype is torch.bfloat16 for x in tensors):
