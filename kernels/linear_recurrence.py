@@ -68,11 +68,12 @@ def column(x, row, token, head, rows, valid):
 
 
 @triton.jit
-def erase_tile(e, writer, row, token, head, rows, cols, valid, WIDTH: tl.constexpr, IS_BETA: tl.constexpr):
+def erase_tile(e, b_CK, row, token, head, rows, cols, valid, WIDTH: tl.constexpr, IS_BETA: tl.constexpr):
+    """What is erased, as a tile and its rows' factor: that of one number a token is b times it."""
     if IS_BETA:
-        return column(e, row, token, head, rows, valid)[:, None] * writer
+        return b_CK, column(e, row, token, head, rows, valid)[:, None]
     else:
-        return tile(e, row, token, head, rows, cols, valid, WIDTH)
+        return tile(e, row, token, head, rows, cols, valid, WIDTH), tl.full([1, 1], 1.0, tl.float32)
 
 
 @triton.jit
@@ -145,11 +146,13 @@ def decay_matrix(decay, row, token, head, rows, valid, BEFORE: tl.constexpr):
         return tl.where(seen, 1.0, 0.0)
     else:
         g = log2_column(decay, row, token, head, rows, valid)
-        total = tl.cumsum(g, 0)
-        read = total
-        if BEFORE:
-            read -= g
-        return tl.exp2(tl.where(seen, (read[:, None] - total[None, :]).to(tl.float32), -float("inf")))
+        written = tl.cumsum(g, 0)
+        read = written - g if BEFORE else written
+        # Each as a sum of two float32, so that it is not the matrix that has to be float64.
+        read_high, written_high = read.to(tl.float32), written.to(tl.float32)
+        read_low, written_low = (read - read_high).to(tl.float32), (written - written_high).to(tl.float32)
+        passed = (read_high[:, None] - written_high[None, :]) + (read_low[:, None] - written_low[None, :])
+        return tl.exp2(tl.where(seen, passed, -float("inf")))
 
 
 @triton.jit
@@ -183,6 +186,12 @@ def diagonal_of(x, rows):
 
 
 @triton.jit
+def transposed(x, DOT: tl.constexpr):
+    """x^T as an operand. Narrowed first, which undoes the widening of what was loaded, it stays in shared memory."""
+    return tl.trans(x.to(DOT))
+
+
+@triton.jit
 def dot(a, b, DOT: tl.constexpr):
     return tl.dot(a.to(DOT), b.to(DOT), input_precision="ieee")
 
@@ -190,6 +199,24 @@ def dot(a, b, DOT: tl.constexpr):
 @triton.jit
 def add_dot(onto, a, b, DOT: tl.constexpr):
     return tl.dot(a.to(DOT), b.to(DOT), onto, input_precision="ieee")
+
+
+@triton.jit
+def read_state(x_CK, decay, state_KV, PER_CHANNEL: tl.constexpr, DOT: tl.constexpr):
+    """(x * decay) S. A decay of one number a token comes after the product, to which x goes as it lies in memory."""
+    if PER_CHANNEL:
+        return dot(x_CK * decay, state_KV, DOT)
+    else:
+        return dot(x_CK, state_KV, DOT) * decay
+
+
+@triton.jit
+def add_to_state(state_KV, x_CK, decay, w_CV, PER_CHANNEL: tl.constexpr, DOT: tl.constexpr):
+    """S + (x * decay)^T w."""
+    if PER_CHANNEL:
+        return add_dot(state_KV, transposed(x_CK * decay, DOT), w_CV, DOT)
+    else:
+        return add_dot(state_KV, transposed(x_CK, DOT), w_CV * decay, DOT)
 
 
 @triton.jit
@@ -293,29 +320,31 @@ def scores_kernel(
             own_k += own_score(q_CK, k_CK, u, head, cols, K)
             own_b += tl.sum(q_CK * b_CK, 1)
         if e is not None:
-            e_CK = erase_tile(e, b_CK, row, token, head, rows, cols, valid, K, IS_BETA)
+            e_CK, _ = erase_tile(e, b_CK, row, token, head, rows, cols, valid, K, IS_BETA)
         if PER_CHANNEL:
             g_CK = log2_tile(g, row, token, head, rows, cols, valid, K)
             for level in tl.static_range(6):
                 if (1 << level) < C:
                     later, earlier = halfway(g_CK, rows, 1 << level, u is not None, C, BLOCK_K)
                     if q is not None:
-                        qk += within_blocks(dot(q_CK * later, tl.trans(k_CK * earlier), DOT), rows, 2 << level)
+                        qk += within_blocks(dot(q_CK * later, transposed(k_CK * earlier, DOT), DOT), rows, 2 << level)
                     if e is not None:
-                        eb += within_blocks(dot(e_CK * later, tl.trans(b_CK * earlier), DOT), rows, 2 << level)
+                        eb += within_blocks(dot(e_CK * later, transposed(b_CK * earlier, DOT), DOT), rows, 2 << level)
                     if b is not None:
-                        ek += within_blocks(dot(e_CK * later, tl.trans(k_CK * earlier), DOT), rows, 2 << level)
+                        ek += within_blocks(dot(e_CK * later, transposed(k_CK * earlier, DOT), DOT), rows, 2 << level)
                         if q is not None:
-                            qb += within_blocks(dot(q_CK * later, tl.trans(b_CK * earlier), DOT), rows, 2 << level)
+                            qb += within_blocks(
+                                dot(q_CK * later, transposed(b_CK * earlier, DOT), DOT), rows, 2 << level
+                            )
         else:
             if q is not None:
-                qk = add_dot(qk, q_CK, tl.trans(k_CK), DOT)
+                qk = add_dot(qk, q_CK, transposed(k_CK, DOT), DOT)
             if e is not None:
-                eb = add_dot(eb, e_CK, tl.trans(b_CK), DOT)
+                eb = add_dot(eb, e_CK, transposed(b_CK, DOT), DOT)
             if b is not None:
-                ek = add_dot(ek, e_CK, tl.trans(k_CK), DOT)
+                ek = add_dot(ek, e_CK, transposed(k_CK, DOT), DOT)
                 if q is not None:
-                    qb = add_dot(qb, q_CK, tl.trans(b_CK), DOT)
+                    qb = add_dot(qb, q_CK, transposed(b_CK, DOT), DOT)
     if not PER_CHANNEL:
         decay_CC = decay_matrix(g, row, token, head, rows, valid, u is not None)
         strict_CC = tl.where(rows[:, None] > rows[None, :], decay_CC, 0.0)
@@ -323,6 +352,10 @@ def scores_kernel(
         qb *= decay_CC
         eb *= strict_CC
         ek *= strict_CC
+    if IS_BETA:
+        beta_C1 = column(e, row, token, head, rows, valid)[:, None]
+        eb *= beta_C1
+        ek *= beta_C1
     if PER_CHANNEL or u is not None:
         qk += on_diagonal(own_k, rows)
     if PER_CHANNEL:
@@ -391,8 +424,8 @@ def scan_kernel(
             if b is not None:
                 b_CK = tile(b, row, token, head, rows, cols_k, valid, K)
                 z_CV = -dot(tl.load(matrix_at(matrices, slot, head, heads, 3, rows, C)), v_CV, DOT)
-            e_CK = erase_tile(e, b_CK, row, token, head, rows, cols_k, valid, K, IS_BETA)
-            z_CV -= dot(e_CK * start_CK, state_KV, DOT)
+            e_CK, beta_C1 = erase_tile(e, b_CK, row, token, head, rows, cols_k, valid, K, IS_BETA)
+            z_CV -= read_state(e_CK, start_CK, state_KV, PER_CHANNEL, DOT) * beta_C1
             n_CV = dot(tl.load(matrix_at(matrices, slot, head, heads, 1, rows, C)), z_CV, DOT)
             if n is not None:
                 store_tile(n, n_CV, row, token, head, rows, cols_v, valid, V)
@@ -400,12 +433,12 @@ def scan_kernel(
                 w_CV = n_CV
         if o is not None:
             q_CK = tile(q, row, token, head // GROUP, rows, cols_k, valid, K)
-            o_CV = dot(q_CK * start_CK, state_KV, DOT)
+            o_CV = read_state(q_CK, start_CK, state_KV, PER_CHANNEL, DOT)
             o_CV *= from_start(h, row, token, head, rows, cols_v, valid, V, True, u is not None)
             if matrices is not None:
                 scores_CC = tl.load(matrix_at(matrices, slot, head, heads, 0, rows, C)).to(tl.float32)
             else:
-                scores_CC = dot(q_CK, tl.trans(k_CK), DOT)
+                scores_CC = dot(q_CK, transposed(k_CK, DOT), DOT)
                 scores_CC *= decay_matrix(g, row, token, head, rows, valid, u is not None)
                 if u is not None:
                     scores_CC += on_diagonal(own_score(q_CK, k_CK, u, head, cols_k, K), rows)
@@ -420,9 +453,9 @@ def scan_kernel(
         end_CK, whole_K = to_end(g, row, token, head, rows, cols_k, valid, K, PER_CHANNEL)
         end_CV, whole_V = to_end(h, row, token, head, rows, cols_v, valid, V, True)
         state_KV *= whole_K[:, None] * whole_V[None, :]
-        state_KV = add_dot(state_KV, tl.trans(k_CK * end_CK), w_CV * end_CV, DOT)
+        state_KV = add_to_state(state_KV, k_CK, end_CK, w_CV * end_CV, PER_CHANNEL, DOT)
         if b is not None:
-            state_KV = add_dot(state_KV, tl.trans(b_CK * end_CK), n_CV, DOT)
+            state_KV = add_to_state(state_KV, b_CK, end_CK, n_CV, PER_CHANNEL, DOT)
 
     if not FROM_STATES and final_state is not None:
         store_state(final_state, state_KV, index, head, heads, cols_k, cols_v, K, V)

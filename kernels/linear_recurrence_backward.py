@@ -27,12 +27,13 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from . import linear_recurrence as forward
 from .linear_recurrence import (
     add_dot,
+    add_to_state,
     bounds_of,
     chunk_at,
     chunk_matrices,
-    column,
     config_of,
     decay_matrix,
     diagonal_of,
@@ -51,12 +52,14 @@ from .linear_recurrence import (
     own_score,
     per_head,
     problem_of,
+    read_state,
     scan,
     store_state,
     store_tile,
     strided,
     tile,
     to_end,
+    transposed,
     within_blocks,
 )
 
@@ -96,12 +99,22 @@ def store_number(x, values, number, row, token, head, rows, valid):
 
 
 @triton.jit
+def scores_by_writers(q_CK, k_CK, g, u, row, token, head, rows, cols, valid, K: tl.constexpr, DOT: tl.constexpr):
+    """<q, k> under a decay that is not per channel, transposed."""
+    scores_CC = dot(k_CK, transposed(q_CK, DOT), DOT)
+    scores_CC *= tl.trans(decay_matrix(g, row, token, head, rows, valid, u is not None))
+    if u is not None:
+        scores_CC += on_diagonal(own_score(q_CK, k_CK, u, head, cols, K), rows)
+    return scores_CC
+
+
+@triton.jit
 def reverse_kernel(
-    q, k, g, e, b, h, matrices, do, dz, final_grad, state_grads, initial_grad, spans, scale, T, heads,
+    q, k, g, e, b, h, u, matrices, do, dz, final_grad, state_grads, initial_grad, spans, scale, T, heads,
     GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BEFORE: tl.constexpr,
-    PER_CHANNEL: tl.constexpr, IS_BETA: tl.constexpr, DOT: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PER_CHANNEL: tl.constexpr, IS_BETA: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
+    """dz, where it is given: of z if something is erased, else of v, whose gradient is the same but for T."""
     tiles = tl.cdiv(V, BLOCK_V)
     document, head = tl.program_id(0) // tiles // heads, tl.program_id(0) // tiles % heads
     rows, cols_k = tl.arange(0, C), tl.arange(0, BLOCK_K)
@@ -119,28 +132,31 @@ def reverse_kernel(
         if q is not None:
             q_CK = tile(q, row, token, head // GROUP, rows, cols_k, valid, K)
             do_CV = tile(do, row, token, head, rows, cols_v, valid, V) * scale
-        if e is not None:
+        if dz is not None:
             if b is None:
                 b_CK = tile(k, row, token, head // GROUP, rows, cols_k, valid, K)
                 P: tl.constexpr = 0
             else:
                 b_CK = tile(b, row, token, head, rows, cols_k, valid, K)
                 P: tl.constexpr = 2
-            dn_CV = dot(b_CK * end_CK, grad_KV, DOT)
+            dz_CV = read_state(b_CK, end_CK, grad_KV, PER_CHANNEL, DOT)
             if q is not None:
-                dn_CV = add_dot(
-                    dn_CV, tl.trans(tl.load(matrix_at(matrices, slot, head, heads, P, rows, C))), do_CV, DOT
-                )
-            dz_CV = dot(tl.trans(tl.load(matrix_at(matrices, slot, head, heads, 1, rows, C))), dn_CV, DOT)
+                if matrices is None:
+                    scores_CC = scores_by_writers(q_CK, b_CK, g, u, row, token, head, rows, cols_k, valid, K, DOT)
+                else:
+                    scores_CC = tl.trans(tl.load(matrix_at(matrices, slot, head, heads, P, rows, C)))
+                dz_CV = add_dot(dz_CV, scores_CC, do_CV, DOT)
+            if e is not None:
+                dz_CV = dot(tl.trans(tl.load(matrix_at(matrices, slot, head, heads, 1, rows, C))), dz_CV, DOT)
+                e_CK, beta_C1 = erase_tile(e, b_CK, row, token, head, rows, cols_k, valid, K, IS_BETA)
             store_tile(dz, dz_CV, row, token, head, rows, cols_v, valid, V)
-            e_CK = erase_tile(e, b_CK, row, token, head, rows, cols_k, valid, K, IS_BETA)
         grad_KV *= whole_K[:, None] * whole_V[None, :]
-        start_CK = from_start(g, row, token, head, rows, cols_k, valid, K, PER_CHANNEL, BEFORE)
+        start_CK = from_start(g, row, token, head, rows, cols_k, valid, K, PER_CHANNEL, u is not None)
         if q is not None:
-            start_CV = from_start(h, row, token, head, rows, cols_v, valid, V, True, BEFORE)
-            grad_KV = add_dot(grad_KV, tl.trans(q_CK * start_CK), do_CV * start_CV, DOT)
+            start_CV = from_start(h, row, token, head, rows, cols_v, valid, V, True, u is not None)
+            grad_KV = add_to_state(grad_KV, q_CK, start_CK, do_CV * start_CV, PER_CHANNEL, DOT)
         if e is not None:
-            grad_KV -= dot(tl.trans(e_CK * start_CK), dz_CV, DOT)
+            grad_KV = add_to_state(grad_KV, e_CK, start_CK, -dz_CV * beta_C1, PER_CHANNEL, DOT)
     if initial_grad is not None:
         store_state(initial_grad, grad_KV, document, head, heads, cols_k, cols_v, K, V)
 
@@ -167,24 +183,24 @@ def score_grads_kernel(
         if n is not None:
             n_CV = tile(n, row, token, head, rows, cols, valid, V)
             dz_CV = tile(dz, row, token, head, rows, cols, valid, V)
-            eb -= dot(dz_CV, tl.trans(n_CV), DOT)
+            eb -= dot(dz_CV, transposed(n_CV, DOT), DOT)
             if b is None:
                 v_CV = n_CV
             else:
-                ek -= dot(dz_CV, tl.trans(v_CV), DOT)
+                ek -= dot(dz_CV, transposed(v_CV, DOT), DOT)
         if do is not None:
             do_CV = tile(do, row, token, head, rows, cols, valid, V) * scale
             own += tl.sum(do_CV * v_CV, 1)
             if b is not None:
-                qb = add_dot(qb, do_CV, tl.trans(n_CV), DOT)
+                qb = add_dot(qb, do_CV, transposed(n_CV, DOT), DOT)
             if h is None:
-                qk = add_dot(qk, do_CV, tl.trans(v_CV), DOT)
+                qk = add_dot(qk, do_CV, transposed(v_CV, DOT), DOT)
             else:
                 h_CV = log2_tile(h, row, token, head, rows, cols, valid, V)
                 for level in tl.static_range(6):
                     if (1 << level) < C:
                         later, earlier = halfway(h_CV, rows, 1 << level, BEFORE, C, BLOCK_V)
-                        qk += within_blocks(dot(do_CV * later, tl.trans(v_CV * earlier), DOT), rows, 2 << level)
+                        qk += within_blocks(dot(do_CV * later, transposed(v_CV * earlier, DOT), DOT), rows, 2 << level)
     strict = rows[:, None] > rows[None, :]
     if PER_CHANNEL:
         decay_CC = tl.where(rows[:, None] >= rows[None, :], 1.0, 0.0)
@@ -220,17 +236,14 @@ def value_grads_kernel(
     end_CK, whole_K = to_end(g, row, token, head, rows, cols_k, valid, K, PER_CHANNEL)
     k_CK = tile(k, row, token, head // GROUP, rows, cols_k, valid, K)
     grad_KV = load_state(state_grads, slot, head, heads, cols_k, cols_v, K, V)
-    dv_CV = dot(k_CK * end_CK, grad_KV, DOT)
+    dv_CV = read_state(k_CK, end_CK, grad_KV, PER_CHANNEL, DOT)
     if q is not None:
         q_CK = tile(q, row, token, head // GROUP, rows, cols_k, valid, K)
         do_CV = tile(do, row, token, head, rows, cols_v, valid, V) * scale
     if h is None:
         if q is not None:
             if matrices is None:
-                scores_CC = dot(k_CK, tl.trans(q_CK), DOT)  # transposed
-                scores_CC *= tl.trans(decay_matrix(g, row, token, head, rows, valid, u is not None))
-                if u is not None:
-                    scores_CC += on_diagonal(own_score(q_CK, k_CK, u, head, cols_k, K), rows)
+                scores_CC = scores_by_writers(q_CK, k_CK, g, u, row, token, head, rows, cols_k, valid, K, DOT)
             else:
                 scores_CC = tl.trans(tl.load(matrix_at(matrices, slot, head, heads, 0, rows, C)))
             dv_CV = add_dot(dv_CV, scores_CC, do_CV, DOT)
@@ -250,7 +263,7 @@ def value_grads_kernel(
         if q is not None:
             start_CK = from_start(g, row, token, head, rows, cols_k, valid, K, PER_CHANNEL, u is not None)
             start_CV = from_start(h, row, token, head, rows, cols_v, valid, V, True, u is not None)
-            read_CV += do_CV * dot(q_CK * start_CK, state_KV, DOT) * start_CV
+            read_CV += do_CV * read_state(q_CK, start_CK, state_KV, PER_CHANNEL, DOT) * start_CV
             scores_CC = tl.load(matrix_at(matrices, slot, head, heads, 0, rows, C)).to(tl.float32)
             columns_CC = tl.trans(scores_CC)
         for level in tl.static_range(6):
@@ -299,16 +312,16 @@ def key_grads_kernel(
         if n is not None:
             n_CV = tile(n, row, token, head, rows, cols_v, valid, V)
             dz_CV = tile(dz, row, token, head, rows, cols_v, valid, V)
-            de_CK -= dot(dz_CV, tl.trans(state_KV), DOT)
+            de_CK -= dot(dz_CV, transposed(state_KV, DOT), DOT)
             if b is None:
                 w_CV = n_CV
             else:
-                db_CK = add_dot(db_CK, n_CV, tl.trans(grad_KV), DOT)
-        dk_CK = add_dot(dk_CK, w_CV * end_CV, tl.trans(grad_KV), DOT)
+                db_CK = add_dot(db_CK, n_CV, transposed(grad_KV, DOT), DOT)
+        dk_CK = add_dot(dk_CK, w_CV * end_CV, transposed(grad_KV, DOT), DOT)
         if q is not None:
             do_CV = tile(do, row, token, head, rows, cols_v, valid, V) * scale
             start_CV = from_start(h, row, token, head, rows, cols_v, valid, V, True, u is not None)
-            dq_CK = add_dot(dq_CK, do_CV * start_CV, tl.trans(state_KV), DOT)
+            dq_CK = add_dot(dq_CK, do_CV * start_CV, transposed(state_KV, DOT), DOT)
         if g is not None:
             through_K += tl.sum(state_KV * grad_KV * whole_V[None, :], 1)
 
@@ -335,7 +348,8 @@ def key_grads_kernel(
         if b is not None:
             qb = tl.load(matrix_at(grads, slot, head, heads, 2, rows, C))
     if e is not None:
-        e_CK = erase_tile(e, b_CK, row, token, head, rows, cols, valid, K, IS_BETA)
+        e_CK, beta_C1 = erase_tile(e, b_CK, row, token, head, rows, cols, valid, K, IS_BETA)
+        e_CK *= beta_C1
         de_CK *= start_CK
         read_CK += e_CK * de_CK
         eb = tl.load(matrix_at(grads, slot, head, heads, 1, rows, C))
@@ -355,24 +369,24 @@ def key_grads_kernel(
                 if q is not None:
                     qk_here = within_blocks(qk, rows, 64 >> level)
                     by_q = dot(qk_here, k_CK * earlier, DOT)
-                    by_k = add_dot(by_k, tl.trans(qk_here), q_CK * later, DOT)
+                    by_k = add_dot(by_k, transposed(qk_here, DOT), q_CK * later, DOT)
                     if b is not None:
                         qb_here = within_blocks(qb, rows, 64 >> level)
                         by_q = add_dot(by_q, qb_here, b_CK * earlier, DOT)
-                        by_b = add_dot(by_b, tl.trans(qb_here), q_CK * later, DOT)
+                        by_b = add_dot(by_b, transposed(qb_here, DOT), q_CK * later, DOT)
                     by_q *= later
                     dq_CK += by_q
                     read_CK += q_CK * by_q
                 if e is not None:
                     eb_here = within_blocks(eb, rows, 64 >> level)
                     by_e = dot(eb_here, b_CK * earlier, DOT)
-                    by_b = add_dot(by_b, tl.trans(eb_here), e_CK * later, DOT)
+                    by_b = add_dot(by_b, transposed(eb_here, DOT), e_CK * later, DOT)
                     if b is None:
                         by_k += by_b
                     else:
                         ek_here = within_blocks(ek, rows, 64 >> level)
                         by_e = add_dot(by_e, ek_here, k_CK * earlier, DOT)
-                        by_k = add_dot(by_k, tl.trans(ek_here), e_CK * later, DOT)
+                        by_k = add_dot(by_k, transposed(ek_here, DOT), e_CK * later, DOT)
                         by_b *= earlier
                         db_CK += by_b
                         written_CK += b_CK * by_b
@@ -389,26 +403,26 @@ def key_grads_kernel(
         within_CC = tl.zeros([C, C], tl.float32)
         if q is not None:
             dq_CK = add_dot(dq_CK, qk, k_CK, DOT)
-            dk_CK = add_dot(dk_CK, tl.trans(qk), q_CK, DOT)
+            dk_CK = add_dot(dk_CK, transposed(qk, DOT), q_CK, DOT)
             if g is not None:
-                within_CC += qk * dot(q_CK, tl.trans(k_CK), DOT)
+                within_CC += qk * dot(q_CK, transposed(k_CK, DOT), DOT)
             if b is not None:
                 dq_CK = add_dot(dq_CK, qb, b_CK, DOT)
-                db_CK = add_dot(db_CK, tl.trans(qb), q_CK, DOT)
+                db_CK = add_dot(db_CK, transposed(qb, DOT), q_CK, DOT)
                 if g is not None:
-                    within_CC += qb * dot(q_CK, tl.trans(b_CK), DOT)
+                    within_CC += qb * dot(q_CK, transposed(b_CK, DOT), DOT)
         if e is not None:
             de_CK = add_dot(de_CK, eb, b_CK, DOT)
             if b is None:
-                dk_CK = add_dot(dk_CK, tl.trans(eb), e_CK, DOT)
+                dk_CK = add_dot(dk_CK, transposed(eb, DOT), e_CK, DOT)
             else:
-                db_CK = add_dot(db_CK, tl.trans(eb), e_CK, DOT)
+                db_CK = add_dot(db_CK, transposed(eb, DOT), e_CK, DOT)
                 de_CK = add_dot(de_CK, ek, k_CK, DOT)
-                dk_CK = add_dot(dk_CK, tl.trans(ek), e_CK, DOT)
+                dk_CK = add_dot(dk_CK, transposed(ek, DOT), e_CK, DOT)
             if g is not None:
-                within_CC += eb * dot(e_CK, tl.trans(b_CK), DOT)
+                within_CC += eb * dot(e_CK, transposed(b_CK, DOT), DOT)
                 if b is not None:
-                    within_CC += ek * dot(e_CK, tl.trans(k_CK), DOT)
+                    within_CC += ek * dot(e_CK, transposed(k_CK, DOT), DOT)
         if g is not None:
             passing_C = passing_each(tl.sum(read_CK, 1), tl.sum(written_CK, 1), within_CC, rows, u is not None)
             passing_C += tl.sum(through_K * whole_K, 0)
@@ -429,7 +443,7 @@ def key_grads_kernel(
     if e is not None:
         if IS_BETA:
             store_number(de, tl.sum(de_CK * b_CK, 1), number, row, token, head, rows, valid)
-            de_CK *= column(e, row, token, head, rows, valid)[:, None]
+            de_CK *= beta_C1
             if b is None:
                 dk_CK += de_CK
             else:
@@ -518,17 +532,20 @@ def linear_recurrence_backward(
     n = like(erase, *v.shape, dtype=problem.dtype)
     scan(problem, matrices, initial_state=initial_state, states=states, n=n)
 
-    # Where k writes n, the gradient of z is that of v.
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    dz = None if erase is None else dv if erase_key is None else torch.empty_like(n)
+    # The pass over the states leaves the gradient of what k writes, if that is v or z; where its programs would not
+    # fill the chip, it leaves that of v, on which no state depends, to a program for every chunk.
+    busy = problem.num_documents * heads * tiles_v >= forward.FILLS or problem.num_spans <= problem.num_documents
+    v_on_the_way = erase_key is None and value_log_decay is None and (erase is not None or busy)
+    dz = dv if v_on_the_way else None if erase is None else torch.empty_like(n)
     do = None if q is None else strided(grad_o)
     state_grads, initial_grad = empty_states(problem), like(initial_state)
     common = dict(PER_CHANNEL=shape["PER_CHANNEL"], DOT=shape["DOT"], V=value_dim, C=shape["C"], SPAN=shape["SPAN"])
     of_keys = dict(GROUP=shape["GROUP"], K=key_dim)
-    spans, length, before = tensors["spans"], shape["T"], bonus is not None
+    spans, length = tensors["spans"], shape["T"]
     reverse_kernel[(problem.num_documents * heads * tiles_v,)](
-        *terms("q", "k", "g", "e", "b", "h"), matrices, do, strided(dz), grad_final.contiguous(), state_grads,
-        initial_grad, spans, scale, length, heads, **of_keys, **common, BLOCK_K=all_k, BLOCK_V=block_v, BEFORE=before,
+        *terms("q", "k", "g", "e", "b", "h", "u"), matrices, do, strided(dz), grad_final.contiguous(), state_grads,
+        initial_grad, spans, scale, length, heads, **of_keys, **common, BLOCK_K=all_k, BLOCK_V=block_v,
         IS_BETA=shape["IS_BETA"], num_warps=config.scan_warps, num_stages=config.stages,
     )  # fmt: skip
 
@@ -537,10 +554,10 @@ def linear_recurrence_backward(
     if q is not None or erase is not None:
         score_grads_kernel[(chunks * heads,)](
             *terms("v", "g", "b", "h"), strided(n), do, strided(dz), grads, spans, scale, length, heads, **common,
-            BLOCK_V=block_v, BEFORE=before, num_warps=config.grads_warps, num_stages=config.stages,
+            BLOCK_V=block_v, BEFORE=bonus is not None, num_warps=config.grads_warps, num_stages=config.stages,
         )  # fmt: skip
     dh = like(value_log_decay)
-    if erase is None or erase_key is not None:
+    if not v_on_the_way:
         value_grads_kernel[(chunks * heads * tiles_v,)](
             *terms("q", "k", "v", "g", "b", "h", "u"), matrices, states, state_grads, do, strided(dz), strided(dv),
             strided(dh), spans, scale, length, heads, **of_keys, **common, BLOCK_K=all_k, BLOCK_V=block_v,
