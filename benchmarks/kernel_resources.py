@@ -179,8 +179,10 @@ def run_norm(width: int, dtype: torch.dtype, length: int) -> Any:
 
 
 def run_gate(width: int, dtype: torch.dtype, length: int) -> Any:
+    """All its activations."""
     inputs = inputs_of("decay gate", width, dtype, length, "x", "bias", "A_log")
-    return kernels("gates").decay_gate(*inputs, 1, 1.0, [], True)
+    gates = kernels("gates")
+    return [y for activation in gates.ACTIVATIONS for y in gates.decay_gate(*inputs, activation, 1.0, [], True)]
 
 
 def run_dispatch(width: int, dtype: torch.dtype, length: int) -> Any:

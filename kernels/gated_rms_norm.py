@@ -7,9 +7,10 @@
     rows   |  BLOCK_M whole rows, sums over channels |      whole in registers. The backward sums the squares again, so
            +-----------------------------------------+      that nothing but the inputs is kept.
 
-The gradient of the weight is added up over a program's rows in registers, written once a program and summed afterwards:
-no atomics. Serves the norms of blocks, heads and groups, with or without a weight, with or without a gate. Computed in
-float32. Channels are read with a stride of one and rows at one distance; other layouts are copied first.
+Groups with weights of their own take turns in the rows; a program keeps to one group's. The gradient of the weight is
+added up over a program's rows in registers, written once a program and summed afterwards: no atomics. Serves the norms
+of blocks, heads and groups, with or without a weight, with or without a gate. Computed in float32. Channels are read
+with a stride of one and rows at one distance; other layouts are copied first.
 """
 
 import torch
@@ -46,12 +47,12 @@ def _forward_kernel(
     x, weight, gate, y, num_rows, dim, x_stride, gate_stride, factor, eps,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, WEIGHT: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
-    channel = tl.arange(0, BLOCK_D)
+    channel, group, num_groups = tl.arange(0, BLOCK_D), tl.program_id(1), tl.num_programs(1)
     w = tl.full([BLOCK_D], 1.0, tl.float32)
     if WEIGHT:
-        w = tl.load(weight + channel, mask=channel < dim, other=0).to(tl.float32)
-    for block in range(tl.program_id(0), tl.cdiv(num_rows, BLOCK_M), tl.num_programs(0)):
-        row = (block * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+        w = tl.load(weight + group * dim + channel, mask=channel < dim, other=0).to(tl.float32)
+    for block in range(tl.program_id(0), tl.cdiv(num_rows, BLOCK_M * num_groups), tl.num_programs(0)):
+        row = (block * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64) * num_groups + group
         mask = (row < num_rows)[:, None] & (channel < dim)[None, :]
         unit = _rows_of(x, row, channel, x_stride, mask)
         unit *= tl.rsqrt(factor * tl.sum(unit * unit, 1) + eps)[:, None]
@@ -69,13 +70,13 @@ def _backward_kernel(
     grad, x, weight, gate, dx, dweight, dgate, num_rows, dim, grad_stride, x_stride, gate_stride, factor, eps,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, WEIGHT: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
-    channel = tl.arange(0, BLOCK_D)
+    channel, group, num_groups = tl.arange(0, BLOCK_D), tl.program_id(1), tl.num_programs(1)
     w = tl.full([BLOCK_D], 1.0, tl.float32)
     if WEIGHT:
-        w = tl.load(weight + channel, mask=channel < dim, other=0).to(tl.float32)
+        w = tl.load(weight + group * dim + channel, mask=channel < dim, other=0).to(tl.float32)
     of_weight = tl.zeros([BLOCK_D], tl.float32)
-    for block in range(tl.program_id(0), tl.cdiv(num_rows, BLOCK_M), tl.num_programs(0)):
-        row = (block * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    for block in range(tl.program_id(0), tl.cdiv(num_rows, BLOCK_M * num_groups), tl.num_programs(0)):
+        row = (block * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64) * num_groups + group
         mask = (row < num_rows)[:, None] & (channel < dim)[None, :]
         out = (row * dim)[:, None] + channel[None, :]
         unit = _rows_of(x, row, channel, x_stride, mask)
@@ -96,7 +97,8 @@ def _backward_kernel(
         flow -= unit * (factor * tl.sum(flow * unit, 1))[:, None]
         tl.store(dx + out, flow * inverse, mask=mask)
     if WEIGHT:
-        tl.store(dweight + tl.program_id(0) * dim + channel, of_weight, mask=channel < dim)
+        part = tl.program_id(0) * num_groups + group
+        tl.store(dweight + part * dim + channel, of_weight, mask=channel < dim)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -105,14 +107,16 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _grid_and_flags(x: Tensor, weight: Tensor | None, activation: str) -> tuple[tuple[int], dict]:
+def _grid_and_flags(x: Tensor, weight: Tensor | None, activation: str) -> tuple[tuple[int, int], dict]:
     tile, per_warp = CONFIGS[architecture(x)]
     dim = x.shape[-1]
     block_d = triton.next_power_of_2(dim)
     block_m = max(1, tile // block_d)
     flags = dict(BLOCK_M=block_m, BLOCK_D=block_d, WEIGHT=weight is not None, GATE=activation)
     num_warps = min(16, max(1, block_m * block_d // per_warp))
-    return (min(MOST_PROGRAMS, triton.cdiv(x.numel() // dim, block_m)),), flags | dict(num_warps=num_warps)
+    num_groups = 1 if weight is None else weight.numel() // dim
+    programs = min(max(1, MOST_PROGRAMS // num_groups), triton.cdiv(x.numel() // dim, block_m * num_groups))
+    return (programs, num_groups), flags | dict(num_warps=num_warps)
 
 
 def _out_dtype(x: Tensor, gate: Tensor | None) -> torch.dtype:
@@ -125,10 +129,12 @@ def gated_rms_norm(
 ) -> Tensor:
     """x [..., D], weight [D], gate like x -> like x, in the common dtype of x and gate.
 
-    activation: "silu" or "sigmoid" of the gate; "none" without one.
+    x [..., groups, D] can have a weight [groups, D]. activation: "silu" or "sigmoid" of the gate; "none" without one.
     """
     if activation not in GATES or (gate is None) != (activation == "none"):
         raise ValueError(f"activation = {activation!r} must be 'silu' or 'sigmoid' with a gate, 'none' without.")
+    if weight is not None and weight.shape != x.shape[-weight.dim() :]:
+        raise ValueError(f"weight must have the shape of x's last dims; got {list(weight.shape)} and {list(x.shape)}.")
     y = torch.empty(x.shape, dtype=_out_dtype(x, gate), device=x.device)
     if y.numel():
         grid, flags = _grid_and_flags(x, weight, activation)
@@ -156,7 +162,7 @@ def _backward(
         return [dx, x.new_empty(0) if weight is None else torch.zeros_like(weight), dgate]
     grid, flags = _grid_and_flags(x, weight, activation)
     rows, gate_rows, grad_rows = _rows(x), _rows(x if gate is None else gate), _rows(grad)
-    parts = x.new_empty(0 if weight is None else grid[0], x.shape[-1], dtype=torch.float32)
+    parts = x.new_empty(0 if weight is None else (grid[0], *weight.shape), dtype=torch.float32)
     _backward_kernel[grid](
         grad_rows, rows, rows if weight is None else weight.contiguous(), gate_rows, dx, parts, dgate,
         rows.shape[0], rows.shape[1], grad_rows.stride(0), rows.stride(0), gate_rows.stride(0), factor, eps, **flags,

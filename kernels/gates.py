@@ -1,9 +1,12 @@
 """Log decay from a projected input, forward and backward, in Triton.
 
-    step = softplus(sign * (x + bias)), clamped          log_decay = -rate * step
+    step = f(x + bias), clamped          log_decay = -rate * step
 
-    sign = 1, rate = exp(A_log) of the channel's head: Mamba-2, Gated DeltaNet, Kimi Delta Attention
-    sign = -1, rate = 1 / normalizer, that is logsigmoid(x + bias) / normalizer: GLA, GSA, GateLoop, GFW, Titans
+    activation    f(z)              rate
+    softplus      softplus(z)       exp(A_log) of the channel's head    Mamba-2, Gated DeltaNet, Kimi Delta Attention
+    logsigmoid    -logsigmoid(z)    1 / normalizer                      GLA, GSA, GateLoop, GFW, Titans
+    exp           exp(z)            1                                   RWKV-6
+    sigmoid       sigmoid(z)        exp(-1/2)                           RWKV-7
 
                  channels
              +------------+       A program takes such tiles of its channels one after another. Gradients of bias and
@@ -28,6 +31,7 @@ CONFIGS = {  # architecture: rows and most channels of a tile, warps
     "interpreter": (16, 16, 1),
 }
 MOST_PROGRAMS = 1024  # several for each processor of the largest chips; as many parts of the parameters' gradients
+ACTIVATIONS = ("softplus", "logsigmoid", "exp", "sigmoid")
 
 
 def architecture(x: Tensor) -> str:
@@ -49,9 +53,28 @@ def _softplus(z):
 
 
 @triton.jit
+def _activate(z, ACTIVATION: tl.constexpr):
+    """The step, not yet clamped, and its slope."""
+    if ACTIVATION == "softplus":
+        step = _softplus(z)
+        slope = tl.sigmoid(z)
+    elif ACTIVATION == "logsigmoid":
+        step = _softplus(-z)
+        slope = -tl.sigmoid(-z)
+    elif ACTIVATION == "exp":
+        step = tl.exp(z)
+        slope = step
+    else:
+        step = tl.sigmoid(z)
+        slope = step * (1 - step)
+    return step, slope
+
+
+@triton.jit
 def _forward_kernel(
-    x, bias, A_log, log_decay, step, num_rows, num_channels, head_width, x_stride, sign, rate, low, high,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, PER_HEAD: tl.constexpr, STEP: tl.constexpr, CLAMP: tl.constexpr,
+    x, bias, A_log, log_decay, step, num_rows, num_channels, head_width, x_stride, rate, low, high,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, PER_HEAD: tl.constexpr, ACTIVATION: tl.constexpr,
+    STEP: tl.constexpr, CLAMP: tl.constexpr,
 ):  # fmt: skip
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     channel_mask = channel < num_channels
@@ -62,7 +85,7 @@ def _forward_kernel(
         row = (block * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
         mask = (row < num_rows)[:, None] & channel_mask[None, :]
         x_tile = tl.load(x + (row * x_stride)[:, None] + channel[None, :], mask=mask, other=0).to(tl.float32)
-        s = _softplus(sign * (x_tile + b[None, :]))
+        s, _ = _activate(x_tile + b[None, :], ACTIVATION)
         if CLAMP:
             s = tl.minimum(tl.maximum(s, low), high)
         out = (row * num_channels)[:, None] + channel[None, :]
@@ -74,8 +97,9 @@ def _forward_kernel(
 @triton.jit
 def _backward_kernel(
     grad_log_decay, grad_step, x, bias, A_log, dx, dbias, dA_log, num_rows, num_channels, head_width,
-    decay_stride, step_stride, x_stride, sign, rate, low, high,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, PER_HEAD: tl.constexpr, STEP: tl.constexpr, CLAMP: tl.constexpr,
+    decay_stride, step_stride, x_stride, rate, low, high,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, PER_HEAD: tl.constexpr, ACTIVATION: tl.constexpr,
+    STEP: tl.constexpr, CLAMP: tl.constexpr,
 ):  # fmt: skip
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     channel_mask = channel < num_channels
@@ -90,12 +114,11 @@ def _backward_kernel(
         x_tile = tl.load(x + (row * x_stride)[:, None] + channel[None, :], mask=mask, other=0).to(tl.float32)
         grad = tl.load(grad_log_decay + (row * decay_stride)[:, None] + channel[None, :], mask=mask, other=0)
         grad = -rate * grad.to(tl.float32)
-        z = sign * (x_tile + b[None, :])
-        s = _softplus(z)
+        s, slope = _activate(x_tile + b[None, :], ACTIVATION)
         flow = grad
         if STEP:
             flow += tl.load(grad_step + (row * step_stride)[:, None] + channel[None, :], mask=mask, other=0)
-        flow *= sign * tl.sigmoid(z)
+        flow *= slope
         if CLAMP:
             flow = tl.where((s >= low) & (s <= high), flow, 0)
             s = tl.minimum(tl.maximum(s, low), high)
@@ -115,43 +138,44 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _grid_and_flags(x: Tensor, A_log: Tensor | None, limits: list[float], with_step: bool) -> tuple[tuple, dict]:
+def _grid_and_flags(
+    x: Tensor, A_log: Tensor | None, activation: str, limits: list[float], with_step: bool
+) -> tuple[tuple, dict]:
     block_m, block_c, num_warps = CONFIGS[architecture(x)]
     num_channels = x.shape[-1]
     block_c = min(block_c, triton.next_power_of_2(num_channels))
     tiles = triton.cdiv(num_channels, block_c)
     programs = min(max(1, MOST_PROGRAMS // tiles), triton.cdiv(x.numel() // num_channels, block_m))
-    flags = dict(PER_HEAD=A_log is not None, STEP=with_step, CLAMP=bool(limits), num_warps=num_warps)
-    return (programs, tiles), flags | dict(BLOCK_M=block_m, BLOCK_C=block_c)
-
-
-def _numbers(sign: int, rate: float, limits: list[float]) -> tuple[float, ...]:
-    return (float(sign), rate, *(limits or (0.0, 0.0)))
+    flags = dict(PER_HEAD=A_log is not None, ACTIVATION=activation, STEP=with_step, CLAMP=bool(limits))
+    return (programs, tiles), flags | dict(BLOCK_M=block_m, BLOCK_C=block_c, num_warps=num_warps)
 
 
 @torch.library.custom_op("torchlmoe::decay_gate_triton", mutates_args=())
 def decay_gate(
-    x: Tensor, bias: Tensor, A_log: Tensor | None, sign: int, rate: float, limits: list[float], with_step: bool
+    x: Tensor, bias: Tensor, A_log: Tensor | None, activation: str, rate: float, limits: list[float], with_step: bool
 ) -> tuple[Tensor, Tensor]:
     """x [..., channels], bias [channels] -> log_decay and step, float32, like x; step empty unless with_step.
 
-    A_log: [heads], each head's channels side by side, for rate = exp(A_log). limits: of the step, two numbers or none.
+    A_log: [heads], each head's channels side by side, for rate = exp(A_log). activation: one of `ACTIVATIONS`.
+    limits: of the step, two numbers or none.
     """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation = {activation!r} is none of {', '.join(map(repr, ACTIVATIONS))}.")
     log_decay = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     step = torch.empty_like(log_decay) if with_step else log_decay.new_empty(0)
     if log_decay.numel():
-        grid, flags = _grid_and_flags(x, A_log, limits, with_step)
+        grid, flags = _grid_and_flags(x, A_log, activation, limits, with_step)
         rows, bias = _rows(x), bias.contiguous()
         _forward_kernel[grid](
             rows, bias, bias if A_log is None else A_log.contiguous(), log_decay, step, *rows.shape,
-            rows.shape[1] // (1 if A_log is None else A_log.shape[0]), rows.stride(0), *_numbers(sign, rate, limits),
+            rows.shape[1] // (1 if A_log is None else A_log.shape[0]), rows.stride(0), rate, *(limits or (0.0, 0.0)),
             **flags,
         )  # fmt: skip
     return log_decay, step
 
 
 @decay_gate.register_fake
-def _(x, bias, A_log, sign, rate, limits, with_step):
+def _(x, bias, A_log, activation, rate, limits, with_step):
     log_decay = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     return log_decay, torch.empty_like(log_decay) if with_step else log_decay.new_empty(0)
 
@@ -163,7 +187,7 @@ def _backward(
     x: Tensor,
     bias: Tensor,
     A_log: Tensor | None,
-    sign: int,
+    activation: str,
     rate: float,
     limits: list[float],
     with_step: bool,
@@ -172,14 +196,14 @@ def _backward(
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     if not x.numel():
         return [dx, torch.zeros_like(bias), x.new_empty(0) if A_log is None else torch.zeros_like(A_log)]
-    grid, flags = _grid_and_flags(x, A_log, limits, with_step)
+    grid, flags = _grid_and_flags(x, A_log, activation, limits, with_step)
     rows, decay_rows, bias_ = _rows(x), _rows(grad_log_decay), bias.contiguous()
     step_rows = decay_rows if grad_step is None else _rows(grad_step)
     parts = x.new_empty(2 if A_log is not None else 1, grid[0], x.shape[-1], dtype=torch.float32)
     _backward_kernel[grid](
         decay_rows, step_rows, rows, bias_, bias_ if A_log is None else A_log.contiguous(), dx, parts[0], parts[-1],
         *rows.shape, rows.shape[1] // (1 if A_log is None else A_log.shape[0]),
-        decay_rows.stride(0), step_rows.stride(0), rows.stride(0), *_numbers(sign, rate, limits), **flags,
+        decay_rows.stride(0), step_rows.stride(0), rows.stride(0), rate, *(limits or (0.0, 0.0)), **flags,
     )  # fmt: skip
     dbias = parts[0].sum(0).to(bias.dtype)
     if A_log is None:
@@ -188,7 +212,7 @@ def _backward(
 
 
 @_backward.register_fake
-def _(grad_log_decay, grad_step, x, bias, A_log, sign, rate, limits, with_step):
+def _(grad_log_decay, grad_step, x, bias, A_log, activation, rate, limits, with_step):
     return [
         x.new_empty(0) if tensor is None else torch.empty_like(tensor, memory_format=torch.contiguous_format)
         for tensor in (x, bias, A_log)
@@ -196,7 +220,7 @@ def _(grad_log_decay, grad_step, x, bias, A_log, sign, rate, limits, with_step):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.sign, ctx.rate, ctx.limits, ctx.with_step = inputs
+    *tensors, ctx.activation, ctx.rate, ctx.limits, ctx.with_step = inputs
     ctx.save_for_backward(*tensors)
     if not ctx.with_step:
         ctx.mark_non_differentiable(output[1])
@@ -205,7 +229,7 @@ def _setup_context(ctx, inputs, output) -> None:
 def _autograd(ctx, grad_log_decay, grad_step):
     inputs = ctx.saved_tensors
     grad_step = grad_step if ctx.with_step else None
-    grads = _backward(grad_log_decay, grad_step, *inputs, ctx.sign, ctx.rate, ctx.limits, ctx.with_step)
+    grads = _backward(grad_log_decay, grad_step, *inputs, ctx.activation, ctx.rate, ctx.limits, ctx.with_step)
     return (*(None if x is None else g for x, g in zip(inputs, grads, strict=True)), None, None, None, None)
 
 

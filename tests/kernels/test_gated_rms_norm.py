@@ -39,6 +39,14 @@ def test_widths_and_gates(shape, activation, device):
     check(device, inputs, 1 / shape[-1], activation)
 
 
+@pytest.mark.parametrize(("shape", "programs"), [((2, 3), 1024), ((2, 9, 3, 40), 1024), ((85, 2, 16), 5)])
+def test_weights_of_groups(shape, programs, device, monkeypatch):
+    monkeypatch.setattr("torchlmoe.kernels.gated_rms_norm.MOST_PROGRAMS", programs)
+    inputs = dict(x=randn(*shape), weight=randn(*shape[-2:], seed=1))
+    check(device, inputs, 1 / shape[-1], "none")
+    check(device, inputs | dict(gate=randn(*shape, seed=2)), 1 / shape[-1], "silu")
+
+
 @pytest.mark.parametrize("factor", [1.0, 1 / 24])
 def test_without_weight(factor, device):
     check(device, dict(x=randn(4, 24)), factor, "none")
@@ -82,6 +90,8 @@ def test_refusal(device):
     x = torch.ones(2, 4, device=device)
     with pytest.raises(ValueError, match="activation = 'silu' must be 'silu' or 'sigmoid' with a gate, 'none' without"):
         gated_rms_norm(x, None, None, 1.0, 1e-6, "silu")
+    with pytest.raises(ValueError, match=r"weight must have the shape of x's last dims; got \[4, 2\] and \[2, 4\]"):
+        gated_rms_norm(x, torch.ones(4, 2, device=device), None, 1.0, 1e-6, "none")
 
 
 def test_registered_operation(device):
@@ -108,7 +118,7 @@ def test_modules_take_it(device, monkeypatch):
         given = x.to(device), gate.to(device)
         results = [norms.l2_norm(given[0])]
         for module in modules:
-            module.to(device).init_weights()
+            module.to(device).weight.data.copy_(randn(8, seed=3))
             results.append(module(*given) if isinstance(module, norms.GatedRMSNorm) else module(given[0]))
         return [result.cpu() for result in results]
 

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from torchlmoe.layers.cross_entropy import linear_cross_entropy
-from torchlmoe.layers.decay_gate import DecayGate
+from torchlmoe.layers.decay_gate import BiasedDecay, DecayGate, LogSigmoidDecay
 from torchlmoe.layers.feature_maps import pair_products, taylor_features
-from torchlmoe.layers.norms import l2_norm, rms_norm
+from torchlmoe.layers.norms import GroupRMSNorm, l2_norm, rms_norm
 from torchlmoe.layers.rotary import rotary_phases, rotate
 from torchlmoe.layers.sequence import Sequence
 from torchlmoe.layers.token_shift import TokenShift
@@ -31,6 +31,11 @@ def assert_same(ours, theirs, leaves):
 def test_norms():
     x, weight = randn(3, 5, 16), randn(16, seed=1)
     assert_same(rms_norm(x, weight, 1e-6), F.rms_norm(x, (16,), weight, 1e-6), [x, weight])
+    groups = GroupRMSNorm(16, 2).double()
+    groups.weight.data.copy_(weight)
+    expected = torch.cat([F.rms_norm(part, (8,), None, 1e-6) for part in x.chunk(2, -1)], -1) * groups.weight
+    assert_same(groups(x), expected, [x, groups.weight])
+    assert_same(groups(x[0, 0]), expected[0, 0], [x, groups.weight])
     assert_same(l2_norm(x, 1e-6), x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt(), [x])
     zero = torch.zeros(2, 4, dtype=torch.float64, requires_grad=True)
     (gradient,) = torch.autograd.grad(l2_norm(zero).sum(), zero)
@@ -65,6 +70,20 @@ def test_decay_gate_starts_in_its_ranges(channels):
     assert step.min() == 2e-3  # steps are drawn from 1e-3 to 1e-1
     assert step.max() == 5e-2
     torch.testing.assert_close(log_decay, -step * (rate if channels is None else rate[:, None]))
+
+
+def test_biased_decays():
+    x = torch.linspace(-9, 9, 64, dtype=torch.float64).view(4, 16).requires_grad_()
+    cases = [
+        (LogSigmoidDecay(16, 16.0), lambda z: -torch.log1p((-z).exp()) / 16),
+        (BiasedDecay(16, "exp"), lambda z: -torch.where(z < 5, z, 5.0).exp()),
+        (BiasedDecay(16, "sigmoid", rate=0.6), lambda z: -0.6 / (1 + (-z).exp())),
+    ]
+    for decay, formula in cases:
+        decay.double().bias.data.copy_(randn(16, seed=1))
+        assert_same(decay(x), formula(x + decay.bias), [x, decay.bias])
+        assert decay(x.bfloat16()).dtype is torch.float64
+        assert decay.float()(x.bfloat16()).dtype is torch.float32
 
 
 def test_rotary_is_a_complex_rotation():

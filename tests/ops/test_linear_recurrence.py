@@ -215,6 +215,23 @@ def test_span_summary(terms, backend):
     torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_transition_of_a_long_row(dtype):
+    """Documents that forget everything beside others keep none of these' digits from them."""
+    bounds = torch.tensor([0, 0, 1, 127, 128, 130, 1000, 1000, 3000, 3001], dtype=torch.int32)
+    log_decay = -torch.rand(1, 3001, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) / 1000
+    log_decay[:, 130:1000] = -30.0
+    log_decay = log_decay.to(dtype).requires_grad_()
+    k = torch.zeros(1, 3001, 2, 3, dtype=dtype)
+    expected = torch.stack([document.double().sum(0).exp() for document in log_decay[0].split(bounds.diff().tolist())])
+    transition, _ = span_summary(k, k[..., :1], log_decay=log_decay, cu_seqlens=bounds)
+    assert transition.dtype is dtype
+    limit = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(transition.double(), expected, rtol=limit, atol=0)
+    (found,) = torch.autograd.grad(transition.sum(), log_decay)
+    torch.testing.assert_close(found[0], transition.detach().repeat_interleave(bounds.diff(), 0))
+
+
 @pytest.mark.parametrize("terms", TERMS)
 def test_registered_operation(terms):
     """torch's own checks of a custom operation, and the traceable function differentiated by autograd."""

@@ -16,7 +16,7 @@ _GATES: dict[Callable, str] = {F.silu: "silu", torch.sigmoid: "sigmoid"}  # as t
 class _ScaleToUnit(torch.autograd.Function):
     """x / sqrt(factor * sum(x^2) + eps) * weight over the last dim: the one thing that RMS and L2 norms are.
 
-    Keeps x itself, in its own dtype, and one number a row.
+    The weight has the shape of x's last dim, or last two. Keeps x itself, in its own dtype, and one number a row.
     """
 
     @staticmethod
@@ -35,12 +35,11 @@ class _ScaleToUnit(torch.autograd.Function):
         x, weight, inverse = ctx.saved_tensors
         unit = x * inverse
         product = unit * grad
-        if weight is None:
-            grad_weight, along = None, product.sum(-1, keepdim=True)
-        else:
-            grad_weight = product.flatten(0, -2).sum(0).to(weight.dtype)
-            along = (product @ weight.to(product.dtype))[..., None]
-            grad = grad.to(product.dtype) * weight
+        grad_weight = None
+        if weight is not None:
+            grad_weight = product.reshape(-1, *weight.shape).sum(0).to(weight.dtype)
+            product, grad = product.mul_(weight), grad.to(product.dtype) * weight
+        along = product.sum(-1, keepdim=True)
         grad_x = unit.mul_(along.mul_(-ctx.factor)).add_(grad).mul_(inverse)
         return grad_x.to(x.dtype), grad_weight, None, None
 
@@ -62,7 +61,7 @@ def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dim, in x's dtype."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dim, in x's dtype; weight [D], or x [..., G, D] and [G, D]."""
     return _scale_to_unit(x, weight, 1.0 / x.shape[-1], eps)
 
 
@@ -102,7 +101,8 @@ class GroupRMSNorm(RMSNorm):
         self.num_groups = num_groups
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x.unflatten(-1, (self.num_groups, -1)), None, self.eps).flatten(-2) * self.weight
+        groups = (self.num_groups, -1)
+        return rms_norm(x.unflatten(-1, groups), self.weight.view(groups), self.eps).flatten(-2)
 
 
 class LayerNorm(nn.LayerNorm):

@@ -26,8 +26,6 @@ from torchlmoe.layers.token_shift import TokenMix, TokenShift
 from torchlmoe.mixers.base import Place
 from torchlmoe.mixers.recurrent import RecurrentMixer
 
-MAX_LOG_RATE = 5.0  # exp(-exp(5)) is 1e-64: nothing is left, and sums of log decays keep the others' digits
-
 
 class RWKV6(RecurrentMixer):
     decays = True
@@ -54,7 +52,7 @@ class RWKV6(RecurrentMixer):
         )
         self.gate_proj = Linear(dim, dim)
         self.decay_proj = LowRank(dim, decay_rank, dim, torch.tanh)
-        self.decay = BiasedDecay(dim, lambda x: -x.clamp(max=MAX_LOG_RATE).exp())
+        self.decay = BiasedDecay(dim, "exp")
         self.bonus = nn.Parameter(torch.empty(dim))
         self.norm = HeadNorm(self.num_heads, self.value_dim, eps=1e-5 * self.value_dim)
 

@@ -57,7 +57,7 @@ class RWKV7(RecurrentMixer):
         self.token_shift = TokenShift(dim)
         self.mix = nn.ModuleDict({name: TokenMix(dim, power * late) for name, power in powers.items()})
         self.decay_proj = LowRank(dim, rank(decay_rank, 2.5), dim, torch.tanh)
-        self.decay = BiasedDecay(dim, lambda x: -math.exp(-0.5) * x.sigmoid())
+        self.decay = BiasedDecay(dim, "sigmoid", rate=math.exp(-0.5))
         self.rate_proj = LowRank(dim, rank(rate_rank, 2.5), dim)
         self.rate_bias = nn.Parameter(torch.empty(dim))
         self.first_value_proj = None if place.first else LowRank(dim, rank(value_rank, 1.7), dim)

@@ -20,6 +20,7 @@ from torchlmoe.ops.reference import reference_recurrence
 
 Backend = Literal["auto", "reference", "chunked", "triton"]
 KERNEL_WIDTH = 256  # of a key that the Triton kernels hold
+PIECE_LENGTH = 128  # tokens whose log decays are summed one after another
 
 
 def linear_recurrence(
@@ -109,13 +110,23 @@ def _total_decay(log_decay: Tensor | None, v: Tensor, width: int, cu_seqlens: Te
     """exp of each document's summed log decay, [N, R, width]."""
     batch_size, length, num_heads, _ = v.shape
     dtype = torch.promote_types(v.dtype, torch.float32)
-    total = v.new_zeros(num_documents(v, cu_seqlens), num_heads, width, dtype=dtype)
-    if log_decay is not None:
-        decay = log_decay.to(total.dtype)
-        decay = decay.expand(batch_size, length, num_heads) if decay.dim() == 1 else decay
-        decay = (decay if decay.dim() == 4 else decay[..., None]).expand(-1, -1, -1, width)
-        total = total.index_add(0, _document_ids(v, cu_seqlens), decay.flatten(0, 1))
-    return total.exp()
+    if log_decay is None:
+        return v.new_ones(num_documents(v, cu_seqlens), num_heads, width, dtype=dtype)
+    decay = log_decay.to(dtype)
+    decay = decay.expand(batch_size, length, num_heads) if decay.dim() == 1 else decay
+    total = decay.sum(1) if cu_seqlens is None else _sum_documents(decay[0], cu_seqlens)
+    return (total if total.dim() == 3 else total[..., None]).expand(-1, -1, width).exp()
+
+
+def _sum_documents(x: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """x [T, ...] -> [N, ...], always in the same order, and the bounds stay on their device.
+
+    A sum of `segment_reduce` is one thread's, token by token: documents are cut in pieces, that none is long.
+    """
+    starts = torch.arange(0, len(x), PIECE_LENGTH, device=x.device, dtype=cu_seqlens.dtype)
+    bounds = torch.cat([cu_seqlens, starts]).sort().values
+    pieces = torch.segment_reduce(x, "sum", offsets=bounds, unsafe=True)
+    return torch.segment_reduce(pieces, "sum", offsets=torch.searchsorted(bounds, cu_seqlens), unsafe=True)
 
 
 def recurrence_flops_per_token(
@@ -127,14 +138,6 @@ def recurrence_flops_per_token(
     """
     per_element = 4 + decay + 4 * erase  # write and read; decay; read what is erased and take it out
     return num_heads * key_dim * value_dim * per_element
-
-
-def _document_ids(v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    batch_size, length = v.shape[:2]
-    if cu_seqlens is None:
-        return torch.arange(batch_size, device=v.device).repeat_interleave(length)
-    tokens = torch.arange(length, device=v.device, dtype=cu_seqlens.dtype)
-    return torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True)
 
 
 def _check(q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, initial_state, cu_seqlens) -> None:
