@@ -37,7 +37,8 @@ row it is the initial state, and nothing is kept. What columns add up to (gradie
 to (gradients of what is constant) is written once a program and summed afterwards: no atomics. No exponent is positive,
 and no decay is divided by or had by subtraction.
 
-Inner dims are read with a stride of one and rows of a batch at one distance; other layouts are copied first.
+Inner dims are read with a stride of one and rows of a batch at one distance; other layouts are copied first, but for a
+decay that is the same for every token.
 
 Legend: M = B * T tokens, H heads, K key width, V value width, N documents.
 """
@@ -48,8 +49,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-# (architecture, what a tile's rows are): rows, that is tokens of a chunk or most keys of one token, columns, warps. Where
-# there are fewer keys there are more columns, so that a program always reads and writes 8 KiB of a real state.
+# (architecture, what a tile's rows are): tokens of a chunk or, at most, keys of one token; columns; warps. Fewer keys
+# come with more columns, so that where there are enough a program moves 8 KiB of a real state each way.
 CONFIGS = {
     ("sm_80", "token"): (64, 32, 8),
     ("sm_90", "token"): (64, 32, 8),
@@ -196,7 +197,10 @@ def _values(x, start, row, row_mask, head, channel, mask):
 
 @triton.jit
 def _key(x, start, row, row_mask, head, mask, key, COMPLEX: tl.constexpr, FOLD: tl.constexpr):
-    """One key of q or k: [BLOCK_T, 1], or [1, BLOCK_C] where it is the same for every token."""
+    """One key of q or k: [BLOCK_T, 1], or [1, BLOCK_C] where it is the same for every token.
+
+    Of one token, keys [BLOCK_K, 1]: [BLOCK_K, 1] or [BLOCK_K, BLOCK_C], with the masks of those.
+    """
     if FOLD:
         real, imaginary = _load(x[0], head * x[2] + key, mask, COMPLEX)
     else:
@@ -210,7 +214,7 @@ def _log_decay(
     x, step, start, row, row_mask, head, channel, mask, key, COMPLEX: tl.constexpr, PER_TOKEN: tl.constexpr
 ):  # fmt: skip
     """One key's log decay, times the step's tile if there is one: [BLOCK_T, BLOCK_C], 0 where masked."""
-    offset = head * x[2] + key * x[3] + channel
+    offset = head * x[2] + key * x[3] + channel * x[4]
     tile_mask = row_mask & mask
     if PER_TOKEN:
         real, imaginary = _load(_from(x[0], start * x[1], COMPLEX), row * x[1] + offset, tile_mask, COMPLEX)
@@ -425,7 +429,8 @@ def _gradient_kernel(
             _store(dlog_decay, row * size + state, dg, dgi, tile_mask, COMPLEX)
         else:
             if step is not None:
-                g, gi = _load(log_decay[0], head * log_decay[2] + key * log_decay[3] + channel, mask, COMPLEX)
+                rate = head * log_decay[2] + key * log_decay[3] + channel * log_decay[4]
+                g, gi = _load(log_decay[0], rate, mask, COMPLEX)
                 dstep_tile += _times_conjugate(dg, dgi, g, gi, COMPLEX)[0]
                 dg, dgi = dg * step_tile, dgi * step_tile
             _store(dlog_decay, state, _sum(dg, 0), _sum(dgi, 0), mask, COMPLEX)
@@ -519,10 +524,11 @@ def _raw(x: Tensor | None) -> Tensor | None:
 
 
 def _strided(x: Tensor) -> tuple:
-    """x [B, T, ...] or, the same for every token, [...], with its strides of token, head (and key)."""
+    """x [B, T, ...] or, the same for every token, [...], with its strides of token, head (key) and value."""
+    constant_decay = x.dim() == 3  # small, and read as it lies
     x = x.flatten(0, 1) if x.dim() > 3 else x[None]
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    return _raw(x), *x.stride()[:-1]
+    x = x if x.stride(-1) == 1 or constant_decay else x.contiguous()
+    return _raw(x), *x.stride()
 
 
 def _cut(v: Tensor, cu_seqlens: Tensor | None, chunk_size: int, num_chunks: int) -> tuple[Tensor, Tensor]:
@@ -610,9 +616,7 @@ def _backward(
     # Chunks that there are not write nothing.
     dq, dk = (starts.new_zeros(per_chunk) if problem.fold else starts.new_empty(per_tile) for _ in range(2))
     if problem.shape["PER_TOKEN"]:
-        dlog_decay = log_decay.new_empty(
-            log_decay.shape, dtype=starts.dtype if starts.is_complex() else log_decay.dtype
-        )
+        dlog_decay = log_decay.new_empty(log_decay.shape, dtype=(starts if starts.is_complex() else log_decay).dtype)
     else:
         dlog_decay = starts.new_zeros(per_chunk)
     if problem.num_chunks and starts.numel():
