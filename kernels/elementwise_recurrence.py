@@ -77,12 +77,13 @@ def architecture(x: Tensor) -> str:
 
 @triton.jit
 def _load(pointer, offset, mask, COMPLEX: tl.constexpr):
-    """Both planes; of a real number the second is never looked at."""
+    """Both planes; of a real number the second is never looked at. A complex number is one access, of 64 bits."""
+    x = tl.load(pointer + offset, mask=mask, other=0)
     if COMPLEX:
-        real = tl.load(pointer + 2 * offset, mask=mask, other=0).to(tl.float32)
-        imaginary = tl.load(pointer + 2 * offset + 1, mask=mask, other=0).to(tl.float32)
+        real = x.to(tl.uint32).to(tl.float32, bitcast=True)
+        imaginary = (x >> 32).to(tl.uint32).to(tl.float32, bitcast=True)
     else:
-        real = tl.load(pointer + offset, mask=mask, other=0).to(tl.float32)
+        real = x.to(tl.float32)
         imaginary = real
     return real, imaginary
 
@@ -90,8 +91,8 @@ def _load(pointer, offset, mask, COMPLEX: tl.constexpr):
 @triton.jit
 def _store(pointer, offset, real, imaginary, mask, COMPLEX: tl.constexpr):
     if COMPLEX:
-        tl.store(pointer + 2 * offset, real, mask=mask)
-        tl.store(pointer + 2 * offset + 1, imaginary, mask=mask)
+        high = imaginary.to(tl.uint32, bitcast=True).to(tl.int64) << 32
+        tl.store(pointer + offset, high | real.to(tl.uint32, bitcast=True).to(tl.int64), mask=mask)
     else:
         tl.store(pointer + offset, real, mask=mask)
 
@@ -161,7 +162,10 @@ def _sum(x, AXIS: tl.constexpr):
 
 @triton.jit
 def _rows(chunks, BLOCK_T: tl.constexpr):
-    """The program's chunk, where it starts, its rows [BLOCK_T, 1], and how many of them there are."""
+    """The program's chunk, where it starts, its rows [BLOCK_T, 1], and how many of them there are.
+
+    The first two are int64; what is added to an address within a chunk fits int32.
+    """
     chunk = tl.program_id(0).to(tl.int64)
     start = tl.load(chunks + 2 * chunk)
     return chunk, start, tl.arange(0, BLOCK_T)[:, None], (tl.load(chunks + 2 * chunk + 1) - start).to(tl.int32)
@@ -183,12 +187,6 @@ def _columns(num_heads, value_dim, BLOCK_C: tl.constexpr, FOLD: tl.constexpr):
 
 
 @triton.jit
-def _from(pointer, element, COMPLEX: tl.constexpr):
-    """Where an int64 number of elements lies; what is added to it within a chunk fits int32."""
-    return pointer + (2 * element if COMPLEX else element)
-
-
-@triton.jit
 def _values(x, start, row, row_mask, head, channel, mask):
     """Rows of v, step or do, (pointer, strides of token and head): float32 [BLOCK_T, BLOCK_C], 0 where masked."""
     offset = row * x[1] + head * x[2] + channel
@@ -205,7 +203,7 @@ def _key(x, start, row, row_mask, head, mask, key, COMPLEX: tl.constexpr, FOLD: 
         real, imaginary = _load(x[0], head * x[2] + key, mask, COMPLEX)
     else:
         offset = row * x[1] + head * x[2] + key
-        real, imaginary = _load(_from(x[0], start * x[1], COMPLEX), offset, row_mask, COMPLEX)
+        real, imaginary = _load(x[0] + start * x[1], offset, row_mask, COMPLEX)
     return real, imaginary
 
 
@@ -217,7 +215,7 @@ def _log_decay(
     offset = head * x[2] + key * x[3] + channel * x[4]
     tile_mask = row_mask & mask
     if PER_TOKEN:
-        real, imaginary = _load(_from(x[0], start * x[1], COMPLEX), row * x[1] + offset, tile_mask, COMPLEX)
+        real, imaginary = _load(x[0] + start * x[1], row * x[1] + offset, tile_mask, COMPLEX)
     else:
         real, imaginary = _load(x[0], offset, mask, COMPLEX)
         if step is not None:
@@ -246,7 +244,7 @@ def _summary_kernel(
         step_tile = _values(step, start, passed, passed < length, head, channel, mask)
         step_first = _values(step, start, first, first < length, head, channel, mask)
     size = num_heads * key_dim * value_dim
-    transition, local = _from(transition, chunk * size, COMPLEX), _from(local, chunk * size, COMPLEX)
+    transition, local = transition + chunk * size, local + chunk * size
     for key in range(key_dim):
         g, gi = _log_decay(
             log_decay, step_tile, start, passed, passed < length, head, channel, mask, key, COMPLEX, PER_TOKEN
@@ -310,7 +308,7 @@ def _read_kernel(
     step_tile = None
     if step is not None:
         step_tile = _values(step, start, row, row_mask, head, channel, mask)
-    starts = _from(starts, chunk * num_heads * key_dim * value_dim, COMPLEX)
+    starts += chunk * num_heads * key_dim * value_dim
     o_tile = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
     for key in range(key_dim):
         g, gi = _log_decay(log_decay, step_tile, start, row, row_mask, head, channel, mask, key, COMPLEX, PER_TOKEN)
@@ -351,10 +349,10 @@ def _step_kernel(
                 log_decay, step_tile, token, 0, key_mask, head, channel, tile_mask, key, COMPLEX, PER_TOKEN
             )
             a, ai = _exp(g, gi, COMPLEX)
-            x, xi = _load(_from(initial_state, first_element, COMPLEX), state, tile_mask, COMPLEX)
+            x, xi = _load(initial_state + first_element, state, tile_mask, COMPLEX)
             x, xi = _times(a, ai, x, xi, COMPLEX)
             s, si = s + x, si + xi
-        _store(_from(final_state, first_element, COMPLEX), state, s, si, tile_mask, COMPLEX)
+        _store(final_state + first_element, state, s, si, tile_mask, COMPLEX)
         if o is not None:
             q_key, qi_key = _key(q, token, 0, key_mask, head, tile_mask, key, COMPLEX, FOLD)
             o_tile += _sum(_times(q_key, qi_key, s, si, COMPLEX)[0], 0)
@@ -376,12 +374,12 @@ def _gradient_kernel(
     tile_mask = row_mask & mask
     width = num_heads * value_dim
     size = width * key_dim
-    starts, grad_ends = _from(starts, chunk * size, COMPLEX), _from(grad_ends, chunk * size, COMPLEX)
-    dlog_decay = _from(dlog_decay, (start if PER_TOKEN else chunk) * size, COMPLEX)
+    starts, grad_ends = starts + chunk * size, grad_ends + chunk * size
+    dlog_decay += (start if PER_TOKEN else chunk) * size
     part = chunk * size
     if not FOLD:
         part = (tl.program_id(2).to(tl.int64) * num_tokens + start) * num_heads * key_dim
-    dq, dk = _from(dq, part, COMPLEX), _from(dk, part, COMPLEX)
+    dq, dk = dq + part, dk + part
     v_tile = _values(v, start, row, row_mask, head, channel, mask)
     v_before = _values(v, start, row - 1, before_mask, head, channel, mask)
     grad_tile = _values(grad_o, start, row, row_mask, head, channel, mask)
@@ -520,7 +518,8 @@ class _Problem:
 
 
 def _raw(x: Tensor | None) -> Tensor | None:
-    return torch.view_as_real(x) if x is not None and x.is_complex() else x
+    """As kernels are handed it: a complex number as the 64 bits that it is."""
+    return x.view(torch.int64) if x is not None and x.is_complex() else x
 
 
 def _strided(x: Tensor) -> tuple:
