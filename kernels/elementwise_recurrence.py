@@ -20,6 +20,9 @@ Documents are cut into chunks. A chunk does S -> P S + X to the state, so there 
                | x BLOCK_C |     the tile, so that no state of a token is ever stored
                +-----------+
 
+    The backward is the same from right to left: it folds sum_t P_t q_t do_t, P_t the decay from the chunk's start to t,
+    and its third launch scans each tile both ways, for S and for the gradient of S.
+
     One token a row (decoding) is one launch, whose program has a row, a head and a tile of columns, and takes BLOCK_K
     keys after another:
 
@@ -28,9 +31,6 @@ Documents are cut into chunks. A chunk does S -> P S + X to the state, so there 
       keys     |  BLOCK_K  |     S = exp(G) S + k v^T, from the initial state to the final one, and o the sum over keys
                | x BLOCK_C |
                +-----------+
-
-    The backward is the same from right to left: it folds sum_t P_t q_t do_t, P_t the decay from the chunk's start to t,
-    and its third launch scans each tile both ways, for S and for the gradient of S.
 
 The state that each chunk finds ([chunks, H, K, V]) is all that is kept between forward and backward; of one token a
 row it is the initial state, and nothing is kept. What columns add up to (gradients of q and k) and what tokens add up
