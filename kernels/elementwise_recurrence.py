@@ -24,7 +24,7 @@ Documents are cut into chunks. A chunk does S -> P S + X to the state, so there 
     and its third launch scans each tile both ways, for S and for the gradient of S.
 
     One token a row (decoding) is one launch, whose program has a row, a head and a tile of columns, and takes BLOCK_K
-    keys after another:
+    keys at a time; its gradient is had as a chunk's:
 
                   columns
                +-----------+
