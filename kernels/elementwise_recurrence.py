@@ -23,11 +23,22 @@ Documents are cut into chunks. A chunk does S -> P S + X to the state, so there 
     The backward is the same from right to left: it folds sum_t P_t q_t do_t, P_t the decay from the chunk's start to t,
     and its third launch scans each tile both ways, for S and for the gradient of S.
 
-The state that each chunk finds ([chunks, H, K, V]) is all that is kept between forward and backward. What columns add
-up to (gradients of q and k) and what tokens add up to (gradients of what is constant) is written once a program and
-summed afterwards: no atomics. No exponent is positive, and no decay is divided by or had by subtraction.
+    One token a row (decoding) is one launch, whose program has a row, a head and a tile of columns, and takes BLOCK_K
+    keys at a time; its gradient is had as a chunk's:
 
-Inner dims are read with a stride of one and rows of a batch at one distance; other layouts are copied first.
+                  columns
+               +-----------+
+      keys     |  BLOCK_K  |     S = exp(G) S + k v^T, from the initial state to the final one, and o the sum over keys
+               | x BLOCK_C |
+               +-----------+
+
+The state that each chunk finds ([chunks, H, K, V]) is all that is kept between forward and backward; of one token a
+row it is the initial state, and nothing is kept. What columns add up to (gradients of q and k) and what tokens add up
+to (gradients of what is constant) is written once a program and summed afterwards: no atomics. No exponent is positive,
+and no decay is divided by or had by subtraction.
+
+Inner dims are read with a stride of one and rows of a batch at one distance; other layouts are copied first, but for a
+decay that is the same for every token.
 
 Legend: M = B * T tokens, H heads, K key width, V value width, N documents.
 """
@@ -38,13 +49,19 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-# architecture: tokens of a chunk, columns of a tile, warps.
+# (architecture, what a tile's rows are): tokens of a chunk or, at most, keys of one token; columns; warps. Fewer keys
+# come with more columns, so that where there are enough a program moves 8 KiB of a real state each way.
 CONFIGS = {
-    "sm_80": (64, 32, 8),
-    "sm_90": (64, 32, 8),
-    "sm_100": (64, 32, 8),
-    "gfx942": (64, 32, 4),
-    "interpreter": (16, 16, 1),
+    ("sm_80", "token"): (64, 32, 8),
+    ("sm_90", "token"): (64, 32, 8),
+    ("sm_100", "token"): (64, 32, 8),
+    ("gfx942", "token"): (64, 32, 4),
+    ("interpreter", "token"): (16, 16, 1),
+    ("sm_80", "key"): (64, 32, 8),
+    ("sm_90", "key"): (64, 32, 8),
+    ("sm_100", "key"): (64, 32, 8),
+    ("gfx942", "key"): (64, 32, 4),
+    ("interpreter", "key"): (4, 16, 1),
 }
 FOLD_BLOCK = 256  # elements of a state that one program folds
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -60,12 +77,13 @@ def architecture(x: Tensor) -> str:
 
 @triton.jit
 def _load(pointer, offset, mask, COMPLEX: tl.constexpr):
-    """Both planes; of a real number the second is never looked at."""
+    """Both planes; of a real number the second is never looked at. A complex number is one access, of 64 bits."""
+    x = tl.load(pointer + offset, mask=mask, other=0)
     if COMPLEX:
-        real = tl.load(pointer + 2 * offset, mask=mask, other=0).to(tl.float32)
-        imaginary = tl.load(pointer + 2 * offset + 1, mask=mask, other=0).to(tl.float32)
+        real = x.to(tl.uint32).to(tl.float32, bitcast=True)
+        imaginary = (x >> 32).to(tl.uint32).to(tl.float32, bitcast=True)
     else:
-        real = tl.load(pointer + offset, mask=mask, other=0).to(tl.float32)
+        real = x.to(tl.float32)
         imaginary = real
     return real, imaginary
 
@@ -73,8 +91,8 @@ def _load(pointer, offset, mask, COMPLEX: tl.constexpr):
 @triton.jit
 def _store(pointer, offset, real, imaginary, mask, COMPLEX: tl.constexpr):
     if COMPLEX:
-        tl.store(pointer + 2 * offset, real, mask=mask)
-        tl.store(pointer + 2 * offset + 1, imaginary, mask=mask)
+        high = imaginary.to(tl.uint32, bitcast=True).to(tl.int64) << 32
+        tl.store(pointer + offset, high | real.to(tl.uint32, bitcast=True).to(tl.int64), mask=mask)
     else:
         tl.store(pointer + offset, real, mask=mask)
 
@@ -137,17 +155,26 @@ def _scan(a, ai, x, xi, REVERSE: tl.constexpr, COMPLEX: tl.constexpr):
 
 
 @triton.jit
+def _sum(x, AXIS: tl.constexpr):
+    """[1, columns] or [rows, 1]"""
+    return tl.sum(x, AXIS, keep_dims=True)
+
+
+@triton.jit
 def _rows(chunks, BLOCK_T: tl.constexpr):
-    """The program's chunk, where it starts, its rows, and how many of them there are."""
+    """The program's chunk, where it starts, its rows [BLOCK_T, 1], and how many of them there are.
+
+    The first two are int64; what is added to an address within a chunk fits int32.
+    """
     chunk = tl.program_id(0).to(tl.int64)
     start = tl.load(chunks + 2 * chunk)
-    return chunk, start, tl.arange(0, BLOCK_T), (tl.load(chunks + 2 * chunk + 1) - start).to(tl.int32)
+    return chunk, start, tl.arange(0, BLOCK_T)[:, None], (tl.load(chunks + 2 * chunk + 1) - start).to(tl.int32)
 
 
 @triton.jit
 def _columns(num_heads, value_dim, BLOCK_C: tl.constexpr, FOLD: tl.constexpr):
-    """The tile's columns: their head (one, or one each), their place in it and which there are."""
-    column = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    """The tile's columns [1, BLOCK_C]: their head (one, or one each), their place in it and which there are."""
+    column = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     if FOLD:
         head = column // value_dim
         channel = column % value_dim
@@ -160,26 +187,23 @@ def _columns(num_heads, value_dim, BLOCK_C: tl.constexpr, FOLD: tl.constexpr):
 
 
 @triton.jit
-def _from(pointer, element, COMPLEX: tl.constexpr):
-    """Where an int64 number of elements lies; what is added to it within a chunk fits int32."""
-    return pointer + (2 * element if COMPLEX else element)
-
-
-@triton.jit
 def _values(x, start, row, row_mask, head, channel, mask):
     """Rows of v, step or do, (pointer, strides of token and head): float32 [BLOCK_T, BLOCK_C], 0 where masked."""
-    offset = (row * x[1])[:, None] + (head * x[2] + channel)[None, :]
-    return tl.load(x[0] + start * x[1] + offset, mask=row_mask[:, None] & mask[None, :], other=0).to(tl.float32)
+    offset = row * x[1] + head * x[2] + channel
+    return tl.load(x[0] + start * x[1] + offset, mask=row_mask & mask, other=0).to(tl.float32)
 
 
 @triton.jit
 def _key(x, start, row, row_mask, head, mask, key, COMPLEX: tl.constexpr, FOLD: tl.constexpr):
-    """One key of q or k: [BLOCK_T, 1], or [1, BLOCK_C] where it is the same for every token."""
+    """One key of q or k: [BLOCK_T, 1], or [1, BLOCK_C] where it is the same for every token.
+
+    Of one token, keys [BLOCK_K, 1]: [BLOCK_K, 1] or [BLOCK_K, BLOCK_C], with the masks of those.
+    """
     if FOLD:
-        real, imaginary = _load(x[0], (head * x[2] + key)[None, :], mask[None, :], COMPLEX)
+        real, imaginary = _load(x[0], head * x[2] + key, mask, COMPLEX)
     else:
-        offset = (row * x[1] + head * x[2] + key)[:, None]
-        real, imaginary = _load(_from(x[0], start * x[1], COMPLEX), offset, row_mask[:, None], COMPLEX)
+        offset = row * x[1] + head * x[2] + key
+        real, imaginary = _load(x[0] + start * x[1], offset, row_mask, COMPLEX)
     return real, imaginary
 
 
@@ -188,13 +212,12 @@ def _log_decay(
     x, step, start, row, row_mask, head, channel, mask, key, COMPLEX: tl.constexpr, PER_TOKEN: tl.constexpr
 ):  # fmt: skip
     """One key's log decay, times the step's tile if there is one: [BLOCK_T, BLOCK_C], 0 where masked."""
-    offset = (head * x[2] + key * x[3] + channel)[None, :]
-    tile_mask = row_mask[:, None] & mask[None, :]
+    offset = head * x[2] + key * x[3] + channel * x[4]
+    tile_mask = row_mask & mask
     if PER_TOKEN:
-        pointer = _from(x[0], start * x[1], COMPLEX)
-        real, imaginary = _load(pointer, (row * x[1])[:, None] + offset, tile_mask, COMPLEX)
+        real, imaginary = _load(x[0] + start * x[1], row * x[1] + offset, tile_mask, COMPLEX)
     else:
-        real, imaginary = _load(x[0], offset, mask[None, :], COMPLEX)
+        real, imaginary = _load(x[0], offset, mask, COMPLEX)
         if step is not None:
             real, imaginary = real * step, imaginary * step
         real, imaginary = tl.where(tile_mask, real, 0), tl.where(tile_mask, imaginary, 0)
@@ -215,13 +238,13 @@ def _summary_kernel(
     v_tile = _values(v, start, row, row < length, head, channel, mask)
     # What a token wrote decays by the tokens after it; what it reads had decayed by those up to it.
     passed = row if BACKWARD else row + 1
-    first = tl.arange(0, 1)
+    first = tl.arange(0, 1)[:, None]
     step_tile, step_first = None, None
     if step is not None:
         step_tile = _values(step, start, passed, passed < length, head, channel, mask)
         step_first = _values(step, start, first, first < length, head, channel, mask)
     size = num_heads * key_dim * value_dim
-    transition, local = _from(transition, chunk * size, COMPLEX), _from(local, chunk * size, COMPLEX)
+    transition, local = transition + chunk * size, local + chunk * size
     for key in range(key_dim):
         g, gi = _log_decay(
             log_decay, step_tile, start, passed, passed < length, head, channel, mask, key, COMPLEX, PER_TOKEN
@@ -231,16 +254,16 @@ def _summary_kernel(
         x, xi = _times(decay, decay_i, k_key, ki_key, COMPLEX)
         if COMPLEX and BACKWARD:
             xi = -xi
-        total, total_i = tl.sum(g, 0), tl.sum(gi, 0)
+        total, total_i = _sum(g, 0), _sum(gi, 0)
         if not BACKWARD:
             g, gi = _log_decay(
                 log_decay, step_first, start, first, first < length, head, channel, mask, key, COMPLEX, PER_TOKEN
             )
-            total, total_i = total + tl.sum(g, 0), total_i + tl.sum(gi, 0)
+            total, total_i = total + _sum(g, 0), total_i + _sum(gi, 0)
         total, total_i = _exp(total, total_i, COMPLEX)
         state = head * key_dim * value_dim + key * value_dim + channel
         _store(transition, state, total, total_i, mask, COMPLEX)
-        _store(local, state, tl.sum(x * v_tile, 0), tl.sum(xi * v_tile, 0), mask, COMPLEX)
+        _store(local, state, _sum(x * v_tile, 0), _sum(xi * v_tile, 0), mask, COMPLEX)
 
 
 @triton.jit
@@ -285,7 +308,7 @@ def _read_kernel(
     step_tile = None
     if step is not None:
         step_tile = _values(step, start, row, row_mask, head, channel, mask)
-    starts = _from(starts, chunk * num_heads * key_dim * value_dim, COMPLEX)
+    starts += chunk * num_heads * key_dim * value_dim
     o_tile = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
     for key in range(key_dim):
         g, gi = _log_decay(log_decay, step_tile, start, row, row_mask, head, channel, mask, key, COMPLEX, PER_TOKEN)
@@ -294,11 +317,47 @@ def _read_kernel(
         q_key, qi_key = _key(q, start, row, row_mask, head, mask, key, COMPLEX, FOLD)
         a, ai, s, si = _scan(a, ai, k_key * v_tile, ki_key * v_tile, False, COMPLEX)
         first, first_i = _load(starts, head * key_dim * value_dim + key * value_dim + channel, mask, COMPLEX)
-        x, xi = _times(a, ai, first[None, :], first_i[None, :], COMPLEX)
+        x, xi = _times(a, ai, first, first_i, COMPLEX)
         o_tile += _times(q_key, qi_key, s + x, si + xi, COMPLEX)[0]
     width = num_heads * value_dim
-    offset = (row * width)[:, None] + (head * value_dim + channel)[None, :]
-    tl.store(o + start * width + offset, o_tile, mask=row_mask[:, None] & mask[None, :])
+    tl.store(o + start * width + row * width + head * value_dim + channel, o_tile, mask=row_mask & mask)
+
+
+@triton.jit
+def _step_kernel(
+    q, k, v, log_decay, step, initial_state, o, final_state, num_heads, key_dim, value_dim,
+    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, FOLD: tl.constexpr, PER_TOKEN: tl.constexpr, COMPLEX: tl.constexpr,
+):  # fmt: skip
+    """One token a row: reads the state, decays it, writes to it, and stores it and what the query reads."""
+    token = tl.program_id(0).to(tl.int64)
+    head, channel, mask = _columns(num_heads, value_dim, BLOCK_C, FOLD)
+    v_tile = _values(v, token, 0, mask, head, channel, mask)
+    step_tile = None
+    if step is not None:
+        step_tile = _values(step, token, 0, mask, head, channel, mask)
+    first_element = token * num_heads * key_dim * value_dim
+    o_tile = tl.zeros([1, BLOCK_C], tl.float32)
+    for first_key in range(0, key_dim, BLOCK_K):
+        key = first_key + tl.arange(0, BLOCK_K)[:, None]
+        key_mask = key < key_dim
+        tile_mask = key_mask & mask
+        state = head * key_dim * value_dim + key * value_dim + channel
+        k_key, ki_key = _key(k, token, 0, key_mask, head, tile_mask, key, COMPLEX, FOLD)
+        s, si = k_key * v_tile, ki_key * v_tile
+        if initial_state is not None:
+            g, gi = _log_decay(
+                log_decay, step_tile, token, 0, key_mask, head, channel, tile_mask, key, COMPLEX, PER_TOKEN
+            )
+            a, ai = _exp(g, gi, COMPLEX)
+            x, xi = _load(initial_state + first_element, state, tile_mask, COMPLEX)
+            x, xi = _times(a, ai, x, xi, COMPLEX)
+            s, si = s + x, si + xi
+        _store(final_state + first_element, state, s, si, tile_mask, COMPLEX)
+        if o is not None:
+            q_key, qi_key = _key(q, token, 0, key_mask, head, tile_mask, key, COMPLEX, FOLD)
+            o_tile += _sum(_times(q_key, qi_key, s, si, COMPLEX)[0], 0)
+    if o is not None:
+        tl.store(o + token * num_heads * value_dim + head * value_dim + channel, o_tile, mask=mask)
 
 
 @triton.jit
@@ -312,15 +371,15 @@ def _gradient_kernel(
         return
     head, channel, mask = _columns(num_heads, value_dim, BLOCK_C, FOLD)
     row_mask, before_mask, after_mask = row < length, (row > 0) & (row <= length), row + 1 < length
-    tile_mask = row_mask[:, None] & mask[None, :]
+    tile_mask = row_mask & mask
     width = num_heads * value_dim
     size = width * key_dim
-    starts, grad_ends = _from(starts, chunk * size, COMPLEX), _from(grad_ends, chunk * size, COMPLEX)
-    dlog_decay = _from(dlog_decay, (start if PER_TOKEN else chunk) * size, COMPLEX)
+    starts, grad_ends = starts + chunk * size, grad_ends + chunk * size
+    dlog_decay += (start if PER_TOKEN else chunk) * size
     part = chunk * size
     if not FOLD:
         part = (tl.program_id(2).to(tl.int64) * num_tokens + start) * num_heads * key_dim
-    dq, dk = _from(dq, part, COMPLEX), _from(dk, part, COMPLEX)
+    dq, dk = dq + part, dk + part
     v_tile = _values(v, start, row, row_mask, head, channel, mask)
     v_before = _values(v, start, row - 1, before_mask, head, channel, mask)
     grad_tile = _values(grad_o, start, row, row_mask, head, channel, mask)
@@ -341,7 +400,7 @@ def _gradient_kernel(
         x, xi = _times(a, ai, k_before * v_before, ki_before * v_before, COMPLEX)
         a, ai, z, zi = _scan(a, ai, x, xi, False, COMPLEX)
         first, first_i = _load(starts, state, mask, COMPLEX)
-        x, xi = _times(a, ai, first[None, :], first_i[None, :], COMPLEX)
+        x, xi = _times(a, ai, first, first_i, COMPLEX)
         z, zi = z + x, zi + xi
         # The gradient of S_t: conj(q_t) do_t, and what comes back through the decay of the token after it.
         g, gi = _log_decay(
@@ -350,29 +409,30 @@ def _gradient_kernel(
         a, ai = _exp(g, -gi, COMPLEX)
         a, ai, ds, dsi = _scan(a, ai, q_key * grad_tile, -qi_key * grad_tile, True, COMPLEX)
         last, last_i = _load(grad_ends, state, mask, COMPLEX)
-        x, xi = _times(a, ai, last[None, :], last_i[None, :], COMPLEX)
+        x, xi = _times(a, ai, last, last_i, COMPLEX)
         ds, dsi = tl.where(tile_mask, ds + x, 0), tl.where(tile_mask, dsi + xi, 0)
 
         dv_tile += _times_conjugate(ds, dsi, k_key, ki_key, COMPLEX)[0]
         of_q, of_qi = (k_key * v_tile + z) * grad_tile, -(ki_key * v_tile + zi) * grad_tile
         of_k, of_ki = ds * v_tile, dsi * v_tile
         if FOLD:
-            _store(dq, state, tl.sum(of_q, 0), tl.sum(of_qi, 0), mask, COMPLEX)
-            _store(dk, state, tl.sum(of_k, 0), tl.sum(of_ki, 0), mask, COMPLEX)
+            _store(dq, state, _sum(of_q, 0), _sum(of_qi, 0), mask, COMPLEX)
+            _store(dk, state, _sum(of_k, 0), _sum(of_ki, 0), mask, COMPLEX)
         else:
             place = (row * num_heads + head) * key_dim + key
-            _store(dq, place, tl.sum(of_q, 1), tl.sum(of_qi, 1), row_mask, COMPLEX)
-            _store(dk, place, tl.sum(of_k, 1), tl.sum(of_ki, 1), row_mask, COMPLEX)
+            _store(dq, place, _sum(of_q, 1), _sum(of_qi, 1), row_mask, COMPLEX)
+            _store(dk, place, _sum(of_k, 1), _sum(of_ki, 1), row_mask, COMPLEX)
         dg, dgi = _times_conjugate(ds, dsi, z, zi, COMPLEX)
         if PER_TOKEN:
-            _store(dlog_decay, (row * size)[:, None] + state[None, :], dg, dgi, tile_mask, COMPLEX)
+            _store(dlog_decay, row * size + state, dg, dgi, tile_mask, COMPLEX)
         else:
             if step is not None:
-                g, gi = _load(log_decay[0], head * log_decay[2] + key * log_decay[3] + channel, mask, COMPLEX)
-                dstep_tile += _times_conjugate(dg, dgi, g[None, :], gi[None, :], COMPLEX)[0]
+                rate = head * log_decay[2] + key * log_decay[3] + channel * log_decay[4]
+                g, gi = _load(log_decay[0], rate, mask, COMPLEX)
+                dstep_tile += _times_conjugate(dg, dgi, g, gi, COMPLEX)[0]
                 dg, dgi = dg * step_tile, dgi * step_tile
-            _store(dlog_decay, state, tl.sum(dg, 0), tl.sum(dgi, 0), mask, COMPLEX)
-    offset = (row * width)[:, None] + (head * value_dim + channel)[None, :]
+            _store(dlog_decay, state, _sum(dg, 0), _sum(dgi, 0), mask, COMPLEX)
+    offset = row * width + head * value_dim + channel
     tl.store(dv + start * width + offset, dv_tile, mask=tile_mask)
     if step is not None:
         tl.store(dstep + start * width + offset, dstep_tile, mask=tile_mask)
@@ -384,29 +444,32 @@ class _Problem:
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, step: Tensor | None, cu_seqlens):
         batch_size, length, num_heads, value_dim = v.shape
         self.num_tokens, self.key_dim = batch_size * length, k.shape[-1]
-        self.is_complex = any(x.is_complex() for x in (q, k, log_decay))
-        self.fold, per_token = q.dim() == 2 and k.dim() == 2, log_decay.dim() == 5
-        block_t, block_c, num_warps = CONFIGS[architecture(v)]
-        columns = num_heads * value_dim if self.fold else value_dim
-        block_c = max(16, min(block_c, triton.next_power_of_2(columns)))
+        self.dtype = torch.complex64 if any(x.is_complex() for x in (q, k, log_decay)) else torch.float32
+        self.fold = q.dim() == 2 and k.dim() == 2
+        block_t, block_c, num_warps = CONFIGS[architecture(v), "token"]
+        self.columns = num_heads * value_dim if self.fold else value_dim
+        block_c = max(16, min(block_c, triton.next_power_of_2(self.columns)))
+        self.one_token = cu_seqlens is None and length == 1
         self.num_documents = batch_size if cu_seqlens is None else cu_seqlens.shape[0] - 1
         self.num_chunks = triton.cdiv(length, block_t) * batch_size + (0 if cu_seqlens is None else self.num_documents)
-        self.grid = (self.num_chunks, 1 if self.fold else num_heads, triton.cdiv(columns, block_c))
+        self.grid = (self.num_chunks, 1 if self.fold else num_heads, triton.cdiv(self.columns, block_c))
         self.matrix, self.v = (num_heads, self.key_dim, value_dim), v
-        self.sizes = dict(num_heads=num_heads, key_dim=self.key_dim, value_dim=value_dim)
-        self.flags = dict(
-            BLOCK_T=block_t, BLOCK_C=block_c, FOLD=self.fold, PER_TOKEN=per_token, COMPLEX=self.is_complex,
-            num_warps=num_warps,
+        self.shape = dict(
+            num_heads=num_heads, key_dim=self.key_dim, value_dim=value_dim,
+            FOLD=self.fold, PER_TOKEN=log_decay.dim() == 5, COMPLEX=self.dtype.is_complex,
         )  # fmt: skip
-        self.given = (q, k, log_decay, step, cu_seqlens)
+        self.tile = dict(BLOCK_T=block_t, BLOCK_C=block_c, num_warps=num_warps)
+        self.given, self.cu_seqlens = (q, k, log_decay, step), cu_seqlens
 
     def states(self, rows: int) -> Tensor:
-        return self.v.new_empty((rows, *self.matrix), dtype=torch.complex64 if self.is_complex else torch.float32)
+        return self.v.new_empty((rows, *self.matrix), dtype=self.dtype)
+
+    def given_states(self, x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.to(self.dtype).resolve_conj().contiguous()
 
     def operands(self) -> dict:
-        """q, k, v, log_decay and step, each with its strides, and where chunks start and end."""
-        q, k, log_decay, step, cu_seqlens = self.given
-        chunks, self.first_chunk = _cut(self.v, cu_seqlens, self.flags["BLOCK_T"], self.num_chunks)
+        """q, k, v, log_decay and step, each with its strides."""
+        q, k, log_decay, step = self.given
         q, k = (x if x.dim() == 4 or self.fold else x.expand(*self.v.shape[:2], -1, -1) for x in (q, k))
         return dict(
             q=self.strided(q),
@@ -414,39 +477,57 @@ class _Problem:
             v=_strided(self.v),
             log_decay=self.strided(log_decay),
             step=None if step is None else _strided(step),
-            chunks=chunks,
         )
 
+    def cut(self) -> dict:
+        """An operand more: where chunks start and end."""
+        chunks, self.first_chunk = _cut(self.v, self.cu_seqlens, self.tile["BLOCK_T"], self.num_chunks)
+        return dict(chunks=chunks)
+
     def strided(self, x: Tensor) -> tuple:
-        return _strided(x.to(torch.complex64).resolve_conj() if self.is_complex else x)
+        return _strided(x.to(self.dtype).resolve_conj() if self.dtype.is_complex else x)
 
     def summary_and_fold(self, operands: dict, carry: Tensor | None, backward: bool) -> tuple[Tensor, Tensor]:
         """What each chunk receives, and what is left at the end (in the backward: the beginning) of the documents."""
         transition, local, last = (self.states(n) for n in (self.num_chunks, self.num_chunks, self.num_documents))
         if last.numel() and self.num_chunks:
             _summary_kernel[self.grid](
-                **operands, transition=_raw(transition), local=_raw(local), **self.sizes, **self.flags,
+                **operands, transition=_raw(transition), local=_raw(local), **self.shape, **self.tile,
                 BACKWARD=backward,
             )  # fmt: skip
         if last.numel():
-            carry = None if carry is None else _raw(carry.to(last.dtype).resolve_conj().contiguous())
             size = last[0].numel()
             _fold_kernel[self.num_documents, triton.cdiv(size, FOLD_BLOCK)](
-                _raw(transition), _raw(local), carry, _raw(last), self.first_chunk, size,
-                BLOCK=FOLD_BLOCK, COMPLEX=self.is_complex, BACKWARD=backward,
+                _raw(transition), _raw(local), _raw(self.given_states(carry)), _raw(last), self.first_chunk, size,
+                BLOCK=FOLD_BLOCK, COMPLEX=self.dtype.is_complex, BACKWARD=backward,
             )  # fmt: skip
         return local, last
 
+    def step(self, operands: dict, initial_state: Tensor | None, o: Tensor) -> Tensor:
+        """The state after one token a row; fills o, unless it is empty."""
+        rows, columns, num_warps = CONFIGS[architecture(self.v), "key"]
+        block_k = min(rows, triton.next_power_of_2(self.key_dim))
+        block_c = min(rows * columns // block_k, triton.next_power_of_2(self.columns))
+        last = self.states(self.num_documents)
+        if last.numel():
+            _step_kernel[self.num_documents, self.grid[1], triton.cdiv(self.columns, block_c)](
+                **operands, initial_state=_raw(self.given_states(initial_state)), o=o if o.numel() else None,
+                final_state=_raw(last), **self.shape, BLOCK_K=block_k, BLOCK_C=block_c, num_warps=num_warps,
+            )  # fmt: skip
+        return last
 
-def _raw(x: Tensor) -> Tensor:
-    return torch.view_as_real(x) if x.is_complex() else x
+
+def _raw(x: Tensor | None) -> Tensor | None:
+    """As kernels are handed it: a complex number as the 64 bits that it is."""
+    return x.view(torch.int64) if x is not None and x.is_complex() else x
 
 
 def _strided(x: Tensor) -> tuple:
-    """x [B, T, ...] or, the same for every token, [...], with its strides of token, head (and key)."""
+    """x [B, T, ...] or, the same for every token, [...], with its strides of token, head (key) and value."""
+    constant_decay = x.dim() == 3  # small, and read as it lies
     x = x.flatten(0, 1) if x.dim() > 3 else x[None]
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    return _raw(x), *x.stride()[:-1]
+    x = x if x.stride(-1) == 1 or constant_decay else x.contiguous()
+    return _raw(x), *x.stride()
 
 
 def _cut(v: Tensor, cu_seqlens: Tensor | None, chunk_size: int, num_chunks: int) -> tuple[Tensor, Tensor]:
@@ -476,23 +557,24 @@ def elementwise_recurrence(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns o, the final state and, for the backward, the state that each chunk finds.
+    """Returns o, the final state and, for the backward, the state that each chunk finds (none of one token a row).
 
-    q, k: [B, T, H, K], or [H, K] where they are the same for every token; real or complex. Without q, o is zero.
+    q, k: [B, T, H, K], or [H, K] where they are the same for every token; real or complex. Without q, o is empty.
     v: [B, T, H, V], float32, float16 or bfloat16. log_decay: [B, T, H, K, V] or [H, K, V], real part <= 0.
     step: [B, T, H, V], times log_decay [H, K, V]. initial_state: [N, H, K, V]. cu_seqlens: int32 [N + 1], with B = 1.
     States are float32 or complex64.
     """
     problem = _Problem(k if q is None else q, k, v, log_decay, step, cu_seqlens)
     operands = problem.operands()
+    o = v.new_empty(0 if q is None else v.shape)
+    if problem.one_token:
+        return o, problem.step(operands, initial_state, o), problem.states(0)
+    operands |= problem.cut()
     q_operand = operands.pop("q")
     starts, final = problem.summary_and_fold(operands, initial_state, backward=False)
-    if q is None:
-        return torch.zeros_like(v, memory_format=torch.contiguous_format), final, starts
-    o = torch.empty_like(v, memory_format=torch.contiguous_format)
     if o.numel():
         _read_kernel[problem.grid](
-            q=q_operand, **operands, starts=_raw(starts), o=o, **problem.sizes, **problem.flags
+            q=q_operand, **operands, starts=_raw(starts), o=o, **problem.shape, **problem.tile
         )  # fmt: skip
     return o, final, starts
 
@@ -500,8 +582,8 @@ def elementwise_recurrence(
 @elementwise_recurrence.register_fake
 def _(q, k, v, log_decay, step, initial_state, cu_seqlens):
     problem = _Problem(k if q is None else q, k, v, log_decay, step, cu_seqlens)
-    o = torch.empty_like(v, memory_format=torch.contiguous_format)
-    return o, problem.states(problem.num_documents), problem.states(problem.num_chunks)
+    kept = 0 if problem.one_token else problem.num_chunks
+    return v.new_empty(0 if q is None else v.shape), problem.states(problem.num_documents), problem.states(kept)
 
 
 @torch.library.custom_op("torchlmoe::elementwise_recurrence_triton_backward", mutates_args=())
@@ -519,7 +601,9 @@ def _backward(
 ) -> list[Tensor]:
     """Gradients of q, k, v, log_decay, step and initial_state; an operation cannot return None, so empty if absent."""
     problem = _Problem(k if q is None else q, k, v, log_decay, step, cu_seqlens)
-    operands = problem.operands()
+    operands = problem.operands() | problem.cut()
+    if problem.one_token:  # its chunk finds the initial state
+        starts = problem.given_states(torch.zeros_like(grad_final) if initial_state is None else initial_state)
     grad_rows = _strided(torch.zeros_like(v) if q is None else grad_o)
     swapped = operands | dict(k=operands["q"], v=grad_rows)
     del swapped["q"]
@@ -530,14 +614,14 @@ def _backward(
     per_tile = (problem.grid[2], problem.num_tokens, *problem.matrix[:2])
     # Chunks that there are not write nothing.
     dq, dk = (starts.new_zeros(per_chunk) if problem.fold else starts.new_empty(per_tile) for _ in range(2))
-    if problem.flags["PER_TOKEN"]:
-        dlog_decay = log_decay.new_empty(log_decay.shape, dtype=starts.dtype if problem.is_complex else log_decay.dtype)
+    if problem.shape["PER_TOKEN"]:
+        dlog_decay = log_decay.new_empty(log_decay.shape, dtype=(starts if starts.is_complex() else log_decay).dtype)
     else:
         dlog_decay = starts.new_zeros(per_chunk)
     if problem.num_chunks and starts.numel():
         _gradient_kernel[problem.grid](
             **operands, grad_o=grad_rows, starts=_raw(starts), grad_ends=_raw(ends), dq=_raw(dq), dk=_raw(dk), dv=dv,
-            dlog_decay=_raw(dlog_decay), dstep=dstep, num_tokens=problem.num_tokens, **problem.sizes, **problem.flags,
+            dlog_decay=_raw(dlog_decay), dstep=dstep, num_tokens=problem.num_tokens, **problem.shape, **problem.tile,
         )  # fmt: skip
 
     def like(x: Tensor | None, grad: Tensor | None, *summed: int) -> Tensor:

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.jit import KernelInterface
 
-from tests.ops.test_elementwise_recurrence import FORMS, assert_close, make_inputs, run, single
+from tests.ops.test_elementwise_recurrence import FORMS, assert_close, make_inputs, piece, run, single
+from torchlmoe.kernels import elementwise_recurrence as kernels
 from torchlmoe.ops import elementwise_recurrence, elementwise_span_summary
 
 LENGTHS = [1, 15, 16, 17, 50]  # the interpreter's chunks have 16 tokens
@@ -75,6 +78,75 @@ def test_extreme_gates_keep_their_digits(device):
     assert error <= 1e-5 * expected["dlog_decay"][ordinary].abs().max()
 
 
+ONE_TOKEN = [name for name in FORMS if name not in ("convolved", "convolved_of_one_value", "convolved_real_keys")]
+
+
+@pytest.mark.parametrize("form", ONE_TOKEN)
+@pytest.mark.parametrize("with_state", [True, False])
+def test_one_token(form, with_state, device):
+    """Keys and columns are several tiles, of which the last is not full."""
+    of_one_value = FORMS[form].get("value_dim") == 1
+    inputs = make_inputs(dict(value_dim=18) | FORMS[form], 2, 1, heads=18 if of_one_value else 1, key_dim=5)
+    if not with_state:
+        del inputs["initial_state"]
+    check(inputs, device)
+
+
+@pytest.mark.parametrize("form", ONE_TOKEN)
+@pytest.mark.parametrize("prefill", [18, 0])
+def test_decode(form, prefill, device):
+    """Steps after a prefill from a state, or from nothing, give the whole."""
+    inputs = {name: x.detach() for name, x in make_inputs(FORMS[form], 2, prefill + 4).items()}
+    if prefill == 0:
+        del inputs["initial_state"]
+    o, final_state = elementwise_recurrence(**inputs, output_final_state=True, backend="reference")
+    inputs = {name: single(x).to(device) for name, x in inputs.items()}
+    state = inputs.pop("initial_state", None)
+    ends, outputs = range(prefill or 1, prefill + 5), []
+    for start, end in zip([0, *ends], ends, strict=False):
+        options = dict(initial_state=state, output_final_state=True, backend="triton")
+        output, state = elementwise_recurrence(**piece(inputs, start, end), **options)
+        outputs.append(output)
+    assert_close({"o": torch.cat(outputs, 1).cpu(), "state": state.cpu()}, {"o": o, "state": final_state}, 1e-5)
+
+
+class Operations(TorchDispatchMode):
+    """Notes what does more than to make a view or room for a result."""
+
+    def __init__(self):
+        super().__init__()
+        self.noted = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if not operation.is_view and "empty" not in operation.name():
+            self.noted.append(operation.name())
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("form", ["selective", "full", "constant"])
+@pytest.mark.parametrize("with_state", [True, False])
+@pytest.mark.parametrize("with_query", [True, False])
+def test_one_token_is_one_launch(form, with_state, with_query, device, monkeypatch):
+    """And nothing else: no chunks are cut, and nothing is copied, converted or filled. Nothing is kept, either."""
+    inputs = {name: single(x).to(device) for name, x in make_inputs(FORMS[form], 2, 1, key_dim=2).items()}
+    inputs["v"] = torch.cat([inputs["v"]] * 2, -1)[..., : inputs["v"].shape[-1]]
+    if inputs["log_decay"].dim() == 3:  # as Mamba has it
+        inputs["log_decay"] = inputs["log_decay"].mT.contiguous().mT
+    order = ("q", "k", "v", "log_decay", "step", "initial_state")
+    absent = {"q": not with_query, "initial_state": not with_state}
+    terms = [None if absent.get(name) else inputs.get(name) for name in order]
+    launches = []
+    monkeypatch.setattr(
+        KernelInterface, "__getitem__", lambda kernel, grid: lambda **_: launches.append(kernel.__name__)
+    )
+    with Operations() as operations:
+        _, state, kept = kernels.elementwise_recurrence._init_fn(*terms, None)
+    assert launches == ["_step_kernel"]
+    assert operations.noted == []
+    assert state.shape == inputs["initial_state"].shape
+    assert kept.numel() == 0
+
+
 @pytest.mark.parametrize("form", ["selective", "full", "constant"])
 def test_span_summary(form, device):
     bounds = torch.tensor(DOCUMENTS, dtype=torch.int32)
@@ -117,8 +189,10 @@ def test_no_tokens(documents, device):
 
 
 @pytest.mark.parametrize("form", ["selective", "full", "constant"])
-def test_registered_operation(form, device):
-    inputs = {name: single(x).to(device) for name, x in make_inputs(FORMS[form], 1, 3, heads=1, key_dim=2).items()}
+@pytest.mark.parametrize("length", [1, 3])
+def test_registered_operation(form, length, device):
+    inputs = make_inputs(FORMS[form], 1, length, heads=1, key_dim=2)
+    inputs = {name: single(x).to(device) for name, x in inputs.items()}
     elementwise_recurrence(**inputs, backend="triton")
     order = ("q", "k", "v", "log_decay", "step", "initial_state")
     torch.library.opcheck(
