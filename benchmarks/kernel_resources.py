@@ -43,6 +43,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # that one program can have
+TENSOR_COLUMNS = 512  # of tensor memory that one program can have, on sm_100
 MOST_SPILLS = 32  # of the 255 that a thread can have on CUDA
 WIDTHS = (64, 128, 256)
 DTYPES = ("bfloat16", "float32")
@@ -106,7 +107,7 @@ def compiling_for(target: str) -> Iterator[list[Launch]]:
 
 
 def resources(compiled: CompiledKernel) -> dict[str, float]:
-    """Of a thread: registers and spills. Of a program: warps and shared memory."""
+    """Of a thread: registers and spills. Of a program: warps, shared memory and columns of tensor memory."""
     if compiled.metadata.target.backend == "hip":
         notes = {name: int(value) for name, value in re.findall(r"\.(\w+):\s+(\d+)\n", compiled.asm["amdgcn"])}
         registers, spills = notes["vgpr_count"], notes["vgpr_spill_count"]
@@ -119,8 +120,13 @@ def resources(compiled: CompiledKernel) -> dict[str, float]:
         found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
         assert found, usage
         registers, spills = int(found[1]), int(found[2]) // 4
-    shared_kib = compiled.metadata.shared / 1024
-    return {"warps": compiled.metadata.num_warps, "registers": registers, "spills": spills, "shared KiB": shared_kib}
+    return {
+        "warps": compiled.metadata.num_warps,
+        "registers": registers,
+        "spills": spills,
+        "shared KiB": compiled.metadata.shared / 1024,
+        "tensor columns": getattr(compiled.metadata, "tmem_size", None) or 0,
+    }
 
 
 def kernels(file: str) -> Any:
@@ -236,6 +242,8 @@ def rows_for(target: str, call: str, width: int, dtype: str) -> tuple[list[dict[
         where = f"{row['kernel']} of {call}, width {width}, {dtype}, on {target}"
         if row["shared KiB"] > SHARED_KIB[target]:
             faults.append(f"{where} needs {row['shared KiB']:.1f} KiB of shared memory; there are {SHARED_KIB[target]}")
+        if row["tensor columns"] > TENSOR_COLUMNS:
+            faults.append(f"{where} needs {row['tensor columns']} columns of tensor memory; there are {TENSOR_COLUMNS}")
         if row["spills"] > MOST_SPILLS:
             faults.append(f"{where} spills {row['spills']} registers; {MOST_SPILLS} are tolerated")
     return list(rows.values()), faults

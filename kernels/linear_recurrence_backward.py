@@ -286,6 +286,58 @@ def value_grads_kernel(
 
 
 @triton.jit
+def reader_grads(
+    x_CK, dx_CK, k_CK, dk_CK, b_CK, db_CK, of_k, of_b, written_CK, g, row, token, head, rows, cols, valid,
+    K: tl.constexpr, C: tl.constexpr, D: tl.constexpr, BEFORE: tl.constexpr, PER_CHANNEL: tl.constexpr,
+    DOT: tl.constexpr,
+):  # fmt: skip
+    """Adds what x, that is q or e or None, reads of the chunk's own tokens to dx, dk and db, of_k and of_b being the
+    gradients of its scores. Also returns what passes each token's decay: of a decay per channel all of it [C, D], what
+    is `written` to the chunk's last state included; else what tokens read of one another [C, C]."""
+    if not PER_CHANNEL:
+        passing = tl.zeros([C, C], tl.float32)
+        if x_CK is not None:
+            dx_CK = add_dot(dx_CK, of_k, k_CK, DOT)
+            dk_CK = add_dot(dk_CK, transposed(of_k, DOT), x_CK, DOT)
+            if g is not None:
+                passing += of_k * dot(x_CK, transposed(k_CK, DOT), DOT)
+            if of_b is not None:
+                dx_CK = add_dot(dx_CK, of_b, b_CK, DOT)
+                db_CK = add_dot(db_CK, transposed(of_b, DOT), x_CK, DOT)
+                if g is not None:
+                    passing += of_b * dot(x_CK, transposed(b_CK, DOT), DOT)
+    else:
+        g_CK = log2_tile(g, row, token, head, rows, cols, valid, K)
+        passing = tl.zeros([C, D], tl.float32)
+        read_CK = passing
+        if x_CK is not None:
+            read_CK += x_CK * dx_CK
+        for level in tl.static_range(6):
+            if (32 >> level) < C:
+                is_later = ((rows // (32 >> level)) % 2 == 1)[:, None]
+                passing += of_other_half(tl.where(is_later, read_CK, written_CK), 32 >> level, C, D)
+                if x_CK is not None:
+                    later, earlier = halfway(g_CK, rows, 32 >> level, BEFORE, C, D)
+                    here = within_blocks(of_k, rows, 64 >> level)
+                    by_x = dot(here, k_CK * earlier, DOT)
+                    by_k = dot(transposed(here, DOT), x_CK * later, DOT) * earlier
+                    dk_CK += by_k
+                    written_CK += k_CK * by_k
+                    if of_b is not None:
+                        here = within_blocks(of_b, rows, 64 >> level)
+                        by_x = add_dot(by_x, here, b_CK * earlier, DOT)
+                        by_b = dot(transposed(here, DOT), x_CK * later, DOT) * earlier
+                        db_CK += by_b
+                        written_CK += b_CK * by_b
+                    by_x *= later
+                    dx_CK += by_x
+                    read_CK += x_CK * by_x
+        if not BEFORE:
+            passing += read_CK
+    return dx_CK, dk_CK, db_CK, passing
+
+
+@triton.jit
 def key_grads_kernel(
     q, k, v, g, e, b, h, u, n, grads, states, state_grads, do, dz, dq, dk, dg, de, db, du, spans, scale, T, heads,
     GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr,
@@ -330,129 +382,81 @@ def key_grads_kernel(
     k_CK = tile(k, row, token, head // GROUP, rows, cols, valid, K)
     dk_CK *= end_CK
     written_CK = k_CK * dk_CK
-    read_CK = tl.zeros([C, BLOCK_K], tl.float32)
-    b_CK = k_CK
+    b_CK = None
     if b is not None:
         b_CK = tile(b, row, token, head, rows, cols, valid, K)
         db_CK *= end_CK
         written_CK += b_CK * db_CK
+    if PER_CHANNEL:
+        passing = tl.zeros([C, BLOCK_K], tl.float32) + (through_K * whole_K)[None, :]
+    else:
+        passing = tl.zeros([C, C], tl.float32)
+        read_C, written_C = tl.zeros([C], tl.float32), tl.sum(written_CK, 1)
+
+    q_CK, of_k, of_b = None, None, None
     if q is not None:
         q_CK = tile(q, row, token, head // GROUP, rows, cols, valid, K)
         dq_CK *= start_CK
-        read_CK += q_CK * dq_CK
-        qk = tl.load(matrix_at(grads, slot, head, heads, 0, rows, C))
-        own = diagonal_of(qk.to(tl.float32), rows)[:, None]
+        of_k = tl.load(matrix_at(grads, slot, head, heads, 0, rows, C))
+        own_C = diagonal_of(of_k.to(tl.float32), rows)
         if u is not None:
-            own *= per_head(u, head, cols, K)[None, :]
-            qk = tl.where(rows[:, None] > rows[None, :], qk, 0.0)
+            of_k = tl.where(rows[:, None] > rows[None, :], of_k, 0.0)
         if b is not None:
-            qb = tl.load(matrix_at(grads, slot, head, heads, 2, rows, C))
-    if e is not None:
-        e_CK, beta_C1 = erase_tile(e, b_CK, row, token, head, rows, cols, valid, K, IS_BETA)
-        e_CK *= beta_C1
-        de_CK *= start_CK
-        read_CK += e_CK * de_CK
-        eb = tl.load(matrix_at(grads, slot, head, heads, 1, rows, C))
-        if b is not None:
-            ek = tl.load(matrix_at(grads, slot, head, heads, 3, rows, C))
-
-    if PER_CHANNEL:
-        g_CK = log2_tile(g, row, token, head, rows, cols, valid, K)
-        passing_CK = tl.zeros([C, BLOCK_K], tl.float32) + (through_K * whole_K)[None, :]
-        for level in tl.static_range(6):
-            if (32 >> level) < C:
-                is_later = ((rows // (32 >> level)) % 2 == 1)[:, None]
-                passing_CK += of_other_half(tl.where(is_later, read_CK, written_CK), 32 >> level, C, BLOCK_K)
-                later, earlier = halfway(g_CK, rows, 32 >> level, u is not None, C, BLOCK_K)
-                by_k = tl.zeros([C, BLOCK_K], tl.float32)
-                by_b = by_k
-                if q is not None:
-                    qk_here = within_blocks(qk, rows, 64 >> level)
-                    by_q = dot(qk_here, k_CK * earlier, DOT)
-                    by_k = add_dot(by_k, transposed(qk_here, DOT), q_CK * later, DOT)
-                    if b is not None:
-                        qb_here = within_blocks(qb, rows, 64 >> level)
-                        by_q = add_dot(by_q, qb_here, b_CK * earlier, DOT)
-                        by_b = add_dot(by_b, transposed(qb_here, DOT), q_CK * later, DOT)
-                    by_q *= later
-                    dq_CK += by_q
-                    read_CK += q_CK * by_q
-                if e is not None:
-                    eb_here = within_blocks(eb, rows, 64 >> level)
-                    by_e = dot(eb_here, b_CK * earlier, DOT)
-                    by_b = add_dot(by_b, transposed(eb_here, DOT), e_CK * later, DOT)
-                    if b is None:
-                        by_k += by_b
-                    else:
-                        ek_here = within_blocks(ek, rows, 64 >> level)
-                        by_e = add_dot(by_e, ek_here, k_CK * earlier, DOT)
-                        by_k = add_dot(by_k, transposed(ek_here, DOT), e_CK * later, DOT)
-                        by_b *= earlier
-                        db_CK += by_b
-                        written_CK += b_CK * by_b
-                    by_e *= later
-                    de_CK += by_e
-                    read_CK += e_CK * by_e
-                by_k *= earlier
-                dk_CK += by_k
-                written_CK += k_CK * by_k
-        if u is None:
-            passing_CK += read_CK
-        store_tile(dg, passing_CK, row, token, head, rows, cols, valid, K)
-    else:
-        within_CC = tl.zeros([C, C], tl.float32)
-        if q is not None:
-            dq_CK = add_dot(dq_CK, qk, k_CK, DOT)
-            dk_CK = add_dot(dk_CK, transposed(qk, DOT), q_CK, DOT)
-            if g is not None:
-                within_CC += qk * dot(q_CK, transposed(k_CK, DOT), DOT)
-            if b is not None:
-                dq_CK = add_dot(dq_CK, qb, b_CK, DOT)
-                db_CK = add_dot(db_CK, transposed(qb, DOT), q_CK, DOT)
-                if g is not None:
-                    within_CC += qb * dot(q_CK, transposed(b_CK, DOT), DOT)
-        if e is not None:
-            de_CK = add_dot(de_CK, eb, b_CK, DOT)
-            if b is None:
-                dk_CK = add_dot(dk_CK, transposed(eb, DOT), e_CK, DOT)
-            else:
-                db_CK = add_dot(db_CK, transposed(eb, DOT), e_CK, DOT)
-                de_CK = add_dot(de_CK, ek, k_CK, DOT)
-                dk_CK = add_dot(dk_CK, transposed(ek, DOT), e_CK, DOT)
-            if g is not None:
-                within_CC += eb * dot(e_CK, transposed(b_CK, DOT), DOT)
-                if b is not None:
-                    within_CC += ek * dot(e_CK, transposed(k_CK, DOT), DOT)
-        if g is not None:
-            passing_C = passing_each(tl.sum(read_CK, 1), tl.sum(written_CK, 1), within_CC, rows, u is not None)
-            passing_C += tl.sum(through_K * whole_K, 0)
-            store_number(dg, passing_C, number, row, token, head, rows, valid)
+            of_b = tl.load(matrix_at(grads, slot, head, heads, 2, rows, C))
+        if not PER_CHANNEL:
+            read_C += tl.sum(q_CK * dq_CK, 1)
+    dq_CK, dk_CK, db_CK, passed = reader_grads(
+        q_CK, dq_CK, k_CK, dk_CK, b_CK, db_CK, of_k, of_b, written_CK, g, row, token, head, rows, cols, valid,
+        K, C, BLOCK_K, u is not None, PER_CHANNEL, DOT,
+    )  # fmt: skip
+    passing += passed
     if q is not None:
         if PER_CHANNEL or u is not None:
+            own = own_C[:, None]
+            if u is not None:
+                own *= per_head(u, head, cols, K)[None, :]
+                place = du + (slot.to(tl.int64) * heads + head) * K + cols
+                tl.store(place, tl.sum(own_C[:, None] * q_CK * k_CK, 0), mask=cols < K)
             dq_CK += own * k_CK
             dk_CK += own * q_CK
             if b is not None:
-                own_b = diagonal_of(qb.to(tl.float32), rows)[:, None]
-                dq_CK += own_b * b_CK
-                db_CK += own_b * q_CK
-        if u is not None:
-            weight = diagonal_of(tl.load(matrix_at(grads, slot, head, heads, 0, rows, C)).to(tl.float32), rows)
-            place = du + (slot.to(tl.int64) * heads + head) * K + cols
-            tl.store(place, tl.sum(weight[:, None] * q_CK * k_CK, 0), mask=cols < K)
+                own = diagonal_of(of_b.to(tl.float32), rows)[:, None]
+                dq_CK += own * b_CK
+                db_CK += own * q_CK
         store_tile(dq, dq_CK, row, token, head, rows, cols, valid, K)
+
     if e is not None:
+        of_k, of_b = tl.load(matrix_at(grads, slot, head, heads, 1, rows, C)), None
+        writer_CK = k_CK
+        if b is not None:
+            of_k, of_b = tl.load(matrix_at(grads, slot, head, heads, 3, rows, C)), of_k
+            writer_CK = b_CK
+        e_CK, beta_C1 = erase_tile(e, writer_CK, row, token, head, rows, cols, valid, K, IS_BETA)
+        e_CK *= beta_C1
+        de_CK *= start_CK
+        if not PER_CHANNEL:
+            read_C += tl.sum(e_CK * de_CK, 1)
+        de_CK, dk_CK, db_CK, passed = reader_grads(
+            e_CK, de_CK, k_CK, dk_CK, b_CK, db_CK, of_k, of_b, tl.zeros([C, BLOCK_K], tl.float32), g,
+            row, token, head, rows, cols, valid, K, C, BLOCK_K, u is not None, PER_CHANNEL, DOT,
+        )  # fmt: skip
+        passing += passed
         if IS_BETA:
-            store_number(de, tl.sum(de_CK * b_CK, 1), number, row, token, head, rows, valid)
-            de_CK *= beta_C1
+            store_number(de, tl.sum(de_CK * writer_CK, 1), number, row, token, head, rows, valid)
             if b is None:
-                dk_CK += de_CK
+                dk_CK += de_CK * beta_C1
             else:
-                db_CK += de_CK
+                db_CK += de_CK * beta_C1
         else:
             store_tile(de, de_CK, row, token, head, rows, cols, valid, K)
         if b is not None:
             store_tile(db, db_CK, row, token, head, rows, cols, valid, K)
     store_tile(dk, dk_CK, row, token, head, rows, cols, valid, K)
+    if PER_CHANNEL:
+        store_tile(dg, passing, row, token, head, rows, cols, valid, K)
+    elif g is not None:
+        passing_C = passing_each(read_C, written_C, passing, rows, u is not None) + tl.sum(through_K * whole_K, 0)
+        store_number(dg, passing_C, number, row, token, head, rows, valid)
 
 
 class Config(NamedTuple):
