@@ -1,20 +1,22 @@
-"""Registers, spills and shared memory of every kernel, with no GPU: python -m benchmarks.kernel_resources
+"""Registers, spills, shared and tensor memory of every kernel, with no GPU: python -m benchmarks.kernel_resources
 
 Every kernel's operation runs forward and backward on small CPU tensors, but each launch only compiles: for sm_80,
 sm_90, sm_100 and gfx942, with the configurations that the kernel's file has for them, at key and value widths of 64,
 128 and 256 in bfloat16 and float32. Ends with exit code 1 and a list if one does not compile, does not fit the
-target's shared memory, or spills more than MOST_SPILLS registers.
+target's memory, or spills more than MOST_SPILLS registers.
 
 Spills are the registers of a thread that live in memory: the stack frame that cuobjdump reports, in words, for CUDA,
-and what the code object's notes say for ROCm. Shared memory is what a program asks for.
+and what the code object's notes say for ROCm. Shared memory, and on sm_100 columns of tensor memory, are what a program
+asks for. The table also has each file's fingerprint, by which a test knows whether it is of the files as they are.
 """
 
+import hashlib
 import importlib
 import os
 import re
-import shlex
 import subprocess
 import sys
+import tokenize
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -29,6 +31,7 @@ os.environ.pop("TRITON_INTERPRET", None)  # read when triton and the kernels' fi
 
 import torch
 import triton
+from rich.progress import track
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
@@ -47,8 +50,10 @@ TENSOR_COLUMNS = 512  # of tensor memory that one program can have, on sm_100
 MOST_SPILLS = 32  # of the 255 that a thread can have on CUDA
 WIDTHS = (64, 128, 256)
 DTYPES = ("bfloat16", "float32")
-LENGTHS = (1, 64, 320)  # decoding, one chunk and several spans of them: kernels may be launched otherwise
+LENGTHS = (1, 64, 320)  # decoding, one chunk, and documents of several spans: kernels may be launched otherwise
 HEADS = 16
+KERNELS = Path(__file__).parents[1] / "kernels"
+TABLE = KERNELS / "RESOURCES.md"
 Call = Callable[[int, torch.dtype, int], Any]  # (width, dtype, length) -> outputs
 
 
@@ -133,6 +138,19 @@ def kernels(file: str) -> Any:
     return importlib.import_module(f"torchlmoe.kernels.{file}")
 
 
+def fingerprint(path: Path) -> str:
+    """Of a file's code: comments, docstrings and blanks do not count."""
+    digest, first_of_line = hashlib.sha256(), True
+    with tokenize.open(path) as file:
+        for token in tokenize.generate_tokens(file.readline):
+            if token.type in (tokenize.COMMENT, tokenize.NL) or (token.type == tokenize.STRING and first_of_line):
+                continue
+            layout = {tokenize.INDENT: ">", tokenize.DEDENT: "<", tokenize.NEWLINE: ";"}
+            first_of_line = token.type in layout
+            digest.update(layout.get(token.type, token.string).replace(" ", "").encode())
+    return digest.hexdigest()[:16]
+
+
 def leaf(x: torch.Tensor | None) -> torch.Tensor | None:
     return None if x is None else x.requires_grad_()
 
@@ -149,9 +167,10 @@ def run_recurrence(name: str) -> Call:
     terms = ("q", "k", "v", "log_decay", "erase", "erase_key", "value_log_decay", "bonus")
 
     def run(width: int, dtype: torch.dtype, length: int) -> Any:
-        state = torch.zeros(1, HEADS, width, width, requires_grad=True)
+        bounds = torch.tensor([0, length // 3, length], dtype=torch.int32) if length == LENGTHS[-1] else None
+        state = torch.zeros(1 if bounds is None else 2, HEADS, width, width, requires_grad=True)
         operation = kernels("linear_recurrence").linear_recurrence
-        return operation(*inputs_of(name, width, dtype, length, *terms), 1.0, state, None)
+        return operation(*inputs_of(name, width, dtype, length, *terms), 1.0, state, bounds)
 
     return run
 
@@ -204,7 +223,10 @@ def run_swiglu(width: int, dtype: torch.dtype, length: int) -> Any:
     return [kernels("weighted_swiglu").weighted_swiglu(leaf(hidden), leaf(torch.rand(length)))]
 
 
-RECURRENCES = ("Mamba2", "GLA", "RWKV6", "value decay", "Gated DeltaNet", "KDA", "RWKV7")
+RECURRENCES = (
+    "linear attention", "Mamba2", "GLA", "RWKV6", "value decay", "gated fast weights",
+    "DeltaNet", "Gated DeltaNet", "KDA", "RWKV7",
+)  # fmt: skip
 CALLS: dict[str, Call] = {
     **{name: run_recurrence(name) for name in RECURRENCES},
     "Mamba": run_elementwise,
@@ -220,7 +242,7 @@ CALLS: dict[str, Call] = {
 def rows_for(target: str, call: str, width: int, dtype: str) -> tuple[list[dict[str, Any]], list[str]]:
     """A row for each kernel that is launched, the most demanding where it is launched in several ways.
 
-    And what is wrong with it: that it does not compile, does not fit or spills too much, a sentence each.
+    And a sentence for each that does not compile.
     """
     with compiling_for(target) as launches:
         for length in LENGTHS:
@@ -228,25 +250,37 @@ def rows_for(target: str, call: str, width: int, dtype: str) -> tuple[list[dict[
             if length > 1:
                 torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
     rows: dict[str, dict[str, Any]] = {}
-    faults = []
+    failures = []
     for launch in launches:
-        where = f"{launch.kernel} of {call}, width {width}, {dtype}, on {target}"
+        case = {"kernel": launch.kernel, "instance": call, "dtype": dtype, "width": width, "target": target}
         if launch.compiled is None:
-            faults.append(f"{where} does not compile: {launch.failure}")
+            failures.append(f"{described(case)} does not compile: {launch.failure}")
             continue
-        case = {"kernel": launch.kernel, "instance": call, "width": width, "dtype": dtype, "target": target}
         used = resources(launch.compiled)
         row = rows.setdefault(launch.kernel, case | dict.fromkeys(used, 0))
         row |= {name: max(row[name], value) for name, value in used.items()}
-    for row in rows.values():
-        where = f"{row['kernel']} of {call}, width {width}, {dtype}, on {target}"
-        if row["shared KiB"] > SHARED_KIB[target]:
-            faults.append(f"{where} needs {row['shared KiB']:.1f} KiB of shared memory; there are {SHARED_KIB[target]}")
-        if row["tensor columns"] > TENSOR_COLUMNS:
-            faults.append(f"{where} needs {row['tensor columns']} columns of tensor memory; there are {TENSOR_COLUMNS}")
-        if row["spills"] > MOST_SPILLS:
-            faults.append(f"{where} spills {row['spills']} registers; {MOST_SPILLS} are tolerated")
-    return list(rows.values()), faults
+    return list(rows.values()), failures
+
+
+def described(row: dict[str, Any]) -> str:
+    return f"{row['kernel']} of {row['instance']}, width {row['width']}, {row['dtype']}, on {row['target']}"
+
+
+def excesses(row: dict[str, Any]) -> list[str]:
+    """A sentence for each limit that it goes beyond."""
+    limits = {
+        "spills": (MOST_SPILLS, "spills {} registers; {} are tolerated"),
+        "shared KiB": (SHARED_KIB[row["target"]], "needs {} KiB of shared memory; there are {}"),
+        "tensor columns": (TENSOR_COLUMNS, "needs {} columns of tensor memory; there are {}"),
+    }
+    return [
+        f"{described(row)} {text.format(row[name], limit)}"
+        for name, (limit, text) in limits.items()
+        if row[name] > limit
+    ]
+
+
+COLUMNS = ("registers", "spills", "shared KiB", "tensor columns")
 
 
 def write_table(rows: list[dict[str, Any]], faults: list[str], path: Path) -> None:
@@ -254,17 +288,18 @@ def write_table(rows: list[dict[str, Any]], faults: list[str], path: Path) -> No
     cells: dict[tuple[Any, ...], dict[str, str]] = {}
     for row in rows:
         line = cells.setdefault(tuple(row[name] for name in ("kernel", "instance", "dtype", "width")), {})
-        line[row["target"]] = f"{row['registers']} / {row['spills']} / {row['shared KiB']:.0f}"
+        used = COLUMNS if row["target"] == "sm_100" else COLUMNS[:-1]
+        line[row["target"]] = " / ".join(f"{row[name]:.0f}" for name in used)
     targets = [name for name in TARGETS if any(row["target"] == name for row in rows)]
     lines = [
-        f"Written by `python -m benchmarks.kernel_resources {shlex.join(sys.argv[1:])}`: do not edit.",
+        "<!-- written by python -m benchmarks.kernel_resources --table: do not edit -->",
         "",
         "# Registers, spilled registers and KiB of shared memory",
         "",
-        f"Compiled with Triton {triton.__version__} and no GPU. Each cell is the most that any launch of the kernel "
-        "needs, forward or backward. A program can have "
+        f"Compiled with Triton {triton.__version__} and no GPU; sm_100 has columns of tensor memory last. Each cell "
+        "is the most that any launch of the kernel needs, forward or backward. A program can have "
         + ", ".join(f"{SHARED_KIB[name]} KiB on {name}" for name in targets)
-        + f"; {MOST_SPILLS} spilled registers are tolerated.",
+        + f", and {TENSOR_COLUMNS} columns; {MOST_SPILLS} spilled registers are tolerated.",
         "",
         "| kernel | instance | dtype | width | " + " | ".join(targets) + " |",
         "|---|---|---|---|" + "---|" * len(targets),
@@ -272,15 +307,21 @@ def write_table(rows: list[dict[str, Any]], faults: list[str], path: Path) -> No
             "| " + " | ".join(map(str, key)) + " | " + " | ".join(line.get(name, "") for name in targets) + " |"
             for key, line in cells.items()
         ),
+        "",
+        "## Beyond what is tolerated",
+        "",
+        *([f"- {fault}" for fault in faults] or ["Nothing."]),
+        "",
+        "## Fingerprints of the files",
+        "",
+        *(f"- {path.name}: {fingerprint(path)}" for path in sorted(KERNELS.glob("*.py"))),
     ]
-    if faults:
-        lines += ["", "## Beyond what is tolerated", "", *(f"- {fault}" for fault in faults)]
     path.write_text("\n".join(lines) + "\n")
 
 
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0])
-    parser.add_argument("--table", type=Path, help="write the table to this Markdown file")
+    parser.add_argument("--table", action="store_true", help="write all of it to kernels/RESOURCES.md")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--instances", nargs="+", choices=CALLS, default=list(CALLS))
     parser.add_argument("--widths", nargs="+", type=int, default=WIDTHS)
@@ -288,13 +329,16 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="compilers at a time")
     options = parser.parse_args()
     cases = list(product(options.targets, options.instances, options.widths, options.dtypes))
+    if options.table and len(cases) < len(TARGETS) * len(CALLS) * len(WIDTHS) * len(DTYPES):
+        parser.error("--table is of everything: leave --targets, --instances, --widths and --dtypes out.")
     with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
-        parts = list(pool.map(rows_for, *zip(*cases, strict=True)))
+        parts = list(track(pool.map(rows_for, *zip(*cases, strict=True)), "compiling", total=len(cases)))
     rows = sorted((row for part, _ in parts for row in part), key=lambda row: row["kernel"])
-    faults = [fault for _, part in parts for fault in part]
-    show("Resources of kernels", rows, options.output, faults=faults)
+    faults = [text for _, failures in parts for text in failures] + [text for row in rows for text in excesses(row)]
     if options.table:
-        write_table(rows, faults, options.table)
+        write_table(rows, faults, TABLE)
+    else:
+        show("Resources of kernels", rows, options.output, faults=faults)
     print("\n".join(faults))
     sys.exit(1 if faults else 0)
 

@@ -330,6 +330,7 @@ OPERATIONS = {
     ),
     "RWKV6": _recurrence("channel", "bonus", fla="rwkv6.chunk_rwkv6 q:r log_decay:w bonus:u"),
     "value decay": _recurrence("value"),  # the second pass of GSA
+    "gated fast weights": _recurrence("channel", "value"),
     "DeltaNet": _recurrence("beta", fla="delta_rule.chunk_delta_rule erase:beta"),
     "Gated DeltaNet": _recurrence(
         "scalar",

@@ -537,9 +537,9 @@ CONFIGS: dict[tuple[str, bool, int, int], Config] = {
     ("default", False, 64, 2): Config(64, 2, 64, 64, 4, 4, 2),
     ("default", False, 128, 2): Config(64, 2, 64, 64, 4, 8, 2),
     ("default", False, 256, 2): Config(32, 4, 64, 32, 4, 8, 1),
-    ("default", True, 64, 2): Config(64, 2, 16, 64, 4, 8, 2),
+    ("default", True, 64, 2): Config(32, 4, 16, 64, 4, 8, 2),
     ("default", True, 128, 2): Config(32, 4, 16, 64, 4, 8, 2),
-    ("default", True, 256, 2): Config(32, 4, 32, 16, 4, 8, 1),
+    ("default", True, 256, 2): Config(32, 4, 16, 32, 4, 8, 1),
     # float32 is multiplied without tensor cores, its operands held in registers: smaller tiles.
     ("default", False, 64, 4): Config(64, 2, 32, 16, 8, 8, 1),
     ("default", False, 128, 4): Config(32, 4, 32, 16, 8, 8, 1),
@@ -553,11 +553,19 @@ CONFIGS: dict[tuple[str, bool, int, int], Config] = {
     ("interpreter", True, 64, 2): Config(64, 2, 32, 64, 4, 4, 1),
     ("interpreter", True, 64, 4): Config(64, 2, 32, 64, 4, 4, 1),
 }
+# Its products take their operands from registers.
+CONFIGS |= {
+    ("sm_80", *key[1:]): config._replace(block_v=min(32, config.block_v))
+    for key, config in CONFIGS.items()
+    if key[0] == "default"
+}
 # Triton's pipeliner fails there over a state that is stored on the way.
 CONFIGS |= {("sm_100", *key[1:]): config._replace(stages=1) for key, config in CONFIGS.items() if key[0] == "default"}
 # A warp has 64 threads there, with more registers each if they are few.
 CONFIGS |= {
-    ("gfx942", *key[1:]): config._replace(scores_warps=config.scores_warps // 2, scan_warps=config.scan_warps // 2)
+    ("gfx942", *key[1:]): config._replace(
+        block_v=min(32, config.block_v), scores_warps=config.scores_warps // 2, scan_warps=config.scan_warps // 2
+    )
     for key, config in CONFIGS.items()
     if key[0] == "default"
 }

@@ -30,6 +30,12 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.fixture(params=[torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16], ids=str)
+def half(request) -> torch.dtype:
+    """A dtype of 16 bits. The interpreter computes wrongly in bfloat16."""
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def uninitialized_memory_is_nan():
     """An element that no kernel wrote shows, wherever the memory was asked for (integers: the largest there is)."""

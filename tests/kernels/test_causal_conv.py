@@ -74,9 +74,10 @@ def test_state(length, width, device):
     check(device, inputs, wanted)
 
 
-def test_float16(device):
-    inputs = {name: x.half().double() for name, x in make_inputs(2, 20, 4, 5).items()}
-    check(device, inputs, lambda x: expected_of(x, [0, 20], True), dtype=torch.float16, tolerance=2e-3)
+def test_half(device, half):
+    inputs = {name: x.to(half).double() for name, x in make_inputs(2, 20, 4, 5).items()}
+    tolerance = 2 * torch.finfo(half).eps
+    check(device, inputs, lambda x: expected_of(x, [0, 20], True), dtype=half, tolerance=tolerance)
 
 
 def test_documents_do_not_meet(device):

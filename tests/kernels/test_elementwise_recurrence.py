@@ -162,13 +162,13 @@ def test_span_summary(form, device):
                  dict(zip(names, (expected, *wanted), strict=True)), 1e-4)  # fmt: skip
 
 
-def test_float16(device):
+def test_half(device, half):
     """Half precision in and out: within 2e-2, and twice what the chunked form is off."""
     inputs = make_inputs(FORMS["selective"], 1, 35, key_dim=2)
-    inputs = {name: x.detach().half().to(device) for name, x in inputs.items()}
+    inputs = {name: x.detach().to(device, half) for name, x in inputs.items()}
     expected = run({name: x.double() for name, x in inputs.items()}, backend="reference")
     found, chunked = run(inputs, backend="triton"), run(inputs, backend="chunked")
-    assert found["o"].dtype is torch.float16
+    assert found["o"].dtype is half
     assert found["final_state"].dtype is torch.float32
     assert_close(found, expected, 2e-2)
     for name, x in expected.items():

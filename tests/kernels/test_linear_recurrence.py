@@ -92,13 +92,13 @@ def test_gates_of_minus_infinity(terms, device):
 
 
 @pytest.mark.parametrize("terms", ["none", "scalar", "channel", "value", "channel_bonus", "gated_delta", "rwkv7"])
-def test_float16(terms, device):
+def test_half(terms, device, half):
     """Half precision in and out: within 2e-2, and twice what the chunked form makes of the same numbers."""
     inputs = make_inputs(TERMS[terms], 1, 131, value_heads=1, **WIDTHS)
     expected = run(inputs, backend="reference")
-    inputs = on(device, inputs, torch.float16)
+    inputs = on(device, inputs, half)
     found, chunked = run_on(inputs), run_on(inputs, "chunked")
-    assert found["o"].dtype is torch.float16
+    assert found["o"].dtype is half
     assert found["final_state"].dtype is torch.float32
     assert_close({name: x.cpu() for name, x in found.items()}, expected, 2e-2)
     for name, x in expected.items():

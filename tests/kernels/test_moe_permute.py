@@ -38,7 +38,7 @@ def check(function, plain, device, *inputs, dtype=torch.float32, tolerance=1e-6)
 
 
 @pytest.mark.parametrize(("num_tokens", "dim"), [(1, 1), (7, 40), (20, 16), (0, 4)])
-def test_values_and_gradients(num_tokens, dim, device):
+def test_values_and_gradients(num_tokens, dim, device, half):
     slots = make_slots(num_tokens, device)
     token_M, choice_M = slots.token_M.cpu(), slots.choice_M.cpu()
     x_TD, x_MD = randn(num_tokens, dim), randn(num_tokens * TOP_K, dim, seed=1)
@@ -51,9 +51,9 @@ def test_values_and_gradients(num_tokens, dim, device):
     check(lambda x: permute(x, *where), lambda x: x[token_M], device, x_TD)
     check(lambda x: unpermute(x, *where, None), lambda x: plain_sum(x, torch.ones_like(weight_TK)), device, x_MD)
     check(lambda x, weight: unpermute(x, *where, weight), plain_sum, device, x_MD, weight_TK)
-    half = (x_MD.half().double(), weight_TK.half().double())
-    options = dict(dtype=torch.float16, tolerance=2e-3)
-    check(lambda x, weight: unpermute(x, *where, weight), plain_sum, device, *half, **options)
+    in_half = (x_MD.to(half).double(), weight_TK.to(half).double())
+    options = dict(dtype=half, tolerance=2 * torch.finfo(half).eps)
+    check(lambda x, weight: unpermute(x, *where, weight), plain_sum, device, *in_half, **options)
 
 
 def test_low_precision_is_summed_in_float32(device):

@@ -1,7 +1,7 @@
-"""Kernels compile for GPUs that are not there, fit in their shared memory and keep to their registers.
+"""Kernels compile for GPUs that are not there, fit in their memory and keep to their registers.
 
-The most demanding instance and the fused operations, for one target of each vendor; all of them are compiled by
-`python -m benchmarks.kernel_resources`.
+Every configuration at every width is in kernels/RESOURCES.md, which is checked against its limits and against the code
+that it was made of. The most demanding instances are compiled here, for one target of each vendor.
 """
 
 import json
@@ -9,16 +9,84 @@ import os
 import re
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
+FILES = sorted((ROOT / "kernels").glob("*.py"))
+KERNELS = {
+    f"{path.stem}.{name}"
+    for path in FILES
+    for name in re.findall(r"^def _?(\w+)_kernel\(", path.read_text(), re.MULTILINE)
+}
+AGAIN = "; kernels have changed since it was written: run python -m benchmarks.kernel_resources --table"
 
 
-def test_representative_kernels(tmp_path):
+@pytest.fixture
+def resources():
+    """The program, which keeps TRITON_INTERPRET from whoever imports it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", os.environ.get("TRITON_INTERPRET", "0"))
+        from benchmarks import kernel_resources
+    return kernel_resources
+
+
+@pytest.fixture
+def table(resources) -> str:
+    return resources.TABLE.read_text()
+
+
+def test_table_is_of_these_files(table, resources):
+    for path in FILES:
+        assert f"- {path.name}: {resources.fingerprint(path)}" in table, path.name + AGAIN
+
+
+def test_table_is_whole_and_within_limits(table, resources):
+    """Every kernel, and every instance of it at every width and in every dtype, on every target."""
+    header, cells = None, {}
+    for line in table.splitlines():
+        fields = [field.strip() for field in line.strip("|").split("|")]
+        if line.startswith("| kernel"):
+            header = fields
+        elif line.startswith("| ") and header:
+            cells[tuple(fields[:4])] = dict(zip(header[4:], fields[4:], strict=True))
+    assert {key[0] for key in cells} == KERNELS
+    assert {key[1:] for key in cells} == set(product(resources.CALLS, resources.DTYPES, map(str, resources.WIDTHS)))
+    for (kernel, instance, dtype, width), targets in cells.items():
+        assert set(targets) == set(resources.TARGETS)
+        for target, cell in targets.items():
+            used = dict(zip(resources.COLUMNS, [*map(int, cell.split(" / ")), 0], strict=False))
+            case = dict(kernel=kernel, instance=instance, dtype=dtype, width=width, target=target)
+            assert resources.excesses(case | used) == []
+
+
+def test_excesses_are_named(resources):
+    row = dict(kernel="file.scan", instance="KDA", dtype="bfloat16", width=64, target="gfx942")
+    row |= {"registers": 512, "spills": 33, "shared KiB": 65.0, "tensor columns": 513}
+    spills, shared, tensor = resources.excesses(row)
+    assert spills == "file.scan of KDA, width 64, bfloat16, on gfx942 spills 33 registers; 32 are tolerated"
+    assert "65.0 KiB of shared memory; there are 64" in shared
+    assert "513 columns of tensor memory; there are 512" in tensor
+
+
+def test_fingerprint_is_of_the_code(tmp_path, resources):
+    def of(text):
+        (tmp_path / "x.py").write_text(text)
+        return resources.fingerprint(tmp_path / "x.py")
+
+    known = of('"""What."""\nif a:\n    b = "c"\nd\n')
+    assert of('"""Else."""\n# a comment\nif a:  # another\n    b  =  "c"\n\nd\n') == known
+    assert of('if a:\n    b = "c"\n    d\n') != known
+    assert of('if a:\n    b = "d"\nd\n') != known
+
+
+def test_most_demanding_kernels(tmp_path):
     """In a process of its own, since here kernels may be interpreted."""
     output = tmp_path / "resources.json"
     command = "--targets sm_90 gfx942 --widths 128 --dtypes bfloat16 --processes 1".split()
-    instances = ["KDA", "Mamba2", "Mamba", "short convolution", "gated RMS norm", "decay gate", "to experts and back"]
+    instances = ["RWKV7", "Mamba2", "Mamba", "short convolution", "gated RMS norm", "decay gate", "to experts and back"]
     instances.append("weighted SwiGLU")
     result = subprocess.run(
         [sys.executable, "-m", "benchmarks.kernel_resources", *command, "--instances", *instances, "--output", output],
@@ -26,19 +94,4 @@ def test_representative_kernels(tmp_path):
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
     compiled = {(row["kernel"], row["target"]) for row in json.loads(output.read_text())["rows"]}
-    assert compiled == {(kernel, target) for kernel in kernels() for target in ("sm_90", "gfx942")}
-
-
-def test_table_has_every_kernel():
-    text = (ROOT / "kernels" / "RESOURCES.md").read_text()
-    missing = {kernel for kernel in kernels() if f"| {kernel} |" not in text}
-    assert not missing, "run its first line"
-
-
-def kernels() -> set[str]:
-    """<file>.<kernel> of all that are launched."""
-    return {
-        f"{path.stem}.{name}"
-        for path in (ROOT / "kernels").glob("*.py")
-        for name in re.findall(r"^def _?(\w+)_kernel\(", path.read_text(), re.MULTILINE)
-    }
+    assert compiled == {(kernel, target) for kernel in KERNELS for target in ("sm_90", "gfx942")}
