@@ -144,7 +144,8 @@ def _run(q, k, v, log_decay, step, initial_state, cu_seqlens, backend) -> tuple[
     if backend == "reference":
         return _reference(*terms)
     if kernels_serve(backend, *terms):
-        from torchlmoe.kernels import elementwise_recurrence as kernels
+        # Only now: when they are imported, Triton decides whether to interpret them.
+        from torchlmoe.kernels import elementwise_recurrence_backward as kernels
 
         return kernels.elementwise_recurrence(*terms)[:2]
     return _forward(*terms)[:2]
