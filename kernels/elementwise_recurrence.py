@@ -1,11 +1,11 @@
-"""The recurrence whose decay is a matrix of its own for every token, forward and backward, in Triton.
+"""The recurrence whose decay is a matrix of its own for every token: forward, and one token at a time.
 
     S_t = exp(G_t) * S_{t-1} + k_t v_t^T          o_t = Re(S_t^T q_t)          * elementwise, S and G in R or C^{K x V}
 
 Serves Mamba (G_t = step_t[v] * G[k, v]), S4 (G, q and k the same for every token, complex), HGRN and fast weights with
 a full gate (G of every token). Real numbers are complex ones whose imaginary plane the compiler drops.
 
-Documents are cut into chunks. A chunk does S -> P S + X to the state, so there are three launches each way:
+Documents are cut into chunks. A chunk does S -> P S + X to the state, so there are three launches:
 
     tokens      |  chunk 0   |  chunk 1   |  chunk 2   |
     1 summary      P_0, X_0     P_1, X_1     P_2, X_2
@@ -20,11 +20,8 @@ Documents are cut into chunks. A chunk does S -> P S + X to the state, so there 
                | x BLOCK_C |     the tile, so that no state of a token is ever stored
                +-----------+
 
-    The backward is the same from right to left: it folds sum_t P_t q_t do_t, P_t the decay from the chunk's start to t,
-    and its third launch scans each tile both ways, for S and for the gradient of S.
-
     One token a row (decoding) is one launch, whose program has a row, a head and a tile of columns, and takes BLOCK_K
-    keys at a time; its gradient is had as a chunk's:
+    keys at a time:
 
                   columns
                +-----------+
@@ -32,10 +29,9 @@ Documents are cut into chunks. A chunk does S -> P S + X to the state, so there 
                | x BLOCK_C |
                +-----------+
 
-The state that each chunk finds ([chunks, H, K, V]) is all that is kept between forward and backward; of one token a
-row it is the initial state, and nothing is kept. What columns add up to (gradients of q and k) and what tokens add up
-to (gradients of what is constant) is written once a program and summed afterwards: no atomics. No exponent is positive,
-and no decay is divided by or had by subtraction.
+The state that each chunk finds ([chunks, H, K, V]) is all that is kept for the gradient, which is in
+`elementwise_recurrence_backward.py`; of one token a row it is the initial state, and nothing is kept. No exponent is
+positive, and no decay is divided by or had by subtraction.
 
 Inner dims are read with a stride of one and rows of a batch at one distance; other layouts are copied first, but for a
 decay that is the same for every token.
@@ -76,7 +72,7 @@ def architecture(x: Tensor) -> str:
 
 
 @triton.jit
-def _load(pointer, offset, mask, COMPLEX: tl.constexpr):
+def load(pointer, offset, mask, COMPLEX: tl.constexpr):
     """Both planes; of a real number the second is never looked at. A complex number is one access, of 64 bits."""
     x = tl.load(pointer + offset, mask=mask, other=0)
     if COMPLEX:
@@ -89,7 +85,7 @@ def _load(pointer, offset, mask, COMPLEX: tl.constexpr):
 
 
 @triton.jit
-def _store(pointer, offset, real, imaginary, mask, COMPLEX: tl.constexpr):
+def store(pointer, offset, real, imaginary, mask, COMPLEX: tl.constexpr):
     if COMPLEX:
         high = imaginary.to(tl.uint32, bitcast=True).to(tl.int64) << 32
         tl.store(pointer + offset, high | real.to(tl.uint32, bitcast=True).to(tl.int64), mask=mask)
@@ -98,7 +94,7 @@ def _store(pointer, offset, real, imaginary, mask, COMPLEX: tl.constexpr):
 
 
 @triton.jit
-def _times(a, ai, b, bi, COMPLEX: tl.constexpr):
+def times(a, ai, b, bi, COMPLEX: tl.constexpr):
     """a * b"""
     if COMPLEX:
         real = a * b - ai * bi
@@ -110,19 +106,7 @@ def _times(a, ai, b, bi, COMPLEX: tl.constexpr):
 
 
 @triton.jit
-def _times_conjugate(a, ai, b, bi, COMPLEX: tl.constexpr):
-    """a * conj(b)"""
-    if COMPLEX:
-        real = a * b + ai * bi
-        imaginary = ai * b - a * bi
-    else:
-        real = a * b
-        imaginary = real
-    return real, imaginary
-
-
-@triton.jit
-def _exp(log, log_i, COMPLEX: tl.constexpr):
+def exp(log, log_i, COMPLEX: tl.constexpr):
     real = tl.exp2(log * LOG2_E)
     imaginary = real
     if COMPLEX:
@@ -143,7 +127,7 @@ def _then_complex(a, ai, x, xi, b, bi, y, yi):
 
 
 @triton.jit
-def _scan(a, ai, x, xi, REVERSE: tl.constexpr, COMPLEX: tl.constexpr):
+def scan(a, ai, x, xi, REVERSE: tl.constexpr, COMPLEX: tl.constexpr):
     """All maps up to each row (from it on, in reverse), as one: the decay, and what is added."""
     if COMPLEX:
         a, ai, x, xi = tl.associative_scan((a, ai, x, xi), 0, _then_complex, reverse=REVERSE)
@@ -155,13 +139,13 @@ def _scan(a, ai, x, xi, REVERSE: tl.constexpr, COMPLEX: tl.constexpr):
 
 
 @triton.jit
-def _sum(x, AXIS: tl.constexpr):
+def sum_along(x, AXIS: tl.constexpr):
     """[1, columns] or [rows, 1]"""
     return tl.sum(x, AXIS, keep_dims=True)
 
 
 @triton.jit
-def _rows(chunks, BLOCK_T: tl.constexpr):
+def chunk_rows(chunks, BLOCK_T: tl.constexpr):
     """The program's chunk, where it starts, its rows [BLOCK_T, 1], and how many of them there are.
 
     The first two are int64; what is added to an address within a chunk fits int32.
@@ -172,7 +156,7 @@ def _rows(chunks, BLOCK_T: tl.constexpr):
 
 
 @triton.jit
-def _columns(num_heads, value_dim, BLOCK_C: tl.constexpr, FOLD: tl.constexpr):
+def tile_columns(num_heads, value_dim, BLOCK_C: tl.constexpr, FOLD: tl.constexpr):
     """The tile's columns [1, BLOCK_C]: their head (one, or one each), their place in it and which there are."""
     column = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     if FOLD:
@@ -187,37 +171,37 @@ def _columns(num_heads, value_dim, BLOCK_C: tl.constexpr, FOLD: tl.constexpr):
 
 
 @triton.jit
-def _values(x, start, row, row_mask, head, channel, mask):
+def value_tile(x, start, row, row_mask, head, channel, mask):
     """Rows of v, step or do, (pointer, strides of token and head): float32 [BLOCK_T, BLOCK_C], 0 where masked."""
     offset = row * x[1] + head * x[2] + channel
     return tl.load(x[0] + start * x[1] + offset, mask=row_mask & mask, other=0).to(tl.float32)
 
 
 @triton.jit
-def _key(x, start, row, row_mask, head, mask, key, COMPLEX: tl.constexpr, FOLD: tl.constexpr):
+def key_tile(x, start, row, row_mask, head, mask, key, COMPLEX: tl.constexpr, FOLD: tl.constexpr):
     """One key of q or k: [BLOCK_T, 1], or [1, BLOCK_C] where it is the same for every token.
 
     Of one token, keys [BLOCK_K, 1]: [BLOCK_K, 1] or [BLOCK_K, BLOCK_C], with the masks of those.
     """
     if FOLD:
-        real, imaginary = _load(x[0], head * x[2] + key, mask, COMPLEX)
+        real, imaginary = load(x[0], head * x[2] + key, mask, COMPLEX)
     else:
         offset = row * x[1] + head * x[2] + key
-        real, imaginary = _load(x[0] + start * x[1], offset, row_mask, COMPLEX)
+        real, imaginary = load(x[0] + start * x[1], offset, row_mask, COMPLEX)
     return real, imaginary
 
 
 @triton.jit
-def _log_decay(
+def log_decay_tile(
     x, step, start, row, row_mask, head, channel, mask, key, COMPLEX: tl.constexpr, PER_TOKEN: tl.constexpr
 ):  # fmt: skip
     """One key's log decay, times the step's tile if there is one: [BLOCK_T, BLOCK_C], 0 where masked."""
     offset = head * x[2] + key * x[3] + channel * x[4]
     tile_mask = row_mask & mask
     if PER_TOKEN:
-        real, imaginary = _load(x[0] + start * x[1], row * x[1] + offset, tile_mask, COMPLEX)
+        real, imaginary = load(x[0] + start * x[1], row * x[1] + offset, tile_mask, COMPLEX)
     else:
-        real, imaginary = _load(x[0], offset, mask, COMPLEX)
+        real, imaginary = load(x[0], offset, mask, COMPLEX)
         if step is not None:
             real, imaginary = real * step, imaginary * step
         real, imaginary = tl.where(tile_mask, real, 0), tl.where(tile_mask, imaginary, 0)
@@ -231,39 +215,39 @@ def _summary_kernel(
     BACKWARD: tl.constexpr,
 ):  # fmt: skip
     """P = exp(sum_t G_t), and the state from zero; in the backward, from q and do, the gradient of the first state."""
-    chunk, start, row, length = _rows(chunks, BLOCK_T)
+    chunk, start, row, length = chunk_rows(chunks, BLOCK_T)
     if length <= 0:
         return
-    head, channel, mask = _columns(num_heads, value_dim, BLOCK_C, FOLD)
-    v_tile = _values(v, start, row, row < length, head, channel, mask)
+    head, channel, mask = tile_columns(num_heads, value_dim, BLOCK_C, FOLD)
+    v_tile = value_tile(v, start, row, row < length, head, channel, mask)
     # What a token wrote decays by the tokens after it; what it reads had decayed by those up to it.
     passed = row if BACKWARD else row + 1
     first = tl.arange(0, 1)[:, None]
     step_tile, step_first = None, None
     if step is not None:
-        step_tile = _values(step, start, passed, passed < length, head, channel, mask)
-        step_first = _values(step, start, first, first < length, head, channel, mask)
+        step_tile = value_tile(step, start, passed, passed < length, head, channel, mask)
+        step_first = value_tile(step, start, first, first < length, head, channel, mask)
     size = num_heads * key_dim * value_dim
     transition, local = transition + chunk * size, local + chunk * size
     for key in range(key_dim):
-        g, gi = _log_decay(
+        g, gi = log_decay_tile(
             log_decay, step_tile, start, passed, passed < length, head, channel, mask, key, COMPLEX, PER_TOKEN
         )
-        decay, decay_i = _exp(tl.cumsum(g, 0, reverse=not BACKWARD), tl.cumsum(gi, 0, reverse=not BACKWARD), COMPLEX)
-        k_key, ki_key = _key(k, start, row, row < length, head, mask, key, COMPLEX, FOLD)
-        x, xi = _times(decay, decay_i, k_key, ki_key, COMPLEX)
+        decay, decay_i = exp(tl.cumsum(g, 0, reverse=not BACKWARD), tl.cumsum(gi, 0, reverse=not BACKWARD), COMPLEX)
+        k_key, ki_key = key_tile(k, start, row, row < length, head, mask, key, COMPLEX, FOLD)
+        x, xi = times(decay, decay_i, k_key, ki_key, COMPLEX)
         if COMPLEX and BACKWARD:
             xi = -xi
-        total, total_i = _sum(g, 0), _sum(gi, 0)
+        total, total_i = sum_along(g, 0), sum_along(gi, 0)
         if not BACKWARD:
-            g, gi = _log_decay(
+            g, gi = log_decay_tile(
                 log_decay, step_first, start, first, first < length, head, channel, mask, key, COMPLEX, PER_TOKEN
             )
-            total, total_i = total + _sum(g, 0), total_i + _sum(gi, 0)
-        total, total_i = _exp(total, total_i, COMPLEX)
+            total, total_i = total + sum_along(g, 0), total_i + sum_along(gi, 0)
+        total, total_i = exp(total, total_i, COMPLEX)
         state = head * key_dim * value_dim + key * value_dim + channel
-        _store(transition, state, total, total_i, mask, COMPLEX)
-        _store(local, state, _sum(x * v_tile, 0), _sum(xi * v_tile, 0), mask, COMPLEX)
+        store(transition, state, total, total_i, mask, COMPLEX)
+        store(local, state, sum_along(x * v_tile, 0), sum_along(xi * v_tile, 0), mask, COMPLEX)
 
 
 @triton.jit
@@ -278,20 +262,19 @@ def _fold_kernel(
     x = tl.zeros([BLOCK], tl.float32)
     xi = x
     if carry is not None:
-        x, xi = _load(carry, document * size + element, mask, COMPLEX)
+        x, xi = load(carry, document * size + element, mask, COMPLEX)
     begin, end = tl.load(first_chunk + document), tl.load(first_chunk + document + 1)
     for index in range(begin, end):
         chunk = begin + end - 1 - index if BACKWARD else index
         offset = chunk * size + element
-        a, ai = _load(transition, offset, mask, COMPLEX)
-        y, yi = _load(local, offset, mask, COMPLEX)
-        _store(local, offset, x, xi, mask, COMPLEX)
+        a, ai = load(transition, offset, mask, COMPLEX)
+        y, yi = load(local, offset, mask, COMPLEX)
+        store(local, offset, x, xi, mask, COMPLEX)
         if BACKWARD:
-            x, xi = _times_conjugate(x, xi, a, ai, COMPLEX)
-        else:
-            x, xi = _times(x, xi, a, ai, COMPLEX)
+            ai = -ai
+        x, xi = times(x, xi, a, ai, COMPLEX)
         x, xi = x + y, xi + yi
-    _store(last, document * size + element, x, xi, mask, COMPLEX)
+    store(last, document * size + element, x, xi, mask, COMPLEX)
 
 
 @triton.jit
@@ -299,26 +282,26 @@ def _read_kernel(
     q, k, v, log_decay, step, chunks, starts, o, num_heads, key_dim, value_dim,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, FOLD: tl.constexpr, PER_TOKEN: tl.constexpr, COMPLEX: tl.constexpr,
 ):  # fmt: skip
-    chunk, start, row, length = _rows(chunks, BLOCK_T)
+    chunk, start, row, length = chunk_rows(chunks, BLOCK_T)
     if length <= 0:
         return
     row_mask = row < length
-    head, channel, mask = _columns(num_heads, value_dim, BLOCK_C, FOLD)
-    v_tile = _values(v, start, row, row_mask, head, channel, mask)
+    head, channel, mask = tile_columns(num_heads, value_dim, BLOCK_C, FOLD)
+    v_tile = value_tile(v, start, row, row_mask, head, channel, mask)
     step_tile = None
     if step is not None:
-        step_tile = _values(step, start, row, row_mask, head, channel, mask)
+        step_tile = value_tile(step, start, row, row_mask, head, channel, mask)
     starts += chunk * num_heads * key_dim * value_dim
     o_tile = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
     for key in range(key_dim):
-        g, gi = _log_decay(log_decay, step_tile, start, row, row_mask, head, channel, mask, key, COMPLEX, PER_TOKEN)
-        a, ai = _exp(g, gi, COMPLEX)
-        k_key, ki_key = _key(k, start, row, row_mask, head, mask, key, COMPLEX, FOLD)
-        q_key, qi_key = _key(q, start, row, row_mask, head, mask, key, COMPLEX, FOLD)
-        a, ai, s, si = _scan(a, ai, k_key * v_tile, ki_key * v_tile, False, COMPLEX)
-        first, first_i = _load(starts, head * key_dim * value_dim + key * value_dim + channel, mask, COMPLEX)
-        x, xi = _times(a, ai, first, first_i, COMPLEX)
-        o_tile += _times(q_key, qi_key, s + x, si + xi, COMPLEX)[0]
+        g, gi = log_decay_tile(log_decay, step_tile, start, row, row_mask, head, channel, mask, key, COMPLEX, PER_TOKEN)
+        a, ai = exp(g, gi, COMPLEX)
+        k_key, ki_key = key_tile(k, start, row, row_mask, head, mask, key, COMPLEX, FOLD)
+        q_key, qi_key = key_tile(q, start, row, row_mask, head, mask, key, COMPLEX, FOLD)
+        a, ai, s, si = scan(a, ai, k_key * v_tile, ki_key * v_tile, False, COMPLEX)
+        first, first_i = load(starts, head * key_dim * value_dim + key * value_dim + channel, mask, COMPLEX)
+        x, xi = times(a, ai, first, first_i, COMPLEX)
+        o_tile += times(q_key, qi_key, s + x, si + xi, COMPLEX)[0]
     width = num_heads * value_dim
     tl.store(o + start * width + row * width + head * value_dim + channel, o_tile, mask=row_mask & mask)
 
@@ -330,11 +313,11 @@ def _step_kernel(
 ):  # fmt: skip
     """One token a row: reads the state, decays it, writes to it, and stores it and what the query reads."""
     token = tl.program_id(0).to(tl.int64)
-    head, channel, mask = _columns(num_heads, value_dim, BLOCK_C, FOLD)
-    v_tile = _values(v, token, 0, mask, head, channel, mask)
+    head, channel, mask = tile_columns(num_heads, value_dim, BLOCK_C, FOLD)
+    v_tile = value_tile(v, token, 0, mask, head, channel, mask)
     step_tile = None
     if step is not None:
-        step_tile = _values(step, token, 0, mask, head, channel, mask)
+        step_tile = value_tile(step, token, 0, mask, head, channel, mask)
     first_element = token * num_heads * key_dim * value_dim
     o_tile = tl.zeros([1, BLOCK_C], tl.float32)
     for first_key in range(0, key_dim, BLOCK_K):
@@ -342,103 +325,25 @@ def _step_kernel(
         key_mask = key < key_dim
         tile_mask = key_mask & mask
         state = head * key_dim * value_dim + key * value_dim + channel
-        k_key, ki_key = _key(k, token, 0, key_mask, head, tile_mask, key, COMPLEX, FOLD)
+        k_key, ki_key = key_tile(k, token, 0, key_mask, head, tile_mask, key, COMPLEX, FOLD)
         s, si = k_key * v_tile, ki_key * v_tile
         if initial_state is not None:
-            g, gi = _log_decay(
+            g, gi = log_decay_tile(
                 log_decay, step_tile, token, 0, key_mask, head, channel, tile_mask, key, COMPLEX, PER_TOKEN
             )
-            a, ai = _exp(g, gi, COMPLEX)
-            x, xi = _load(initial_state + first_element, state, tile_mask, COMPLEX)
-            x, xi = _times(a, ai, x, xi, COMPLEX)
+            a, ai = exp(g, gi, COMPLEX)
+            x, xi = load(initial_state + first_element, state, tile_mask, COMPLEX)
+            x, xi = times(a, ai, x, xi, COMPLEX)
             s, si = s + x, si + xi
-        _store(final_state + first_element, state, s, si, tile_mask, COMPLEX)
+        store(final_state + first_element, state, s, si, tile_mask, COMPLEX)
         if o is not None:
-            q_key, qi_key = _key(q, token, 0, key_mask, head, tile_mask, key, COMPLEX, FOLD)
-            o_tile += _sum(_times(q_key, qi_key, s, si, COMPLEX)[0], 0)
+            q_key, qi_key = key_tile(q, token, 0, key_mask, head, tile_mask, key, COMPLEX, FOLD)
+            o_tile += sum_along(times(q_key, qi_key, s, si, COMPLEX)[0], 0)
     if o is not None:
         tl.store(o + token * num_heads * value_dim + head * value_dim + channel, o_tile, mask=mask)
 
 
-@triton.jit
-def _gradient_kernel(
-    q, k, v, log_decay, step, grad_o, chunks, starts, grad_ends, dq, dk, dv, dlog_decay, dstep,
-    num_tokens, num_heads, key_dim, value_dim,
-    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, FOLD: tl.constexpr, PER_TOKEN: tl.constexpr, COMPLEX: tl.constexpr,
-):  # fmt: skip
-    chunk, start, row, length = _rows(chunks, BLOCK_T)
-    if length <= 0:
-        return
-    head, channel, mask = _columns(num_heads, value_dim, BLOCK_C, FOLD)
-    row_mask, before_mask, after_mask = row < length, (row > 0) & (row <= length), row + 1 < length
-    tile_mask = row_mask & mask
-    width = num_heads * value_dim
-    size = width * key_dim
-    starts, grad_ends = starts + chunk * size, grad_ends + chunk * size
-    dlog_decay += (start if PER_TOKEN else chunk) * size
-    part = chunk * size
-    if not FOLD:
-        part = (tl.program_id(2).to(tl.int64) * num_tokens + start) * num_heads * key_dim
-    dq, dk = dq + part, dk + part
-    v_tile = _values(v, start, row, row_mask, head, channel, mask)
-    v_before = _values(v, start, row - 1, before_mask, head, channel, mask)
-    grad_tile = _values(grad_o, start, row, row_mask, head, channel, mask)
-    step_tile, step_after = None, None
-    if step is not None:
-        step_tile = _values(step, start, row, row_mask, head, channel, mask)
-        step_after = _values(step, start, row + 1, after_mask, head, channel, mask)
-    dv_tile = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
-    dstep_tile = dv_tile
-    for key in range(key_dim):
-        k_key, ki_key = _key(k, start, row, row_mask, head, mask, key, COMPLEX, FOLD)
-        q_key, qi_key = _key(q, start, row, row_mask, head, mask, key, COMPLEX, FOLD)
-        k_before, ki_before = _key(k, start, row - 1, before_mask, head, mask, key, COMPLEX, FOLD)
-        state = head * key_dim * value_dim + key * value_dim + channel
-        # What has decayed, z_t = a_t S_{t-1}, by a scan of its own: S_t - k_t v_t would lose it where a_t is small.
-        g, gi = _log_decay(log_decay, step_tile, start, row, row_mask, head, channel, mask, key, COMPLEX, PER_TOKEN)
-        a, ai = _exp(g, gi, COMPLEX)
-        x, xi = _times(a, ai, k_before * v_before, ki_before * v_before, COMPLEX)
-        a, ai, z, zi = _scan(a, ai, x, xi, False, COMPLEX)
-        first, first_i = _load(starts, state, mask, COMPLEX)
-        x, xi = _times(a, ai, first, first_i, COMPLEX)
-        z, zi = z + x, zi + xi
-        # The gradient of S_t: conj(q_t) do_t, and what comes back through the decay of the token after it.
-        g, gi = _log_decay(
-            log_decay, step_after, start, row + 1, after_mask, head, channel, mask, key, COMPLEX, PER_TOKEN
-        )
-        a, ai = _exp(g, -gi, COMPLEX)
-        a, ai, ds, dsi = _scan(a, ai, q_key * grad_tile, -qi_key * grad_tile, True, COMPLEX)
-        last, last_i = _load(grad_ends, state, mask, COMPLEX)
-        x, xi = _times(a, ai, last, last_i, COMPLEX)
-        ds, dsi = tl.where(tile_mask, ds + x, 0), tl.where(tile_mask, dsi + xi, 0)
-
-        dv_tile += _times_conjugate(ds, dsi, k_key, ki_key, COMPLEX)[0]
-        of_q, of_qi = (k_key * v_tile + z) * grad_tile, -(ki_key * v_tile + zi) * grad_tile
-        of_k, of_ki = ds * v_tile, dsi * v_tile
-        if FOLD:
-            _store(dq, state, _sum(of_q, 0), _sum(of_qi, 0), mask, COMPLEX)
-            _store(dk, state, _sum(of_k, 0), _sum(of_ki, 0), mask, COMPLEX)
-        else:
-            place = (row * num_heads + head) * key_dim + key
-            _store(dq, place, _sum(of_q, 1), _sum(of_qi, 1), row_mask, COMPLEX)
-            _store(dk, place, _sum(of_k, 1), _sum(of_ki, 1), row_mask, COMPLEX)
-        dg, dgi = _times_conjugate(ds, dsi, z, zi, COMPLEX)
-        if PER_TOKEN:
-            _store(dlog_decay, row * size + state, dg, dgi, tile_mask, COMPLEX)
-        else:
-            if step is not None:
-                rate = head * log_decay[2] + key * log_decay[3] + channel * log_decay[4]
-                g, gi = _load(log_decay[0], rate, mask, COMPLEX)
-                dstep_tile += _times_conjugate(dg, dgi, g, gi, COMPLEX)[0]
-                dg, dgi = dg * step_tile, dgi * step_tile
-            _store(dlog_decay, state, _sum(dg, 0), _sum(dgi, 0), mask, COMPLEX)
-    offset = row * width + head * value_dim + channel
-    tl.store(dv + start * width + offset, dv_tile, mask=tile_mask)
-    if step is not None:
-        tl.store(dstep + start * width + offset, dstep_tile, mask=tile_mask)
-
-
-class _Problem:
+class Problem:
     """The arguments of one call as the kernels take them."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, step: Tensor | None, cu_seqlens):
@@ -474,9 +379,9 @@ class _Problem:
         return dict(
             q=self.strided(q),
             k=self.strided(k),
-            v=_strided(self.v),
+            v=strided(self.v),
             log_decay=self.strided(log_decay),
-            step=None if step is None else _strided(step),
+            step=None if step is None else strided(step),
         )
 
     def cut(self) -> dict:
@@ -485,20 +390,20 @@ class _Problem:
         return dict(chunks=chunks)
 
     def strided(self, x: Tensor) -> tuple:
-        return _strided(x.to(self.dtype).resolve_conj() if self.dtype.is_complex else x)
+        return strided(x.to(self.dtype).resolve_conj() if self.dtype.is_complex else x)
 
     def summary_and_fold(self, operands: dict, carry: Tensor | None, backward: bool) -> tuple[Tensor, Tensor]:
         """What each chunk receives, and what is left at the end (in the backward: the beginning) of the documents."""
         transition, local, last = (self.states(n) for n in (self.num_chunks, self.num_chunks, self.num_documents))
         if last.numel() and self.num_chunks:
             _summary_kernel[self.grid](
-                **operands, transition=_raw(transition), local=_raw(local), **self.shape, **self.tile,
+                **operands, transition=raw(transition), local=raw(local), **self.shape, **self.tile,
                 BACKWARD=backward,
             )  # fmt: skip
         if last.numel():
             size = last[0].numel()
             _fold_kernel[self.num_documents, triton.cdiv(size, FOLD_BLOCK)](
-                _raw(transition), _raw(local), _raw(self.given_states(carry)), _raw(last), self.first_chunk, size,
+                raw(transition), raw(local), raw(self.given_states(carry)), raw(last), self.first_chunk, size,
                 BLOCK=FOLD_BLOCK, COMPLEX=self.dtype.is_complex, BACKWARD=backward,
             )  # fmt: skip
         return local, last
@@ -511,23 +416,23 @@ class _Problem:
         last = self.states(self.num_documents)
         if last.numel():
             _step_kernel[self.num_documents, self.grid[1], triton.cdiv(self.columns, block_c)](
-                **operands, initial_state=_raw(self.given_states(initial_state)), o=o if o.numel() else None,
-                final_state=_raw(last), **self.shape, BLOCK_K=block_k, BLOCK_C=block_c, num_warps=num_warps,
+                **operands, initial_state=raw(self.given_states(initial_state)), o=o if o.numel() else None,
+                final_state=raw(last), **self.shape, BLOCK_K=block_k, BLOCK_C=block_c, num_warps=num_warps,
             )  # fmt: skip
         return last
 
 
-def _raw(x: Tensor | None) -> Tensor | None:
+def raw(x: Tensor | None) -> Tensor | None:
     """As kernels are handed it: a complex number as the 64 bits that it is."""
     return x.view(torch.int64) if x is not None and x.is_complex() else x
 
 
-def _strided(x: Tensor) -> tuple:
+def strided(x: Tensor) -> tuple:
     """x [B, T, ...] or, the same for every token, [...], with its strides of token, head (key) and value."""
     constant_decay = x.dim() == 3  # small, and read as it lies
     x = x.flatten(0, 1) if x.dim() > 3 else x[None]
     x = x if x.stride(-1) == 1 or constant_decay else x.contiguous()
-    return _raw(x), *x.stride()
+    return raw(x), *x.stride()
 
 
 def _cut(v: Tensor, cu_seqlens: Tensor | None, chunk_size: int, num_chunks: int) -> tuple[Tensor, Tensor]:
@@ -564,7 +469,7 @@ def elementwise_recurrence(
     step: [B, T, H, V], times log_decay [H, K, V]. initial_state: [N, H, K, V]. cu_seqlens: int32 [N + 1], with B = 1.
     States are float32 or complex64.
     """
-    problem = _Problem(k if q is None else q, k, v, log_decay, step, cu_seqlens)
+    problem = Problem(k if q is None else q, k, v, log_decay, step, cu_seqlens)
     operands = problem.operands()
     o = v.new_empty(0 if q is None else v.shape)
     if problem.one_token:
@@ -574,105 +479,20 @@ def elementwise_recurrence(
     starts, final = problem.summary_and_fold(operands, initial_state, backward=False)
     if o.numel():
         _read_kernel[problem.grid](
-            q=q_operand, **operands, starts=_raw(starts), o=o, **problem.shape, **problem.tile
+            q=q_operand, **operands, starts=raw(starts), o=o, **problem.shape, **problem.tile
         )  # fmt: skip
     return o, final, starts
 
 
 @elementwise_recurrence.register_fake
 def _(q, k, v, log_decay, step, initial_state, cu_seqlens):
-    problem = _Problem(k if q is None else q, k, v, log_decay, step, cu_seqlens)
+    problem = Problem(k if q is None else q, k, v, log_decay, step, cu_seqlens)
     kept = 0 if problem.one_token else problem.num_chunks
     return v.new_empty(0 if q is None else v.shape), problem.states(problem.num_documents), problem.states(kept)
 
 
-@torch.library.custom_op("torchlmoe::elementwise_recurrence_triton_backward", mutates_args=())
-def _backward(
-    grad_o: Tensor,
-    grad_final: Tensor,
-    q: Tensor | None,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    step: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    starts: Tensor,
-) -> list[Tensor]:
-    """Gradients of q, k, v, log_decay, step and initial_state; an operation cannot return None, so empty if absent."""
-    problem = _Problem(k if q is None else q, k, v, log_decay, step, cu_seqlens)
-    operands = problem.operands() | problem.cut()
-    if problem.one_token:  # its chunk finds the initial state
-        starts = problem.given_states(torch.zeros_like(grad_final) if initial_state is None else initial_state)
-    grad_rows = _strided(torch.zeros_like(v) if q is None else grad_o)
-    swapped = operands | dict(k=operands["q"], v=grad_rows)
-    del swapped["q"]
-    ends, grad_initial = problem.summary_and_fold(swapped, grad_final, backward=True)
-    dv = torch.empty_like(v, memory_format=torch.contiguous_format)
-    dstep = None if step is None else torch.empty_like(step, memory_format=torch.contiguous_format)
-    per_chunk = (problem.num_chunks, *problem.matrix)
-    per_tile = (problem.grid[2], problem.num_tokens, *problem.matrix[:2])
-    # Chunks that there are not write nothing.
-    dq, dk = (starts.new_zeros(per_chunk) if problem.fold else starts.new_empty(per_tile) for _ in range(2))
-    if problem.shape["PER_TOKEN"]:
-        dlog_decay = log_decay.new_empty(log_decay.shape, dtype=(starts if starts.is_complex() else log_decay).dtype)
-    else:
-        dlog_decay = starts.new_zeros(per_chunk)
-    if problem.num_chunks and starts.numel():
-        _gradient_kernel[problem.grid](
-            **operands, grad_o=grad_rows, starts=_raw(starts), grad_ends=_raw(ends), dq=_raw(dq), dk=_raw(dk), dv=dv,
-            dlog_decay=_raw(dlog_decay), dstep=dstep, num_tokens=problem.num_tokens, **problem.shape, **problem.tile,
-        )  # fmt: skip
-
-    def like(x: Tensor | None, grad: Tensor | None, *summed: int) -> Tensor:
-        if x is None or grad is None:
-            return k.new_empty(0)
-        grad = grad.sum(summed) if summed else grad
-        grad = grad.real.contiguous() if grad.is_complex() and not x.is_complex() else grad
-        return grad.to(x.dtype).view(x.shape)
-
-    def of_key(x: Tensor | None, grad: Tensor) -> Tensor:
-        if problem.fold:
-            return like(x, grad, 0, 3)
-        return like(x, grad, 0) if x is None or x.dim() == 4 else like(x, grad, 0, 1)
-
-    of_decay = like(log_decay, dlog_decay) if log_decay.dim() == 5 else like(log_decay, dlog_decay, 0)
-    return [of_key(q, dq), of_key(k, dk), dv, of_decay, like(step, dstep), like(initial_state, grad_initial)]
-
-
-@_backward.register_fake
-def _(grad_o, grad_final, q, k, v, log_decay, step, initial_state, *rest):
-    return [
-        k.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
-        for x in (q, k, v, log_decay, step, initial_state)
-    ]
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs, output[2])
-    ctx.mark_non_differentiable(output[2])
-
-
-def _autograd(ctx, grad_o, grad_final, _):
-    *inputs, starts = ctx.saved_tensors
-    grads = _backward(grad_o, grad_final, *inputs, starts)
-    return (*(None if x is None else grad for x, grad in zip(inputs[:6], grads, strict=True)), None)
-
-
-elementwise_recurrence.register_autograd(_autograd, setup_context=_setup_context)
-
-
-def _flops(q, k, v, log_decay, step) -> int:
+@register_flop_formula(torch.ops.torchlmoe.elementwise_recurrence_triton, get_raw=True)
+def flops(q, k, v, log_decay, step, *rest, **kwargs) -> int:
     """As it is defined: decay, write, add, read, and step times rate; a complex product is six, its real part four."""
     per_element = 14 + 2 * (step is not None) if k.is_complex() or log_decay.is_complex() else 5 + (step is not None)
     return v.numel() * k.shape[-1] * per_element
-
-
-@register_flop_formula(torch.ops.torchlmoe.elementwise_recurrence_triton, get_raw=True)
-def _(q, k, v, log_decay, step, *rest, **kwargs) -> int:
-    return _flops(q, k, v, log_decay, step)
-
-
-@register_flop_formula(torch.ops.torchlmoe.elementwise_recurrence_triton_backward, get_raw=True)
-def _(grad_o, grad_final, q, k, v, log_decay, step, *rest, **kwargs) -> int:
-    return 2 * _flops(q, k, v, log_decay, step)

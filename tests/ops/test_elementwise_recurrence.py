@@ -217,3 +217,15 @@ def test_refusals():
     for backend in ("chunked", "reference"):
         with pytest.raises(ValueError, match="must rise from 0 to the number of tokens, 8"):
             elementwise_recurrence(**inputs, cu_seqlens=torch.tensor([0, 3], dtype=torch.int32), backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["chunked", "reference", "triton"])
+@pytest.mark.parametrize(("heads", "key_dim", "value_dim"), [(0, 3, 3), (2, 0, 3), (2, 3, 0)])
+def test_no_heads_keys_or_values_are_refused(heads, key_dim, value_dim, backend):
+    form = FORMS["selective"] | dict(value_dim=value_dim)
+    inputs = {name: x.detach() for name, x in make_inputs(form, 1, 8, heads=heads, key_dim=key_dim).items()}
+    with pytest.raises(ValueError, match="must have at least one head, one key and one value"):
+        elementwise_recurrence(**inputs, backend=backend)
+    del inputs["q"], inputs["initial_state"]
+    with pytest.raises(ValueError, match="must have at least one head, one key and one value"):
+        elementwise_span_summary(**inputs, backend=backend)

@@ -336,3 +336,13 @@ def test_bounds_that_are_none_are_refused(bounds, backend):
             span_summary(k, v, erase=erase, cu_seqlens=bounds, backend=backend)
     with pytest.raises(ValueError, match="must rise from 0 to the number of tokens, 1"):
         linear_recurrence(k[:, :1], k[:, :1], v[:, :1], cu_seqlens=bounds)
+
+
+@pytest.mark.parametrize("backend", ["chunked", "reference", "triton"])
+@pytest.mark.parametrize(("heads", "key_dim", "value_dim"), [(0, 3, 3), (2, 0, 3), (2, 3, 0)])
+def test_no_heads_keys_or_values_are_refused(heads, key_dim, value_dim, backend):
+    k, v = torch.zeros(1, 8, heads, key_dim), torch.zeros(1, 8, heads, value_dim)
+    with pytest.raises(ValueError, match="must have at least one head, one key and one value"):
+        linear_recurrence(k, k, v, backend=backend)
+    with pytest.raises(ValueError, match="must have at least one head, one key and one value"):
+        span_summary(k, v, erase=torch.zeros(1, 8, heads), backend=backend)

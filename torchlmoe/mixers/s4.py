@@ -101,7 +101,7 @@ class S4(Mixer):
         o = recur(
             self.recurrence,
             q,
-            torch.ones_like(q.real),
+            torch.ones_like(q),
             x[..., None],
             log_decay=log_decay,
             sequence=sequence,

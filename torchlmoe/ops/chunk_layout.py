@@ -101,6 +101,12 @@ def check_shape(name: str, tensor: Tensor | None, *shapes: tuple[int, ...]) -> N
         raise ValueError(f"{name} has shape {list(tensor.shape)}; with this k and v it must be {wanted}.")
 
 
+def check_not_empty(k: Tensor, v: Tensor) -> None:
+    """Raises ValueError unless k and v [..., heads, width] have a head and a width at least. They may lack tokens."""
+    if 0 in (*k.shape[-2:], *v.shape[-2:]):
+        raise ValueError(f"k {list(k.shape)} and v {list(v.shape)} must have at least one head, one key and one value.")
+
+
 def check_bounds(bounds: Sequence[int], length: int) -> None:
     """Raises ValueError unless they rise from 0 to `length`."""
     if bounds[0] != 0 or bounds[-1] != length or list(bounds) != sorted(bounds):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from torchlmoe.ops.chunk_layout import check_bounds, check_shape, kept_scan_layout, num_documents
+from torchlmoe.ops.chunk_layout import check_bounds, check_not_empty, check_shape, kept_scan_layout, num_documents
 from torchlmoe.ops.kernel_backend import kernels_serve
 from torchlmoe.ops.time_invariant import time_invariant_backward, time_invariant_forward
 
@@ -125,6 +125,7 @@ def _check(q, k, v, log_decay, step, initial_state, cu_seqlens, backend) -> None
         )
     if not v.dtype.is_floating_point:
         raise ValueError(f"v has dtype {v.dtype}; elementwise_recurrence takes real floating-point values.")
+    check_not_empty(k, v)
     batch_size, length, num_heads, value_dim = v.shape
     key_dim = k.shape[-1]
     for name, tensor in (("q", q), ("k", k)):
@@ -143,7 +144,8 @@ def _run(q, k, v, log_decay, step, initial_state, cu_seqlens, backend) -> tuple[
     if backend == "reference":
         return _reference(*terms)
     if kernels_serve(backend, *terms):
-        from torchlmoe.kernels import elementwise_recurrence as kernels
+        # Only now: when they are imported, Triton decides whether to interpret them.
+        from torchlmoe.kernels import elementwise_recurrence_backward as kernels
 
         return kernels.elementwise_recurrence(*terms)[:2]
     return _forward(*terms)[:2]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from torchlmoe.ops.chunk_layout import check_bounds, check_shape, num_documents
+from torchlmoe.ops.chunk_layout import check_bounds, check_not_empty, check_shape, num_documents
 from torchlmoe.ops.chunked import Terms, chunked_forward, kept_layout_of
 from torchlmoe.ops.chunked_backward import chunked_backward
 from torchlmoe.ops.kernel_backend import kernels_serve
@@ -145,6 +145,7 @@ def _check(q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, initial
         raise ValueError(f"k and v must be [B, T, heads, width]; got {list(k.shape)} and {list(v.shape)}.")
     if not v.dtype.is_floating_point:
         raise ValueError(f"v has dtype {v.dtype}; linear_recurrence takes floating-point tensors.")
+    check_not_empty(k, v)
     batch_size, length, num_heads, value_dim = v.shape
     num_key_heads, key_dim = k.shape[2:]
     check_shape("q", q, tuple(k.shape))
