@@ -536,10 +536,10 @@ class Config(NamedTuple):
 CONFIGS: dict[tuple[str, bool, int, int], Config] = {
     ("default", False, 64, 2): Config(64, 2, 64, 64, 4, 4, 2),
     ("default", False, 128, 2): Config(64, 2, 64, 64, 4, 8, 2),
-    ("default", False, 256, 2): Config(32, 4, 64, 32, 4, 8, 1),
+    ("default", False, 256, 2): Config(32, 4, 64, 16, 4, 8, 1),
     ("default", True, 64, 2): Config(32, 4, 16, 64, 4, 8, 2),
     ("default", True, 128, 2): Config(32, 4, 16, 64, 4, 8, 2),
-    ("default", True, 256, 2): Config(32, 4, 16, 32, 4, 8, 1),
+    ("default", True, 256, 2): Config(32, 4, 16, 16, 4, 8, 1),
     # float32 is multiplied without tensor cores, its operands held in registers: smaller tiles.
     ("default", False, 64, 4): Config(64, 2, 32, 16, 8, 8, 1),
     ("default", False, 128, 4): Config(32, 4, 32, 16, 8, 8, 1),

@@ -471,10 +471,10 @@ class Config(NamedTuple):
 
 # Keyed as the forward's.
 CONFIGS: dict[tuple[str, bool, int, int], Config] = {
-    ("default", False, 64, 2): Config(64, 64, 4, 8, 1),
+    ("default", False, 64, 2): Config(64, 32, 4, 8, 1),
     ("default", False, 128, 2): Config(64, 64, 8, 8, 1),
     ("default", False, 256, 2): Config(64, 32, 8, 8, 1),
-    ("default", True, 64, 2): Config(64, 64, 8, 8, 1),
+    ("default", True, 64, 2): Config(64, 32, 8, 8, 1),
     ("default", True, 128, 2): Config(64, 64, 8, 8, 1),
     ("default", True, 256, 2): Config(64, 32, 8, 8, 1),
     ("default", False, 64, 4): Config(32, 16, 8, 8, 1),
@@ -489,9 +489,9 @@ CONFIGS: dict[tuple[str, bool, int, int], Config] = {
     ("interpreter", True, 64, 4): Config(32, 64, 4, 4, 1),
 }
 CONFIGS |= {  # products take their operands from registers there
-    ("sm_80", *key[1:]): config if key[1] else config._replace(block_k=min(32, config.block_k), grads_warps=4)
+    ("sm_80", *key[1:]): config._replace(block_k=32, block_v=32, grads_warps=4)
     for key, config in CONFIGS.items()
-    if key[0] == "default"
+    if key[0] == "default" and not key[1] and key[3] == 2
 }
 CONFIGS |= {  # a warp has 64 threads there, with more registers each if they are few
     ("gfx942", *key[1:]): Config(
