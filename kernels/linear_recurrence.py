@@ -541,12 +541,12 @@ CONFIGS: dict[tuple[str, bool, int, int], Config] = {
     ("default", True, 128, 2): Config(32, 4, 16, 64, 4, 8, 2),
     ("default", True, 256, 2): Config(32, 4, 16, 16, 4, 8, 1),
     # float32 is multiplied without tensor cores, its operands held in registers: smaller tiles.
-    ("default", False, 64, 4): Config(64, 2, 32, 16, 8, 8, 1),
-    ("default", False, 128, 4): Config(32, 4, 32, 16, 8, 8, 1),
-    ("default", False, 256, 4): Config(16, 4, 32, 16, 4, 8, 1),
-    ("default", True, 64, 4): Config(64, 2, 16, 16, 8, 8, 1),
-    ("default", True, 128, 4): Config(32, 4, 16, 16, 8, 8, 1),
-    ("default", True, 256, 4): Config(16, 4, 16, 16, 4, 8, 1),
+    ("default", False, 64, 4): Config(16, 8, 32, 16, 8, 8, 1),
+    ("default", False, 128, 4): Config(16, 8, 32, 16, 8, 8, 1),
+    ("default", False, 256, 4): Config(16, 8, 32, 16, 4, 8, 1),
+    ("default", True, 64, 4): Config(16, 8, 16, 16, 8, 8, 1),
+    ("default", True, 128, 4): Config(16, 8, 16, 16, 8, 8, 1),
+    ("default", True, 256, 4): Config(16, 8, 16, 16, 4, 8, 1),
     # The interpreter's time goes with the number of programs.
     ("interpreter", False, 64, 2): Config(64, 2, 32, 64, 4, 4, 1),
     ("interpreter", False, 64, 4): Config(64, 2, 32, 64, 4, 4, 1),
