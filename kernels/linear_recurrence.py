@@ -193,12 +193,19 @@ def transposed(x, DOT: tl.constexpr):
 
 @triton.jit
 def dot(a, b, DOT: tl.constexpr):
-    return tl.dot(a.to(DOT), b.to(DOT), input_precision="ieee")
+    return add_dot(tl.zeros([a.shape[0], b.shape[1]], tl.float32), a, b, DOT)
 
 
 @triton.jit
 def add_dot(onto, a, b, DOT: tl.constexpr):
-    return tl.dot(a.to(DOT), b.to(DOT), onto, input_precision="ieee")
+    """onto + a b. In float32, without tensor cores, a thread holds all it multiplies: wide products are made in two."""
+    a, b = a.to(DOT), b.to(DOT)
+    if a.dtype == tl.float32 and a.shape[1] > 128:
+        a0, a1 = tl.split(tl.permute(tl.reshape(a, [a.shape[0], 2, a.shape[1] // 2]), (0, 2, 1)))
+        b0, b1 = tl.split(tl.permute(tl.reshape(b, [2, b.shape[0] // 2, b.shape[1]]), (1, 2, 0)))
+        return tl.dot(a1, b1, tl.dot(a0, b0, onto, input_precision="ieee"), input_precision="ieee")
+    else:
+        return tl.dot(a, b, onto, input_precision="ieee")
 
 
 @triton.jit
@@ -658,12 +665,14 @@ def empty_matrices(problem: Problem) -> tuple[Tensor, int]:
 
 
 def chunk_matrices(problem: Problem) -> tuple[Tensor, int] | None:
-    """Runs scores_kernel, where scores are costly (decay per channel) or read more than once (erase, value decay).
+    """Runs scores_kernel, where scores are costly (decay per channel, wide keys in float32) or read more than once
+    (erase, value decay).
 
     Returns <q, k>, T and, where b is its own, <q, b> and <e, k> of every chunk, as far as they are needed.
     """
     shape, config, tensors = problem.shape, problem.config, problem.tensors
-    of_q = tensors["q"] is not None and (shape["PER_CHANNEL"] or tensors["h"] is not None)
+    wide = problem.dtype == torch.float32 and shape["K"] > 128
+    of_q = tensors["q"] is not None and (shape["PER_CHANNEL"] or tensors["h"] is not None or wide)
     if not of_q and tensors["e"] is None:
         return None
     slots = problem.num_spans * shape["SPAN"] // config.chunk

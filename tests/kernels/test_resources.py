@@ -58,7 +58,7 @@ def test_table_is_whole_and_within_limits(table, resources):
         assert set(targets) == set(resources.TARGETS)
         for target, cell in targets.items():
             used = dict(zip(resources.COLUMNS, [*map(int, cell.split(" / ")), 0], strict=False))
-            case = dict(kernel=kernel, instance=instance, dtype=dtype, width=width, target=target)
+            case = dict(kernel=kernel, instance=instance, dtype=dtype, width=int(width), target=target)
             assert resources.excesses(case | used) == []
 
 
