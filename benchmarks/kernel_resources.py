@@ -301,8 +301,8 @@ def write_table(rows: list[dict[str, Any]], faults: list[str], path: Path) -> No
         f"Compiled with Triton {triton.__version__} and no GPU; sm_100 has columns of tensor memory last. Each cell "
         "is the most that any launch of the kernel needs, forward or backward. A program can have "
         + ", ".join(f"{SHARED_KIB[name]} KiB on {name}" for name in targets)
-        + f", and {TENSOR_COLUMNS} columns. {MOST_SPILLS} spilled registers are tolerated, {MOST_SPILLS_WIDE} in float32 "
-        "at a width of 256, whose products have no tensor cores and keep a thread busy for longer.",
+        + f", and {TENSOR_COLUMNS} columns. {MOST_SPILLS} spilled registers are tolerated; {MOST_SPILLS_WIDE} "
+        "in float32 at a width of 256, whose products have no tensor cores and keep a thread busy for longer.",
         "",
         "| kernel | instance | dtype | width | " + " | ".join(targets) + " |",
         "|---|---|---|---|" + "---|" * len(targets),
