@@ -88,8 +88,8 @@ def _forward_kernel(
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, WIDTH: tl.constexpr, BIAS: tl.constexpr, STATE_ROWS: tl.constexpr,
     PACKED: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    first = tl.program_id(0) * BLOCK_T
-    row = tl.program_id(2).to(tl.int64)
+    tiles = tl.cdiv(length, BLOCK_T)
+    row, first = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles * BLOCK_T
     position = first + tl.arange(0, BLOCK_T)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     channel_mask = channel < num_channels
@@ -133,8 +133,8 @@ def _backward_kernel(
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, WIDTH: tl.constexpr, BIAS: tl.constexpr, STATE_ROWS: tl.constexpr,
     PACKED: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    first = tl.program_id(0) * BLOCK_T - STATE_ROWS
-    row = tl.program_id(2).to(tl.int64)
+    tiles = tl.cdiv(length + STATE_ROWS, BLOCK_T)
+    row, first = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles * BLOCK_T - STATE_ROWS
     position = first + tl.arange(0, BLOCK_T)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     channel_mask = channel < num_channels
@@ -144,7 +144,7 @@ def _backward_kernel(
     x += (row * length + first) * x_stride
     grad_y += (row * length + first) * grad_stride
     state += row * STATE_ROWS * num_channels
-    dweight += (row * tl.num_programs(0) + tl.program_id(0)) * (WIDTH + 1) * num_channels
+    dweight += tl.program_id(0).to(tl.int64) * (WIDTH + 1) * num_channels
     dx_tile = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
     for ahead in tl.static_range(WIDTH):
         # The token `ahead` takes this one's x times w_ahead.
@@ -178,12 +178,12 @@ class _Launch:
     def __init__(self, x: Tensor, weight: Tensor, bias, state, cu_seqlens, activation: bool, positions: int):
         batch_size, length, num_channels = x.shape
         block_t, block_c, num_warps = CONFIGS[architecture(x)]
-        self.grid = (triton.cdiv(positions, block_t), triton.cdiv(num_channels, block_c), batch_size)
+        self.grid = (batch_size * triton.cdiv(positions, block_t), triton.cdiv(num_channels, block_c))
         self.weight = weight.contiguous()
         self.given = (
             self.weight if bias is None else bias.contiguous(),
             self.weight if state is None else state.contiguous(),
-            self.weight if cu_seqlens is None else cu_seqlens,
+            self.weight if cu_seqlens is None else cu_seqlens.contiguous(),
         )
         num_documents = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
         self.sizes = (length, num_channels, num_documents, num_documents.bit_length())
@@ -241,13 +241,13 @@ def _backward(
     dstate = x.new_empty(0) if state is None else torch.empty_like(state, memory_format=torch.contiguous_format)
     width, positions = weight.shape[1], x.shape[1] + (0 if state is None else state.shape[1])
     call, rows, grad_rows = _Launch(x, weight, bias, state, cu_seqlens, activation, positions), _rows(x), _rows(grad)
-    parts = x.new_empty(x.shape[0], call.grid[0], width + 1, x.shape[2], dtype=torch.float32)
+    parts = x.new_empty(call.grid[0], width + 1, x.shape[2], dtype=torch.float32)
     if parts.numel():
         _backward_kernel[call.grid](
             grad_rows, rows, call.weight, *call.given, dx, dstate, parts, *call.sizes,
             grad_rows.stride(0), rows.stride(0), **call.flags,
         )  # fmt: skip
-    total = parts.sum((0, 1))
+    total = parts.sum(0)
     dbias = x.new_empty(0) if bias is None else total[width].to(bias.dtype, copy=True)
     return [dx, total[:width].T.to(weight.dtype).contiguous(), dbias, dstate]
 

@@ -173,8 +173,8 @@ def tile_columns(num_heads, value_dim, BLOCK_C: tl.constexpr, FOLD: tl.constexpr
 @triton.jit
 def value_tile(x, start, row, row_mask, head, channel, mask):
     """Rows of v, step or do, (pointer, strides of token and head): float32 [BLOCK_T, BLOCK_C], 0 where masked."""
-    offset = row * x[1] + head * x[2] + channel
-    return tl.load(x[0] + start * x[1] + offset, mask=row_mask & mask, other=0).to(tl.float32)
+    first = x[0] + start * x[1] + head.to(tl.int64) * x[2]
+    return tl.load(first + (row * x[1] + channel), mask=row_mask & mask, other=0).to(tl.float32)
 
 
 @triton.jit
@@ -186,8 +186,8 @@ def key_tile(x, start, row, row_mask, head, mask, key, COMPLEX: tl.constexpr, FO
     if FOLD:
         real, imaginary = load(x[0], head * x[2] + key, mask, COMPLEX)
     else:
-        offset = row * x[1] + head * x[2] + key
-        real, imaginary = load(x[0] + start * x[1], offset, row_mask, COMPLEX)
+        first = x[0] + start * x[1] + head.to(tl.int64) * x[2]
+        real, imaginary = load(first, row * x[1] + key, row_mask, COMPLEX)
     return real, imaginary
 
 
@@ -196,12 +196,13 @@ def log_decay_tile(
     x, step, start, row, row_mask, head, channel, mask, key, COMPLEX: tl.constexpr, PER_TOKEN: tl.constexpr
 ):  # fmt: skip
     """One key's log decay, times the step's tile if there is one: [BLOCK_T, BLOCK_C], 0 where masked."""
-    offset = head * x[2] + key * x[3] + channel * x[4]
+    first = x[0] + head.to(tl.int64) * x[2]
+    offset = key * x[3] + channel * x[4]
     tile_mask = row_mask & mask
     if PER_TOKEN:
-        real, imaginary = load(x[0] + start * x[1], row * x[1] + offset, tile_mask, COMPLEX)
+        real, imaginary = load(first + start * x[1], row * x[1] + offset, tile_mask, COMPLEX)
     else:
-        real, imaginary = load(x[0], offset, mask, COMPLEX)
+        real, imaginary = load(first, offset, mask, COMPLEX)
         if step is not None:
             real, imaginary = real * step, imaginary * step
         real, imaginary = tl.where(tile_mask, real, 0), tl.where(tile_mask, imaginary, 0)
@@ -256,8 +257,9 @@ def _fold_kernel(
     BLOCK: tl.constexpr, COMPLEX: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
     """Goes through a document's chunks and leaves in `local` what each of them receives."""
-    document = tl.program_id(0).to(tl.int64)
-    element = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    tiles = tl.cdiv(size, BLOCK)
+    document = (tl.program_id(0) // tiles).to(tl.int64)
+    element = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
     mask = element < size
     x = tl.zeros([BLOCK], tl.float32)
     xi = x
@@ -402,7 +404,7 @@ class Problem:
             )  # fmt: skip
         if last.numel():
             size = last[0].numel()
-            _fold_kernel[self.num_documents, triton.cdiv(size, FOLD_BLOCK)](
+            _fold_kernel[(self.num_documents * triton.cdiv(size, FOLD_BLOCK),)](
                 raw(transition), raw(local), raw(self.given_states(carry)), raw(last), self.first_chunk, size,
                 BLOCK=FOLD_BLOCK, COMPLEX=self.dtype.is_complex, BACKWARD=backward,
             )  # fmt: skip
@@ -443,7 +445,7 @@ def _cut(v: Tensor, cu_seqlens: Tensor | None, chunk_size: int, num_chunks: int)
     if cu_seqlens is None:
         bounds = torch.arange(v.shape[0] + 1, device=v.device) * v.shape[1]
     else:
-        bounds = cu_seqlens.long()
+        bounds = cu_seqlens.clamp(0, v.shape[1]).long()
     first = torch.zeros_like(bounds)
     torch.cumsum((bounds.diff() + chunk_size - 1) // chunk_size, 0, out=first[1:])
     chunk = torch.arange(num_chunks, device=v.device)

@@ -303,7 +303,7 @@ def store_state(states, state_KV, index, head, heads, rows, cols, K: tl.constexp
 
 @triton.jit
 def scores_kernel(
-    q, k, e, b, g, u, matrices, spans, T, heads,
+    q, k, e, b, g, u, matrices, spans, scale, T, heads,
     GROUP: tl.constexpr, K: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr, BLOCK_K: tl.constexpr,
     PER_CHANNEL: tl.constexpr, IS_BETA: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -368,9 +368,9 @@ def scores_kernel(
     if PER_CHANNEL:
         qb += on_diagonal(own_b, rows)
     if q is not None:
-        tl.store(matrix_at(matrices, slot, head, heads, 0, rows, C), qk)
+        tl.store(matrix_at(matrices, slot, head, heads, 0, rows, C), qk * scale)
         if b is not None:
-            tl.store(matrix_at(matrices, slot, head, heads, 2, rows, C), qb)
+            tl.store(matrix_at(matrices, slot, head, heads, 2, rows, C), qb * scale)
     if e is not None:
         tl.store(matrix_at(matrices, slot, head, heads, 1, rows, C), unit_lower_inverse(eb, rows, C, PRECISION))
         if b is not None:
@@ -440,7 +440,7 @@ def scan_kernel(
                 w_CV = n_CV
         if o is not None:
             q_CK = tile(q, row, token, head // GROUP, rows, cols_k, valid, K)
-            o_CV = read_state(q_CK, start_CK, state_KV, PER_CHANNEL, DOT)
+            o_CV = read_state(q_CK, start_CK, state_KV, PER_CHANNEL, DOT) * scale
             o_CV *= from_start(h, row, token, head, rows, cols_v, valid, V, True, u is not None)
             if matrices is not None:
                 scores_CC = tl.load(matrix_at(matrices, slot, head, heads, 0, rows, C)).to(tl.float32)
@@ -449,6 +449,7 @@ def scan_kernel(
                 scores_CC *= decay_matrix(g, row, token, head, rows, valid, u is not None)
                 if u is not None:
                     scores_CC += on_diagonal(own_score(q_CK, k_CK, u, head, cols_k, K), rows)
+                scores_CC *= scale
             if h is None:
                 o_CV = add_dot(o_CV, scores_CC, w_CV, DOT)
             else:
@@ -456,7 +457,7 @@ def scan_kernel(
                 o_CV += rows_of(scores_CC, w_CV, h_CV, rows, u is not None, C, BLOCK_V, DOT)
             if b is not None:
                 o_CV = add_dot(o_CV, tl.load(matrix_at(matrices, slot, head, heads, 2, rows, C)), n_CV, DOT)
-            store_tile(o, o_CV * scale, row, token, head, rows, cols_v, valid, V)
+            store_tile(o, o_CV, row, token, head, rows, cols_v, valid, V)
         end_CK, whole_K = to_end(g, row, token, head, rows, cols_k, valid, K, PER_CHANNEL)
         end_CV, whole_V = to_end(h, row, token, head, rows, cols_v, valid, V, True)
         state_KV *= whole_K[:, None] * whole_V[None, :]
@@ -680,8 +681,8 @@ def chunk_matrices(problem: Problem) -> tuple[Tensor, int] | None:
     # tf32 keeps as many digits as the 16 bits in which T is stored.
     precise = problem.dtype == torch.float32 or torch.version.hip is not None
     scores_kernel[(slots * shape["heads"],)](
-        *(tensors[name] for name in ("q", "k", "e", "b", "g", "u")), matrices, tensors["spans"], **shape,
-        BLOCK_K=min(config.block_k, max(16, triton.next_power_of_2(shape["K"]))),
+        *(tensors[name] for name in ("q", "k", "e", "b", "g", "u")), matrices, tensors["spans"],
+        problem.scale, **shape, BLOCK_K=min(config.block_k, max(16, triton.next_power_of_2(shape["K"]))),
         PRECISION="ieee" if precise else "tf32", num_warps=config.scores_warps, num_stages=1,
     )  # fmt: skip
     return matrices

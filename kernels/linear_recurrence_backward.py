@@ -1,7 +1,8 @@
 """The gradient of the linear recurrence; importing it registers the gradient with the forward's operation.
 
 Used beside `linear_recurrence.py`, whose notation and parts it shares. Nothing but the inputs is kept between the two:
-the scores and the state at the start of every chunk are computed again. With dS the gradient of a chunk's last state:
+the scores and the state at the start of every chunk are computed again. With dS the gradient of a chunk's last state
+(kept divided by the scale, so that do meets q as it is: in float16 a small product would lose its digits):
 
     dn   = P^T do + (k exp(G_C - G)) dS              dv = dn, or dz where something is erased (b = k)
     dz   = T^T dn                                    dP = do n^T           dP_e = -dz n^T
@@ -99,13 +100,13 @@ def store_number(x, values, number, row, token, head, rows, valid):
 
 
 @triton.jit
-def scores_by_writers(q_CK, k_CK, g, u, row, token, head, rows, cols, valid, K: tl.constexpr, DOT: tl.constexpr):
-    """<q, k> under a decay that is not per channel, transposed."""
+def scores_by_writers(q_CK, k_CK, g, u, scale, row, token, head, rows, cols, valid, K: tl.constexpr, DOT: tl.constexpr):
+    """scale <q, k> under a decay that is not per channel, transposed."""
     scores_CC = dot(k_CK, transposed(q_CK, DOT), DOT)
     scores_CC *= tl.trans(decay_matrix(g, row, token, head, rows, valid, u is not None))
     if u is not None:
         scores_CC += on_diagonal(own_score(q_CK, k_CK, u, head, cols, K), rows)
-    return scores_CC
+    return scores_CC * scale
 
 
 @triton.jit
@@ -120,7 +121,7 @@ def reverse_kernel(
     rows, cols_k = tl.arange(0, C), tl.arange(0, BLOCK_K)
     cols_v = tl.program_id(0) % tiles * BLOCK_V + tl.arange(0, BLOCK_V)
     row, start, end, span = bounds_of(spans, document, T, SPAN)
-    grad_KV = load_state(final_grad, document, head, heads, cols_k, cols_v, K, V)
+    grad_KV = load_state(final_grad, document, head, heads, cols_k, cols_v, K, V) * (1 / scale)
     chunks = tl.cdiv(end - start, C)
     for step in range(0, chunks):
         chunk = chunks - 1 - step
@@ -131,7 +132,7 @@ def reverse_kernel(
         _, whole_V = to_end(h, row, token, head, rows, cols_v, valid, V, True)
         if q is not None:
             q_CK = tile(q, row, token, head // GROUP, rows, cols_k, valid, K)
-            do_CV = tile(do, row, token, head, rows, cols_v, valid, V) * scale
+            do_CV = tile(do, row, token, head, rows, cols_v, valid, V)
         if dz is not None:
             if b is None:
                 b_CK = tile(k, row, token, head // GROUP, rows, cols_k, valid, K)
@@ -139,10 +140,12 @@ def reverse_kernel(
             else:
                 b_CK = tile(b, row, token, head, rows, cols_k, valid, K)
                 P: tl.constexpr = 2
-            dz_CV = read_state(b_CK, end_CK, grad_KV, PER_CHANNEL, DOT)
+            dz_CV = read_state(b_CK, end_CK, grad_KV, PER_CHANNEL, DOT) * scale
             if q is not None:
                 if matrices is None:
-                    scores_CC = scores_by_writers(q_CK, b_CK, g, u, row, token, head, rows, cols_k, valid, K, DOT)
+                    scores_CC = scores_by_writers(
+                        q_CK, b_CK, g, u, scale, row, token, head, rows, cols_k, valid, K, DOT
+                    )
                 else:
                     scores_CC = tl.trans(tl.load(matrix_at(matrices, slot, head, heads, P, rows, C)))
                 dz_CV = add_dot(dz_CV, scores_CC, do_CV, DOT)
@@ -156,9 +159,9 @@ def reverse_kernel(
             start_CV = from_start(h, row, token, head, rows, cols_v, valid, V, True, u is not None)
             grad_KV = add_to_state(grad_KV, q_CK, start_CK, do_CV * start_CV, PER_CHANNEL, DOT)
         if e is not None:
-            grad_KV = add_to_state(grad_KV, e_CK, start_CK, -dz_CV * beta_C1, PER_CHANNEL, DOT)
+            grad_KV = add_to_state(grad_KV, e_CK, start_CK, dz_CV * (-1 / scale) * beta_C1, PER_CHANNEL, DOT)
     if initial_grad is not None:
-        store_state(initial_grad, grad_KV, document, head, heads, cols_k, cols_v, K, V)
+        store_state(initial_grad, grad_KV * scale, document, head, heads, cols_k, cols_v, K, V)
 
 
 @triton.jit
@@ -189,7 +192,7 @@ def score_grads_kernel(
             else:
                 ek -= dot(dz_CV, transposed(v_CV, DOT), DOT)
         if do is not None:
-            do_CV = tile(do, row, token, head, rows, cols, valid, V) * scale
+            do_CV = tile(do, row, token, head, rows, cols, valid, V)
             own += tl.sum(do_CV * v_CV, 1)
             if b is not None:
                 qb = add_dot(qb, do_CV, transposed(n_CV, DOT), DOT)
@@ -201,6 +204,8 @@ def score_grads_kernel(
                     if (1 << level) < C:
                         later, earlier = halfway(h_CV, rows, 1 << level, BEFORE, C, BLOCK_V)
                         qk += within_blocks(dot(do_CV * later, transposed(v_CV * earlier, DOT), DOT), rows, 2 << level)
+    eb *= 1 / scale
+    ek *= 1 / scale
     strict = rows[:, None] > rows[None, :]
     if PER_CHANNEL:
         decay_CC = tl.where(rows[:, None] >= rows[None, :], 1.0, 0.0)
@@ -236,14 +241,14 @@ def value_grads_kernel(
     end_CK, whole_K = to_end(g, row, token, head, rows, cols_k, valid, K, PER_CHANNEL)
     k_CK = tile(k, row, token, head // GROUP, rows, cols_k, valid, K)
     grad_KV = load_state(state_grads, slot, head, heads, cols_k, cols_v, K, V)
-    dv_CV = read_state(k_CK, end_CK, grad_KV, PER_CHANNEL, DOT)
+    dv_CV = read_state(k_CK, end_CK, grad_KV, PER_CHANNEL, DOT) * scale
     if q is not None:
         q_CK = tile(q, row, token, head // GROUP, rows, cols_k, valid, K)
-        do_CV = tile(do, row, token, head, rows, cols_v, valid, V) * scale
+        do_CV = tile(do, row, token, head, rows, cols_v, valid, V)
     if h is None:
         if q is not None:
             if matrices is None:
-                scores_CC = scores_by_writers(q_CK, k_CK, g, u, row, token, head, rows, cols_k, valid, K, DOT)
+                scores_CC = scores_by_writers(q_CK, k_CK, g, u, scale, row, token, head, rows, cols_k, valid, K, DOT)
             else:
                 scores_CC = tl.trans(tl.load(matrix_at(matrices, slot, head, heads, 0, rows, C)))
             dv_CV = add_dot(dv_CV, scores_CC, do_CV, DOT)
@@ -254,7 +259,7 @@ def value_grads_kernel(
         end_CV, whole_V = to_end(h, row, token, head, rows, cols_v, valid, V, True)
         v_CV = tile(v, row, token, head, rows, cols_v, valid, V)
         state_KV = load_state(states, slot, head, heads, cols_k, cols_v, K, V)
-        through_V = tl.sum(state_KV * whole_K[:, None] * grad_KV, 0) * whole_V
+        through_V = tl.sum(state_KV * whole_K[:, None] * grad_KV, 0) * whole_V * scale
         passing_CV = tl.zeros([C, BLOCK_V], tl.float32) + through_V[None, :]
         dv_CV *= end_CV
         written_CV = v_CV * dv_CV
@@ -263,7 +268,7 @@ def value_grads_kernel(
         if q is not None:
             start_CK = from_start(g, row, token, head, rows, cols_k, valid, K, PER_CHANNEL, u is not None)
             start_CV = from_start(h, row, token, head, rows, cols_v, valid, V, True, u is not None)
-            read_CV += do_CV * read_state(q_CK, start_CK, state_KV, PER_CHANNEL, DOT) * start_CV
+            read_CV += do_CV * read_state(q_CK, start_CK, state_KV, PER_CHANNEL, DOT) * start_CV * scale
             scores_CC = tl.load(matrix_at(matrices, slot, head, heads, 0, rows, C)).to(tl.float32)
             columns_CC = tl.trans(scores_CC)
         for level in tl.static_range(6):
@@ -371,7 +376,7 @@ def key_grads_kernel(
                 db_CK = add_dot(db_CK, n_CV, transposed(grad_KV, DOT), DOT)
         dk_CK = add_dot(dk_CK, w_CV * end_CV, transposed(grad_KV, DOT), DOT)
         if q is not None:
-            do_CV = tile(do, row, token, head, rows, cols_v, valid, V) * scale
+            do_CV = tile(do, row, token, head, rows, cols_v, valid, V)
             start_CV = from_start(h, row, token, head, rows, cols_v, valid, V, True, u is not None)
             dq_CK = add_dot(dq_CK, do_CV * start_CV, transposed(state_KV, DOT), DOT)
         if g is not None:
@@ -416,14 +421,14 @@ def key_grads_kernel(
             if u is not None:
                 own *= per_head(u, head, cols, K)[None, :]
                 place = du + (slot.to(tl.int64) * heads + head) * K + cols
-                tl.store(place, tl.sum(own_C[:, None] * q_CK * k_CK, 0), mask=cols < K)
+                tl.store(place, tl.sum(own_C[:, None] * q_CK * k_CK, 0) * scale, mask=cols < K)
             dq_CK += own * k_CK
             dk_CK += own * q_CK
             if b is not None:
                 own = diagonal_of(of_b.to(tl.float32), rows)[:, None]
                 dq_CK += own * b_CK
                 db_CK += own * q_CK
-        store_tile(dq, dq_CK, row, token, head, rows, cols, valid, K)
+        store_tile(dq, dq_CK * scale, row, token, head, rows, cols, valid, K)
 
     if e is not None:
         of_k, of_b = tl.load(matrix_at(grads, slot, head, heads, 1, rows, C)), None
@@ -433,7 +438,7 @@ def key_grads_kernel(
             writer_CK = b_CK
         e_CK, beta_C1 = erase_tile(e, writer_CK, row, token, head, rows, cols, valid, K, IS_BETA)
         e_CK *= beta_C1
-        de_CK *= start_CK
+        de_CK *= start_CK * (1 / scale)
         if not PER_CHANNEL:
             read_C += tl.sum(e_CK * de_CK, 1)
         de_CK, dk_CK, db_CK, passed = reader_grads(
@@ -442,21 +447,21 @@ def key_grads_kernel(
         )  # fmt: skip
         passing += passed
         if IS_BETA:
-            store_number(de, tl.sum(de_CK * writer_CK, 1), number, row, token, head, rows, valid)
+            store_number(de, tl.sum(de_CK * writer_CK, 1) * scale, number, row, token, head, rows, valid)
             if b is None:
                 dk_CK += de_CK * beta_C1
             else:
                 db_CK += de_CK * beta_C1
         else:
-            store_tile(de, de_CK, row, token, head, rows, cols, valid, K)
+            store_tile(de, de_CK * scale, row, token, head, rows, cols, valid, K)
         if b is not None:
-            store_tile(db, db_CK, row, token, head, rows, cols, valid, K)
-    store_tile(dk, dk_CK, row, token, head, rows, cols, valid, K)
+            store_tile(db, db_CK * scale, row, token, head, rows, cols, valid, K)
+    store_tile(dk, dk_CK * scale, row, token, head, rows, cols, valid, K)
     if PER_CHANNEL:
-        store_tile(dg, passing, row, token, head, rows, cols, valid, K)
+        store_tile(dg, passing * scale, row, token, head, rows, cols, valid, K)
     elif g is not None:
         passing_C = passing_each(read_C, written_C, passing, rows, u is not None) + tl.sum(through_K * whole_K, 0)
-        store_number(dg, passing_C, number, row, token, head, rows, valid)
+        store_number(dg, passing_C * scale, number, row, token, head, rows, valid)
 
 
 class Config(NamedTuple):
@@ -519,6 +524,8 @@ def linear_recurrence_backward(
     cu_seqlens: Tensor | None,
 ) -> list[Tensor]:
     """Gradients of all tensors but cu_seqlens, in order, each in its dtype; empty for those that are None."""
+    if scale == 0:  # o is zero, and the kernels divide by it
+        grad_o, scale = torch.zeros_like(grad_o), 1.0
     problem = problem_of(
         q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, scale, cu_seqlens, chunks_per_span=1
     )
@@ -541,12 +548,14 @@ def linear_recurrence_backward(
     n = like(erase, *v.shape, dtype=problem.dtype)
     scan(problem, matrices, initial_state=initial_state, states=states, n=n)
 
-    dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     # The pass over the states leaves the gradient of what k writes, if that is v or z; where its programs would not
     # fill the chip, it leaves that of v, on which no state depends, to a program for every chunk.
     busy = problem.num_documents * heads * tiles_v >= forward.FILLS or problem.num_spans <= problem.num_documents
     v_on_the_way = erase_key is None and value_log_decay is None and (erase is not None or busy)
-    dz = dv if v_on_the_way else None if erase is None else torch.empty_like(n)
+    dz = like(erase, *v.shape, dtype=problem.dtype)
+    dv = dz if v_on_the_way and erase is not None else torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    if v_on_the_way:
+        dz = dv
     do = None if q is None else strided(grad_o)
     state_grads, initial_grad = empty_states(problem), like(initial_state)
     common = dict(PER_CHANNEL=shape["PER_CHANNEL"], DOT=shape["DOT"], V=value_dim, C=shape["C"], SPAN=shape["SPAN"])
@@ -596,7 +605,7 @@ def linear_recurrence_backward(
         de = de.sum(3).to(erase.dtype)
     if du is not None:
         du = du.sum(0).to(bonus.dtype)
-    found = (dq, dk, dv, dg, de, db, dh, du, initial_grad)
+    found = (dq, dk, dv.to(v.dtype), dg, de, db, dh, du, initial_grad)
     return [k.new_empty(0) if grad is None else grad for grad in found]
 
 

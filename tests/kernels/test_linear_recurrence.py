@@ -105,6 +105,34 @@ def test_half(terms, device, half):
         assert (found[name].cpu() - x).norm() <= 2 * (chunked[name].cpu() - x).norm() + 1e-4 * x.norm(), name
 
 
+@pytest.mark.parametrize("terms", ["scalar", "channel_value_bonus", "gated_delta", "rwkv7"])
+def test_half_of_small_gradients(terms, device, half):
+    """A small scale costs a small gradient no digits."""
+    inputs = on(device, make_inputs(TERMS[terms], 1, 66, value_heads=1), half)
+
+    def grads(inputs, backend):
+        leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+        o, _ = linear_recurrence(**leaves, scale=0.1, backend=backend)
+        cotangent = 1e-4 * torch.linspace(-1, 1, o.numel(), dtype=torch.float64, device=device).view(o.shape).sin()
+        return torch.autograd.grad(o, list(leaves.values()), cotangent.to(half).to(o.dtype))
+
+    expected = grads(on(device, inputs, torch.float64), "reference")
+    results = zip(inputs, expected, grads(inputs, "triton"), grads(inputs, "chunked"), strict=True)
+    for name, x, found, chunked in results:
+        assert (found - x).norm() <= 2 * (chunked - x).norm() + torch.finfo(half).eps * x.norm(), name
+
+
+def test_scale_of_zero(device):
+    inputs = {name: x.requires_grad_() for name, x in on(device, make_inputs(TERMS["gated_delta"], 1, 20)).items()}
+    o, state = linear_recurrence(**inputs, scale=0.0, output_final_state=True, backend="triton")
+    assert not o.any()
+    found = torch.autograd.grad(o.sum() + state.square().sum(), list(inputs.values()))
+    _, state = linear_recurrence(**inputs, output_final_state=True, backend="chunked")
+    torch.testing.assert_close(
+        found, torch.autograd.grad(state.square().sum(), list(inputs.values()), materialize_grads=True)
+    )
+
+
 @pytest.mark.parametrize("terms", ["scalar_value", "channel_bonus", "gated_delta", "rwkv7"])
 def test_strides(terms, device):
     """Slices of wider tensors, heads before tokens, and a last dim that is not the innermost."""
@@ -220,6 +248,11 @@ def test_refusals(device, monkeypatch):
     wide = on(device, make_inputs((), 1, 4, key_dim=257))
     with pytest.raises(ValueError, match="since its keys are 257 wide, more than 256"):
         linear_recurrence(**wide, backend="triton")
+    if device.type == "cpu":
+        with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to the number of tokens, 4"):
+            linear_recurrence(
+                **inputs | dict(initial_state=None), cu_seqlens=torch.tensor([0, 3]).int(), backend="triton"
+            )
     monkeypatch.setattr(kernel_backend, "_triton", lambda: (True, False))
     if device.type == "cpu":
         with pytest.raises(ValueError, match="on a CPU its kernels run only with TRITON_INTERPRET=1"):

@@ -20,7 +20,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from torchlmoe.ops.chunk_layout import check_bounds, check_not_empty, check_shape, kept_scan_layout, num_documents
+from torchlmoe.ops.chunk_layout import (
+    check_bounds,
+    check_bounds_at_hand,
+    check_not_empty,
+    check_shape,
+    kept_scan_layout,
+    num_documents,
+)
 from torchlmoe.ops.kernel_backend import kernels_serve
 from torchlmoe.ops.time_invariant import time_invariant_backward, time_invariant_forward
 
@@ -147,6 +154,7 @@ def _run(q, k, v, log_decay, step, initial_state, cu_seqlens, backend) -> tuple[
         # Only now: when they are imported, Triton decides whether to interpret them.
         from torchlmoe.kernels import elementwise_recurrence_backward as kernels
 
+        check_bounds_at_hand(cu_seqlens, v.shape[1])
         return kernels.elementwise_recurrence(*terms)[:2]
     return _forward(*terms)[:2]
 

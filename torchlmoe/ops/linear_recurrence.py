@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from torchlmoe.ops.chunk_layout import check_bounds, check_not_empty, check_shape, num_documents
+from torchlmoe.ops.chunk_layout import (
+    check_bounds,
+    check_bounds_at_hand,
+    check_not_empty,
+    check_shape,
+    num_documents,
+)
 from torchlmoe.ops.chunked import Terms, chunked_forward, kept_layout_of
 from torchlmoe.ops.chunked_backward import chunked_backward
 from torchlmoe.ops.kernel_backend import kernels_serve
@@ -181,6 +187,7 @@ def _run(
         # Only now: when they are imported, Triton decides whether to interpret them.
         from torchlmoe.kernels import linear_recurrence_backward as kernels
 
+        check_bounds_at_hand(cu_seqlens, v.shape[1])
         return kernels.linear_recurrence(*for_kernels)
     decodes = backend == "auto" and v.shape[1] == 1  # one step of the definition is the least work
     if backend == "reference" or decodes:
