@@ -116,8 +116,8 @@ def check_bounds(bounds: Sequence[int], length: int) -> None:
 
 
 def check_bounds_at_hand(cu_seqlens: Tensor | None, length: int) -> None:
-    """The same, for kernels that never look at them: only where that waits for no device."""
-    if cu_seqlens is not None and cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+    """The same, for kernels that never look at them: only where they are numbers, and reading waits for no device."""
+    if type(cu_seqlens) is Tensor and cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         check_bounds(cu_seqlens.tolist(), length)
 
 
