@@ -302,12 +302,13 @@ def write_table(rows: list[dict[str, Any]], faults: list[str], path: Path) -> No
         "is the most that any launch of the kernel needs, forward or backward. A program can have "
         + ", ".join(f"{SHARED_KIB[name]} KiB on {name}" for name in targets)
         + f", and {TENSOR_COLUMNS} columns. {MOST_SPILLS} spilled registers are tolerated; {MOST_SPILLS_WIDE} "
-        "in float32 at a width of 256, whose products have no tensor cores and keep a thread busy for longer.",
+        "in float32 at a width of 256, whose products have no tensor cores and keep a thread busy for longer. A kernel "
+        "with a dash is not launched there: another one does its work on the way.",
         "",
         "| kernel | instance | dtype | width | " + " | ".join(targets) + " |",
         "|---|---|---|---|" + "---|" * len(targets),
         *(
-            "| " + " | ".join(map(str, key)) + " | " + " | ".join(line.get(name, "") for name in targets) + " |"
+            "| " + " | ".join(map(str, key)) + " | " + " | ".join(line.get(name, "-") for name in targets) + " |"
             for key, line in cells.items()
         ),
         "",
