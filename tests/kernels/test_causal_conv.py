@@ -61,6 +61,13 @@ def test_packed_documents(documents, device):
     check(device, inputs, lambda leaves: expected_of(leaves, documents, True), cu_seqlens=documents)
 
 
+def test_bounds_that_are_not_side_by_side(device):
+    x, weight = randn(1, 10, 5).float().to(device), randn(5, 4, seed=1).float().to(device)
+    bounds = torch.tensor([0, 99, 5, 99, 10, 99], dtype=torch.int32, device=device)[::2]
+    expected = causal_conv(x, weight, None, None, bounds.contiguous(), False)
+    assert torch.equal(causal_conv(x, weight, None, None, bounds, False), expected)
+
+
 @pytest.mark.parametrize("width", [1, 4])
 @pytest.mark.parametrize("length", [1, 2, 20])
 def test_state(length, width, device):
