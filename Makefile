@@ -1,5 +1,6 @@
 # make train   sets up and trains the debug hybrid on the embedded text
-# make test    sets up and runs lint, type checks and all tests
+# make test    sets up and runs lint, type checks and the tests
+# make test-long   the exhaustive tests, about half an hour; run before a release
 # Setting up is done once; a run is repeated when its sources have changed.
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ RUN := outputs/debug
 CONFIG := train_configs/debug.toml
 SOURCES := train.py $(CONFIG) $(shell find torchlmoe kernels assets -name '*.py' -o -name '*.parquet' -o -name '*.json')
 
-.PHONY: train test lint clean
+.PHONY: train test test-long lint clean
 
 train: $(RUN)/finished
 	@tail -n 1 $(RUN)/metrics.jsonl | $(BIN)/python -c "import json, sys; r = json.load(sys.stdin); \
@@ -24,6 +25,9 @@ $(RUN)/finished: $(VENV)/installed $(SOURCES)
 
 test: $(VENV)/installed-test lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
+
+test-long: $(VENV)/installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal -m long
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -1,9 +1,9 @@
 """A small corpus, a disk that is full, and functions on real gloo processes, for every test that needs them."""
 
+import faulthandler
 import json
 import os
 import resource
-import socket
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +18,11 @@ if find_spec("triton") and not torch.cuda.is_available():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         import triton  # noqa: F401
+
+
+# What the server of processes has imported before any is forked from it.
+PRELOADED = ["tests.conftest", "torchlmoe.training.trainer", "torch.distributed.tensor.parallel", "torch._dynamo"]
+SECONDS_OF_A_HANG = 1200  # after which a rank prints where it is and ends
 
 
 @pytest.fixture(scope="session")
@@ -43,17 +48,23 @@ def files_at_most(num_bytes):
 
 
 def run_on_ranks(world_size: int, function, *args) -> None:
-    """function(*args) on each of `world_size` gloo processes; an error in any of them is raised here."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_run_rank, (world_size, port, function, args), nprocs=world_size)
+    """function(*args) on each of `world_size` gloo processes; an error in any of them is raised here.
+
+    They are forked from a server that has imported everything, since an import of torch takes seconds of each.
+    """
+    # The store lives here, as it does under torchrun, so that nobody else can take its port before the ranks do.
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    place = dict(WORLD_SIZE=str(world_size), MASTER_ADDR="localhost", MASTER_PORT=str(store.port))
+    place |= dict(TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")
+    mp.set_forkserver_preload(PRELOADED)
+    mp.start_processes(_run_rank, ({**os.environ, **place}, function, args), world_size, start_method="forkserver")
 
 
-def _run_rank(rank: int, world_size: int, port: int, function, args) -> None:
+def _run_rank(rank: int, environment: dict[str, str], function, args) -> None:
+    faulthandler.dump_traceback_later(SECONDS_OF_A_HANG, exit=True)
+    os.environ.clear()  # the server's, which may have been started by another test
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
-    place = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world_size, MASTER_ADDR="localhost", MASTER_PORT=port)
-    os.environ.update({name: str(value) for name, value in place.items()})
     function(*args)
     if dist.is_initialized():
         with suppress(RuntimeError):  # of a rank that has gone, as a test may want it

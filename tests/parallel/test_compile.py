@@ -5,8 +5,8 @@ import torch
 from torch._dynamo.utils import counters
 
 from tests.conftest import run_on_ranks
+from tests.parallel.parity import SETTINGS, records
 from tests.parallel.small_blocks import PACKED, block_of, run
-from tests.parallel.test_data_parallel import SETTINGS, records
 from torchlmoe.config_loader import load_config
 from torchlmoe.mixers import MIXERS
 from torchlmoe.parallel import compile as compile_module

@@ -8,7 +8,7 @@ import torch
 
 import torchlmoe.parallel.compile as compile_module
 from tests.conftest import run_on_ranks
-from tests.parallel.test_data_parallel import SETTINGS, assert_same_runs, train_all
+from tests.parallel.parity import SETTINGS, assert_layouts_equal_one_process
 from torchlmoe.config_loader import load_config
 from torchlmoe.mixers import MIXERS
 from torchlmoe.mixers.base import Mixer
@@ -18,10 +18,10 @@ from torchlmoe.parallel.parallelize import build_model
 from torchlmoe.training.trainer import Trainer
 
 # Three rows of 48 tokens at once: borders of 2 and 4 spans lie within rows, and most of them within documents.
-ROWS = "--training.global_batch_size 3 --training.local_batch_size 3 --validation.interval 20 --model.num_heads 4"
+ROWS = "--training.global_batch_size 3 --training.local_batch_size 3 --model.num_heads 4"
 ONE_BLOCK = f"{ROWS} --model.layer_pattern L --model.num_layers 1"
-HYBRIDS = {mixer: f"{ROWS} --model.mixer {mixer} --model.layer_pattern LLLN" for mixer in MIXERS}
-# One of each kind of state and of what looks across tokens; test_sequence_parallel.py has all mixers on 4 ranks.
+EVERY_HYBRID = {mixer: f"{ROWS} --model.mixer {mixer} --model.layer_pattern LLLN" for mixer in MIXERS}
+# One of each kind of state and of what looks across tokens; test_sequence_parallel.py has all mixers on 3 ranks.
 KINDS = ("lightning", "kda", "rwkv6", "rwkv7", "gsa", "gateloop", "mom", "mamba", "ttt", "titans", "attention")
 PURE = {f"pure_{mixer}": f"{ONE_BLOCK} --model.mixer {mixer}" for mixer in KINDS}
 TWO_BLOCKS = f"{ROWS} --model.layer_pattern LN --model.num_layers 2"
@@ -36,30 +36,35 @@ RECOMPUTED = {"full": f"{TWO_BLOCKS} --training.global_batch_size 6 --activation
 
 SPANS = "--parallelism.context_parallel_degree"
 RING = "--parallelism.lsm_context_parallel ring --parallelism.attention_context_parallel ulysses"
-# By number of processes: what runs on them, and how.
-JOBS = {
-    1: {"whole": ({**HYBRIDS, **PURE, **SUMS, **RECOMPUTED, **COMPILED}, "")},
-    2: {"all_gather": ({**HYBRIDS, **COMPILED}, f"{SPANS} 2")},
-    3: {"rows_across_spans": (SUMS, f"{SPANS} 3")},
-    4: {
-        "ring": (PURE, f"{SPANS} 4 {RING}"),
-        "fsdp": (RECOMPUTED, f"{SPANS} 2"),
-        "hsdp": (RECOMPUTED, f"{SPANS} 2 {RING} --parallelism.data_parallel_replicate_degree 2"),
-    },
-}
+HSDP = f"{SPANS} 2 {RING} --parallelism.data_parallel_replicate_degree 2"
 
 
-def train(corpus: str, folder: str, world_size: int) -> None:
+def compile_by_aot_eager() -> None:
     compile_module.compile_block = partial(compile_module.compile_block, backend="aot_eager")
-    for name, (variants, extra) in JOBS[world_size].items():
-        train_all(corpus, f"{folder}/{name}", variants, extra)
 
 
 def test_equals_one_process(corpus, tmp_path):
-    for world_size, jobs in JOBS.items():
-        run_on_ranks(world_size, train, str(corpus), str(tmp_path), world_size)
-        for name, (variants, _) in jobs.items():
-            assert_same_runs(tmp_path / name, tmp_path / "whole", variants)
+    layouts = {
+        2: {"all_gather": (PURE | COMPILED, f"{SPANS} 2")},
+        3: {"rows_across_spans": (SUMS, f"{SPANS} 3")},
+        4: {
+            "ring": ({name: PURE[name] for name in ("pure_kda", "pure_titans", "pure_attention")}, f"{SPANS} 4 {RING}"),
+            "fsdp": (RECOMPUTED, f"{SPANS} 2"),
+            "hsdp": (RECOMPUTED, HSDP),
+        },
+    }
+    float32 = ["pure_kda", "rows"]
+    assert_layouts_equal_one_process(layouts, corpus, tmp_path, steps=5, float32=float32, setup=compile_by_aot_eager)
+
+
+@pytest.mark.long
+def test_every_hybrid_and_more_steps(corpus, tmp_path):
+    layouts = {
+        2: {"all_gather": (EVERY_HYBRID, f"{SPANS} 2")},
+        3: {"rows_across_spans": (SUMS, f"{SPANS} 3")},
+        4: {"ring": (PURE, f"{SPANS} 4 {RING}"), "hsdp": (RECOMPUTED, HSDP)},
+    }
+    assert_layouts_equal_one_process(layouts, corpus, tmp_path, steps=20, float32=None)
 
 
 def check_logits() -> None:

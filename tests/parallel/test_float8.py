@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.conftest import run_on_ranks
-from tests.parallel.test_data_parallel import SETTINGS, records
+from tests.parallel.parity import SETTINGS, records
 from torchlmoe.config import Float8
 from torchlmoe.config_loader import load_config
 from torchlmoe.model.decoder import build_on_meta
