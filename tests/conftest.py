@@ -21,7 +21,13 @@ if find_spec("triton") and not torch.cuda.is_available():
 
 
 # What the server of processes has imported before any is forked from it.
-PRELOADED = ["tests.conftest", "torchlmoe.training.trainer", "torch.distributed.tensor.parallel", "torch._dynamo"]
+PRELOADED = [
+    "tests.conftest",
+    "train",
+    "torchlmoe.training.trainer",
+    "torch.distributed.tensor.parallel",
+    "torch._dynamo",
+]
 SECONDS_OF_A_HANG = 1200  # after which a rank prints where it is and ends
 
 

@@ -1,13 +1,8 @@
-"""Every kind of bad input to train.py: one sentence on standard error, exit code 2, no traceback, nothing lost.
+"""Every kind of bad input to train.py: one sentence on standard error, exit code 2, no traceback, nothing lost."""
 
-Each case runs the whole program, in a fork of this process that has imported it already.
-"""
-
-import gc
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +14,7 @@ import torch.distributed as dist
 from filelock import FileLock
 
 import train
-from torchlmoe.command import run
+from tests.programs import run_program
 from torchlmoe.config_loader import load_config
 from torchlmoe.training.trainer import Trainer
 
@@ -129,27 +124,6 @@ CASES = {
 }
 
 
-def end_of(arguments: list[str], output: Path) -> tuple[int, str]:
-    """Exit code and standard error of train.py with these arguments."""
-    child = os.fork()
-    if child == 0:
-        gc.disable()  # garbage of earlier tests may wait for threads (process groups), which a fork does not have
-        descriptor = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-        os.dup2(descriptor, 1)
-        os.dup2(descriptor, 2)
-        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-        sys.argv = ["train.py", *arguments]
-        try:
-            run(train.main)
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
-            sys.stderr.flush()
-            os._exit(1)
-        os._exit(0)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return status, output.read_text()
-
-
 def all_arguments(case: str, place: Path, tmp_path: Path) -> list[str]:
     given = [f"--data.dataset {place}", f"--data.cache_dir {place}/cache", f"--job.dump_folder {tmp_path}/new"]
     # Of a setting given twice the last one counts.
@@ -158,13 +132,13 @@ def all_arguments(case: str, place: Path, tmp_path: Path) -> list[str]:
 
 @pytest.mark.parametrize(("case", "sentence"), CASES.items())
 def test_one_sentence_and_exit_code_2(case, sentence, place, tmp_path):
-    code, printed = end_of(all_arguments(case, place, tmp_path), tmp_path / "printed")
-    assert code == 2, printed
-    last = printed.strip().splitlines()[-1]
+    result = run_program(train.main, all_arguments(case, place, tmp_path), tmp_path)
+    assert result.returncode == 2, result.stderr
+    last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("error: ")
     assert sentence.format(place=place) in last
     assert last.endswith(".")
-    assert "Traceback" not in printed
+    assert "Traceback" not in result.stderr
     saved = place / "run" / "checkpoints" / "step-00000002" / "manifest.json"
     assert json.loads(saved.read_text())["files"]
 
@@ -182,9 +156,9 @@ def test_one_sentence_and_exit_code_2(case, sentence, place, tmp_path):
     }.items(),
 )
 def test_debug_shows_the_traceback_before_the_sentence(debug, shown, bad, place, tmp_path):
-    code, printed = end_of(all_arguments(f"{bad} {debug}", place, tmp_path), tmp_path / "printed")
-    assert code == 2
-    assert ("Traceback" in printed) == shown
-    last = printed.strip().splitlines()[-1]
+    result = run_program(train.main, all_arguments(f"{bad} {debug}", place, tmp_path), tmp_path)
+    assert result.returncode == 2
+    assert ("Traceback" in result.stderr) == shown
+    last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("error: ")
     assert "top_k = " in last

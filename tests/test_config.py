@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tomli
 
+import train
 from torchlmoe.config import Config
 from torchlmoe.config_loader import ConfigError, batch_sizes, check_degrees, load_config, to_toml
 from torchlmoe.settings_reference import markdown
@@ -183,14 +184,9 @@ def test_batch_sizes_on_four_ranks(settings, sizes):
     assert batch_sizes(load(settings).training, 4) == sizes
 
 
-def train(*arguments):
-    return subprocess.run([sys.executable, "train.py", *arguments], cwd=ROOT, capture_output=True, text=True)
-
-
-def test_help_lists_every_setting():
-    result = train("--help")
-    assert result.returncode == 0
-    text = "".join(result.stdout.split())
+def test_help_lists_every_setting(capsys):
+    train.main(["--help"])
+    text = "".join(capsys.readouterr().out.split())
     for table in dataclasses.fields(Config):
         for field in dataclasses.fields(table.default_factory):
             assert f"--{table.name}.{field.name}" in text
@@ -202,12 +198,12 @@ def test_the_page_of_settings_is_that_of_the_code():
 
 
 def test_program_ends_with_one_sentence():
-    result = train("--training.stepps", "3")
+    command = [sys.executable, "train.py", "--training.stepps", "3"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stderr == "error: training.stepps is not a setting; the nearest is steps.\n"
 
 
-def test_print_config_is_toml():
-    result = train("--model.dim", "48", "--job.print_config", "true")
-    assert result.returncode == 0
-    assert tomli.loads(result.stdout)["model"]["dim"] == 48
+def test_print_config_is_toml(capsys):
+    train.main(["--model.dim", "48", "--job.print_config", "true"])
+    assert tomli.loads(capsys.readouterr().out)["model"]["dim"] == 48

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.checkpoint.conftest import arguments, records
+from tests.conftest import PRELOADED
 from torchlmoe.checkpoint.folders import published
 from torchlmoe.checkpoint.manifest import verify
 from torchlmoe.config_loader import load_config
@@ -37,7 +38,7 @@ def kill_loop(num_kills: int, kills_per_run: int, corpus: Path, folder: Path, se
     """Runs in turn in each of MODES, each killed so many times if it lasts, until there are enough; counts the hits."""
     # Its processes start from one that has imported everything.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.checkpoint.conftest"])
+    context.set_forkserver_preload(PRELOADED)
     draw, counts = random.Random(seed), Counter()
     seconds: dict[str, float] = {}
     while counts["kills"] < num_kills:

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+import train as train_program
 from tests.checkpoint.conftest import arguments, records, train
 from tests.conftest import files_at_most
+from tests.programs import Program
 from torchlmoe.checkpoint.folders import published
 from torchlmoe.checkpoint.manifest import verify
 from torchlmoe.config_loader import load_config
@@ -137,14 +139,12 @@ class Run:
             probe.bind(("localhost", 0))
             port = probe.getsockname()[1]
         self.folder = folder
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        if world_size > 1:
-            environment |= dict(MASTER_ADDR="localhost", MASTER_PORT=str(port), WORLD_SIZE=str(world_size))
-        command = [sys.executable, "train.py", *arguments(corpus, folder, f"--training.steps 100000 {extra}")]
-        self.processes = [
-            subprocess.Popen(
-                command, cwd=ROOT, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)} if world_size > 1
-                else environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        settings = arguments(corpus, folder, f"--training.steps 100000 {extra}")
+        place = dict(MASTER_ADDR="localhost", MASTER_PORT=str(port), WORLD_SIZE=str(world_size))
+        self.ranks = [
+            Program(
+                train_program.main, settings, folder.parent, name=f"{folder.name}_{rank}",
+                **(place | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world_size > 1 else {}),
             )
             for rank in range(world_size)
         ]  # fmt: skip
@@ -154,16 +154,15 @@ class Run:
         end = time.monotonic() + 120
         while not path.exists() or path.read_text().count("\n") < step:
             assert time.monotonic() < end
-            assert all(process.poll() is None for process in self.processes), self.processes[0].communicate()
+            assert all(rank.process.is_alive() for rank in self.ranks), self.ranks[0].result()
             time.sleep(0.05)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        for process in self.processes:
-            process.kill()
-            process.communicate()
+        for rank in self.ranks:
+            rank.__exit__()
 
 
 def sentence(stderr):
@@ -178,18 +177,18 @@ def test_signals_save_and_end(corpus, tmp_path):
         Run(corpus, other, "--checkpoint.enable false") as second,
     ):
         first.wait_for_step(5)
-        first.processes[0].send_signal(signal.SIGTERM)
-        out, err = first.processes[0].communicate(timeout=60)
-        assert first.processes[0].returncode == 0, err
+        first.ranks[0].send_signal(signal.SIGTERM)
+        code, out, err = first.ranks[0].result()
+        assert code == 0, err
         (step,) = all_whole(saving)
         assert out.splitlines()[-1].startswith(f"Stopped after step {step} by SIGTERM: saved in ")
         assert len(records(saving)) == step
         assert not (saving / "finished").exists()  # make train goes on
 
         second.wait_for_step(5)
-        second.processes[0].send_signal(signal.SIGINT)
-        out, err = second.processes[0].communicate(timeout=60)
-        assert second.processes[0].returncode == 0, err
+        second.ranks[0].send_signal(signal.SIGINT)
+        code, out, err = second.ranks[0].result()
+        assert code == 0, err
         assert "by SIGINT: nothing was saved, since checkpoint.enable is false." in out.splitlines()[-1]
         assert not (other / "checkpoints").exists()
 
@@ -214,19 +213,19 @@ with stop_request.StopRequest() as stop:
 def test_one_ranks_signal_stops_all(corpus, tmp_path):
     with Run(corpus, tmp_path, "", world_size=2) as run:
         run.wait_for_step(5)
-        run.processes[1].send_signal(signal.SIGTERM)
-        outs = [process.communicate(timeout=60) for process in run.processes]
-    assert [process.returncode for process in run.processes] == [0, 0], outs
+        run.ranks[1].send_signal(signal.SIGTERM)
+        results = [rank.result() for rank in run.ranks]
+    assert [result.returncode for result in results] == [0, 0], results
     step = all_whole(tmp_path)[-1]
-    assert f"Stopped after step {step} by a signal to another rank: saved in " in outs[0][0]
+    assert f"Stopped after step {step} by a signal to another rank: saved in " in results[0].stdout
 
 
 def test_a_killed_rank_ends_the_others(corpus, tmp_path):
     with Run(corpus, tmp_path, "--checkpoint.async_mode async", world_size=2) as run:
         run.wait_for_step(10)  # the save of step 8 has waited for that of step 4
-        run.processes[1].kill()
-        _, err = run.processes[0].communicate(timeout=60)
-        assert run.processes[0].returncode == 2
+        run.ranks[1].send_signal(signal.SIGKILL)
+        code, _, err = run.ranks[0].result()
+        assert code == 2
     assert sentence(err).startswith("error (rank 0): Another rank ended during step ")
     assert all_whole(tmp_path)
 
@@ -234,10 +233,10 @@ def test_a_killed_rank_ends_the_others(corpus, tmp_path):
 def test_a_stuck_rank_ends_the_others_after_the_timeout(corpus, tmp_path):
     with Run(corpus, tmp_path, "--parallelism.timeout_seconds 4", world_size=2) as run:
         run.wait_for_step(6)
-        run.processes[1].send_signal(signal.SIGSTOP)
+        run.ranks[1].send_signal(signal.SIGSTOP)
         begin = time.monotonic()
-        _, err = run.processes[0].communicate(timeout=60)
-        assert run.processes[0].returncode == 2
+        code, _, err = run.ranks[0].result()
+        assert code == 2
     assert "did not end within parallelism.timeout_seconds = 4: a rank hangs" in sentence(err)
     assert time.monotonic() - begin < 30
     assert all_whole(tmp_path)

@@ -1,7 +1,7 @@
 """Kernels compile for GPUs that are not there, fit in their memory and keep to their registers.
 
 Every configuration at every width is in kernels/RESOURCES.md, which is checked against its limits and against the code
-that it was made of. The most demanding instances are compiled here, for one target of each vendor.
+that it was made of. Some instances are compiled here; `make test-long` compiles the most demanding of them.
 """
 
 import json
@@ -86,16 +86,28 @@ def test_fingerprint_is_of_the_code(tmp_path, resources):
     assert of('if a:\n    b = "d"\nd\n') != known
 
 
-def test_most_demanding_kernels(tmp_path):
-    """In a process of its own, since here kernels may be interpreted."""
+def assert_compile(tmp_path, targets, instances):
+    """Compiles instances at width 128 in a process of its own, since here kernels may be interpreted; their kernels."""
     output = tmp_path / "resources.json"
-    command = "--targets sm_90 gfx942 --widths 128 --dtypes bfloat16 --processes 1".split()
-    instances = ["RWKV7", "Mamba2", "Mamba", "short convolution", "gated RMS norm", "decay gate", "to experts and back"]
-    instances.append("weighted SwiGLU")
+    command = ["--targets", *targets, *"--widths 128 --dtypes bfloat16 --processes 1".split()]
     result = subprocess.run(
         [sys.executable, "-m", "benchmarks.kernel_resources", *command, "--instances", *instances, "--output", output],
         cwd=ROOT, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
-    compiled = {(row["kernel"], row["target"]) for row in json.loads(output.read_text())["rows"]}
-    assert compiled == {(kernel, target) for kernel in KERNELS for target in ("sm_90", "gfx942")}
+    return {(row["kernel"], row["target"]) for row in json.loads(output.read_text())["rows"]}
+
+
+FUSED = ["short convolution", "gated RMS norm", "decay gate", "to experts and back", "weighted SwiGLU"]
+
+
+def test_a_recurrence_and_fused_operations_compile(tmp_path):
+    compiled = assert_compile(tmp_path, ["sm_90"], ["Mamba2", *FUSED])
+    assert {kernel.split(".")[0] for kernel, _ in compiled} >= {"linear_recurrence", "causal_conv", "moe_permute"}
+
+
+@pytest.mark.long
+def test_every_kernel_compiles(tmp_path):
+    """For one target of each vendor."""
+    targets = ["sm_90", "gfx942"]
+    assert assert_compile(tmp_path, targets, ["RWKV7", "Mamba2", "Mamba", *FUSED]) == set(product(KERNELS, targets))

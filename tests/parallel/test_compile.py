@@ -31,7 +31,12 @@ def assert_equal(block, compiled, dtype, tolerance, graphs_at_each_step, **optio
         assert counters["stats"]["unique_graphs"] == num_graphs
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
+# A mixer of every operation, and those that hand something on; the others differ in what they project.
+ONE_OF_EACH = ("gla", "gated_deltanet", "rwkv7", "mom", "s4", "mamba", "ttt", "attention")
+REST = [pytest.param(mixer, marks=pytest.mark.long) for mixer in MIXERS if mixer not in ONE_OF_EACH]
+
+
+@pytest.mark.parametrize("mixer", [*ONE_OF_EACH, *REST])
 def test_every_mixer_is_one_graph(mixer):
     """Of lengths that are said to vary, which saves the test a second graph."""
     block, compiled = (block_of(mixer, "dense") for _ in range(2))
@@ -40,7 +45,7 @@ def test_every_mixer_is_one_graph(mixer):
     assert_equal(block, compiled, torch.float64, 1e-12, graphs, lengths_vary=True)
 
 
-@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+@pytest.mark.parametrize("mode", ["none", pytest.param("selective", marks=pytest.mark.long), "full"])
 def test_experts_bfloat16_and_recompute(mode):
     """In bfloat16 on a CPU the experts' runs are filled up, by a number that depends on the choices."""
     block, compiled = (block_of("gated_deltanet", dtype=torch.float32, num_shared_experts=1) for _ in range(2))

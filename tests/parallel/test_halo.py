@@ -94,7 +94,7 @@ def check_all(world_size: int, compiled: tuple[str, ...] = ()) -> None:
                 torch.testing.assert_close(part.grad, parameter.grad, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("world_size", [3, 4, pytest.param(2, marks=pytest.mark.long)])
 def test_equals_the_whole_sequence(world_size):
     run_on_ranks(world_size, check_all, world_size)
 

@@ -162,11 +162,14 @@ def assert_ranks_equal_one(communication, dtype, tolerance, erase_tolerance=None
 def every_recurrence():
     for communication in ("all_gather", "ring"):
         assert_ranks_equal_one(communication, torch.float64, 1e-9)
-        if dist.get_world_size() == 2:
+        if dist.get_world_size() == 3:
             assert_ranks_equal_one(communication, torch.float32, 1e-5, 1e-4)
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+OTHER_DEGREES = [pytest.param(degree, marks=pytest.mark.long) for degree in (2, 4)]
+
+
+@pytest.mark.parametrize("world_size", [3, *OTHER_DEGREES])
 def test_recurrences_equal_one_process(world_size):
     run_on_ranks(world_size, every_recurrence)
 
@@ -203,7 +206,7 @@ def every_mixer():
                 assert error <= 1e-9, (case, name, bounds, error)
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("world_size", [3, *OTHER_DEGREES])
 def test_mixers_equal_one_process(world_size):
     """Every one by its plan: outputs, and gradients of input and parameters."""
     run_on_ranks(world_size, every_mixer)
