@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.training.test_trainer import train
+from tests.training.test_trainer import run_train
 from torchlmoe.config import Profiling
 from torchlmoe.training.profiling import StepProfiler
 
 
 def test_traces_name_the_recurrence_and_its_backward(corpus, tmp_path):
-    result = train(
+    result = run_train(
         corpus, tmp_path, *"--validation.enable false --profiling.enable true --profiling.first_step 2".split(),
         *"--profiling.num_steps 1 --profiling.interval 3".split(),
     )  # fmt: skip

@@ -1,0 +1,207 @@
+"""Breaks the code in known places, one at a time, and names the test that catches each: python -m tests.breaks [--long]
+
+A break that no test catches ends the program with 1. Each runs in a copy of the tree, on the folders of tests given
+with it, and stops at the first failure. docs/testing.md has the table.
+"""
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+
+
+class Break(NamedTuple):
+    what: str
+    file: str
+    right: str
+    wrong: str
+    tests: str
+
+
+BREAKS = [
+    Break(
+        "sign of what the delta rule takes out",
+        "torchlmoe/ops/chunked.py",
+        "torch.baddbmm(z, x[:, :, -1], state, alpha=-1)",
+        "torch.baddbmm(z, x[:, :, -1], state, alpha=1)",
+        "tests/ops",
+    ),
+    Break(
+        "decay of the state left out between chunks",
+        "torchlmoe/ops/chunked.py",
+        "after = carry(state, whole, plus)",
+        "after = carry(state, None, plus)",
+        "tests/ops",
+    ),
+    Break(
+        "scale missing from the gradient's queries",
+        "torchlmoe/ops/chunked.py",
+        "readers.append(chunks_of(terms.q) * terms.scale)",
+        "readers.append(chunks_of(terms.q))",
+        "tests/ops",
+    ),
+    Break(
+        "bonus reads the state after the decay",
+        "torchlmoe/ops/reference.py",
+        "read_BRKV = before_BRKV + (",
+        "read_BRKV = state_BRKV + (",
+        "tests/ops tests/mixers",
+    ),
+    Break(
+        "convolution sees the document before",
+        "torchlmoe/ops/causal_conv.py",
+        "reach = (distance >= shift)[:, None]",
+        "reach = (distance >= 0)[:, None]",
+        "tests/ops tests/mixers",
+    ),
+    Break(
+        "token shift sees the document before",
+        "torchlmoe/layers/token_shift.py",
+        "return shifted.masked_fill(sequence.positions[..., None] == 0, 0)",
+        "return shifted",
+        "tests/layers tests/mixers",
+    ),
+    Break(
+        "bounds of the second row moved by one token",
+        "torchlmoe/layers/sequence.py",
+        "dtype=torch.int32) * length",
+        "dtype=torch.int32) * (length + 1)",
+        "tests/model tests/mixers",
+    ),
+    Break(
+        "cache kept when a row begins a new document",
+        "torchlmoe/layers/sequence.py",
+        "begins = self.positions[:, 0] == 0",
+        "begins = self.positions[:, 0] < 0",
+        "tests/mixers tests/inference",
+    ),
+    Break(
+        "top-k weights not normalized",
+        "torchlmoe/layers/router.py",
+        "weight_TK = weight_TK / (weight_TK.sum(-1, keepdim=True) + 1e-20)",
+        "pass",
+        "tests/moe",
+    ),
+    Break(
+        "loss-free bias moves the weights too",
+        "torchlmoe/layers/router.py",
+        "weight_TK = score_TE.gather(-1, expert_TK)",
+        "weight_TK = (score_TE + (0 if self.expert_bias is None else self.expert_bias)).gather(-1, expert_TK)",
+        "tests/moe tests/layers",
+    ),
+    Break(
+        "balance loss counted without its share of the step",
+        "torchlmoe/layers/balance.py",
+        "torch.full_like(losses, ctx.loss_weight)",
+        "torch.full_like(losses, 1.0)",
+        "tests/moe tests/parallel/test_data_parallel.py",
+    ),
+    Break(
+        "row load of the balance loss not summed over spans",
+        "torchlmoe/layers/balance.py",
+        'counts = all_reduce(counts, "sum", self.mesh)',
+        "pass",
+        "tests/parallel/test_context_parallel.py",
+    ),
+    Break(
+        "gradients averaged instead of summed",
+        "torchlmoe/parallel/data.py",
+        "module.set_gradient_divide_factor(1.0)",
+        "pass",
+        "tests/parallel/test_data_parallel.py",
+    ),
+    Break(
+        "gradients not summed over the spans of a sequence",
+        "torchlmoe/parallel/mesh.py",
+        'shard = mesh["dp_shard", "cp"]._flatten("dp_shard_cp")',
+        'shard = mesh["dp_shard"]',
+        "tests/parallel/test_context_parallel.py",
+    ),
+    Break(
+        "tokens counted once per span",
+        "torchlmoe/training/trainer.py",
+        'num_tokens //= self.mesh["cp"].size()  # whose ranks have the same rows',
+        "pass",
+        "tests/parallel/test_context_parallel.py",
+    ),
+    Break(
+        "state of a span not moved through the next spans",
+        "torchlmoe/parallel/sequence.py",
+        "moved = self.advance([x[other] for x in factors_P], incoming)",
+        "moved = incoming",
+        "tests/parallel/test_sequence_parallel.py",
+    ),
+    Break(
+        "state enters a document that it does not belong to",
+        "torchlmoe/parallel/sequence.py",
+        "return incoming.masked_fill(~span.continued_P[rank], 0)",
+        "return incoming",
+        "tests/parallel/test_sequence_parallel.py",
+    ),
+    Break(
+        "kernel ignores the decay between tokens of a chunk",
+        "kernels/linear_recurrence.py",
+        'return tl.exp2(tl.where(seen, passed, -float("inf")))',
+        "return tl.where(seen, 1.0, 0.0)",
+        "tests/kernels/test_linear_recurrence.py",
+    ),
+    Break(
+        "manifest does not compare checksums",
+        "torchlmoe/checkpoint/manifest.py",
+        "if index % num_parts == part and describe(folder / name) != expected:",
+        "if index % num_parts == part and describe(folder / name) == {}:",
+        "tests/checkpoint",
+    ),
+    Break(
+        "gradients clipped by the squared norm",
+        "torchlmoe/training/optimizer.py",
+        "factor = (max_norm / norm).clamp(max=1.0)",
+        "factor = (max_norm / norm**2).clamp(max=1.0)",
+        "tests/training",
+    ),
+]
+
+
+def caught_by(tree: Path, broken: Break, *options: str) -> str | None:
+    """The first test that fails on a broken copy of the tree."""
+    with tempfile.TemporaryDirectory() as temporary:
+        copy = Path(temporary) / "copy"
+        hidden = shutil.ignore_patterns(".*", "outputs", "build", "__pycache__", "*.egg-info")
+        shutil.copytree(tree, copy, ignore=hidden)
+        path = copy / broken.file
+        text = path.read_text()
+        if text.count(broken.right) != 1:
+            raise SystemExit(f"{broken.file} holds {broken.right!r} {text.count(broken.right)} times, not once.")
+        path.write_text(text.replace(broken.right, broken.wrong))
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *options]
+        output = subprocess.run([*command, *broken.tests.split()], cwd=copy, capture_output=True, text=True).stdout
+        failed = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
+        return failed[1] if failed else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tree", type=Path, default=ROOT, help="another checkout to break")
+    parser.add_argument("--long", action="store_true", help="run the tests of make test-long, too")
+    parser.add_argument("--only", type=int, nargs="*", help="the breaks to make, numbered from 1")
+    flags = parser.parse_args()
+    options = ["-o", "addopts="] if flags.long else []
+    missed = 0
+    print("| | break | caught by |\n|---|---|---|")
+    for number, broken in enumerate(BREAKS, 1):
+        if flags.only and number not in flags.only:
+            continue
+        test = caught_by(flags.tree, broken, *options)
+        missed += test is None
+        print(f"| {number} | {broken.what} | {f'`{test}`' if test else 'nothing'} |", flush=True)
+    sys.exit(missed > 0)
+
+
+if __name__ == "__main__":
+    main()
