@@ -1,5 +1,10 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in pieces of less than ten minutes: bash benchmarks/gpu.sh [--list | piece ...]
+# What wants a GPU: bash benchmarks/gpu.sh [--list | piece ...], all of it in pieces of less than ten minutes; or
+# bash benchmarks/gpu.sh --first [--wheels FOLDER] [--rehearse], the most telling of it in nine minutes.
+#
+# --first is benchmarks/first.py. It leaves its JSON files in benchmarks/results/<the GPU's name>/first, or in $OUT/first
+# if OUT is set. --wheels first installs what benchmarks/gpu_wheels.sh fetched, without a network; --rehearse runs it on
+# a CPU on tiny sizes, in benchmarks/results/rehearsal if OUT is not set.
 #
 # Tests of the kernels, every configuration against the chunked form, speed of the kernels, training throughput. A piece
 # leaves a JSON file with hardware and versions, and a log, in benchmarks/results/<the GPU's name>; a piece whose JSON
@@ -8,6 +13,30 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 python=${PYTHON:-python}
+
+if [[ ${1:-} == --first ]]; then
+    shift
+    rehearse=()
+    while (($#)); do
+        case $1 in
+            --wheels)
+                "$python" -m benchmarks.wheels "${2:?give the folder of the wheels}" || exit 2
+                "$python" -m pip install --quiet --no-index --no-deps --no-warn-script-location "$2"/*.whl ||
+                    echo "The wheels could not be installed: what needs them fails, the rest runs." >&2
+                shift 2
+                ;;
+            --rehearse) rehearse=(--rehearse) && shift ;;
+            *) echo "There is no option '$1'; give --wheels FOLDER or --rehearse." >&2 && exit 2 ;;
+        esac
+    done
+    name=rehearsal
+    if ((${#rehearse[@]} == 0)); then
+        name=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr ' [:upper:]' '_[:lower:]')/first
+    fi
+    folder=${OUT:+$OUT/first}
+    folder=${folder:-benchmarks/results/$name}
+    exec "$python" -m benchmarks.first --output "$folder" "${rehearse[@]}"
+fi
 
 pieces=()
 for file in tests/kernels/test_*.py; do

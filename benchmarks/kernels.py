@@ -39,13 +39,18 @@ SHARES_HEADS = {"Gated DeltaNet", "KDA"}  # in the models that share query and k
 Inputs = dict[str, Tensor]
 
 
+def warmups(device: str) -> int:
+    """Runs that are not counted; none on a CPU, where sizes are tiny and nothing is measured."""
+    return 0 if device == "cpu" else 2
+
+
 def forward_seconds(way: Way, make: Callable[[], Inputs], repeats: int, device: str) -> float:
     times = []
-    for _ in range(repeats + 2):
+    for _ in range(repeats + warmups(device)):
         given = way.arguments(make())
         with torch.no_grad():
             times.append(seconds_of(lambda given=given: way.run(**given), device))
-    return statistics.median(times[2:])
+    return statistics.median(times[warmups(device) :])
 
 
 def both_seconds(way: Way, make: Callable[[], Inputs], repeats: int, device: str) -> float:
@@ -53,11 +58,11 @@ def both_seconds(way: Way, make: Callable[[], Inputs], repeats: int, device: str
     with torch.no_grad():
         output = way.run(**way.arguments(make()))
     times = []
-    for _ in range(repeats + 2):
+    for _ in range(repeats + warmups(device)):
         given = {name: as_leaf(tensor) for name, tensor in way.arguments(make()).items()}
         grad = torch.randn(output.shape, device=device).to(output.dtype)
         times.append(seconds_of(lambda given=given, grad=grad: way.run(**given).backward(grad), device))
-    return statistics.median(times[2:])
+    return statistics.median(times[warmups(device) :])
 
 
 def num_bytes(tensors: Any) -> int:
@@ -68,8 +73,8 @@ def copy_rate(device: str, repeats: int = 7) -> float:
     """Bytes read and written a second by a copy of 1 GiB (64 MiB on a CPU)."""
     size = (1 << 30) if device != "cpu" else (1 << 26)
     source, target = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
-    times = [seconds_of(lambda: target.copy_(source), device) for _ in range(repeats + 2)]
-    return 2 * size / statistics.median(times[2:])
+    times = [seconds_of(lambda: target.copy_(source), device) for _ in range(repeats + warmups(device))]
+    return 2 * size / statistics.median(times[warmups(device) :])
 
 
 def error(way: Way, operation: Operation, inputs: Inputs) -> float | None:
@@ -124,15 +129,15 @@ def rows_of(
 def decode_rows(
     name: str, ways: dict[str, Way], size: Size, dtype: torch.dtype, device: str, repeats: int, failures: list[str]
 ) -> list[dict[str, Any]]:
-    state_shape = (size.batch, size.heads, size.key_dim, size.value_dim)
+    state_shape = OPERATIONS[name].state_shape(size)
 
     def make() -> Inputs:
         state = torch.randn(state_shape, device=device)
         return OPERATIONS[name].make(size, dtype, device) | {"initial_state": state}
 
     state = make()["initial_state"]
-    copies = [seconds_of(state.clone, device) for _ in range(repeats + 2)]
-    copy = statistics.median(copies[2:])
+    copies = [seconds_of(state.clone, device) for _ in range(repeats + warmups(device))]
+    copy = statistics.median(copies[warmups(device) :])
     rows = []
     for way_name, way in ways.items():
         notes: list[str] = []

@@ -71,6 +71,7 @@ class Operation:
     ways: dict[str, Way]
     flops: Callable[[Size], float]
     decode_ways: dict[str, Way] = field(default_factory=dict)  # of one token, from a state
+    state_shape: Callable[[Size], tuple[int, ...]] = lambda size: (size.batch, size.heads, size.key_dim, size.value_dim)
 
 
 def as_leaf(x: Tensor) -> Tensor:
@@ -315,6 +316,12 @@ def _mamba_flops(size: Size) -> float:
     return size.batch * size.length * per_token
 
 
+def _our_elementwise_step(**arguments: Tensor) -> Tensor:
+    state = elementwise_recurrence(**arguments, output_final_state=True, backend=_kernels())[1]
+    assert state is not None
+    return state
+
+
 _MAMBA_NAMES = {name: name for name in ("q", "k", "v", "log_decay", "step")}
 
 OPERATIONS = {
@@ -357,6 +364,8 @@ OPERATIONS = {
             PLAIN: Way(lambda **x: elementwise_recurrence(**x, backend="chunked")[0], _MAMBA_NAMES),
         },
         _mamba_flops,
+        {OURS: Way(_our_elementwise_step, _MAMBA_NAMES | {"initial_state": "initial_state"})},
+        lambda size: (size.batch, 1, STATE_DIM, size.heads * size.value_dim),
     ),
     "short convolution": _fused(_convolution_inputs, causal_conv, _convolve, "x weight"),
     "gated RMS norm": _fused(_norm_inputs, _our_norm, _norm, "x gate weight"),

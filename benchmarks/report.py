@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
-from rich.console import Console
-from rich.table import Table
 
 
 def interleaved_seconds(
@@ -163,6 +161,9 @@ def arguments(description: str) -> argparse.ArgumentParser:
 
 def show(title: str, rows: list[dict[str, Any]], output: Path | None, **facts: Any) -> None:
     """Prints `rows` as a table and writes them, with the machine and `facts`, to `output`."""
+    from rich.console import Console  # here, since what only times does without
+    from rich.table import Table
+
     table = Table(title=title, title_justify="left")
     for name in rows[0]:
         table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right", no_wrap=True)

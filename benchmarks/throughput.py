@@ -35,14 +35,15 @@ def rows_of(
     whole = build_on_meta(config, vocab_size)
     rate = matmul_rate(getattr(torch, config.training.dtype), device.type, 8192 if device.type == "cuda" else 512)
     step_of = steps_of(config, vocab_size)
+    warmups = 3 if device.type == "cuda" else 1
     rows = []
     for length in lengths:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         notes: list[str] = []
         step = step_of(tokens // length, length)
-        times = attempt(notes, lambda step=step: [seconds_of(step, device.type) for _ in range(repeats + 3)])
-        speed = times and tokens / statistics.median(times[3:])
+        times = attempt(notes, lambda step=step: [seconds_of(step, device.type) for _ in range(repeats + warmups)])
+        speed = times and tokens / statistics.median(times[warmups:])
         rows.append(
             {
                 "instance": instance,
@@ -50,6 +51,7 @@ def rows_of(
                 "rows": f"{length} x {tokens // length}",
                 "peak GiB": times and memory_gib(device),
                 "tokens/s": speed and round(speed * world_size_of_launch()),
+                "FLOP/s": speed and 3 * speed * whole.flops_per_token(length),
                 "of matmul rate": speed and 3 * speed * whole.flops_per_token(length) / rate,
             }
         )

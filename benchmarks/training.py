@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
 from benchmarks.report import Worker, arguments, interleaved_seconds, matmul_rate, show
 from torchlmoe.config import Config
@@ -72,6 +71,8 @@ def flops_per_token(length: int) -> int:
 
 def qwen3_next_step(dtype: str, batch_size: int, length: int, experts: str, keeps_pages: bool) -> Callable[[], None]:
     """A training step of transformers' model, its parameters held in `dtype`."""
+    from transformers import Qwen3NextConfig, Qwen3NextForCausalLM  # takes seconds
+
     if keeps_pages:
         keep_freed_pages()
     config = Qwen3NextConfig(

@@ -6,12 +6,15 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
-import pytest
 import torch
 
+from benchmarks import first, wheels
+from benchmarks.operations import OPERATIONS, OURS, PLAIN
 from benchmarks.tune_kernels import LookedUp, agrees, climb
 
 ROOT = Path(__file__).parents[2]
@@ -24,25 +27,99 @@ def run(*command: str, **changed: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize(
-    ("module", "arguments", "rows"),
-    [
-        ("kernels", "--operations KDA Mamba --by torchlmoe PyTorch".split(), 4),
-        ("kernels", ["--case", "decode", "--operations", "KDA", "--by", "torchlmoe"], 1),
-        ("throughput", ["--flavor", "debug", "--instances", "gla", "--lengths", "32", "64", "--tokens", "64"], 2),
-    ],
-)
-def test_measures(tmp_path, module, arguments, rows):
+def test_measures_kernels(tmp_path):
     output = tmp_path / "figures.json"
-    result = run(sys.executable, "-m", f"benchmarks.{module}", *arguments, "--repeats", "1", "--output", str(output))
+    arguments = "--operations KDA Mamba --by torchlmoe PyTorch --repeats 1 --output".split()
+    result = run(sys.executable, "-m", "benchmarks.kernels", *arguments, str(output))
     assert result.returncode == 0, result.stderr
     record = json.loads(output.read_text())
-    assert len(record["rows"]) == rows
+    assert len(record["rows"]) == 4
     assert not record["failures"]
     assert {"torch", "triton", "ptxas", "driver", "gpu"} <= record["machine"].keys()
     for row in record["rows"]:
         assert row.get("error", 0) < 1e-2
         assert None not in row.values()
+
+
+def test_first_minutes_are_rehearsed(tmp_path):
+    result = run("bash", "benchmarks/gpu.sh", "--first", "--rehearse", OUT=str(tmp_path), PYTHON=sys.executable)
+    assert result.returncode == 0, result.stdout + result.stderr
+    pieces = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "first").glob("*.json")}
+    assert pieces.keys() == {"ceilings", "check", "speed", "decode", "training", "sweep"}
+    for piece in pieces.values():
+        assert piece["finished"]
+        assert not piece["failures"]
+        assert {"torch", "triton", "gpu"} <= piece["machine"].keys()
+        assert piece["clock"].endswith("rehearsal")
+        assert piece["rows"]
+    checked = {row["operation"]: row["passed"] for row in pieces["check"]["rows"]}
+    assert checked == {name: True for name, each in OPERATIONS.items() if {OURS, PLAIN} <= each.ways.keys()}
+    assert len(pieces["speed"]["rows"]) == len(first.TIMED) + 2  # softmax attention, and shared key heads
+    assert {"tokens/s", "MFU", "peak GiB"} <= pieces["training"]["rows"][0].keys()
+
+
+def a_row(name):
+    yield {"operation": name}
+
+
+def a_row_and_an_error():
+    yield {"operation": "half"}
+    raise RuntimeError("CUDA error: an illegal memory access")
+
+
+def a_row_and_no_end():
+    yield {"operation": "stuck"}
+    time.sleep(1000)
+
+
+def a_death():
+    os._exit(9)
+    yield {}
+
+
+def test_a_case_that_fails_ends_alone(tmp_path):
+    """An error, a hang and a dead process are named, what they had done is kept, and what had no time is named too."""
+    cases = [
+        first.Case("good", a_row, ("good",)),
+        first.Case("wrong", a_row_and_an_error, ()),
+        first.Case("dead", a_death, ()),
+        first.Case("stuck", a_row_and_no_end, ()),
+        first.Case("late", a_row, ("late",)),
+    ]
+    record = first.run_piece(first.Piece("tried", 8.0, cases), tmp_path, {"machine": {}}, time.monotonic() + 100)
+    assert json.loads((tmp_path / "tried.json").read_text()) == record
+    assert [row["operation"] for row in record["rows"]] == ["good", "half", "stuck"]
+    assert record["failures"] == {
+        "wrong": "RuntimeError: CUDA error: an illegal memory access",
+        "dead": "its process ended with exit code 9",
+        "stuck": "stopped, since the piece's time was over",
+    }
+    assert record["not done"] == ["late"]
+    assert not record["finished"]
+
+
+def wheel(folder, name, metadata):
+    with zipfile.ZipFile(folder / name, "w") as file:
+        file.writestr(f"{name.split('-')[0]}.dist-info/METADATA", metadata)
+
+
+def test_wheels_that_do_not_fit_are_named(tmp_path):
+    assert "holds no wheels" in wheels.faults(tmp_path)[0]
+    wheel(
+        tmp_path,
+        "good-1.0-py3-none-any.whl",
+        'Requires-Dist: numpy\nRequires-Dist: other>=2\nRequires-Dist: x; extra == "y"',
+    )
+    wheel(tmp_path, "other-2.1-cp312-cp312-manylinux_2_28_x86_64.whl", "Requires-Python: >=3.10")
+    assert wheels.faults(tmp_path) == []
+    wheel(tmp_path, "old-1.0-cp311-cp311-manylinux_2_28_x86_64.whl", "Requires-Python: <3.12")
+    wheel(tmp_path, "lacking-1.0-py3-none-any.whl", "Requires-Dist: absent\nRequires-Dist: other<2")
+    assert wheels.faults(tmp_path) == [
+        "lacking-1.0-py3-none-any.whl requires absent, which is neither in the folder nor on the machine.",
+        "lacking-1.0-py3-none-any.whl requires other<2, and the folder has other 2.1.",
+        "old-1.0-cp311-cp311-manylinux_2_28_x86_64.whl is not for Python 3.12 on x86-64 Linux.",
+        "old-1.0-cp311-cp311-manylinux_2_28_x86_64.whl requires Python <3.12.",
+    ]
 
 
 class Configuration(NamedTuple):
