@@ -86,6 +86,7 @@ def test_prompt_from_standard_input_streams_to_a_pipe(folder):
 BAD = {
     "": "There is no prompt",
     "--prompt=": "A prompt is empty",
+    "--prompt \udcff": "--prompt '\\udcff' is not UTF-8 text.",
     "--prompt x --temperature -1": "temperature = -1.0 must be 0",
     "--prompt x --temperature warm": "argument --temperature: invalid float value: 'warm' (see --help).",
     "--prompt x --top-k 0": "top_k = 0 must be at least 1",

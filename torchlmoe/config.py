@@ -39,9 +39,9 @@ class Model(Table):
     ] = "LLLN"
     mixer: Annotated[str | None, Field(description="Short for model.layers.L.mixer.")] = None
     backend: Annotated[Backend, Field(description="How recurrences run.")] = "auto"
-    vocab_size: Annotated[int | None, Field(ge=2, description="Rows of the embedding; the tokenizer's if unset.")] = (
-        None
-    )
+    vocab_size: Annotated[
+        int | None, Field(ge=2, le=2**24, description="Rows of the embedding; the tokenizer's if unset.")
+    ] = None
     dim: Annotated[int, Field(ge=1, le=1_000_000, description="Width of the residual stream.")] = 256
     num_layers: Annotated[int, Field(ge=1, le=10_000, description="Blocks.")] = 4
     num_heads: Annotated[int, Field(ge=1, description="Heads of every mixer that does not say otherwise.")] = 4
@@ -110,20 +110,28 @@ class Data(Table):
     cache_dir: Annotated[
         str | None, Field(description="Where tokenised text is kept; ~/.cache/torchlmoe if unset.")
     ] = None
-    num_prefetch: Annotated[int, Field(ge=1, description="Steps that are read ahead.")] = 2
+    num_prefetch: Annotated[int, Field(ge=1, le=1000, description="Steps that are read ahead.")] = 2
 
 
 @dataclass
 class Training(Table):
     steps: Annotated[int, Field(ge=1, description="Optimizer steps.")] = 100
-    seq_len: Annotated[int, Field(ge=1, description="Tokens in a row.")] = 512
+    seq_len: Annotated[int, Field(ge=1, le=2**30, description="Tokens in a row.")] = 512
     local_batch_size: Annotated[
         int | None,
-        Field(ge=1, description="Rows a data rank holds at once; its share of the global batch, or 8, if unset."),
+        Field(
+            ge=1,
+            le=1_000_000,
+            description="Rows a data rank holds at once; its share of the global batch, or 8, if unset.",
+        ),
     ] = None
     global_batch_size: Annotated[
         int | None,
-        Field(ge=1, description="Rows an optimizer step, over all ranks; local_batch_size on each if unset."),
+        Field(
+            ge=1,
+            le=1_000_000_000,
+            description="Rows an optimizer step, over all ranks; local_batch_size on each if unset.",
+        ),
     ] = None
     seed: Annotated[int, Field(ge=0, description="Of initialisation and data order.")] = 0
     dtype: Annotated[
@@ -183,7 +191,9 @@ class Validation(Table):
     max_batches: Annotated[
         int | None, Field(ge=1, description="Batches at intervals, over all ranks; all if unset. The last takes all.")
     ] = None
-    local_batch_size: Annotated[int | None, Field(ge=1, description="Rows at once; training's, or 8, if unset.")] = None
+    local_batch_size: Annotated[
+        int | None, Field(ge=1, le=1_000_000, description="Rows at once; training's, or 8, if unset.")
+    ] = None
 
 
 @dataclass

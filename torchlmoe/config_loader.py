@@ -186,7 +186,7 @@ def shortest_span(config: Config, world_size: int) -> int:
 
 def _read_toml(path: str) -> dict[str, Any]:
     try:
-        return tomli.loads(Path(path).read_text(encoding="utf-8"))
+        return tomli.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"job.config_file = {path!r} does not exist; see train_configs/ for recipes.") from None
     except (OSError, UnicodeDecodeError) as error:

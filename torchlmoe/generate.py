@@ -13,7 +13,7 @@ from torchlmoe.command import FlagParser, run
 
 def main(arguments: list[str]) -> None:
     flags = _parser().parse_args(arguments)
-    prompts = [*flags.prompt, *map(_read, flags.prompt_file)]
+    prompts = [*map(_utf8, flags.prompt), *map(_read, flags.prompt_file)]
     if not all(prompts):
         raise ValueError("A prompt is empty; give it at least one character.")
     if not prompts:
@@ -94,6 +94,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", choices=["float32", "bfloat16", "float64"], help="of the weights; as saved if unset")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to run; default auto")
     return parser
+
+
+def _utf8(prompt: str) -> str:
+    """The prompt, if the bytes that the shell gave are text."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"--prompt {prompt!a} is not UTF-8 text.") from None
+    return prompt
 
 
 def _read(file: str) -> str:

@@ -140,6 +140,10 @@ def test_another_model_or_order_of_data_is_refused(single, corpus, tmp_path):
     for extra in (f"--data.dataset {more}", "--data.max_tokens 2000"):
         with pytest.raises(ValueError, match=r"data\.num_tokens is .*: give the same training data"):
             Trainer(load_config(arguments(corpus, folder, f"{LOSS_FREE} {extra}")))
+    texts = (more / "train.jsonl").read_text().splitlines()[:-1]
+    (more / "train.jsonl").write_text("\n".join([*texts[1:], texts[0]]) + "\n")  # as a renamed file changes the order
+    with pytest.raises(ValueError, match=r"data\.content is .*: give the same training data"):
+        Trainer(load_config(arguments(corpus, folder, f"{LOSS_FREE} --data.dataset {more}")))
     tokenizer = json.loads((single / "checkpoints/step-00000008/tokenizer.json").read_text())
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer, indent=3))
     with pytest.raises(ValueError, match=r"data\.tokenizer is .sha256"):

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import itertools
 import json
+import os
 
 import datasets
 import pyarrow as pa
@@ -70,7 +71,9 @@ def test_another_text_column(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"content": "x", "id": 3}\n{"content": null, "id": 4}\n\n')
     assert read(path, text_column="content") == ["x", ""]
-    with pytest.raises(ValueError, match=r"a\.jsonl has no column 'text': set data\.text_column .* content or id"):
+    with pytest.raises(
+        ValueError, match=r"a\.jsonl, line 1 has no column 'text': set data\.text_column .* content or id"
+    ):
         read(path)
     with pytest.raises(ValueError, match=r"Column 'id' of .* holds int, not text"):
         read(path, text_column="id")
@@ -98,15 +101,43 @@ SPLIT_FOLDERS = {
     "only_held_out_named": (["a.jsonl", "values.jsonl"], ["dev.jsonl"], ["test_a.jsonl"]),
     "text_beside_tables": (["a.jsonl"], ["validation.parquet"], ["README.md"]),
     "other_files_beside_train": (["train.jsonl"], ["valid_1.jsonl"], ["extra.jsonl", ".git/x.jsonl"]),
+    "suffixes_of_any_case": (["A.JSONL", "b.jsonl", "c.Json.GZ"], [], []),
+    "titles_are_no_splits": (["Train to Pakistan.txt", "Valley.txt", "a.txt", "trainée.txt", "valérie.txt"], [], []),
 }
 
 
 @pytest.mark.parametrize("names", SPLIT_FOLDERS.values(), ids=SPLIT_FOLDERS)
 def test_folders_with_splits(tmp_path, names):
     for name in itertools.chain(*names):
-        write(tmp_path / name, [name])
+        if name.endswith(".txt"):
+            (tmp_path / name).write_text(name)
+        else:
+            write(tmp_path / name, [name])
     assert read(tmp_path, "train") == names[0]
     assert read(tmp_path, "validation") == names[1]
+
+
+def test_links_are_followed(tmp_path, caplog):
+    """As a hub's cache consists of them; a link to a folder above is no second reading, a broken one is named."""
+    (tmp_path / "data").mkdir()
+    for name in ("blobs/1", "elsewhere/sub/b.jsonl"):
+        write(tmp_path / f"{name}.jsonl" if name == "blobs/1" else tmp_path / name, [name])
+    (tmp_path / "data/a.jsonl").symlink_to("../blobs/1.jsonl")
+    (tmp_path / "data/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data/up").symlink_to(tmp_path / "data")
+    write(tmp_path / "data/test.jsonl")
+    with caplog.at_level("INFO", logger="torchlmoe"):
+        assert read(tmp_path / "data") == ["blobs/1", "elsewhere/sub/b.jsonl"]
+        read(tmp_path / "data")
+    assert [record.message for record in caplog.records] == [
+        f"{tmp_path}/data: 2 files to train on, 0 to validate on, 1 left out (test.jsonl)."
+    ]
+    (tmp_path / "data/gone.jsonl").symlink_to("nowhere.jsonl")
+    with pytest.raises(ValueError, match=r"gone\.jsonl is a link to nowhere\.jsonl, which is not there"):
+        read(tmp_path / "data")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(ValueError, match=r"pipe\.jsonl is neither a file nor a folder"):
+        read(tmp_path / "pipe.jsonl")
 
 
 def test_splits_of_another_name(tmp_path):
@@ -163,6 +194,27 @@ def test_broken_files_are_named(tmp_path, name):
         read(tmp_path / name)
 
 
+def test_the_line_is_named(tmp_path):
+    lines = ['{"text": "good"}'] * 233
+    for last, sentence in {
+        '{"text": "a",}': r"a\.jsonl cannot be read: line 234, column 14: ",
+        '{"title": "a"}': r"a\.jsonl, line 234 has no column 'text'",
+        '{"text": 3, "title": "a"}': r"of .*a\.jsonl, line 234 holds int, not text: set .* to one that does, title\.",
+        '"a"': r"a\.jsonl, line 234 holds str, not an object",
+    }.items():
+        (tmp_path / "a.jsonl").write_text("\n".join([*lines, last]))
+        with pytest.raises(ValueError, match=sentence):
+            read(tmp_path / "a.jsonl")
+    (tmp_path / "a.json").write_text('\n[{"text": "good"},\n {"text": "a",}]')
+    with pytest.raises(ValueError, match=r"a\.json cannot be read: line 3, column 15: "):
+        read(tmp_path / "a.json")
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + lines[0].encode())
+    assert read(tmp_path / "a.jsonl") == ["good"]
+    pq.write_table(pa.table({"text": [b"bytes"], "id": [1], "body": ["x"]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"Column 'text' of .*a\.parquet holds binary, not text: .* that does, body\."):
+        read(tmp_path / "a.parquet")
+
+
 def test_identity_follows_the_files(tmp_path):
     path = write(tmp_path / "a.jsonl")
 
@@ -172,7 +224,10 @@ def test_identity_follows_the_files(tmp_path):
     first = identity()
     assert first == identity()
     assert len({first, identity("validation"), identity(validation_fraction=0.5), identity(text_column="x")}) == 4
-    path.write_text('{"text": "other"}\n')
+    before = path.stat()
+    path.write_text(path.read_text().upper())
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
     assert identity() != first
 
 

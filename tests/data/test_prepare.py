@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from tokenizers import Tokenizer as RawTokenizer
-from tokenizers import normalizers
+from tokenizers import models, normalizers, pre_tokenizers, trainers
 
 from torchlmoe.data import prepare as prepare_module
 from torchlmoe.data.loader import validation_batches, validation_text_bytes
@@ -47,6 +47,42 @@ def documents_of(store):
 def expected_documents():
     raw = RawTokenizer.from_file(str(ASSETS / "tokenizer.json"))
     return [[0, *raw.encode(text).ids] for text in TEXTS if text]
+
+
+def test_long_names_and_content(build, tmp_path):
+    """The store's identity is that of its tokens in their order, whatever the file is called."""
+    stores = {}
+    for name, texts in {
+        "a" * 240: ["one", "two"],
+        "b": ["one", "two"],
+        "c": ["two", "one"],
+        "d": ["on", "etwo"],
+    }.items():
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        stores[name[0]] = build(dataset=str(path)).index.content
+    assert stores["a"] == stores["b"]
+    assert len(set(stores.values())) == 3
+
+
+def bpe(path, texts, **options):
+    """Trained on texts, without a token for anything else, and with an end token that is not marked as special."""
+    raw = RawTokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    raw.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=200, show_progress=False, **options))
+    raw.add_tokens(["</s>"])
+    raw.save(str(path))
+    return load_tokenizer(path)
+
+
+def test_text_that_the_tokenizer_drops_is_said(build, tmp_path, caplog):
+    tokenizer = bpe(tmp_path / "tokenizer.json", [text for text in TEXTS if text.isascii()])
+    build(tokenizer=tokenizer)
+    assert "no token for some characters of" in caplog.text
+    assert "'ä'" in caplog.text
+    caplog.clear()
+    build(tokenizer=bpe(tmp_path / "tokenizer.json", TEXTS))
+    assert not caplog.text
 
 
 @pytest.mark.parametrize("characters_at_once", [1, 500, 2**22])

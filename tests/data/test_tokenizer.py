@@ -25,7 +25,8 @@ TEXTS = [
 
 def word_tokenizer(path, words, **options):
     """A tokenizer of whole words, which is not byte-level."""
-    raw = RawTokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
+    ids = words if isinstance(words, dict) else {word: i for i, word in enumerate(words)}
+    raw = RawTokenizer(models.WordLevel(ids, unk_token=next(iter(ids))))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
     raw.save(str(path))
     return load_tokenizer(path, **options)
@@ -73,6 +74,23 @@ def test_end_tokens_are_found_or_named(tmp_path):
         word_tokenizer(tmp_path / "d.json", ["x", "y"])
     with pytest.raises(ValueError, match=r"no end token z: set data\.end_token"):
         word_tokenizer(tmp_path / "e.json", ["x", "y"], end_token="z")
+
+
+def test_an_end_token_that_is_not_special_stands_for_no_text(tmp_path):
+    raw = RawTokenizer.from_file(str(ASSETS / "tokenizer.json"))
+    raw.add_tokens(["<|the_end|>"])
+    raw.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path, "<|the_end|>")
+    assert tokenizer.token_bytes()[tokenizer.end_id] == 0
+
+
+def test_an_enormous_id_is_refused(tmp_path):
+    content = word_tokenizer(tmp_path / "a.json", ["x", "</s>"]).content
+    (tmp_path / "b.json").write_bytes(
+        content.replace(b'"x": 0', b'"x": 4294967295').replace(b'"x":0', b'"x":4294967295')
+    )
+    with pytest.raises(ValueError, match=r"has a token with the id 4294967295; ids up to 16777215 are served"):
+        load_tokenizer(tmp_path / "b.json")
 
 
 def test_other_tokenizers_have_no_byte_lengths(tmp_path):

@@ -149,3 +149,17 @@ def test_training_goes_on_after_generation():
 def test_refusals(prompts, max_new_tokens, message):
     with pytest.raises(ValueError, match=message):
         generate(build(), prompts, max_new_tokens=max_new_tokens)
+
+
+@pytest.mark.parametrize("mixer", ["gated_deltanet", "attention"])
+def test_a_compiled_model_generates_the_same(mixer):
+    torch._dynamo.reset()
+    model = build("--model.layer_pattern", "L", "--model.mixer", mixer, "--model.num_layers", "1")
+    expected = generate(model, prompts()[:2], max_new_tokens=4)
+    model.next_logits = torch.compile(model.next_logits, backend="eager")
+    assert generate(model, prompts()[:2], max_new_tokens=4) == expected
+
+
+def test_a_tokenizer_with_more_tokens_than_rows_is_refused():
+    with pytest.raises(ValueError, match="The tokenizer has 51 tokens, but the model only 50 rows of its embedding"):
+        generate(build(), prompts(), max_new_tokens=1, vocab_size=51)

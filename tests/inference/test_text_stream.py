@@ -1,8 +1,11 @@
 """What is streamed adds up to the decoded whole, never splits a character, and keeps the order of the prompts."""
 
+import copy
 import random
 
 import pytest
+from tokenizers import Tokenizer as RawTokenizer
+from tokenizers import decoders, models
 
 from torchlmoe.data.tokenizer import load_tokenizer
 from torchlmoe.inference.text_stream import TextStream, stream_in_order
@@ -33,6 +36,32 @@ def test_any_ids_add_up_to_the_whole(tokenizer):
             ids = [draw.choice(pool) for _ in range(40)]
             stream = TextStream(tokenizer)
             assert "".join(map(stream.push, ids)) + stream.close() == tokenizer.decode(ids)
+
+
+@pytest.fixture(scope="module")
+def byte_fallback():
+    """As the tokenizers of Llama and Mistral: a space is part of a word, the first one is dropped, and what has no
+    token is spelled in bytes."""
+    pieces = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁aeinot", "▁a", "▁to", "▁to▁a"]
+    raw = RawTokenizer(models.BPE({piece: index for index, piece in enumerate(pieces)}, [], byte_fallback=True))
+    raw.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer = copy.copy(load_tokenizer("embedded"))
+    tokenizer._tokenizer, tokenizer.vocab_size = raw, len(pieces)
+    return tokenizer
+
+
+@pytest.mark.parametrize("window", [1, 3, 64])
+def test_byte_fallback_adds_up_to_the_whole(byte_fallback, window):
+    draw = random.Random(0)
+    text = [2 + byte for byte in TEXT.encode()]
+    for pool in (range(byte_fallback.vocab_size), range(258, byte_fallback.vocab_size)):
+        for _ in range(20):
+            ids = text + [draw.choice(pool) for _ in range(40)] + text
+            stream = TextStream(byte_fallback, window)
+            pieces = [stream.push(index) for index in ids]
+            assert "".join(pieces) + stream.close() == byte_fallback.decode(ids)
 
 
 def test_an_unfinished_character_comes_last(tokenizer):

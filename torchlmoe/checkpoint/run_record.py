@@ -71,6 +71,7 @@ def fixed_of_run(config: Config, global_batch_size: int, store: TokenStore) -> d
         "optimizer.name": config.optimizer.name,
         "data.num_tokens": store.num_tokens,
         "data.num_documents": store.num_documents,
+        "data.content": f"sha256 {store.index.content}",
     }
 
 
@@ -99,7 +100,7 @@ def check_same(saved: dict[str, Any], ours: dict[str, Any], folder: Path) -> Non
     for name, value in ours.items():
         if name in saved and saved[name] != value:
             # Of the order of data, which is no setting of its own.
-            of_data = name in ("data.num_tokens", "data.num_documents")
+            of_data = name in ("data.num_tokens", "data.num_documents", "data.content")
             remedy = "give the same training data and data.max_tokens again" if of_data else "set it to that"
             raise ValueError(
                 f"{name} is {value!r}, but the run that saved {folder} had {saved[name]!r}: {remedy}, or start a new "

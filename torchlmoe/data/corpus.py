@@ -51,6 +51,8 @@ def open_corpus(
     name, setting = dataset, "data.dataset"
     if split == "validation" and validation_dataset is not None:
         name, setting = validation_dataset, "data.validation_dataset"
+    if not name:
+        raise ValueError(f'{setting} is empty: give "embedded", a local file or folder, or the id of a hub dataset.')
     embedded = Path(str(files("torchlmoe.assets") / "embedded"))
     path = embedded if name == "embedded" else Path(name).expanduser()
     held_out = validation_fraction if validation_dataset is None else None
@@ -73,11 +75,17 @@ def _local_corpus(
     if not chosen:
         raise ValueError(f"{name} holds validation or test files only: data.dataset needs files to train on.")
     identity = {
-        "files": [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in chosen],
+        "files": [_stamp(path) for path in chosen],
         "text_column": text_column,
         "part": None if held_out is None else (split, held_out),
     }
     return Corpus(name, identity, lambda: _part(read_files(chosen, text_column), split, held_out))
+
+
+def _stamp(path: Path) -> tuple[str, int, int, int]:
+    """What changes with a file's content. The time of modification can be set to any; that of change cannot."""
+    state = path.stat()
+    return str(path.resolve()), state.st_size, state.st_mtime_ns, state.st_ctime_ns
 
 
 def _hub_corpus(

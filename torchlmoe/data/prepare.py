@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -18,9 +19,12 @@ from torchlmoe.data.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 # Part of every store's name: raise it when the same recipe would be written differently.
-FORMAT = 1
+FORMAT = 2
 # Enough to keep the tokenizer's threads busy, little enough for memory and for a progress line that moves.
 CHARACTERS_AT_ONCE = 2**22
+# Of every batch, what is looked at for text that the tokenizer drops.
+CHARACTERS_LOOKED_AT = 2**17
+NAME_BYTES = 100  # of a store's folder, from the dataset's name; file systems take 255 in all
 
 
 def prepare(
@@ -39,7 +43,7 @@ def prepare(
 ) -> TokenStore:
     """The token store of one split, "train" or "validation", built if `cache_dir` does not have it yet.
 
-    Its folder is named by a hash of all that it depends on: the dataset (local files by path, size and time
+    Its folder is named by a hash of all that it depends on: the dataset (local files by path, size and times
     of change), the tokenizer, `max_tokens` and the options. Of several processes one builds, the others wait.
 
     max_tokens: stop there, within a document if need be; end tokens count. None takes all.
@@ -66,7 +70,9 @@ def prepare(
         "max_tokens": max_tokens,
     }
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
-    readable = re.sub(r"[^\w.-]+", "-", Path(corpus.name).name)
+    if not str(cache_dir):
+        raise ValueError("data.cache_dir is empty: give a folder, or leave it unset.")
+    readable = re.sub(r"[^\w.-]+", "-", Path(corpus.name).name).encode()[:NAME_BYTES].decode(errors="ignore")
     folder = Path(cache_dir).expanduser() / f"{readable}-{split}-{digest}"
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -90,15 +96,21 @@ def _build(
     folder: Path, corpus: Corpus, split: str, tokenizer: Tokenizer, recipe: dict, max_tokens: int | None
 ) -> TokenStore:
     token_bytes = tokenizer.token_bytes()
+    dropped = Counter[str]()
     with (
         StoreWriter(folder, vocab_size=tokenizer.vocab_size, end_id=tokenizer.end_id, recipe=recipe) as writer,
         TokenizationProgress(f"{corpus.name}, {split}") as progress,
     ):
-        for text, ids in _encoded(corpus, tokenizer):
+        looked_at = 0
+        for text, ids, is_first in _encoded(corpus, tokenizer):
+            looked_at = 0 if is_first else looked_at
             text_bytes = len(text.encode())
             # A normalizer may have rewritten the text: only the text itself proves the bytes of its tokens.
             if token_bytes is not None and int(token_bytes[ids].sum()) != text_bytes:
                 token_bytes = None
+            if token_bytes is None and looked_at < CHARACTERS_LOOKED_AT:
+                looked_at += len(text)
+                dropped.update(tokenizer.dropped_characters(text))
             room = len(ids) if max_tokens is None else max_tokens - writer.num_tokens - 1
             if room < 0:
                 break
@@ -118,14 +130,20 @@ def _build(
                     "documents, raise data.validation_fraction"
                 )
             raise ValueError(f"The {split} split of {corpus.name} has no documents with text: {remedy}.")
+        if dropped:
+            examples = ", ".join(repr(character) for character, _ in dropped.most_common(5))
+            logger.warning(
+                f"The tokenizer has no token for some characters of {corpus.name}, such as {examples}, and drops them: "
+                "the model never sees this text, and bits per byte are too low by as much as it would have cost."
+            )
         return writer.finish(token_bytes)
 
 
-def _encoded(corpus: Corpus, tokenizer: Tokenizer) -> Iterator[tuple[str, np.ndarray]]:
-    """Every document that has text, and its ids."""
+def _encoded(corpus: Corpus, tokenizer: Tokenizer) -> Iterator[tuple[str, np.ndarray, bool]]:
+    """Every document that has text, its ids, and whether it is the first of a batch."""
     for texts in _batches(filter(None, corpus.documents())):
-        for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
-            yield text, np.array(ids, dtype=np.int64)
+        for index, (text, ids) in enumerate(zip(texts, tokenizer.encode_batch(texts), strict=True)):
+            yield text, np.array(ids, dtype=np.int64), index == 0
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:

@@ -9,6 +9,7 @@ A store is a folder of raw little-endian files:
     token_bytes.bin    uint16 [vocab_size], UTF-8 bytes of each token; only where they are exact for this text
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -25,7 +26,11 @@ SHARD_SIZE = 2**27
 
 @dataclass(frozen=True)
 class StoreIndex:
-    """The content of index.json. `recipe` says what the store was made from, for people and for the cache."""
+    """The content of index.json.
+
+    recipe: what the store was made from, for people and for the cache.
+    content: sha256 of its documents' tokens in their order, the store's identity.
+    """
 
     recipe: dict
     vocab_size: int
@@ -36,6 +41,7 @@ class StoreIndex:
     num_documents: int
     text_bytes: int
     has_token_bytes: bool
+    content: str
 
 
 class TokenStore:
@@ -110,6 +116,7 @@ class StoreWriter:
         self.vocab_size, self.end_id, self.recipe, self.shard_size = vocab_size, end_id, recipe, shard_size
         self.token_dtype = "<u2" if vocab_size <= 2**16 else "<u4"
         self.num_tokens = self.num_documents = self.text_bytes = 0
+        self._digest = hashlib.sha256(f"{self.token_dtype} {vocab_size} {end_id}".encode())
         self._shard: BinaryIO | None = None
         self._documents: BinaryIO | None = None
 
@@ -136,6 +143,8 @@ class StoreWriter:
         assert self._documents is not None
         self._documents.write(np.array([self.num_tokens], dtype="<i8").tobytes())
         tokens = np.array([self.end_id, *ids], dtype=self.token_dtype)
+        self._digest.update(np.array([len(tokens)], dtype="<i8").tobytes())
+        self._digest.update(tokens.tobytes())
         while len(tokens):
             room = self.shard_size - self.num_tokens % self.shard_size
             if room == self.shard_size:
@@ -172,6 +181,7 @@ class StoreWriter:
             num_documents=self.num_documents,
             text_bytes=self.text_bytes,
             has_token_bytes=token_bytes is not None,
+            content=self._digest.hexdigest(),
         )
         (self.partial / "index.json").write_text(json.dumps(asdict(index), indent=2))
         self.partial.rename(self.folder)

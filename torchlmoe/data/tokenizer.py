@@ -1,15 +1,16 @@
 """Text to token ids and back: a thin wrapper over `tokenizers.Tokenizer` that knows its end token."""
 
 import hashlib
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 import tokenizers
-from tokenizers.decoders import DecodeStream
 from tokenizers.pre_tokenizers import ByteLevel
 
+MOST_TOKENS = 2**24  # of a vocabulary; the largest in use have 2**18
 END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "</s>")
 
 
@@ -40,7 +41,11 @@ class Tokenizer:
         self._tokenizer.encode_special_tokens = True
 
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocabulary.values()) + 1
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        if self.vocab_size > MOST_TOKENS:
+            raise ValueError(
+                f"{path} has a token with the id {self.vocab_size - 1}; ids up to {MOST_TOKENS - 1} are served."
+            )
         candidates = END_TOKENS if end_token is None else (end_token,)
         found = [token for token in candidates if token in vocabulary]
         if not found:
@@ -59,15 +64,16 @@ class Tokenizer:
         """The text of `ids`, special tokens left out."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
-    def stream(self) -> Callable[[int], str]:
-        """A function that takes a text's ids one by one and returns what each adds to it, in whole characters."""
-        stream = DecodeStream(skip_special_tokens=True)
-        return lambda index: stream.step(self._tokenizer, index) or ""
+    def is_byte(self, index: int) -> bool:
+        """Whether a token is a single byte of a tokenizer with byte fallback (Llama's), which decodes bytes in a row
+        together: one that is wrong spoils all of them."""
+        return re.fullmatch("<0x[0-9A-F]{2}>", self._tokenizer.id_to_token(index) or "") is not None
 
     def token_bytes(self) -> np.ndarray | None:
         """UTF-8 bytes of text in each token, uint16 [vocab_size]; None unless this is byte-level BPE.
 
-        Special tokens stand for no text. Where a normalizer rewrites text, these are bytes of the result.
+        Special tokens and the end token stand for no text. Where a normalizer rewrites text, these are bytes of the
+        result.
         """
         added = self._tokenizer.get_added_tokens_decoder()
         table = np.zeros(self.vocab_size, dtype=np.uint16)
@@ -79,7 +85,15 @@ class Tokenizer:
                 table[index] = len(token)  # byte-level BPE writes every byte as one character
             else:
                 return None
+        table[self.end_id] = 0  # which not every tokenizer marks as special
         return table
+
+    def dropped_characters(self, text: str) -> list[str]:
+        """The characters of `text`, white space aside, that no token stands for."""
+        covered = np.zeros(len(text) + 1, dtype=bool)
+        for start, end in self._tokenizer.encode(text, add_special_tokens=False).offsets:
+            covered[start:end] = True
+        return [text[place] for place in np.flatnonzero(~covered[:-1]) if not text[place].isspace()]
 
     def bytes_covered(self, text: str, num_tokens: int) -> int:
         """UTF-8 bytes of `text` up to the end of its token `num_tokens`, in whole characters."""
@@ -95,6 +109,8 @@ def load_tokenizer(name_or_path: str | Path, end_token: str | None = None) -> To
     """
     if str(name_or_path) == "embedded":
         return Tokenizer(Path(str(files("torchlmoe.assets") / "tokenizer.json")), end_token)
+    if not str(name_or_path):
+        raise ValueError('data.tokenizer is empty: give "embedded", a tokenizer.json or a folder.')
     path = Path(name_or_path).expanduser()
     path = path / "tokenizer.json" if path.is_dir() else path
     if not path.is_file():

@@ -50,6 +50,11 @@ def generate_stepwise(
     Raises ValueError for prompts without tokens or with ids that there are not, and for max_new_tokens < 1.
     """
     vocab_size = vocab_size or model.embedding.num_embeddings
+    if vocab_size > model.embedding.num_embeddings:
+        raise ValueError(
+            f"The tokenizer has {vocab_size} tokens, but the model only {model.embedding.num_embeddings} rows of its "
+            "embedding; use the tokenizer that it was trained with."
+        )
     _check(prompts, max_new_tokens, vocab_size)
     model.eval()
     sampling = sampling or Sampling(temperature=0)

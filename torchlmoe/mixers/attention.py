@@ -157,7 +157,8 @@ class Attention(Mixer):
     def _keep(self, cache: TensorDict, positions: Tensor, **new: Tensor) -> list[Tensor]:
         """Writes the new tokens' places of the cache; returns all places filled so far."""
         rows = torch.arange(len(positions), device=positions.device)[:, None]
-        filled = int(positions.max()) + 1
+        # In a compiled step the mask hides what is not filled: a length that depends on values would end the graph.
+        filled = None if torch.compiler.is_compiling() else int(positions.max()) + 1
         for name, x in new.items():
             cache[name][rows, positions] = x.to(cache[name].dtype)
         return [cache[name][:, :filled].to(x.dtype) for name, x in new.items()]

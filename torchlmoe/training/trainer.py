@@ -18,8 +18,8 @@ from filelock import FileLock, Timeout
 
 from torchlmoe.checkpoint.checkpointer import Checkpointer
 from torchlmoe.config import Config
-from torchlmoe.config_loader import batch_sizes, check_degrees, shortest_span, to_toml
-from torchlmoe.data.loader import TrainLoader
+from torchlmoe.config_loader import batch_sizes, check_degrees, shortest_span, to_toml, validation_batch_size
+from torchlmoe.data.loader import TrainLoader, validation_text_bytes
 from torchlmoe.data.prepare import prepare
 from torchlmoe.data.store import TokenStore
 from torchlmoe.data.tokenizer import Tokenizer, load_tokenizer
@@ -136,6 +136,13 @@ class Trainer:
             )
 
         validation = store("validation", data.validation_max_tokens) if self.config.validation.enable else None
+        if validation is not None:  # refuses now what could not be counted in the first validation
+            validation_text_bytes(
+                validation,
+                seq_len=self.config.training.seq_len,
+                batch_size=validation_batch_size(self.config),
+                max_batches=self.config.validation.max_batches,
+            )
         return store("train", data.max_tokens), validation, tokenizer, vocab_size
 
     def _describe(self, store: TokenStore, vocab_size: int) -> None:
