@@ -29,7 +29,7 @@ from torchlmoe.ops import (
     recurrence_flops_per_token,
 )
 from torchlmoe.ops.causal_conv import causal_conv
-from torchlmoe.ops.chunked import Terms, chunked_forward, layout_of
+from torchlmoe.ops.chunked import Terms, chunked_forward, layouts_of
 
 OURS, PLAIN = "torchlmoe", "PyTorch"  # plain: a few torch functions, which are also what ours are compared with
 MOST_CHUNKS_TO_COMPILE = 32  # the traced form is unrolled over chunks
@@ -149,10 +149,10 @@ def _compiled_forward() -> Callable[..., Any]:
 
 def _compiled_chunked(**inputs: Tensor) -> Tensor:
     names = ("q", "k", "v", "log_decay", "erase", "erase_key", "value_log_decay", "bonus")
-    layout = layout_of(inputs["v"], None)
-    if (num_slabs := len(layout.slabs)) > MOST_CHUNKS_TO_COMPILE:
+    layouts = layouts_of(inputs["v"], None)
+    if (num_slabs := len(layouts[0].slabs)) > MOST_CHUNKS_TO_COMPILE:
         raise ValueError(f"{num_slabs} unrolled slabs are more than {MOST_CHUNKS_TO_COMPILE}: not compiled")
-    return _compiled_forward()(Terms(*(inputs.get(name) for name in names), 1.0), None, layout)[0]
+    return _compiled_forward()(Terms(*(inputs.get(name) for name in names), 1.0), None, layouts)[0]
 
 
 def _fla(description: str, output: int, **fixed: Any) -> Way:

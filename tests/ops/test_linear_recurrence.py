@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from torchlmoe.ops import linear_recurrence, span_summary
-from torchlmoe.ops.chunk_layout import kept_chunk_layout
-from torchlmoe.ops.chunked import Terms, chunked_forward, layout_of
+from torchlmoe.ops.chunk_layout import kept_chunk_layouts
+from torchlmoe.ops.chunked import Terms, chunked_forward, layouts_of
 
 TERMS = {
     "none": (),
@@ -242,7 +242,7 @@ def test_registered_operation(terms):
         (*[inputs.get(name) for name in TENSORS], 0.7, inputs["initial_state"], None),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"),
     )
-    o, *_ = chunked_forward(terms, inputs["initial_state"], layout_of(inputs["v"], None))
+    o, *_ = chunked_forward(terms, inputs["initial_state"], layouts_of(inputs["v"], None))
     used = list(inputs.values())
     traced = torch.autograd.grad(o.square().sum(), used)
     o, _ = linear_recurrence(**inputs, scale=0.7)
@@ -274,10 +274,10 @@ def test_packings_of_many_layers_are_laid_out_once():
         inputs = make_inputs((), 1, 60, num_states=2)
         bounds = torch.tensor([0, layer, 60], dtype=torch.int32)
         outputs.append((linear_recurrence(**inputs, cu_seqlens=bounds)[0], inputs["v"]))
-    before = kept_chunk_layout.cache_info().misses
+    before = kept_chunk_layouts.cache_info().misses
     for o, v in reversed(outputs):
         torch.autograd.grad(o.sum(), v)
-    assert kept_chunk_layout.cache_info().misses == before
+    assert kept_chunk_layouts.cache_info().misses == before
 
 
 def test_compiles_whole():

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchlmoe.ops.kernel_backend import kernels_serve
+from torchlmoe.ops.operation import custom_op, data_dependent_size
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Slots:
         return self.slot_TK - start_E[expert_TK]
 
 
-@torch.library.custom_op("torchlmoe::sort_slots", mutates_args=())
+@custom_op("torchlmoe::sort_slots")
 def _sort(expert_TK: Tensor, num_experts: int, alignment: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns choice_M, slot_TK, count_E, offset_E and padding_M (empty with alignment 1) of `Slots`."""
     expert_M, choice_M = expert_TK.flatten().sort(stable=True)
@@ -74,8 +75,11 @@ def _sort(expert_TK: Tensor, num_experts: int, alignment: int) -> tuple[Tensor, 
 
 @_sort.register_fake
 def _(expert_TK, num_experts, alignment):
-    # How many slots fill up the runs depends on the choices.
-    num_slots = expert_TK.numel() if alignment == 1 else torch.library.get_ctx().new_dynamic_size()
+    num_slots = expert_TK.numel()
+    if alignment > 1:  # how many slots fill up the runs depends on the choices
+        num_slots = data_dependent_size(
+            lambda: -(-expert_TK.numel() // alignment) * alignment + num_experts * alignment
+        )
     return (
         expert_TK.new_empty(num_slots),
         torch.empty_like(expert_TK, memory_format=torch.contiguous_format),
@@ -85,7 +89,7 @@ def _(expert_TK, num_experts, alignment):
     )
 
 
-@torch.library.custom_op("torchlmoe::gather_slots", mutates_args=())
+@custom_op("torchlmoe::gather_slots")
 def _gather(x_TD: Tensor, token_M: Tensor, slot_TK: Tensor) -> Tensor:
     return x_TD.index_select(0, token_M)
 
@@ -95,7 +99,7 @@ def _(x_TD, token_M, slot_TK):
     return x_TD.new_empty(token_M.shape[0], *x_TD.shape[1:])
 
 
-@torch.library.custom_op("torchlmoe::sum_slots", mutates_args=())
+@custom_op("torchlmoe::sum_slots")
 def _sum(x_MD: Tensor, token_M: Tensor, slot_TK: Tensor) -> Tensor:
     if slot_TK.shape[1] == 1:
         return x_MD.index_select(0, slot_TK[:, 0])

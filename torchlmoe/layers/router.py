@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchlmoe.layers.initialization import normal_
+from torchlmoe.ops.operation import custom_op
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class Router(nn.Module):
         return 2 * self.weight.numel()
 
 
-@torch.library.custom_op("torchlmoe::top_indices", mutates_args=())
+@custom_op("torchlmoe::top_indices")
 def _top(score: Tensor, k: int) -> Tensor:
     """Indices of the k largest of the last dim; of equals the lower first, which `topk` does not promise.
 

@@ -11,9 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torchlmoe.ops.chunk_layout import check_bounds_at_hand, num_documents
 from torchlmoe.ops.kernel_backend import kernels_serve
+from torchlmoe.ops.operation import custom_op, operation
 
 
+@operation
 def causal_conv(
     x: Tensor,
     weight: Tensor,
@@ -28,7 +31,13 @@ def causal_conv(
     bias: [channels]. state: [B, width - 1, channels], the inputs before each row; zero unless given.
     cu_seqlens: int32 [N + 1] bounds of documents packed into one row (B = 1), or None.
     activation: whether SiLU follows.
+    Raises ValueError for bounds that do not rise from 0 to T, and for bounds beside several rows or a state.
     """
+    if cu_seqlens is not None:
+        if state is not None:
+            raise ValueError("causal_conv takes cu_seqlens or a state, not both: packed documents begin without one.")
+        num_documents(x, cu_seqlens)
+        check_bounds_at_hand(cu_seqlens, x.shape[1])
     if kernels_serve("auto", x):
         from torchlmoe.kernels import causal_conv as kernels
 
@@ -42,13 +51,14 @@ def causal_conv(
     return F.silu(y) if activation else y
 
 
-def _edges(cu_seqlens: Tensor, reach: int, at_end: bool) -> tuple[Tensor, Tensor]:
+def _edges(cu_seqlens: Tensor, length: int, reach: int, at_end: bool) -> tuple[Tensor, Tensor]:
     """The tokens within `reach` of their document's start (or end), and for each how far it is (from 0)."""
+    check_bounds_at_hand(cu_seqlens, length)  # here, too, since a compiled caller could not
     bounds = cu_seqlens.long()
-    length = bounds[1:] - bounds[:-1]
-    distance = torch.arange(reach, device=bounds.device).expand(len(length), -1)
+    lengths = bounds[1:] - bounds[:-1]
+    distance = torch.arange(reach, device=bounds.device).expand(len(lengths), -1)
     tokens = (bounds[1:, None] - 1 - distance) if at_end else (bounds[:-1, None] + distance)
-    inside = distance < length[:, None]
+    inside = distance < lengths[:, None]
     return tokens[inside], distance[inside]
 
 
@@ -64,7 +74,7 @@ def _shifted_sum(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None, forward: 
             y[:, :-shift].addcmul_(x[:, shift:], columns[shift])
     if cu_seqlens is not None and width > 1:
         # Near a document's edge the sum is taken again, so that not even rounding tells of the neighbour.
-        tokens, distance = _edges(cu_seqlens, width - 1, at_end=not forward)
+        tokens, distance = _edges(cu_seqlens, x.shape[1], width - 1, at_end=not forward)
         edge = x[0, tokens] * columns[0]
         for shift in range(1, width):
             reach = (distance >= shift)[:, None]
@@ -78,7 +88,7 @@ def _sum_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-@torch.library.custom_op("torchlmoe::causal_conv", mutates_args=())
+@custom_op("torchlmoe::causal_conv")
 def _forward(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None, activation: bool) -> tuple[Tensor, Tensor]:
     """Returns y, and the sum before the SiLU (empty without one)."""
     total = _shifted_sum(x.to(_sum_dtype(x)), weight, cu_seqlens, forward=True)
@@ -92,7 +102,7 @@ def _(x, weight, cu_seqlens, activation):
     return y, torch.empty_like(y) if activation else x.new_empty(0)
 
 
-@torch.library.custom_op("torchlmoe::causal_conv_backward", mutates_args=())
+@custom_op("torchlmoe::causal_conv_backward")
 def _backward(
     grad: Tensor, x: Tensor, weight: Tensor, cu_seqlens: Tensor | None, activation: bool, total: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -101,7 +111,7 @@ def _backward(
     if activation:
         grad = torch.ops.aten.silu_backward(grad, total.to(grad.dtype))
     width = weight.shape[1]
-    edges = None if cu_seqlens is None else _edges(cu_seqlens, width - 1, at_end=False)
+    edges = None if cu_seqlens is None else _edges(cu_seqlens, x.shape[1], width - 1, at_end=False)
     columns = []
     for shift in range(width):
         if shift >= x.shape[1]:

@@ -8,14 +8,20 @@ in parallel over documents, and no token is computed that belongs to padding bey
     three documents of 5, 1 and 3 chunks  ->  | a0 c0 b0 | a1 c1 | a2 c2 | a3 | a4 |      num_active = [3, 2, 2, 1, 1]
 
 A slab is a run of such slices: what is computed at a time, few enough chunks to stay in a cache.
+
+Among long documents, many that are much shorter than a chunk would be mostly padding. They are laid out apart then, in
+shorter chunks (`chunk_layouts`).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+MOST_SLOTS_PER_TOKEN = 4  # of chunks, padding included
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,13 @@ class ChunkLayout:
 
     def restore_order(self, x_N: Tensor) -> Tensor:
         """From the longest document first to the order in which they came."""
-        return torch.empty_like(x_N).index_copy(0, self.order_N, x_N)
+        return restore_order([self], x_N)
+
+
+def restore_order(layouts: Sequence[ChunkLayout], x_N: Tensor) -> Tensor:
+    """From the order of the layouts, one after another, to that in which the documents came."""
+    order_N = layouts[0].order_N if len(layouts) == 1 else torch.cat([layout.order_N for layout in layouts])
+    return torch.empty_like(x_N).index_copy(0, order_N, x_N)
 
 
 def num_documents(v: Tensor, cu_seqlens: Tensor | None) -> int:
@@ -116,66 +128,127 @@ def check_bounds(bounds: Sequence[int], length: int) -> None:
 
 
 def check_bounds_at_hand(cu_seqlens: Tensor | None, length: int) -> None:
-    """The same, for kernels that never look at them: only where they are numbers, and reading waits for no device."""
-    if type(cu_seqlens) is Tensor and cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+    """The same, where nothing else reads them. Waits for no device: on a GPU it is an assertion of the device's own,
+    which ends the process; traced or without values, bounds are not checked."""
+    if type(cu_seqlens) is not Tensor or cu_seqlens.is_meta or torch.compiler.is_compiling():
+        return
+    if cu_seqlens.device.type == "cpu":
         check_bounds(cu_seqlens.tolist(), length)
+    else:
+        rises = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == length) & (cu_seqlens.diff() >= 0).all()
+        torch._assert_async(rises, f"cu_seqlens must rise from 0 to the number of tokens, {length}.")
 
 
-def chunk_layout(
+@dataclass(frozen=True)
+class Plan:
+    """A layout in numbers: what can be counted without tensors."""
+
+    order: list[int]  # documents from the longest to the shortest
+    starts: list[int]  # of every document
+    lengths: list[int]
+    chunk_size: int
+    num_active: list[list[int]]  # by slab
+
+    @property
+    def num_first(self) -> int:
+        """Documents with which the slabs begin, all slabs together."""
+        return sum(active[0] for active in self.num_active)
+
+    @property
+    def num_slots(self) -> int:
+        return self.chunk_size * sum(map(sum, self.num_active))
+
+
+def chunk_plan(
     batch_size: int,
     length: int,
     bounds: Sequence[int] | None,
     max_chunk_size: int,
     slab_size: int,
-    device: torch.device,
-) -> ChunkLayout:
-    """The layout of `batch_size` rows of `length` tokens, or of the documents that `bounds` bounds in one row.
+    documents: Sequence[int] | None = None,
+) -> Plan:
+    """Of `batch_size` rows of `length` tokens, or of the documents that `bounds` bounds in one row.
 
     A slab has about `slab_size` chunks; the slices of which it is made are not cut.
+    documents: those to lay out, by their place in `bounds`; all unless given.
     """
     if bounds is None:
-        num_documents = batch_size
-        starts_list = [row * length for row in range(batch_size)]
-        lengths_list = [length] * batch_size
+        starts, lengths = [row * length for row in range(batch_size)], [length] * batch_size
     else:
         check_bounds(bounds, length)
-        num_documents = len(bounds) - 1
-        starts_list = list(bounds[:-1])
-        lengths_list = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
-    order = sorted(range(num_documents), key=lambda document: -lengths_list[document])
-    longest = max(lengths_list, default=0)
+        starts, lengths = list(bounds[:-1]), [end - start for start, end in pairwise(bounds)]
+    order = sorted(range(len(starts)) if documents is None else documents, key=lambda document: -lengths[document])
+    longest = lengths[order[0]] if order else 0
     # Short documents take one short chunk. Decay per channel halves chunks, so they are powers of two.
     chunk_size = min(max_chunk_size, 1 << max(0, longest - 1).bit_length())
 
-    num_chunks = [-(-lengths_list[document] // chunk_size) for document in order]
+    num_chunks = [-(-lengths[document] // chunk_size) for document in order]
     num_steps = max(num_chunks, default=0)
-    num_active, active = [], num_documents  # num_chunks falls
+    num_active, active = [], len(order)  # num_chunks falls
     for step in range(num_steps):
         while num_chunks[active - 1] <= step:
             active -= 1
         num_active.append(active)
-
-    slabs = []
-    step = 0
+    slabs, step = [], 0
     while step < num_steps:
-        steps = range(step, min(num_steps, step + max(1, slab_size // num_active[step])))
-        places = [(document, index) for index in steps for document in order[: num_active[index]]]
-        first_token = [starts_list[document] + index * chunk_size for document, index in places]
-        num_valid = [lengths_list[document] - index * chunk_size for document, index in places]
-        slots = torch.arange(chunk_size, device=device)
+        num_slices = max(1, slab_size // num_active[step])
+        slabs.append(num_active[step : step + num_slices])
+        step += num_slices
+    return Plan(order, starts, lengths, chunk_size, slabs)
+
+
+def chunk_plans(
+    batch_size: int, length: int, bounds: Sequence[int] | None, max_chunk_size: int, slab_size: int
+) -> list[Plan]:
+    """`chunk_plan` of all documents, or of documents by length if that has more than MOST_SLOTS_PER_TOKEN."""
+    shape = (batch_size, length, bounds, max_chunk_size, slab_size)
+    whole = chunk_plan(*shape)
+    if whole.num_slots <= MOST_SLOTS_PER_TOKEN * batch_size * length:
+        return [whole]
+    limits = (max_chunk_size // 16, max_chunk_size // 4)
+    groups: dict[int, list[int]] = {}
+    for document in whole.order:
+        group = sum(whole.lengths[document] > limit for limit in limits)
+        groups.setdefault(group, []).append(document)
+    return [chunk_plan(*shape, documents=documents) for documents in groups.values()]
+
+
+def layout_of(plan: Plan, whole_rows: bool, device: torch.device) -> ChunkLayout:
+    """The plan's layout on a device. whole_rows: whether documents are rows of whole chunks."""
+    slots = torch.arange(plan.chunk_size, device=device)
+    slabs, start = [], 0
+    for num_active in plan.num_active:
+        steps = range(start, start + len(num_active))
+        places = [(document, step) for step in steps for document in plan.order[: num_active[step - start]]]
+        first_token = [plan.starts[document] + step * plan.chunk_size for document, step in places]
+        num_valid = [plan.lengths[document] - step * plan.chunk_size for document, step in places]
         tokens = torch.tensor(first_token, dtype=torch.int64, device=device)[:, None] + slots
         padded = None
-        if min(num_valid) < chunk_size:
+        if min(num_valid) < plan.chunk_size:
             padded = slots >= torch.tensor(num_valid, dtype=torch.int64, device=device)[:, None]
             tokens = tokens.masked_fill(padded, 0)
-        whole = slice(steps.start, steps.stop) if bounds is None and length % chunk_size == 0 else None
-        slabs.append(Slab([num_active[index] for index in steps], tokens, padded, whole))
-        step = steps.stop
-    return ChunkLayout(slabs, torch.tensor(order, dtype=torch.int64, device=device))
+        slabs.append(Slab(num_active, tokens, padded, slice(steps.start, steps.stop) if whole_rows else None))
+        start = steps.stop
+    return ChunkLayout(slabs, torch.tensor(plan.order, dtype=torch.int64, device=device))
+
+
+def chunk_layout(batch_size, length, bounds, max_chunk_size: int, slab_size: int, device: torch.device) -> ChunkLayout:
+    """Arguments as of `chunk_plan`."""
+    plan = chunk_plan(batch_size, length, bounds, max_chunk_size, slab_size)
+    return layout_of(plan, bounds is None and length % plan.chunk_size == 0, device)
+
+
+def chunk_layouts(
+    batch_size, length, bounds, max_chunk_size: int, slab_size: int, device: torch.device
+) -> tuple[ChunkLayout, ...]:
+    """Arguments as of `chunk_plans`."""
+    plans = chunk_plans(batch_size, length, bounds, max_chunk_size, slab_size)
+    return tuple(layout_of(plan, bounds is None and length % plan.chunk_size == 0, device) for plan in plans)
 
 
 # Made once for all layers of a step, both ways, even where every layer packs its tokens in a way of its own.
 kept_chunk_layout = lru_cache(maxsize=64)(chunk_layout)
+kept_chunk_layouts = lru_cache(maxsize=64)(chunk_layouts)
 
 
 def kept_scan_layout(v: Tensor, cu_seqlens: Tensor | None, chunk_size: int, slab_steps: int) -> ChunkLayout:
@@ -183,10 +256,19 @@ def kept_scan_layout(v: Tensor, cu_seqlens: Tensor | None, chunk_size: int, slab
 
     For real tensors, not for traced ones. Raises ValueError for bounds that are none.
     """
+    bounds = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
+    return kept_chunk_layout(*_scan_key(v, bounds, chunk_size, slab_steps), v.device)
+
+
+def num_scan_starts(v: Tensor, bounds: Sequence[int] | None, chunk_size: int, slab_steps: int) -> int:
+    """How many states the slabs of that layout begin with; v may be without values."""
+    return chunk_plan(*_scan_key(v, bounds, chunk_size, slab_steps)).num_first
+
+
+def _scan_key(v: Tensor, bounds: Sequence[int] | None, chunk_size: int, slab_steps: int) -> tuple:
     batch_size, length = v.shape[:2]
-    bounds, longest = None, length
-    if cu_seqlens is not None:
-        bounds = tuple(cu_seqlens.tolist())
-        longest = max((end - start for start, end in zip(bounds, bounds[1:], strict=False)), default=0)
+    longest = length
+    if bounds is not None:
+        longest = max((end - start for start, end in pairwise(bounds)), default=0)
     abreast = -(-batch_size * length // max(1, longest))
-    return kept_chunk_layout(batch_size, length, bounds, chunk_size, slab_steps * max(1, abreast), v.device)
+    return batch_size, length, bounds, chunk_size, slab_steps * max(1, abreast)

@@ -18,6 +18,7 @@ backward (`chunked_backward.py`), which takes a slab again and runs it in mirror
 Legend: N chunks of a slab times heads of v, C tokens a chunk, R readers, W writers, K key width, V value width.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from torchlmoe.ops.chunk_decay import CausalMask, ChannelDecay, MatrixDecay, Undecayed, unit_lower_inverse
-from torchlmoe.ops.chunk_layout import ChunkLayout, Slab, chunk_layout, kept_chunk_layout
+from torchlmoe.ops.chunk_layout import ChunkLayout, Slab, chunk_layouts, chunk_plans, kept_chunk_layouts, restore_order
 
 CHUNK_SIZE = 64
 SLAB_TOKENS = 4096  # times heads; 1 MiB for a tensor of 64 channels
@@ -46,20 +47,28 @@ class Terms:
     scale: float
 
 
-def layout_of(v: Tensor, cu_seqlens: Tensor | None) -> ChunkLayout:
-    """The layout of v's rows or documents. Raises ValueError for bounds that are none."""
-    return chunk_layout(*_layout_key(v, cu_seqlens))
+def layouts_of(v: Tensor, cu_seqlens: Tensor | None) -> tuple[ChunkLayout, ...]:
+    """The layouts of v's rows or documents. Raises ValueError for bounds that are none."""
+    return chunk_layouts(*_layout_key(v, _bounds(cu_seqlens)), v.device)
 
 
-def kept_layout_of(v: Tensor, cu_seqlens: Tensor | None) -> ChunkLayout:
-    """`layout_of`, made once: for real tensors, not for traced ones."""
-    return kept_chunk_layout(*_layout_key(v, cu_seqlens))
+def kept_layouts_of(v: Tensor, cu_seqlens: Tensor | None) -> tuple[ChunkLayout, ...]:
+    """`layouts_of`, made once: for real tensors, not for traced ones."""
+    return kept_chunk_layouts(*_layout_key(v, _bounds(cu_seqlens)), v.device)
 
 
-def _layout_key(v: Tensor, cu_seqlens: Tensor | None) -> tuple[Any, ...]:
+def num_kept(v: Tensor, bounds: tuple[int, ...] | None) -> int:
+    """How many states `chunked_forward` keeps for the backward; v may be without values."""
+    return v.shape[2] * sum(plan.num_first for plan in chunk_plans(*_layout_key(v, bounds)))
+
+
+def _bounds(cu_seqlens: Tensor | None) -> tuple[int, ...] | None:
+    return None if cu_seqlens is None else tuple(cu_seqlens.tolist())
+
+
+def _layout_key(v: Tensor, bounds: tuple[int, ...] | None) -> tuple[Any, ...]:
     batch_size, length, num_heads, _ = v.shape
-    bounds = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
-    return batch_size, length, bounds, CHUNK_SIZE, max(1, SLAB_TOKENS // (CHUNK_SIZE * num_heads)), v.device
+    return batch_size, length, bounds, CHUNK_SIZE, max(1, SLAB_TOKENS // (CHUNK_SIZE * num_heads))
 
 
 @dataclass
@@ -241,7 +250,7 @@ def read(chunks: Chunks, w_NCWV: Tensor) -> Tensor:
 
 
 def first_states(terms: Terms, initial_state: Tensor | None, layout: ChunkLayout) -> Tensor:
-    """[documents * heads, K, V], longest document first."""
+    """[documents * heads, K, V] of the layout, longest document first."""
     dtype = torch.promote_types(terms.v.dtype, torch.float32)
     if initial_state is not None:
         return initial_state.index_select(0, layout.order_N).to(dtype).flatten(0, 1)
@@ -249,27 +258,31 @@ def first_states(terms: Terms, initial_state: Tensor | None, layout: ChunkLayout
     return terms.v.new_zeros(num, terms.k.shape[-1], terms.v.shape[-1], dtype=dtype)
 
 
-def chunked_forward(terms: Terms, initial_state: Tensor | None, layout: ChunkLayout) -> tuple[Tensor, Tensor, Tensor]:
-    """layout: that of v, from `layout_of`.
+def chunked_forward(
+    terms: Terms, initial_state: Tensor | None, layouts: Sequence[ChunkLayout]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """layouts: those of v, from `layouts_of`.
 
     Returns o [B, T, H, V] in v's dtype, the final state [documents, H, K, V], and for the backward the first states
     of every slab. Made of differentiable torch operations throughout, so it can also be traced or differentiated by
     autograd.
     """
     v = terms.v
-    state = first_states(terms, initial_state, layout)
-    kept = [state[:0]]
-    finished: list[Tensor] = []
+    kept, final = [], []
     o = torch.zeros_like(v, memory_format=torch.contiguous_format)
-    for slab in layout.slabs:
-        chunks = cut(terms, slab)
-        kept.append(state[: slab.num_active[0] * chunks.num_heads])
-        state, w_NCWV = scan(chunks, state, finished)
-        if terms.q is None:
-            continue
-        o_NCV = read(chunks, w_NCWV)
-        if (weight := chunks.bonus_weight()) is not None:
-            o_NCV = torch.addcmul(o_NCV, weight, chunks.v_NCV)
-        slab.paste(o_NCV, o)
-    final = torch.cat([state, *reversed(finished)]).unflatten(0, (-1, v.shape[2]))
-    return o, layout.restore_order(final), torch.cat(kept)
+    for layout in layouts:
+        state = first_states(terms, initial_state, layout)
+        kept.append(state[:0])
+        finished: list[Tensor] = []
+        for slab in layout.slabs:
+            chunks = cut(terms, slab)
+            kept.append(state[: slab.num_active[0] * chunks.num_heads])
+            state, w_NCWV = scan(chunks, state, finished)
+            if terms.q is None:
+                continue
+            o_NCV = read(chunks, w_NCWV)
+            if (weight := chunks.bonus_weight()) is not None:
+                o_NCV = torch.addcmul(o_NCV, weight, chunks.v_NCV)
+            slab.paste(o_NCV, o)
+        final += [state, *reversed(finished)]
+    return o, restore_order(layouts, torch.cat(final).unflatten(0, (-1, v.shape[2]))), torch.cat(kept)

@@ -18,18 +18,25 @@ through.
 What is read before a token's own decay counts from the token before it, and the bonus is no part of dg and dh.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from torchlmoe.ops.chunk_decay import ChannelDecay, MatrixDecay
-from torchlmoe.ops.chunk_layout import ChunkLayout
+from torchlmoe.ops.chunk_layout import ChunkLayout, restore_order
 from torchlmoe.ops.chunked import Chunks, Terms, beside, carry, cut, make_strict, scan
 
 PER_TOKEN = ("q", "k", "v", "log_decay", "erase", "erase_key", "value_log_decay")
 
 
 def chunked_backward(
-    grad_o: Tensor, grad_final: Tensor, terms: Terms, initial_state: Tensor | None, layout: ChunkLayout, kept: Tensor
+    grad_o: Tensor,
+    grad_final: Tensor,
+    terms: Terms,
+    initial_state: Tensor | None,
+    layouts: Sequence[ChunkLayout],
+    kept: Tensor,
 ) -> list[Tensor | None]:
     """Gradients of the tensors of `terms`, in their order, and of initial_state, each in its dtype; None for None.
 
@@ -41,21 +48,25 @@ def chunked_backward(
     if per_head:
         tensors["log_decay"] = tensors["log_decay"].expand(terms.v.shape[:3])
     result = {name: torch.empty_like(x, memory_format=torch.contiguous_format) for name, x in tensors.items()}
-    grad_bonus = []
+    grad_bonus: list[Tensor] = []
+    grad_initial: list[Tensor] = []
 
-    last_grad = grad_final.index_select(0, layout.order_N).to(kept.dtype).flatten(0, 1)
-    grad_state, kept_end = last_grad[:0], kept.shape[0]
-    for slab in reversed(layout.slabs):
-        chunks = cut(terms, slab)
-        kept_start = kept_end - slab.num_active[0] * num_heads
-        _, w_NCWV = scan(chunks, kept[kept_start:kept_end], [])
-        kept_end = kept_start
-        grad_o_NCV = slab.cut(grad_o, num_heads).to(kept.dtype) if chunks.reads else None
-        grads, grad_state = _slab_backward(chunks, w_NCWV, grad_o_NCV, grad_state, last_grad)
-        for name in tensors:
-            slab.paste(grads[name] * terms.scale if name == "q" else grads[name], result[name])
-        if "bonus" in grads:
-            grad_bonus.append(grads["bonus"].unflatten(0, (-1, num_heads)).sum(0))
+    kept_end = kept.shape[0]
+    for layout in reversed(layouts):
+        last_grad = grad_final.index_select(0, layout.order_N).to(kept.dtype).flatten(0, 1)
+        grad_state = last_grad[:0]
+        for slab in reversed(layout.slabs):
+            chunks = cut(terms, slab)
+            kept_start = kept_end - slab.num_active[0] * num_heads
+            _, w_NCWV = scan(chunks, kept[kept_start:kept_end], [])
+            kept_end = kept_start
+            grad_o_NCV = slab.cut(grad_o, num_heads).to(kept.dtype) if chunks.reads else None
+            grads, grad_state = _slab_backward(chunks, w_NCWV, grad_o_NCV, grad_state, last_grad)
+            for name in tensors:
+                slab.paste(grads[name] * terms.scale if name == "q" else grads[name], result[name])
+            if "bonus" in grads:
+                grad_bonus.append(grads["bonus"].unflatten(0, (-1, num_heads)).sum(0))
+        grad_initial = [grad_state, last_grad[grad_state.shape[0] :], *grad_initial]
 
     if per_head:
         result["log_decay"] = result["log_decay"].sum((0, 1))
@@ -63,8 +74,8 @@ def chunked_backward(
         result["bonus"] = sum(grad_bonus, terms.bonus.new_zeros(terms.bonus.shape, dtype=kept.dtype))
         result["bonus"] = result["bonus"].to(terms.bonus.dtype)
     if initial_state is not None:
-        grad_initial = torch.cat([grad_state, last_grad[grad_state.shape[0] :]]).unflatten(0, (-1, num_heads))
-        result["initial_state"] = layout.restore_order(grad_initial).to(initial_state.dtype)
+        in_order = restore_order(layouts, torch.cat(grad_initial).unflatten(0, (-1, num_heads)))
+        result["initial_state"] = in_order.to(initial_state.dtype)
     return [result.get(name) for name in (*PER_TOKEN, "bonus", "initial_state")]
 
 

@@ -27,14 +27,17 @@ from torchlmoe.ops.chunk_layout import (
     check_shape,
     kept_scan_layout,
     num_documents,
+    num_scan_starts,
 )
 from torchlmoe.ops.kernel_backend import kernels_serve
+from torchlmoe.ops.operation import custom_op, operation, size_by_documents
 from torchlmoe.ops.time_invariant import time_invariant_backward, time_invariant_forward
 
 SLAB_STEPS = 32  # places; the state is kept once a slab
 MIN_CONVOLVED = 256  # tokens of a row from which on matrices pay, where nothing but v varies
 
 
+@operation
 def elementwise_recurrence(
     q: Tensor,
     k: Tensor,
@@ -72,6 +75,7 @@ def elementwise_recurrence(
     return o, (state if output_final_state else None)
 
 
+@operation
 def elementwise_span_summary(
     k: Tensor,
     v: Tensor,
@@ -246,7 +250,7 @@ def _is_convolution(q: Tensor | None, k: Tensor, v: Tensor, log_decay: Tensor, s
     return constant and v.shape[1] >= MIN_CONVOLVED
 
 
-@torch.library.custom_op("torchlmoe::elementwise_recurrence", mutates_args=())
+@custom_op("torchlmoe::elementwise_recurrence")
 def _forward(
     q: Tensor | None,
     k: Tensor,
@@ -285,12 +289,14 @@ def _forward(
 @_forward.register_fake
 def _(q, k, v, log_decay, step, initial_state, cu_seqlens):
     state = _first_state(q, k, v, log_decay, initial_state, cu_seqlens)
-    rows = torch.library.get_ctx().new_dynamic_size()  # how many depends on the documents
+    rows = size_by_documents(lambda bounds: num_scan_starts(v, bounds, 1, SLAB_STEPS), v, cu_seqlens)
+    if type(v.shape[1]) is int and _is_convolution(q, k, v, log_decay, step):
+        rows = 0
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     return o, torch.empty_like(state), state.new_empty(rows, *state.shape[1:])
 
 
-@torch.library.custom_op("torchlmoe::elementwise_recurrence_backward", mutates_args=())
+@custom_op("torchlmoe::elementwise_recurrence_backward")
 def _backward(
     grad_o: Tensor,
     grad_final: Tensor,

@@ -20,10 +20,12 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from torchlmoe.ops.host_dtype import cpu_lacks_bfloat16
+from torchlmoe.ops.operation import custom_op, operation
 
 logger = logging.getLogger(__name__)
 
 
+@operation
 def grouped_matmul(x_MD: Tensor, weight_EFD: Tensor, offsets_E: Tensor) -> Tensor:
     """x [M, D], weight [E, F, D] (laid out as E `nn.Linear` weights, any strides) -> [M, F] in x's dtype.
 
@@ -84,7 +86,7 @@ def _product_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if scalar else x.dtype
 
 
-@torch.library.custom_op("torchlmoe::grouped_matmul", mutates_args=())
+@custom_op("torchlmoe::grouped_matmul")
 def _matmul(x_MD: Tensor, weight_EFD: Tensor, offsets_E: Tensor) -> Tensor:
     # Elsewhere than on a CPU a look at the offsets would wait for the device.
     if offsets_E.device.type == "cpu" and offsets_E[-1] != x_MD.shape[0]:
@@ -110,7 +112,7 @@ def _(x_MD, weight_EFD, offsets_E):
     return x_MD.new_empty(x_MD.shape[0], weight_EFD.shape[1])
 
 
-@torch.library.custom_op("torchlmoe::grouped_outer", mutates_args=())
+@custom_op("torchlmoe::grouped_outer")
 def _outer(g_MF: Tensor, x_MD: Tensor, offsets_E: Tensor) -> Tensor:
     """g [M, F], x [M, D] -> [E, F, D]; zeros for an empty group."""
     dtype = _product_dtype(x_MD)

@@ -19,9 +19,10 @@ from torchlmoe.ops.chunk_layout import (
     check_shape,
     num_documents,
 )
-from torchlmoe.ops.chunked import Terms, chunked_forward, kept_layout_of
+from torchlmoe.ops.chunked import Terms, chunked_forward, kept_layouts_of, num_kept
 from torchlmoe.ops.chunked_backward import chunked_backward
 from torchlmoe.ops.kernel_backend import kernels_serve
+from torchlmoe.ops.operation import custom_op, operation, size_by_documents
 from torchlmoe.ops.reference import reference_recurrence
 
 Backend = Literal["auto", "reference", "chunked", "triton"]
@@ -29,6 +30,7 @@ KERNEL_WIDTH = 256  # of a key that the Triton kernels hold
 PIECE_LENGTH = 128  # tokens whose log decays are summed one after another
 
 
+@operation
 def linear_recurrence(
     q: Tensor,
     k: Tensor,
@@ -76,6 +78,7 @@ def linear_recurrence(
     return o, (final_state if output_final_state else None)
 
 
+@operation
 def span_summary(
     k: Tensor,
     v: Tensor,
@@ -197,7 +200,7 @@ def _run(
     return _forward(*terms)[:2]
 
 
-@torch.library.custom_op("torchlmoe::linear_recurrence", mutates_args=())
+@custom_op("torchlmoe::linear_recurrence")
 def _forward(
     q: Tensor | None,
     k: Tensor,
@@ -213,19 +216,19 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """o, the final state, and what the backward needs of the forward (see `chunked_forward`)."""
     terms = Terms(q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, scale)
-    return chunked_forward(terms, initial_state, kept_layout_of(v, cu_seqlens))
+    return chunked_forward(terms, initial_state, kept_layouts_of(v, cu_seqlens))
 
 
 @_forward.register_fake
 def _(q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, scale, initial_state, cu_seqlens):
     documents, num_heads, key_dim, value_dim = num_documents(v, cu_seqlens), v.shape[2], k.shape[-1], v.shape[-1]
     state = v.new_empty(documents, num_heads, key_dim, value_dim, dtype=torch.promote_types(v.dtype, torch.float32))
-    # How many slabs there are depends on the documents.
-    kept = state.new_empty(torch.library.get_ctx().new_dynamic_size(), key_dim, value_dim)
+    num_rows = size_by_documents(lambda bounds: num_kept(v, bounds), v, cu_seqlens)
+    kept = state.new_empty(num_rows, key_dim, value_dim)
     return torch.empty_like(v, memory_format=torch.contiguous_format), state, kept
 
 
-@torch.library.custom_op("torchlmoe::linear_recurrence_backward", mutates_args=())
+@custom_op("torchlmoe::linear_recurrence_backward")
 def _backward(
     grad_o: Tensor,
     grad_final: Tensor,
@@ -244,7 +247,7 @@ def _backward(
 ) -> list[Tensor]:
     """Gradients of all tensors but cu_seqlens, in order; an operation cannot return None, so empty if absent."""
     terms = Terms(q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, scale)
-    grads = chunked_backward(grad_o, grad_final, terms, initial_state, kept_layout_of(v, cu_seqlens), kept)
+    grads = chunked_backward(grad_o, grad_final, terms, initial_state, kept_layouts_of(v, cu_seqlens), kept)
     return [k.new_empty(0) if grad is None else grad for grad in grads]
 
 

@@ -30,8 +30,16 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from torchlmoe.ops.chunk_layout import check_bounds, check_shape, chunk_layout, kept_scan_layout, num_documents
+from torchlmoe.ops.chunk_layout import (
+    check_bounds,
+    check_shape,
+    chunk_layout,
+    kept_scan_layout,
+    num_documents,
+    num_scan_starts,
+)
 from torchlmoe.ops.elementwise_recurrence import check_backend
+from torchlmoe.ops.operation import custom_op, operation, size_by_documents
 
 SLAB_STEPS = 16  # mini-batches; the state is kept once a slab
 
@@ -54,6 +62,7 @@ class Terms(NamedTuple):
         return {name: function(x) for name, x in self._asdict().items() if x is not None}
 
 
+@operation
 def online_gradient(
     q: Tensor,
     k: Tensor,
@@ -336,9 +345,7 @@ _ARGUMENTS = (
 )
 
 
-@torch.library.custom_op(
-    "torchlmoe::online_gradient", mutates_args=(), schema=f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)"
-)
+@custom_op("torchlmoe::online_gradient", schema=f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
 def _forward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     """Returns o, the final state and, for the backward, the state that each slab finds, [rows, H, 2 or 3, K, V]."""
     terms, (initial_state, norm_eps, mini_batch_size, offset, cu_seqlens) = _split(arguments)
@@ -358,16 +365,20 @@ def _forward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
 
 @_forward.register_fake
 def _(*arguments):
-    terms, (initial_state, *_, cu_seqlens) = _split(arguments)
+    terms, (initial_state, _, mini_batch_size, offset, cu_seqlens) = _split(arguments)
     state = _first_state(terms, initial_state, cu_seqlens)
-    rows = torch.library.get_ctx().new_dynamic_size()  # how many depends on the documents
+    rows = size_by_documents(
+        lambda bounds: num_scan_starts(terms.v, bounds, mini_batch_size, SLAB_STEPS),
+        terms.v,
+        cu_seqlens,
+        known=offset is None,
+    )
     o = torch.empty_like(terms.v, memory_format=torch.contiguous_format)
     return o, torch.empty_like(state), state.new_empty(rows, *state.shape[1:])
 
 
-@torch.library.custom_op(
+@custom_op(
     "torchlmoe::online_gradient_backward",
-    mutates_args=(),
     schema=f"(Tensor grad_o, Tensor grad_final, Tensor starts, {_ARGUMENTS}) -> Tensor[]",
 )
 def _backward(grad_o: Tensor, grad_final: Tensor, starts: Tensor, *arguments) -> list[Tensor]:

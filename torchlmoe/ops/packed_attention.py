@@ -22,9 +22,13 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.flop_counter import register_flop_formula
 
+from torchlmoe.ops.chunk_layout import check_bounds, check_bounds_at_hand, num_documents
+from torchlmoe.ops.operation import custom_op, operation
+
 _PAGE = 256  # longer documents are padded to a multiple of it, shorter ones to a power of two
 
 
+@operation
 def packed_attention(
     q: Tensor,
     k: Tensor,
@@ -39,7 +43,11 @@ def packed_attention(
     q [B, S, H, D]; k, v [B, T, G, D], G a divisor of H. cu_seqlens: int32 [N + 1] bounds of documents in one row
     (B = 1, of T tokens), empty ones allowed. window: how many tokens, itself included, a token sees; all unless given.
     query_start: the place in its row of the first query, where S is less than T. Returns o like q.
+    Raises ValueError for bounds that do not rise from 0 to T.
     """
+    if cu_seqlens is not None:
+        num_documents(k, cu_seqlens)
+        check_bounds_at_hand(cu_seqlens, k.shape[1])
     length = q.shape[1]
     if length == 0 or (cu_seqlens is None and k.shape[1] == length):
         mask = None if window is None or window >= length else _visible(length, length, 0, window, q.device)
@@ -104,12 +112,13 @@ class _Span(NamedTuple):
     num_queries: int
 
 
-def _span(q: Tensor, cu_seqlens: Tensor | None, window: int | None, query_start: int) -> _Span:
+def _span(q: Tensor, num_keys: int, cu_seqlens: Tensor | None, window: int | None, query_start: int) -> _Span:
     num_rows, length = q.shape[:2]
     if cu_seqlens is None:
         bounds, first_key, end = tuple(length * row for row in range(num_rows + 1)), 0, length
     else:
         places = cu_seqlens.tolist()
+        check_bounds(places, num_keys)
         bounds = tuple(min(max(place - query_start, 0), length) for place in places)
         after = bisect_right(places, query_start)
         first_key, end = places[after - 1], bounds[after]
@@ -217,13 +226,13 @@ def _scores(q: Tensor, k: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Te
     return scores if bias is None else scores + bias
 
 
-@torch.library.custom_op("torchlmoe::packed_attention", mutates_args=())
+@custom_op("torchlmoe::packed_attention")
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, window: int | None, query_start: int
 ) -> tuple[Tensor, Tensor]:
     """Returns o [B, S, H, D] and the logarithm of each softmax's sum [B, S, H] for the backward."""
     num_rows, length, num_heads = q.shape[:3]
-    span = _span(q, cu_seqlens, window, query_start)
+    span = _span(q, k.shape[1], cu_seqlens, window, query_start)
     batches, place = _batches(span.bounds, q.device)
     k_own, v_own = (x[:, query_start : query_start + length] for x in (k, v))
     parts = []
@@ -249,7 +258,7 @@ def _(q, k, v, cu_seqlens, window, query_start):
     return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:3], dtype=dtype)
 
 
-@torch.library.custom_op("torchlmoe::packed_attention_backward", mutates_args=())
+@custom_op("torchlmoe::packed_attention_backward")
 def _backward(
     grad: Tensor,
     q: Tensor,
@@ -262,7 +271,7 @@ def _backward(
     query_start: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     num_rows, length, num_heads = q.shape[:3]
-    span = _span(q, cu_seqlens, window, query_start)
+    span = _span(q, k.shape[1], cu_seqlens, window, query_start)
     batches, place = _batches(span.bounds, q.device)
     own = slice(query_start, query_start + length)
     inside = torch.zeros(sum(tokens.numel() for tokens in batches), dtype=torch.bool, device=q.device)
@@ -314,9 +323,9 @@ def _autograd(ctx, grad, _):
 torch.library.register_autograd("torchlmoe::packed_attention", _autograd, setup_context=_setup_context)
 
 
-def _flops(q: Tensor, cu_seqlens: Tensor | None, window: int | None, query_start: int) -> int:
+def _flops(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, window: int | None, query_start: int) -> int:
     """Scores and values over the whole square of each document, as torch counts SDPA, and over all keys before it."""
-    span = _span(q, cu_seqlens, window, query_start)
+    span = _span(q, k.shape[1], cu_seqlens, window, query_start)
     pairs = sum((end - start) ** 2 for start, end in pairwise(span.bounds))
     pairs += len(q) * span.num_queries * (query_start - span.first_key)
     return 4 * q.shape[2] * q.shape[3] * pairs
@@ -324,9 +333,9 @@ def _flops(q: Tensor, cu_seqlens: Tensor | None, window: int | None, query_start
 
 @register_flop_formula(torch.ops.torchlmoe.packed_attention, get_raw=True)
 def _forward_flops(q, k, v, cu_seqlens, window, query_start, **kwargs) -> int:
-    return _flops(q, cu_seqlens, window, query_start)
+    return _flops(q, k, cu_seqlens, window, query_start)
 
 
 @register_flop_formula(torch.ops.torchlmoe.packed_attention_backward, get_raw=True)
 def _backward_flops(grad, q, k, v, o, logsumexp, cu_seqlens, window, query_start, **kwargs) -> int:
-    return 5 * _flops(q, cu_seqlens, window, query_start) // 2
+    return 5 * _flops(q, k, cu_seqlens, window, query_start) // 2

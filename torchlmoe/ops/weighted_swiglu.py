@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from torchlmoe.ops.kernel_backend import kernels_serve
+from torchlmoe.ops.operation import custom_op, operation
 
 _BLOCK_ELEMENTS = 1 << 18  # 1 MiB in float32, the second-level cache of one core
 
 
+@operation
 def weighted_swiglu(gate_up: Tensor, weight: Tensor) -> Tensor:
     """gate_up [M, 2F], gate first; weight [M], at least float32 -> [M, F] in gate_up's dtype."""
     if kernels_serve("auto", gate_up):
@@ -33,7 +35,7 @@ def _blocks(gate_up: Tensor) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
-@torch.library.custom_op("torchlmoe::weighted_swiglu", mutates_args=())
+@custom_op("torchlmoe::weighted_swiglu")
 def _forward(gate_up: Tensor, weight: Tensor) -> Tensor:
     out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
     for rows in _blocks(gate_up):
@@ -47,7 +49,7 @@ def _(gate_up, weight):
     return gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
 
 
-@torch.library.custom_op("torchlmoe::weighted_swiglu_backward", mutates_args=())
+@custom_op("torchlmoe::weighted_swiglu_backward")
 def _backward(grad: Tensor, gate_up: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     grad_gate_up = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
     grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
