@@ -352,7 +352,7 @@ def refuse():
     for options, message in (
         ({"output_final_state": True}, "Initial and final states are not supported along a sequence that is split"),
         ({"initial_state": torch.zeros(1, 1, 2, 2)}, "Initial and final states are not supported"),
-        ({"cu_seqlens": torch.tensor([0, 4])}, "cu_seqlens ends at 4, but the whole row, split over 2 ranks, has 8"),
+        ({"cu_seqlens": torch.tensor([0, 4])}, "cu_seqlens, from 0 to 4, must rise from 0 to the 8 tokens"),
     ):
         with pytest.raises(ValueError, match=message):
             split(q, q, q, **options)

@@ -105,6 +105,8 @@ class LoadBalance(nn.Module):
         sequence: Sequence,
     ) -> Tensor:
         """Returns x, through which this microbatch's loss gradients are injected and its choices counted."""
+        if x.shape[0] == 0:  # no tokens: nothing to balance, and means over none are not numbers
+            return x
         aux_loss = z_loss = routing.logits_TE.new_zeros(())
         if self.aux_loss_weight:
             aux_loss = self.aux_loss_weight * self._switch_loss(routing, sequence)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from torchlmoe.layers.initialization import constant_, fill_
 from torchlmoe.ops.kernel_backend import kernels_serve
+from torchlmoe.ops.operation import operation
 
 MAX_LOG_RATE = 5.0  # exp(-exp(5)) is 1e-64: nothing is left, and sums of log decays keep the others' digits
 LOG_DECAYS = {  # of x + bias, by the names of the kernel's activations
@@ -21,6 +22,14 @@ def draw_step(whole: Tensor, low: float, high: float, generator: torch.Generator
     """Fills `whole` with biases whose softplus is log-uniform between `low` and `high`, for `fill_`."""
     step = whole.uniform_(math.log(low), math.log(high), generator=generator).exp_()
     whole.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
+
+
+@operation
+def decay_gate(*arguments) -> tuple[Tensor, Tensor]:
+    """Arguments and results as of the kernel."""
+    from torchlmoe.kernels import gates as kernels
+
+    return kernels.decay_gate(*arguments)
 
 
 class DecayGate(nn.Module):
@@ -66,8 +75,6 @@ class DecayGate(nn.Module):
         return -rate * step, (step if with_step else None)
 
     def _by_kernel(self, x: Tensor, with_step: bool) -> tuple[Tensor, Tensor | None]:
-        from torchlmoe.kernels.gates import decay_gate
-
         low, high = self.step_limits or (0.0, None)
         limits = [] if self.step_limits is None else [low, math.inf if high is None else high]
         log_decay, step = decay_gate(x, self.dt_bias, self.A_log, "softplus", 1.0, limits, with_step)
@@ -93,8 +100,6 @@ class BiasedDecay(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if kernels_serve("auto", x, self.bias):
-            from torchlmoe.kernels.gates import decay_gate
-
             limits = [0.0, math.exp(MAX_LOG_RATE)] if self.activation == "exp" else []
             return decay_gate(x, self.bias, None, self.activation, self.rate, limits, False)[0]
         dtype = torch.promote_types(self.bias.dtype, torch.float32)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchlmoe.ops.kernel_backend import kernels_serve
-from torchlmoe.ops.operation import custom_op, data_dependent_size
+from torchlmoe.ops.operation import custom_op, data_dependent_size, operation
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,7 @@ torch.library.register_autograd(
 )
 
 
+@operation
 def gather_slots(x_TD: Tensor, slots: Slots) -> Tensor:
     """x [T, D] -> [M, D]: every slot's token."""
     if kernels_serve("auto", x_TD):
@@ -137,6 +138,7 @@ def gather_slots(x_TD: Tensor, slots: Slots) -> Tensor:
     return _gather(x_TD, slots.token_M, slots.slot_TK)
 
 
+@operation
 def sum_slots(x_MD: Tensor, slots: Slots) -> Tensor:
     """x [M, D] -> [T, D]: the sum over each token's slots, added in at least float32, in x's dtype."""
     if kernels_serve("auto", x_MD):
@@ -146,6 +148,7 @@ def sum_slots(x_MD: Tensor, slots: Slots) -> Tensor:
     return _sum(x_MD, slots.token_M, slots.slot_TK)
 
 
+@operation
 def permute_slots(x_MD: Tensor, old: Slots, new: Slots) -> Tensor:
     """x [M, D] in the order of `old` -> in that of `new`, which has no padding, both of the same [T, K] choices."""
     if old.padding_M is not None:
@@ -154,6 +157,7 @@ def permute_slots(x_MD: Tensor, old: Slots, new: Slots) -> Tensor:
     return _gather(x_MD, source_M, target_M[:, None])
 
 
+@operation
 def reorder_choices(x_TK: Tensor, slots: Slots) -> Tensor:
     """x [T, K] -> [M]: one number per choice, in the order of the slots; zero at padding."""
     x_M = _gather(x_TK.flatten(), slots.choice_M, slots.slot_TK.view(-1, 1))  # as tokens with one choice each

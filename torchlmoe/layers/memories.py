@@ -4,6 +4,7 @@ Legend: B rows, T tokens, N documents, K memories of a token, S memories in all,
 """
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +60,8 @@ class Memories:
 
     def pack(self, x: Tensor) -> Tensor:
         """[B, T, ...] -> [1, M, ...]."""
-        return gather_slots(x.reshape(x.shape[0] * x.shape[1], -1), self.slots).view(1, -1, *x.shape[2:])
+        rows = x.reshape(x.shape[0] * x.shape[1], prod(x.shape[2:]))
+        return gather_slots(rows, self.slots).view(1, self.slots.token_M.shape[0], *x.shape[2:])
 
     def mix(self, o: Tensor) -> Tensor:
         """[1, M, heads, V] -> [B, T, heads, V], the weighted sum over each token's slots."""

@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from torchlmoe.layers.initialization import constant_
 from torchlmoe.ops.kernel_backend import kernels_serve
+from torchlmoe.ops.operation import operation
 
 _GATES: dict[Callable, str] = {F.silu: "silu", torch.sigmoid: "sigmoid"}  # as the kernel calls them
 
@@ -44,7 +45,8 @@ class _ScaleToUnit(torch.autograd.Function):
         return grad_x.to(x.dtype), grad_weight, None, None
 
 
-def _scale_to_unit(
+@operation
+def scale_to_unit(
     x: Tensor, weight: Tensor | None, factor: float, eps: float, gate: Tensor | None = None, activation: str = "none"
 ) -> Tensor:
     """With a gate, only where kernels serve."""
@@ -57,12 +59,12 @@ def _scale_to_unit(
 
 def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     """x / sqrt(sum(x^2) + eps) over the last dim, in x's dtype."""
-    return _scale_to_unit(x, None, 1.0, eps)
+    return scale_to_unit(x, None, 1.0, eps)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dim, in x's dtype; weight [D], or x [..., G, D] and [G, D]."""
-    return _scale_to_unit(x, weight, 1.0 / x.shape[-1], eps)
+    return scale_to_unit(x, weight, 1.0 / x.shape[-1], eps)
 
 
 class RMSNorm(nn.Module):
@@ -89,7 +91,7 @@ class GatedRMSNorm(RMSNorm):
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
         if self.activation in _GATES and kernels_serve("auto", x):
-            return _scale_to_unit(x, self.weight, 1.0 / x.shape[-1], self.eps, gate, _GATES[self.activation])
+            return scale_to_unit(x, self.weight, 1.0 / x.shape[-1], self.eps, gate, _GATES[self.activation])
         return super().forward(x) * self.activation(gate)
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchlmoe.layers.initialization import normal_
-from torchlmoe.ops.operation import custom_op
+from torchlmoe.ops.operation import custom_op, without_autocast
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,8 @@ class Router(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Routing:
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
-        logits_TE = F.linear(x_TD.to(dtype), self.weight.to(dtype))
+        with without_autocast([x_TD]):
+            logits_TE = F.linear(x_TD.to(dtype), self.weight.to(dtype))
         if self.score_function == "softmax":
             score_TE = probability_TE = logits_TE.softmax(-1)
         else:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from torchlmoe.layers.memories import Memories, MemoryLinear
+from torchlmoe.ops.chunk_layout import check_bounds_at_hand
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,13 @@ class Sequence:
 
     @classmethod
     def of_packed_rows(cls, document_bounds: Tensor, length: int, loss_weight: float = 1.0) -> "Sequence":
-        """A microbatch's B rows back to back; document_bounds int32 [B, max_docs + 1], filled with `length`."""
+        """A microbatch's B rows back to back; document_bounds int32 [B, max_docs + 1], filled with `length`.
+
+        Raises ValueError for bounds that do not rise from 0 to `length` in every row (on a GPU the device asserts it).
+        """
+        if document_bounds.dim() != 2 or not document_bounds.shape[1]:
+            raise ValueError(f"document_bounds has shape {list(document_bounds.shape)}; it must be [B, max_docs + 1].")
+        check_bounds_at_hand(document_bounds, length, "document_bounds")
         batch_size = document_bounds.shape[0]
         row_start = torch.arange(batch_size, device=document_bounds.device, dtype=torch.int32) * length
         ends = (document_bounds[:, 1:].to(torch.int32) + row_start[:, None]).reshape(-1)

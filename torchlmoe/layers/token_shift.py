@@ -40,7 +40,7 @@ class TokenShift(nn.Module):
 
     def forward(self, x: Tensor, *, sequence: Sequence, cache: TensorDict | None = None) -> Tensor:
         if cache is None:
-            shifted = F.pad(x, (0, 0, 1, -1))
+            shifted = F.pad(x, (0, 0, 1, 0))[:, :-1]
         else:
             shifted = torch.cat([cache["input"].to(x.dtype), x[:, :-1]], 1)
             cache["input"].copy_(x[:, -1:])

@@ -100,7 +100,8 @@ class RWKV7(RecurrentMixer):
             raise ValueError("An RWKV-7 layer after the first needs `shared`, the first one's values.")
         else:
             first_value = shared
-            v = torch.lerp(v, shared, (self.first_value_proj(x_v) + self.first_value_bias).sigmoid())
+            share = (self.first_value_proj(x_v) + self.first_value_bias).sigmoid()
+            v = torch.lerp(v, shared.to(v.dtype), share.to(v.dtype))  # of one dtype under autocast, too
         log_decay = self.decay(self.decay_proj(x_w))
         rate = (self.rate_proj(x_a) + self.rate_bias).sigmoid()
         heads = (self.num_heads, self.key_dim)

@@ -135,7 +135,7 @@ class Decoder(nn.Module):
         """tokens int64 [B, T] -> logits [B, T, V], or, with labels int64 [B, T], the summed negative log-likelihood.
 
         document_bounds: int32 [B, max_docs + 1], 0, then where the row's documents end, filled with T; each row is one
-            document if None.
+            document if None. Raises ValueError for bounds that do not rise from 0 to T in each row.
         loss_weight: the microbatch's share of the step's rows, by which the experts' balance losses are weighed as
             their gradients join the main loss's on the way back; 1 if unset, but 0 (none) without labels.
 
@@ -153,6 +153,11 @@ class Decoder(nn.Module):
         if document_bounds is None:
             sequence = Sequence.of_rows(batch_size, length, tokens.device, loss_weight)
         else:
+            if document_bounds.shape[0] != batch_size:
+                raise ValueError(
+                    f"document_bounds has {document_bounds.shape[0]} rows and tokens have {batch_size}; give bounds "
+                    "for every row."
+                )
             sequence = Sequence.of_packed_rows(document_bounds, length, loss_weight / num_spans).span(index, num_spans)
             tokens = tokens.reshape(1, -1).chunk(num_spans, 1)[index]
             labels = None if labels is None else labels.reshape(1, -1).chunk(num_spans, 1)[index]

@@ -98,7 +98,8 @@ def num_documents(v: Tensor, cu_seqlens: Tensor | None) -> int:
     """How many v [B, T, ...] holds. Raises ValueError where cu_seqlens is not int32 [N + 1] or there are more rows."""
     if cu_seqlens is None:
         return v.shape[0]
-    if v.shape[0] != 1 or cu_seqlens.dim() != 1 or not len(cu_seqlens) or cu_seqlens.dtype != torch.int32:
+    # Not len(), which makes a constant of a size that torch.export is told is dynamic.
+    if v.shape[0] != 1 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0 or cu_seqlens.dtype != torch.int32:
         raise ValueError(
             f"cu_seqlens (shape {list(cu_seqlens.shape)}, {cu_seqlens.dtype}) must be int32 [N + 1], with B = 1 "
             f"(B is {v.shape[0]})."
@@ -119,24 +120,32 @@ def check_not_empty(k: Tensor, v: Tensor) -> None:
         raise ValueError(f"k {list(k.shape)} and v {list(v.shape)} must have at least one head, one key and one value.")
 
 
-def check_bounds(bounds: Sequence[int], length: int) -> None:
+def check_bounds(bounds: Sequence[int], length: int, name: str = "cu_seqlens") -> None:
     """Raises ValueError unless they rise from 0 to `length`."""
     if bounds[0] != 0 or bounds[-1] != length or list(bounds) != sorted(bounds):
         raise ValueError(
-            f"cu_seqlens must rise from 0 to the number of tokens, {length}; it is {list(bounds[:8])} ... {bounds[-1]}."
+            f"{name} must rise from 0 to the number of tokens, {length}; it is {list(bounds[:8])} ... {bounds[-1]}."
         )
 
 
-def check_bounds_at_hand(cu_seqlens: Tensor | None, length: int) -> None:
-    """The same, where nothing else reads them. Waits for no device: on a GPU it is an assertion of the device's own,
-    which ends the process; traced or without values, bounds are not checked."""
-    if type(cu_seqlens) is not Tensor or cu_seqlens.is_meta or torch.compiler.is_compiling():
+def check_bounds_at_hand(bounds: Tensor | None, length: int, name: str = "cu_seqlens") -> None:
+    """`check_bounds` of a tensor, or of each row of one, for code that does not read the values itself.
+
+    It does not wait for a device: on a GPU it is an assertion of the device's own, which ends the process. Bounds
+    without values, traced or on the meta device, are not checked.
+    """
+    if type(bounds) is not Tensor or bounds.is_meta or torch.compiler.is_compiling():
         return
-    if cu_seqlens.device.type == "cpu":
-        check_bounds(cu_seqlens.tolist(), length)
-    else:
-        rises = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == length) & (cu_seqlens.diff() >= 0).all()
-        torch._assert_async(rises, f"cu_seqlens must rise from 0 to the number of tokens, {length}.")
+    if bounds.device.type == "cpu":
+        for row in bounds.reshape(-1, bounds.shape[-1]).tolist():
+            check_bounds(row, length, name)
+        return
+    # Once for all layers that are given them. The attribute lives as long as the tensor does.
+    checked = (length, None if bounds.is_inference() else bounds._version)
+    if getattr(bounds, "_rise_to", None) != checked:
+        bounds._rise_to = checked  # type: ignore[attr-defined]
+        rises = (bounds[..., 0] == 0).all() & (bounds[..., -1] == length).all() & (bounds.diff() >= 0).all()
+        torch._assert_async(rises, f"{name} must rise from 0 to the number of tokens, {length}.")
 
 
 @dataclass(frozen=True)

@@ -152,7 +152,7 @@ def _check(q, k, v, log_decay, step, initial_state, cu_seqlens, backend) -> None
 
 def _run(q, k, v, log_decay, step, initial_state, cu_seqlens, backend) -> tuple[Tensor, Tensor]:
     terms = (q, k, v, log_decay, step, initial_state, cu_seqlens)
-    if backend == "reference":
+    if backend == "reference" and v.shape[0] and v.shape[1]:
         return _reference(*terms)
     if kernels_serve(backend, *terms):
         # Only now: when they are imported, Triton decides whether to interpret them.
@@ -289,9 +289,10 @@ def _forward(
 @_forward.register_fake
 def _(q, k, v, log_decay, step, initial_state, cu_seqlens):
     state = _first_state(q, k, v, log_decay, initial_state, cu_seqlens)
-    rows = size_by_documents(lambda bounds: num_scan_starts(v, bounds, 1, SLAB_STEPS), v, cu_seqlens)
     if type(v.shape[1]) is int and _is_convolution(q, k, v, log_decay, step):
         rows = 0
+    else:
+        rows = size_by_documents(lambda bounds: num_scan_starts(v, bounds, 1, SLAB_STEPS), v, cu_seqlens)
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     return o, torch.empty_like(state), state.new_empty(rows, *state.shape[1:])
 

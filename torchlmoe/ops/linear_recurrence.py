@@ -62,7 +62,7 @@ def linear_recurrence(
         output_final_state: whether to return the state after the last token.
         cu_seqlens: int32 [N + 1], bounds of documents packed into one row (B = 1) from 0 to T; empty ones allowed.
         backend: "reference" (token by token), "chunked" (plain PyTorch), "triton" (kernels/linear_recurrence.py: K up
-            to 256, not in float64, on a GPU or with TRITON_INTERPRET=1; bounds are not checked on a GPU) or "auto":
+            to 256, not in float64, on a GPU or with TRITON_INTERPRET=1; the GPU itself asserts bounds) or "auto":
             triton where it serves on a GPU, else chunked, or token by token for a single one.
 
     Returns:
@@ -193,7 +193,7 @@ def _run(
         check_bounds_at_hand(cu_seqlens, v.shape[1])
         return kernels.linear_recurrence(*for_kernels)
     decodes = backend == "auto" and v.shape[1] == 1  # one step of the definition is the least work
-    if backend == "reference" or decodes:
+    if (backend == "reference" or decodes) and v.shape[0] and v.shape[1]:
         if cu_seqlens is not None:  # chunked looks at them where it lays out chunks
             check_bounds(cu_seqlens.tolist(), v.shape[1])
         return reference_recurrence(*terms)

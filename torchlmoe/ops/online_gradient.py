@@ -112,7 +112,7 @@ def online_gradient(
     """
     terms = Terms(q, k, v, learning_rate, norm_weight, norm_bias, log_decay, log_momentum, step_scale)
     _check(terms, mini_batch_size, initial_state, offset, cu_seqlens, backend)
-    if backend == "reference":
+    if backend == "reference" and v.shape[0] and v.shape[1]:
         o, state = _reference(terms, initial_state, norm_eps, mini_batch_size, offset, cu_seqlens)
     else:
         o, state, _ = _forward(*terms, initial_state, norm_eps, mini_batch_size, offset, cu_seqlens)

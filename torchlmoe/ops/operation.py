@@ -88,8 +88,11 @@ def size_by_documents(
     """
     if known and cu_seqlens is None and all(type(size) is int for size in v.shape):
         return count(None)
-    if cu_seqlens is None:
-        return data_dependent_size(lambda: count(None))
-    length, num_documents = v.shape[1], max(1, cu_seqlens.shape[0] - 1)
-    bounds = (length * document // num_documents for document in range(num_documents + 1))
-    return data_dependent_size(lambda: count(tuple(bounds)))
+
+    def estimate() -> int:
+        if cu_seqlens is None:
+            return count(None)
+        length, num_documents = v.shape[1], max(1, cu_seqlens.shape[0] - 1)
+        return count(tuple(length * document // num_documents for document in range(num_documents + 1)))
+
+    return data_dependent_size(estimate)

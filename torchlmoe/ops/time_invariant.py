@@ -13,13 +13,11 @@ at the left of the chunk for the one and at the right for the other; the state d
 Legend: N documents, M chunks, C slots of a chunk, H heads, K key width, V value width.
 """
 
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchlmoe.ops.chunk_layout import Slab, kept_scan_layout, num_documents
+from torchlmoe.ops.chunk_layout import ChunkLayout, Slab, kept_chunk_layouts, num_documents, restore_order
 
 CHUNK_SIZE = 64
 
@@ -29,15 +27,18 @@ def time_invariant_forward(
 ) -> tuple[Tensor, Tensor]:
     """o like v (zero without q), and the state after every document.
 
-    q, k: [H, K]. v: [B, T, H, V], T at least 1. log_decay: [H, K, V]. state_NHKV: before every document.
+    q, k: [H, K]. v: [B, T, H, V]. log_decay: [H, K, V]. state_NHKV: before every document.
     """
-    slab, order_N = _layout(v, cu_seqlens)
-    terms = [k, _cut(slab, v, state_NHKV), log_decay, state_NHKV.index_select(0, order_N)]
-    final, *read = _convolve(slab, *terms, q)  # type: ignore[call-arg]
+    layouts, final = _layouts(v, cu_seqlens), []
     o = torch.zeros_like(v, memory_format=torch.contiguous_format)
-    for o_HVMC in read:
-        _paste(slab, o_HVMC, o)
-    return o, torch.empty_like(state_NHKV).index_copy_(0, order_N, final)
+    for layout in layouts:
+        state = state_NHKV.index_select(0, layout.order_N)
+        for slab in layout.slabs:
+            state, *read = _convolve(slab, k, _cut(slab, v, state), log_decay, state, q)
+            for o_HVMC in read:
+                _paste(slab, o_HVMC, o)
+        final.append(state)
+    return o, restore_order(layouts, torch.cat(final))
 
 
 def time_invariant_backward(
@@ -51,24 +52,35 @@ def time_invariant_backward(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q (None without it), k, v, log_decay and the state before."""
-    slab, order_N = _layout(v, cu_seqlens)
-    terms = [k, _cut(slab, v, state_NHKV), log_decay, state_NHKV.index_select(0, order_N)]
-    grads = [grad_final.to(state_NHKV.dtype).index_select(0, order_N)]
-    if q is not None:
-        terms, grads = [*terms, q], [*grads, _cut(slab, grad_o, state_NHKV)]
-    # Autograd is off within an operation; torch.func is not.
-    pull_back = torch.func.vjp(partial(_convolve, slab), *terms)[1]
-    grad_k, grad_x, grad_log_decay, grad_state, *of_q = pull_back(tuple(grads))
+    constants = [k, log_decay] if q is None else [k, log_decay, q]
+    of_constants = [torch.zeros_like(x) for x in constants]
+    layouts, of_states = _layouts(v, cu_seqlens), []
     grad_v = torch.zeros_like(v, memory_format=torch.contiguous_format)
-    _paste(slab, grad_x, grad_v)
-    grad_state = torch.empty_like(state_NHKV).index_copy_(0, order_N, grad_state)
+    for layout in layouts:
+        state = state_NHKV.index_select(0, layout.order_N)
+        grad_state = grad_final.to(state.dtype).index_select(0, layout.order_N)
+        for slab in layout.slabs:
+
+            def convolve(x, state, k, log_decay, q=None, slab=slab):
+                return _convolve(slab, k, x, log_decay, state, q)
+
+            # Autograd is off within an operation; torch.func is not.
+            pull_back = torch.func.vjp(convolve, _cut(slab, v, state), state, *constants)[1]
+            grads = (grad_state,) if q is None else (grad_state, _cut(slab, grad_o, state))
+            grad_x, grad_state, *of_slab = pull_back(grads)
+            _paste(slab, grad_x, grad_v)
+            of_constants = [x + y for x, y in zip(of_constants, of_slab, strict=True)]
+        of_states.append(grad_state)
+    grad_k, grad_log_decay, *of_q = of_constants
+    grad_state = restore_order(layouts, torch.cat(of_states))
     return of_q[0] if of_q else None, grad_k, grad_v, grad_log_decay, grad_state
 
 
-def _layout(v: Tensor, cu_seqlens: Tensor | None) -> tuple[Slab, Tensor]:
-    """All chunks as one slab, and the documents from the longest to the shortest."""
-    layout = kept_scan_layout(v, cu_seqlens, CHUNK_SIZE, v.shape[1] * num_documents(v, cu_seqlens))
-    return layout.slabs[0], layout.order_N
+def _layouts(v: Tensor, cu_seqlens: Tensor | None) -> tuple[ChunkLayout, ...]:
+    """All chunks of a layout are one slab, or none where no document has a token."""
+    bounds = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
+    all_chunks = max(1, v.shape[0] * v.shape[1] * num_documents(v, cu_seqlens))
+    return kept_chunk_layouts(v.shape[0], v.shape[1], bounds, CHUNK_SIZE, all_chunks, v.device)
 
 
 def _cut(slab: Slab, x: Tensor, state: Tensor) -> Tensor:

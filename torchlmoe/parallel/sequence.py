@@ -189,7 +189,7 @@ class StateStyle(ParallelStyle):
         if device_mesh.ndim != 1:
             raise ValueError(f"{type(self).__name__} needs a mesh of one axis; it was given {device_mesh}.")
         if device_mesh.size() > 1:
-            module.forward = partial(self.run, module.forward, device_mesh)
+            module.forward = partial(_without_autocast, self.run, module.forward, device_mesh)
         return module
 
     def run(self, forward: Callable, mesh: DeviceMesh, q: Tensor, k: Tensor, v: Tensor, **terms) -> tuple[Tensor, None]:
@@ -315,6 +315,15 @@ class LSMSequenceParallel(StateStyle):
         return incoming
 
 
+def _without_autocast(run: Callable, forward: Callable, mesh: DeviceMesh, q: Tensor, k: Tensor, v: Tensor, **terms):
+    """`run`, whose products of states would lose their digits to autocast."""
+    device = v.device.type
+    if not torch.amp.is_autocast_available(device):
+        return run(forward, mesh, q, k, v, **terms)
+    with torch.autocast(device, enabled=False):
+        return run(forward, mesh, q, k, v, **terms)
+
+
 def _as_real(x: Tensor) -> Tensor:
     """What communication libraries can send."""
     return torch.view_as_real(x) if x.is_complex() else x
@@ -395,11 +404,13 @@ def _span_of(v: Tensor, cu_seqlens: Tensor | None, document_bounds: Tensor | Non
         return Span.of_rows(v.shape[1], rank, num_ranks, v.device)
     if document_bounds is None:
         length, bounds = num_ranks * v.shape[1], cu_seqlens
-        if not torch.compiler.is_compiling() and bounds.device.type == "cpu" and bounds[-1] != length:
-            raise ValueError(
-                f"cu_seqlens ends at {bounds[-1]}, but the whole row, split over {num_ranks} ranks, has {length} "
-                "tokens; give the bounds of its documents."
-            )
+        if type(bounds) is Tensor and bounds.device.type == "cpu" and not torch.compiler.is_compiling():
+            places = bounds.tolist()
+            if places[0] != 0 or places[-1] != length or places != sorted(places):
+                raise ValueError(
+                    f"cu_seqlens, from {places[0]} to {places[-1]}, must rise from 0 to the {length} tokens of the "
+                    f"whole row, split over {num_ranks} ranks; give the bounds of its documents."
+                )
         return Span.of_documents(bounds, rank, num_ranks, v.shape[1])
     return Span.of_documents(document_bounds, rank, num_ranks, document_bounds[-1] // num_ranks, cu_seqlens)
 
