@@ -63,6 +63,8 @@ def place(corpus, tmp_path_factory) -> Iterator[Path]:
     shutil.copytree(place / "cache", place / "cut_tokens")
     for tokens in (place / "cut_tokens").glob("bad*-train-*/tokens_00000.bin"):
         os.truncate(tokens, 100)
+    (place / "no_folder").mkdir()
+    (place / "no_folder" / "checkpoints").touch()
     (place / "busy").mkdir()
     with FileLock(place / "busy" / ".lock"):  # as a run holds it that goes on
         yield place
@@ -77,7 +79,7 @@ CASES = {
     "steps 3": "'steps' is not a setting; write --table.key value",
     "--training.steps": "--training.steps needs a value.",
     "--job.config_file {place}/nowhere.toml": "nowhere.toml' does not exist; see train_configs/ for recipes.",
-    "--job.config_file {place}/not.toml": "not.toml' is not TOML",
+    "--job.config_file {place}/not.toml": "not.toml is not TOML",
     "--data.dataset {place}/nowhere.jsonl": 'nowhere.jsonl" is not there',
     "--data.dataset {place}/empty": "empty",
     "--data.dataset {place}/empty.jsonl": "has no documents with text",
@@ -100,7 +102,7 @@ CASES = {
     # Found before data is looked for.
     "--model.num_heads 3 --data.dataset {place}/nowhere": "dim = 32 cannot be split into num_heads = 3 heads",
     "--moe.expert_dim 1000000000000000000": "There is not enough memory (Storage size calculation overflowed",
-    "--moe.num_experts 99999999999999999999": "There is not enough memory (",
+    "--moe.num_experts 9999999999999999999": "There is not enough memory (",
     "--moe.expert_dim 100000000000": "There is not enough memory (",
     "--model.mixer gated_deltanett": "= 'gated_deltanett' is unknown; the nearest is gated_deltanet.",
     "--model.layer_pattern LX": "model.layer_pattern = 'LX' names 'X', which has no table",
@@ -114,6 +116,7 @@ CASES = {
     "--lr_scheduler.warmup_steps 30": "lr_scheduler.warmup_steps = 30 is more than training.steps = 2",
     "--training.device cuda": "training.device = 'cuda' needs a GPU",
     "--job.dump_folder {place}/file/run": "{place}/file/run: Not a directory.",
+    "--job.dump_folder {place}/no_folder": "could not be written to {place}/no_folder/checkpoints: File exists;",
     "--job.dump_folder {place}/busy": "Another run writes to {place}/busy: wait for its end",
     "--checkpoint.load_step 7 --job.dump_folder {place}/run": "checkpoint.load_step = 7 is not in {place}/run",
     "--checkpoint.load_step 2 --checkpoint.enable false": "checkpoint.load_step = 2 is of no use",

@@ -29,6 +29,15 @@ def test_command_line_over_file_over_flavor(tmp_path):
     assert (config.training.steps, config.moe.expert_dim) == (7, 896)
 
 
+def test_paths_begin_at_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    names = ("job.dump_folder", "data.dataset", "data.validation_dataset", "data.tokenizer", "data.cache_dir")
+    config = load(" ".join(f"--{name} ~/x" for name in names))
+    values = [getattr(getattr(config, table), key) for table, key in (name.split(".") for name in names)]
+    assert values == ["/home/me/x"] * 5
+    assert load("--data.dataset org/name --data.tokenizer embedded").data.dataset == "org/name"
+
+
 def test_values_are_read_as_toml():
     config = load("--metrics.plot false --optimizer.lr 1 --data.tokenizer 12 --job.debug --moe.capacity_factor=1.25")
     assert (config.metrics.plot, config.optimizer.lr, config.data.tokenizer) == (False, 1, "12")
@@ -86,7 +95,22 @@ BAD = {
     "--training.dtype float16": "it should be 'float32', 'bfloat16' or 'float64'.",
     "--model.flavor debg": "model.flavor = 'debg' is unknown; the nearest is debug.",
     "--model.flavor [1]": "model.flavor = [1] is unknown; choose one of debug",
-    "--model.dim 9999999999999999999999999": "it should be less than or equal to 1000000.",
+    "--model.dim 9999999999999999999": "it should be less than or equal to 1000000.",
+    "--model.dim 9999999999999999999999999": "model.dim does not fit in 64 bits; give a smaller number.",
+    f"--model.dim {'9' * 5000}": "(5,002 characters) is not valid: it should be a valid integer.",
+    f"--model.dim 0x{'9' * 5000}": "model.dim does not fit in 64 bits",
+    f"--model.layers.L.{'a.' * 500}b 3": "model.layers.L.a.a.a.a.a.a.a = {...} is nested too deeply",
+    f"--model.layers.L.inner_options {'[' * 600}": "model.layers.L.inner_options is not a setting",
+    "--parallelism.timeout_seconds 1e30": "it should be less than or equal to 1000000.",
+    "--data.text_column \udcff": "data.text_column = '\\udcff' is not valid: it should be UTF-8 without NUL.",
+    "--job.dump_folder=": "job.dump_folder = '' is not valid: it should not be empty (as an unset shell variable is);",
+    "--job.config_file=": "job.config_file = '' is not valid: it should not be empty",
+    "--job.config_file.x 3": "job.config_file = {'x': 3} is not valid: it should be a valid string.",
+    "--job.config_file /dev/zero": "job.config_file cannot be used: /dev/zero is not a regular file.",
+    "--data.dataset=": "data.dataset = '' is not valid: it should not be empty",
+    "--data.validation_dataset=": "data.validation_dataset = '' is not valid: it should not be empty",
+    "--data.tokenizer=": "data.tokenizer = '' is not valid: it should not be empty",
+    "--data.cache_dir ~nobody-of-that-name/x": "it should begin with the name of a user who has a home folder",
     "--model.num_layers 1000000000000": "it should be less than or equal to 10000.",
     "--model.layers.L.mixer [1]": "model.layers.L.mixer = [1] is unknown; choose one of",
     "--model.mixer mom --model.layers.L.inner [1]": "model.layers.L.inner = [1] is not valid: it should be a valid str",
@@ -131,7 +155,7 @@ BAD = {
     "steps": "'steps' is not a setting; write --table.key value (see --help).",
     "--model.dim": "--model.dim needs a value.",
     "--job.config_file nowhere.toml": "job.config_file = 'nowhere.toml' does not exist",
-    "--job.config_file README.md": "job.config_file = 'README.md' is not TOML",
+    "--job.config_file README.md": "job.config_file cannot be used: README.md is not TOML",
     "--training.steps.more 3": "training.steps = {'more': 3} is not valid",
 }
 

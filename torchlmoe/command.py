@@ -9,9 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-import tomli
 import torch
 import torch.distributed as dist
+
+from torchlmoe.files import expanded, read_toml
 
 # What torch says where sizes are more than there is room for, in plain RuntimeErrors and TypeErrors.
 _TOO_LARGE = ("can't allocate memory", "not enough memory", "size calculation overflowed", "Overflow when unpacking")
@@ -23,6 +24,10 @@ class FlagParser(argparse.ArgumentParser):
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, **options)
         self.add_argument("--job.debug", metavar="true", nargs="?", help="show the whole traceback of an error")
+
+    def add_path(self, flag: str, **options) -> None:
+        """A flag whose value is a path, in which ~ is the home folder."""
+        self.add_argument(flag, type=_path, **options)
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message} (see --help).")
@@ -68,6 +73,13 @@ def _sentence(error: Exception) -> str | None:
     return None
 
 
+def _path(text: str) -> Path:
+    try:
+        return Path(expanded(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} {error}") from None
+
+
 def _shows_traceback(arguments: list[str]) -> bool:
     """job.debug, as far as it can be told: what is wrong may be the settings themselves."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -77,6 +89,6 @@ def _shows_traceback(arguments: list[str]) -> bool:
     if given.debug is not None or given.file is None:
         return given.debug == "true"
     try:
-        return tomli.loads(Path(given.file).read_text(encoding="utf-8"))["job"]["debug"] is True
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_toml(_path(given.file))["job"]["debug"] is True
+    except (OSError, ValueError, KeyError, TypeError, argparse.ArgumentTypeError):
         return False

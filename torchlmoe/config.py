@@ -7,10 +7,14 @@ not fit. What is listed here but not supported yet is refused when it is asked f
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
 
+from torchlmoe.files import expanded
 from torchlmoe.mixers.base import InitStd, NormEps
 from torchlmoe.ops.linear_recurrence import Backend
+
+# Of a setting that is a local path, or may be one.
+PATH = AfterValidator(lambda path: None if path is None else expanded(path))
 
 
 @dataclass
@@ -22,8 +26,8 @@ class Table:
 
 @dataclass
 class Job(Table):
-    config_file: Annotated[str | None, Field(description="TOML file with settings.")] = None
-    dump_folder: Annotated[str, Field(description="Where all that a run writes goes.")] = "outputs"
+    config_file: Annotated[str | None, Field(description="TOML file with settings."), PATH] = None
+    dump_folder: Annotated[str, Field(description="Where all that a run writes goes."), PATH] = "outputs"
     print_config: Annotated[bool, Field(description="Print the resolved settings as TOML and stop.")] = False
     debug: Annotated[bool, Field(description="Show the whole traceback of an error.")] = False
 
@@ -93,22 +97,24 @@ class MoE(Table):
 @dataclass
 class Data(Table):
     dataset: Annotated[
-        str, Field(description="embedded, a local file or folder (json, parquet, text), or a hub id (streamed).")
+        str, Field(description="embedded, a local file or folder (json, parquet, text), or a hub id (streamed)."), PATH
     ] = "embedded"
     dataset_config: Annotated[str | None, Field(description="Configuration of a hub dataset.")] = None
-    tokenizer: Annotated[str, Field(description="embedded, or a tokenizer.json or its folder.")] = "embedded"
+    tokenizer: Annotated[str, Field(description="embedded, or a tokenizer.json or its folder."), PATH] = "embedded"
     end_token: Annotated[str | None, Field(description="Token between documents; found by name if unset.")] = None
     text_column: Annotated[str, Field(description="Column that holds the text.")] = "text"
     train_split: Annotated[str, Field(description="Split to train on.")] = "train"
     validation_split: Annotated[str, Field(description="Split to validate on.")] = "validation"
-    validation_dataset: Annotated[str | None, Field(description="Where it comes from; `dataset` if unset.")] = None
+    validation_dataset: Annotated[str | None, Field(description="Where it comes from; `dataset` if unset."), PATH] = (
+        None
+    )
     validation_fraction: Annotated[
         float, Field(gt=0, lt=1, description="Documents held out where there is no validation split.")
     ] = 0.01
     max_tokens: Annotated[int | None, Field(ge=2, description="Stop tokenising after so many tokens.")] = None
     validation_max_tokens: Annotated[int | None, Field(ge=2, description="The same for the validation split.")] = None
     cache_dir: Annotated[
-        str | None, Field(description="Where tokenised text is kept; ~/.cache/torchlmoe if unset.")
+        str | None, Field(description="Where tokenised text is kept; ~/.cache/torchlmoe if unset."), PATH
     ] = None
     num_prefetch: Annotated[int, Field(ge=1, le=1000, description="Steps that are read ahead.")] = 2
 
@@ -259,7 +265,8 @@ class Parallelism(Table):
         Field(description="Softmax blocks: keys and values of all spans on each rank, or whole rows of some heads."),
     ] = "all_gather"
     timeout_seconds: Annotated[
-        float, Field(gt=0, description="After so long a collective has failed: a rank hangs or is far behind.")
+        float,
+        Field(gt=0, le=1_000_000, description="After so long a collective has failed: a rank hangs or is far behind."),
     ] = 300.0
 
 

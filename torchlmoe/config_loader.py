@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import difflib
 import json
+import os
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -15,6 +16,7 @@ import tomli_w
 from pydantic import ConfigDict, TypeAdapter, ValidationError, create_model
 
 from torchlmoe.config import Config, Training
+from torchlmoe.files import complaint, expanded, is_unicode, read_toml, toml_value
 from torchlmoe.mixers import MIXERS
 from torchlmoe.model.presets import FLAVORS
 
@@ -56,17 +58,20 @@ def load_config(arguments: list[str]) -> Config:
     """
     from_command_line = _parse_command_line(arguments)
     config_file = from_command_line.get("job", {}).get("config_file")
-    return config_from([{} if config_file is None else _read_toml(config_file), from_command_line])
+    # What is no text is refused with the other settings.
+    from_file = _read_toml(config_file) if isinstance(config_file, str) else {}
+    return config_from([from_file, from_command_line])
 
 
 def config_from(sources: list[dict[str, Any]]) -> Config:
     """Checked settings from tables of them, of which the later ones count. Raises ConfigError as `load_config` does."""
     flavor = "debug"
     for source in sources:
+        _check_values(source)
         _check_table_shape(source)
         flavor = source.get("model", {}).get("flavor", flavor)
     if flavor not in [*FLAVORS]:  # a list, because what was given may have no hash
-        raise ConfigError(f"model.flavor = {flavor!r} is unknown{_nearest(str(flavor), FLAVORS)}.")
+        raise ConfigError(f"model.flavor = {toml_value(flavor)} is unknown{_nearest(str(flavor), FLAVORS)}.")
     merged: dict[str, Any] = {}
     for source in [{"model": {"layers": DEFAULT_LAYERS}}, FLAVORS[flavor], *sources]:
         _merge(merged, _with_mixer_in_its_letter(source))
@@ -186,13 +191,15 @@ def shortest_span(config: Config, world_size: int) -> int:
 
 def _read_toml(path: str) -> dict[str, Any]:
     try:
-        return tomli.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise ConfigError(f"job.config_file = {path!r} does not exist; see train_configs/ for recipes.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"job.config_file = {path!r} cannot be read: {error}.") from None
-    except tomli.TOMLDecodeError as error:
-        raise ConfigError(f"job.config_file = {path!r} is not TOML: {error}.") from None
+        path = expanded(path)
+    except ValueError as error:
+        raise ConfigError(f"job.config_file = {toml_value(path)} is not valid: it {error}.") from None
+    if not os.path.exists(path):
+        raise ConfigError(f"job.config_file = {toml_value(path)} does not exist; see train_configs/ for recipes.")
+    try:
+        return read_toml(Path(path))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"job.config_file cannot be used: {error}.") from None
 
 
 def _parse_command_line(arguments: list[str]) -> dict[str, Any]:
@@ -242,8 +249,22 @@ def _value(name: str, text: str) -> Any:
         return text
     try:
         return tomli.loads(f"value = {text}")["value"]
-    except tomli.TOMLDecodeError:
+    except (ValueError, RecursionError):  # ValueError also where Python's limit of a number's digits is passed
         return text
+
+
+def _check_values(value: Any, name: str = "", levels: int = 10) -> None:
+    """Refuses what no setting holds and much of Python fails on: tables in more levels, larger integers, odd text."""
+    if isinstance(value, (dict, list)):
+        if levels == 0:
+            raise ConfigError(f"{name} = {{...}} is nested too deeply; no setting has so many levels.")
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            _check_values(key, "The name of a setting")
+            _check_values(item, f"{name}.{key}" if name else str(key), levels - 1)
+    elif isinstance(value, int) and not -(2**63) <= value < 2**64:
+        raise ConfigError(f"{name} does not fit in 64 bits; give a smaller number.")
+    elif isinstance(value, str) and ("\0" in value or not is_unicode(value)):
+        raise ConfigError(f"{name} = {toml_value(value)} is not valid: it should be UTF-8 without NUL.")
 
 
 def _check_table_shape(source: dict[str, Any]) -> None:
@@ -252,12 +273,12 @@ def _check_table_shape(source: dict[str, Any]) -> None:
         if name not in _fields(Config):
             raise ConfigError(f"[{name}] is not a table of settings{_nearest(name, _fields(Config))}.")
         if not isinstance(table, dict):
-            raise ConfigError(f"{name} = {table!r} must be a table, [{name}].")
+            raise ConfigError(f"{name} = {toml_value(table)} must be a table, [{name}].")
     layers = source.get("model", {}).get("layers", {})
     for letter, table in layers.items() if isinstance(layers, dict) else [("layers", layers)]:
         if not isinstance(table, dict):
             raise ConfigError(
-                f"model.layers.{letter} = {table!r} must be a table with the settings of a letter's blocks."
+                f"model.layers.{letter} = {toml_value(table)} must be a table with the settings of a letter's blocks."
             )
 
 
@@ -269,7 +290,8 @@ def _with_mixer_in_its_letter(source: dict[str, Any]) -> dict[str, Any]:
         letter = source["model"].setdefault("layers", {}).setdefault("L", {})
         if letter.setdefault("mixer", mixer) != mixer:
             raise ConfigError(
-                f"model.mixer = {mixer!r} contradicts model.layers.L.mixer = {letter['mixer']!r}; give one of the two."
+                f"model.mixer = {toml_value(mixer)} contradicts model.layers.L.mixer = "
+                f"{toml_value(letter['mixer'])}; give one of the two."
             )
     return source
 
@@ -291,9 +313,9 @@ def _check_layers(config: Config) -> None:
         if mixer is None:
             raise ConfigError(f"{prefix}.mixer is missing; choose one of {', '.join(MIXERS)}.")
         if mixer not in [*MIXERS]:
-            raise ConfigError(f"{prefix}.mixer = {mixer!r} is unknown{_nearest(str(mixer), MIXERS)}.")
+            raise ConfigError(f"{prefix}.mixer = {toml_value(mixer)} is unknown{_nearest(str(mixer), MIXERS)}.")
         if mlp not in ("moe", "dense"):
-            raise ConfigError(f"{prefix}.mlp = {mlp!r} is unknown; choose moe or dense.")
+            raise ConfigError(f"{prefix}.mlp = {toml_value(mlp)} is unknown; choose moe or dense.")
         options = {name: value for name, value in table.items() if name not in ("mixer", "mlp")}
         _check_options(config, prefix, mixer, options)
     for letter in config.model.layer_pattern:
@@ -314,7 +336,9 @@ def _check_options(config: Config, prefix: str, mixer: str, options: dict[str, A
         raise ConfigError(_sentence(error, None, prefix, {**types, "mixer": 0, "mlp": 0})) from None
     if "inner_options" in types:  # the mixer holds another one
         if checked.inner not in MIXERS:
-            raise ConfigError(f"{prefix}.inner = {checked.inner!r} is unknown{_nearest(checked.inner, MIXERS)}.")
+            raise ConfigError(
+                f"{prefix}.inner = {toml_value(checked.inner)} is unknown{_nearest(checked.inner, MIXERS)}."
+            )
         _check_options(config, f"{prefix}.inner_options", checked.inner, checked.inner_options or {})
 
 
@@ -371,11 +395,6 @@ def _check_consistency(config: Config) -> None:
         )
 
 
-def toml_value(value: Any) -> str:
-    """As TOML writes it."""
-    return {True: "true", False: "false"}[value] if isinstance(value, bool) else repr(value)
-
-
 def _nearest(name: str, known: Any) -> str:
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; the nearest is {close[0]}" if close else f"; choose one of {', '.join(known)}"
@@ -390,7 +409,4 @@ def _sentence(error: ValidationError, root: type | None, prefix: str = "", known
         if root is not None:
             known = _fields(_fields(root)[path[0]]) if len(path) > 1 else _fields(root)
         return f"{name} is not a setting{_nearest(path[-1], known)}."
-    if first["type"] == "missing":
-        return f"{name} is missing; give it a value."
-    message = first["msg"].removeprefix("Input ").replace("String should", "should")
-    return f"{name} = {toml_value(first['input'])} is not valid: it {message}."
+    return f"{complaint(error, prefix)}{'; give it a value' * (first['type'] == 'missing')}."

@@ -6,9 +6,13 @@ of three hyphens between, as the tokens come.
 
 import argparse
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from torchlmoe.command import FlagParser, run
+from torchlmoe.files import is_unicode
+
+MAX_PROMPT_BYTES = 2**30
 
 
 def main(arguments: list[str]) -> None:
@@ -53,14 +57,20 @@ def main(arguments: list[str]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = FlagParser(prog="python -m torchlmoe.generate", description=__doc__.splitlines()[0].partition(":")[0])
     add = parser.add_argument
-    add(
+    parser.add_path(
         "--checkpoint",
         metavar="DIR",
         required=True,
         help="a run's folder, one of its checkpoints, or an exported model",
     )
     add("--prompt", metavar="TEXT", action="append", default=[], help="text to continue; may be repeated")
-    add("--prompt-file", metavar="FILE", action="append", default=[], help="the same from a file, - is standard input")
+    parser.add_path(
+        "--prompt-file",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="the same from a file, - is standard input",
+    )
     add(
         "--max-new-tokens",
         metavar="N",
@@ -98,20 +108,21 @@ def _parser() -> argparse.ArgumentParser:
 
 def _utf8(prompt: str) -> str:
     """The prompt, if the bytes that the shell gave are text."""
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"--prompt {prompt!a} is not UTF-8 text.") from None
+    if not is_unicode(prompt):
+        raise ValueError(f"--prompt {prompt!a} is not UTF-8 text.")
     return prompt
 
 
-def _read(file: str) -> str:
-    """The text of a file, or of standard input for "-", without the last line's end."""
+def _read(path: Path) -> str:
+    """The text of a file or pipe, or of standard input for "-", without the last line's end."""
     try:
-        content = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+        with nullcontext(sys.stdin.buffer) if str(path) == "-" else path.open("rb") as file:
+            content = file.read(MAX_PROMPT_BYTES + 1)
+        if len(content) > MAX_PROMPT_BYTES:
+            raise ValueError(f"it has more than {MAX_PROMPT_BYTES:,} bytes")
         return content.decode().removesuffix("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--prompt-file {file} cannot be read as UTF-8 text: {error}.") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--prompt-file {path} cannot be read as UTF-8 text: {error}.") from None
 
 
 if __name__ == "__main__":

@@ -4,27 +4,26 @@ A run with that job.dump_folder, the model's settings and checkpoint.enable = tr
 optimizer and at step 0.
 """
 
+import shutil
 import warnings
-from pathlib import Path
 
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from torchlmoe.checkpoint import open_model
 from torchlmoe.checkpoint.exported import is_exported
-from torchlmoe.checkpoint.folders import name_of, published
+from torchlmoe.checkpoint.folders import name_of, partial_of, published
 from torchlmoe.checkpoint.run_record import Progress, fixed_of_model, write_run
 from torchlmoe.checkpoint.state import model_state
-from torchlmoe.checkpoint.writer import CheckpointWriter
+from torchlmoe.checkpoint.writer import CheckpointWriter, save_failure
 from torchlmoe.command import FlagParser, run
 from torchlmoe.config_loader import to_toml
-from torchlmoe.parallel.failures import cause_of
 
 
 def main(arguments: list[str]) -> None:
     parser = FlagParser(prog="python -m torchlmoe.import_model", description=__doc__)
-    parser.add_argument("--model", type=Path, required=True, help="what torchlmoe.export wrote")
-    parser.add_argument("--output", type=Path, required=True, help="job.dump_folder of the run to start")
+    parser.add_path("--model", required=True, help="what torchlmoe.export wrote")
+    parser.add_path("--output", required=True, help="job.dump_folder of the run to start")
     options = parser.parse_args(arguments)
     root = options.output / "checkpoints"
     if published(root):
@@ -43,7 +42,8 @@ def main(arguments: list[str]) -> None:
         try:
             dcp.save(model_state(model), storage_writer=CheckpointWriter(root, 0, files, keep_latest_k=1), no_dist=True)
         except CheckpointException as error:
-            raise cause_of(error) from error
+            shutil.rmtree(partial_of(root, 0), ignore_errors=True)
+            raise save_failure(error, "The checkpoint", root, "make room, or give another --output") from error
     print(f"imported to {root / name_of(0)}")
 
 

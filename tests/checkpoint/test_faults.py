@@ -122,13 +122,20 @@ def test_full_disk_for_a_checkpoint(async_mode, corpus, tmp_path):
     assert all_whole(tmp_path) == [10]
 
 
-def test_full_disk_for_figures(corpus, tmp_path):
-    trainer = Trainer(load_config(arguments(corpus, tmp_path, "--checkpoint.enable false")))
+@pytest.mark.parametrize("tensorboard", ["false", "true"])
+def test_full_disk_for_figures(tensorboard, corpus, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("threading.excepthook", said.append)
+    extra = f"--checkpoint.enable false --metrics.tensorboard {tensorboard}"
+    trainer = Trainer(load_config(arguments(corpus, tmp_path, extra)))
+    if tensorboard == "true":
+        monkeypatch.setattr(trainer.log, "_file", Path(os.devnull).open("a"))  # noqa: SIM115
     with (
         files_at_most(2000),
         pytest.raises(OSError, match=r"figures of step \d could not be written .* File too large"),
     ):
         trainer.train()
+    assert not said
 
 
 class Run:

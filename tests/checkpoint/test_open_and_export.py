@@ -46,27 +46,30 @@ def test_open_says_what_is_missing(single, tmp_path):
     config = json.loads((tmp_path / "model/config.json").read_text())
     config["settings"]["model"]["dim"] = 64
     (tmp_path / "model/config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"config\.json has .* bytes in place of"):
+        open_model(tmp_path / "model")
+    (tmp_path / "model/manifest.json").unlink()
     with pytest.raises(ValueError, match="but the settings give"):
         open_model(tmp_path / "model")
     (tmp_path / "model/config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(ValueError, match="model_type is 'llama'"):
+    with pytest.raises(ValueError, match="model_type = 'llama' is not valid: it should be 'torchlmoe'"):
         open_model(tmp_path / "model")
     weights = tmp_path / "model/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     (tmp_path / "model/config.json").write_text(json.dumps({**config, "settings": {}}))
-    with pytest.raises(ValueError, match=r"safetensors file in .* is damaged"):
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
         open_model(tmp_path / "model")
     for text, sentence in {
-        "[]": "config.json cannot be used: it holds a list, not an object.",
-        json.dumps({**config, "settings": []}): r"settings is \[\], not of type dict",
-        json.dumps({**config, "vocab_size": "many"}): "vocab_size is 'many', not of type int",
-        json.dumps({**config, "vocab_size": -3}): "vocab_size = -3 must be at least 2",
+        "[]": r"config.json cannot be used: its content = \[\] is not valid: it should be an object;",
+        json.dumps({**config, "settings": []}): r"settings = \[\] is not valid: it should be an object",
+        json.dumps({**config, "vocab_size": "many"}): "vocab_size = 'many' is not valid: it should be a valid integer",
+        json.dumps({**config, "vocab_size": -3}): "vocab_size = -3 is not valid: it should be greater than or equal",
     }.items():
         (tmp_path / "model/config.json").write_text(text)
         with pytest.raises(ValueError, match=sentence):
             open_model(tmp_path / "model")
     (tmp_path / "model/config.json").write_text('{"model_type": "torchlmoe"}')
-    with pytest.raises(ValueError, match="has no 'settings'"):
+    with pytest.raises(ValueError, match="settings is missing; export the model again"):
         open_model(tmp_path / "model")
     with pytest.raises(ValueError, match="is there already"):
         export.main(["--checkpoint", str(single), "--output", str(tmp_path / "model")])
@@ -90,7 +93,7 @@ def test_export_and_back(single, corpus, tmp_path, process_group):
         import_model.main(["--model", str(tmp_path / "model"), "--output", str(tmp_path / "run")])
 
     (tmp_path / "file").touch()
-    with pytest.raises(NotADirectoryError):
+    with pytest.raises(OSError, match=r"The checkpoint could not be written to .*file/checkpoints: Not a directory;"):
         import_model.main(["--model", str(tmp_path / "model"), "--output", str(tmp_path / "file")])
 
     # A run starts from it, at its first step and with a fresh optimizer, whatever its seed or batch.

@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future
 from datetime import timedelta
@@ -26,13 +27,13 @@ from torchlmoe.checkpoint.run_record import (
     write_run,
 )
 from torchlmoe.checkpoint.state import OptimizerState, load_tensors, model_state, saved_tensors
-from torchlmoe.checkpoint.writer import CheckpointWriter
+from torchlmoe.checkpoint.writer import CheckpointWriter, save_failure
 from torchlmoe.config import Config
 from torchlmoe.config_loader import to_toml
 from torchlmoe.data.store import TokenStore
 from torchlmoe.data.tokenizer import Tokenizer
+from torchlmoe.files import failures_to_write
 from torchlmoe.model.decoder import Decoder
-from torchlmoe.parallel.failures import cause_of
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -85,6 +86,8 @@ class Checkpointer:
         if folder is None:
             return Progress()
 
+        saved: set[str] = set()
+
         def check() -> Progress:
             try:
                 verify(folder, dist.get_rank(), dist.get_world_size())
@@ -92,14 +95,14 @@ class Checkpointer:
                 raise ValueError(f"{error}; {remedy}.") from error
             progress, fixed = read_run(folder)
             check_same(fixed, self.fixed, folder)
+            saved.update(saved_tensors(folder))
             return progress
 
         progress = self._agree(check)
-        saved = saved_tensors(folder).keys()
         state = model_state(self.model)
         if any(name.startswith("optimizer.") for name in saved):
             self.optimizer_state.create()
-            self.optimizer_state.forget_all_but(set(saved))
+            self.optimizer_state.forget_all_but(saved)
             state |= self.optimizer_state.tensors()
         load_tensors(state, folder, self.group)
         if self.settings.load_step is not None:
@@ -157,19 +160,18 @@ class Checkpointer:
         try:
             pending.result()
         except CheckpointException as error:
-            cause = cause_of(error)
+            remedy = "what was saved before is whole, and the same command goes on from it"
             if dist.get_rank() == 0:
                 shutil.rmtree(partial_of(self.root, self._saving_step), ignore_errors=True)
-            reason = getattr(cause, "strerror", None) or str(cause)
-            raise OSError(
-                f"The checkpoint of step {self._saving_step} could not be written to {self.root}: {reason}; "
-                "what was saved before is whole, and the same command goes on from it."
-            ) from error
+            raise save_failure(error, f"The checkpoint of step {self._saving_step}", self.root, remedy) from error
         self.saved_step = self._saving_step
 
     def _choose(self) -> tuple[Path | None, str]:
         """The folder to load, if any, and what to do should it be damaged."""
-        clean(self.root)
+        with failures_to_write("Checkpoints", self.root, "mend that, or set job.dump_folder to another folder"):
+            self.root.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.root).close()
+            clean(self.root)
         available, step = published(self.root), self.settings.load_step
         if step is not None and step not in available:
             there = ", ".join(map(str, available)) or "none"

@@ -4,26 +4,41 @@
     model-00001-of-00003.safetensors, ...   and model.safetensors.index.json, which says what is where
     config.json                     vocab_size, end_token and the settings that build the model again
     tokenizer.json
+    manifest.json                   the checksums of all these
 
 The same weights give the same bytes, whatever ranks had saved them.
 """
 
 import json
+import logging
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from huggingface_hub import save_torch_state_dict
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 import torchlmoe
+from torchlmoe.checkpoint.manifest import NAME, describe, sync_folder, verify, write_manifest
 from torchlmoe.checkpoint.state import model_state
 from torchlmoe.config import Config
-from torchlmoe.config_loader import config_from, to_dict
+from torchlmoe.config_loader import ConfigError, config_from, to_dict
 from torchlmoe.data.tokenizer import Tokenizer
+from torchlmoe.files import MAX_JSON_BYTES, failures_to_write, open_regular, read_json
 from torchlmoe.model.decoder import Decoder
 
 CONFIG = "config.json"
-_ARCHITECTURE = "torchlmoe"
+logger = logging.getLogger(__name__)
+
+
+class _Content(BaseModel):
+    """What is read of config.json."""
+
+    model_config = ConfigDict(strict=True, protected_namespaces=())
+    model_type: Literal["torchlmoe"]
+    settings: dict[str, Any]
+    end_token: str
+    vocab_size: Annotated[int, Field(ge=2, lt=2**63)]
 
 
 def is_exported(folder: Path) -> bool:
@@ -31,17 +46,30 @@ def is_exported(folder: Path) -> bool:
 
 
 def write_exported(folder: Path, model: Decoder, config: Config, tokenizer: Tokenizer, *, max_shard_bytes: int) -> None:
-    """Writes the folder, which must not exist yet; it appears when it is whole. OSError where it cannot be written."""
+    """Writes the folder, which must not exist yet; it appears when it is whole.
+
+    Raises ValueError where it exists, and OSError where it cannot be written, of which nothing stays.
+    """
     if folder.exists():
         raise ValueError(f"{folder} is there already: give another --output, or remove it.")
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with failures_to_write("The model", folder, "make room, or give another --output"):
+            _write(partial, model, config, tokenizer, max_shard_bytes)
+            partial.rename(folder)
+            sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write(partial: Path, model: Decoder, config: Config, tokenizer: Tokenizer, max_shard_bytes: int) -> None:
     partial.mkdir(parents=True)
     state = {name: tensor.contiguous() for name, tensor in model_state(model, "").items()}
     save_torch_state_dict(state, partial, max_shard_size=max_shard_bytes)
     settings = to_dict(config)
     content = {
-        "model_type": _ARCHITECTURE,
+        "model_type": "torchlmoe",
         "torchlmoe_version": torchlmoe.__version__,
         "vocab_size": model.embedding.num_embeddings,
         "end_token": tokenizer.end_token,
@@ -55,28 +83,35 @@ def write_exported(folder: Path, model: Decoder, config: Config, tokenizer: Toke
     (partial / "tokenizer.json").write_bytes(tokenizer.content)
     for file in partial.iterdir():  # safetensors makes files that their owner alone can read
         file.chmod((partial / CONFIG).stat().st_mode)
-    partial.rename(folder)
+    write_manifest(partial, {file.name: describe(file) for file in partial.iterdir()})
 
 
 def read_exported(folder: Path) -> tuple[Config, Tokenizer, int]:
-    """Settings, tokenizer and vocabulary size of a folder. Raises ValueError where a file is missing or not ours."""
-    path = folder / CONFIG
+    """Settings, tokenizer and vocabulary size of a folder.
+
+    Files beside the model's, such as a README.md, are left alone, but not further files of tensors.
+    Raises ValueError where a file is missing, damaged or not ours.
+    """
     try:
-        content: Any = json.loads(path.read_text())
-        if not isinstance(content, dict):
-            raise ValueError(f"it holds a {type(content).__name__}, not an object")
-        if content.get("model_type") != _ARCHITECTURE:
-            raise ValueError(f"model_type is {content.get('model_type')!r}, not {_ARCHITECTURE!r}")
-        for key, kind in {"settings": dict, "end_token": str, "vocab_size": int}.items():
-            if not isinstance(content[key], kind):
-                raise ValueError(f"{key} is {content[key]!r}, not of type {kind.__name__}")
-        if content["vocab_size"] < 2:
-            raise ValueError(f"vocab_size = {content['vocab_size']} must be at least 2")
-    except KeyError as error:
-        raise ValueError(f"{path} has no {error}: export the model again.") from error
+        if (folder / NAME).exists():
+            verify(folder, only=".safetensors")
+        else:
+            logger.warning(
+                f"{folder} has no {NAME}, as exports of earlier versions: whether it is whole is not checked."
+            )
+        content = read_json(folder / CONFIG, TypeAdapter(_Content))
+        with open_regular(folder / "tokenizer.json") as file:
+            if file.seek(0, 2) > MAX_JSON_BYTES:
+                raise ValueError(f"{file.name} has more than {MAX_JSON_BYTES:,} bytes")
     except ValueError as error:
-        raise ValueError(f"{path} cannot be used: {error}.") from error
-    if not (folder / "tokenizer.json").is_file():
-        raise ValueError(f"{folder / 'tokenizer.json'} is missing: export the model again.")
-    tokenizer = Tokenizer(folder / "tokenizer.json", content["end_token"])
-    return config_from([content["settings"]]), tokenizer, content["vocab_size"]
+        raise ValueError(f"{error}; export the model again.") from error
+    tokenizer = Tokenizer(folder / "tokenizer.json", content.end_token)
+    return config_of_file(folder / CONFIG, content.settings), tokenizer, content.vocab_size
+
+
+def config_of_file(path: Path, settings: dict[str, Any]) -> Config:
+    """Checked settings that a file holds, which is named if they do not fit."""
+    try:
+        return config_from([settings])
+    except ConfigError as error:
+        raise ValueError(f"{path} cannot be used: {error}") from error

@@ -10,14 +10,31 @@ import os
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, TypeAdapter
+
+from torchlmoe.files import MAX_JSON_BYTES, open_regular, read_json, read_small
+
 NAME = "manifest.json"
 FORMAT = 1
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+    bytes: int
+    sha256: str
+
+
+class _Manifest(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+    format: int
+    files: dict[str, _File]
+    sha256: str
 
 
 def describe(path: Path) -> dict[str, Any]:
     """The size in bytes and the sha256 of a file."""
     digest, size = hashlib.sha256(), 0
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while piece := file.read(1 << 20):
             digest.update(piece)
             size += len(piece)
@@ -47,16 +64,18 @@ def write_manifest(folder: Path, files: dict[str, dict[str, Any]]) -> None:
     sync_folder(folder)
 
 
-def verify(folder: Path, part: int = 0, num_parts: int = 1) -> None:
+def verify(folder: Path, part: int = 0, num_parts: int = 1, *, only: str = "") -> None:
     """Checks that the folder holds what its manifest says, no file less or more.
 
     part, num_parts: check the content of every num_parts-th file only, from `part` on: several ranks share the work.
+    only: a file that the manifest does not list is wrong only if its name ends so.
     Raises ValueError naming the first file that is wrong.
     """
     files = _read_manifest(folder)
     present = {path.name for path in folder.iterdir()} - {NAME}
     for name in sorted(present - files.keys()):
-        raise ValueError(f"{folder / name} does not belong to this checkpoint: its manifest does not list it")
+        if name.endswith(only):
+            raise ValueError(f"{folder / name} does not belong there: {NAME} does not list it")
     for index, (name, expected) in enumerate(sorted(files.items())):
         if name not in present:
             raise ValueError(f"{folder / name} is missing")
@@ -69,20 +88,13 @@ def verify(folder: Path, part: int = 0, num_parts: int = 1) -> None:
 
 def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     path = folder / NAME
-    try:
-        content = path.read_bytes()
-        manifest = json.loads(content)
-        files, version = manifest["files"], manifest["format"]
-        genuine = content == _sealed({"format": version, "files": files})
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing") from None
-    except (ValueError, KeyError, TypeError):
-        genuine = False
-    if not genuine:
+    manifest = read_json(path, TypeAdapter(_Manifest)).model_dump()
+    del manifest["sha256"]
+    if read_small(path, MAX_JSON_BYTES) != _sealed(manifest):
         raise ValueError(f"{path} is damaged: its content does not have the checksum that was written")
-    if version != FORMAT:
-        raise ValueError(f"{path} has format {version}, and this version of torchlmoe reads format {FORMAT}")
-    return files
+    if manifest["format"] != FORMAT:
+        raise ValueError(f"{path} has format {manifest['format']}; this version of torchlmoe reads format {FORMAT}")
+    return manifest["files"]
 
 
 def _sealed(content: dict[str, Any]) -> bytes:

@@ -5,17 +5,20 @@ rate, intervals, backends, recomputation, parallel degrees.
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter
 
 import torchlmoe
 from torchlmoe.config import Config
 from torchlmoe.config_loader import layer_options
 from torchlmoe.data.store import TokenStore
 from torchlmoe.data.tokenizer import Tokenizer
+from torchlmoe.files import read_json, toml_value
 
 # How it is computed or balanced or was drawn, not what it is. `layers` are looked at resolved, letter by letter.
 _FREE = {
@@ -23,6 +26,16 @@ _FREE = {
     "moe": {"aux_loss_weight", "z_loss_weight", "bias_update_rate"},
     "layers": {"backend", "init_std"},
 }
+
+
+# What the console's line of a step is made of.
+_FIGURES = ("step", "loss", "grad_norm", "lr", "tokens_per_second", "memory_gib")
+
+
+def _check_record(record: dict[str, Any]) -> dict[str, Any]:
+    if record and not all(isinstance(record.get(name), (int, float)) for name in _FIGURES):
+        raise ValueError(f"should hold numbers named {', '.join(_FIGURES)}")
+    return record
 
 
 @dataclass
@@ -34,9 +47,27 @@ class Progress:
         before both, so that a run which goes on from it can make up for them.
     """
 
-    step: int = 0
-    skipped_steps: int = 0
-    record: dict[str, Any] = field(default_factory=dict)
+    __pydantic_config__ = ConfigDict(strict=True)
+
+    step: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    skipped_steps: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    record: Annotated[dict[str, int | float | list[int | float]], AfterValidator(_check_record)] = field(
+        default_factory=dict
+    )
+
+
+class _Fixed(BaseModel):
+    """Among all that is fixed, what a model cannot be opened without."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    end_token: str = Field(alias="data.end_token")
+    vocab_size: int = Field(alias="model.vocab_size", ge=2, lt=2**63)
+
+
+class _Run(BaseModel):
+    progress: Progress
+    fixed: _Fixed
+    load_step: int | None = None
 
 
 def fixed_of_model(config: Config, tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
@@ -82,27 +113,31 @@ def write_run(progress: Progress, fixed: dict[str, Any], **facts: Any) -> bytes:
 
 
 def read_run(folder: Path) -> tuple[Progress, dict[str, Any]]:
-    """Progress and fixed settings of a checkpoint."""
-    run = json.loads((folder / "run.json").read_text())
-    return Progress(**run["progress"]), run["fixed"]
+    """Progress and fixed settings of a checkpoint. Raises ValueError where run.json is missing or not of its shape."""
+    run = read_json(folder / "run.json", TypeAdapter(_Run))
+    return run.progress, run.fixed.model_dump(by_alias=True)
 
 
 def load_step_of(folder: Path) -> int | None:
     """The checkpoint.load_step of the run that saved a checkpoint; None also where run.json is damaged."""
     try:
-        return json.loads((folder / "run.json").read_text())["load_step"]
-    except (OSError, ValueError, TypeError, KeyError):
+        return read_json(folder / "run.json", TypeAdapter(_Run)).load_step
+    except (OSError, ValueError):
         return None
+
+
+def differences(saved: dict[str, Any], ours: dict[str, Any], folder: Path) -> Iterator[tuple[str, str]]:
+    """Each fixed setting that is not as in the checkpoint `folder`: its name and a clause that says so."""
+    for name, value in ours.items():
+        if name in saved and saved[name] != value:
+            was = toml_value(saved[name])
+            yield name, f"{name} is {toml_value(value)}, but the run that saved {folder} had {was}"
 
 
 def check_same(saved: dict[str, Any], ours: dict[str, Any], folder: Path) -> None:
     """Raises ValueError naming the first fixed setting that is not as in the checkpoint `folder`."""
-    for name, value in ours.items():
-        if name in saved and saved[name] != value:
-            # Of the order of data, which is no setting of its own.
-            of_data = name in ("data.num_tokens", "data.num_documents", "data.content")
-            remedy = "give the same training data and data.max_tokens again" if of_data else "set it to that"
-            raise ValueError(
-                f"{name} is {value!r}, but the run that saved {folder} had {saved[name]!r}: {remedy}, or start a new "
-                "run in another job.dump_folder."
-            )
+    for name, clause in differences(saved, ours, folder):
+        # Of the order of data, which is no setting of its own.
+        of_data = name in ("data.num_tokens", "data.num_documents", "data.content")
+        remedy = "give the same training data and data.max_tokens again" if of_data else "set it to that"
+        raise ValueError(f"{clause}: {remedy}, or start a new run in another job.dump_folder.")

@@ -8,15 +8,32 @@ Sharded tensors are DTensors, which know their place in the whole.
 
 import warnings
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
 
+from torchlmoe.files import complaint, open_regular
 from torchlmoe.parallel.failures import cause_of
+
+_FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+_DTYPES = ("F16", "BF16", "F32", "F64", "I64", "I32", "I16", "I8", "U8", "BOOL")  # as safetensors writes them
+
+
+class _Place(BaseModel):
+    """Where in a tensor a file's piece begins, as torch.distributed.checkpoint writes it."""
+
+    model_config = ConfigDict(strict=True)
+    saved_offsets: list[Annotated[int, Field(ge=0, lt=2**61)]]
+
+
+_PLACES = TypeAdapter(dict[str, _Place])
 
 
 def model_state(model: nn.Module, prefix: str = "model.") -> dict[str, Tensor]:
@@ -63,34 +80,113 @@ class OptimizerState:
                 del self.optimizer.state[parameter]
 
 
-def saved_tensors(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Shape and dtype of each tensor in a folder of safetensors files. Raises ValueError where one cannot be read."""
-    try:
-        metadata = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    except SafetensorError as error:
-        raise ValueError(f"A safetensors file in {folder} is damaged: {error}.") from error
-    return {name: (tensor.size, tensor.properties.dtype) for name, tensor in metadata.items()}  # type: ignore[union-attr]
+def saved_tensors(folder: Path) -> dict[str, TensorStorageMetadata]:
+    """The tensors in a folder of safetensors files, of which only the headers are read.
 
-
-def load_tensors(state: dict[str, Tensor], folder: Path, group: dist.ProcessGroup | None = None) -> None:
-    """Fills the tensors in place from a folder of safetensors files, converting their dtype.
-
-    group: all of whose ranks load together; None for this process alone.
-    Raises ValueError where a tensor is not there or has another shape.
+    Raises ValueError where a header cannot be read or describes what no model holds.
     """
-    saved = saved_tensors(folder)
-    for name, tensor in state.items():
+    kinds: dict[str, tuple[str, int]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        for name, kind in _check_header(path).items():
+            if kinds.setdefault(name, kind) != kind:
+                raise ValueError(f"{path} is damaged: its piece of {name!r} does not fit those of other files.")
+    return dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata  # type: ignore[return-value]
+
+
+def check_tensors(
+    wanted: dict[str, Tensor], saved: dict[str, TensorStorageMetadata], folder: Path, *, others: str | None = None
+) -> None:
+    """Checks that each saved tensor is wanted, and each element of the wanted ones saved once.
+
+    wanted: their values are not looked at, so that they may be on the meta device.
+    others: saved tensors whose names begin so are left out.
+    Raises ValueError naming the first tensor that does not fit.
+    """
+    for name, tensor in wanted.items():
         if name not in saved:
             raise ValueError(f"{folder} has no tensor {name!r}: it is of another architecture.")
-        if saved[name][0] != tensor.shape:
+        size, dtype = saved[name].size, saved[name].properties.dtype
+        if size != tensor.shape:
             raise ValueError(
-                f"{name} is of shape {list(saved[name][0])} in {folder}, but the settings give "
+                f"{name} is of shape {list(size)} in {folder}, but the settings give "
                 f"{list(tensor.shape)}: it is of another architecture."
             )
+        if dtype != tensor.dtype and not {dtype, tensor.dtype} <= _FLOATS:
+            raise ValueError(f"{name} is of {dtype} in {folder}, which cannot be read as {tensor.dtype}.")
+        if not _tiles(saved[name]):
+            raise ValueError(f"{name} in {folder} is damaged: the saved pieces leave out elements or overlap.")
+    for name in saved:
+        if name not in wanted and not (others and name.startswith(others)):
+            raise ValueError(
+                f"{folder} holds {name!r}, which the settings give no place: it is of another architecture."
+            )
+
+
+def load_tensors(
+    state: dict[str, Tensor], folder: Path, group: dist.ProcessGroup | None = None, *, others: str | None = None
+) -> None:
+    """Fills the tensors in place from a folder of safetensors files, converting floating-point dtypes.
+
+    group: all of whose ranks load together; None for this process alone.
+    others: as of `check_tensors`. Raises ValueError as it does.
+    """
+    check_tensors(state, saved_tensors(folder), folder, others=others)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed.checkpoint")
             reader = dcp.HuggingFaceStorageReader(str(folder))
             dcp.load(state, storage_reader=reader, process_group=group, no_dist=group is None)
     except CheckpointException as error:
-        raise cause_of(error) from error
+        cause = cause_of(error)
+        if isinstance(cause, SafetensorError):
+            raise ValueError(f"A safetensors file in {folder} is damaged: {cause}.") from error
+        raise cause from error
+
+
+def _check_header(path: Path) -> dict[str, tuple[str, int]]:
+    """Dtype and number of dimensions of a file's tensors. Raises ValueError for a header that torch cannot read."""
+    open_regular(path).close()
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
+            tensors = {name: (piece.get_dtype(), piece.get_shape()) for name, piece in slices.items()}
+            info = (file.metadata() or {}).get("DCP_SHARDING_INFO")
+            places = _PLACES.validate_json(info) if info else None
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}.") from error
+    except ValidationError as error:
+        raise ValueError(f"{path} is damaged: in its DCP_SHARDING_INFO {complaint(error)}.") from None
+    for name, (dtype, shape) in tensors.items():
+        if dtype not in _DTYPES:
+            raise ValueError(f"{path} holds {name!r} of dtype {dtype}; what is read is {', '.join(_DTYPES)}.")
+        known = places is None or (name in places and len(places[name].saved_offsets) == len(shape))
+        if not known or max(shape, default=0) >= 2**61:
+            raise ValueError(f"{path} is damaged: it does not say what part of {name!r} it holds.")
+    return {name: (dtype, len(shape)) for name, (dtype, shape) in tensors.items()}
+
+
+def _tiles(tensor: TensorStorageMetadata) -> bool:
+    """Whether the saved pieces are all of the tensor, each element once."""
+    if sum(piece.sizes.numel() for piece in tensor.chunks) != tensor.size.numel():
+        return False
+    open_pieces: list[ChunkStorageMetadata] = []  # that reach into the first dimension's present place
+    for piece in sorted((piece for piece in tensor.chunks if piece.sizes.numel()), key=lambda piece: piece.offsets):
+        open_pieces = [other for other in open_pieces if _overlap(other, piece, slice(0, 1))]
+        if any(_overlap(other, piece, slice(1, None)) for other in open_pieces):
+            return False
+        open_pieces.append(piece)
+    return True
+
+
+def _overlap(first: ChunkStorageMetadata, second: ChunkStorageMetadata, dimensions: slice) -> bool:
+    """Whether two pieces share a place in each of the dimensions."""
+    return all(
+        start < other + size_of_other and other < start + size
+        for start, size, other, size_of_other in zip(
+            first.offsets[dimensions],
+            first.sizes[dimensions],
+            second.offsets[dimensions],
+            second.sizes[dimensions],
+            strict=True,
+        )
+    )

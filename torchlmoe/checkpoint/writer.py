@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
@@ -12,6 +13,7 @@ from torch.futures import Future
 
 from torchlmoe.checkpoint.folders import partial_of, publish
 from torchlmoe.checkpoint.manifest import describe, write_durably, write_manifest
+from torchlmoe.parallel.failures import cause_of
 
 
 class CheckpointWriter(dcp.HuggingFaceStorageWriter):
@@ -61,3 +63,10 @@ class CheckpointWriter(dcp.HuggingFaceStorageWriter):
             files[name] = describe(self.partial / name)
         write_manifest(self.partial, files)
         publish(self.root, self.step, self.keep_latest_k)
+
+
+def save_failure(error: CheckpointException, what: str, root: Path, remedy: str) -> OSError:
+    """What to raise when a save has failed: one sentence with the first rank's reason."""
+    cause = cause_of(error)
+    reason = getattr(cause, "strerror", None) or str(cause)
+    return OSError(f"{what} could not be written to {root}: {reason}; {remedy}.")

@@ -3,7 +3,9 @@
 import json
 import logging
 import math
+import os
 import resource
+import socket
 import sys
 import time
 from datetime import datetime
@@ -11,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from torchlmoe.config import Metrics
+from torchlmoe.files import failures_to_write
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +44,7 @@ class MetricsLog:
             written = datetime.fromtimestamp(path.stat().st_mtime)
             path.rename(folder / f"metrics.{written:%Y-%m-%d_%H-%M-%S}.jsonl")
         self._file = path.open("a")
-        tensorboard = str(folder / "tensorboard")
-        self._tensorboard = SummaryWriter(tensorboard, purge_step=first_step + 1) if settings.tensorboard else None
+        self._tensorboard = _EventFile(folder / "tensorboard", first_step + 1) if settings.tensorboard else None
 
     @property
     def last_step(self) -> int:
@@ -56,18 +60,12 @@ class MetricsLog:
             return
         record = {name: v for name, v in record.items() if not isinstance(v, float) or math.isfinite(v)}
         self.records.append(record)
-        try:
+        remedy = "what was saved before is whole, and the same command goes on from it"
+        with failures_to_write(f"The figures of step {record['step']}", self.folder, remedy):
             self._file.write(json.dumps(record) + "\n")  # floats with all their digits
             self._file.flush()
             if self._tensorboard is not None:
-                for name, value in record.items():
-                    if name != "step" and not isinstance(value, list):
-                        self._tensorboard.add_scalar(name, value, record["step"])
-        except OSError as error:
-            raise OSError(
-                f"The figures of step {record['step']} could not be written to {self.folder}: {error.strerror}; what "
-                "was saved before is whole, and the same command goes on from it."
-            ) from error
+                self._tensorboard.add(record)
         self.say(self._line(record))
 
     def say(self, text: str) -> None:
@@ -100,8 +98,34 @@ class MetricsLog:
             self._tensorboard.close()
         if self.settings.plot and self.records:
             path = self.folder / "loss_curve.png"
-            plot_loss(self.records, path)
+            with failures_to_write("The picture", path, "make room, and the same command draws it again"):
+                plot_loss(self.records, path)
             self.say(f"loss curve: {path}")
+
+
+class _EventFile:
+    """A TensorBoard file, written at once: the thread of torch's SummaryWriter prints a traceback on a full disk.
+
+    first_step: what earlier files of the folder hold from there on is not shown.
+    """
+
+    def __init__(self, folder: Path, first_step: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+        self._records = RecordWriter((folder / name).open("wb"))
+        self._write(Event(step=first_step, file_version="brain.Event:2"))
+        self._write(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
+        self.close = self._records.close
+
+    def add(self, record: dict[str, Any]) -> None:
+        scalars = {name: value for name, value in record.items() if name != "step" and not isinstance(value, list)}
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
+        self._write(Event(step=record["step"], summary=Summary(value=values)))
+
+    def _write(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._records.write(event.SerializeToString())
+        self._records.flush()
 
 
 def _keep_rows(path: Path, last_step: int) -> list[dict[str, Any]]:
@@ -111,15 +135,16 @@ def _keep_rows(path: Path, last_step: int) -> list[dict[str, Any]]:
         try:
             record = json.loads(line)
             past = record["step"] > last_step
-        except (ValueError, TypeError, KeyError):  # half written when the run was killed, or not ours
+        except (ValueError, TypeError, KeyError, RecursionError):  # half written when the run was killed, or not ours
             logger.warning(f"Left out: line {number} of {path} is no record of a step.")
             continue
         if past:
             break
         records.append(record)
     kept = path.with_suffix(".partial")
-    kept.write_text("".join(json.dumps(record) + "\n" for record in records))
-    kept.replace(path)
+    with failures_to_write("The figures of earlier steps", kept, "make room; none is lost"):
+        kept.write_text("".join(json.dumps(record) + "\n" for record in records))
+        kept.replace(path)
     return records
 
 

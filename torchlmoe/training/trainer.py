@@ -23,6 +23,7 @@ from torchlmoe.data.loader import TrainLoader, validation_text_bytes
 from torchlmoe.data.prepare import prepare
 from torchlmoe.data.store import TokenStore
 from torchlmoe.data.tokenizer import Tokenizer, load_tokenizer
+from torchlmoe.files import failures_to_write
 from torchlmoe.layers.cross_entropy import IGNORE_INDEX
 from torchlmoe.model.decoder import build_on_meta, count_parameters
 from torchlmoe.parallel.context import context_parallel_plans
@@ -95,7 +96,8 @@ class Trainer:
         self.stamp = folder / "finished"  # there once all steps are done and logged
         if self.rank == 0:
             self.stamp.unlink(missing_ok=True)
-            (folder / "config.toml").write_text(to_toml(config))
+            with failures_to_write("The settings", folder / "config.toml", "make room, or set another job.dump_folder"):
+                (folder / "config.toml").write_text(to_toml(config))
         self.profiler = StepProfiler(config.profiling, folder, self.rank, self.device, self.progress.step)
         self.log = MetricsLog(
             folder,
