@@ -10,7 +10,7 @@ import torch
 from torchlmoe.data import loader as loader_module
 from torchlmoe.data.loader import TrainLoader, validation_batches, validation_text_bytes
 from torchlmoe.data.packing import max_documents, num_rows, row
-from torchlmoe.data.shuffle import permuted
+from torchlmoe.data.shuffle import permuted, place_of
 from torchlmoe.layers.cross_entropy import IGNORE_INDEX
 
 
@@ -37,6 +37,7 @@ def make_loader(store):
 def test_shuffle_is_a_permutation(size):
     out = permuted(np.arange(size), size, (1, 2))
     assert sorted(out.tolist()) == list(range(size))
+    assert [place_of(value, size, (1, 2)) for value in out[:50].tolist()] == list(range(min(size, 50)))
     one_by_one = [int(permuted(np.array([i]), size, (1, 2))[0]) for i in range(min(size, 50))]
     assert one_by_one == out[:50].tolist()
 
@@ -74,6 +75,17 @@ def test_each_epoch_has_every_row_once_in_an_order_of_its_own(make_loader):
     assert len(set(epochs)) == len(epochs)
     assert list(range(n)) not in map(list, epochs)
     assert make_loader(seed=6).rows_of_step(0).tolist() != loader.rows_of_step(0).tolist()
+
+
+@pytest.mark.parametrize("seq_len", [15, 16])
+def test_tokens_of_steps_are_those_with_labels(make_loader, store, seq_len):
+    loader = make_loader(seq_len=seq_len)
+    assert (store.num_tokens % seq_len > 0) == (seq_len == 15)
+    seen = 0
+    for step in range(30):
+        assert loader.tokens_of_steps(step) == seen
+        seen += sum((batch["labels"] != IGNORE_INDEX).sum().item() for batch in loader.batches(step))
+    assert loader.num_rows < 30 * loader.global_batch_size
 
 
 @pytest.mark.parametrize(("world_size", "local_batch_size"), [(1, 8), (1, 1), (2, 4), (2, 1), (4, 2), (8, 1)])

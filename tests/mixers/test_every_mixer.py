@@ -13,6 +13,7 @@ from torchlmoe.layers.initialization import named_draws
 from torchlmoe.layers.router import Router
 from torchlmoe.layers.sequence import Sequence
 from torchlmoe.mixers import MIXERS
+from torchlmoe.mixers.base import Place
 
 # id -> (mixer, its settings beyond dim = 32 and, where it has heads, num_heads = 4)
 CASES = {
@@ -96,6 +97,28 @@ def inputs(*shape):
 
 def test_every_mixer_is_covered():
     assert {name for name, _ in CASES.values()} == set(MIXERS)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_default_dtype_does_not_change_initial_weights(case, dtype):
+    expected, before = initial_weights(case), torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        found = initial_weights(case)
+    finally:
+        torch.set_default_dtype(before)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def initial_weights(case):
+    """Of the second of three layers, where what depends on the depth is neither zero nor one."""
+    name, options = CASES[case]
+    heads = {} if name in HEADLESS else {"num_heads": HEADS}
+    mixer = MIXERS[name].at(Place(1, 3, first=False), DIM, **heads, **options).float()
+    with named_draws(mixer, seed=0):
+        mixer.init_weights()
+    return dict(mixer.named_parameters())
 
 
 @pytest.mark.parametrize("case", CASES | MIXTURES)

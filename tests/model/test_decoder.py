@@ -57,6 +57,51 @@ def test_loss_is_that_of_the_logits():
     torch.testing.assert_close(model(batch, BOUNDS, labels), expected)
 
 
+def test_padding_is_what_no_label_depends_on():
+    """Documents as of BOUNDS: a prompt without labels counts, what comes after the last label does not."""
+    labels = torch.full((2, 24), -100)
+    labels[0, 5:8] = labels[1, 20] = 3  # none in the documents of 1 and 13 tokens
+    expected = torch.zeros(2, 24, dtype=torch.bool)
+    expected[0, :8] = expected[1, :21] = True
+    packed = Sequence.of_packed_rows(BOUNDS, 24).counting(labels != -100)
+    assert torch.equal(packed.counted.view(2, 24), expected)
+    assert torch.equal(torch.cat([packed.span(i, 3).counted for i in range(3)], 1), packed.counted)
+    expected[0, 5:8] = False
+    labels[0, 5:8] = -100
+    rows = Sequence.of_rows(2, 24).counting(labels != -100)
+    assert torch.equal(rows.counted, expected & torch.tensor([[False], [True]]))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "--moe.z_loss_weight 0.1 --moe.capacity_factor 0.7",
+        "--moe.aux_loss_scope global_batch --moe.num_shared_experts 1",
+        "--moe.balance loss_free --model.mixer mom",
+    ],
+)
+def test_padding_does_not_count(settings):
+    """Other tokens in place of padding change neither loss nor gradients nor loads."""
+    model = build(*settings.split())
+    batch, labels = tokens(2, 24), tokens(2, 24).roll(1, 1)
+    padding = torch.zeros(2, 24, dtype=torch.bool)
+    padding[0, 11:] = padding[1, 20:] = True  # a document of its own, and the end of one
+    labels[padding] = -100
+    results = []
+    for shift in (0, 17):
+        model.zero_grad()
+        loss = model(torch.where(padding, (batch + shift) % 50, batch), BOUNDS, labels)
+        loss.backward()
+        counters = {name: layer.pop_counters() for name, layer in model.routed_layers().items()}
+        for counts in counters.values():
+            assert counts["counts"].sum() == 2 * (~padding).sum()
+        gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+        results.append((loss.detach(), gradients, counters))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-12)
+    if "capacity" in settings:
+        assert all(counts["dropped"] > 0 for counts in results[0][2].values())
+
+
 def test_weights_depend_on_seed_and_name_only():
     """Not on dtype, nor on which other layers there are."""
     model, shallow = build(), build("--model.num_layers", "1")

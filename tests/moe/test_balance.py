@@ -21,37 +21,45 @@ def make(**options):
     return moe, torch.randn(BATCH, LENGTH, DIM, dtype=torch.float64)
 
 
-def describe(x, loss_weight=1.0):
+def describe(x, loss_weight=1.0, counted=None):
     batch_size, length, _ = x.shape
-    return Sequence(torch.arange(length).expand(batch_size, -1), row_length=length, loss_weight=loss_weight)
+    positions = torch.arange(length).expand(batch_size, -1)
+    return Sequence(positions, row_length=length, loss_weight=loss_weight, counted=counted)
 
 
 def gradients(moe):
     return {name: parameter.grad for name, parameter in moe.named_parameters()}
 
 
+# A row that ends in padding, and one that is nothing else.
+PADDED = (torch.arange(LENGTH) < torch.tensor([LENGTH, 3, LENGTH, 0])[:, None]).double()
 LAST_COUNTS = torch.tensor([5, 0, 1, 9, 2, 3])
 
 
-def losses_by_formula(moe, x, scope, score_function):
-    """The auxiliary loss and the z-loss as written in the papers, and the choices per expert."""
+def losses_by_formula(moe, x, scope, score_function, counted):
+    """The auxiliary loss and the z-loss as written in the papers, and the choices per expert.
+
+    counted [B, T]: 1 or, where there is padding, 0.
+    """
     logits = x @ moe.router.weight.T
     score = logits.softmax(-1) if score_function == "softmax" else logits.sigmoid()
     probability = score / score.sum(-1, keepdim=True)
-    chosen = torch.nn.functional.one_hot(score.topk(2).indices, 6).sum(-2).double()
+    chosen = torch.nn.functional.one_hot(score.topk(2).indices, 6).sum(-2).double() * counted[..., None]
+    probability = probability * counted[..., None]
     spans = [slice(row, row + 1) for row in range(len(x))] if scope == "sequence" else [slice(None)]
     aux = 0
     for span in spans:
-        fraction = chosen[span].mean((0, 1)) / 2 if scope == "sequence" else LAST_COUNTS.double() / LAST_COUNTS.sum()
+        counts = chosen[span].sum((0, 1)) if scope == "sequence" else LAST_COUNTS.double()
+        fraction = counts / counts.sum().clamp(min=1)
         aux = aux + 6 * (fraction * probability[span].mean((0, 1))).sum() / len(spans)
-    z = torch.log(logits.exp().sum(-1)).pow(2).mean()
+    z = (torch.log(logits.exp().sum(-1)).pow(2) * counted).mean()
     return 0.5 * aux, z, chosen.sum((0, 1)).long()
 
 
 @pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("scope", ["global_batch", "sequence"])
-@pytest.mark.parametrize("z_loss_weight", [0.0, 0.3])
-def test_injected_gradients_are_those_of_the_formula(scope, score_function, z_loss_weight):
+@pytest.mark.parametrize(("z_loss_weight", "counted"), [(0.0, None), (0.3, None), (0.3, PADDED)])
+def test_injected_gradients_are_those_of_the_formula(scope, score_function, z_loss_weight, counted):
     options = {"aux_loss_scope": scope, "score_function": score_function}
     moe, x = make(**options, z_loss_weight=z_loss_weight)
     moe.end_step(LAST_COUNTS)
@@ -59,11 +67,13 @@ def test_injected_gradients_are_those_of_the_formula(scope, score_function, z_lo
     grad = torch.randn_like(x)
 
     leaf = x.clone().requires_grad_()
-    y = moe(leaf, sequence=describe(x, loss_weight=0.25))
+    y = moe(leaf, sequence=describe(x, loss_weight=0.25, counted=None if counted is None else counted > 0))
     y.backward(grad)
 
     plain_leaf = x.clone().requires_grad_()
-    aux, z, counts = losses_by_formula(plain, plain_leaf, scope, score_function)
+    aux, z, counts = losses_by_formula(
+        plain, plain_leaf, scope, score_function, torch.ones(BATCH, LENGTH) if counted is None else counted
+    )
     expected = plain(plain_leaf, sequence=describe(x))
     ((expected * grad).sum() + 0.25 * (aux + z_loss_weight * z)).backward()
 

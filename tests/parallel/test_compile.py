@@ -1,5 +1,7 @@
 """A block compiled as one graph equals the eager one, and neither new documents nor new lengths compile it anew."""
 
+import copy
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -65,6 +67,22 @@ def test_equal_blocks_share_their_graph():
         compile_block(block, backend="aot_eager")
         run(block, PACKED[0], torch.bfloat16)
     assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize(("mode", "is_compiled"), [("selective", False), ("full", True)])
+def test_a_copy_computes_with_its_own_parameters(mode, is_compiled):
+    """As `AveragedModel` needs it: the copy's weights change, and it must notice; gradients reach the copy alone."""
+    block, plain = block_of("bla"), block_of("bla")
+    recompute(block, mode)
+    if is_compiled:
+        compile_block(block, backend="aot_eager")
+    copied = copy.deepcopy(block)
+    for each in (copied, plain):
+        for parameter in each.parameters():
+            parameter.data.mul_(1.5)
+    found, expected = (run(each, PACKED[0], torch.float64) for each in (copied, plain))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    assert all(parameter.grad is None for parameter in block.parameters())
 
 
 def train_compiled(corpus: str, folder: str) -> None:

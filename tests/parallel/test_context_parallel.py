@@ -1,5 +1,6 @@
 """A sequence split over 2, 3 and 4 gloo processes trains as one process does; what cannot be split is refused."""
 
+import copy
 import re
 from functools import partial
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 import torchlmoe.parallel.compile as compile_module
+import torchlmoe.parallel.parallelize as parallelize
 from tests.conftest import run_on_ranks
 from tests.parallel.parity import SETTINGS, assert_layouts_equal_one_process
 from torchlmoe.config_loader import load_config
@@ -68,17 +70,23 @@ def test_every_hybrid_and_more_steps(corpus, tmp_path):
 
 
 def check_logits() -> None:
-    """Of rows that are one document each, and without labels."""
+    """Of rows that are one document each, and without labels; of a copy too, which has weights of its own."""
     config = load_config([*SETTINGS, *f"{SPANS} 2 --training.dtype float64".split()])
     device = torch.device("cpu")
     start_process_group(device)
     mesh = build_mesh(config.parallelism, "cpu")
+    apply_fsdp, parallelize.apply_fsdp = parallelize.apply_fsdp, lambda *_: None  # whose modules cannot be copied
     model = build_model(config, 50, mesh, device)
+    parallelize.apply_fsdp = apply_fsdp
     whole = build_on_meta(config, 50).double().to_empty(device="cpu")
     whole.init_weights(config.training.seed)
     tokens = torch.arange(60).view(3, 20) % 50
     expected = whole(tokens).view(1, 60, 50).chunk(2, 1)[mesh["cp"].get_local_rank()]
     torch.testing.assert_close(model(tokens), expected, rtol=1e-9, atol=1e-12)
+    copied = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    torch.testing.assert_close(copied(tokens), expected, rtol=1e-9, atol=1e-12)
 
 
 def test_logits_of_a_span():

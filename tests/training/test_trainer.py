@@ -86,6 +86,9 @@ def test_schedule():
     assert linear == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0])
     wsd = factors(decay="wsd", min_lr_factor=0.5, warmup_steps=1, decay_fraction=0.4)
     assert wsd == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 1, 5 / 6, 4 / 6, 0.5])
+    for decay_fraction in (0.1, 1e-3):  # of 11 steps, one and none
+        short = factors(decay="wsd", min_lr_factor=0.5, decay_fraction=decay_fraction)
+        assert short == pytest.approx([1] * 10 + [0.5])
     assert factors(warmup_steps=11)[-1] == pytest.approx(11 / 12)
 
 

@@ -30,6 +30,7 @@ from torchlmoe.checkpoint.state import OptimizerState, load_tensors, model_state
 from torchlmoe.checkpoint.writer import CheckpointWriter, save_failure
 from torchlmoe.config import Config
 from torchlmoe.config_loader import to_toml
+from torchlmoe.data.loader import tokens_of_steps
 from torchlmoe.data.store import TokenStore
 from torchlmoe.data.tokenizer import Tokenizer
 from torchlmoe.files import failures_to_write
@@ -66,7 +67,7 @@ class Checkpointer:
         self.model, self.optimizer_state = model, OptimizerState(model, optimizer)
         self.fixed = fixed_of_model(config, tokenizer, vocab_size)
         self.fixed |= fixed_of_run(config, global_batch_size, store)
-        self.tokens_per_step = global_batch_size * config.training.seq_len
+        self.store, self.order = store, (config.training.seq_len, global_batch_size, config.training.seed)
         self.files = {"config.toml": to_toml(config).encode(), "tokenizer.json": tokenizer.content}
         # Of its own: a save in the background must not take turns with the step's collectives.
         self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.parallelism.timeout_seconds))
@@ -131,7 +132,7 @@ class Checkpointer:
         """
         self.wait()
         facts = {
-            "tokens_seen": progress.step * self.tokens_per_step,
+            "tokens_seen": tokens_of_steps(self.store, progress.step, *self.order),
             "world_size": dist.get_world_size(),
             "load_step": self.settings.load_step,
         }

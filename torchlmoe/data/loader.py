@@ -13,7 +13,7 @@ import torch
 from tensordict import TensorDict
 
 from torchlmoe.data.packing import max_documents, num_rows, row
-from torchlmoe.data.shuffle import permuted
+from torchlmoe.data.shuffle import permuted, place_of
 from torchlmoe.data.store import TokenStore
 
 
@@ -86,6 +86,10 @@ class TrainLoader:
             ]
         )
 
+    def tokens_of_steps(self, num_steps: int) -> int:
+        """Tokens in the first `num_steps` steps, over all ranks; see the function."""
+        return tokens_of_steps(self.store, num_steps, self.seq_len, self.global_batch_size, self.seed)
+
     def _read(self, step: int) -> list[TensorDict]:
         indices_MWB = self.rows_of_step(step).reshape(self.num_microbatches, self.world_size, self.local_batch_size)
         return [
@@ -95,6 +99,15 @@ class TrainLoader:
     def close(self) -> None:
         """Ends the background thread."""
         self._executor.shutdown(wait=True, cancel_futures=True)
+
+
+def tokens_of_steps(store: TokenStore, num_steps: int, seq_len: int, global_batch_size: int, seed: int) -> int:
+    """Tokens in the first `num_steps` steps of TrainLoader, over all ranks, without what fills the last row up."""
+    rows = num_rows(store, seq_len)
+    epochs, places = divmod(num_steps * global_batch_size, rows)
+    filling = rows * seq_len - store.num_tokens
+    has_last = filling > 0 and place_of(rows - 1, rows, (seed, epochs)) < places
+    return epochs * store.num_tokens + places * seq_len - has_last * filling
 
 
 def validation_batches(

@@ -14,16 +14,34 @@ NUM_ROUNDS = 8
 
 def permuted(places: np.ndarray, size: int, key: tuple[int, ...]) -> np.ndarray:
     """Where the permutation of range(size) named by `key` sends `places`: int64 in [0, size) to the same."""
-    half_bits = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
-    round_keys = [
-        np.frombuffer(hashlib.sha256(repr((key, i)).encode()).digest()[:8], dtype="<u8")[0] for i in range(NUM_ROUNDS)
-    ]
+    half_bits, round_keys = _network(size, key)
     out = places.astype(np.uint64)
     outside = np.ones(len(out), dtype=bool)
     while outside.any():
         out[outside] = _feistel(out[outside], half_bits, round_keys)
         outside = out >= size
     return out.astype(np.int64)
+
+
+def place_of(value: int, size: int, key: tuple[int, ...]) -> int:
+    """The place that `permuted` sends to `value`."""
+    half_bits, round_keys = _network(size, key)
+    out = np.array([value], dtype=np.uint64)
+    while True:
+        # A Feistel network run with its halves swapped and its keys in reverse order undoes itself.
+        out = _swapped(_feistel(_swapped(out, half_bits), half_bits, round_keys[::-1]), half_bits)
+        if out[0] < size:
+            return int(out[0])
+
+
+def _network(size: int, key: tuple[int, ...]) -> tuple[np.uint64, list[np.uint64]]:
+    half_bits = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
+    digests = [hashlib.sha256(repr((key, i)).encode()).digest() for i in range(NUM_ROUNDS)]
+    return half_bits, [np.frombuffer(digest[:8], dtype="<u8")[0] for digest in digests]
+
+
+def _swapped(x: np.ndarray, half_bits: np.uint64) -> np.ndarray:
+    return ((x & ((np.uint64(1) << half_bits) - np.uint64(1))) << half_bits) | (x >> half_bits)
 
 
 def _feistel(x: np.ndarray, half_bits: np.uint64, round_keys: list[np.uint64]) -> np.ndarray:

@@ -50,6 +50,7 @@ class _InjectAndCount(torch.autograd.Function):
 class LoadBalance(nn.Module):
     """Holds one layer's counters and computes its balancing losses.
 
+    Padding (`sequence.counted`) adds nothing to either: a token weighs the same whatever padding is beside it.
     aux_loss_scope: "global_batch" (f_e over all tokens of the last step) or "sequence" (f and P per row of
     `sequence.row_length` tokens, then the mean over rows). A weight of zero leaves that loss out.
     mesh: of the ranks that hold the spans of a microbatch, if it is split.
@@ -100,7 +101,6 @@ class LoadBalance(nn.Module):
         self,
         x: Tensor,
         routing: Routing,
-        count_E: Tensor,
         dropped: Tensor,
         sequence: Sequence,
     ) -> Tensor:
@@ -108,22 +108,24 @@ class LoadBalance(nn.Module):
         if x.shape[0] == 0:  # no tokens: nothing to balance, and means over none are not numbers
             return x
         aux_loss = z_loss = routing.logits_TE.new_zeros(())
+        counted_T = sequence.counted_T()
         if self.aux_loss_weight:
-            aux_loss = self.aux_loss_weight * self._switch_loss(routing, sequence)
+            aux_loss = self.aux_loss_weight * self._switch_loss(routing, counted_T, sequence)
         if self.z_loss_weight:
-            z_loss = self.z_loss_weight * routing.logits_TE.logsumexp(-1).square().mean()
+            z_loss = self.z_loss_weight * routing.logits_TE.logsumexp(-1).square().masked_fill(~counted_T, 0).mean()
         losses = torch.stack([aux_loss, z_loss])
         weighted = losses.detach().double() * sequence.loss_weight
-        counted = torch.cat([count_E.double(), dropped.double()[None], weighted])
+        count_E = _count(routing.expert_TK, counted_T, self.num_experts, torch.float64)
+        counted = torch.cat([count_E, dropped.double()[None], weighted])
         return _InjectAndCount.apply(x, losses, self.counters, counted, sequence.loss_weight)
 
-    def _switch_loss(self, routing: Routing, sequence: Sequence) -> Tensor:
-        probability_TE, expert_TK = routing.probability_TE, routing.expert_TK
+    def _switch_loss(self, routing: Routing, counted_T: Tensor, sequence: Sequence) -> Tensor:
+        probability_TE, expert_TK = routing.probability_TE.masked_fill(~counted_T[:, None], 0), routing.expert_TK
         if self.last_counts is not None:
-            fraction_E = self.last_counts.to(probability_TE.dtype) / self.last_counts.sum()
+            fraction_E = self.last_counts.to(probability_TE.dtype) / self.last_counts.sum().clamp(min=1)
             # The microbatch's own mean: times loss_weight and summed over the step, it is the whole mean.
             return self.num_experts * (fraction_E * probability_TE.mean(0)).sum()
-        num_tokens, top_k = expert_TK.shape
+        num_tokens = len(expert_TK)
         length, all_tokens = sequence.row_length, num_tokens * (1 if self.mesh is None else self.mesh.size())
         if length is None or all_tokens % length:
             raise ValueError(
@@ -131,11 +133,17 @@ class LoadBalance(nn.Module):
                 f"microbatch, got {length}: give whole rows or use 'global_batch'."
             )
         row_T = (sequence.start + torch.arange(num_tokens, device=expert_TK.device)) // length
-        choice_M = (row_T[:, None] * self.num_experts + expert_TK).flatten()
-        counts = probability_TE.new_zeros(all_tokens // length * self.num_experts)
-        counts = counts.scatter_add(0, choice_M, torch.ones_like(choice_M, dtype=counts.dtype))
+        choice_TK, num_rows = row_T[:, None] * self.num_experts + expert_TK, all_tokens // length
+        counts = _count(choice_TK, counted_T, num_rows * self.num_experts, probability_TE.dtype)
         if self.mesh is not None:
             counts = all_reduce(counts, "sum", self.mesh)
-        fraction_TE = counts.view(-1, self.num_experts)[row_T] / (length * top_k)
+        counts_RE = counts.view(num_rows, self.num_experts)
+        fraction_TE = (counts_RE / counts_RE.sum(-1, keepdim=True).clamp(min=1))[row_T]
         # Rows are of one length: the mean over tokens is that over the rows' means, and a span's share of it a span's.
         return self.num_experts * (fraction_TE * probability_TE).sum(-1).mean()
+
+
+def _count(choice_TK: Tensor, counted_T: Tensor, num_bins: int, dtype: torch.dtype) -> Tensor:
+    """How many choices of counted tokens fell on each bin."""
+    ones_M = counted_T[:, None].expand_as(choice_TK).flatten().to(dtype)
+    return ones_M.new_zeros(num_bins).scatter_add(0, choice_TK.flatten(), ones_M)

@@ -26,7 +26,7 @@ class Slots:
     """The order in which the experts work.
 
     choice_M: int64, the index into the flattened [T, K] choices that each slot serves. token_M: int64, its token.
-    slot_TK: int64, the inverse of choice_M. count_E: int64, the choices of each expert. offset_E: int32, the slot at
+    slot_TK: int64, the inverse of choice_M. offset_E: int32, the slot at
     which each expert's run ends.
     padding_M: True at slots that serve no choice, and only fill up runs; None where there are none. They carry some
     token's values, and a weight of zero.
@@ -35,33 +35,34 @@ class Slots:
     choice_M: Tensor
     token_M: Tensor
     slot_TK: Tensor
-    count_E: Tensor
     offset_E: Tensor
     padding_M: Tensor | None
 
     @classmethod
     def sorted_by_expert(cls, expert_TK: Tensor, num_experts: int, alignment: int = 1) -> "Slots":
         """expert_TK int64; an expert's slots keep the order of the tokens, and runs are multiples of `alignment`."""
-        choice_M, slot_TK, count_E, offset_E, padding_M = _sort(expert_TK, num_experts, alignment)
+        choice_M, slot_TK, offset_E, padding_M = _sort(expert_TK, num_experts, alignment)
         token_M = choice_M // expert_TK.shape[1]
-        return cls(choice_M, token_M, slot_TK, count_E, offset_E, padding_M if alignment > 1 else None)
+        return cls(choice_M, token_M, slot_TK, offset_E, padding_M if alignment > 1 else None)
 
-    def place_TK(self, expert_TK: Tensor) -> Tensor:
-        """int64, each choice's place in its expert's run, from 0."""
+    def place_TK(self, expert_TK: Tensor, counted_T: Tensor) -> Tensor:
+        """int64, how many choices of counted tokens (bool [T]) precede each choice in its expert's run."""
         start_E = self.offset_E.roll(1)
         start_E[0] = 0
-        return self.slot_TK - start_E[expert_TK]
+        counted_M = counted_T[self.token_M] if self.padding_M is None else counted_T[self.token_M] & ~self.padding_M
+        before_M = F.pad(counted_M.cumsum(0), (1, 0))  # and one beyond, where empty runs at the end begin
+        return before_M[self.slot_TK] - before_M[start_E[expert_TK]]
 
 
 @custom_op("torchlmoe::sort_slots")
-def _sort(expert_TK: Tensor, num_experts: int, alignment: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns choice_M, slot_TK, count_E, offset_E and padding_M (empty with alignment 1) of `Slots`."""
+def _sort(expert_TK: Tensor, num_experts: int, alignment: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns choice_M, slot_TK, offset_E and padding_M (empty with alignment 1) of `Slots`."""
     expert_M, choice_M = expert_TK.flatten().sort(stable=True)
     experts = torch.arange(num_experts, device=expert_M.device)
     end_E = torch.searchsorted(expert_M, experts, right=True)
-    count_E = end_E.diff(prepend=end_E.new_zeros(1))
     slot_M = torch.arange(choice_M.shape[0], device=choice_M.device)
     if alignment > 1:
+        count_E = end_E.diff(prepend=end_E.new_zeros(1))
         run_E = -(-count_E // alignment) * alignment
         shift_E = (run_E.cumsum(0) - run_E) - (end_E - count_E)
         slot_M, end_E = slot_M + shift_E[expert_M], run_E.cumsum(0)
@@ -70,7 +71,7 @@ def _sort(expert_TK: Tensor, num_experts: int, alignment: int) -> tuple[Tensor, 
     if alignment > 1:
         padding_M.index_fill_(0, slot_M, False)
         choice_M = choice_M.new_zeros(padding_M.shape).index_copy_(0, slot_M, choice_M)
-    return choice_M, slot_TK, count_E, end_E.int(), padding_M
+    return choice_M, slot_TK, end_E.int(), padding_M
 
 
 @_sort.register_fake
@@ -83,7 +84,6 @@ def _(expert_TK, num_experts, alignment):
     return (
         expert_TK.new_empty(num_slots),
         torch.empty_like(expert_TK, memory_format=torch.contiguous_format),
-        expert_TK.new_empty(num_experts),
         expert_TK.new_empty(num_experts, dtype=torch.int32),
         expert_TK.new_empty(0 if alignment == 1 else num_slots, dtype=torch.bool),
     )

@@ -75,5 +75,5 @@ def orthogonal_(parameter: Tensor, gain: float) -> None:
 
 
 def copy_(parameter: Tensor, values: Tensor) -> None:
-    """The given values, of the parameter's shape."""
+    """The given values, of the parameter's shape. Compute them in a dtype that you name, not in torch's default."""
     fill_(parameter, lambda whole, generator: whole.copy_(values))

@@ -21,6 +21,8 @@ class Sequence:
     row_length: tokens in one row of data (with B = 1 the rows of a batch lie back to back).
     loss_weight: this microbatch's share of the rows of the optimizer step over all ranks; 0
             leaves balance losses and load counts out.
+    counted: bool [B, T], False for padding, which enters no load, balance loss or capacity; None if there is none. See
+        `counting`.
     memories: where the recurrence keeps the tokens, if not all of a document in one state.
     common: of what the layers of a letter have in common (`Mixer.common`), this layer's entry.
     """
@@ -32,6 +34,12 @@ class Sequence:
     memories: Memories | None = None
     common: Tensor | None = None
     start: int = 0
+    counted: Tensor | None = None
+
+    def counted_T(self) -> Tensor:
+        """bool [B * T], of rows laid back to back: `counted`, or True throughout."""
+        counted = torch.ones_like(self.positions, dtype=torch.bool) if self.counted is None else self.counted
+        return counted.flatten()
 
     def restarted(self, cached: Tensor) -> Tensor:
         """What a cache [B, ...] holds, zero in rows that begin a document now."""
@@ -76,7 +84,23 @@ class Sequence:
         positions = (tokens - cu_seqlens[document])[None]
         return cls(positions, cu_seqlens, length, loss_weight)
 
+    def counting(self, labelled: Tensor) -> "Sequence":
+        """Tells padding apart: the tokens after a document's last label, of which no part of the loss depends.
+
+        labelled: bool, as many as there are positions, whether a token has a label. A prompt without labels before an
+        answer with labels counts; a document without labels does not.
+        """
+        position = self.positions.flatten()
+        token = torch.arange(len(position), device=position.device)
+        # The next token with a label, or, after the last one, a place beyond all tokens.
+        following = torch.where(labelled.flatten(), token, len(position)).flip(0).cummin(0).values.flip(0)
+        distance = following - token
+        # Within a document, positions rise with tokens.
+        same_document = position[following.clamp(max=len(position) - 1)] == position + distance
+        return replace(self, counted=(same_document & (following < len(position))).view_as(self.positions))
+
     def span(self, index: int, num_spans: int) -> "Sequence":
         """The index-th of `num_spans` equal parts of one packed row."""
         positions = self.positions.chunk(num_spans, 1)[index]
-        return replace(self, positions=positions, start=index * positions.shape[1])
+        counted = None if self.counted is None else self.counted.chunk(num_spans, 1)[index]
+        return replace(self, positions=positions, counted=counted, start=index * positions.shape[1])

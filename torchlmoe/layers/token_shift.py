@@ -24,7 +24,7 @@ class TokenMix(nn.Module):
 
     def init_weights(self) -> None:
         channels = len(self.weight)
-        copy_(self.weight, 1 - (torch.arange(channels) / channels) ** self.power - self.less)
+        copy_(self.weight, 1 - (torch.arange(channels, dtype=torch.float32) / channels) ** self.power - self.less)
 
     def forward(self, x: Tensor, difference: Tensor, more_weight: Tensor | None = None) -> Tensor:
         """difference: previous - x. more_weight: added to the weight, per token, like x."""

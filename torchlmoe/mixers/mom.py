@@ -93,8 +93,7 @@ class MixtureOfMemories(Mixer):
         routing = self.router(x.flatten(0, 1))
         memory_TK, weight_TK = routing.expert_TK, routing.weight_TK
         if self.training and sequence.loss_weight and torch.is_grad_enabled() and cache is None:
-            count = F.one_hot(memory_TK, self.num_memories).sum((0, 1))
-            weight_TK = self.load_balance(weight_TK, routing, count, torch.zeros_like(count[0]), sequence)
+            weight_TK = self.load_balance(weight_TK, routing, memory_TK.new_zeros(()), sequence)
         if self.shared_memory:
             memory_TK = F.pad(memory_TK, (0, 1), value=self.num_memories)
             weight_TK = F.pad(weight_TK, (0, 1), value=1.0)

@@ -58,7 +58,7 @@ class RWKV6(RecurrentMixer):
 
     def init_weights(self) -> None:
         super().init_weights()
-        channel = torch.arange(len(self.bonus))
+        channel = torch.arange(len(self.bonus), dtype=torch.float32)
         fraction = channel / max(len(channel) - 1, 1)
         copy_(self.decay.bias, -6 + 5 * fraction ** (0.7 + 1.3 * self.depth))
         copy_(self.bonus, self.depth * (1 - fraction) + 0.1 * ((channel + 1) % 3 - 1))

@@ -71,7 +71,7 @@ class RWKV7(RecurrentMixer):
     def init_weights(self) -> None:
         super().init_weights()
         depth = self.place.index / max(self.place.num_layers - 1, 1)  # from 0 to 1
-        channel = torch.arange(len(self.bonus))
+        channel = torch.arange(len(self.bonus), dtype=torch.float32)
         fraction = channel / max(len(channel) - 1, 1)
         in_head = 2 * (channel % self.key_dim) / max(self.key_dim - 1, 1) - 1  # from -1 to 1 in each head
         zigzag, slope = in_head * in_head.abs(), fraction - 0.5

@@ -53,7 +53,8 @@ class DiagonalStateSpace(nn.Module):
         """A by HiPPO, C complex normal of variance one, the step log-uniform in [0.001, 0.1]."""
         dim = self.log_step.shape[0]
         pairs = self.frequency.shape[0] // dim
-        frequencies = hippo_frequencies(2 * pairs) if self.initialization == "legs" else torch.pi * torch.arange(pairs)
+        linear = torch.pi * torch.arange(pairs, dtype=torch.float32)
+        frequencies = hippo_frequencies(2 * pairs) if self.initialization == "legs" else linear
         constant_(self.A_log, math.log(0.5))
         fill_(self.frequency, lambda whole, generator: whole.copy_(frequencies.repeat(dim)))
         normal_(self.C, 0.5**0.5)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from torchlmoe.config import Config
 from torchlmoe.config_loader import layer_options
-from torchlmoe.layers.cross_entropy import linear_cross_entropy
+from torchlmoe.layers.cross_entropy import IGNORE_INDEX, linear_cross_entropy
 from torchlmoe.layers.initialization import named_draws, normal_
 from torchlmoe.layers.linear import Linear, linear
 from torchlmoe.layers.mlp import MLP
@@ -138,6 +138,7 @@ class Decoder(nn.Module):
             document if None. Raises ValueError for bounds that do not rise from 0 to T in each row.
         loss_weight: the microbatch's share of the step's rows, by which the experts' balance losses are weighed as
             their gradients join the main loss's on the way back; 1 if unset, but 0 (none) without labels.
+        In training, tokens after a document's last label are padding: they enter no load, balance loss or capacity.
 
         Under context parallelism each rank is given all tokens, and returns the sum, or the logits
         [1, B * T / ranks, V], of its span of the rows laid back to back.
@@ -158,7 +159,11 @@ class Decoder(nn.Module):
                     f"document_bounds has {document_bounds.shape[0]} rows and tokens have {batch_size}; give bounds "
                     "for every row."
                 )
-            sequence = Sequence.of_packed_rows(document_bounds, length, loss_weight / num_spans).span(index, num_spans)
+            sequence = Sequence.of_packed_rows(document_bounds, length, loss_weight / num_spans)
+        if labels is not None and self.training:
+            sequence = sequence.counting(labels != IGNORE_INDEX)
+        if document_bounds is not None:
+            sequence = sequence.span(index, num_spans)
             tokens = tokens.reshape(1, -1).chunk(num_spans, 1)[index]
             labels = None if labels is None else labels.reshape(1, -1).chunk(num_spans, 1)[index]
         output = self._run(self.embedding(tokens), sequence, labels=labels)

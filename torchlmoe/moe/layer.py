@@ -10,8 +10,6 @@ Settings that equal the routing of published models:
 Legend: T tokens, D width, E experts, K experts per token, M = T * K slots.
 """
 
-import math
-
 import torch
 from torch import Tensor, nn
 
@@ -38,8 +36,9 @@ class MoE(nn.Module):
     routed_scaling_factor: multiplies the routed experts' weights.
     capacity_factor: None for no drops; else an expert serves at most ceil(factor * top_k * T / num_experts)
         tokens of a microbatch, the first ones in token order, as in Switch; the choices beyond get weight
-        zero and are counted. The other weights of the token stay as they are. In evaluation and decoding nothing
-        is dropped: there, what a token gets must not depend on which others are in the batch.
+        zero and are counted. The other weights of the token stay as they are. Padding is none of the T tokens and takes
+        no room. In evaluation and decoding nothing is dropped: there, what a token gets must not depend on which others
+        are in the batch.
     balance: "aux_loss" (with aux_loss_weight, aux_loss_scope), "loss_free" (with bias_update_rate), "none".
     z_loss_weight: weight of the router z-loss, with any balance.
 
@@ -127,11 +126,10 @@ class MoE(nn.Module):
         slots = Slots.sorted_by_expert(routing.expert_TK, self.num_experts, run_alignment(x))
         weight_TK, dropped = routing.weight_TK, slots.offset_E.new_zeros((), dtype=torch.int64)
         if self.capacity_factor is not None and self.training:
-            capacity = math.ceil(self.capacity_factor * self.top_k * x_TD.shape[0] / self.num_experts)
-            beyond_TK = slots.place_TK(routing.expert_TK) >= capacity
+            beyond_TK = self._beyond_capacity(routing.expert_TK, slots, sequence.counted_T())
             weight_TK, dropped = weight_TK.masked_fill(beyond_TK, 0.0), beyond_TK.sum()
         if self.training and sequence.loss_weight and torch.is_grad_enabled():
-            weight_TK = self.load_balance(weight_TK, routing, slots.count_E, dropped, sequence)
+            weight_TK = self.load_balance(weight_TK, routing, dropped, sequence)
         y_MD = self.experts(gather_slots(x_TD, slots), reorder_choices(weight_TK, slots), slots.offset_E)
         y = sum_slots(y_MD, slots).view_as(x)
         if self.shared_expert is None:
@@ -140,6 +138,12 @@ class MoE(nn.Module):
         if self.shared_expert_gate is not None:
             shared = self.shared_expert_gate(x).sigmoid() * shared
         return y + shared
+
+    def _beyond_capacity(self, expert_TK: Tensor, slots: Slots, counted_T: Tensor) -> Tensor:
+        """bool [T, K]: the choices that find their expert full. Padding takes no room and is never dropped."""
+        assert self.capacity_factor is not None
+        capacity = (self.capacity_factor * self.top_k * counted_T.sum().double() / self.num_experts).ceil()
+        return (slots.place_TK(expert_TK, counted_T) >= capacity) & counted_T[:, None]
 
     def pop_counters(self) -> dict[str, Tensor]:
         """What this rank counted since the last call, to be summed over ranks, and resets it.

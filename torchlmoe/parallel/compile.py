@@ -1,5 +1,8 @@
 """`torch.compile` of each block: one graph, in which recurrence, attention and grouped products are operations."""
 
+from collections.abc import Callable
+from functools import cache, partial
+
 import torch
 from torch import nn
 from torch._inductor.cpp_builder import get_cpp_compiler
@@ -32,4 +35,15 @@ def compile_blocks(model: Decoder, device: torch.device) -> None:
 
 
 def compile_block(block: nn.Module, backend: str = "inductor") -> None:
-    block.forward = torch.compile(block.forward, fullgraph=True, backend=backend)  # type: ignore[method-assign]
+    """The block's forward is compiled at its first call. A deep copy of the block runs its own parameters."""
+    block.forward = partial(_compiled(backend), block.forward)  # type: ignore[method-assign]
+
+
+@cache
+def _compiled(backend: str) -> Callable:
+    """Compiles a call of the forward that it is given: what it is bound to is an argument, which a copy replaces."""
+    return torch.compile(_call, fullgraph=True, backend=backend)
+
+
+def _call(forward: Callable, *args, **kwargs):
+    return forward(*args, **kwargs)

@@ -1,5 +1,6 @@
 """Activation recompute: a block keeps little of its forward and runs it again for its backward (arXiv 1604.06174)."""
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -49,10 +50,12 @@ def recompute(block: nn.Module, mode: str) -> None:
     mode: "selective" keeps the results of products and of our own operations (recurrence, attention, experts) and
     recomputes what is cheap; "full" keeps the block's input and which experts were chosen.
     """
-    forward, contexts = block.forward, _CONTEXTS[mode]
+    # A partial of the bound forward, not a closure, so that a deep copy of the block runs its own. It is no wrapper
+    # around the block, so that names stay.
+    block.forward = partial(_run_again, mode, block.forward)  # type: ignore[method-assign]
 
-    def forward_again(*args, **kwargs):
-        # Nothing in a block draws random numbers, so their state need not be kept.
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts, **kwargs)
 
-    block.forward = forward_again  # type: ignore[method-assign]  # no wrapper around the block, so that names stay
+def _run_again(mode: str, forward: Callable, *args, **kwargs):
+    # Nothing in a block draws random numbers, so their state need not be kept.
+    contexts = _CONTEXTS[mode]
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts, **kwargs)

@@ -319,7 +319,7 @@ class Trainer:
             "loss": totals[0].item(),
             "grad_norm": grad_norm.item(),
             "lr": lr,
-            "tokens_seen": step * self.global_batch_size * self.config.training.seq_len,
+            "tokens_seen": self.loader.tokens_of_steps(step),
             "tokens_per_second": speed,
             "memory_gib": memory_gib(self.device),
             "skipped_steps": self.progress.skipped_steps,
