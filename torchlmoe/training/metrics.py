@@ -1,11 +1,15 @@
 """Where a run's figures go: the console, `metrics.jsonl`, TensorBoard and a picture of the loss."""
 
+import errno
 import json
 import logging
 import math
+import os
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -32,15 +36,15 @@ class MetricsLog:
         self._started = time.monotonic()
         if not active:
             return
-        path = folder / "metrics.jsonl"
+        self.path = path = folder / "metrics.jsonl"
         if first_step:
             self.records = _keep_rows(path, first_step)
         elif path.exists():
             written = datetime.fromtimestamp(path.stat().st_mtime)
             path.rename(folder / f"metrics.{written:%Y-%m-%d_%H-%M-%S}.jsonl")
         self._file = path.open("a")
-        tensorboard = str(folder / "tensorboard")
-        self._tensorboard = SummaryWriter(tensorboard, purge_step=first_step + 1) if settings.tensorboard else None
+        self._folder = os.open(folder, os.O_RDONLY)  # to tell it from another of the same name
+        self._tensorboard = self._tensorboard_from(first_step + 1) if settings.tensorboard else None
 
     @property
     def last_step(self) -> int:
@@ -55,20 +59,51 @@ class MetricsLog:
         if not self.active:
             return
         record = {name: v for name, v in record.items() if not isinstance(v, float) or math.isfinite(v)}
+        with self._failures(f"The figures of step {record['step']}"):
+            self._restore()
+            self._write([record])
+            self._draw([record])
         self.records.append(record)
+        self.say(self._line(record))
+
+    @contextmanager
+    def _failures(self, what: str) -> Iterator[None]:
         try:
-            self._file.write(json.dumps(record) + "\n")  # floats with all their digits
-            self._file.flush()
-            if self._tensorboard is not None:
+            yield
+        except OSError as error:
+            raise OSError(
+                f"{what} could not be written to {self.folder}: {error.strerror}; what was saved before is whole, and "
+                "the same command goes on from it."
+            ) from error
+
+    def _restore(self) -> None:
+        """Writes again what was removed during the run. Raises OSError if the folder or the file is another one now."""
+        if not _is_open(self.path, self._file.fileno()):
+            if self.path.exists() or not _is_open(self.folder, self._folder):
+                raise FileNotFoundError(errno.ENOENT, f"{self.path} was removed or replaced during the run")
+            logger.warning(f"{self.path} was removed during the run: it is written again.")
+            self._file.close()
+            self._file = self.path.open("a")
+            self._write(self.records)
+        if self._tensorboard is not None and not any(self.folder.glob("tensorboard/*")):
+            logger.warning(f"{self.folder / 'tensorboard'} was removed during the run: it is written again.")
+            self._tensorboard.close()
+            self._tensorboard = self._tensorboard_from(1)
+            self._draw(self.records)
+
+    def _write(self, records: list[dict[str, Any]]) -> None:
+        self._file.write("".join(json.dumps(record) + "\n" for record in records))  # floats with all their digits
+        self._file.flush()
+
+    def _draw(self, records: list[dict[str, Any]]) -> None:
+        if self._tensorboard is not None:
+            for record in records:
                 for name, value in record.items():
                     if name != "step" and not isinstance(value, list):
                         self._tensorboard.add_scalar(name, value, record["step"])
-        except OSError as error:
-            raise OSError(
-                f"The figures of step {record['step']} could not be written to {self.folder}: {error.strerror}; what "
-                "was saved before is whole, and the same command goes on from it."
-            ) from error
-        self.say(self._line(record))
+
+    def _tensorboard_from(self, step: int) -> SummaryWriter:
+        return SummaryWriter(str(self.folder / "tensorboard"), purge_step=step)
 
     def say(self, text: str) -> None:
         """One line on the console."""
@@ -92,16 +127,34 @@ class MetricsLog:
             parts.append(f"eta {duration(seconds_per_step * (self.num_steps - step))}")
         return "  ".join(parts)
 
-    def close(self) -> None:
+    def finish(self) -> None:
+        """Checks that the files are all there, and draws the loss."""
         if not self.active:
             return
-        self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        with self._failures("The figures"):
+            self._restore()
         if self.settings.plot and self.records:
             path = self.folder / "loss_curve.png"
             plot_loss(self.records, path)
             self.say(f"loss curve: {path}")
+
+    def close(self) -> None:
+        """Closes the files. What could not be written has been an error before."""
+        if not self.active:
+            return
+        os.close(self._folder)
+        for file in (self._file, self._tensorboard):
+            if file is not None:
+                with suppress(OSError):
+                    file.close()
+
+
+def _is_open(path: Path, descriptor: int) -> bool:
+    """Whether `path` leads to the file or folder that is open as `descriptor`."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def _keep_rows(path: Path, last_step: int) -> list[dict[str, Any]]:
