@@ -115,6 +115,7 @@ def test_bad_input_is_one_sentence(corpus, tmp_path, arguments, sentence):
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's, of its lost file
 def test_figures_that_are_removed_during_the_run(tmp_path, caplog):
     """Files are written again; in a folder that is gone, or is another run's by now, nothing is written."""
     (tmp_path / "run").mkdir()

@@ -87,7 +87,8 @@ class MetricsLog:
             self._write(self.records)
         if self._tensorboard is not None and not any(self.folder.glob("tensorboard/*")):
             logger.warning(f"{self.folder / 'tensorboard'} was removed during the run: it is written again.")
-            self._tensorboard.close()
+            with suppress(OSError):  # its file is gone
+                self._tensorboard.close()
             self._tensorboard = self._tensorboard_from(1)
             self._draw(self.records)
 
