@@ -6,10 +6,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 import train as train_program
 from tests.checkpoint.conftest import arguments, records, train
@@ -18,6 +20,7 @@ from tests.programs import Program
 from torchlmoe.checkpoint.folders import published
 from torchlmoe.checkpoint.manifest import verify
 from torchlmoe.config_loader import load_config
+from torchlmoe.training.stop_request import StopRequest
 from torchlmoe.training.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent.parent
@@ -124,7 +127,7 @@ def test_full_disk_for_a_checkpoint(async_mode, corpus, tmp_path):
 
 @pytest.mark.parametrize("tensorboard", ["false", "true"])
 def test_full_disk_for_figures(tensorboard, corpus, tmp_path, monkeypatch):
-    said = []
+    said, threads = [], set(threading.enumerate())
     monkeypatch.setattr("threading.excepthook", said.append)
     extra = f"--checkpoint.enable false --metrics.tensorboard {tensorboard}"
     trainer = Trainer(load_config(arguments(corpus, tmp_path, extra)))
@@ -136,6 +139,28 @@ def test_full_disk_for_figures(tensorboard, corpus, tmp_path, monkeypatch):
     ):
         trainer.train()
     assert not said
+    with FileLock(tmp_path / ".lock", timeout=0):  # in this process, another run can begin
+        assert not [thread for thread in set(threading.enumerate()) - threads if "train_loader" in thread.name]
+
+
+def test_a_constructor_that_fails_releases_what_it_holds(corpus, tmp_path):
+    extra = "--checkpoint.enable false --profiling.enable true --profiling.memory_snapshot true"
+    with pytest.raises(ValueError, match="memory_snapshot = true needs CUDA") as error:
+        Trainer(load_config(arguments(corpus, tmp_path, extra)))
+    with FileLock(tmp_path / ".lock", timeout=0):
+        assert error  # which still holds the half-built trainer
+
+
+def test_the_death_of_torchrun_asks_for_an_end(monkeypatch):
+    by_launcher = {"TORCHELASTIC_RUN_ID": "none"}
+    for environment, name in ((by_launcher, "the death of torchrun"), ({}, None)):
+        monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+        for key, value in environment.items():
+            monkeypatch.setenv(key, value)
+        with monkeypatch.context() as patch, StopRequest() as stop:
+            assert stop.name is None
+            patch.setattr(os, "getppid", lambda: 1)  # who takes orphans in
+            assert stop.name == name
 
 
 class Run:

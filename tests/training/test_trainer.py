@@ -2,16 +2,19 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
 from tests.programs import run_program
-from torchlmoe.config import LRScheduler, Optimizer
+from torchlmoe.config import LRScheduler, Metrics, Optimizer
 from torchlmoe.config_loader import load_config
 from torchlmoe.data.tokenizer import load_tokenizer
 from torchlmoe.model.decoder import build_on_meta
+from torchlmoe.training.metrics import MetricsLog
 from torchlmoe.training.optimizer import build_optimizer, clip_gradients
 from torchlmoe.training.schedule import lr_factor
 
@@ -73,6 +76,32 @@ def test_deterministic_runs_are_equal_bit_for_bit(corpus, tmp_path):
     assert first == second
     assert run_train(corpus, tmp_path / "third", "--training.seed", "1").returncode == 0
     assert records(tmp_path / "third")[0]["loss"] != first[0]["loss"]
+
+
+def test_figures_that_are_removed_during_the_run(tmp_path, caplog):
+    """Files are written again; in a folder that is gone, or is another run's by now, nothing is written."""
+    (tmp_path / "run").mkdir()
+    log = MetricsLog(tmp_path / "run", Metrics(plot=False), num_steps=9, active=True)
+    log.log({"step": 1, "speed": 2.0})
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    shutil.rmtree(tmp_path / "run" / "tensorboard")
+    log.log({"step": 2, "speed": 1.0})
+    assert [record["step"] for record in records(tmp_path / "run")] == [1, 2]
+    assert caplog.text.count("was removed during the run: it is written again.") == 2
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    assert [event.step for event in events.Reload().Scalars("speed")] == [1, 2]
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    log.finish()
+    assert [record["step"] for record in records(tmp_path / "run")] == [1, 2]
+    shutil.rmtree(tmp_path / "run")
+    for _ in range(2):
+        with pytest.raises(OSError, match=r"figures of step 3 could not be written .* was removed or replaced"):
+            log.log({"step": 3})
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / "metrics.jsonl").touch()
+    with pytest.raises(OSError, match=r"The figures could not be written .* was removed or replaced"):
+        log.finish()
+    log.close()
 
 
 def test_schedule():

@@ -1,5 +1,6 @@
 """Where a run's figures go: the console, `metrics.jsonl`, TensorBoard and a picture of the loss."""
 
+import errno
 import json
 import logging
 import math
@@ -8,6 +9,7 @@ import resource
 import socket
 import sys
 import time
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from torchlmoe.config import Metrics
 from torchlmoe.files import failures_to_write
 
 logger = logging.getLogger(__name__)
+RESUMES = "what was saved before is whole, and the same command continues from it"
 
 
 class MetricsLog:
@@ -37,14 +40,15 @@ class MetricsLog:
         self._started = time.monotonic()
         if not active:
             return
-        path = folder / "metrics.jsonl"
+        self.path = path = folder / "metrics.jsonl"
         if first_step:
             self.records = _keep_rows(path, first_step)
         elif path.exists():
             written = datetime.fromtimestamp(path.stat().st_mtime)
             path.rename(folder / f"metrics.{written:%Y-%m-%d_%H-%M-%S}.jsonl")
         self._file = path.open("a")
-        self._tensorboard = _EventFile(folder / "tensorboard", first_step + 1) if settings.tensorboard else None
+        self._folder = os.open(folder, os.O_RDONLY)  # to tell it from another of the same name
+        self._tensorboard = self._tensorboard_from(first_step + 1) if settings.tensorboard else None
 
     @property
     def last_step(self) -> int:
@@ -59,14 +63,40 @@ class MetricsLog:
         if not self.active:
             return
         record = {name: v for name, v in record.items() if not isinstance(v, float) or math.isfinite(v)}
+        with failures_to_write(f"The figures of step {record['step']}", self.folder, RESUMES):
+            self._restore()
+            self._write([record])
+            self._draw([record])
         self.records.append(record)
-        remedy = "what was saved before is whole, and the same command goes on from it"
-        with failures_to_write(f"The figures of step {record['step']}", self.folder, remedy):
-            self._file.write(json.dumps(record) + "\n")  # floats with all their digits
-            self._file.flush()
-            if self._tensorboard is not None:
-                self._tensorboard.add(record)
         self.say(self._line(record))
+
+    def _restore(self) -> None:
+        """Writes again what was removed during the run. Raises OSError if the folder or the file is another one now."""
+        if not _is_open(self.path, self._file.fileno()):
+            if self.path.exists() or not _is_open(self.folder, self._folder):
+                raise FileNotFoundError(errno.ENOENT, f"{self.path} was removed or replaced during the run")
+            logger.warning(f"{self.path} was removed during the run: it is written again.")
+            self._file.close()
+            self._file = self.path.open("a")
+            self._write(self.records)
+        if self._tensorboard is not None and not any(self.folder.glob("tensorboard/*")):
+            logger.warning(f"{self.folder / 'tensorboard'} was removed during the run: it is written again.")
+            with suppress(OSError):  # its file is gone
+                self._tensorboard.close()
+            self._tensorboard = self._tensorboard_from(1)
+            self._draw(self.records)
+
+    def _write(self, records: list[dict[str, Any]]) -> None:
+        self._file.write("".join(json.dumps(record) + "\n" for record in records))  # floats with all their digits
+        self._file.flush()
+
+    def _draw(self, records: list[dict[str, Any]]) -> None:
+        if self._tensorboard is not None:
+            for record in records:
+                self._tensorboard.add(record)
+
+    def _tensorboard_from(self, step: int) -> "_EventFile":
+        return _EventFile(self.folder / "tensorboard", step)
 
     def say(self, text: str) -> None:
         """One line on the console."""
@@ -90,17 +120,35 @@ class MetricsLog:
             parts.append(f"eta {duration(seconds_per_step * (self.num_steps - step))}")
         return "  ".join(parts)
 
-    def close(self) -> None:
+    def finish(self) -> None:
+        """Checks that the files are all there, and draws the loss."""
         if not self.active:
             return
-        self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        with failures_to_write("The figures", self.folder, RESUMES):
+            self._restore()
         if self.settings.plot and self.records:
             path = self.folder / "loss_curve.png"
             with failures_to_write("The picture", path, "make room, and the same command draws it again"):
                 plot_loss(self.records, path)
             self.say(f"loss curve: {path}")
+
+    def close(self) -> None:
+        """Closes the files. What could not be written has been an error before."""
+        if not self.active:
+            return
+        os.close(self._folder)
+        for file in (self._file, self._tensorboard):
+            if file is not None:
+                with suppress(OSError):
+                    file.close()
+
+
+def _is_open(path: Path, descriptor: int) -> bool:
+    """Whether `path` leads to the file or folder that is open as `descriptor`."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 class _EventFile:

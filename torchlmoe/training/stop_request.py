@@ -1,4 +1,10 @@
-"""SIGTERM and SIGINT ask for an end: the step is finished and saved first. A second request ends at once."""
+"""SIGTERM and SIGINT ask for an end: the step is finished and saved first. A second request ends at once.
+
+The death of torchrun asks for an end too. If torchrun is killed by SIGKILL it cannot stop its workers, and they would
+train on unseen. A worker notices that its parent is another process. Unlike Linux's PR_SET_PDEATHSIG this lets all
+ranks finish the same step and save it. A process that torchrun did not start does not look at its parent, so that
+`nohup python train.py` outlives its shell.
+"""
 
 import os
 import signal
@@ -12,10 +18,17 @@ SECONDS_OF_ONE_REQUEST = 2.0
 
 
 class StopRequest:
-    """Within its `with`, `name` is that of the first signal; None while there was none."""
+    """Within its `with`, `name` is that of the first signal, or says that torchrun died; None before either."""
 
     def __init__(self) -> None:
-        self.name: str | None = None
+        self._name: str | None = None
+        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+    @property
+    def name(self) -> str | None:
+        if self._name is None and self._launcher is not None and os.getppid() != self._launcher:
+            return "the death of torchrun"
+        return self._name
 
     def __enter__(self) -> "StopRequest":
         self._before: dict[signal.Signals, Any] = {number: signal.signal(number, self._note) for number in SIGNALS}
@@ -26,7 +39,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        if self.name is None:
-            self.name, self._since = signal.Signals(number).name, time.monotonic()
+        if self._name is None:
+            self._name, self._since = signal.Signals(number).name, time.monotonic()
         elif time.monotonic() - self._since > SECONDS_OF_ONE_REQUEST:
             os._exit(128 + number)

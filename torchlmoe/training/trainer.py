@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,22 @@ from torchlmoe.training.validation import validate
 
 
 class Trainer:
-    """Sets a run up from its settings; `train` runs it. Raises ValueError for what cannot be built or read."""
+    """Sets a run up from its settings; `train` runs it. Raises ValueError for what cannot be built or read.
+
+    It holds files, threads and the lock of the dump folder until the constructor fails, `train` ends (by an error too)
+    or `close` is called.
+    """
 
     def __init__(self, config: Config):
+        with ExitStack() as resources:
+            self._set_up(config, resources)
+            self._resources = resources.pop_all()
+
+    def close(self) -> None:
+        """Releases what the run holds. `train` does so itself."""
+        self._resources.close()
+
+    def _set_up(self, config: Config, resources: ExitStack) -> None:
         check_degrees(config, world_size_of_launch())
         self.config = config
         _start_logging()
@@ -52,7 +66,8 @@ class Trainer:
         # Before the ranks are joined: while one tokenizes for an hour, no collective waits and times out.
         train_store, self.validation_store, tokenizer, vocab_size = self._prepare_data()
         folder = Path(config.job.dump_folder)
-        self.lock = _lock(folder) if os.environ.get("RANK", "0") == "0" else None
+        if os.environ.get("RANK", "0") == "0":
+            resources.callback(_lock(folder).release)
         with collective_failures("start-up", config.parallelism.timeout_seconds):
             start_process_group(self.device, config.parallelism.timeout_seconds)
             self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
@@ -76,6 +91,7 @@ class Trainer:
                 seed=training.seed,
                 num_prefetch=config.data.num_prefetch,
             )
+            resources.callback(self.loader.close)
             self.flops_per_token = 3 * self.model.flops_per_token(training.seq_len)  # backward costs two forwards
             peak = config.metrics.peak_tflops
             dtype = getattr(torch, training.dtype)
@@ -99,6 +115,7 @@ class Trainer:
             with failures_to_write("The settings", folder / "config.toml", "make room, or set another job.dump_folder"):
                 (folder / "config.toml").write_text(to_toml(config))
         self.profiler = StepProfiler(config.profiling, folder, self.rank, self.device, self.progress.step)
+        resources.callback(self.profiler.stop)
         self.log = MetricsLog(
             folder,
             config.metrics,
@@ -106,6 +123,7 @@ class Trainer:
             active=self.rank == 0,
             first_step=self.progress.step,
         )
+        resources.callback(self.log.close)
         self._describe(train_store, vocab_size)
 
     def _prepare_data(self) -> tuple[TokenStore, TokenStore | None, Tokenizer, int]:
@@ -162,6 +180,11 @@ class Trainer:
 
     def train(self) -> dict[str, Any]:
         """Runs the steps that are left, fewer if a signal asks to stop, and returns the last logged record."""
+        with self._resources:
+            self._run()
+        return self.log.records[-1] if self.log.records else {}
+
+    def _run(self) -> None:
         settings, steps = self.config.metrics, self.config.training.steps
         timeout = self.config.parallelism.timeout_seconds
         tokens_per_step = self.global_batch_size * self.config.training.seq_len
@@ -188,7 +211,6 @@ class Trainer:
                         self._validate_and_log()
                         timed_steps, begin = 0, time.perf_counter()
         self._end()
-        return self.log.records[-1] if self.log.records else {}
 
     def _validates(self, step: int) -> bool:
         last = step == self.config.training.steps
@@ -222,14 +244,10 @@ class Trainer:
             self.log.log(self.progress.record | figures)
 
     def _end(self) -> None:
-        self.loader.close()
-        self.profiler.stop()
-        self.log.close()
+        self.log.finish()
         finished = self.log.last_step == self.progress.step >= self.config.training.steps
         if self.rank == 0 and finished:
             self.stamp.touch()
-        if self.lock is not None:
-            self.lock.release()
         if self.stopping and not finished:
             self._say_how_it_stopped()
 
