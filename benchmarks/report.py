@@ -5,6 +5,7 @@ import json
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -60,7 +61,8 @@ def attempt(notes: list[str], measure: Callable[..., Any], *args: Any) -> Any:
             notes.append(note)
         return None
     finally:
-        torch.compiler.reset()  # or the eighth graph is the last that is compiled
+        if "torch._dynamo" in sys.modules:  # whose import takes seconds
+            torch.compiler.reset()  # or the eighth graph is the last that is compiled
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
