@@ -66,7 +66,7 @@ def _bounds(cu_seqlens: Tensor | None) -> tuple[int, ...] | None:
     return None if cu_seqlens is None else tuple(cu_seqlens.tolist())
 
 
-def _layout_key(v: Tensor, bounds: tuple[int, ...] | None) -> tuple[Any, ...]:
+def _layout_key(v: Tensor, bounds: tuple[int, ...] | None) -> tuple[int, int, tuple[int, ...] | None, int, int]:
     batch_size, length, num_heads, _ = v.shape
     return batch_size, length, bounds, CHUNK_SIZE, max(1, SLAB_TOKENS // (CHUNK_SIZE * num_heads))
 
