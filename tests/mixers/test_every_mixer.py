@@ -143,6 +143,22 @@ def test_no_token_sees_a_later_one(case):
     assert not gradient[:, 11:].any()
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_autocast(case):
+    """Projections in bfloat16, all else as it is."""
+    mixer, x = build(case, torch.float32), inputs(1, 40).float().requires_grad_()
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y = mixer(x, sequence=PACKED)
+        loss = (y * torch.linspace(-1, 1, DIM)).sum()
+        results.append((y, *torch.autograd.grad(loss, (x, *mixer.parameters()))))
+    (y, *grads), (y_autocast, *grads_autocast) = results
+    assert (y_autocast - y).norm() < 0.03 * y.norm()
+    for expected, grad in zip(grads, grads_autocast, strict=True):
+        assert (grad - expected).norm() <= 0.3 * expected.norm() + 1e-5
+
+
 @pytest.mark.parametrize("case", CASES | MIXTURES)
 def test_decoding_continues_a_prefill(case):
     mixer, x = build(case), inputs(3, 12)

@@ -1,15 +1,17 @@
 """The whole model: documents do not meet, initial weights, parameter counts of the paper, refusals."""
 
 import itertools
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from torchlmoe.config_loader import load_config
 from torchlmoe.layers.sequence import Sequence
 from torchlmoe.mixers import MIXERS
-from torchlmoe.model.decoder import build_on_meta, count_parameters
+from torchlmoe.model.decoder import Decoder, build_on_meta, count_parameters
 
 SMALL = """--model.dim 32 --model.num_heads 2 --model.num_layers 2 --model.vocab_size 50
 --moe.num_experts 4 --moe.top_k 2 --moe.expert_dim 16 --model.init_std 0.3""".split()
@@ -100,6 +102,59 @@ def test_padding_does_not_count(settings):
     torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-12)
     if "capacity" in settings:
         assert all(counts["dropped"] > 0 for counts in results[0][2].values())
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_no_tokens_have_no_loss_and_zero_gradients(mixer):
+    model = build("--model.layer_pattern", "L", "--model.mixer", mixer)
+    for shape, bounds in (((2, 0), None), ((2, 0), torch.zeros(2, 3, dtype=torch.int32)), ((0, 24), None)):
+        model.zero_grad()
+        nll = model(tokens(*shape), bounds, tokens(*shape))
+        nll.backward()
+        assert nll == 0
+        assert not any(parameter.grad.any() for parameter in model.parameters())
+        assert not any(x.any() for layer in model.routed_layers().values() for x in layer.pop_counters().values())
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_autocast(mixer):
+    model, batch = build("--model.layer_pattern", "L", "--model.mixer", mixer, dtype=torch.float32), tokens(2, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        nll = model(batch, BOUNDS, batch)
+    nll.backward()
+    torch.testing.assert_close(nll, model(batch, BOUNDS, batch), rtol=1e-2, atol=0)
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_trains_without_values(mixer):
+    config = load_config([*SMALL, "--model.layer_pattern", "L", "--model.mixer", mixer, "--model.num_layers", "1"])
+    for device, mode, packed in (("meta", nullcontext(), False), ("cpu", FakeTensorMode(), True)):
+        with mode, torch.device(device):
+            model = Decoder(config, 50)
+            batch = torch.zeros(2, 24, dtype=torch.int64)
+            model(batch, torch.zeros(2, 5, dtype=torch.int32) if packed else None, batch).backward()
+        assert all(parameter.grad.shape == parameter.shape for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("bounds", "message"),
+    [
+        (
+            [[0, 10, 24], [1, 10, 24]],
+            "document_bounds must rise from 0 to the number of tokens, 24; it is \\[1, 10, 24\\]",
+        ),
+        ([[0, 10, 23], [0, 10, 24]], "document_bounds must rise from 0"),
+        ([[0, 10, 24], [0, 10, 25]], "document_bounds must rise from 0"),
+        ([[0, 10, 9, 24], [0, 10, 24, 24]], "document_bounds must rise from 0"),
+        ([[0, -1, 24], [0, 10, 24]], "document_bounds must rise from 0"),
+        ([[0, 24]], "document_bounds has 1 rows and tokens have 2; give bounds for every row"),
+        ([0, 24], "document_bounds has shape \\[2\\]; it must be \\[B, max_docs \\+ 1\\]"),
+    ],
+)
+def test_bounds_rise_from_none_to_all_tokens(bounds, message):
+    with pytest.raises(ValueError, match=message):
+        build()(tokens(2, 24), torch.tensor(bounds, dtype=torch.int32))
 
 
 def test_weights_depend_on_seed_and_name_only():

@@ -358,6 +358,11 @@ def refuse():
             split(q, q, q, **options)
     with pytest.raises(ValueError, match="communication = 'both' is unknown; use 'all_gather' or 'ring'"):
         LSMSequenceParallel("both")
+    x, beta = torch.randn(1, 4, 1, 8), torch.rand(1, 4, 1)
+    for terms in ({}, {"erase": beta}):  # not refused: autocast, which changes nothing
+        expected, _ = split(x, x / 8, x, **terms)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(split(x, x / 8, x, **terms)[0], expected)
 
 
 def freeze():
@@ -381,5 +386,5 @@ def test_ring_from_a_frozen_start():
     run_on_ranks(3, freeze)
 
 
-def test_wrong_uses_are_refused():
+def test_wrong_uses_are_refused_and_autocast_is_not():
     run_on_ranks(2, refuse)

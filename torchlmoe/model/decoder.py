@@ -154,7 +154,7 @@ class Decoder(nn.Module):
         if document_bounds is None:
             sequence = Sequence.of_rows(batch_size, length, tokens.device, loss_weight)
         else:
-            if document_bounds.shape[0] != batch_size:
+            if document_bounds.dim() == 2 and document_bounds.shape[0] != batch_size:
                 raise ValueError(
                     f"document_bounds has {document_bounds.shape[0]} rows and tokens have {batch_size}; give bounds "
                     "for every row."

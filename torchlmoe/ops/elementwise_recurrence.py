@@ -67,6 +67,9 @@ def elementwise_recurrence(
         o [B, T, H, V] in v's dtype, and the final state [N, H, K, V] or None: float32 (float64 for float64 input),
         complex where log_decay, q or k is.
 
+    If nothing but v varies, a NaN or an infinity also reaches up to 63 earlier tokens of its document, those of its
+    chunk, through products with zero; with "reference" only later ones.
+
     Raises:
         ValueError: shapes or dtypes that do not fit together, or a backend that does not serve them.
     """

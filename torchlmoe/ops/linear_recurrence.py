@@ -68,6 +68,9 @@ def linear_recurrence(
     Returns:
         o [B, T, R, V] in v's dtype, and the final state [N, R, K, V] in float32 (float64 for float64 input) or None.
 
+    A NaN or an infinity also reaches up to 63 earlier tokens of its document, those of its chunk, through products with
+    zero; with "reference" only later ones. It never reaches another document.
+
     Raises:
         ValueError: shapes, dtypes or terms that do not fit together, or that the backend does not serve.
     """

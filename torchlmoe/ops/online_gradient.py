@@ -107,6 +107,9 @@ def online_gradient(
         o [B, T, H, V] in v's dtype, and the final state or None; to go on from it takes the offset (offset + length) %
         mini_batch_size.
 
+    A NaN or an infinity also reaches the earlier tokens of its mini-batch, through products with zero; with "reference"
+    only later ones.
+
     Raises:
         ValueError: shapes or dtypes that do not fit together, or a backend that there is not.
     """

@@ -74,7 +74,7 @@ def data_dependent_size(estimate: Callable[[], int]) -> int:
     meta device, and in a FakeTensorMode without a shape environment.
     """
     try:
-        return torch.library.get_ctx().new_dynamic_size()  # type: ignore[return-value]  # a SymInt serves as an int
+        return torch.library.get_ctx().new_dynamic_size()  # type: ignore[return-value]  # a SymInt
     except RuntimeError:
         return estimate()
 

@@ -43,7 +43,8 @@ def packed_attention(
     q [B, S, H, D]; k, v [B, T, G, D], G a divisor of H. cu_seqlens: int32 [N + 1] bounds of documents in one row
     (B = 1, of T tokens), empty ones allowed. window: how many tokens, itself included, a token sees; all unless given.
     query_start: the place in its row of the first query, where S is less than T. Returns o like q.
-    Raises ValueError for bounds that do not rise from 0 to T.
+    A NaN or an infinity in v also reaches earlier tokens of its document, through products with zero. Raises ValueError
+    for bounds that do not rise from 0 to T.
     """
     if cu_seqlens is not None:
         num_documents(k, cu_seqlens)
