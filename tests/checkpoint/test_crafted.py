@@ -138,7 +138,7 @@ EXPORTED = {
     "integers": (cast(torch.int64), "head.norm.weight is of torch.int64 .* cannot be read as torch.float32"),
     "float8": (cast(torch.float8_e4m3fn), "of dtype F8_E4M3; what is read is"),
     "complex": (cast(torch.complex64), "of dtype C64; what is read is"),
-    "no safetensors": (text(WEIGHTS, "\xff" * 99), "model.safetensors is damaged"),
+    "no safetensors": (text(WEIGHTS, "\xff" * 99), "model.safetensors is damaged or gone"),
     "no object": (text("config.json", "[]"), "config.json cannot be used: its content = .* should be an object"),
     "a key missing": (of_json("config.json", lambda content: content.pop("end_token")), "end_token is missing"),
     "another type": (of_json("config.json", lambda content: content.update(settings=[])), "settings = .* an object"),
@@ -254,6 +254,11 @@ def test_a_checkpoint_that_is_removed_while_it_is_read(moment, place, tmp_path, 
     assert open_model(tmp_path / "run")[0].embedding.num_embeddings == 4096
     with pytest.raises(ValueError, match="holds no checkpoint"):
         open_model(root / "step-00000000")
+
+
+def test_a_checkpoint_that_is_removed_while_they_are_listed(place, monkeypatch):
+    monkeypatch.setattr(Path, "is_dir", lambda path: not path.name.startswith("step-"))
+    assert list(published(place / "run/checkpoints")) == [0]
 
 
 @pytest.mark.parametrize("program", [export, import_model])

@@ -8,6 +8,7 @@
 Whatever a killed process was doing, only whole checkpoints have a plain name.
 """
 
+import os
 import re
 import shutil
 from itertools import chain, count
@@ -30,7 +31,9 @@ def published(root: Path) -> dict[int, Path]:
     """The checkpoints by step, the earliest first."""
     if not root.is_dir():
         return {}
-    matches = ((_PUBLISHED.fullmatch(path.name), path) for path in root.iterdir() if path.is_dir())
+    # Kinds as of the listing: a folder looked at later may be gone, and one published since is not listed.
+    with os.scandir(root) as entries:
+        matches = [(_PUBLISHED.fullmatch(entry.name), root / entry.name) for entry in entries if entry.is_dir()]
     return dict(sorted((int(match[1]), path) for match, path in matches if match))
 
 

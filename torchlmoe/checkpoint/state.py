@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
 
 from torchlmoe.files import complaint, open_regular
 from torchlmoe.parallel.failures import cause_of
@@ -80,17 +80,32 @@ class OptimizerState:
                 del self.optimizer.state[parameter]
 
 
-def saved_tensors(folder: Path) -> dict[str, TensorStorageMetadata]:
-    """The tensors in a folder of safetensors files, of which only the headers are read.
+class _Reader(dcp.HuggingFaceStorageReader):
+    """Reads the headers of a folder once, so that what has been checked is what is loaded.
 
     Raises ValueError where a header cannot be read or describes what no model holds.
     """
-    kinds: dict[str, tuple[str, int]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        for name, kind in _check_header(path).items():
-            if kinds.setdefault(name, kind) != kind:
-                raise ValueError(f"{path} is damaged: its piece of {name!r} does not fit those of other files.")
-    return dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata  # type: ignore[return-value]
+
+    def __init__(self, folder: Path):
+        super().__init__(str(folder))
+        kinds: dict[str, tuple[str, int]] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            for name, kind in _check_header(path).items():
+                if kinds.setdefault(name, kind) != kind:
+                    raise ValueError(f"{path} is damaged: its piece of {name!r} does not fit those of other files.")
+        try:
+            self._metadata = super().read_metadata()
+        except (SafetensorError, RuntimeError) as error:
+            raise _unreadable(folder, error) from error
+        self.tensors: dict[str, TensorStorageMetadata] = self._metadata.state_dict_metadata  # type: ignore[assignment]
+
+    def read_metadata(self) -> Metadata:
+        return self._metadata
+
+
+def saved_tensors(folder: Path) -> dict[str, TensorStorageMetadata]:
+    """The tensors in a folder of safetensors files, of which only the headers are read. ValueError if it cannot be."""
+    return _Reader(folder).tensors
 
 
 def check_tensors(
@@ -130,17 +145,14 @@ def load_tensors(
     group: all of whose ranks load together; None for this process alone.
     others: as of `check_tensors`. Raises ValueError as it does.
     """
-    check_tensors(state, saved_tensors(folder), folder, others=others)
+    reader = _Reader(folder)
+    check_tensors(state, reader.tensors, folder, others=others)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed.checkpoint")
-            reader = dcp.HuggingFaceStorageReader(str(folder))
             dcp.load(state, storage_reader=reader, process_group=group, no_dist=group is None)
     except CheckpointException as error:
-        cause = cause_of(error)
-        if isinstance(cause, SafetensorError):
-            raise ValueError(f"A safetensors file in {folder} is damaged: {cause}.") from error
-        raise cause from error
+        raise _unreadable(folder, cause_of(error)) from error
 
 
 def _check_header(path: Path) -> dict[str, tuple[str, int]]:
@@ -152,8 +164,8 @@ def _check_header(path: Path) -> dict[str, tuple[str, int]]:
             tensors = {name: (piece.get_dtype(), piece.get_shape()) for name, piece in slices.items()}
             info = (file.metadata() or {}).get("DCP_SHARDING_INFO")
             places = _PLACES.validate_json(info) if info else None
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}.") from error
+    except (SafetensorError, RuntimeError) as error:
+        raise _unreadable(path, error) from error
     except ValidationError as error:
         raise ValueError(f"{path} is damaged: in its DCP_SHARDING_INFO {complaint(error)}.") from None
     for name, (dtype, shape) in tensors.items():
@@ -163,6 +175,13 @@ def _check_header(path: Path) -> dict[str, tuple[str, int]]:
         if not known or max(shape, default=0) >= 2**61:
             raise ValueError(f"{path} is damaged: it does not say what part of {name!r} it holds.")
     return {name: (dtype, len(shape)) for name, (dtype, shape) in tensors.items()}
+
+
+def _unreadable(path: Path, error: Exception) -> Exception:
+    """What to raise in place of the errors of safetensors, and of torch where it maps a file that is gone."""
+    if isinstance(error, SafetensorError) or (isinstance(error, RuntimeError) and "unable to" in str(error)):
+        return ValueError(f"{path} is damaged or gone: {str(error).partition(chr(10))[0]}.")
+    return error
 
 
 def _tiles(tensor: TensorStorageMetadata) -> bool:
