@@ -14,6 +14,7 @@ from torchlmoe.config import LRScheduler, Metrics, Optimizer
 from torchlmoe.config_loader import load_config
 from torchlmoe.data.tokenizer import load_tokenizer
 from torchlmoe.model.decoder import build_on_meta
+from torchlmoe.training import peak
 from torchlmoe.training.metrics import MetricsLog
 from torchlmoe.training.optimizer import build_optimizer, clip_gradients
 from torchlmoe.training.schedule import lr_factor
@@ -102,6 +103,19 @@ def test_figures_that_are_removed_during_the_run(tmp_path, caplog):
     with pytest.raises(OSError, match=r"The figures could not be written .* was removed or replaced"):
         log.finish()
     log.close()
+
+
+def test_peak_is_not_that_of_a_first_slow_product(monkeypatch):
+    """Which takes longer than all the others together, and of products that run as the model's."""
+    clock, slow = [0.0], iter([1.0, 0.3])
+
+    def linear(a, b):
+        assert a.dtype is b.dtype is torch.bfloat16
+        clock[0] += next(slow, 0.01)
+
+    monkeypatch.setattr(peak, "linear", linear)
+    monkeypatch.setattr(peak.time, "perf_counter", lambda: clock[0])
+    assert peak._measured_on_cpu.__wrapped__(torch.bfloat16) == pytest.approx(2 * 1024**3 / 0.01)
 
 
 def test_schedule():
