@@ -9,9 +9,11 @@ import pytest
 import tomli
 
 import train
+from torchlmoe import config_loader
 from torchlmoe.config import Config
 from torchlmoe.config_loader import ConfigError, batch_sizes, check_degrees, load_config, to_toml
-from torchlmoe.settings_reference import markdown
+from torchlmoe.idle_settings import NEEDS, idle_settings
+from torchlmoe.settings_reference import markdown, sections
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "train_configs").glob("*.toml"))
@@ -75,6 +77,106 @@ def test_a_later_source_may_take_away_what_an_earlier_setting_needs(tmp_path):
         load(f"--job.config_file {file} --training.steps 3")
 
 
+@pytest.mark.parametrize(
+    ("steps", "text"),
+    [(5, "5\ntraining.seed = 3"), (5, "5 # of 7"), (5, "5, other = 7"), (5, "5 }\n[x]\ny = { a = 1"), (5, "5,")],
+)
+def test_what_follows_a_value_is_not_lost(steps, text):
+    with pytest.raises(ConfigError, match=r"training\.steps = '5") as error:
+        load_config(["--training.steps", text])
+    assert repr(text) in str(error.value)
+    assert load_config(["--training.steps", f" {steps}\n"]).training.steps == steps
+
+
+def test_fewer_steps_shorten_the_warmup_of_an_earlier_source(tmp_path, caplog):
+    debug = f"--job.config_file {ROOT / 'train_configs' / 'debug.toml'} --training.steps"
+    assert load(f"{debug} 500").lr_scheduler.warmup_steps == 40
+    assert not caplog.text
+    assert load(f"{debug} 20").lr_scheduler.warmup_steps == 1
+    assert (
+        "lr_scheduler.warmup_steps is 1 in place of 40, in proportion to training.steps = 20 in place of" in caplog.text
+    )
+    with pytest.raises(ConfigError, match=r"warmup_steps = 30 is more than training\.steps = 20"):
+        load(f"{debug} 20 --lr_scheduler.warmup_steps 30")
+    file = tmp_path / "settings.toml"
+    file.write_text("[lr_scheduler]\nwarmup_steps = 50\n")
+    assert load(f"--job.config_file {file} --training.steps 20").lr_scheduler.warmup_steps == 10
+
+
+# What has an effect whatever other settings are, or is refused by the layer that it is for.
+ALWAYS = {
+    "job": "config_file dump_folder print_config debug",
+    "model": "name flavor layer_pattern vocab_size dim num_layers norm_eps init_std tie_embeddings loss_chunk_size "
+    "layers",
+    "data": "dataset tokenizer end_token text_column train_split validation_split max_tokens cache_dir num_prefetch",
+    "training": "steps seq_len local_batch_size global_batch_size seed dtype max_norm non_finite deterministic device",
+    "optimizer": "name lr beta1 beta2 eps weight_decay",
+    "lr_scheduler": "warmup_steps decay min_lr_factor",
+    "checkpoint": "enable",
+    "validation": "enable",
+    "metrics": "log_freq tensorboard plot peak_tflops",
+    "profiling": "enable",
+    "float8": "enable",
+    "compile": "enable",
+    "activation_checkpoint": "mode",
+    "parallelism": "data_parallel_replicate_degree data_parallel_shard_degree context_parallel_degree timeout_seconds",
+}
+
+
+def test_every_setting_has_an_effect_or_says_what_it_needs():
+    always = {f"{table}.{key}" for table, keys in ALWAYS.items() for key in keys.split()}
+    not_yet = {f"parallelism.{key}" for key in config_loader._NOT_YET}
+    tables = dataclasses.fields(Config)
+    every = {f"{table.name}.{key.name}" for table in tables for key in dataclasses.fields(table.default_factory)}
+    needy = config_loader._NEEDS.keys() | NEEDS.keys()
+    assert every == always | not_yet | needy
+    assert not always & (not_yet | needy)
+    assert not not_yet & needy
+
+
+IDLE = {
+    "--model.layers.L.mlp dense --model.layers.N.mlp dense --moe.top_k 3 --moe.expert_dim 8": [
+        "moe.top_k",
+        "moe.expert_dim",
+    ],
+    "--model.mlp_dim 8": ["model.mlp_dim"],
+    "--model.mlp_dim 8 --model.layers.L.mlp dense": [],
+    "--model.mixer s4 --model.layer_pattern L --model.num_heads 5 --model.rope_base 5.0": [
+        "model.num_heads",
+        "model.rope_base",
+    ],
+    "--data.dataset_config x": ["data.dataset_config"],
+    "--data.dataset_config x --data.dataset owner/name": [],
+    "--data.validation_fraction 0.5 --data.validation_dataset x": ["data.validation_fraction"],
+    "--validation.enable false --validation.interval 5 --data.validation_max_tokens 9": [
+        "data.validation_max_tokens",
+        "validation.interval",
+    ],
+    "--checkpoint.interval 5 --checkpoint.async_mode async": ["checkpoint.interval", "checkpoint.async_mode"],
+    "--model.flavor a1b_7b --model.layers.L.mlp dense": [],  # the flavor's experts, which nobody asked for
+}
+
+
+@pytest.mark.parametrize(("arguments", "idle"), IDLE.items())
+def test_idle_settings_are_said(arguments, idle):
+    assert list(idle_settings(load(arguments))) == idle
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipes_have_no_idle_settings(recipe):
+    assert not idle_settings(load(f"--job.config_file {recipe}"))
+
+
+def test_every_number_has_limits():
+    """On both sides: neither too small nor too large for float32. Zero is a limit for what zero switches off."""
+    for _, settings in sections():
+        for setting in settings:
+            if setting.kind.startswith("float "):
+                lower, upper = setting.kind.removeprefix("float ").split(", ")
+                assert lower in (">= 0", "> 1") or (lower.startswith(">= ") and float(lower[3:]) >= 1e-20), setting
+                assert upper == "< 1" or float(upper.removeprefix("<= ")) <= 1e12, setting
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_resolved_settings_round_trip(recipe, tmp_path):
     config = load(f"--job.config_file {recipe}")
@@ -101,7 +203,7 @@ BAD = {
     f"--model.dim 0x{'9' * 5000}": "model.dim does not fit in 64 bits",
     f"--model.layers.L.{'a.' * 500}b 3": "model.layers.L.a.a.a.a.a.a.a = {...} is nested too deeply",
     f"--model.layers.L.inner_options {'[' * 600}": "model.layers.L.inner_options is not a setting",
-    "--parallelism.timeout_seconds 1e30": "it should be less than or equal to 1000000.",
+    "--parallelism.timeout_seconds 1e30": "it should be less than or equal to 2592000.",
     "--data.text_column \udcff": "data.text_column = '\\udcff' is not valid: it should be UTF-8 without NUL.",
     "--job.dump_folder=": "job.dump_folder = '' is not valid: it should not be empty (as an unset shell variable is);",
     "--job.config_file=": "job.config_file = '' is not valid: it should not be empty",
@@ -114,9 +216,9 @@ BAD = {
     "--model.num_layers 1000000000000": "it should be less than or equal to 10000.",
     "--model.layers.L.mixer [1]": "model.layers.L.mixer = [1] is unknown; choose one of",
     "--model.mixer mom --model.layers.L.inner [1]": "model.layers.L.inner = [1] is not valid: it should be a valid str",
-    "--model.layers.L.norm_eps -1": "model.layers.L.norm_eps = -1 is not valid: it should be greater than 0.",
+    "--model.layers.L.norm_eps -1": "norm_eps = -1 is not valid: it should be greater than or equal to 1e-12.",
     "--model.layers.L.norm_eps nan": "model.layers.L.norm_eps = nan is not valid: it should be ",
-    "--model.layers.L.init_std -1": "model.layers.L.init_std = -1 is not valid: it should be greater than 0.",
+    "--model.layers.L.init_std -1": "init_std = -1 is not valid: it should be greater than or equal to 1e-06.",
     "--model.layers.L.init_std inf": "model.layers.L.init_std = inf is not valid: it should be a finite number.",
     "--model.mixer glaa": "model.layers.L.mixer = 'glaa' is unknown; the nearest is gla.",
     "--model.mixer mom --model.layers.L.inner glaa": "model.layers.L.inner = 'glaa' is unknown; the nearest is gla.",
@@ -148,7 +250,18 @@ BAD = {
     "--parallelism.tensor_parallel_degree 2": "tensor_parallel_degree = 2 is not supported yet; leave it at 1.",
     "--float8.enable true --training.dtype float64": "needs training.dtype = 'bfloat16' or 'float32'; it is 'float64'.",
     "--activation_checkpoint.mode some": "it should be 'none', 'selective' or 'full'.",
-    "--profiling.num_steps 9 --profiling.interval 9": "num_steps = 9 must be less than profiling.interval = 9",
+    "--profiling.enable true --profiling.num_steps 9 --profiling.interval 9": (
+        "num_steps = 9 must be less than profiling.interval = 9"
+    ),
+    "--profiling.num_steps 9": "profiling.num_steps = 9 is of no use with profiling.enable = false",
+    "--float8.recipe rowwise": "float8.recipe = 'rowwise' is of no use with float8.enable = false",
+    "--moe.group_score top2_sum": "of no use with moe.num_expert_groups = 1: it needs 2 or more there",
+    "--lr_scheduler.decay_fraction 0.5": "of no use with lr_scheduler.decay = 'cosine': it needs 'wsd' there",
+    "--model.init_std 1e30": "init_std = 1e+30 is not valid: it should be less than or equal to 10.",
+    "--optimizer.eps 1e-300": "optimizer.eps = 1e-300 is not valid: it should be greater than or equal to 1e-20.",
+    "--moe.capacity_factor 1e-300": "it should be greater than or equal to 0.01.",
+    "--training.max_norm 1e-300": "training.max_norm = 1e-300 leaves nothing of a gradient; 0 is for no clipping.",
+    "--lr_scheduler.warmup_steps 30 --training.steps 20": "warmup_steps = 30 is more than training.steps = 20",
     "--lr_scheduler.warmup_steps 1000": "warmup_steps = 1000 is more than training.steps = 100",
     "--checkpoint.load_step 3": "checkpoint.load_step = 3 is of no use with checkpoint.enable = false: it needs true",
     "--checkpoint.async_mode thread": "it should be 'disabled' or 'async'.",

@@ -67,7 +67,7 @@ def _sentence(error: Exception) -> str | None:
         reason = text.partition("\n")[0].rstrip(".")
         return f"There is not enough memory ({reason}); choose smaller sizes, or fewer rows or tokens at once."
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}."
+        return " ".join(f"{error.filename}: {error.strerror}.".split())
     if isinstance(error, (ValueError, OSError, FloatingPointError)):
         return " ".join(text.split())
     return None

@@ -50,7 +50,7 @@ class Model(Table):
     num_layers: Annotated[int, Field(ge=1, le=10_000, description="Blocks.")] = 4
     num_heads: Annotated[int, Field(ge=1, description="Heads of every mixer that does not say otherwise.")] = 4
     mlp_dim: Annotated[int | None, Field(ge=1, description="Width of dense MLPs; 8/3 of dim if unset.")] = None
-    rope_base: Annotated[float, Field(gt=1, description="Base of the rotary wavelengths.")] = 10_000.0
+    rope_base: Annotated[float, Field(gt=1, le=1e12, description="Base of the rotary wavelengths.")] = 10_000.0
     norm_eps: NormEps = 1e-6
     init_std: InitStd = 0.02
     tie_embeddings: Annotated[bool, Field(description="Share the embedding with the output head.")] = False
@@ -79,19 +79,26 @@ class MoE(Table):
     group_score: Annotated[
         Literal["max", "top2_sum"], Field(description="A group's score: DeepSeek-V2's or DeepSeek-V3's.")
     ] = "max"
-    routed_scaling_factor: Annotated[float, Field(gt=0, description="Multiplies the routed experts' weights.")] = 1.0
+    routed_scaling_factor: Annotated[
+        float, Field(ge=1e-3, le=1000, description="Multiplies the routed experts' weights.")
+    ] = 1.0
     capacity_factor: Annotated[
-        float | None, Field(gt=0, description="Room per expert over an even share, in training; dropless if unset.")
+        float | None,
+        Field(ge=0.01, le=1000, description="Room per expert over an even share, in training; dropless if unset."),
     ] = None
     balance: Annotated[Literal["aux_loss", "loss_free", "none"], Field(description="How load is balanced.")] = (
         "aux_loss"
     )
-    aux_loss_weight: Annotated[float, Field(ge=0, description="Weight of the balance loss.")] = 1e-2
+    aux_loss_weight: Annotated[float, Field(ge=0, le=1000, description="Weight of the balance loss.")] = 1e-2
     aux_loss_scope: Annotated[
         Literal["sequence", "global_batch"], Field(description="Over what the balance loss takes the load.")
     ] = "sequence"
-    z_loss_weight: Annotated[float, Field(ge=0, description="Weight of the router z-loss (arXiv 2202.08906).")] = 0.0
-    bias_update_rate: Annotated[float, Field(gt=0, description="Step of the loss-free bias (arXiv 2408.15664).")] = 1e-3
+    z_loss_weight: Annotated[
+        float, Field(ge=0, le=1000, description="Weight of the router z-loss (arXiv 2202.08906).")
+    ] = 0.0
+    bias_update_rate: Annotated[
+        float, Field(ge=1e-9, le=10, description="Step of the loss-free bias (arXiv 2408.15664).")
+    ] = 1e-3
 
 
 @dataclass
@@ -109,7 +116,7 @@ class Data(Table):
         None
     )
     validation_fraction: Annotated[
-        float, Field(gt=0, lt=1, description="Documents held out where there is no validation split.")
+        float, Field(ge=1e-6, lt=1, description="Documents held out where there is no validation split.")
     ] = 0.01
     max_tokens: Annotated[int | None, Field(ge=2, description="Stop tokenising after so many tokens.")] = None
     validation_max_tokens: Annotated[int | None, Field(ge=2, description="The same for the validation split.")] = None
@@ -144,7 +151,9 @@ class Training(Table):
         Literal["float32", "bfloat16", "float64"],
         Field(description="bfloat16 keeps float32 masters; float64 is for proofs of parity."),
     ] = "float32"
-    max_norm: Annotated[float, Field(ge=0, description="Gradient norm is clipped to it; 0 for no clipping.")] = 1.0
+    max_norm: Annotated[
+        float, Field(ge=0, le=1e9, description="Gradient norm is clipped to it; 0 for no clipping.")
+    ] = 1.0
     non_finite: Annotated[
         Literal["stop", "skip"],
         Field(description="On a loss or gradient that is not finite: end, or leave the step out."),
@@ -158,12 +167,14 @@ class Optimizer(Table):
     name: Annotated[
         Literal["adamw", "muon"], Field(description="Update rule: AdamW, or Muon for the matrices of the blocks.")
     ] = "adamw"
-    lr: Annotated[float, Field(gt=0, description="Peak learning rate.")] = 1e-3
+    lr: Annotated[float, Field(ge=1e-9, le=100, description="Peak learning rate.")] = 1e-3
     beta1: Annotated[float, Field(ge=0, lt=1, description="Decay of the gradient's mean.")] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1, description="Decay of its square's mean.")] = 0.95
-    eps: Annotated[float, Field(gt=0, description="Added to the update's denominator.")] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0, description="Of matrices; vectors have none.")] = 0.1
-    matrix_lr: Annotated[float | None, Field(gt=0, description="Muon's peak learning rate; lr if unset.")] = None
+    eps: Annotated[float, Field(ge=1e-20, le=1, description="Added to the update's denominator.")] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0, le=100, description="Of matrices; vectors have none.")] = 0.1
+    matrix_lr: Annotated[
+        float | None, Field(ge=1e-9, le=100, description="Muon's peak learning rate; lr if unset.")
+    ] = None
     momentum: Annotated[float, Field(ge=0, lt=1, description="Decay of the gradient's mean in Muon.")] = 0.95
 
 
@@ -174,7 +185,7 @@ class LRScheduler(Table):
         Literal["cosine", "linear", "wsd"], Field(description="wsd: stable, then linear over the last part.")
     ] = "cosine"
     min_lr_factor: Annotated[float, Field(ge=0, le=1, description="Last learning rate over the peak.")] = 0.1
-    decay_fraction: Annotated[float, Field(gt=0, le=1, description="wsd: share of the steps that decay.")] = 0.2
+    decay_fraction: Annotated[float, Field(ge=1e-6, le=1, description="wsd: share of the steps that decay.")] = 0.2
 
 
 @dataclass
@@ -208,7 +219,8 @@ class Metrics(Table):
     tensorboard: Annotated[bool, Field(description="Write TensorBoard files.")] = True
     plot: Annotated[bool, Field(description="Draw loss_curve.png.")] = True
     peak_tflops: Annotated[
-        float | None, Field(gt=0, description="A device's peak for MFU, TFLOP/s; known or measured if unset.")
+        float | None,
+        Field(ge=1e-6, le=1e9, description="A device's peak for MFU, TFLOP/s; known or measured if unset."),
     ] = None
 
 
@@ -266,7 +278,9 @@ class Parallelism(Table):
     ] = "all_gather"
     timeout_seconds: Annotated[
         float,
-        Field(gt=0, le=1_000_000, description="After so long a collective has failed: a rank hangs or is far behind."),
+        Field(
+            ge=0.1, le=2_592_000, description="After so long a collective has failed: a rank hangs or is far behind."
+        ),
     ] = 300.0
 
 

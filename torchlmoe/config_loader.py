@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import difflib
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -19,6 +20,8 @@ from torchlmoe.config import Config, Training
 from torchlmoe.files import complaint, expanded, is_unicode, read_toml, toml_value
 from torchlmoe.mixers import MIXERS
 from torchlmoe.model.presets import FLAVORS
+
+logger = logging.getLogger(__name__)
 
 # What a mixer takes from [model] unless its letter says otherwise.
 MODEL_WIDE = ("num_heads", "norm_eps", "init_std", "backend", "rope_base")
@@ -39,6 +42,14 @@ _NEEDS: dict[str, tuple[str, Any]] = {
     "moe.bias_update_rate": ("moe.balance", "loss_free"),
     "optimizer.matrix_lr": ("optimizer.name", "muon"),
     "optimizer.momentum": ("optimizer.name", "muon"),
+    "moe.group_score": ("moe.num_expert_groups", 2),
+    "moe.num_limited_groups": ("moe.num_expert_groups", 2),
+    "lr_scheduler.decay_fraction": ("lr_scheduler.decay", "wsd"),
+    "float8.recipe": ("float8.enable", True),
+    "profiling.first_step": ("profiling.enable", True),
+    "profiling.num_steps": ("profiling.enable", True),
+    "profiling.interval": ("profiling.enable", True),
+    "profiling.memory_snapshot": ("profiling.enable", True),
     "checkpoint.load_step": ("checkpoint.enable", True),
     "parallelism.lsm_context_parallel": ("parallelism.context_parallel_degree", 2),
     "parallelism.attention_context_parallel": ("parallelism.context_parallel_degree", 2),
@@ -83,9 +94,16 @@ def config_from(sources: list[dict[str, Any]]) -> Config:
     except ValidationError as error:
         raise ConfigError(_sentence(error, Config)) from None
     _check_layers(config)
+    _shorten_warmup(config, sources)
     _check_needs(config, sources)
     _check_consistency(config)
     return config
+
+
+def setting(config: Config, name: str) -> Any:
+    """The value of a `table.key`."""
+    table, _, key = name.partition(".")
+    return getattr(getattr(config, table), key)
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -248,9 +266,12 @@ def _value(name: str, text: str) -> Any:
     if inner is str or inner == str | None:
         return text
     try:
-        return tomli.loads(f"value = {text}")["value"]
+        # Closed behind it: of a text that only begins with a value, the rest must not be lost.
+        read = tomli.loads(f"table = {{ value = {text.strip()} }}")
     except (ValueError, RecursionError):  # ValueError also where Python's limit of a number's digits is passed
         return text
+    is_all = read.keys() == {"table"} and read["table"].keys() == {"value"} and not text.strip().endswith(",")
+    return read["table"]["value"] if is_all else text
 
 
 def _check_values(value: Any, name: str = "", levels: int = 10) -> None:
@@ -345,16 +366,12 @@ def _check_options(config: Config, prefix: str, mixer: str, options: dict[str, A
 def _check_needs(config: Config, sources: list[dict[str, Any]]) -> None:
     """Refuses what would do nothing; but where a later source than its own changed what it needs, it is left out."""
 
-    def value(settings: Config, name: str) -> Any:
-        table, _, key = name.partition(".")
-        return getattr(getattr(settings, table), key)
-
     def last_source(name: str) -> int:
         table, _, key = name.partition(".")
         return max((index for index, source in enumerate(sources) if key in source.get(table, {})), default=-1)
 
     for name, (other, needed) in _NEEDS.items():
-        given, unset, actual = value(config, name), value(Config(), name), value(config, other)
+        given, unset, actual = setting(config, name), setting(Config(), name), setting(config, other)
         if given == unset or (needed in actual if isinstance(actual, str) else needed <= actual):
             continue
         table, _, key = name.partition(".")
@@ -366,6 +383,25 @@ def _check_needs(config: Config, sources: list[dict[str, Any]]) -> None:
         setattr(getattr(config, table), key, unset)
 
 
+def _shorten_warmup(config: Config, sources: list[dict[str, Any]]) -> None:
+    """Keeps the warm-up's share of the steps where a later source than its own gives fewer steps than it has."""
+    steps, warmup = config.training.steps, config.lr_scheduler.warmup_steps
+    places = [index for index, source in enumerate(sources) if "steps" in source.get("training", {})]
+    earlier = sources[: places[-1]] if places else []
+    if warmup <= steps or not any("warmup_steps" in source.get("lr_scheduler", {}) for source in earlier):
+        return
+    if any("warmup_steps" in source.get("lr_scheduler", {}) for source in sources[places[-1] :]):
+        return
+    before = sources[places[-2]]["training"]["steps"] if len(places) > 1 else Training().steps
+    if type(before) is int and warmup <= before:
+        shorter = config.lr_scheduler.warmup_steps = max(1, round(warmup * steps / before))
+        if os.environ.get("RANK", "0") == "0":
+            logger.warning(
+                f"lr_scheduler.warmup_steps is {shorter} in place of {warmup}, in proportion to training.steps = "
+                f"{steps} in place of {before}."
+            )
+
+
 def _check_consistency(config: Config) -> None:
     default = Config()
     for key in _NOT_YET:
@@ -375,6 +411,10 @@ def _check_consistency(config: Config) -> None:
                 f"parallelism.{key} = {toml_value(value)} is not supported yet; leave it at {toml_value(supported)}."
             )
     profiling, training = config.profiling, config.training
+    if 0 < training.max_norm < 1e-9:
+        raise ConfigError(
+            f"training.max_norm = {training.max_norm} leaves nothing of a gradient; 0 is for no clipping."
+        )
     if profiling.num_steps >= profiling.interval:
         raise ConfigError(
             f"profiling.num_steps = {profiling.num_steps} must be less than profiling.interval = {profiling.interval}; "

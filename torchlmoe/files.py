@@ -103,6 +103,9 @@ def complaint(error: ValidationError, prefix: str = "") -> str:
     if first["type"] == "missing":
         return f"{name} is missing"
     message = first["msg"].removeprefix("Input ").removeprefix("Value error, ").replace("String should", "should")
+    limit = first.get("ctx", {}).get("ge")
+    if isinstance(limit, float) and 0 < limit < 1e-3:  # which pydantic writes with all its zeros
+        message = f"{message.rpartition(' ')[0]} {limit}"
     return f"{name or 'its content'} = {toml_value(first['input'])} is not valid: it {message}"
 
 

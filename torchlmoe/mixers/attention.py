@@ -51,7 +51,7 @@ class Attention(Mixer):
         rotary_fraction: Annotated[
             float, Field(ge=0, le=1, description="Share of each head's channels that rotary phases turn; 0 for none.")
         ] = 1.0,
-        rope_base: Annotated[float, Field(gt=1, description="Base of the rotary wavelengths.")] = 10_000.0,
+        rope_base: Annotated[float, Field(gt=1, le=1e12, description="Base of the rotary wavelengths.")] = 10_000.0,
         qk_norm: Annotated[bool, Field(description="RMS norm on each head of q and k.")] = False,
         output_gate: Annotated[bool, Field(description="Multiply the output by a sigmoid gate of the input.")] = False,
         sliding_window: Annotated[

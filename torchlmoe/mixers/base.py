@@ -13,8 +13,8 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from torchlmoe.layers.initialization import normal_
 from torchlmoe.layers.sequence import Sequence
 
-NormEps = Annotated[float, Field(gt=0, description="Added under the root of every norm.")]
-InitStd = Annotated[float, Field(gt=0, description="Standard deviation of projections at the start.")]
+NormEps = Annotated[float, Field(ge=1e-12, le=0.1, description="Added under the root of every norm.")]
+InitStd = Annotated[float, Field(ge=1e-6, le=10, description="Standard deviation of projections at the start.")]
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,9 @@ class DeltaNet(ConvolvedMixer):
         head_dim: Annotated[
             int | None, Field(ge=1, description="Width of a key head; dim / num_heads if unset.")
         ] = None,
-        expand_v: Annotated[float, Field(gt=0, description="Width of a value head, as a multiple of head_dim.")] = 1.0,
+        expand_v: Annotated[
+            float, Field(ge=0.01, le=100, description="Width of a value head, as a multiple of head_dim.")
+        ] = 1.0,
         negative_eigenvalues: Annotated[
             bool, Field(description="beta in (0, 2) in place of (0, 1) (arXiv 2411.12537).")
         ] = False,

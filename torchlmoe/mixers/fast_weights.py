@@ -67,7 +67,7 @@ class FastWeightMixer(RecurrentMixer):
         mini_batch_size: Annotated[
             int, Field(ge=1, description="Tokens whose gradients are taken at the same weights.")
         ] = 16,
-        max_learning_rate: Annotated[float, Field(gt=0, description="Of the fast weights.")] = 1.0,
+        max_learning_rate: Annotated[float, Field(ge=1e-6, le=100, description="Of the fast weights.")] = 1.0,
         norm_eps: NormEps = 1e-6,
         **options,
     ):

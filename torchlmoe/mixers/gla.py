@@ -31,7 +31,7 @@ class GatedLinearAttention(RecurrentMixer):
         expand_k: ExpandK = 0.5,
         expand_v: ExpandV = 1.0,
         gate_rank: Annotated[int, Field(ge=1, description="Rank of the decay's projection.")] = 16,
-        gate_normalizer: Annotated[float, Field(gt=0, description="Divides the log decay.")] = 16.0,
+        gate_normalizer: Annotated[float, Field(ge=1e-3, le=1e4, description="Divides the log decay.")] = 16.0,
         norm_eps: NormEps = 1e-6,
         **options,
     ):

@@ -38,7 +38,7 @@ class GatedSlotAttention(RecurrentMixer):
         num_slots: Annotated[
             int | None, Field(ge=1, description="Slots of a head; a key head's width if unset.")
         ] = None,
-        gate_normalizer: Annotated[float, Field(gt=0, description="Divides the log decay.")] = 8.0,
+        gate_normalizer: Annotated[float, Field(ge=1e-3, le=1e4, description="Divides the log decay.")] = 8.0,
         norm_eps: NormEps = 1e-6,
         **options,
     ):

@@ -55,7 +55,9 @@ class Mamba(Mixer):
         self,
         dim: int,
         *,
-        expand: Annotated[float, Field(gt=0, description="Channels of the state space, as a multiple of dim.")] = 2.0,
+        expand: Annotated[
+            float, Field(ge=0.01, le=100, description="Channels of the state space, as a multiple of dim.")
+        ] = 2.0,
         state_dim: Annotated[int, Field(ge=1, description="N, the state's width in each channel.")] = 16,
         step_rank: Annotated[
             int | None, Field(ge=1, description="Rank of the step's projection; dim / 16 if unset.")

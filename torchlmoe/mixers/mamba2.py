@@ -35,8 +35,8 @@ class Mamba2(ConvolvedMixer):
         num_groups: Annotated[int, Field(ge=1, description="Groups of heads that share B and C.")] = 1,
         state_dim: Annotated[int, Field(ge=1, description="Width of B and C.")] = 128,
         expand_v: ExpandV = 2.0,
-        min_step: Annotated[float, Field(ge=0, description="Least dt.")] = 0.0,
-        max_step: Annotated[float | None, Field(gt=0, description="Largest dt; no limit if unset.")] = None,
+        min_step: Annotated[float, Field(ge=0, le=1000, description="Least dt.")] = 0.0,
+        max_step: Annotated[float | None, Field(ge=1e-6, le=1000, description="Largest dt; no limit if unset.")] = None,
         norm_eps: NormEps = 1e-6,
         **options,
     ):

@@ -48,8 +48,12 @@ class MixtureOfMemories(Mixer):
         single_kv_proj: Annotated[
             bool, Field(description="The same projections of keys and values for all memories.")
         ] = False,
-        aux_loss_weight: Annotated[float, Field(ge=0, description="Weight of the router's balance loss.")] = 1e-2,
-        rope_base: Annotated[float, Field(gt=1, description="The inner mixer's, if it has phases.")] = 10_000.0,
+        aux_loss_weight: Annotated[
+            float, Field(ge=0, le=1000, description="Weight of the router's balance loss.")
+        ] = 1e-2,
+        rope_base: Annotated[
+            float, Field(gt=1, le=1e12, description="The inner mixer's, if it has phases.")
+        ] = 10_000.0,
         norm_eps: NormEps = 1e-6,
         backend: Backend = "auto",
         init_std: InitStd = 0.02,

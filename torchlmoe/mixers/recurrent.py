@@ -15,8 +15,8 @@ from torchlmoe.layers.token_shift import TokenShift
 from torchlmoe.mixers.base import InitStd, Mixer, recurrent_state, split_heads
 from torchlmoe.ops.linear_recurrence import Backend, recurrence_flops_per_token
 
-ExpandK = Annotated[float, Field(gt=0, description="Width of all keys together, as a multiple of dim.")]
-ExpandV = Annotated[float, Field(gt=0, description="Width of all values together, as a multiple of dim.")]
+ExpandK = Annotated[float, Field(ge=0.01, le=100, description="Width of all keys together, as a multiple of dim.")]
+ExpandV = Annotated[float, Field(ge=0.01, le=100, description="Width of all values together, as a multiple of dim.")]
 
 
 class RecurrentMixer(Mixer):

@@ -29,7 +29,7 @@ class Retention(RecurrentMixer):
         dim: int,
         *,
         expand_v: ExpandV = 2.0,
-        rope_base: Annotated[float, Field(gt=1, description="Base of the rotary wavelengths.")] = 10_000.0,
+        rope_base: Annotated[float, Field(gt=1, le=1e12, description="Base of the rotary wavelengths.")] = 10_000.0,
         norm_eps: NormEps = 1e-6,
         **options,
     ):

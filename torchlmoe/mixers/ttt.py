@@ -60,7 +60,7 @@ class TTT(FastWeightMixer):
         dim: int,
         *,
         conv_size: Annotated[int, Field(ge=1, description="Tokens that the short convolutions see.")] = 4,
-        rope_base: Annotated[float, Field(gt=1, description="Base of the rotary wavelengths.")] = 10_000.0,
+        rope_base: Annotated[float, Field(gt=1, le=1e12, description="Base of the rotary wavelengths.")] = 10_000.0,
         norm_eps: NormEps = 1e-6,
         **options,
     ):

@@ -25,6 +25,7 @@ from torchlmoe.data.prepare import prepare
 from torchlmoe.data.store import TokenStore
 from torchlmoe.data.tokenizer import Tokenizer, load_tokenizer
 from torchlmoe.files import failures_to_write
+from torchlmoe.idle_settings import idle_settings
 from torchlmoe.layers.cross_entropy import IGNORE_INDEX
 from torchlmoe.model.decoder import build_on_meta, count_parameters
 from torchlmoe.parallel.context import context_parallel_plans
@@ -177,6 +178,8 @@ class Trainer:
             f"{training.seq_len} tokens are {epochs:.2f} epochs\n"
             f"run: {training.dtype} on {self.world_size} x {self.device.type}, metrics in {self.log.folder}"
         )
+        for name, needed in idle_settings(self.config).items():
+            self.log.say(f"{name} does nothing in this run: it needs {needed}.")
 
     def train(self) -> dict[str, Any]:
         """Runs the steps that are left, fewer if a signal asks to stop, and returns the last logged record."""

@@ -1,0 +1,64 @@
+"""Settings of what is switched off in a run: they do nothing, which is no error, but said.
+
+A setting that contradicts a choice is refused when settings are loaded (`config_loader`).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torchlmoe.config import Config, MoE
+from torchlmoe.config_loader import config_from, setting
+from torchlmoe.mixers import MIXERS
+
+Need = tuple[str, Callable[[Config], bool]]  # in words, and whether it is met
+
+
+def _blocks_with(mlp: str) -> Need:
+    return f"a block with mlp = {mlp!r}", lambda config: any(
+        table.get("mlp", "moe") == mlp for table in _in_use(config)
+    )
+
+
+def _mixer_with(option: str) -> Need:
+    return f"a block whose mixer has {option}", lambda config: any(
+        option in MIXERS[table["mixer"]].settings() for table in _in_use(config)
+    )
+
+
+def _in_use(config: Config) -> list[dict[str, Any]]:
+    """The tables of the letters that the model has blocks of."""
+    pattern, num_layers = config.model.layer_pattern, config.model.num_layers
+    return [config.model.layers[letter] for letter in pattern[:num_layers]]
+
+
+def _enabled(table: str) -> Need:
+    return f"{table}.enable = true", lambda config: getattr(config, table).enable
+
+
+def _reads_hub(config: Config) -> bool:
+    names = (config.data.dataset, config.data.validation_dataset or "embedded")
+    return any(name != "embedded" and not Path(name).expanduser().exists() for name in names)
+
+
+NEEDS: dict[str, Need] = {
+    "model.mlp_dim": _blocks_with("dense"),
+    **{f"model.{option}": _mixer_with(option) for option in ("num_heads", "rope_base", "backend")},
+    **{f"moe.{field.name}": _blocks_with("moe") for field in dataclasses.fields(MoE)},
+    "data.dataset_config": ("a dataset of the hub", _reads_hub),
+    "data.validation_fraction": ("no data.validation_dataset", lambda config: config.data.validation_dataset is None),
+    **{f"data.{key}": _enabled("validation") for key in ("validation_dataset", "validation_max_tokens")},
+    **{f"validation.{key}": _enabled("validation") for key in ("interval", "max_batches", "local_batch_size")},
+    **{f"checkpoint.{key}": _enabled("checkpoint") for key in ("interval", "keep_latest_k", "async_mode")},
+}
+
+
+def idle_settings(config: Config) -> dict[str, str]:
+    """Settings other than the default (or the flavor's) that do nothing here, and what each of them needs."""
+    unset = config_from([{"model": {"flavor": config.model.flavor}}])
+    return {
+        name: words
+        for name, (words, is_met) in NEEDS.items()
+        if setting(config, name) != setting(unset, name) and not is_met(config)
+    }
