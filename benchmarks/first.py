@@ -9,10 +9,11 @@ At most nine minutes in all, in order of value, for a GPU that is at hand only f
     training   tokens/s, MFU and peak memory of A0.3B-2B in bfloat16
     sweep      configurations of the kernels of the instance that is furthest from its bound, in the time that is left
 
-Every case runs in a process of its own, with a time limit: one that hangs, or leaves the GPU in an error, ends alone.
+Every case runs in a process of its own, which imports while the case before it runs, and takes at most half of the
+piece's time while others wait: one that hangs, or leaves the GPU in an error, ends alone.
 A piece's JSON file, with hardware and versions, is written after every row, and says `"finished": true` at its end;
 what failed, and what did not fit in the time, is in it by name. `--rehearse` runs the same on a CPU, in Triton's
-interpreter, on tiny sizes: a test of this program, not a measurement.
+interpreter, on tiny sizes, without the packages that only training needs. It tests the program, not the kernels' speed.
 """
 
 import argparse
@@ -36,7 +37,7 @@ if "--rehearse" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel's file is imported; the cases' processes inherit it
 
 from benchmarks.kernels import CASES, copy_rate, decode_rows, rows_of
-from benchmarks.operations import OPERATIONS, OURS, PLAIN, Size, as_leaf, widened
+from benchmarks.operations import OPERATIONS, OURS, PLAIN, Size, Way, as_leaf, kernel_modules, widened
 from benchmarks.report import machine, matmul_rate
 
 SECONDS = 540  # of all pieces together
@@ -44,6 +45,8 @@ LIMITS = {"bfloat16": 2e-2, "float16": 2e-2, "float32": 1e-4}  # of ||x - x'|| /
 TIMED = ["linear attention", "retention", "GLA", "Mamba2", "Gated DeltaNet", "KDA", "RWKV7"]
 SHARED_KEYS = Size(batch=1, length=8192, heads=64, key_dim=128, value_dim=128, key_heads=16)
 SOFTMAX = "softmax attention"
+SHALLOW = ("--model.num_layers", "1", "--model.vocab_size", "4096")  # runs every kernel that the whole model does
+OPTIONAL = {"pydantic", "pydantic_core", "tensordict", "rich", "torchao", "datasets", "tomli", "tomli_w", "zstandard"}
 Row = dict[str, Any]
 
 
@@ -58,6 +61,7 @@ class Scale:
     anchor: Size
     shared: Size
     decode: Size
+    warmed: tuple[str, ...]
     flavor: str
     tokens: int
     lengths: tuple[int, ...]
@@ -67,11 +71,13 @@ class Scale:
 GPU = Scale(
     device="cuda", dtype="bfloat16", checked=("bfloat16", "float32"), small=Size(2, 320, 4, 128, 128, 4),
     anchor=CASES["anchor"], shared=SHARED_KEYS, decode=CASES["decode"],
+    warmed=tuple(OPERATIONS),
     flavor="a0.3b_2b", tokens=16384, lengths=(2048, 16384), repeats=20,
 )  # fmt: skip
 REHEARSED = Scale(
     device="cpu", dtype="float32", checked=("float32",), small=Size(1, 20, 1, 16, 16, 1),
     anchor=Size(1, 20, 1, 16, 16, 1), shared=Size(1, 20, 2, 16, 16, 1), decode=Size(2, 1, 1, 16, 16, 1),
+    warmed=("Gated DeltaNet",),
     flavor="debug", tokens=64, lengths=(32, 64), repeats=1,
 )  # fmt: skip
 
@@ -80,39 +86,62 @@ REHEARSED = Scale(
 
 
 def ceilings(scale: Scale) -> Iterator[Row]:
-    yield {
-        "matmul TFLOP/s": matmul_rate(getattr(torch, scale.dtype), scale.device, 8192 if scale == GPU else 64) / 1e12
-    }
-    yield {"copy TB/s": copy_rate(scale.device) / 1e12}
+    size, repeats = (8192, 30) if scale == GPU else (64, 1)  # enough of them that the clocks have risen
+    rate = matmul_rate(getattr(torch, scale.dtype), scale.device, size, repeats)
+    yield {"matmul TFLOP/s": rate / 1e12, "size": f"{size} x {size} x {size}", "dtype": scale.dtype}
+    yield {"copy TB/s": copy_rate(scale.device) / 1e12, "size": "1 GiB" if scale == GPU else "64 MiB"}
 
 
 def check(name: str, scale: Scale) -> Iterator[Row]:
-    """Errors of output and gradients. On a GPU what is timed later runs once, too, so that its kernels are compiled
-    by many processes at a time: Triton keeps them on disk."""
-    yield from _check_in(scale.checked[0], name, scale)
-    if name in TIMED and scale == GPU:
-        for size in (scale.anchor, scale.shared) if name == "Gated DeltaNet" else (scale.anchor,):
-            begin = time.perf_counter()
-            _results(OPERATIONS[name].ways[OURS], OPERATIONS[name].make(size, torch.bfloat16, scale.device))
-            torch.cuda.synchronize()
-            yield {"operation": name, "size": str(size), "first run s": time.perf_counter() - begin}
-    for dtype in scale.checked[1:]:  # the slowest to compile
-        yield from _check_in(dtype, name, scale)
+    """Errors of output and gradients. What is timed later runs once, too, so that its kernels are compiled by many
+    processes at a time: Triton keeps them on disk. Of these steps each fails alone."""
+    for dtype in scale.checked:
+        yield _tried({"operation": name, "dtype": dtype, "size": str(scale.small)}, _compared, name, dtype, scale)
+        if dtype == scale.dtype and name in scale.warmed:  # before float32 on a GPU, which takes long to compile
+            for size, run in _timed_later(name, scale):
+                yield _tried({"operation": name, "dtype": dtype, "size": str(size)}, _first_run, run)
 
 
-def _check_in(dtype: str, name: str, scale: Scale) -> Iterator[Row]:
+def _tried(row: Row, measure: Callable[..., Row], *args: Any) -> Row:
+    try:
+        return row | measure(*args)
+    except Exception as error:  # memory or shared memory that does not suffice, or a kernel that does not compile
+        return row | {"passed": False, "failure": _sentence(error)}
+
+
+def _compared(name: str, dtype: str, scale: Scale) -> Row:
     operation = OPERATIONS[name]
     inputs = operation.make(scale.small, getattr(torch, dtype), scale.device)
     plain = _results(operation.ways[PLAIN], widened(inputs))
     ours = _results(operation.ways[OURS], inputs)
     errors = {key: _error(ours[key], plain[key]) for key in plain}
     worst = max(errors, key=lambda key: errors[key] if errors[key] == errors[key] else float("inf"))
-    row: Row = {"operation": name, "dtype": dtype, "size": str(scale.small), "worst error": errors[worst]}
     # Not above the limit, and a number.
-    yield row | {"of": worst, "passed": errors[worst] <= LIMITS[dtype], "errors": errors}
+    passed = errors[worst] <= LIMITS[dtype]
+    return {"worst error": errors[worst], "of": worst, "passed": passed, "errors": errors}
 
 
-def _results(way, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _timed_later(name: str, scale: Scale) -> Iterator[tuple[Size, Callable[[], object]]]:
+    operation, dtype = OPERATIONS[name], getattr(torch, scale.dtype)
+    ours = operation.ways[OURS]
+    for size in [scale.anchor] * (name in TIMED) + [scale.shared] * (name == "Gated DeltaNet"):
+        yield size, lambda size=size: _results(ours, operation.make(size, dtype, scale.device))
+    if step := operation.decode_ways.get(OURS):
+        size = replace(scale.decode, batch=2)
+        state = torch.zeros(operation.state_shape(size), device=scale.device)
+        inputs = operation.make(size, dtype, scale.device) | {"initial_state": state}
+        yield size, lambda: step.run(**step.arguments(inputs))
+
+
+def _first_run(run: Callable[[], object]) -> Row:
+    begin = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return {"first run, compilation included, s": time.perf_counter() - begin}
+
+
+def _results(way: Way, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The output, and the gradients of all arguments under one that is the same for every way."""
     given = {name: as_leaf(tensor.detach()) for name, tensor in way.arguments(inputs).items()}
     output = way.run(**given)
@@ -151,7 +180,7 @@ def decode(name: str, scale: Scale) -> Iterator[Row]:
         yield row | {"size": str(size), "dtype": scale.dtype, "state MiB": state, "failures": failures}
 
 
-def training(mixer: str, scale: Scale) -> Iterator[Row]:
+def training(mixer: str, scale: Scale, *settings_of_model: str) -> Iterator[Row]:
     from benchmarks import throughput
     from torchlmoe.layers import initialization
     from torchlmoe.training.peak import peak_flops
@@ -165,27 +194,27 @@ def training(mixer: str, scale: Scale) -> Iterator[Row]:
 
     initialization.fill_ = draw_on_the_device
     settings = ["--model.flavor", scale.flavor, "--model.layer_pattern", "L", "--training.dtype", "bfloat16"]
-    settings += ["--activation_checkpoint.mode", "selective"]
+    settings += ["--activation_checkpoint.mode", "selective", *settings_of_model]
     peak = peak_flops(torch.device(scale.device), torch.bfloat16)
     failures: list[str] = []
     repeats = min(5, scale.repeats)
     for row in throughput.rows_of(mixer, settings, list(scale.lengths), scale.tokens, repeats, failures):
         row["MFU"] = row.pop("FLOP/s") / peak if peak and row["tokens/s"] else None
-        yield row | {"flavor": scale.flavor, "dtype": "bfloat16", "recompute": "selective", "failures": failures}
+        about = {"flavor": " ".join((scale.flavor, *settings_of_model)), "dtype": "bfloat16", "recompute": "selective"}
+        yield row | about | {"failures": failures}
 
 
 def sweep(name: str, scale: Scale) -> Iterator[Row]:
-    """Of the kernels that the instance runs at width 128; the time limit ends it."""
-    from benchmarks.operations import kernel_modules
+    """Of the linear recurrence's kernels as the instance runs them; the time limit ends it."""
     from benchmarks.tune_kernels import Trial, tune
 
     size = replace(scale.anchor, length=min(scale.anchor.length, 4096))
     trial = Trial(name, size, getattr(torch, scale.dtype), scale.device)
-    modules = [module for module in kernel_modules() if hasattr(module, "CONFIGS")]
+    modules = [module for module in kernel_modules() if "linear_recurrence" in module.__name__]
     x = torch.empty(0, device=scale.device)
     family = next(module.architecture(x) for module in modules if hasattr(module, "architecture"))
     faults: list[str] = []
-    for module in sorted(modules, key=lambda module: "linear_recurrence" not in module.__name__):
+    for module in modules:
         for row in tune(module, family, [trial], min(5, scale.repeats), 24 if scale == GPU else 1, faults):
             yield row | {"instance": name, "size": str(size), "dtype": scale.dtype, "faults": faults}
 
@@ -202,7 +231,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Piece:
-    """seconds: of the piece; at_once: how many of its cases run at a time."""
+    """seconds: of the piece; at_once: how many of its cases run at a time, while one more imports."""
 
     name: str
     seconds: float
@@ -253,55 +282,87 @@ def run_piece(piece: Piece, folder: Path, about: Row, deadline: float) -> Row:
     print(f"{piece.name}: at most {end - time.monotonic():.0f} s", flush=True)
     record = Record(folder / f"{piece.name}.json", piece, about)
 
+    turns = threading.Semaphore(piece.at_once)
+
+    def limit() -> float:
+        """Seconds that the next case has."""
+        left = end - time.monotonic()
+        return left / 2 if len(record.content["not done"]) > piece.at_once else left
+
     def run(case: Case) -> None:
         if time.monotonic() < end:
-            record.end(case, _run_case(case, record, end))
+            with _Process(case) as process, turns:
+                if (seconds := limit()) > 0:
+                    record.end(case, process.run(record.add, seconds))
 
-    with ThreadPoolExecutor(piece.at_once) as pool:
+    with ThreadPoolExecutor(piece.at_once + 1) as pool:
         list(pool.map(run, piece.cases))
     record.content["finished"] = not record.content["not done"]
     record.write()
     return record.content
 
 
-def _run_case(case: Case, record: Record, end: float) -> str | None:
-    """Why it failed, if it did."""
-    # A process forked from one that has looked at a GPU cannot use it; without a GPU, imports cost more than a fork.
-    context = mp.get_context("forkserver" if os.environ.get("TRITON_INTERPRET") == "1" else "spawn")
-    context.set_forkserver_preload(["benchmarks.throughput", "benchmarks.tune_kernels"])
-    receiving, sending = context.Pipe(duplex=False)
-    process = context.Process(target=_serve, args=(sending, case), daemon=True)
-    process.start()
-    sending.close()
-    failure = None
-    try:
-        while receiving.poll(max(0.0, end - time.monotonic())):
-            kind, value = receiving.recv()
-            if kind == "row":
-                record.add(value)
-            else:
-                failure = value
-                break
-        else:
-            failure = "stopped, since the piece's time was over"
-    except EOFError:
-        process.join()
-        failure = f"its process ended with exit code {process.exitcode}"
-    process.kill()
-    process.join()
-    return failure
+class _Process:
+    """Of a case: it starts to import at once, and runs the case when told to."""
+
+    def __init__(self, case: Case):
+        # A process forked from one that has looked at a GPU cannot use it. Without a GPU, a fork saves the imports.
+        context = mp.get_context("forkserver" if os.environ.get("TRITON_INTERPRET") == "1" else "spawn")
+        context.set_forkserver_preload(["benchmarks.tune_kernels"])
+        self.pipe, pipe = context.Pipe()
+        self.process = context.Process(target=_serve, args=(pipe, case), daemon=True)
+        self.process.start()
+        pipe.close()
+
+    def __enter__(self) -> "_Process":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.join(10)  # one that the driver does not let go of is left behind
+
+    def run(self, add: Callable[[Row], None], seconds: float) -> str | None:
+        """Gives the rows to `add`; why it failed, if it did."""
+        end = time.monotonic() + seconds
+        try:
+            self.pipe.send("run")
+            while self.pipe.poll(max(0.0, end - time.monotonic())):
+                kind, value = self.pipe.recv()
+                if kind == "end":
+                    return value
+                add(value)
+            return f"stopped after {seconds:.0f} s, since its time was over"
+        except (EOFError, OSError):
+            self.process.join(10)
+            return f"its process ended with exit code {self.process.exitcode}"
+
+
+class _Absent:
+    """Refuses to import what a machine that only runs kernels lacks."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        if name.partition(".")[0] in OPTIONAL:
+            raise ModuleNotFoundError(f"No module named '{name}': kernels must run without it.", name=name)
 
 
 def _serve(pipe: Connection, case: Case) -> None:
+    if "--rehearse" in sys.argv and case.run is not training:
+        sys.meta_path.insert(0, _Absent())
     torch.manual_seed(0)
-    if not torch.cuda.is_available():
-        torch.set_num_threads(1)
     try:
+        kernel_modules()
+        pipe.recv()
+        if not torch.cuda.is_available():
+            torch.set_num_threads(1)
         for row in case.run(*case.arguments):
             pipe.send(("row", row))
         pipe.send(("end", None))
     except Exception as error:  # another library's, or of the GPU: a line of the record
-        pipe.send(("end", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"))
+        pipe.send(("end", _sentence(error)))
+
+
+def _sentence(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def furthest_from_bound(rows: list[Row]) -> str | None:
@@ -330,10 +391,15 @@ def main() -> None:
 
     rates: Row = {}
     for row in run("ceilings", 30, [Case("ceilings", ceilings, (scale,))]):
-        rates |= row
+        rates |= {name: value for name, value in row.items() if isinstance(value, float)}
     checked = [name for name, operation in OPERATIONS.items() if {OURS, PLAIN} <= operation.ways.keys()]
     checked.sort(key=lambda name: name not in TIMED)
-    run("check", 100, [Case(name, check, (name, scale)) for name in checked], at_once=12)
+    cases = [Case(name, check, (name, scale)) for name in checked]
+    mixers = ("gated_deltanet", "mamba2", "attention")
+    if scale == GPU:  # their kernels are compiled beside the others
+        once = replace(scale, repeats=1)
+        cases += [Case(f"{mixer}, one layer", training, (mixer, once, *SHALLOW)) for mixer in mixers]
+    run("check", 100, cases, at_once=len(cases))
     timed = [(name, scale.anchor) for name in (*TIMED, SOFTMAX)] + [("Gated DeltaNet", scale.shared)]
     if {"matmul TFLOP/s", "copy TB/s"} <= rates.keys():
         speeds = run("speed", 130, [Case(f"{name}, {size}", speed, (name, size, scale, rates)) for name, size in timed])
@@ -341,15 +407,17 @@ def main() -> None:
         speeds = []
     decoded = [name for name, operation in OPERATIONS.items() if OURS in operation.decode_ways]
     run("decode", 60, [Case(name, decode, (name, scale)) for name in decoded])
-    mixers = ("gated_deltanet", "mamba2", "attention")
-    run("training", 190, [Case(mixer, training, (mixer, scale)) for mixer in mixers])
+    changes = () if scale == GPU else SHALLOW
+    run("training", 190, [Case(mixer, training, (mixer, scale, *changes)) for mixer in mixers])
     if (name := furthest_from_bound(speeds)) is not None:
         run("sweep", SECONDS, [Case(name, sweep, (name, scale))])
 
-    print(f"\n{time.monotonic() - begin:.0f} s, in {options.output}:")
+    seconds = time.monotonic() - begin
+    print(f"\n{about['machine']['gpu']}, torch {torch.__version__}, {seconds:.0f} s, in {options.output}:")
     wrong = 0
     for name, record in records.items():
         bad = [f"{row['operation']} ({row['dtype']})" for row in record["rows"] if row.get("passed") is False]
+        bad += dict.fromkeys(note for row in record["rows"] for note in row.get("failures", ()))
         parts = [f"{len(record['rows'])} rows"]
         parts += [f"wrong: {', '.join(bad)}"] if bad else []
         parts += [f"failed: {', '.join(record['failures'])}"] if record["failures"] else []

@@ -3,16 +3,16 @@
 # bash benchmarks/gpu.sh --first [--wheels FOLDER] [--rehearse], the most telling of it in nine minutes.
 #
 # --first is benchmarks/first.py. It leaves its JSON files in benchmarks/results/<the GPU's name>/first, or in $OUT/first
-# if OUT is set. --wheels first installs what benchmarks/gpu_wheels.sh fetched, without a network; --rehearse runs it on
+# if OUT is set. --wheels unpacks what benchmarks/gpu_wheels.sh fetched and imports it from there; --rehearse runs it on
 # a CPU on tiny sizes, in benchmarks/results/rehearsal if OUT is not set.
 #
 # Tests of the kernels, every configuration against the chunked form, speed of the kernels, training throughput. A piece
 # leaves a JSON file with hardware and versions, and a log, in benchmarks/results/<the GPU's name>; a piece whose JSON
 # is there is skipped, so that the same command goes on where it was interrupted. Ends with 1 if any piece failed.
-# PYTHON is the interpreter, `python` if unset.
+# PYTHON is the interpreter; `python`, or `python3`, if unset.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
-python=${PYTHON:-python}
+python=${PYTHON:-$(command -v python || command -v python3)}
 
 if [[ ${1:-} == --first ]]; then
     shift
@@ -21,8 +21,12 @@ if [[ ${1:-} == --first ]]; then
         case $1 in
             --wheels)
                 "$python" -m benchmarks.wheels "${2:?give the folder of the wheels}" || exit 2
-                "$python" -m pip install --quiet --no-index --no-deps --no-warn-script-location "$2"/*.whl ||
-                    echo "The wheels could not be installed: what needs them fails, the rest runs." >&2
+                site=$(mktemp -d) # a wheel is its packages, zipped: this needs neither pip nor leave to install
+                for wheel in "$2"/*.whl; do
+                    "$python" -m zipfile -e "$wheel" "$site" ||
+                        echo "$wheel could not be unpacked: what needs it fails, the rest runs." >&2
+                done
+                export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
                 shift 2
                 ;;
             --rehearse) rehearse=(--rehearse) && shift ;;
@@ -31,7 +35,8 @@ if [[ ${1:-} == --first ]]; then
     done
     name=rehearsal
     if ((${#rehearse[@]} == 0)); then
-        name=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr ' [:upper:]' '_[:lower:]')/first
+        name=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1 | tr ' [:upper:]' '_[:lower:]')
+        name=${name:-gpu}/first
     fi
     folder=${OUT:+$OUT/first}
     folder=${folder:-benchmarks/results/$name}

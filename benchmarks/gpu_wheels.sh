@@ -2,7 +2,7 @@
 # Fetches the wheels that a GPU machine without a network lacks: bash benchmarks/gpu_wheels.sh FOLDER
 #
 # They are for Python 3.12 on x86-64 Linux, beside torch 2.11, triton 3.6, numpy, pyarrow, pytest and transformers.
-# `bash benchmarks/gpu.sh --first --wheels FOLDER` installs them there. The versions are those of constraints.txt, but
+# `bash benchmarks/gpu.sh --first --wheels FOLDER` unpacks them there. The versions are those of constraints.txt, but
 # torchao's, which is the one built for torch 2.11. Ends with 1 if a wheel does not fit.
 # PYTHON is the interpreter that downloads, `python` if unset; any version serves.
 set -euo pipefail

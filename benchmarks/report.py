@@ -1,6 +1,7 @@
 """What every benchmark shares: timing side by side, the machine's description, a table and a JSON file."""
 
 import argparse
+import contextlib
 import json
 import platform
 import statistics
@@ -64,7 +65,9 @@ def attempt(notes: list[str], measure: Callable[..., Any], *args: Any) -> Any:
         if "torch._dynamo" in sys.modules:  # whose import takes seconds
             torch.compiler.reset()  # or the eighth graph is the last that is compiled
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+            # After an illegal access it raises too, which would take along what was measured before.
+            with contextlib.suppress(RuntimeError):
+                torch.cuda.empty_cache()
 
 
 class Worker:
@@ -122,7 +125,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         **{name: _version(name) for name in ("transformers", "triton", "flash-linear-attention")},
-        "ptxas": _ptxas_version(),
+        "ptxas": _ptxas_versions(),
         "cuda": torch.version.cuda,
         "driver": _driver_version(),
     }
@@ -135,13 +138,16 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _ptxas_version() -> str | None:
-    """Of the one that Triton carries for Hopper and later."""
-    try:
-        from triton import knobs
-    except ImportError:
-        return None
-    return knobs.nvidia.ptxas_blackwell.version
+def _ptxas_versions() -> dict[str, str]:
+    """Of those that Triton carries. Which one compiles for Hopper differs between Triton's versions."""
+    versions = {}
+    for name in ("ptxas", "ptxas_blackwell"):
+        # Triton, or this one of the two, is not there.
+        with contextlib.suppress(ImportError, AttributeError, RuntimeError):
+            from triton import knobs
+
+            versions[name] = getattr(knobs.nvidia, name).version
+    return versions
 
 
 def _driver_version() -> str | None:

@@ -9,6 +9,7 @@ model's FLOPs, recurrence included, are of the GPU's own matrix products.
 import gc
 import os
 import statistics
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -28,15 +29,14 @@ LENGTHS = (2048, 4096, 8192, 16384)
 
 def rows_of(
     instance: str, settings: list[str], lengths: list[int], tokens: int, repeats: int, failures: list[str]
-) -> list[dict[str, Any]]:
-    """tokens: of a step and GPU, in rows of each of `lengths`."""
+) -> Iterator[dict[str, Any]]:
+    """tokens: of a step and GPU, in rows of each of `lengths`. A row comes as soon as it is measured."""
     config = load_config([*settings, "--model.mixer", instance])
     vocab_size, device = config.model.vocab_size or 4096, choose_device("auto")
     whole = build_on_meta(config, vocab_size)
     rate = matmul_rate(getattr(torch, config.training.dtype), device.type, 8192 if device.type == "cuda" else 512)
     step_of = steps_of(config, vocab_size)
     warmups = 3 if device.type == "cuda" else 1
-    rows = []
     for length in lengths:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -44,19 +44,16 @@ def rows_of(
         step = step_of(tokens // length, length)
         times = attempt(notes, lambda step=step: [seconds_of(step, device.type) for _ in range(repeats + warmups)])
         speed = times and tokens / statistics.median(times[warmups:])
-        rows.append(
-            {
-                "instance": instance,
-                "pattern": config.model.layer_pattern,
-                "rows": f"{length} x {tokens // length}",
-                "peak GiB": times and memory_gib(device),
-                "tokens/s": speed and round(speed * world_size_of_launch()),
-                "FLOP/s": speed and 3 * speed * whole.flops_per_token(length),
-                "of matmul rate": speed and 3 * speed * whole.flops_per_token(length) / rate,
-            }
-        )
         failures += [f"{instance}, {length} x {tokens // length}: {note}" for note in notes]
-    return rows
+        yield {
+            "instance": instance,
+            "pattern": config.model.layer_pattern,
+            "rows": f"{length} x {tokens // length}",
+            "peak GiB": times and memory_gib(device),
+            "tokens/s": speed and round(speed * world_size_of_launch()),
+            "FLOP/s": speed and 3 * speed * whole.flops_per_token(length),
+            "of matmul rate": speed and 3 * speed * whole.flops_per_token(length) / rate,
+        }
 
 
 def main() -> None:

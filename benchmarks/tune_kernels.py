@@ -91,13 +91,16 @@ class Trial:
             run = lambda: results(self.way, self.inputs, self.grad)  # noqa: E731
             return statistics.median(seconds_of(run, self.device) for _ in range(repeats))
         except Exception as failure:
+            if self.device == "cuda":
+                torch.cuda.synchronize()  # raises again after an illegal access, from which on nothing runs
             print(f"  {type(failure).__name__}: {' '.join(str(failure).split())[:100]}")
             return float("inf")
 
 
-def climb(table: dict, key: Any, cost: Callable[[], float], most_trials: int) -> tuple[Any, float, int]:
-    """The best configuration found from table[key], its cost (1 for the first one) and how many were tried."""
+def climb(table: dict, key: Any, cost: Callable[[], float], most_trials: int) -> Iterator[tuple[Any, float]]:
+    """Each configuration as it is tried, with its cost, which is 1 for table[key]; leaves the best in table[key]."""
     best, best_cost, tried = table[key], 1.0, {table[key]}
+    yield best, best_cost
     improved = True
     while improved:
         improved = False
@@ -108,15 +111,15 @@ def climb(table: dict, key: Any, cost: Callable[[], float], most_trials: int) ->
             table[key] = candidate
             if (candidate_cost := cost()) < 0.99 * best_cost:
                 best, best_cost, improved = candidate, candidate_cost, True
-            print(f"  {tuple(candidate)}: {candidate_cost:.3f}", flush=True)
+            yield candidate, candidate_cost
     table[key] = best
-    return best, best_cost, len(tried)
 
 
 def tune(
     module: ModuleType, family: str, trials: list[Trial], repeats: int, most_trials: int, faults: list[str]
-) -> list[dict[str, Any]]:
-    """A row for each key of module.CONFIGS that `trials` look up; a trial that fails from the start is a fault.
+) -> Iterator[dict[str, Any]]:
+    """A row for each configuration tried, and one with how many were tried for the best of each key of module.CONFIGS
+    that `trials` look up. A trial that fails from the start is a fault.
 
     family: the architecture, for keys of which "default" is the first part.
     """
@@ -133,15 +136,16 @@ def tune(
     def cost() -> float:
         return sum(trial.seconds(repeats) / seconds for trial, seconds in taking_part) / len(taking_part)
 
-    rows = []
     for key in list(table.keys_seen) if taking_part else []:
-        print(f"{module.__name__}: {key}, from {tuple(table[key])}")
-        best, best_cost, num_tried = climb(table, key, cost, most_trials)
         own_key = (family, *key[1:]) if isinstance(key, tuple) else family
-        row = {"file": module.__name__.rpartition(".")[2], "key": repr(own_key), "configuration": repr(best)}
-        rows.append({"of first time": best_cost, "tried": num_tried, **row})
+        about = {"file": module.__name__.rpartition(".")[2], "key": repr(own_key)}
+        costs = {}
+        for configuration, of_first in climb(table, key, cost, most_trials):
+            costs[configuration] = of_first
+            yield {"of first time": of_first, **about, "configuration": repr(configuration)}
+        best = table[key]
+        yield {"of first time": costs[best], "tried": len(costs), **about, "configuration": repr(best)}
     module.CONFIGS = original
-    return rows
 
 
 def main() -> None:
@@ -168,8 +172,9 @@ def main() -> None:
             trials = [Trial(name, size, getattr(torch, dtype), device) for name in options.instances]
             for module in modules:
                 if options.files is None or module.__name__.rpartition(".")[2] in options.files:
-                    rows += tune(module, family, trials, options.repeats, options.most, faults)
-                    print(json.dumps(rows[-1:]))
+                    for row in tune(module, family, trials, options.repeats, options.most, faults):
+                        print(json.dumps(row), flush=True)
+                        rows += [row] if "tried" in row else []
     show("Configurations", rows, options.output, faults=faults)
     print("\n".join(dict.fromkeys(faults)))
     sys.exit(1 if faults else 0)

@@ -28,11 +28,11 @@ ENVIRONMENT = {
     "os_name": "posix",
     "extra": "",
 }
-# What comes with torch, transformers and pytest, or is installed beside them.
-PRESENT = {
-    *"torch triton numpy pandas pyarrow filelock fsspec huggingface-hub packaging pyyaml requests httpx tqdm".split(),
-    *"xxhash cloudpickle markdown-it-py pygments".split(),
-}
+# What comes with torch, transformers and pytest, or is installed beside them, and its version if that is known.
+PRESENT = {"torch": "2.11.0", "triton": "3.6.0", "numpy": "2.5.0"} | dict.fromkeys(
+    "pandas pyarrow filelock fsspec huggingface-hub packaging pyyaml requests httpx tqdm xxhash cloudpickle "
+    "markdown-it-py pygments".split()
+)
 
 
 def faults(folder: Path) -> list[str]:
@@ -60,11 +60,12 @@ def faults(folder: Path) -> list[str]:
             if requirement.marker is not None and not requirement.marker.evaluate(ENVIRONMENT):
                 continue
             name = canonicalize_name(requirement.name)
-            if name in versions:
-                if not requirement.specifier.contains(versions[name], prereleases=True):
-                    found.append(f"{path.name} requires {text}, and the folder has {name} {versions[name]}.")
-            elif name not in PRESENT:
+            if name not in versions and name not in PRESENT:
                 found.append(f"{path.name} requires {text}, which is neither in the folder nor on the machine.")
+                continue
+            place, version = ("folder", versions[name]) if name in versions else ("machine", PRESENT[name])
+            if version is not None and not requirement.specifier.contains(version, prereleases=True):
+                found.append(f"{path.name} requires {text}, and the {place} has {name} {version}.")
     return found
 
 

@@ -8,12 +8,15 @@ import subprocess
 import sys
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
+import pytest
 import torch
 
-from benchmarks import first, wheels
+from benchmarks import first, report, wheels
 from benchmarks.operations import OPERATIONS, OURS, PLAIN
 from benchmarks.tune_kernels import LookedUp, agrees, climb
 
@@ -52,7 +55,10 @@ def test_first_minutes_are_rehearsed(tmp_path):
         assert {"torch", "triton", "gpu"} <= piece["machine"].keys()
         assert piece["clock"].endswith("rehearsal")
         assert piece["rows"]
-    checked = {row["operation"]: row["passed"] for row in pieces["check"]["rows"]}
+    checked = {row["operation"]: row["passed"] for row in pieces["check"]["rows"] if "passed" in row}
+    assert [row["size"] for row in pieces["check"]["rows"] if "passed" not in row] == [
+        str(size) for size in (first.REHEARSED.anchor, first.REHEARSED.shared, first.REHEARSED.decode)
+    ]
     assert checked == {name: True for name, each in OPERATIONS.items() if {OURS, PLAIN} <= each.ways.keys()}
     assert len(pieces["speed"]["rows"]) == len(first.TIMED) + 2  # softmax attention, and shared key heads
     assert {"tokens/s", "MFU", "peak GiB"} <= pieces["training"]["rows"][0].keys()
@@ -78,24 +84,65 @@ def a_death():
 
 
 def test_a_case_that_fails_ends_alone(tmp_path):
-    """An error, a hang and a dead process are named, what they had done is kept, and what had no time is named too."""
-    cases = [
-        first.Case("good", a_row, ("good",)),
-        first.Case("wrong", a_row_and_an_error, ()),
-        first.Case("dead", a_death, ()),
-        first.Case("stuck", a_row_and_no_end, ()),
-        first.Case("late", a_row, ("late",)),
-    ]
-    record = first.run_piece(first.Piece("tried", 8.0, cases), tmp_path, {"machine": {}}, time.monotonic() + 100)
+    """An error, a hang and a dead process are named, what they had done is kept, and the case behind them runs."""
+    good, late = (first.Case(name, a_row, (name,)) for name in ("good", "late"))
+    wrong = first.Case("wrong", a_row_and_an_error, ())
+    dead, stuck = first.Case("dead", a_death, ()), first.Case("stuck", a_row_and_no_end, ())
+    deadline = time.monotonic() + 100
+    record = first.run_piece(first.Piece("tried", 90.0, [good, wrong, dead]), tmp_path, {"machine": {}}, deadline)
     assert json.loads((tmp_path / "tried.json").read_text()) == record
-    assert [row["operation"] for row in record["rows"]] == ["good", "half", "stuck"]
+    assert [row["operation"] for row in record["rows"]] == ["good", "half"]
     assert record["failures"] == {
         "wrong": "RuntimeError: CUDA error: an illegal memory access",
         "dead": "its process ended with exit code 9",
-        "stuck": "stopped, since the piece's time was over",
     }
-    assert record["not done"] == ["late"]
-    assert not record["finished"]
+    assert record["finished"]
+    record = first.run_piece(first.Piece("limited", 8.0, [stuck, late]), tmp_path, {}, deadline)
+    assert [row["operation"] for row in record["rows"]] == ["stuck", "late"]
+    assert record["failures"] == {"stuck": "stopped after 4 s, since its time was over"}
+    assert record["finished"]
+    over = first.run_piece(first.Piece("over", 4.0, [good]), tmp_path, {}, time.monotonic())
+    assert over["not done"] == ["good"]
+    assert not over["finished"]
+
+
+def test_a_broken_gpu_or_toolchain_leaves_what_was_measured(monkeypatch):
+    """After an illegal access every call of CUDA raises, and a Triton may lack a tool."""
+
+    def raises() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    notes: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", raises)
+    monkeypatch.setattr(torch.compiler, "reset", lambda: None)  # imports the compiler
+    assert report.attempt(notes, lambda: 3) == 3
+    assert report.attempt(notes, raises) is None
+    assert notes == ["RuntimeError: CUDA error: an illegal memory access"]
+    knobs = pytest.importorskip("triton").knobs
+    monkeypatch.setattr(knobs, "nvidia", SimpleNamespace(ptxas=SimpleNamespace(version="12.8")))
+    assert report._ptxas_versions() == {"ptxas": "12.8"}
+
+
+def test_a_check_that_fails_is_a_row_and_the_next_one_runs(monkeypatch):
+    """A kernel that does not compile in one dtype does not keep the others from being tried."""
+
+    def fails(**arguments):
+        raise RuntimeError("out of resource: shared memory")
+
+    operation = OPERATIONS["GLA"]
+    broken = replace(operation, ways=operation.ways | {OURS: replace(operation.ways[OURS], run=fails)})
+    monkeypatch.setitem(OPERATIONS, "GLA", broken)
+    rows = list(first.check("GLA", replace(first.REHEARSED, checked=("bfloat16", "float32"))))
+    assert [(row["dtype"], row["passed"], row["failure"]) for row in rows] == [
+        (dtype, False, "RuntimeError: out of resource: shared memory") for dtype in ("bfloat16", "float32")
+    ]
+
+
+def test_kernels_are_rehearsed_without_what_only_training_needs():
+    with pytest.raises(ModuleNotFoundError, match="pydantic"):
+        first._Absent().find_spec("pydantic.fields")
+    assert first._Absent().find_spec("torchlmoe.ops") is None
 
 
 def wheel(folder, name, metadata):
@@ -113,10 +160,15 @@ def test_wheels_that_do_not_fit_are_named(tmp_path):
     wheel(tmp_path, "other-2.1-cp312-cp312-manylinux_2_28_x86_64.whl", "Requires-Python: >=3.10")
     assert wheels.faults(tmp_path) == []
     wheel(tmp_path, "old-1.0-cp311-cp311-manylinux_2_28_x86_64.whl", "Requires-Python: <3.12")
-    wheel(tmp_path, "lacking-1.0-py3-none-any.whl", "Requires-Dist: absent\nRequires-Dist: other<2")
+    wheel(
+        tmp_path,
+        "lacking-1.0-py3-none-any.whl",
+        "Requires-Dist: absent\nRequires-Dist: other<2\nRequires-Dist: torch>=2.12",
+    )
     assert wheels.faults(tmp_path) == [
         "lacking-1.0-py3-none-any.whl requires absent, which is neither in the folder nor on the machine.",
         "lacking-1.0-py3-none-any.whl requires other<2, and the folder has other 2.1.",
+        "lacking-1.0-py3-none-any.whl requires torch>=2.12, and the machine has torch 2.11.0.",
         "old-1.0-cp311-cp311-manylinux_2_28_x86_64.whl is not for Python 3.12 on x86-64 Linux.",
         "old-1.0-cp311-cp311-manylinux_2_28_x86_64.whl requires Python <3.12.",
     ]
@@ -135,12 +187,12 @@ def test_tuning_climbs_past_what_is_wrong():
         tile, warps = table["sm_90"]
         return float("inf") if tile > 64 or warps == 1 else 64 / tile * abs(math.log2(warps / 16)) / 12
 
-    best, best_cost, num_tried = climb(table, "sm_90", cost, most_trials=50)
-    assert (best, table["sm_90"]) == (Configuration(64, 16), best)
-    assert best_cost == 0
+    costs = dict(climb(table, "sm_90", cost, most_trials=50))
+    assert table["sm_90"] == Configuration(64, 16)
+    assert costs[table["sm_90"]] == min(costs.values()) == 0
     assert table.keys_seen == ["sm_90"]
-    assert num_tried < 50
-    assert climb(table, "gfx942", cost, most_trials=0) == (Configuration(16, 2), 1.0, 1)
+    assert len(costs) < 50
+    assert list(climb(table, "gfx942", cost, most_trials=0)) == [(Configuration(16, 2), 1.0)]
     nan = torch.tensor([float("nan")])
     assert not agrees([nan], [torch.ones(1)], limit=1.0)
     assert not agrees([torch.tensor([1.1])], [torch.ones(1)], limit=0.05)
