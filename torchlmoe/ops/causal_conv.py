@@ -33,6 +33,8 @@ def causal_conv(
     activation: whether SiLU follows.
     Raises ValueError for bounds that do not rise from 0 to T, and for bounds beside several rows or a state.
     """
+    if weight.shape[1] == 1:  # which sees no other token, of whatever document
+        cu_seqlens = None
     if cu_seqlens is not None:
         if state is not None:
             raise ValueError("causal_conv takes cu_seqlens or a state, not both: packed documents begin without one.")
