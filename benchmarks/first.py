@@ -283,20 +283,30 @@ def run_piece(piece: Piece, folder: Path, about: Row, deadline: float) -> Row:
     record = Record(folder / f"{piece.name}.json", piece, about)
 
     turns = threading.Semaphore(piece.at_once)
+    begun = [threading.Event() for _ in piece.cases]  # a process that imports faster does not overtake
 
     def limit() -> float:
         """Seconds that the next case has."""
         left = end - time.monotonic()
         return left / 2 if len(record.content["not done"]) > piece.at_once else left
 
-    def run(case: Case) -> None:
-        if time.monotonic() < end:
-            with _Process(case) as process, turns:
-                if (seconds := limit()) > 0:
-                    record.end(case, process.run(record.add, seconds))
+    def run(place: int, case: Case) -> None:
+        try:
+            if time.monotonic() < end:
+                with _Process(case) as process:
+                    if place:
+                        begun[place - 1].wait()
+                    with turns:
+                        begun[place].set()
+                        if (seconds := limit()) > 0:
+                            record.end(case, process.run(record.add, seconds))
+        except OSError as error:  # no process could be started
+            record.end(case, _sentence(error))
+        finally:
+            begun[place].set()
 
     with ThreadPoolExecutor(piece.at_once + 1) as pool:
-        list(pool.map(run, piece.cases))
+        list(pool.map(run, range(len(piece.cases)), piece.cases))
     record.content["finished"] = not record.content["not done"]
     record.write()
     return record.content
