@@ -161,7 +161,7 @@ class Checkpointer:
         try:
             pending.result()
         except CheckpointException as error:
-            remedy = "what was saved before is whole, and the same command goes on from it"
+            remedy = "what was saved before is whole, and the same command continues from it"
             if dist.get_rank() == 0:
                 shutil.rmtree(partial_of(self.root, self._saving_step), ignore_errors=True)
             raise save_failure(error, f"The checkpoint of step {self._saving_step}", self.root, remedy) from error

@@ -26,7 +26,7 @@ def open_model(
     folder: one checkpoint (step-...), the folder of a run or of its checkpoints (the latest is taken), or what
         torchlmoe.export wrote.
     dtype: of the parameters; as saved if None. Modules marked `float32_island` stay in at least float32.
-    A run's newest checkpoint may be removed while it is read, since the run goes on: then the next one is.
+    A run that saves and prunes may remove its newest checkpoint while it is read. The then newest is read instead.
     Raises ValueError, naming the file, where something is missing or damaged.
     """
     try:

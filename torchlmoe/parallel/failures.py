@@ -26,12 +26,12 @@ def collective_failures(where: str, timeout_seconds: float) -> Iterator[None]:
             raise TimeoutError(
                 f"A collective operation of {where} did not end within parallelism.timeout_seconds = "
                 f"{timeout_seconds:g}: a rank hangs or is far behind; what was saved before is whole, and the same "
-                "command goes on from it."
+                "command continues from it."
             ) from error
         if of_ranks or any(part in text for part in _LOST):
             raise ConnectionError(
                 f"Another rank ended during {where}: its own message or the launcher's says why; what was saved before "
-                "is whole, and the same command goes on from it."
+                "is whole, and the same command continues from it."
             ) from error
         raise
 

@@ -307,7 +307,7 @@ class Trainer:
     def _say_how_it_stopped(self) -> None:
         why = self.stop_request.name or "a signal to another rank"
         if self.checkpointer.saved_step == self.progress.step:
-            saved = f"saved in {self.checkpointer.root}; the same command goes on from there"
+            saved = f"saved in {self.checkpointer.root}; the same command continues from there"
         else:
             saved = "nothing was saved, since checkpoint.enable is false"
         self.log.say(f"Stopped after step {self.progress.step} by {why}: {saved}.")
