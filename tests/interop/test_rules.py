@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from torchlmoe.feed_forwards.moe import MoE
 from torchlmoe.interop import (
     Rule,
     convert,
@@ -18,7 +19,6 @@ from torchlmoe.interop import (
 )
 from torchlmoe.interop.steps import Add, Flatten, Permute, Reorder, Split
 from torchlmoe.mixers import MIXERS
-from torchlmoe.moe import MoE
 
 STEPS = {  # steps, and shapes of what they take
     "split": (Split((1, 3)), [(4, 3)]),

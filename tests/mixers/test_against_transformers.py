@@ -17,7 +17,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import (
 
 from torchlmoe.interop import convert, deepseek_v2, kimi_linear, mamba2, minimax, qwen3_next
 from torchlmoe.layers.initialization import named_draws
-from torchlmoe.layers.sequence import Sequence
+from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.mixers import MIXERS
 from torchlmoe.mixers.base import Place
 
@@ -91,7 +91,7 @@ def test_gated_deltanet(num_key_heads):
     load(theirs, ours, table)
     x = inputs()
     with torch.enable_grad():
-        assert_equal(ours(x, sequence=Sequence.of_rows(2, LENGTH)), theirs(x), x)
+        assert_equal(ours(x, sequence=SequenceLayout.of_rows(2, LENGTH)), theirs(x), x)
 
 
 @torch.no_grad()
@@ -115,7 +115,7 @@ def test_gated_attention():
     with torch.enable_grad():
         phases = Qwen3NextRotaryEmbedding(config)(x, positions)
         expected = theirs(x, position_embeddings=phases, attention_mask=causal_mask())[0]
-        assert_equal(ours(x, sequence=Sequence.of_rows(2, LENGTH)), expected, x)
+        assert_equal(ours(x, sequence=SequenceLayout.of_rows(2, LENGTH)), expected, x)
 
 
 @torch.no_grad()
@@ -133,7 +133,7 @@ def test_kimi_delta_attention():
     load(theirs, ours, kimi_linear.kda_rules(num_heads=3, head_dim=8, conv_size=4))
     x = inputs()
     with torch.enable_grad():
-        assert_equal(ours(x, sequence=Sequence.of_rows(2, LENGTH)), theirs(x), x)
+        assert_equal(ours(x, sequence=SequenceLayout.of_rows(2, LENGTH)), theirs(x), x)
 
 
 @pytest.mark.parametrize("index", [0, 2, 3])
@@ -148,7 +148,7 @@ def test_lightning_attention(index):
     x = inputs()
     with torch.enable_grad():
         expected = theirs(x, position_embeddings=None, attention_mask=None)[0]
-        assert_equal(ours(x, sequence=Sequence.of_rows(2, LENGTH)), expected, x)
+        assert_equal(ours(x, sequence=SequenceLayout.of_rows(2, LENGTH)), expected, x)
 
 
 @pytest.mark.parametrize(("num_groups", "limits"), [(1, (0.0, None)), (2, (0.01, 0.5))])
@@ -169,7 +169,7 @@ def test_mamba2(num_groups, limits):
     load(theirs, ours, table)
     x = inputs()
     with torch.enable_grad():
-        assert_equal(ours(x, sequence=Sequence.of_rows(2, LENGTH)), theirs(x), x)
+        assert_equal(ours(x, sequence=SequenceLayout.of_rows(2, LENGTH)), theirs(x), x)
 
 
 LATENT_SIZES = dict(
@@ -198,7 +198,7 @@ def test_latent_attention_of_deepseek_v2(q_rank):
     with torch.enable_grad():
         phases = DeepseekV2RotaryEmbedding(config)(x, torch.arange(LENGTH)[None])
         expected = theirs(x, position_embeddings=phases, attention_mask=causal_mask())[0]
-        assert_equal(ours(x, sequence=Sequence.of_rows(2, LENGTH)), expected, x)
+        assert_equal(ours(x, sequence=SequenceLayout.of_rows(2, LENGTH)), expected, x)
 
 
 @pytest.mark.parametrize("q_rank", [12, None])
@@ -209,4 +209,4 @@ def test_latent_attention_of_kimi_linear(q_rank):
     load(theirs, ours, kimi_linear.latent_attention_rules(**latent_sizes(q_rank)))
     x = inputs()
     with torch.enable_grad():
-        assert_equal(ours(x, sequence=Sequence.of_rows(2, LENGTH)), theirs(x, attention_mask=causal_mask())[0], x)
+        assert_equal(ours(x, sequence=SequenceLayout.of_rows(2, LENGTH)), theirs(x, attention_mask=causal_mask())[0], x)

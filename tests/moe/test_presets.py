@@ -9,13 +9,13 @@ from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearMoE
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 
+from torchlmoe.feed_forwards.moe import MoE
 from torchlmoe.interop import convert
 from torchlmoe.interop.deepseek_v2 import moe_rules as deepseek_v2_rules
 from torchlmoe.interop.kimi_linear import moe_rules as kimi_linear_rules
 from torchlmoe.interop.mixtral import moe_rules as mixtral_rules
 from torchlmoe.interop.qwen2_moe import moe_rules as qwen2_moe_rules
-from torchlmoe.layers.sequence import Sequence
-from torchlmoe.moe import MoE
+from torchlmoe.layers.sequence import SequenceLayout
 
 DIM, EXPERT_DIM, NUM_EXPERTS, TOP_K, BATCH, LENGTH = 32, 16, 12, 4, 2, 50
 COMMON = {"num_experts": NUM_EXPERTS, "top_k": TOP_K, "expert_dim": EXPERT_DIM}
@@ -154,7 +154,7 @@ def test_equals_transformers(preset):
     x = torch.randn(BATCH, LENGTH, DIM, generator=generator)
     grad = torch.randn(BATCH, LENGTH, DIM, generator=generator)
     results = []
-    for layer, options in ((ours, {"sequence": Sequence.of_rows(BATCH, LENGTH)}), (theirs, {})):
+    for layer, options in ((ours, {"sequence": SequenceLayout.of_rows(BATCH, LENGTH)}), (theirs, {})):
         leaf = x.clone().requires_grad_()
         y = layer(leaf, **options)
         y.backward(grad)
