@@ -415,8 +415,12 @@ def _check_consistency(config: Config) -> None:
             f"profiling.num_steps = {profiling.num_steps} must be less than profiling.interval = {profiling.interval}; "
             "a step between two traces warms the profiler up."
         )
-    if config.float8.enable and training.dtype == "float64":
-        raise ConfigError("float8.enable = true needs training.dtype = 'bfloat16' or 'float32'; it is 'float64'.")
+    for key in ("enable", "experts"):
+        value = getattr(config.float8, key)
+        if value != getattr(default.float8, key) and training.dtype == "float64":
+            raise ConfigError(
+                f"float8.{key} = {toml_value(value)} needs training.dtype = 'bfloat16' or 'float32'; it is 'float64'."
+            )
     context = config.parallelism.context_parallel_degree
     factors = {config.block_spec(letter).feed_forward_options.get("capacity_factor") for letter in config.model.layers}
     if context > 1 and (limited := factors - {None}):

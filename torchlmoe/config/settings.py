@@ -234,6 +234,13 @@ class Float8(Table):
     recipe: Annotated[
         Literal["tensorwise", "rowwise"], Field(description="Whether a tensor or each of its rows has one scale.")
     ] = "tensorwise"
+    experts: Annotated[
+        Literal["none", "mxfp8"],
+        Field(
+            description="Products of the routed experts in MXFP8 (torchao's prototype), on GPUs that have it; a CPU "
+            "emulates it. Independent of `enable`."
+        ),
+    ] = "none"
 
 
 @dataclass

@@ -26,6 +26,7 @@ class Experts(nn.Module):
     def __init__(self, dim: int, expert_dim: int, num_experts: int, *, init_std: float = 0.02):
         super().__init__()
         self.init_std = init_std
+        self.matmul = grouped_matmul  # or one in a lower precision
         # Gate and up in one matrix: one product over x instead of two narrow ones.
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * expert_dim, dim))
         self.down_proj = nn.Parameter(torch.empty(num_experts, dim, expert_dim))
@@ -35,9 +36,9 @@ class Experts(nn.Module):
         normal_(self.down_proj, self.init_std)
 
     def forward(self, x_MD: Tensor, weight_M: Tensor, offset_E: Tensor) -> Tensor:
-        gate_up_MF = grouped_matmul(x_MD, self.gate_up_proj, offset_E)
+        gate_up_MF = self.matmul(x_MD, self.gate_up_proj, offset_E)
         hidden_MF = weighted_swiglu(gate_up_MF, weight_M)
-        return grouped_matmul(hidden_MF, self.down_proj, offset_E)
+        return self.matmul(hidden_MF, self.down_proj, offset_E)
 
     def flops_per_row(self) -> int:
         """Forward FLOPs of one row."""

@@ -9,7 +9,7 @@ from torchlmoe.parallel.compile import compile_blocks
 from torchlmoe.parallel.context import apply_context_parallel
 from torchlmoe.parallel.data import apply_fsdp
 from torchlmoe.parallel.expert import apply_expert_parallel
-from torchlmoe.parallel.float8 import convert_to_float8
+from torchlmoe.parallel.float8 import convert_experts_to_mxfp8, convert_to_float8
 from torchlmoe.parallel.islands import read_islands
 from torchlmoe.parallel.precision import compute_in
 from torchlmoe.parallel.ranks import Ranks
@@ -34,7 +34,9 @@ def shape(config: Config, vocab_size: int, ranks: Ranks, device: torch.device) -
     tensor = ranks["tp"].size()
     plan = tensor_parallel_plan(model, tensor) if tensor > 1 else []  # before layers are replaced by float8's
     if config.float8.enable:
-        convert_to_float8(model, config.float8, device)
+        convert_to_float8(model, config.float8, device, ranks["tp"])
+    if config.float8.experts == "mxfp8":
+        convert_experts_to_mxfp8(model, device)
     if plan:
         apply_tensor_parallel(model, plan, ranks["tp"])
     if ranks["cp"].size() > 1:
