@@ -76,15 +76,23 @@ def convert_to_float8(model: Decoder, settings: Float8, device: torch.device, he
         )
 
 
-def convert_experts_to_mxfp8(model: Decoder, device: torch.device) -> None:
+def convert_experts_to_mxfp8(model: Decoder, device: torch.device, is_compiled: bool = False) -> None:
     """Grouped products of the routed experts run in MXFP8, which a CPU emulates.
 
-    Raises ValueError where they cannot: without torchao's kernels or a GPU that has the format, for a model without
-    routed experts, and for experts whose widths are not multiples of 32.
+    is_compiled: whether blocks are going to be compiled.
+
+    Raises ValueError where they cannot: without torchao's kernels or a GPU that has the format, where the emulation
+    would be compiled, for a model without routed experts, and for experts whose widths are not multiples of 32.
     """
     setting = "float8.experts = 'mxfp8'"
     if reason := why_mxfp8_cannot_run(device):
         raise ValueError(f"{setting} {reason}; leave it at 'none'.")
+    if device.type == "cpu":
+        if is_compiled:
+            raise ValueError(
+                f"{setting} is emulated on a CPU, which compile.enable = true cannot compile; leave one of the two off."
+            )
+        logger.warning(f"{setting} is emulated on this device: the format's rounding, not its speed.")
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, Experts)]
     if not found:
         raise ValueError(f"{setting} is of no use to a model without routed experts; leave it at 'none'.")
@@ -96,8 +104,6 @@ def convert_experts_to_mxfp8(model: Decoder, device: torch.device) -> None:
                 f"width of {hidden}; change model.dim or moe.expert_dim, or leave it at 'none'."
             )
         experts.matmul = mxfp8_grouped_matmul
-    if device.type == "cpu":
-        logger.warning(f"{setting} is emulated on this device: the format's rounding, not its speed.")
 
 
 def _split_dim(layer: nn.Module) -> int | None:

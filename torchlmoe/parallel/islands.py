@@ -49,7 +49,7 @@ def read_islands(model: nn.Module) -> None:
     for island in _islands(model):
         names = tuple(name for name, p in island.named_parameters(recurse=False) if _is_replicated(p))
         if names:
-            island.__class__ = _reading_local(type(island), names)  # type: ignore[assignment]
+            island.__class__ = _reading_local(type(island), names)  # type: ignore[arg-type]  # classes are hashable
 
 
 @torch.no_grad()

@@ -36,7 +36,7 @@ def shape(config: Config, vocab_size: int, ranks: Ranks, device: torch.device) -
     if config.float8.enable:
         convert_to_float8(model, config.float8, device, ranks["tp"])
     if config.float8.experts == "mxfp8":
-        convert_experts_to_mxfp8(model, device)
+        convert_experts_to_mxfp8(model, device, config.compile.enable)
     if plan:
         apply_tensor_parallel(model, plan, ranks["tp"])
     if ranks["cp"].size() > 1:
