@@ -93,15 +93,22 @@ def convert_experts_to_mxfp8(model: Decoder, device: torch.device, is_compiled: 
                 f"{setting} is emulated on a CPU, which compile.enable = true cannot compile; leave one of the two off."
             )
         logger.warning(f"{setting} is emulated on this device: the format's rounding, not its speed.")
-    found = [(name, module) for name, module in model.named_modules() if isinstance(module, Experts)]
-    if not found:
+    of_blocks = [
+        (index, module)
+        for index, block in model.blocks.items()
+        for module in block.modules()
+        if isinstance(module, Experts)
+    ]
+    if not of_blocks:
         raise ValueError(f"{setting} is of no use to a model without routed experts; leave it at 'none'.")
-    for name, experts in found:
+    for index, experts in of_blocks:
         dim, hidden = experts.down_proj.shape[1:]
         if dim % BLOCK or hidden % BLOCK:
+            letter, _ = model.places_in_common[index]
             raise ValueError(
-                f"{setting} needs widths that are multiples of {BLOCK}, but {name} has a width of {dim} and a hidden "
-                f"width of {hidden}; change model.dim or moe.expert_dim, or leave it at 'none'."
+                f"{setting} needs widths that are multiples of {BLOCK}, but the experts of model.layers.{letter} have "
+                f"a width of {dim} and a hidden width of {hidden}; change model.dim or expert_dim, or leave it at "
+                "'none'."
             )
         experts.matmul = mxfp8_grouped_matmul
 
