@@ -119,7 +119,7 @@ ALWAYS = {
     "validation": "enable",
     "metrics": "log_freq tensorboard plot peak_tflops",
     "profiling": "enable",
-    "float8": "enable",
+    "float8": "enable experts",
     "compile": "enable",
     "activation_checkpoint": "mode",
     "parallelism": "data_parallel_replicate_degree data_parallel_shard_degree tensor_parallel_degree "
@@ -253,6 +253,7 @@ BAD = {
     ),
     "--parallelism.tensor_parallel_degree 2": "tensor_parallel_degree = 2 is not supported yet; leave it at 1.",
     "--float8.enable true --training.dtype float64": "needs training.dtype = 'bfloat16' or 'float32'; it is 'float64'.",
+    "--float8.experts mxfp8 --training.dtype float64": "float8.experts = 'mxfp8' needs training.dtype = 'bfloat16' or",
     "--activation_checkpoint.mode some": "it should be 'none', 'selective' or 'full'.",
     "--profiling.enable true --profiling.num_steps 9 --profiling.interval 9": (
         "num_steps = 9 must be less than profiling.interval = 9"

@@ -14,6 +14,8 @@ _PRODUCTS = {
     aten.bmm,
     aten.baddbmm,
     aten._scaled_mm,
+    aten._grouped_mm,
+    aten._scaled_grouped_mm,
     aten._scaled_dot_product_flash_attention_for_cpu,
     aten._scaled_dot_product_flash_attention,
     aten._scaled_dot_product_efficient_attention,
