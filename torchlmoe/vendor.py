@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torchlmoe.command import FlagParser, run
 from torchlmoe.vendoring.names import parts
-from torchlmoe.vendoring.package import package_of
+from torchlmoe.vendoring.package import package_of, test_command
 
 
 def main(arguments: list[str]) -> None:
@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> None:
     print(
         f"{sum(lines.values()):6,}  lines of Python in {options.output}, which needs {', '.join(package.requirements)}"
     )
-    print(f"        test it with: python -m pytest {options.output}")
+    print(f"        test it with: {test_command(package, options.output)}")
 
 
 def listing() -> str:

@@ -41,7 +41,7 @@ def _add(check: str, checks: list[str]) -> None:
     """Appends the check once, after the others that it is made of."""
     if check in checks:
         return
-    for module, _ in imports_of(tree_of(check), check):
+    for module, _ in imports_of(check):
         if module.startswith(f"{CHECKS}."):
             _add(module, checks)
     checks.append(check)

@@ -3,6 +3,7 @@
 import ast
 import difflib
 from dataclasses import dataclass
+from functools import cache
 
 from torchlmoe.vendoring.sources import KERNELS, is_package, modules_in, providers, text_of, tree_of
 
@@ -30,6 +31,7 @@ class Part:
     companions: tuple[str, ...] = ()
 
 
+@cache
 def parts() -> dict[str, Part]:
     """All of them by name, kind by kind."""
     moe = providing("torchlmoe.moe", "MoE")

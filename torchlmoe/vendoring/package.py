@@ -13,6 +13,7 @@ import torchlmoe
 from torchlmoe.files import read_toml
 from torchlmoe.vendoring.composed import composed_test
 from torchlmoe.vendoring.names import Part, part_of
+from torchlmoe.vendoring.names import parts as all_parts
 from torchlmoe.vendoring.registry import thinned
 from torchlmoe.vendoring.sources import PACKAGE, closure, foreign_imports, path_of, text_of
 
@@ -54,7 +55,8 @@ def package_of(names: Sequence[str], folder: Path, with_kernels: bool) -> Packag
             text = thinned(parent, set(modules)) if parent in packages else ""
             files["/".join([*path[:depth], "__init__.py"])] = text
         files["/".join(path) + ".py"] = text_of(module)
-    files[f"test_{folder.name}.py"] = composed_test(parts)
+    kernels = [part for part in all_parts().values() if part.kind == "kernel" and part.modules[0] in modules]
+    files[f"test_{folder.name}.py"] = composed_test(dict.fromkeys([*parts, *kernels]))
     files = {path: renamed(text, name) for path, text in sorted(files.items())}
     minimum = _minimum_versions()
     package = Package(files, [minimum.get(requirement, requirement) for requirement in requirements])
@@ -118,7 +120,7 @@ def _readme(package: Package, parts: list[Part], modules: list[str], name: str, 
 
 Needs Python 3.10 or later and {", ".join(package.requirements)}; the test also {pytest}:
 
-    python -m pytest test_{title}.py
+    {test_command(package, f"test_{title}.py")}
 
 The files are as they are in torchlmoe, but that they import each other from `{name}` and that operations are registered
 with torch under that name. Licence: Apache-2.0 (`LICENSE`).
@@ -128,6 +130,12 @@ with torch under that name. Licence: Apache-2.0 (`LICENSE`).
 {table}
 | together | {sum(lines.values())} |
 """
+
+
+def test_command(package: Package, place: str) -> str:
+    """What tests a copy, on a CPU too: Triton decides whether to interpret kernels when anything first imports it."""
+    interpreted = any(path.startswith("kernels/") for path in package.files)
+    return f"{'TRITON_INTERPRET=1 ' * interpreted}python -m pytest {place}"
 
 
 def source_version(modules: list[str]) -> str:

@@ -39,16 +39,18 @@ def modules_in(package: str) -> list[str]:
     return sorted(f"{package}.{path.stem}" for folder in folders for path in folder.glob("[!_]*.py"))
 
 
-def imports_of(tree: ast.AST, module: str) -> Iterator[tuple[str, str | None]]:
-    """Every import anywhere in the tree, in functions too: (module, name), of `import module` (module, None).
+@cache
+def imports_of(module: str) -> tuple[tuple[str, str | None], ...]:
+    """Every import anywhere in the file, in functions too: (module, name), of `import module` (module, None)."""
+    return tuple(imported for node in ast.walk(tree_of(module)) for imported in imported_by(node, module))
 
-    module: the one that the tree is of, which relative imports start from.
-    """
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from ((alias.name, None) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield from ((source_of(node, module), alias.name) for alias in node.names)
+
+def imported_by(node: ast.AST, module: str) -> Iterator[tuple[str, str | None]]:
+    """What a statement of `module` imports; nothing where it is no import."""
+    if isinstance(node, ast.Import):
+        yield from ((alias.name, None) for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        yield from ((source_of(node, module), alias.name) for alias in node.names)
 
 
 def source_of(node: ast.ImportFrom, module: str) -> str:
@@ -72,7 +74,7 @@ def providers(module: str, name: str | None) -> Iterator[str]:
     elif path_of(module):
         yield module
         if is_package(module):
-            for origin, imported in imports_of(tree_of(module), module):
+            for origin, imported in imports_of(module):
                 if imported == name:
                     yield from providers(origin, imported)
 
@@ -89,7 +91,7 @@ def closure(modules: Iterable[str], with_kernels: bool) -> tuple[list[str], set[
         if module in found:
             continue
         found.add(module)
-        for imported in imports_of(tree_of(module), module):
+        for imported in imports_of(module):
             for provider in providers(*imported):
                 of_kernels = provider.startswith(f"{KERNELS}.")
                 if is_package(provider):
@@ -101,11 +103,10 @@ def closure(modules: Iterable[str], with_kernels: bool) -> tuple[list[str], set[
 
 def foreign_imports(modules: Iterable[str]) -> set[str]:
     """The top-level packages of others, beyond the standard library, without which the modules cannot be imported."""
-    statements = ((node, module) for module in modules for node in tree_of(module).body)
     found = {
         name.split(".")[0]
-        for node, module in statements
-        if isinstance(node, (ast.Import, ast.ImportFrom))
-        for name, _ in imports_of(node, module)
+        for module in modules
+        for node in tree_of(module).body
+        for name, _ in imported_by(node, module)
     }
     return found - sys.stdlib_module_names - {PACKAGE}
