@@ -1,12 +1,13 @@
 """Trains a Linear-MoE language model: python train.py --job.config_file FILE [--table.key value ...]"""
 
 from torchlmoe.command import run
-from torchlmoe.config_loader import load_config, to_toml
-from torchlmoe.settings_reference import help_text
+from torchlmoe.config.load import import_custom_modules, load_config, to_toml
+from torchlmoe.config.reference import help_text
 
 
 def main(arguments: list[str]) -> None:
     if "--help" in arguments or "-h" in arguments:
+        import_custom_modules([argument for argument in arguments if argument not in ("--help", "-h")])
         print(help_text())
         return
     config = load_config(arguments)

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchlmoe.layers.sequence import Sequence
+from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.mixers import MIXERS
 from torchlmoe.mixers.base import Place
 from torchlmoe.ops import kernel_backend
@@ -75,7 +75,7 @@ def operations_of(name: str) -> set[str]:
     with fake, half, choosing_as_on_a_gpu(), OperationNames() as called:
         mixer = kind.at(Place(), 64, **({"num_heads": 4} if "num_heads" in kind.settings() else {}))
         x = torch.empty(1, 32, 64, requires_grad=True)
-        y = mixer(x, sequence=Sequence.of_rows(1, 32, torch.device("cpu")))
+        y = mixer(x, sequence=SequenceLayout.of_rows(1, 32, torch.device("cpu")))
         (y if isinstance(y, Tensor) else y[0]).sum().backward()
     return called.names
 

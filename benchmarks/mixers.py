@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import arguments, show
-from torchlmoe.config_loader import load_config
+from torchlmoe.config.load import load_config
 from torchlmoe.data.tokenizer import load_tokenizer
 from torchlmoe.mixers import MIXERS
 from torchlmoe.model.decoder import build_on_meta, count_parameters

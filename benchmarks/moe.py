@@ -16,8 +16,8 @@ from transformers import Qwen2MoeConfig
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 
 from benchmarks.report import arguments, interleaved_seconds, show
-from torchlmoe.layers.sequence import Sequence
-from torchlmoe.moe import MoE
+from torchlmoe.feed_forwards.moe import MoE
+from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.ops.host_dtype import cpu_lacks_bfloat16
 from torchlmoe.training.host_memory import keep_freed_pages
 
@@ -52,7 +52,7 @@ def our_layer(dtype: torch.dtype, device: str) -> Callable[[], None]:
     layer = MoE(DIM, num_experts=EXPERTS, top_k=TOP_K, expert_dim=EXPERT_DIM).to(device)
     layer.init_weights()
     layer.experts.to(dtype)
-    sequence = Sequence.of_rows(1, TOKENS, torch.device(device))
+    sequence = SequenceLayout.of_rows(1, TOKENS, torch.device(device))
     return forward_backward(lambda x: layer(x[None], sequence=sequence)[0], dtype, device)
 
 

@@ -20,7 +20,6 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torchlmoe.layers.decay_gate import DecayGate
-from torchlmoe.layers.dispatch import Slots, gather_slots, sum_slots
 from torchlmoe.layers.norms import GatedRMSNorm
 from torchlmoe.ops import (
     elementwise_flops_per_token,
@@ -30,6 +29,7 @@ from torchlmoe.ops import (
 )
 from torchlmoe.ops.causal_conv import causal_conv
 from torchlmoe.ops.chunked import Terms, chunked_forward, layouts_of
+from torchlmoe.routing.dispatch import Slots, gather_slots, sum_slots
 
 OURS, PLAIN = "torchlmoe", "PyTorch"  # plain: a few torch functions, which are also what ours are compared with
 MOST_CHUNKS_TO_COMPILE = 32  # the traced form is unrolled over chunks

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import arguments, show
-from torchlmoe.config_loader import batch_sizes, load_config
+from torchlmoe.config.batch import batch_sizes
+from torchlmoe.config.load import load_config
 
 CONFIG = "train_configs/debug.toml"
 

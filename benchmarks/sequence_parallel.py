@@ -32,7 +32,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.report import arguments, show
-from torchlmoe.layers.recurrence import ElementwiseRecurrence, LinearRecurrence
+from torchlmoe.layers.elementwise_recurrence import ElementwiseRecurrence
+from torchlmoe.layers.recurrence import LinearRecurrence
 from torchlmoe.mixers.attention import InnerAttention
 
 HEADS, KV_HEADS, WIDTH = 8, 2, 64  # keys and values are equally wide
@@ -105,7 +106,7 @@ def build(what: str, how: str, mesh: DeviceMesh, length: int) -> tuple[Callable[
         keys = (*tokens[:2], KV_HEADS, WIDTH)
         module: nn.Module = InnerAttention(HEADS)
         inputs = {"q": torch.randn(*tokens, WIDTH), "k": torch.randn(keys), "v": torch.randn(keys)}
-        style = module.sequence_parallel_style("all_gather", how)  # type: ignore[operator]
+        style = module.context_parallel_style("all_gather", how)  # type: ignore[operator]
     else:
         kind, terms, _ = RECURRENCES[what]
         module = kind()
@@ -121,7 +122,7 @@ def build(what: str, how: str, mesh: DeviceMesh, length: int) -> tuple[Callable[
         inputs["k"] = F.normalize(inputs["k"], dim=-1)
         for term in terms:
             inputs |= terms_of[term]()
-        style = module.sequence_parallel_style(how, "all_gather")  # type: ignore[operator]
+        style = module.context_parallel_style(how, "all_gather")  # type: ignore[operator]
     parallelize_module(module, mesh, style)
     inputs = {name: x.requires_grad_() for name, x in inputs.items()}
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from benchmarks.report import arguments, attempt, matmul_rate, seconds_of, show
 from benchmarks.training import steps_of
-from torchlmoe.config_loader import load_config
+from torchlmoe.config.load import load_config
 from torchlmoe.mixers import MIXERS
 from torchlmoe.model.decoder import build_on_meta
 from torchlmoe.parallel.mesh import choose_device, world_size_of_launch

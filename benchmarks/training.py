@@ -16,11 +16,12 @@ from pathlib import Path
 import torch
 
 from benchmarks.report import Worker, arguments, interleaved_seconds, matmul_rate, show
-from torchlmoe.config import Config
-from torchlmoe.config_loader import load_config
+from torchlmoe.config.load import load_config
+from torchlmoe.config.settings import Config
 from torchlmoe.model.decoder import build_on_meta
-from torchlmoe.parallel.mesh import build_mesh, choose_device, start_process_group
+from torchlmoe.parallel.mesh import choose_device, start_process_group
 from torchlmoe.parallel.parallelize import build_model
+from torchlmoe.parallel.ranks import Ranks
 from torchlmoe.training.host_memory import keep_freed_pages
 from torchlmoe.training.optimizer import build_optimizer, clip_gradients
 
@@ -46,7 +47,7 @@ def steps_of(config: Config, vocab_size: int) -> Callable[[int, int], Callable[[
     """Builds the model and its optimizer; the result, given a batch size and length, is a step on random tokens."""
     device = choose_device("auto")
     start_process_group(device)
-    model = build_model(config, vocab_size, build_mesh(config.parallelism, device.type), device)
+    model = build_model(config, vocab_size, Ranks.of(config.parallelism, device.type), device)
     optimizer = build_optimizer(model, config.optimizer)
 
     def step_of(batch_size: int, length: int) -> Callable[[], None]:

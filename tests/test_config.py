@@ -9,11 +9,12 @@ import pytest
 import tomli
 
 import train
-from torchlmoe import config_loader
-from torchlmoe.config import Config
-from torchlmoe.config_loader import ConfigError, batch_sizes, check_degrees, load_config, to_toml
-from torchlmoe.idle_settings import NEEDS, idle_settings
-from torchlmoe.settings_reference import markdown, sections
+from torchlmoe.config import load as loader
+from torchlmoe.config.batch import batch_sizes, check_degrees
+from torchlmoe.config.idle import NEEDS, idle_settings
+from torchlmoe.config.load import ConfigError, load_config, to_toml
+from torchlmoe.config.reference import markdown, sections
+from torchlmoe.config.settings import Config
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "train_configs").glob("*.toml"))
@@ -105,12 +106,14 @@ def test_fewer_steps_shorten_the_warmup_of_an_earlier_source(tmp_path, caplog):
 
 # What has an effect whatever other settings are, or is refused by the layer that it is for.
 ALWAYS = {
-    "job": "config_file dump_folder print_config debug",
+    "job": "config_file dump_folder custom_modules print_config debug",
     "model": "name flavor layer_pattern vocab_size dim num_layers norm_eps init_std tie_embeddings loss_chunk_size "
     "layers",
-    "data": "dataset tokenizer end_token text_column train_split validation_split max_tokens cache_dir num_prefetch",
-    "training": "steps seq_len local_batch_size global_batch_size seed dtype max_norm non_finite deterministic device",
-    "optimizer": "name lr beta1 beta2 eps weight_decay",
+    "data": "dataset reader_options tokenizer end_token text_column train_split validation_split max_tokens cache_dir "
+    "num_prefetch",
+    "training": "steps seq_len local_batch_size global_batch_size seed dtype loss loss_options max_norm "
+    "non_finite deterministic device",
+    "optimizer": "name options lr beta1 beta2 eps weight_decay",
     "lr_scheduler": "warmup_steps decay min_lr_factor",
     "checkpoint": "enable",
     "validation": "enable",
@@ -125,10 +128,10 @@ ALWAYS = {
 
 def test_every_setting_has_an_effect_or_says_what_it_needs():
     always = {f"{table}.{key}" for table, keys in ALWAYS.items() for key in keys.split()}
-    not_yet = {f"parallelism.{key}" for key in config_loader._NOT_YET}
+    not_yet = {f"parallelism.{key}" for key in loader._NOT_YET}
     tables = dataclasses.fields(Config)
     every = {f"{table.name}.{key.name}" for table in tables for key in dataclasses.fields(table.default_factory)}
-    needy = config_loader._NEEDS.keys() | NEEDS.keys()
+    needy = loader._NEEDS.keys() | NEEDS.keys() | {"optimizer.matrix_lr", "optimizer.momentum"}
     assert every == always | not_yet | needy
     assert not always & (not_yet | needy)
     assert not not_yet & needy
@@ -227,7 +230,7 @@ BAD = {
     ),
     "--model.layers.L.convsize 3": "model.layers.L.convsize is not a setting; the nearest is conv_size.",
     "--model.layers.L.conv_size x": "model.layers.L.conv_size = 'x' is not valid: it should be a valid integer.",
-    "--model.layers.L.mlp sparse": "model.layers.L.mlp = 'sparse' is unknown; choose moe or dense.",
+    "--model.layers.L.mlp sparse": "model.layers.L.mlp = 'sparse' is unknown; choose from moe, dense, none.",
     "--model.layers.LL.mixer bla": "[model.layers.LL] must be named by one letter",
     "--model.layer_pattern LX": "names 'X', which has no table; add [model.layers.X] with a mixer.",
     "--model.layers.X.mlp moe": "model.layers.X.mixer is missing; choose one of",

@@ -28,15 +28,19 @@ def insert_below(path: Path, line: str, addition: str) -> None:
     path.write_text(text[:place] + "\n" + addition.rstrip("\n") + text[place:])
 
 
+def code_of_the_exercise() -> list[str]:
+    page = (ROOT / "docs" / "adding_a_mixer.md").read_text()
+    return re.findall(r"^```\w+\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+
+
 def test_the_exercise_adds_a_mixer(tmp_path):
     for folder in ("torchlmoe", "tests", "assets", "kernels"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    page = (ROOT / "docs" / "adding_a_mixer.md").read_text()
-    file, imports, row, case, regenerate, command, _ = re.findall(r"^```\w+\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    file, imports, row, case, regenerate, command, *_ = code_of_the_exercise()
     (tmp_path / "torchlmoe/mixers/gated_retention.py").write_text(file)
     insert_below(tmp_path / "torchlmoe/mixers/__init__.py", r"^from .* import GatedDeltaNet$", imports)
-    insert_below(tmp_path / "torchlmoe/mixers/__init__.py", r'^    "retention": .*$', row)
+    insert_below(tmp_path / "torchlmoe/mixers/__init__.py", r'^        "retention": .*$', row)
     insert_below(tmp_path / "tests/mixers/test_every_mixer.py", r'^    "retention": .*$', case)
     settings = run(regenerate.split(">")[0], tmp_path)
     assert "mixer = 'gated_retention'" in settings.stdout, settings.stderr

@@ -9,7 +9,7 @@ import pytest
 
 from torchlmoe.checkpoint import open_model
 from torchlmoe.checkpoint.exported import write_exported
-from torchlmoe.config_loader import load_config
+from torchlmoe.config.load import load_config
 from torchlmoe.data.tokenizer import load_tokenizer
 from torchlmoe.generate import main
 from torchlmoe.inference.generate import generate

@@ -17,7 +17,7 @@ from torchlmoe.checkpoint.run_record import Progress, fixed_of_model, write_run
 from torchlmoe.checkpoint.state import model_state
 from torchlmoe.checkpoint.writer import CheckpointWriter, save_failure
 from torchlmoe.command import FlagParser, run
-from torchlmoe.config_loader import to_toml
+from torchlmoe.config.load import to_toml
 
 
 def main(arguments: list[str]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from torchlmoe.config_loader import load_config
+from torchlmoe.config.load import load_config
 from torchlmoe.training.trainer import Trainer
 
 SMALL = """--model.dim 32 --model.num_layers 2 --model.layer_pattern LN --model.num_heads 2 --moe.num_experts 4

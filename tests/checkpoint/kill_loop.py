@@ -23,7 +23,7 @@ from tests.checkpoint.conftest import arguments, records
 from tests.conftest import PRELOADED
 from torchlmoe.checkpoint.folders import published
 from torchlmoe.checkpoint.manifest import verify
-from torchlmoe.config_loader import load_config
+from torchlmoe.config.load import load_config
 from torchlmoe.training.trainer import Trainer
 
 MODES = {

@@ -17,7 +17,7 @@ from torchlmoe.checkpoint import open_model
 from torchlmoe.checkpoint.exported import write_exported
 from torchlmoe.checkpoint.folders import published
 from torchlmoe.checkpoint.manifest import NAME, describe, write_manifest
-from torchlmoe.config_loader import load_config
+from torchlmoe.config.load import load_config
 from torchlmoe.data.tokenizer import load_tokenizer
 from torchlmoe.model.decoder import Decoder, build_on_meta
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from tests.checkpoint.conftest import LOSS_FREE, arguments, records, train
 from torchlmoe.checkpoint import open_model
 from torchlmoe.checkpoint.manifest import NAME, verify
-from torchlmoe.config_loader import load_config
+from torchlmoe.config.load import load_config
 from torchlmoe.training.trainer import Trainer
 
 LAST = "checkpoints/step-00000008"

@@ -19,7 +19,7 @@ from tests.conftest import files_at_most
 from tests.programs import Program
 from torchlmoe.checkpoint.folders import published
 from torchlmoe.checkpoint.manifest import verify
-from torchlmoe.config_loader import load_config
+from torchlmoe.config.load import load_config
 from torchlmoe.training.stop_request import StopRequest
 from torchlmoe.training.trainer import Trainer
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from tests.checkpoint.conftest import LOSS_FREE, arguments, train
 from torchlmoe import export, import_model
 from torchlmoe.checkpoint import open_model
-from torchlmoe.config_loader import load_config
+from torchlmoe.config.load import load_config
 from torchlmoe.training.trainer import Trainer
 
 LAST = "checkpoints/step-00000008"

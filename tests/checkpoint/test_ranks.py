@@ -12,7 +12,7 @@ import torch.distributed as dist
 from tests.checkpoint.conftest import LOSS_FREE, arguments, records, stopped_at_step_4, train
 from tests.conftest import run_on_ranks
 from torchlmoe import export
-from torchlmoe.config_loader import load_config
+from torchlmoe.config.load import load_config
 from torchlmoe.training.trainer import Trainer
 
 LAST = "checkpoints/step-00000008"

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.checkpoint.conftest import GLOBAL_BATCH, LOSS_FREE, arguments, records, stopped_at_step_4, train
 from torchlmoe.checkpoint.folders import published
 from torchlmoe.checkpoint.writer import CheckpointWriter
-from torchlmoe.config_loader import load_config
+from torchlmoe.config.load import load_config
 from torchlmoe.training import validation
 from torchlmoe.training.trainer import Trainer
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from torchlmoe.config_loader import load_config
+from torchlmoe.config.load import load_config
 from torchlmoe.inference import generate as generation
 from torchlmoe.inference.generate import generate, generate_stepwise
 from torchlmoe.inference.sampling import Sampling
@@ -122,7 +122,7 @@ def test_experts_drop_and_count_nothing():
     rows = generate(model, prompts(), max_new_tokens=16)
     for prompt, row in zip(prompts(), rows, strict=True):
         assert generate(model, [prompt], max_new_tokens=16) == [row]
-    for layer in model.moe_layers().values():
+    for layer in model.routed_layers().values():
         assert not any(total.any() for total in layer.pop_counters().values())
 
 

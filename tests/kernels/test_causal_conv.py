@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from tests.ops.test_causal_conv import DOCUMENTS, conv1d_per_document
 from torchlmoe.kernels.causal_conv import causal_conv
-from torchlmoe.layers.sequence import Sequence
+from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.layers.short_convolution import ShortConvolution
 
 
@@ -132,10 +132,10 @@ def test_module_takes_it(bias, device, monkeypatch):
 
     def run(device):
         x, bounds = randn(1, 9, 6).float().to(device), torch.tensor([[0, 4, 9]], dtype=torch.int32, device=device)
-        sequence, row = Sequence.of_packed_rows(bounds, 9), Sequence.of_rows(1, 9, device)
+        sequence, row = SequenceLayout.of_packed_rows(bounds, 9), SequenceLayout.of_rows(1, 9, device)
         cache = module.to(device).init_cache(1, torch.float32, device)
         parts = zip(*(each.split([1, 2, 5, 1], 1) for each in (x, row.positions)), strict=True)
-        pieces = [module(part, sequence=Sequence(positions), cache=cache) for part, positions in parts]
+        pieces = [module(part, sequence=SequenceLayout(positions), cache=cache) for part, positions in parts]
         results = module(x, sequence=sequence), module(x, sequence=row), torch.cat(pieces, 1), cache["inputs"]
         return [result.cpu() for result in results]
 

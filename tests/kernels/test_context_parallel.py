@@ -9,7 +9,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 from tests.conftest import run_on_ranks
 from tests.parallel.test_sequence_parallel import LENGTH, mesh_and_cut, mixer_outcome
-from torchlmoe.layers.sequence import Sequence
+from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.mixers import MIXERS
 
 DIM = 8
@@ -31,14 +31,16 @@ def build(name, backend):
 def every_mixer():
     mesh, cut = mesh_and_cut()
     x, grad = torch.randn(2, 1, LENGTH, DIM, generator=torch.Generator().manual_seed(0))
-    whole = Sequence.of_packed_rows(torch.tensor([[0, 5, 40, LENGTH]], dtype=torch.int32), LENGTH, loss_weight=0.0)
+    whole = SequenceLayout.of_packed_rows(
+        torch.tensor([[0, 5, 40, LENGTH]], dtype=torch.int32), LENGTH, loss_weight=0.0
+    )
     span = replace(whole, positions=cut("v", whole.positions), start=mesh.get_local_rank() * LENGTH // mesh.size())
     expected = {name: mixer_outcome(build(name, "chunked"), x, grad, whole) for name in CASES}
     for name in ("elementwise_recurrence", "linear_recurrence"):
         vars(sys.modules[f"torchlmoe.ops.{name}"])["_forward"] = None  # from here on nothing but kernels
     for name in CASES:
         mixer = build(name, "triton")
-        parallelize_module(mixer, mesh, mixer.sequence_parallel_plan(lsm="all_gather", attention="all_gather"))
+        parallelize_module(mixer, mesh, mixer.context_parallel_plan(lsm="all_gather", attention="all_gather"))
         y, grad_x, *gradients = mixer_outcome(mixer, cut("q", x), cut("q", grad), span)
         gradients = [gradient.contiguous() for gradient in gradients]
         for gradient in gradients:

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from torchlmoe.feed_forwards.moe import MoE
 from torchlmoe.kernels.moe_permute import permute, unpermute
-from torchlmoe.layers.dispatch import Slots
-from torchlmoe.layers.sequence import Sequence
-from torchlmoe.moe.layer import MoE
+from torchlmoe.layers.sequence import SequenceLayout
+from torchlmoe.routing.dispatch import Slots
 
 NUM_EXPERTS, TOP_K = 5, 3
 
@@ -91,12 +91,12 @@ def test_layer_takes_it(device, monkeypatch):
     def run(device):
         layer.zero_grad()
         x = randn(1, 5, 8).float().to(device).requires_grad_()
-        y = layer.to(device)(x, sequence=Sequence.of_rows(1, 5, device))
+        y = layer.to(device)(x, sequence=SequenceLayout.of_rows(1, 5, device))
         return [y.cpu(), *(g.cpu() for g in torch.autograd.grad(y.square().sum(), (x, *layer.experts.parameters())))]
 
     expected, calls = run("cpu"), []
     operations = torch.ops.torchlmoe
-    for place in ("layers.dispatch", "ops.weighted_swiglu"):
+    for place in ("routing.dispatch", "ops.weighted_swiglu"):
         monkeypatch.setattr(f"torchlmoe.{place}.kernels_serve", lambda *_: True)
     for place in ("moe_permute.permute", "weighted_swiglu.weighted_swiglu", "moe_permute.unpermute"):
         name = place.partition(".")[2]

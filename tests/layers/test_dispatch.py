@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from torchlmoe.layers.dispatch import Slots, gather_slots, reorder_choices, sum_slots
 from torchlmoe.ops.grouped_matmul import grouped_matmul
+from torchlmoe.routing.dispatch import Slots, gather_slots, reorder_choices, sum_slots
 
 NUM_EXPERTS, TOP_K, DIM = 5, 3, 4
 

@@ -9,7 +9,7 @@ from torchlmoe.layers.decay_gate import BiasedDecay, DecayGate, LogSigmoidDecay
 from torchlmoe.layers.feature_maps import pair_products, taylor_features
 from torchlmoe.layers.norms import GroupRMSNorm, l2_norm, rms_norm
 from torchlmoe.layers.rotary import rotary_phases, rotate
-from torchlmoe.layers.sequence import Sequence
+from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.layers.token_shift import TokenShift
 from torchlmoe.ops.packed_attention import packed_attention
 
@@ -133,7 +133,7 @@ def test_packed_attention(window, kv_heads):
 
 
 def test_sequence_of_packed_rows():
-    sequence = Sequence.of_packed_rows(torch.tensor([[0, 2, 5, 5], [0, 1, 2, 5]], dtype=torch.int32), 5)
+    sequence = SequenceLayout.of_packed_rows(torch.tensor([[0, 2, 5, 5], [0, 1, 2, 5]], dtype=torch.int32), 5)
     assert sequence.cu_seqlens.tolist() == [0, 2, 5, 5, 6, 7, 10]
     assert sequence.positions.tolist() == [[0, 1, 0, 1, 2, 0, 0, 0, 1, 2]]
 
@@ -143,14 +143,14 @@ def test_token_shift():
     x = randn(2, 20, 6).detach()
     shift = TokenShift(6)
     expected = torch.cat([torch.zeros(2, 1, 6, dtype=torch.float64), x[:, :-1]], 1)
-    assert torch.equal(shift(x, sequence=Sequence.of_rows(2, 20)), expected)
+    assert torch.equal(shift(x, sequence=SequenceLayout.of_rows(2, 20)), expected)
     bounds = torch.tensor([[0, 7, 8, 20], [0, 20, 20, 20]], dtype=torch.int32)
     expected[0, [7, 8]] = 0
-    packed = shift(x.view(1, 40, 6), sequence=Sequence.of_packed_rows(bounds, 20))
+    packed = shift(x.view(1, 40, 6), sequence=SequenceLayout.of_packed_rows(bounds, 20))
     assert torch.equal(packed.view(2, 20, 6), expected)
     cache = shift.init_cache(1, torch.float64)
     pieces = [
-        shift(x[1:, start:end], sequence=Sequence(torch.arange(start, end)[None]), cache=cache)
+        shift(x[1:, start:end], sequence=SequenceLayout(torch.arange(start, end)[None]), cache=cache)
         for start, end in [(0, 9), (9, 10), (10, 20)]
     ]
     assert torch.equal(torch.cat(pieces, 1), expected[1:])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from torchlmoe.layers.memories import Memories, MemoryLinear
+from torchlmoe.mixers.memories import Memories, MemoryLinear
 
 
 @pytest.mark.parametrize("alignment", [1, 4])

@@ -1,14 +1,13 @@
 """Mixers against their papers' formulas, written out token by token or as masked attention, in float64."""
 
 import itertools
-from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from torchlmoe.layers.initialization import named_draws
-from torchlmoe.layers.sequence import Sequence
+from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.mixers import MIXERS
 from torchlmoe.mixers.base import Place
 
@@ -45,7 +44,7 @@ def test_gla_token_loop():
         outputs.append(torch.einsum("bhk,bhkv->bhv", q[:, t] / k.shape[-1] ** 0.5, state))
     o = rms(torch.stack(outputs, 1)) * gate * torch.sigmoid(gate)
     expected = F.linear(o.flatten(2), mixer.o_proj.weight)
-    torch.testing.assert_close(mixer(x, sequence=Sequence.of_rows(2, 70)), expected, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(mixer(x, sequence=SequenceLayout.of_rows(2, 70)), expected, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +70,7 @@ def test_bla_masked_attention(feature_map, normalizer):
     if normalizer:
         o = o / (weights.sum(-1, keepdim=True) + 1e-6)
     expected = F.linear(rms(o).transpose(1, 2).flatten(2), mixer.o_proj.weight)
-    torch.testing.assert_close(mixer(x, sequence=Sequence.of_rows(2, 70)), expected, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(mixer(x, sequence=SequenceLayout.of_rows(2, 70)), expected, rtol=1e-9, atol=1e-11)
 
 
 def per_head(x, *projections):
@@ -84,7 +83,7 @@ def assert_output(mixer, x, o, gate=None):
     if gate is not None:
         o = o * gate * torch.sigmoid(gate)
     expected = F.linear(o.transpose(1, 2).flatten(2), mixer.o_proj.weight)
-    torch.testing.assert_close(mixer(x, sequence=Sequence.of_rows(2, 70)), expected, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(mixer(x, sequence=SequenceLayout.of_rows(2, 70)), expected, rtol=1e-9, atol=1e-11)
 
 
 def test_retention_masked_attention():
@@ -131,7 +130,7 @@ def test_hgrn2_token_loop(bounded):
         outputs.append(torch.einsum("bhk,bhkv->bhv", q[:, :, t] * torch.sigmoid(q[:, :, t]) / 12**0.5, state))
     o = rms(torch.stack(outputs, 2).transpose(1, 2).flatten(2))
     expected = F.linear(o, mixer.o_proj.weight)
-    y = mixer(x, sequence=replace(Sequence.of_rows(2, 70), common=bound.requires_grad_()))
+    y = mixer(x, sequence=SequenceLayout.of_rows(2, 70), common=bound.requires_grad_())
     torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-11)
     assert torch.autograd.grad(y.square().sum(), bound)[0].isfinite().all()
 
@@ -143,7 +142,7 @@ def test_hgrn2_bound_that_rounds_to_one():
     assert bounds.weight.dim() == 1  # so that it has no weight decay
     with torch.no_grad():
         bounds.weight.fill_(0.0).view(4, -1)[0] = -40.0
-    y = mixer(x, sequence=replace(Sequence.of_rows(2, 70), common=bounds()[3]))
+    y = mixer(x, sequence=SequenceLayout.of_rows(2, 70), common=bounds()[3])
     y.square().sum().backward()
     assert (bounds()[3] == 1).all()
     assert y.isfinite().all()
@@ -189,7 +188,7 @@ def test_rebased_where_weights_are_near_zero(dtype, length, tolerance, tolerance
         with named_draws(mixer, seed=0):
             mixer.init_weights()
         with torch.no_grad():
-            outputs.append(mixer.to(kind)(x.to(kind), sequence=Sequence.of_rows(3000, length)).double())
+            outputs.append(mixer.to(kind)(x.to(kind), sequence=SequenceLayout.of_rows(3000, length)).double())
     expected, y = outputs
     assert (y - expected).norm() <= tolerance * expected.norm()
     assert ((y - expected).norm(dim=-1) / expected.norm(dim=-1)).max() <= tolerance_of_a_token
@@ -269,7 +268,7 @@ def test_rwkv6_token_loop():
         state = w[:, t, :, :, None] * state + kv
     gate = mixed["g"] @ mixer.gate_proj.weight.T
     expected = (head_norm(torch.stack(outputs, 1), mixer.norm) * F.silu(gate)) @ mixer.o_proj.weight.T
-    torch.testing.assert_close(mixer(x, sequence=Sequence.of_rows(2, 70)), expected, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(mixer(x, sequence=SequenceLayout.of_rows(2, 70)), expected, rtol=1e-9, atol=1e-11)
 
 
 def test_rwkv6_value_mixture_starts_as_the_authors():
@@ -308,7 +307,7 @@ def test_rwkv7_token_loop(first):
     o = head_norm(torch.stack(outputs, 1), mixer.norm)
     o = o + ((r * k * mixer.bonus.view(4, 8)).sum(-1, keepdim=True) * v).flatten(2)
     expected = (o * low_rank(mixed["g"], mixer.gate_proj, torch.sigmoid)) @ mixer.o_proj.weight.T
-    y, handed_on = mixer(x, sequence=Sequence.of_rows(2, 70), shared=shared)
+    y, handed_on = mixer(x, sequence=SequenceLayout.of_rows(2, 70), shared=shared)
     torch.testing.assert_close(handed_on, first_value, rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-11)
 
@@ -328,7 +327,7 @@ def test_gsa_token_loop():
         outputs.append((weight[..., None] * values).sum(-2))
     o = F.silu(torch.stack(outputs, 1).flatten(2))
     expected = (rms(o) * mixer.norm.weight) @ mixer.o_proj.weight.T
-    torch.testing.assert_close(mixer(x, sequence=Sequence.of_rows(2, 70)), expected, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(mixer(x, sequence=SequenceLayout.of_rows(2, 70)), expected, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("gate", ["rank_one", "full"])
@@ -348,7 +347,7 @@ def test_gfw_token_loop(gate):
         outputs.append((q[:, t, :, None] @ state).squeeze(-2) / 2)
     o = rms(torch.stack(outputs, 1)) * mixer.norm.weight
     expected = o.flatten(2) @ mixer.o_proj.weight.T
-    torch.testing.assert_close(mixer(x, sequence=Sequence.of_rows(2, 70)), expected, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(mixer(x, sequence=SequenceLayout.of_rows(2, 70)), expected, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("single_kv_proj", [True, False])
@@ -379,7 +378,7 @@ def test_mom_token_loop(shared_memory, single_kv_proj):
             outputs[row, t] = torch.einsum("hk,hkv->hv", q[row, t] / 2, mixture)
     o = rms(outputs) * inner.norm.weight * F.silu(heads(x @ inner.gate_proj.weight.T))
     expected = o.flatten(2) @ inner.o_proj.weight.T
-    torch.testing.assert_close(mixer(x, sequence=Sequence.of_rows(2, 70)), expected, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(mixer(x, sequence=SequenceLayout.of_rows(2, 70)), expected, rtol=1e-9, atol=1e-11)
 
 
 def test_mom_of_gated_delta_rules():
@@ -413,7 +412,7 @@ def test_mom_of_gated_delta_rules():
             outputs[row, token] += share[row, token, memory] * torch.einsum("hk,hkv->hv", q[t], state) / 8**0.5
     o = rms(outputs) * inner.norm.weight * F.silu(heads(x @ inner.gate_proj.weight.T))
     expected = o.flatten(2) @ inner.o_proj.weight.T
-    torch.testing.assert_close(mixer(x, sequence=Sequence.of_rows(2, 70)), expected, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(mixer(x, sequence=SequenceLayout.of_rows(2, 70)), expected, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("inner", ["gated_deltanet", "gfw", "rwkv6", "rwkv7", "mamba2"])
@@ -428,7 +427,7 @@ def test_mom_keeps_the_inner_mixers_start(inner):
 def test_mom_of_one_memory_a_token_trains_its_router():
     """Were one weight made to sum to one, the router would have no gradient."""
     mixer, x = build("mom", inner="gla", top_k=1, aux_loss_weight=0.0), inputs()
-    mixer(x, sequence=Sequence.of_rows(2, 70)).square().sum().backward()
+    mixer(x, sequence=SequenceLayout.of_rows(2, 70)).square().sum().backward()
     assert mixer.router.weight.grad.abs().max() > 1e-6
 
 
@@ -441,7 +440,7 @@ def test_mom_balance_loss():
     (expected,) = torch.autograd.grad(0.25 * aux_loss, mixer.router.weight)
     gradients = []
     for weight in (0.25, 0.0):
-        y = mixer(x, sequence=Sequence.of_rows(2, 70, loss_weight=weight))
+        y = mixer(x, sequence=SequenceLayout.of_rows(2, 70, loss_weight=weight))
         mixer.zero_grad()
         y.square().sum().backward()  # of everything: what is counted is a gradient too
         gradients.append(mixer.router.weight.grad)
@@ -450,5 +449,5 @@ def test_mom_balance_loss():
     assert torch.equal(counters["counts"], chosen.sum((0, 1)).long())
     torch.testing.assert_close(counters["aux_loss"], 0.25 * aux_loss.detach())
     with torch.no_grad():
-        mixer(x, sequence=Sequence.of_rows(2, 70))
+        mixer(x, sequence=SequenceLayout.of_rows(2, 70))
     assert not mixer.pop_counters()["counts"].any()

@@ -16,7 +16,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import (
 )
 
 from torchlmoe.layers.initialization import named_draws
-from torchlmoe.layers.sequence import Sequence
+from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.mixers import MIXERS
 from torchlmoe.mixers.base import Place
 
@@ -92,7 +92,7 @@ def test_gated_deltanet(num_key_heads):
     theirs.out_proj.weight.copy_(ours.o_proj.weight)
     x = inputs()
     with torch.enable_grad():
-        assert_equal(ours(x, sequence=Sequence.of_rows(2, LENGTH)), theirs(x), x)
+        assert_equal(ours(x, sequence=SequenceLayout.of_rows(2, LENGTH)), theirs(x), x)
 
 
 @torch.no_grad()
@@ -124,7 +124,7 @@ def test_gated_attention():
     with torch.enable_grad():
         phases = Qwen3NextRotaryEmbedding(config)(x, positions)
         expected = theirs(x, position_embeddings=phases, attention_mask=causal_mask())[0]
-        assert_equal(ours(x, sequence=Sequence.of_rows(2, LENGTH)), expected, x)
+        assert_equal(ours(x, sequence=SequenceLayout.of_rows(2, LENGTH)), expected, x)
 
 
 def copy_(*pairs):
@@ -164,7 +164,7 @@ def test_kimi_delta_attention():
     )
     x = inputs()
     with torch.enable_grad():
-        assert_equal(ours(x, sequence=Sequence.of_rows(2, LENGTH)), theirs(x), x)
+        assert_equal(ours(x, sequence=SequenceLayout.of_rows(2, LENGTH)), theirs(x), x)
 
 
 @pytest.mark.parametrize("index", [0, 2, 3])
@@ -185,7 +185,7 @@ def test_lightning_attention(index):
     x = inputs()
     with torch.enable_grad():
         expected = theirs(x, position_embeddings=None, attention_mask=None)[0]
-        assert_equal(ours(x, sequence=Sequence.of_rows(2, LENGTH)), expected, x)
+        assert_equal(ours(x, sequence=SequenceLayout.of_rows(2, LENGTH)), expected, x)
 
 
 @pytest.mark.parametrize(("num_groups", "limits"), [(1, (0.0, None)), (2, (0.01, 0.5))])
@@ -218,7 +218,7 @@ def test_mamba2(num_groups, limits):
     )
     x = inputs()
     with torch.enable_grad():
-        assert_equal(ours(x, sequence=Sequence.of_rows(2, LENGTH)), theirs(x), x)
+        assert_equal(ours(x, sequence=SequenceLayout.of_rows(2, LENGTH)), theirs(x), x)
 
 
 LATENT_SIZES = dict(
@@ -261,7 +261,7 @@ def test_latent_attention_of_deepseek_v2():
     with torch.enable_grad():
         phases = DeepseekV2RotaryEmbedding(config)(x, torch.arange(LENGTH)[None])
         expected = theirs(x, position_embeddings=phases, attention_mask=causal_mask())[0]
-        assert_equal(ours(x, sequence=Sequence.of_rows(2, LENGTH)), expected, x)
+        assert_equal(ours(x, sequence=SequenceLayout.of_rows(2, LENGTH)), expected, x)
 
 
 @torch.no_grad()
@@ -271,4 +271,4 @@ def test_latent_attention_of_kimi_linear():
     copy_latent_attention_(theirs, ours, shared=[0, 1, 2, 3])
     x = inputs()
     with torch.enable_grad():
-        assert_equal(ours(x, sequence=Sequence.of_rows(2, LENGTH)), theirs(x, attention_mask=causal_mask())[0], x)
+        assert_equal(ours(x, sequence=SequenceLayout.of_rows(2, LENGTH)), theirs(x, attention_mask=causal_mask())[0], x)

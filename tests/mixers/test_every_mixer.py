@@ -8,12 +8,13 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from torchlmoe.config_loader import load_config
+from torchlmoe.config.load import load_config
 from torchlmoe.layers.initialization import named_draws
-from torchlmoe.layers.router import Router
-from torchlmoe.layers.sequence import Sequence
+from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.mixers import MIXERS
 from torchlmoe.mixers.base import Place
+from torchlmoe.mixers.mom import OWN_PROJECTIONS
+from torchlmoe.routing.router import Router
 
 # id -> (mixer, its settings beyond dim = 32 and, where it has heads, num_heads = 4)
 CASES = {
@@ -68,13 +69,13 @@ MIXTURES = {
     for name in MIXERS
     for single in (False, True)
     if name not in ("mom", "attention", "gsa", "gateloop", "s4", "mamba", "ttt", "titans")
-    and (single or getattr(MIXERS[name], "memory_projections", ()))
+    and (single or name in OWN_PROJECTIONS)
 }
 HEADLESS = ("s4", "mamba")
 DIM, HEADS = 32, 4
 # Two rows of 20: three documents of which one has one token, and a row that is one document.
 BOUNDS = torch.tensor([[0, 8, 9, 20, 20], [0, 20, 20, 20, 20]], dtype=torch.int32)
-PACKED = Sequence.of_packed_rows(BOUNDS, 20, loss_weight=0.0)
+PACKED = SequenceLayout.of_packed_rows(BOUNDS, 20, loss_weight=0.0)
 
 
 def build(case, dtype=torch.float64, **more):
@@ -131,14 +132,14 @@ def test_documents_do_not_meet(case):
         assert gradient[:, start:end].abs().max() > 0
         assert not gradient[:, :start].any()
         assert not gradient[:, end:].any()
-        alone = mixer(x[:, start:end], sequence=Sequence.of_rows(1, end - start))
+        alone = mixer(x[:, start:end], sequence=SequenceLayout.of_rows(1, end - start))
         torch.testing.assert_close(y[:, start:end], alone, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_no_token_sees_a_later_one(case):
     mixer, x = build(case), inputs(1, 20).requires_grad_()
-    y = mixer(x, sequence=Sequence.of_rows(1, 20, loss_weight=0.0))
+    y = mixer(x, sequence=SequenceLayout.of_rows(1, 20, loss_weight=0.0))
     (gradient,) = torch.autograd.grad(y[:, :11].square().sum(), x)
     assert not gradient[:, 11:].any()
 
@@ -162,12 +163,14 @@ def test_autocast(case):
 @pytest.mark.parametrize("case", CASES | MIXTURES)
 def test_decoding_continues_a_prefill(case):
     mixer, x = build(case), inputs(3, 12)
-    expected = mixer(x, sequence=Sequence.of_rows(3, 12))
+    expected = mixer(x, sequence=SequenceLayout.of_rows(3, 12))
     cache = mixer.init_cache(3, 12, torch.float64)
-    mixer(x.flip(0, 1), sequence=Sequence.of_rows(3, 12), cache=cache)  # a cache may serve one document after another
+    mixer(
+        x.flip(0, 1), sequence=SequenceLayout.of_rows(3, 12), cache=cache
+    )  # a cache may serve one document after another
     pieces = []
     for start, end in [(0, 7), (7, 8), (8, 9), (9, 12)]:
-        sequence = Sequence(torch.arange(start, end).expand(3, -1))
+        sequence = SequenceLayout(torch.arange(start, end).expand(3, -1))
         pieces.append(mixer(x[:, start:end], sequence=sequence, cache=cache))
     torch.testing.assert_close(torch.cat(pieces, 1), expected, rtol=1e-10, atol=1e-12)
 
@@ -181,7 +184,7 @@ def test_several_chunks(case):
     x[:, [1, 20, 64, 65, 130, 199]] = 0.0
     x[:, [0, 30, 66, 128, 150]] *= 20.0
     bounds = [0, 0, 1, 2, 66, 131, 131, 200]
-    packed = Sequence.of_packed_rows(torch.tensor([bounds], dtype=torch.int32), 200, loss_weight=0.0)
+    packed = SequenceLayout.of_packed_rows(torch.tensor([bounds], dtype=torch.int32), 200, loss_weight=0.0)
     backends = ["chunked", "reference"] if "backend" in MIXERS[CASES[case][0]].settings() else [None]
     results = []
     for backend in backends:
@@ -200,12 +203,12 @@ def test_several_chunks(case):
     with torch.no_grad():
         for start, end in zip(bounds, bounds[1:], strict=False):
             if start < end:
-                alone = mixer(x[:, start:end], sequence=Sequence.of_rows(1, end - start))
+                alone = mixer(x[:, start:end], sequence=SequenceLayout.of_rows(1, end - start))
                 assert_near(results[0]["output"][:, start:end], alone, f"document {start} to {end}")
-        whole = mixer(x, sequence=Sequence.of_rows(1, 200))
+        whole = mixer(x, sequence=SequenceLayout.of_rows(1, 200))
         cache, pieces, splits = mixer.init_cache(1, 200, torch.float64), [], [0, 65, 66, 129, 130, 200]
         for start, end in zip(splits, splits[1:], strict=False):
-            sequence = Sequence(torch.arange(start, end)[None])
+            sequence = SequenceLayout(torch.arange(start, end)[None])
             pieces.append(mixer(x[:, start:end], sequence=sequence, cache=cache))
         assert_near(torch.cat(pieces, 1), whole, "decoding")
 
@@ -232,7 +235,7 @@ def test_flops_of_projections(case):
     x = inputs(1, 64).float()
     # The plain form of softmax attention is the one that torch counts on a CPU.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
-        mixer(x, sequence=Sequence.of_rows(1, 64))
+        mixer(x, sequence=SequenceLayout.of_rows(1, 64))
     linear = sum(2 * m.weight.numel() for m in mixer.modules() if isinstance(m, (torch.nn.Linear, Router)))
     counted = counter.get_flop_counts()["Global"]
     assert counted[torch.ops.aten.mm] == 64 * linear

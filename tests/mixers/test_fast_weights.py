@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from torchlmoe.layers.initialization import named_draws
-from torchlmoe.layers.sequence import Sequence
+from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.mixers import MIXERS
 
 LENGTH, HEADS, BATCH = 21, 4, 4  # BATCH: tokens of a mini-batch
@@ -79,7 +79,7 @@ def test_ttt():
     o = learn(mixer.fast_weights, q, k, heads(mixer.v_proj(x)), rate, bias=mixer.fast_weights.bias, scale=scale)
     o = F.layer_norm(o.flatten(1), (32,), mixer.norm.weight, mixer.norm.bias, 1e-6)
     expected = mixer.o_proj(o * F.gelu(mixer.gate_proj(x), approximate="tanh"))
-    torch.testing.assert_close(mixer(x, sequence=Sequence.of_rows(1, LENGTH)), expected, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(mixer(x, sequence=SequenceLayout.of_rows(1, LENGTH)), expected, rtol=1e-9, atol=1e-11)
 
 
 def test_titans():
@@ -93,4 +93,4 @@ def test_titans():
     o = learn(mixer.fast_weights, q, k, v, rate, momentum=eta, keep=1 - alpha)
     o = o / (o.square().mean(-1, keepdim=True) + 1e-6).sqrt() * mixer.norm.weight
     expected = mixer.o_proj((o * F.silu(heads(mixer.gate_proj(x)))).flatten(1))[None]
-    torch.testing.assert_close(mixer(x, sequence=Sequence.of_rows(1, LENGTH)), expected, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(mixer(x, sequence=SequenceLayout.of_rows(1, LENGTH)), expected, rtol=1e-9, atol=1e-11)

@@ -7,7 +7,7 @@ from transformers import MambaConfig
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
 from torchlmoe.layers.initialization import named_draws
-from torchlmoe.layers.sequence import Sequence
+from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.mixers import MIXERS
 from torchlmoe.mixers.s4 import hippo_frequencies
 
@@ -38,7 +38,7 @@ def test_s4_is_a_convolution(initialization):
     o = F.conv1d(F.pad(x.mT, (LENGTH - 1, 0)), kernel.flip(-1)[:, None], groups=32).mT + mixer.D * x
     first, second = F.linear(F.gelu(o), mixer.o_proj.weight).chunk(2, -1)
     expected = first * torch.sigmoid(second)
-    torch.testing.assert_close(mixer(x, sequence=Sequence.of_rows(2, LENGTH)), expected, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(mixer(x, sequence=SequenceLayout.of_rows(2, LENGTH)), expected, rtol=1e-9, atol=1e-11)
 
 
 def test_hippo_frequencies():
@@ -69,7 +69,7 @@ def test_mamba():
         theirs.A_log.copy_(ours.decay.A_log.view(64, 8))
         theirs.D.copy_(ours.D)
         theirs.out_proj.weight.copy_(ours.o_proj.weight)
-    y, expected = ours(x, sequence=Sequence.of_rows(2, LENGTH)), theirs(x)
+    y, expected = ours(x, sequence=SequenceLayout.of_rows(2, LENGTH)), theirs(x)
     gradients = [torch.autograd.grad(z.square().sum(), x)[0] for z in (y, expected)]
     # Theirs goes through float32 in the recurrence even in float64: so near is as near as it gets.
     for found, wanted, tolerance in ((y, expected, 1e-6), (*gradients, 3e-6)):

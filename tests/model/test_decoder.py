@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from torchlmoe.config_loader import load_config
-from torchlmoe.layers.sequence import Sequence
+from torchlmoe.config.load import load_config
+from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.mixers import MIXERS
 from torchlmoe.model.decoder import Decoder, build_on_meta, count_parameters
 
@@ -65,13 +65,13 @@ def test_padding_is_what_no_label_depends_on():
     labels[0, 5:8] = labels[1, 20] = 3  # none in the documents of 1 and 13 tokens
     expected = torch.zeros(2, 24, dtype=torch.bool)
     expected[0, :8] = expected[1, :21] = True
-    packed = Sequence.of_packed_rows(BOUNDS, 24).counting(labels != -100)
-    assert torch.equal(packed.counted.view(2, 24), expected)
-    assert torch.equal(torch.cat([packed.span(i, 3).counted for i in range(3)], 1), packed.counted)
+    packed = SequenceLayout.of_packed_rows(BOUNDS, 24).counting(labels != -100)
+    assert torch.equal(packed.share.counted.view(2, 24), expected)
+    assert torch.equal(torch.cat([packed.span(i, 3).share.counted for i in range(3)], 1), packed.share.counted)
     expected[0, 5:8] = False
     labels[0, 5:8] = -100
-    rows = Sequence.of_rows(2, 24).counting(labels != -100)
-    assert torch.equal(rows.counted, expected & torch.tensor([[False], [True]]))
+    rows = SequenceLayout.of_rows(2, 24).counting(labels != -100)
+    assert torch.equal(rows.share.counted, expected & torch.tensor([[False], [True]]))
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_trains_without_values(mixer):
     config = load_config([*SMALL, "--model.layer_pattern", "L", "--model.mixer", mixer, "--model.num_layers", "1"])
     for device, mode, packed in (("meta", nullcontext(), False), ("cpu", FakeTensorMode(), True)):
         with mode, torch.device(device):
-            model = Decoder(config, 50)
+            model = Decoder(config.spec(50))
             batch = torch.zeros(2, 24, dtype=torch.int64)
             model(batch, torch.zeros(2, 5, dtype=torch.int32) if packed else None, batch).backward()
         assert all(parameter.grad.shape == parameter.shape for parameter in model.parameters())
@@ -227,7 +227,7 @@ def test_any_letter_may_name_a_kind_of_block():
         "--model.layer_pattern GD --model.layers.G.mixer gla --model.layers.D.mixer bla --model.layers.D.mlp dense"
     )
     model = build_on_meta(load_config(arguments.split()), 10)
-    assert [len(model.moe_layers()), next(iter(model.moe_layers()))] == [2, "0"]
+    assert list(model.routed_layers()) == ["moe/0", "moe/2"]
 
 
 def test_dense_blocks_of_a_narrow_model_have_a_width():
@@ -267,7 +267,7 @@ def test_a_mixer_hands_a_tensor_on_to_its_later_layers(mixer):
     assert torch.equal(passed_on, received)
     assert handed_on.any()
     with pytest.raises(ValueError, match="needs `shared`"):
-        later(torch.zeros(1, 3, 32, dtype=torch.float64), sequence=Sequence.of_rows(1, 3))
+        later(torch.zeros(1, 3, 32, dtype=torch.float64), sequence=SequenceLayout.of_rows(1, 3))
 
 
 def test_a_letter_has_a_parameter_in_common():
@@ -282,7 +282,7 @@ def test_a_letter_has_a_parameter_in_common():
     seen = []
     for index in ("0", "2", "3", "5"):
         model.blocks[index].mixer.register_forward_hook(
-            lambda module, args, kwargs, y: seen.append(kwargs["sequence"].common), with_kwargs=True
+            lambda module, args, kwargs, y: seen.append(kwargs["common"]), with_kwargs=True
         )
     model(tokens(2, 24), BOUNDS).square().sum().backward()
     for found, expected in zip(seen, bounds, strict=True):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from torchlmoe.layers.sequence import Sequence
-from torchlmoe.moe import MoE
+from torchlmoe.feed_forwards.moe import MoE
+from torchlmoe.layers.sequence import MicrobatchShare, SequenceLayout
 
 DIM, BATCH, LENGTH = 8, 4, 10
 
@@ -24,7 +24,7 @@ def make(**options):
 def describe(x, loss_weight=1.0, counted=None):
     batch_size, length, _ = x.shape
     positions = torch.arange(length).expand(batch_size, -1)
-    return Sequence(positions, row_length=length, loss_weight=loss_weight, counted=counted)
+    return SequenceLayout(positions, share=MicrobatchShare(loss_weight, length, counted))
 
 
 def gradients(moe):
@@ -149,7 +149,10 @@ def test_a_moved_layer_still_counts():
 def test_sequence_scope_needs_whole_rows():
     moe, x = make(aux_loss_scope="sequence")
     with pytest.raises(ValueError, match="row_length to divide the 40 tokens of the microbatch, got 7"):
-        moe(x, sequence=Sequence(torch.zeros(BATCH, LENGTH, dtype=torch.int64), row_length=7))
+        moe(
+            x,
+            sequence=SequenceLayout(torch.zeros(BATCH, LENGTH, dtype=torch.int64), share=MicrobatchShare(row_length=7)),
+        )
 
 
 @pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])

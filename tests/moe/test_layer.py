@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from torchlmoe.layers.sequence import Sequence
-from torchlmoe.moe import MoE
+from torchlmoe.feed_forwards.moe import MoE
+from torchlmoe.layers.sequence import SequenceLayout
 
 DIM, BATCH, LENGTH = 8, 2, 13
 SMALL = {"num_experts": 6, "top_k": 2, "expert_dim": 4}
@@ -19,7 +19,7 @@ def make(dtype=torch.float64, router_std=0.3, **options):
     moe.init_weights()
     torch.nn.init.normal_(moe.router.weight, std=router_std)
     x = torch.randn(BATCH, LENGTH, DIM, dtype=torch.float64).to(dtype).requires_grad_()
-    return moe, x, Sequence.of_rows(BATCH, LENGTH)
+    return moe, x, SequenceLayout.of_rows(BATCH, LENGTH)
 
 
 def token_by_token(moe, x, capacity=math.inf):

@@ -8,8 +8,8 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 
-from torchlmoe.layers.sequence import Sequence
-from torchlmoe.moe import MoE
+from torchlmoe.feed_forwards.moe import MoE
+from torchlmoe.layers.sequence import SequenceLayout
 
 DIM, EXPERT_DIM, NUM_EXPERTS, TOP_K, BATCH, LENGTH = 32, 16, 12, 4, 2, 50
 COMMON = {"num_experts": NUM_EXPERTS, "top_k": TOP_K, "expert_dim": EXPERT_DIM}
@@ -136,7 +136,7 @@ def test_equals_transformers(preset):
     x = torch.randn(BATCH, LENGTH, DIM, generator=generator)
     grad = torch.randn(BATCH, LENGTH, DIM, generator=generator)
     results = []
-    for layer, options in ((ours, {"sequence": Sequence.of_rows(BATCH, LENGTH)}), (theirs, {})):
+    for layer, options in ((ours, {"sequence": SequenceLayout.of_rows(BATCH, LENGTH)}), (theirs, {})):
         leaf = x.clone().requires_grad_()
         y = layer(leaf, **options)
         y.backward(grad)

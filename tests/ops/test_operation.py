@@ -7,7 +7,6 @@ from torch.autograd import forward_ad
 from torch.export import Dim, export
 from torch.utils._pytree import tree_leaves, tree_map
 
-from torchlmoe.layers.dispatch import Slots, gather_slots, permute_slots, reorder_choices, sum_slots
 from torchlmoe.layers.norms import rms_norm
 from torchlmoe.ops import (
     elementwise_recurrence,
@@ -22,6 +21,7 @@ from torchlmoe.ops.grouped_matmul import grouped_matmul
 from torchlmoe.ops.packed_attention import packed_attention
 from torchlmoe.ops.time_invariant import CHUNK_SIZE
 from torchlmoe.ops.weighted_swiglu import weighted_swiglu
+from torchlmoe.routing.dispatch import Slots, gather_slots, permute_slots, reorder_choices, sum_slots
 
 HEADS, KEY, VALUE = 2, 4, 3
 TOKEN, HEAD = "token", "head"  # of what a term has its shape: [B, T, HEADS, ...] or [HEADS, ...]

@@ -9,7 +9,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from tests.conftest import run_on_ranks
-from torchlmoe.config_loader import load_config
+from torchlmoe.config.load import load_config
 from torchlmoe.training.trainer import Trainer
 
 SETTINGS = """--model.dim 32 --model.num_layers 4 --model.num_heads 2 --moe.num_experts 8 --moe.top_k 2

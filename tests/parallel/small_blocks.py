@@ -2,10 +2,10 @@
 
 import torch
 
-from torchlmoe.config_loader import load_config
-from torchlmoe.layers.sequence import Sequence
+from torchlmoe.config.load import load_config
+from torchlmoe.feed_forwards.moe import MoE
+from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.model.decoder import build_on_meta
-from torchlmoe.moe import MoE
 
 DIM = 32
 SETTINGS = f"""--model.dim {DIM} --model.num_heads 2 --model.num_layers 1 --model.layer_pattern L --moe.num_experts 4
@@ -40,7 +40,7 @@ def run(block, bounds, dtype, before_backward=lambda: None, lengths_vary=False):
     x = torch.randn(1, 2 * length, DIM, dtype=torch.float64, generator=generator).to(dtype).requires_grad_()
     for parameter in block.parameters():
         parameter.grad = None
-    sequence = Sequence.of_packed_rows(bounds, length, loss_weight=0.5)
+    sequence = SequenceLayout.of_packed_rows(bounds, length, loss_weight=0.5)
     if lengths_vary:
         torch._dynamo.mark_dynamic(x, 1)
         torch._dynamo.mark_dynamic(sequence.positions, 1)

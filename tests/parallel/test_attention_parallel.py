@@ -13,11 +13,11 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 from tests.conftest import run_on_ranks
 from tests.parallel.small_blocks import DIM, block_of
-from torchlmoe.layers.sequence import Sequence
+from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.mixers.attention import Attention, InnerAttention
-from torchlmoe.parallel.attention import AttentionSequenceParallel
 from torchlmoe.parallel.compile import compile_block
 from torchlmoe.parallel.recompute import recompute
+from torchlmoe.styles.attention import AttentionSequenceParallel
 
 LENGTH, HEADS, WIDTH = 48, 12, 6  # spans of 24, 16 and 12 tokens
 COMMUNICATIONS = ("all_gather", "ulysses")
@@ -50,7 +50,7 @@ def mesh_of(degree):
 
 
 def parallel(module, mesh, communication, inner="inner"):
-    style = module.get_submodule(inner).sequence_parallel_style("all_gather", communication)
+    style = module.get_submodule(inner).context_parallel_style("all_gather", communication)
     return parallelize_module(module, mesh, {inner: style} if inner else style)
 
 
@@ -85,13 +85,13 @@ def mixer_equals_single(mesh, options, communication, dtype):
     """Parameters' gradients too, which add up over ranks."""
     x, grad = (randn(1, LENGTH, DIM, seed=seed, dtype=dtype) for seed in range(2))
     bounds = torch.tensor([BOUNDS["across_and_at_borders"]], dtype=torch.int32)
-    sequence = Sequence.of_packed_rows(bounds, LENGTH)
+    sequence = SequenceLayout.of_packed_rows(bounds, LENGTH)
     mixers = [Attention(DIM, num_heads=HEADS, head_dim=8, init_std=0.2, **options).to(dtype) for _ in range(2)]
     torch.manual_seed(0)
     mixers[0].init_weights()
     mixers[1].load_state_dict(mixers[0].state_dict())
     expected = run_mixer(mixers[0], x, sequence, grad)
-    spans = Sequence(own(sequence.positions, mesh), sequence.cu_seqlens)
+    spans = SequenceLayout(own(sequence.positions, mesh), sequence.cu_seqlens)
     found = run_mixer(parallel(mixers[1], mesh, communication), own(x, mesh), spans, own(grad, mesh))
     for parameter in found[2:]:
         dist.all_reduce(parameter, group=mesh.get_group())
@@ -190,12 +190,12 @@ def test_spans_equal_the_single_process_by_one_collective_each_way():
 
 def run_block(block, mesh, length, bounds):
     x = own(randn(1, length, DIM, seed=0), mesh).requires_grad_()
-    sequence = Sequence.of_packed_rows(torch.tensor([bounds], dtype=torch.int32), length)
+    sequence = SequenceLayout.of_packed_rows(torch.tensor([bounds], dtype=torch.int32), length)
     positions = own(sequence.positions, mesh)
     # Said to vary, which saves the test a second graph.
     torch._dynamo.mark_dynamic(x, 1)
     torch._dynamo.mark_dynamic(positions, 1)
-    y = block(x, sequence=Sequence(positions, sequence.cu_seqlens, length))
+    y = block(x, sequence=SequenceLayout(positions, sequence.cu_seqlens, length))
     return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *block.parameters()])]
 
 

@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 from tests.conftest import run_on_ranks
 from tests.parallel.parity import SETTINGS, records
 from tests.parallel.small_blocks import PACKED, block_of, run
-from torchlmoe.config_loader import load_config
+from torchlmoe.config.load import load_config
 from torchlmoe.mixers import MIXERS
 from torchlmoe.parallel import compile as compile_module
 from torchlmoe.parallel.compile import compile_block, compile_blocks

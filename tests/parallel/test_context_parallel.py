@@ -11,12 +11,13 @@ import torchlmoe.parallel.compile as compile_module
 import torchlmoe.parallel.parallelize as parallelize
 from tests.conftest import run_on_ranks
 from tests.parallel.parity import SETTINGS, assert_layouts_equal_one_process
-from torchlmoe.config_loader import load_config
+from torchlmoe.config.load import load_config
 from torchlmoe.mixers import MIXERS
 from torchlmoe.mixers.base import Mixer
 from torchlmoe.model.decoder import build_on_meta
-from torchlmoe.parallel.mesh import build_mesh, start_process_group
+from torchlmoe.parallel.mesh import start_process_group
 from torchlmoe.parallel.parallelize import build_model
+from torchlmoe.parallel.ranks import Ranks
 from torchlmoe.training.trainer import Trainer
 
 # Three rows of 48 tokens at once: borders of 2 and 4 spans lie within rows, and most of them within documents.
@@ -75,14 +76,14 @@ def check_logits() -> None:
     config = load_config([*SETTINGS, *f"{SPANS} 2 --training.dtype float64".split()])
     device = torch.device("cpu")
     start_process_group(device)
-    mesh = build_mesh(config.parallelism, "cpu")
+    ranks = Ranks.of(config.parallelism, "cpu")
     apply_fsdp, parallelize.apply_fsdp = parallelize.apply_fsdp, lambda *_: None  # whose modules cannot be copied
-    model = build_model(config, 50, mesh, device)
+    model = build_model(config, 50, ranks, device)
     parallelize.apply_fsdp = apply_fsdp
     whole = build_on_meta(config, 50).double().to_empty(device="cpu")
     whole.init_weights(config.training.seed)
     tokens = torch.arange(60).view(3, 20) % 50
-    expected = whole(tokens).view(1, 60, 50).chunk(2, 1)[mesh["cp"].get_local_rank()]
+    expected = whole(tokens).view(1, 60, 50).chunk(2, 1)[ranks["cp"].get_local_rank()]
     torch.testing.assert_close(model(tokens), expected, rtol=1e-9, atol=1e-12)
     copied = copy.deepcopy(model)
     for parameter in model.parameters():
@@ -113,7 +114,7 @@ def test_logits_of_a_span():
 def test_refused_before_data_is_looked_for(settings, sentence, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     if "gla" in settings:  # as a mixer that has no style
-        monkeypatch.setattr(Mixer, "sequence_parallel_plan", lambda *_, **__: {})
+        monkeypatch.setattr(Mixer, "context_parallel_plan", lambda *_, **__: {})
     arguments = [*SETTINGS, *f"{SPANS} 2 --training.local_batch_size 2 --data.dataset nowhere.jsonl {settings}".split()]
     with pytest.raises(ValueError, match=re.escape(sentence)):
         Trainer(load_config(arguments))

@@ -5,7 +5,7 @@ import torch
 
 from tests.conftest import run_on_ranks
 from tests.parallel.parity import SETTINGS, assert_layouts_equal_one_process, records
-from torchlmoe.config_loader import load_config
+from torchlmoe.config.load import load_config
 from torchlmoe.mixers import MIXERS
 from torchlmoe.training.trainer import Trainer
 

@@ -7,8 +7,8 @@ import torch
 
 from tests.conftest import run_on_ranks
 from tests.parallel.parity import SETTINGS, records
-from torchlmoe.config import Float8
-from torchlmoe.config_loader import load_config
+from torchlmoe.config.load import load_config
+from torchlmoe.config.settings import Float8
 from torchlmoe.model.decoder import build_on_meta
 from torchlmoe.parallel.float8 import convert_to_float8
 from torchlmoe.training.trainer import Trainer

@@ -12,10 +12,10 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import parallelize_module
 
 from tests.conftest import run_on_ranks
-from torchlmoe.layers.sequence import Sequence
+from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.layers.short_convolution import ShortConvolution
 from torchlmoe.layers.token_shift import TokenShift
-from torchlmoe.parallel.halo import ConvHalo, TokenShiftHalo
+from torchlmoe.styles.halo import ConvHalo, TokenShiftHalo
 
 CHANNELS, LENGTH = 3, 24
 # Documents that begin and end at borders of 2, 3 or 4 spans and beside them, straddle all, have one token or none.
@@ -48,8 +48,8 @@ def inputs(bounds):
     rows = 2 if bounds is None else 1
     x, grad = torch.randn(2, rows, LENGTH, CHANNELS, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     if bounds is None:
-        return x, grad, Sequence.of_rows(rows, LENGTH)
-    return x, grad, Sequence.of_packed_rows(torch.tensor([bounds], dtype=torch.int32), LENGTH)
+        return x, grad, SequenceLayout.of_rows(rows, LENGTH)
+    return x, grad, SequenceLayout.of_packed_rows(torch.tensor([bounds], dtype=torch.int32), LENGTH)
 
 
 def run(module, x, grad, sequence):
@@ -75,7 +75,7 @@ def check_all(world_size: int, compiled: tuple[str, ...] = ()) -> None:
         if compiled and name not in compiled:
             continue
         split = copy.deepcopy(whole)
-        style = split.sequence_parallel_style("all_gather", "all_gather")
+        style = split.context_parallel_style("all_gather", "all_gather")
         assert isinstance(style, TokenShiftHalo if name == "shift" else ConvHalo)
         parallelize_module(split, mesh, style)
         # A function around it, as a block is: what is compiled from outside leaves a module's hooks out.

@@ -19,11 +19,13 @@ from benchmarks.sequence_parallel import cases as styles
 from benchmarks.sequence_parallel import count
 from tests.conftest import run_on_ranks
 from tests.mixers.test_every_mixer import CASES, DIM, MIXTURES, build
-from torchlmoe.layers.recurrence import ElementwiseRecurrence, LinearRecurrence, OnlineGradient
-from torchlmoe.layers.sequence import Sequence
-from torchlmoe.parallel import sequence
+from torchlmoe.layers.elementwise_recurrence import ElementwiseRecurrence
+from torchlmoe.layers.online_gradient import OnlineGradient
+from torchlmoe.layers.recurrence import LinearRecurrence
+from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.parallel.mesh import start_process_group
-from torchlmoe.parallel.sequence import LSMSequenceParallel
+from torchlmoe.styles import recurrence as sequence
+from torchlmoe.styles.recurrence import LSMSequenceParallel
 
 LENGTH, HEADS, KEY, VALUE = 48, 4, 5, 6
 # Spans of 2, 3 and 4 ranks begin at 24; 16, 32; 12, 24, 36.
@@ -141,7 +143,7 @@ def assert_ranks_equal_one(communication, dtype, tolerance, erase_tolerance=None
 
     for case, module, tensors, options in cases(dtype, **which):
         expected = outcome(module, tensors, options)
-        style = module.sequence_parallel_style(communication, "all_gather")
+        style = module.context_parallel_style(communication, "all_gather")
         if case[2] == "straddling" and case[0] == "LinearRecurrence":  # without an operation for it
             style.span_summary = None
         found = outcome(parallelize_module(module, mesh, style), tensors, options, cut)
@@ -185,7 +187,7 @@ def every_mixer():
     generator = torch.Generator().manual_seed(0)
     x, grad = torch.randn(2, 1, LENGTH, DIM, dtype=torch.float64, generator=generator)
     for bounds in ([0, 5, 40, 48], [0, 12, 12, 16, 20, 48]):
-        whole = Sequence.of_packed_rows(torch.tensor([bounds], dtype=torch.int32), LENGTH, loss_weight=0.0)
+        whole = SequenceLayout.of_packed_rows(torch.tensor([bounds], dtype=torch.int32), LENGTH, loss_weight=0.0)
         start = mesh.get_local_rank() * LENGTH // mesh.size()
         span = replace(whole, positions=cut("v", whole.positions), start=start)
         for case in CASES | MIXTURES if mesh.size() == 3 else CASES:
@@ -194,7 +196,7 @@ def every_mixer():
                 choices = {"lsm": "ring", "attention": "all_gather" if mesh.size() == 3 else "ulysses"}
             mixer = build(case)
             y, grad_x, *gradients = mixer_outcome(mixer, x, grad, whole)
-            parallelize_module(mixer, mesh, mixer.sequence_parallel_plan(**choices))
+            parallelize_module(mixer, mesh, mixer.context_parallel_plan(**choices))
             own_y, own_grad_x, *own = mixer_outcome(mixer, cut("q", x), cut("q", grad), span)
             own = [gradient.contiguous() for gradient in own]
             for gradient in own:
@@ -217,7 +219,7 @@ def count_collectives():
     for case, module, tensors, options in cases(torch.float64):
         if case[0] == "OnlineGradient":
             continue
-        parallelize_module(module, mesh, module.sequence_parallel_style("all_gather", "all_gather"))
+        parallelize_module(module, mesh, module.context_parallel_style("all_gather", "all_gather"))
         leaves = {name: cut(name, x).clone().requires_grad_() for name, x in tensors.items()}
         with CommDebugMode() as forward:
             o, _ = module(**leaves, **options)
@@ -371,14 +373,14 @@ def freeze():
     x, grad = torch.randn(2, 1, LENGTH, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     mixer = build("ttt")
     mixer.fast_weights.requires_grad_(False)
-    whole = Sequence.of_rows(1, LENGTH)
+    whole = SequenceLayout.of_rows(1, LENGTH)
     results = []
     for tokens in (whole, replace(whole, positions=cut("v", whole.positions))):
         part = (lambda x: x) if tokens is whole else (lambda x: cut("q", x))
         leaf = part(x).clone().requires_grad_()
         results.append(torch.autograd.grad(mixer(leaf, sequence=tokens), leaf, part(grad))[0])
         if tokens is whole:
-            parallelize_module(mixer, mesh, mixer.sequence_parallel_plan())
+            parallelize_module(mixer, mesh, mixer.context_parallel_plan())
     torch.testing.assert_close(results[1], cut("q", results[0]), rtol=1e-9, atol=1e-12)
 
 

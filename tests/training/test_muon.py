@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from torchlmoe.config import Optimizer
-from torchlmoe.config_loader import load_config
+from torchlmoe.config.load import load_config
+from torchlmoe.config.settings import Optimizer
 from torchlmoe.model.decoder import build_on_meta
+from torchlmoe.optim.muon import Muon, orthogonalize
 from torchlmoe.parallel.precision import compute_in
-from torchlmoe.training.muon import Muon, orthogonalize
 from torchlmoe.training.optimizer import build_optimizer
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.training.test_trainer import run_train
-from torchlmoe.config import Profiling
+from torchlmoe.config.settings import Profiling
 from torchlmoe.training.profiling import StepProfiler
 
 

@@ -10,8 +10,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train
 from tests.programs import run_program
-from torchlmoe.config import LRScheduler, Metrics, Optimizer
-from torchlmoe.config_loader import load_config
+from torchlmoe.config.load import load_config
+from torchlmoe.config.settings import LRScheduler, Metrics, Optimizer
 from torchlmoe.data.tokenizer import load_tokenizer
 from torchlmoe.model.decoder import build_on_meta
 from torchlmoe.training import peak

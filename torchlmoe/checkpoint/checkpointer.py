@@ -28,8 +28,8 @@ from torchlmoe.checkpoint.run_record import (
 )
 from torchlmoe.checkpoint.state import OptimizerState, load_tensors, model_state, saved_tensors
 from torchlmoe.checkpoint.writer import CheckpointWriter, save_failure
-from torchlmoe.config import Config
-from torchlmoe.config_loader import to_toml
+from torchlmoe.config.load import to_toml
+from torchlmoe.config.settings import Config
 from torchlmoe.data.loader import tokens_of_steps
 from torchlmoe.data.store import TokenStore
 from torchlmoe.data.tokenizer import Tokenizer

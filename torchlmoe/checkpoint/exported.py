@@ -21,8 +21,8 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 import torchlmoe
 from torchlmoe.checkpoint.manifest import NAME, describe, sync_folder, verify, write_manifest
 from torchlmoe.checkpoint.state import model_state
-from torchlmoe.config import Config
-from torchlmoe.config_loader import ConfigError, config_from, to_dict
+from torchlmoe.config.load import ConfigError, config_from, to_dict
+from torchlmoe.config.settings import Config
 from torchlmoe.data.tokenizer import Tokenizer
 from torchlmoe.files import MAX_JSON_BYTES, failures_to_write, open_regular, read_json
 from torchlmoe.model.decoder import Decoder
@@ -77,6 +77,7 @@ def _write(partial: Path, model: Decoder, config: Config, tokenizer: Tokenizer, 
             "model": settings["model"],
             "moe": settings["moe"],
             "training": {name: settings["training"][name] for name in ("seq_len", "dtype")},
+            **({"job": {"custom_modules": config.job.custom_modules}} if config.job.custom_modules else {}),
         },
     }
     (partial / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
@@ -112,6 +113,6 @@ def read_exported(folder: Path) -> tuple[Config, Tokenizer, int]:
 def config_of_file(path: Path, settings: dict[str, Any]) -> Config:
     """Checked settings that a file holds, which is named if they do not fit."""
     try:
-        return config_from([settings])
+        return config_from([settings], path.parent)
     except ConfigError as error:
         raise ValueError(f"{path} cannot be used: {error}") from error

@@ -10,7 +10,7 @@ from torchlmoe.checkpoint.folders import is_published, published
 from torchlmoe.checkpoint.manifest import NAME, verify
 from torchlmoe.checkpoint.run_record import differences, fixed_of_model, read_run
 from torchlmoe.checkpoint.state import check_tensors, load_tensors, model_state, saved_tensors
-from torchlmoe.config import Config
+from torchlmoe.config.settings import Config
 from torchlmoe.data.tokenizer import Tokenizer
 from torchlmoe.files import expanded, read_toml
 from torchlmoe.model.decoder import Decoder, build_on_meta
@@ -90,7 +90,9 @@ def _read_checkpoint(folder: Path) -> tuple[Config, Tokenizer, int]:
     except ValueError as error:
         raise ValueError(f"{error}; give another checkpoint.") from error
     # Where the run wrote does not matter here, and is perhaps no path here.
-    config = config_of_file(folder / "config.toml", {table: settings[table] for table in settings if table != "job"})
+    job = settings.pop("job", {})
+    modules = job.get("custom_modules", []) if isinstance(job, dict) else []
+    config = config_of_file(folder / "config.toml", {**settings, "job": {"custom_modules": modules}})
     tokenizer, vocab_size = Tokenizer(folder / "tokenizer.json", fixed["data.end_token"]), fixed["model.vocab_size"]
     for _, clause in differences(fixed, fixed_of_model(config, tokenizer, vocab_size), folder):
         raise ValueError(f"{folder / 'config.toml'} and run.json contradict each other: {clause}.")

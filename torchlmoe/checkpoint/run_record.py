@@ -14,8 +14,7 @@ import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter
 
 import torchlmoe
-from torchlmoe.config import Config
-from torchlmoe.config_loader import layer_options
+from torchlmoe.config.settings import Config
 from torchlmoe.data.store import TokenStore
 from torchlmoe.data.tokenizer import Tokenizer
 from torchlmoe.files import read_json, toml_value
@@ -75,9 +74,13 @@ def fixed_of_model(config: Config, tokenizer: Tokenizer, vocab_size: int) -> dic
     fixed: dict[str, Any] = {}
     pattern = (config.model.layer_pattern * config.model.num_layers)[: config.model.num_layers]
     for letter in sorted(set(pattern)):
-        mixer, mlp, options = layer_options(config, letter)
-        options = {key: value for key, value in options.items() if key not in _FREE["layers"]}
-        fixed |= {f"model.layers.{letter}.{key}": v for key, v in {"mixer": mixer, "mlp": mlp, **options}.items()}
+        given = config.model.layers[letter]
+        options = {"mixer": given["mixer"], "mlp": given.get("mlp", "moe"), **config.block_spec(letter).mixer_options}
+        fixed |= {f"model.layers.{letter}.{key}": v for key, v in options.items() if key not in _FREE["layers"]}
+        of_mlp = {
+            key: v for key, v in given.get("mlp_options", {}).items() if key not in _FREE["moe"] | _FREE["layers"]
+        }
+        fixed |= {f"model.layers.{letter}.mlp_options.{key}": value for key, value in of_mlp.items()}
     for table in ("model", "moe"):
         settings = asdict(getattr(config, table))
         fixed |= {f"{table}.{key}": value for key, value in settings.items() if key not in _FREE[table]}

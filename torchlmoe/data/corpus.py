@@ -5,8 +5,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from torchlmoe.data.local_files import COMPRESSIONS, TABLES, TEXTS, find_files, read_files, text_of
+from torchlmoe.data.readers import READERS
 
 
 @dataclass(frozen=True)
@@ -33,16 +35,19 @@ def open_corpus(
     validation_split: str = "validation",
     validation_dataset: str | None = None,
     validation_fraction: float = 0.01,
+    reader_options: dict[str, Any] | None = None,
 ) -> Corpus:
     """The "train" or "validation" split of a dataset.
 
-    dataset: "embedded", a local file or folder (see local_files.find_files), or the id of a hub dataset.
+    dataset: "embedded", a reader (see readers.READERS), a local file or folder (see local_files.find_files), or the id
+        of a hub dataset.
     dataset_config: which configuration of a hub dataset.
     text_column: the column of a table that holds the text.
     train_split, validation_split: what the dataset calls its splits.
     validation_dataset: validate on this dataset instead: its validation split, or all of it if it has none.
     validation_fraction: of the documents, chosen by a hash of their number, that are kept from training to
         validate on, where the dataset has no validation split and there is no validation_dataset.
+    reader_options: keyword arguments of the reader that `dataset` names.
     Raises ValueError where there is no such dataset, split or file; for the hub, once documents are read.
     """
     assert split in ("train", "validation")
@@ -52,7 +57,12 @@ def open_corpus(
     if split == "validation" and validation_dataset is not None:
         name, setting = validation_dataset, "data.validation_dataset"
     if not name:
-        raise ValueError(f'{setting} is empty: give "embedded", a local file or folder, or the id of a hub dataset.')
+        raise ValueError(
+            f'{setting} is empty: give "embedded", a local file or folder, a reader, or the id of a hub dataset.'
+        )
+    if name in READERS:
+        held_out = validation_fraction if validation_dataset is None else None
+        return _reader_corpus(name, split, reader_options or {} if name == dataset else {}, held_out)
     embedded = Path(str(files("torchlmoe.assets") / "embedded"))
     path = embedded if name == "embedded" else Path(name).expanduser()
     held_out = validation_fraction if validation_dataset is None else None
@@ -80,6 +90,18 @@ def _local_corpus(
         "part": None if held_out is None else (split, held_out),
     }
     return Corpus(name, identity, lambda: _part(read_files(chosen, text_column), split, held_out))
+
+
+def _reader_corpus(name: str, split: str, options: dict[str, Any], held_out: float | None) -> Corpus:
+    reader = READERS[name]
+    paths = [Path(value).expanduser() for value in options.values() if isinstance(value, str)]
+    identity = {
+        "reader": [name, reader.__module__, getattr(reader, "__qualname__", "")],
+        "options": options,
+        "files": [_stamp(path) for path in paths if path.is_file()],
+        "part": None if held_out is None else (split, held_out),
+    }
+    return Corpus(name, identity, lambda: _part(reader(**options), split, held_out))
 
 
 def _stamp(path: Path) -> tuple[str, int, int, int]:

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from filelock import AcquireReturnProxy, FileLock, Timeout
@@ -39,6 +40,7 @@ def prepare(
     validation_split: str = "validation",
     validation_dataset: str | None = None,
     validation_fraction: float = 0.01,
+    reader_options: dict[str, Any] | None = None,
     max_tokens: int | None = None,
 ) -> TokenStore:
     """The token store of one split, "train" or "validation", built if `cache_dir` does not have it yet.
@@ -61,6 +63,7 @@ def prepare(
         validation_split=validation_split,
         validation_dataset=validation_dataset,
         validation_fraction=validation_fraction,
+        reader_options=reader_options,
     )
     recipe = {
         "format": FORMAT,

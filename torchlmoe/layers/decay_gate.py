@@ -42,6 +42,7 @@ class DecayGate(nn.Module):
     """
 
     float32_island = True  # its parameters stay float32 where the rest is cast down
+    head_dims = {"A_log": 0, "dt_bias": 0}
 
     def __init__(
         self,
@@ -89,6 +90,7 @@ class BiasedDecay(nn.Module):
     """
 
     float32_island = True
+    head_dims = {"bias": 0}
 
     def __init__(self, channels: int, activation: str, rate: float = 1.0):
         super().__init__()

@@ -1,4 +1,9 @@
-"""`nn.Linear` that stays fast in bfloat16 on a CPU without bfloat16 matrix instructions."""
+"""`nn.Linear` that stays fast in bfloat16 on a CPU without bfloat16 matrix instructions, and says how it acts on heads.
+
+Every module with parameters has `head_dims`: by parameter, the dimension along which heads (or the channels of heads)
+are laid. A parameter that is not named there is shared by all heads. Tensor parallelism is collected from it, so a
+module without `head_dims` is refused there.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -8,13 +13,27 @@ from torchlmoe.ops.host_dtype import cpu_lacks_bfloat16
 
 
 class Linear(nn.Linear):
-    """x [..., in] -> [..., out], without a bias unless asked."""
+    """x [..., in] -> [..., out], without a bias unless asked. Its weight is shared by all heads."""
+
+    head_dims: dict[str, int] = {}
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False):
         super().__init__(in_features, out_features, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
+
+
+class ColumnLinear(Linear):
+    """A projection into heads or hidden channels, head after head: they are laid along the rows of its weight."""
+
+    head_dims = {"weight": 0, "bias": 0}
+
+
+class RowLinear(Linear):
+    """A projection out of heads or hidden channels: a rank with some of them computes a part of the sum."""
+
+    head_dims = {"weight": 1}
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -1,14 +1,14 @@
-"""A projection through a narrow middle, as the data-dependent gates of linear models have it."""
+"""A projection into heads through a narrow middle, as the data-dependent gates of linear models have it."""
 
 from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from torchlmoe.layers.linear import Linear
+from torchlmoe.layers.linear import ColumnLinear, Linear
 
 
 class LowRank(nn.Module):
-    """x [..., in] -> up(activation(down(x))), [..., out]."""
+    """x [..., in] -> up(activation(down(x))), [..., out]. All heads share the middle."""
 
     def __init__(
         self, in_features: int, rank: int, out_features: int, activation: Callable[[Tensor], Tensor] | None = None
@@ -16,7 +16,7 @@ class LowRank(nn.Module):
         super().__init__()
         self.activation = activation
         self.down_proj = Linear(in_features, rank)
-        self.up_proj = Linear(rank, out_features)
+        self.up_proj = ColumnLinear(rank, out_features)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.down_proj(x)

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchlmoe.layers.initialization import normal_
-from torchlmoe.layers.linear import Linear
+from torchlmoe.layers.linear import ColumnLinear, RowLinear
 
 
 class MLP(nn.Module):
@@ -13,9 +13,9 @@ class MLP(nn.Module):
     def __init__(self, dim: int, hidden_dim: int, *, init_std: float = 0.02):
         super().__init__()
         self.init_std = init_std
-        self.gate_proj = Linear(dim, hidden_dim)
-        self.up_proj = Linear(dim, hidden_dim)
-        self.down_proj = Linear(hidden_dim, dim)
+        self.gate_proj = ColumnLinear(dim, hidden_dim)
+        self.up_proj = ColumnLinear(dim, hidden_dim)
+        self.down_proj = RowLinear(hidden_dim, dim)
 
     def init_weights(self) -> None:
         for layer in (self.gate_proj, self.up_proj, self.down_proj):

@@ -68,11 +68,16 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """RMS norm with a weight per channel (arXiv 1910.07467)."""
+    """RMS norm with a weight per channel (arXiv 1910.07467).
 
-    def __init__(self, dim: int, eps: float = 1e-6):
+    across_heads: whether the channels are those of all heads, of which a rank may have a part; else heads share the
+        weight.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-6, *, across_heads: bool = False):
         super().__init__()
         self.eps = eps
+        self.head_dims = {"weight": 0} if across_heads else {}
         self.weight = nn.Parameter(torch.empty(dim))
 
     def init_weights(self) -> None:
@@ -85,8 +90,15 @@ class RMSNorm(nn.Module):
 class GatedRMSNorm(RMSNorm):
     """RMS norm times SiLU, or another function, of a gate: x, gate [..., dim] -> [..., dim]."""
 
-    def __init__(self, dim: int, eps: float = 1e-6, activation: Callable[[Tensor], Tensor] = F.silu):
-        super().__init__(dim, eps)
+    def __init__(
+        self,
+        dim: int,
+        eps: float = 1e-6,
+        activation: Callable[[Tensor], Tensor] = F.silu,
+        *,
+        across_heads: bool = False,
+    ):
+        super().__init__(dim, eps, across_heads=across_heads)
         self.activation = activation
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
@@ -99,16 +111,23 @@ class GroupRMSNorm(RMSNorm):
     """RMS norm of each of `num_groups` equal parts of the channels, with a weight per channel (arXiv 2405.21060)."""
 
     def __init__(self, dim: int, num_groups: int, eps: float = 1e-6):
-        super().__init__(dim, eps)
-        self.num_groups = num_groups
+        super().__init__(dim, eps, across_heads=True)
+        self.group_width = dim // num_groups
 
     def forward(self, x: Tensor) -> Tensor:
-        groups = (self.num_groups, -1)
+        groups = (-1, self.group_width)
         return rms_norm(x.unflatten(-1, groups), self.weight.view(groups), self.eps).flatten(-2)
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer norm with a weight and a bias per channel (arXiv 1607.06450)."""
+    """Layer norm with a weight and a bias per channel (arXiv 1607.06450); across_heads as of `RMSNorm`."""
+
+    def __init__(self, dim: int, eps: float = 1e-6, *, across_heads: bool = False):
+        super().__init__(dim, eps)
+        self.head_dims = {"weight": 0, "bias": 0} if across_heads else {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
 
     def init_weights(self) -> None:
         constant_(self.weight, 1.0)
@@ -117,6 +136,8 @@ class LayerNorm(nn.LayerNorm):
 
 class HeadNorm(nn.Module):
     """Layer norm of each head, with a weight and a bias per channel: x [..., heads, V] -> [..., heads * V]."""
+
+    head_dims = {"weight": 0, "bias": 0}
 
     def __init__(self, num_heads: int, head_dim: int, eps: float):
         super().__init__()

@@ -1,73 +1,54 @@
 """What a layer is told about the tokens it sees: their places, and where documents begin and end."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from torchlmoe.layers.memories import Memories, MemoryLinear
 from torchlmoe.ops.chunk_layout import check_bounds_at_hand
 
 
 @dataclass(frozen=True)
-class Sequence:
+class MicrobatchShare:
+    """What the balance of experts needs to know of a microbatch; other layers do not read it.
+
+    loss_weight: the microbatch's share of the rows of the optimizer step over all ranks; 0 leaves balance losses and
+        load counts out.
+    row_length: tokens in one row of data (with B = 1 the rows of a batch lie back to back).
+    counted: bool [B, T], False for padding, which enters no load, balance loss or capacity; None if there is none.
+    """
+
+    loss_weight: float = 1.0
+    row_length: int | None = None
+    counted: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class SequenceLayout:
     """Describes x [B, T, dim] to every layer of the model.
 
     positions: int64 [B, T], each token's place in its document.
     cu_seqlens: int32 [N + 1] bounds of the documents packed into one row (B = 1), empty ones allowed; None where each
         row is one document.
     start: the place of the first token in the packed row, of which cu_seqlens tells, where ranks hold spans of it.
-    row_length: tokens in one row of data (with B = 1 the rows of a batch lie back to back).
-    loss_weight: this microbatch's share of the rows of the optimizer step over all ranks; 0
-            leaves balance losses and load counts out.
-    counted: bool [B, T], False for padding, which enters no load, balance loss or capacity; None if there is none. See
-        `counting`.
-    memories: where the recurrence keeps the tokens, if not all of a document in one state.
-    common: of what the layers of a letter have in common (`Mixer.common`), this layer's entry.
     """
 
     positions: Tensor
     cu_seqlens: Tensor | None = None
-    row_length: int | None = None
-    loss_weight: float = 1.0
-    memories: Memories | None = None
-    common: Tensor | None = None
     start: int = 0
-    counted: Tensor | None = None
-
-    def counted_T(self) -> Tensor:
-        """bool [B * T], of rows laid back to back: `counted`, or True throughout."""
-        counted = torch.ones_like(self.positions, dtype=torch.bool) if self.counted is None else self.counted
-        return counted.flatten()
-
-    def restarted(self, cached: Tensor) -> Tensor:
-        """What a cache [B, ...] holds, zero in rows that begin a document now."""
-        begins = self.positions[:, 0] == 0
-        return cached.masked_fill(begins.view(-1, *[1] * (cached.dim() - 1)), 0)
-
-    @property
-    def packed_memories(self) -> Memories | None:
-        """The memories, where they have projections of their own: what enters the recurrence comes packed then."""
-        return None if self.memories is None or self.memories.by_memory is None else self.memories
-
-    def project(self, projection: Callable[..., Tensor], x: Tensor) -> Tensor:
-        """projection(x) of x [B, T, dim], [B, T, ...]; [1, M, ...] where there are `packed_memories`."""
-        memories = self.packed_memories
-        if memories is None:
-            return projection(x)
-        return projection(x, memories) if isinstance(projection, MemoryLinear) else memories.pack(projection(x))
+    share: MicrobatchShare = field(default_factory=MicrobatchShare)
 
     @classmethod
     def of_rows(
         cls, batch_size: int, length: int, device: torch.device | None = None, loss_weight: float = 1.0
-    ) -> "Sequence":
+    ) -> "SequenceLayout":
         """Rows that are one document each."""
         positions = torch.arange(length, device=device).expand(batch_size, length)
-        return cls(positions, None, length, loss_weight)
+        return cls(positions, share=MicrobatchShare(loss_weight, length))
 
     @classmethod
-    def of_packed_rows(cls, document_bounds: Tensor, length: int, loss_weight: float = 1.0) -> "Sequence":
+    def of_packed_rows(cls, document_bounds: Tensor, length: int, loss_weight: float = 1.0) -> "SequenceLayout":
         """A microbatch's B rows back to back; document_bounds int32 [B, max_docs + 1], filled with `length`.
 
         Raises ValueError for bounds that do not rise from 0 to `length` in every row (on a GPU the device asserts it).
@@ -82,9 +63,23 @@ class Sequence:
         tokens = torch.arange(batch_size * length, device=document_bounds.device)
         document = torch.searchsorted(ends, tokens.to(torch.int32), right=True)
         positions = (tokens - cu_seqlens[document])[None]
-        return cls(positions, cu_seqlens, length, loss_weight)
+        return cls(positions, cu_seqlens, share=MicrobatchShare(loss_weight, length))
 
-    def counting(self, labelled: Tensor) -> "Sequence":
+    def counted_T(self) -> Tensor:
+        """bool [B * T], of rows laid back to back: `share.counted`, or True throughout."""
+        counted = self.share.counted
+        return (torch.ones_like(self.positions, dtype=torch.bool) if counted is None else counted).flatten()
+
+    def restarted(self, cached: Tensor) -> Tensor:
+        """What a cache [B, ...] holds, zero in rows that begin a document now."""
+        begins = self.positions[:, 0] == 0
+        return cached.masked_fill(begins.view(-1, *[1] * (cached.dim() - 1)), 0)
+
+    def project(self, projection: Callable[..., Tensor], x: Tensor) -> Tensor:
+        """projection(x) for what enters a recurrence. A layout that reorders tokens for the recurrence does it here."""
+        return projection(x)
+
+    def counting(self, labelled: Tensor) -> "SequenceLayout":
         """Tells padding apart: the tokens after a document's last label, of which no part of the loss depends.
 
         labelled: bool, as many as there are positions, whether a token has a label. A prompt without labels before an
@@ -97,10 +92,15 @@ class Sequence:
         distance = following - token
         # Within a document, positions rise with tokens.
         same_document = position[following.clamp(max=len(position) - 1)] == position + distance
-        return replace(self, counted=(same_document & (following < len(position))).view_as(self.positions))
+        counted = (same_document & (following < len(position))).view_as(self.positions)
+        return replace(self, share=replace(self.share, counted=counted))
 
-    def span(self, index: int, num_spans: int) -> "Sequence":
+    def span(self, index: int, num_spans: int) -> "SequenceLayout":
         """The index-th of `num_spans` equal parts of one packed row."""
-        positions = self.positions.chunk(num_spans, 1)[index]
-        counted = None if self.counted is None else self.counted.chunk(num_spans, 1)[index]
-        return replace(self, positions=positions, counted=counted, start=index * positions.shape[1])
+        positions, counted = self.positions.chunk(num_spans, 1)[index], self.share.counted
+        counted = None if counted is None else counted.chunk(num_spans, 1)[index]
+        share = replace(self.share, counted=counted)
+        return replace(self, positions=positions, start=index * positions.shape[1], share=share)
+
+
+Sequence = SequenceLayout  # its name in earlier versions

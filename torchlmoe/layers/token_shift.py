@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from torchlmoe.layers.initialization import copy_
-from torchlmoe.layers.sequence import Sequence
-from torchlmoe.parallel.halo import TokenShiftHalo
+from torchlmoe.layers.sequence import SequenceLayout
+from torchlmoe.styles.halo import TokenShiftHalo
 
 
 class TokenMix(nn.Module):
@@ -16,6 +16,8 @@ class TokenMix(nn.Module):
 
     power, less: at the start the weight of channel i is 1 - (i / channels)^power - less.
     """
+
+    head_dims: dict[str, int] = {}  # of the residual stream's channels
 
     def __init__(self, channels: int, power: float, less: float = 0.0):
         super().__init__()
@@ -38,7 +40,7 @@ class TokenShift(nn.Module):
         super().__init__()
         self.channels = channels
 
-    def forward(self, x: Tensor, *, sequence: Sequence, cache: TensorDict | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, sequence: SequenceLayout, cache: TensorDict | None = None) -> Tensor:
         if cache is None:
             shifted = F.pad(x, (0, 0, 1, 0))[:, :-1]
         else:
@@ -51,5 +53,5 @@ class TokenShift(nn.Module):
         last = torch.zeros(batch_size, 1, self.channels, dtype=dtype, device=device)
         return TensorDict({"input": last}, batch_size=[batch_size])
 
-    def sequence_parallel_style(self, lsm: str, attention: str) -> ParallelStyle:
+    def context_parallel_style(self, lsm: str, attention: str) -> ParallelStyle:
         return TokenShiftHalo()

@@ -23,30 +23,34 @@ from torchlmoe.mixers.rwkv7 import RWKV7
 from torchlmoe.mixers.s4 import S4
 from torchlmoe.mixers.titans import Titans
 from torchlmoe.mixers.ttt import TTT
+from torchlmoe.options import Registry
 
-MIXERS: dict[str, type[Mixer]] = {
-    "bla": BasicLinearAttention,
-    "lightning": LightningAttention,
-    "retention": Retention,
-    "gla": GatedLinearAttention,
-    "hgrn2": HGRN2,
-    "s4": S4,
-    "mamba": Mamba,
-    "mamba2": Mamba2,
-    "rwkv6": RWKV6,
-    "rwkv7": RWKV7,
-    "gateloop": GateLoop,
-    "gfw": GatedFastWeights,
-    "based": Based,
-    "rebased": ReBased,
-    "deltanet": DeltaNet,
-    "gated_deltanet": GatedDeltaNet,
-    "kda": KimiDeltaAttention,
-    "gsa": GatedSlotAttention,
-    "mom": MixtureOfMemories,
-    "ttt": TTT,
-    "titans": Titans,
-    "attention": Attention,
-}
+MIXERS: Registry[type[Mixer]] = Registry(
+    "Mixer",
+    {
+        "bla": BasicLinearAttention,
+        "lightning": LightningAttention,
+        "retention": Retention,
+        "gla": GatedLinearAttention,
+        "hgrn2": HGRN2,
+        "s4": S4,
+        "mamba": Mamba,
+        "mamba2": Mamba2,
+        "rwkv6": RWKV6,
+        "rwkv7": RWKV7,
+        "gateloop": GateLoop,
+        "gfw": GatedFastWeights,
+        "based": Based,
+        "rebased": ReBased,
+        "deltanet": DeltaNet,
+        "gated_deltanet": GatedDeltaNet,
+        "kda": KimiDeltaAttention,
+        "gsa": GatedSlotAttention,
+        "mom": MixtureOfMemories,
+        "ttt": TTT,
+        "titans": Titans,
+        "attention": Attention,
+    },
+)
 
 __all__ = ["MIXERS", "Mixer"]

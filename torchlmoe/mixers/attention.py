@@ -12,15 +12,16 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from torchlmoe.layers.linear import Linear
+from torchlmoe.layers.linear import ColumnLinear, RowLinear
 from torchlmoe.layers.low_rank import LowRank
 from torchlmoe.layers.norms import RMSNorm
 from torchlmoe.layers.rotary import check_rotary_dim, rotary_phases, rotate
-from torchlmoe.layers.sequence import Sequence
-from torchlmoe.mixers.base import InitStd, Mixer, NormEps, split_heads
+from torchlmoe.layers.sequence import SequenceLayout
+from torchlmoe.mixers.base import Mixer, split_heads
 from torchlmoe.mixers.latent_attention import LatentKeyValues
 from torchlmoe.ops.packed_attention import cached_attention, packed_attention
-from torchlmoe.parallel.attention import AttentionSequenceParallel
+from torchlmoe.options import InitStd, NormEps
+from torchlmoe.styles.attention import AttentionSequenceParallel
 
 Rotation = Callable[[Tensor], Tensor]
 
@@ -35,7 +36,7 @@ class InnerAttention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
         return packed_attention(q, k, v, **options)
 
-    def sequence_parallel_style(self, lsm: str, attention: str) -> ParallelStyle:
+    def context_parallel_style(self, lsm: str, attention: str) -> ParallelStyle:
         """attention: "all_gather" or "ulysses", which raises ValueError where heads cannot be spread over ranks."""
         return AttentionSequenceParallel(attention, self.num_heads)
 
@@ -90,14 +91,14 @@ class Attention(Mixer):
         check_rotary_dim(self.rotary_dim, f"rotary_fraction = {rotary_fraction} of head_dim = {self.head_dim}")
         self.rope_base, self.sliding_window = rope_base, sliding_window
         if q_rank is None:
-            self.q_proj: nn.Module = Linear(dim, num_heads * self.head_dim)
+            self.q_proj: nn.Module = ColumnLinear(dim, num_heads * self.head_dim)
         else:
             self.q_proj = LowRank(dim, q_rank, num_heads * self.head_dim, RMSNorm(q_rank, norm_eps))
         self.value_dim = value_dim or self.head_dim
         self.latent: LatentKeyValues | None = None
         if kv_rank is None:
-            self.k_proj = Linear(dim, num_kv_heads * self.head_dim)
-            self.v_proj = Linear(dim, num_kv_heads * self.head_dim)
+            self.k_proj = ColumnLinear(dim, num_kv_heads * self.head_dim)
+            self.v_proj = ColumnLinear(dim, num_kv_heads * self.head_dim)
         else:
             shared_dim = self.rotary_dim if shared_key_dim is None else shared_key_dim
             if not max(1, self.rotary_dim) <= shared_dim < self.head_dim:
@@ -114,10 +115,10 @@ class Attention(Mixer):
         self.q_norm = RMSNorm(self.head_dim, norm_eps) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_dim, norm_eps) if qk_norm else nn.Identity()
         self.inner = InnerAttention(num_heads)
-        self.gate_proj = Linear(dim, num_heads * self.value_dim) if output_gate else None
-        self.o_proj = Linear(num_heads * self.value_dim, dim)
+        self.gate_proj = ColumnLinear(dim, num_heads * self.value_dim) if output_gate else None
+        self.o_proj = RowLinear(num_heads * self.value_dim, dim)
 
-    def forward(self, x: Tensor, *, sequence: Sequence, cache: TensorDict | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, sequence: SequenceLayout, cache: TensorDict | None = None) -> Tensor:
         turn = self._rotation(sequence.positions)
         q = turn(self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim))))
         attend = self._attend if self.latent is None else self._attend_latent
@@ -132,7 +133,9 @@ class Attention(Mixer):
         phases = rotary_phases(positions, self.rotary_dim, self.rope_base)
         return lambda heads: rotate(heads, phases)
 
-    def _attend(self, x: Tensor, q: Tensor, turn: Rotation, sequence: Sequence, cache: TensorDict | None) -> Tensor:
+    def _attend(
+        self, x: Tensor, q: Tensor, turn: Rotation, sequence: SequenceLayout, cache: TensorDict | None
+    ) -> Tensor:
         k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.k_proj, self.v_proj))
         k = turn(self.k_norm(k))
         if cache is None:
@@ -141,7 +144,7 @@ class Attention(Mixer):
         return cached_attention(q, k, v, sequence.positions, window=self.sliding_window)
 
     def _attend_latent(
-        self, x: Tensor, q: Tensor, turn: Rotation, sequence: Sequence, cache: TensorDict | None
+        self, x: Tensor, q: Tensor, turn: Rotation, sequence: SequenceLayout, cache: TensorDict | None
     ) -> Tensor:
         assert self.latent is not None
         latent, k = self.latent(x)

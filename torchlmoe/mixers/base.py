@@ -2,19 +2,16 @@
 
 import inspect
 from dataclasses import dataclass
-from typing import Annotated, Any, get_type_hints
+from typing import Any
 
 import torch
-from pydantic import Field
 from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from torchlmoe.layers.initialization import normal_
-from torchlmoe.layers.sequence import Sequence
-
-NormEps = Annotated[float, Field(ge=1e-12, le=0.1, description="Added under the root of every norm.")]
-InitStd = Annotated[float, Field(ge=1e-6, le=10, description="Standard deviation of projections at the start.")]
+from torchlmoe.layers.sequence import SequenceLayout
+from torchlmoe.options import Configurable
 
 
 @dataclass(frozen=True)
@@ -29,7 +26,7 @@ class Place:
     first: bool = True
 
 
-class Mixer(nn.Module):
+class Mixer(Configurable, nn.Module):
     """x [B, T, dim] -> [B, T, dim], looking across tokens only inside its recurrence, its convolutions or `inner`.
 
     The keyword arguments of a mixer's constructor are its settings in `[model.layers.<letter>]`: annotate each with
@@ -37,13 +34,17 @@ class Mixer(nn.Module):
 
     A mixer whose layers hand a tensor on, from the first of them to all later ones, sets `shared_width`: then its
     forward also takes `shared` [B, T, shared_width] and returns it, its own or the one it was given, beside y. Blocks
-    with other mixers pass it along.
+    with other mixers pass it along. One whose layers have parameters in common overrides `common`.
+
+    head_dims: of the parameters that the mixer itself holds, as of every module with parameters (`layers.linear`).
     """
 
     init_std: float
     shared_width: int = 0
+    head_dims: dict[str, int] = {}
+    part_of_heads: tuple[int, int] = (0, 1)  # which part of the heads this rank has, and of how many
 
-    def forward(self, x: Tensor, *, sequence: Sequence, cache: TensorDict | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, sequence: SequenceLayout, cache: TensorDict | None = None) -> Tensor:
         """cache: what `init_cache` returned, brought up to date in place; then each row is one document, and one whose
         first position is 0 begins anew, whatever the cache holds.
         """
@@ -61,7 +62,7 @@ class Mixer(nn.Module):
 
     def common(self, num_layers: int) -> nn.Module | None:
         """What the `num_layers` layers of a letter have in common in the model: a module of the decoder that, called
-        without arguments, returns an entry for each of them, in `sequence.common` of its forward. None: nothing.
+        without arguments, returns an entry for each of them, which its forward takes as `common`. None: nothing.
         """
         return None
 
@@ -69,21 +70,15 @@ class Mixer(nn.Module):
         """Forward FLOPs of one token in a sequence of `seq_len`, a multiply-add counting two, recurrence included."""
         raise TypeError(f"{type(self).__name__} must define flops_per_token(seq_len).")
 
-    def tensor_parallel_plan(self) -> dict[str, ParallelStyle]:
-        """Styles by submodule; empty where the mixer cannot be split by heads."""
-        return {}
-
-    def sequence_parallel_plan(
-        self, lsm: str = "all_gather", attention: str = "all_gather"
-    ) -> dict[str, ParallelStyle]:
+    def context_parallel_plan(self, lsm: str = "all_gather", attention: str = "all_gather") -> dict[str, ParallelStyle]:
         """Styles by submodule: of each one that looks across tokens, its own. Empty where there is none.
 
         lsm, attention: how recurrences and softmax attention communicate, as in `[parallelism]`.
         """
         return {
-            name: module.sequence_parallel_style(lsm, attention)  # type: ignore[operator]
+            name: module.context_parallel_style(lsm, attention)  # type: ignore[operator]
             for name, module in self.named_modules()
-            if hasattr(module, "sequence_parallel_style")
+            if hasattr(module, "context_parallel_style")
         }
 
     @classmethod
@@ -91,27 +86,6 @@ class Mixer(nn.Module):
         """The mixer, told its place if its constructor takes one."""
         takes_place = "place" in inspect.signature(cls).parameters
         return cls(dim, **({"place": place} if takes_place else {}), **options)  # type: ignore[call-arg]
-
-    @classmethod
-    def settings(cls) -> dict[str, tuple[Any, Any]]:
-        """The keyword arguments of the constructor: name -> (type with limits, default, or ... for none).
-
-        Where it hands on `**options`, those of its parent's constructor too.
-        """
-        found: dict[str, tuple[Any, Any]] = {}
-        for base in cls.__mro__:
-            constructor = base.__dict__.get("__init__")
-            if constructor is None:
-                continue
-            hints = get_type_hints(constructor, include_extras=True)
-            parameters = inspect.signature(constructor).parameters.values()
-            for parameter in parameters:
-                if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
-                    default = ... if parameter.default is inspect.Parameter.empty else parameter.default
-                    found.setdefault(parameter.name, (hints[parameter.name], default))
-            if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
-                break
-        return found
 
     def projection_flops(self) -> int:
         """Forward FLOPs of one token in all projections."""

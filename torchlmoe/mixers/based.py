@@ -13,14 +13,12 @@ from torch import Tensor
 
 from torchlmoe.layers.feature_maps import taylor_features
 from torchlmoe.layers.recurrence import recur_normalized
-from torchlmoe.layers.sequence import Sequence
-from torchlmoe.mixers.base import NormEps
+from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.mixers.recurrent import RecurrentMixer
+from torchlmoe.options import NormEps
 
 
 class Based(RecurrentMixer):
-    memory_projections = ("k_proj", "v_proj")
-
     def __init__(
         self,
         dim: int,
@@ -35,7 +33,7 @@ class Based(RecurrentMixer):
         self.key_dim = 1 + feature_dim + feature_dim * (feature_dim + 1) // 2
         self.value_dim += 1  # the sum of the weights
 
-    def forward(self, x: Tensor, *, sequence: Sequence, cache: TensorDict | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, sequence: SequenceLayout, cache: TensorDict | None = None) -> Tensor:
         q, k, v = self.project(x, sequence=sequence)
         q, k = self.features(q), self.features(k)
         o = recur_normalized(

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from torchlmoe.layers.norms import RMSNorm
 from torchlmoe.layers.recurrence import recur, recur_normalized
-from torchlmoe.layers.sequence import Sequence
-from torchlmoe.mixers.base import NormEps
+from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.mixers.recurrent import RecurrentMixer
+from torchlmoe.options import NormEps
 
 FEATURE_MAPS = {
     "identity": lambda x: x,
@@ -27,8 +27,6 @@ FEATURE_MAPS = {
 
 
 class BasicLinearAttention(RecurrentMixer):
-    memory_projections = ("k_proj", "v_proj")
-
     def __init__(
         self,
         dim: int,
@@ -50,7 +48,7 @@ class BasicLinearAttention(RecurrentMixer):
         self.norm = RMSNorm(self.value_dim, norm_eps)
         self.value_dim += normalizer  # the sum of the weights
 
-    def forward(self, x: Tensor, *, sequence: Sequence, cache: TensorDict | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, sequence: SequenceLayout, cache: TensorDict | None = None) -> Tensor:
         q, k, v = self.project(x, sequence=sequence)
         phi = FEATURE_MAPS[self.feature_map]
         options = dict(scale=self.key_dim**-0.5, sequence=sequence, cache=cache)

@@ -13,17 +13,17 @@ from pydantic import Field
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from torchlmoe.layers.linear import Linear
+from torchlmoe.layers.linear import ColumnLinear
 from torchlmoe.layers.norms import RMSNorm, l2_norm
 from torchlmoe.layers.recurrence import recur
-from torchlmoe.layers.sequence import Sequence
-from torchlmoe.mixers.base import NormEps, scaled_width, split_heads
+from torchlmoe.layers.sequence import SequenceLayout
+from torchlmoe.mixers.base import scaled_width, split_heads
 from torchlmoe.mixers.recurrent import ConvolvedMixer
+from torchlmoe.options import NormEps
 
 
 class DeltaNet(ConvolvedMixer):
     erases = True
-    memory_projections: tuple[str, ...] = ("k_proj", "v_proj", "b_proj")
 
     def __init__(
         self,
@@ -49,10 +49,10 @@ class DeltaNet(ConvolvedMixer):
         key_width, value_width = (num_key_heads or num_heads) * head_dim, num_heads * scaled_width(head_dim, expand_v)
         super().__init__(dim, key_width, value_width, num_key_heads, num_heads=num_heads, **options)
         self.max_beta = 2.0 if negative_eigenvalues else 1.0
-        self.b_proj = Linear(dim, num_heads)
+        self.b_proj = ColumnLinear(dim, num_heads)
         self.norm: nn.Module = RMSNorm(self.value_dim, norm_eps)
 
-    def forward(self, x: Tensor, *, sequence: Sequence, cache: TensorDict | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, sequence: SequenceLayout, cache: TensorDict | None = None) -> Tensor:
         q, k, v = self.project(x, sequence=sequence, cache=cache)
         beta = sequence.project(self.b_proj, x).sigmoid() * self.max_beta
         o = recur(
@@ -68,7 +68,7 @@ class DeltaNet(ConvolvedMixer):
         )
         return self.o_proj(self.normalize(o, x).flatten(2))
 
-    def log_decay(self, x: Tensor, sequence: Sequence) -> Tensor | None:
+    def log_decay(self, x: Tensor, sequence: SequenceLayout) -> Tensor | None:
         """x [B, T, dim] -> [B, T, heads] or [B, T, heads, K], by `sequence.project`; None for no decay."""
         return None
 

@@ -14,12 +14,12 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from torchlmoe.layers.initialization import constant_, normal_
-from torchlmoe.layers.linear import Linear
-from torchlmoe.layers.recurrence import OnlineGradient
-from torchlmoe.layers.sequence import Sequence
-from torchlmoe.mixers.base import NormEps
+from torchlmoe.layers.linear import ColumnLinear
+from torchlmoe.layers.online_gradient import OnlineGradient
+from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.mixers.recurrent import RecurrentMixer
 from torchlmoe.ops.online_gradient import online_gradient_flops_per_token
+from torchlmoe.options import NormEps
 
 
 class FastWeights(nn.Module):
@@ -28,10 +28,11 @@ class FastWeights(nn.Module):
     """
 
     float32_island = True
+    head_dims = {"weight": 0, "bias": 0, "norm_weight": 0, "norm_bias": 0}
 
     def __init__(self, num_heads: int, head_dim: int, bias: bool, init_std: float):
         super().__init__()
-        self.num_heads, self.init_std = num_heads, init_std
+        self.init_std = init_std
         self.weight = nn.Parameter(torch.empty(num_heads, head_dim, head_dim))
         self.bias = nn.Parameter(torch.empty(num_heads * head_dim)) if bias else None
         self.norm_weight = nn.Parameter(torch.empty(num_heads * head_dim))
@@ -48,7 +49,7 @@ class FastWeights(nn.Module):
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         weight, norm_weight, norm_bias = self.weight.to(dtype), self.norm_weight.to(dtype), self.norm_bias.to(dtype)
         if self.bias is not None:
-            weight = torch.cat([weight, self.bias.to(dtype).view(self.num_heads, 1, -1)], 1)
+            weight = torch.cat([weight, self.bias.to(dtype).view(len(weight), 1, -1)], 1)
         return weight, norm_weight, norm_bias
 
 
@@ -73,7 +74,7 @@ class FastWeightMixer(RecurrentMixer):
     ):
         super().__init__(dim, dim, dim, recurrence=OnlineGradient, **options)
         self.mini_batch_size, self.max_learning_rate, self.norm_eps = mini_batch_size, max_learning_rate, norm_eps
-        self.learning_rate_proj = Linear(dim, self.num_heads)
+        self.learning_rate_proj = ColumnLinear(dim, self.num_heads)
         self.fast_weights = FastWeights(self.num_heads, self.key_dim, self.has_bias, self.start_std)
 
     def learning_rate(self, x: Tensor, bias: Tensor | float = 0.0) -> Tensor:
@@ -87,13 +88,13 @@ class FastWeightMixer(RecurrentMixer):
         k: Tensor,
         v: Tensor,
         *,
-        sequence: Sequence,
+        sequence: SequenceLayout,
         cache: TensorDict | None,
         **terms: Tensor,
     ) -> Tensor:
         """q, k, v [B, T, heads, K] -> f(q), like q; terms: `learning_rate` and the others of `online_gradient`."""
         weight, norm_weight, norm_bias = self.fast_weights()
-        norm_weight, norm_bias = (x.view(self.num_heads, -1) for x in (norm_weight, norm_bias))
+        norm_weight, norm_bias = (x.view(-1, self.value_dim) for x in (norm_weight, norm_bias))
         inputs, target = q.to(weight.dtype), v.to(weight.dtype) - k
         if self.has_bias:
             q, k = F.pad(q, (0, 1), value=1.0), F.pad(k, (0, 1), value=1.0)

@@ -10,25 +10,24 @@ whose layer this equals.
 from torch import Tensor
 
 from torchlmoe.layers.decay_gate import DecayGate
-from torchlmoe.layers.linear import Linear
+from torchlmoe.layers.linear import ColumnLinear
 from torchlmoe.layers.norms import GatedRMSNorm
-from torchlmoe.layers.sequence import Sequence
-from torchlmoe.mixers.base import NormEps
+from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.mixers.deltanet import DeltaNet
+from torchlmoe.options import NormEps
 
 
 class GatedDeltaNet(DeltaNet):
     decays = True
-    memory_projections = (*DeltaNet.memory_projections, "a_proj")
 
     def __init__(self, dim: int, *, norm_eps: NormEps = 1e-6, **options):
         super().__init__(dim, norm_eps=norm_eps, **options)
-        self.a_proj = Linear(dim, self.num_heads)
+        self.a_proj = ColumnLinear(dim, self.num_heads)
         self.decay = DecayGate(self.num_heads)
-        self.gate_proj = Linear(dim, self.num_heads * self.value_dim)
+        self.gate_proj = ColumnLinear(dim, self.num_heads * self.value_dim)
         self.norm = GatedRMSNorm(self.value_dim, norm_eps)
 
-    def log_decay(self, x: Tensor, sequence: Sequence) -> Tensor:
+    def log_decay(self, x: Tensor, sequence: SequenceLayout) -> Tensor:
         return self.decay(sequence.project(self.a_proj, x), with_step=False)[0]
 
     def normalize(self, o: Tensor, x: Tensor) -> Tensor:

@@ -18,14 +18,15 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from torchlmoe.layers.decay_gate import LogSigmoidDecay
-from torchlmoe.layers.linear import Linear
+from torchlmoe.layers.linear import ColumnLinear
 from torchlmoe.layers.norms import GatedRMSNorm
 from torchlmoe.layers.recurrence import LinearRecurrence, recur
 from torchlmoe.layers.rotary import check_rotary_dim, rotate
-from torchlmoe.layers.sequence import Sequence
-from torchlmoe.mixers.base import NormEps, scaled_width
+from torchlmoe.layers.sequence import SequenceLayout
+from torchlmoe.mixers.base import scaled_width
 from torchlmoe.mixers.recurrent import ExpandK, ExpandV, RecurrentMixer
 from torchlmoe.ops.linear_recurrence import recurrence_flops_per_token
+from torchlmoe.options import NormEps
 
 
 class GateLoop(RecurrentMixer):
@@ -37,17 +38,17 @@ class GateLoop(RecurrentMixer):
         key_width, value_width = scaled_width(dim, expand_k), scaled_width(dim, expand_v)
         super().__init__(dim, key_width, value_width, **options)
         check_rotary_dim(self.key_dim, f"dim * expand_k = {key_width} in num_heads = {self.num_heads} heads")
-        self.decay_proj = Linear(dim, key_width // 2)
+        self.decay_proj = ColumnLinear(dim, key_width // 2)
         self.decay = LogSigmoidDecay(key_width // 2)
-        self.phase_proj = Linear(dim, key_width // 2)
-        self.phase_sum = LinearRecurrence(self.recurrence.backend)
-        self.gate_proj = Linear(dim, value_width)
+        self.phase_proj = ColumnLinear(dim, key_width // 2)
+        self.phase_sum = LinearRecurrence(self.backend)
+        self.gate_proj = ColumnLinear(dim, value_width)
         self.norm = GatedRMSNorm(self.value_dim, norm_eps)
 
-    def forward(self, x: Tensor, *, sequence: Sequence, cache: TensorDict | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, sequence: SequenceLayout, cache: TensorDict | None = None) -> Tensor:
         q, k, v = self.project(x, sequence=sequence)
         phase = self._phase(x, sequence, None if cache is None else cache["phase_sum"])
-        log_decay = self.decay(self.decay_proj(x)).unflatten(-1, (self.num_heads, -1))
+        log_decay = self.decay(self.decay_proj(x)).unflatten(-1, (-1, self.key_dim // 2))
         o = recur(
             self.recurrence,
             rotate(q, phase),
@@ -60,10 +61,10 @@ class GateLoop(RecurrentMixer):
         )
         return self.o_proj(self.norm(o, self.gate_proj(x).view_as(o)).flatten(2))
 
-    def _phase(self, x: Tensor, sequence: Sequence, cache: TensorDict | None) -> tuple[Tensor, Tensor]:
+    def _phase(self, x: Tensor, sequence: SequenceLayout, cache: TensorDict | None) -> tuple[Tensor, Tensor]:
         """cos and sin of Phi, each [B, T, heads, K / 2] in at least float32."""
         # The sum is float64: over a long document it would lose its digits in float32, the remainder does not.
-        step = self.phase_proj(x).double().unflatten(-1, (self.num_heads, -1))
+        step = self.phase_proj(x).double().unflatten(-1, (-1, self.key_dim // 2))
         one = torch.ones_like(step[:, :, :1, :1])
         phase = recur(self.phase_sum, one, one, step, sequence=sequence, cache=cache).remainder(2 * math.pi)
         phase = phase.to(torch.promote_types(x.dtype, torch.float32))

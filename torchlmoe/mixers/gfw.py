@@ -16,20 +16,21 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from torchlmoe.layers.decay_gate import LogSigmoidDecay
+from torchlmoe.layers.elementwise_recurrence import ElementwiseRecurrence
 from torchlmoe.layers.initialization import constant_
-from torchlmoe.layers.linear import Linear
+from torchlmoe.layers.linear import ColumnLinear
 from torchlmoe.layers.low_rank import LowRank
 from torchlmoe.layers.norms import RMSNorm
-from torchlmoe.layers.recurrence import ElementwiseRecurrence, LinearRecurrence, recur
-from torchlmoe.layers.sequence import Sequence
-from torchlmoe.mixers.base import NormEps, scaled_width
+from torchlmoe.layers.recurrence import LinearRecurrence, recur
+from torchlmoe.layers.sequence import SequenceLayout
+from torchlmoe.mixers.base import scaled_width
 from torchlmoe.mixers.recurrent import ExpandK, ExpandV, RecurrentMixer
 from torchlmoe.ops.elementwise_recurrence import elementwise_flops_per_token
+from torchlmoe.options import NormEps
 
 
 class GatedFastWeights(RecurrentMixer):
     decays = True
-    memory_projections = ("k_proj", "v_proj")
 
     def __init__(
         self,
@@ -54,9 +55,9 @@ class GatedFastWeights(RecurrentMixer):
             self.gate_proj = LowRank(dim, gate_rank or 16, key_width * self.value_dim)
             self.decay = LogSigmoidDecay(key_width * self.value_dim)
         else:
-            self.key_gate_proj = Linear(dim, key_width)
+            self.key_gate_proj = ColumnLinear(dim, key_width)
             self.key_decay = LogSigmoidDecay(key_width)
-            self.value_gate_proj = Linear(dim, value_width)
+            self.value_gate_proj = ColumnLinear(dim, value_width)
             self.value_decay = LogSigmoidDecay(value_width)
         self.norm = RMSNorm(self.value_dim, norm_eps)
 
@@ -66,7 +67,7 @@ class GatedFastWeights(RecurrentMixer):
             if isinstance(decay, LogSigmoidDecay):
                 constant_(decay.bias, 5.0)
 
-    def forward(self, x: Tensor, *, sequence: Sequence, cache: TensorDict | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, sequence: SequenceLayout, cache: TensorDict | None = None) -> Tensor:
         q, k, v = self.project(x, sequence=sequence)
         if self.gate == "full":
             gates = {"log_decay": self.decay(self.gate_proj(x)).view(*k.shape, self.value_dim)}

@@ -11,18 +11,18 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from torchlmoe.layers.decay_gate import LogSigmoidDecay
-from torchlmoe.layers.linear import Linear
+from torchlmoe.layers.linear import ColumnLinear
 from torchlmoe.layers.low_rank import LowRank
 from torchlmoe.layers.norms import GatedRMSNorm
 from torchlmoe.layers.recurrence import recur
-from torchlmoe.layers.sequence import Sequence
-from torchlmoe.mixers.base import NormEps, scaled_width
+from torchlmoe.layers.sequence import SequenceLayout
+from torchlmoe.mixers.base import scaled_width
 from torchlmoe.mixers.recurrent import ExpandK, ExpandV, RecurrentMixer
+from torchlmoe.options import NormEps
 
 
 class GatedLinearAttention(RecurrentMixer):
     decays = True
-    memory_projections = ("k_proj", "v_proj")
 
     def __init__(
         self,
@@ -39,10 +39,10 @@ class GatedLinearAttention(RecurrentMixer):
         super().__init__(dim, key_width, value_width, **options)
         self.decay_proj = LowRank(dim, gate_rank, key_width)
         self.decay = LogSigmoidDecay(key_width, gate_normalizer)
-        self.gate_proj = Linear(dim, value_width)
+        self.gate_proj = ColumnLinear(dim, value_width)
         self.norm = GatedRMSNorm(self.value_dim, norm_eps)
 
-    def forward(self, x: Tensor, *, sequence: Sequence, cache: TensorDict | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, sequence: SequenceLayout, cache: TensorDict | None = None) -> Tensor:
         q, k, v = self.project(x, sequence=sequence)
         log_decay = self.decay(sequence.project(self.decay_proj, x)).view_as(k)
         o = recur(

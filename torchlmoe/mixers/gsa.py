@@ -17,13 +17,14 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from torchlmoe.layers.decay_gate import LogSigmoidDecay
-from torchlmoe.layers.linear import Linear
+from torchlmoe.layers.linear import ColumnLinear
 from torchlmoe.layers.norms import RMSNorm
 from torchlmoe.layers.recurrence import LinearRecurrence, recur
-from torchlmoe.layers.sequence import Sequence
-from torchlmoe.mixers.base import NormEps, scaled_width
+from torchlmoe.layers.sequence import SequenceLayout
+from torchlmoe.mixers.base import scaled_width
 from torchlmoe.mixers.recurrent import ExpandK, ExpandV, RecurrentMixer
 from torchlmoe.ops.linear_recurrence import recurrence_flops_per_token
+from torchlmoe.options import NormEps
 
 
 class GatedSlotAttention(RecurrentMixer):
@@ -45,14 +46,14 @@ class GatedSlotAttention(RecurrentMixer):
         value_width = scaled_width(dim, expand_v)
         super().__init__(dim, scaled_width(dim, expand_k), value_width, **options)
         self.head_dim, self.key_dim = self.key_dim, num_slots or self.key_dim  # the second pass's keys are the slots
-        self.slot_proj = Linear(dim, self.num_heads * self.key_dim)
+        self.slot_proj = ColumnLinear(dim, self.num_heads * self.key_dim)
         self.decay = LogSigmoidDecay(self.num_heads * self.key_dim, gate_normalizer)
-        self.slot_scores = LinearRecurrence(self.recurrence.backend)
-        self.norm = RMSNorm(value_width, norm_eps)
+        self.slot_scores = LinearRecurrence(self.backend)
+        self.norm = RMSNorm(value_width, norm_eps, across_heads=True)
 
-    def forward(self, x: Tensor, *, sequence: Sequence, cache: TensorDict | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, sequence: SequenceLayout, cache: TensorDict | None = None) -> Tensor:
         q, k, v = (F.silu(part) for part in self.project(x, sequence=sequence))
-        log_decay = self.decay(self.slot_proj(x)).unflatten(-1, (self.num_heads, -1))
+        log_decay = self.decay(self.slot_proj(x)).unflatten(-1, (-1, self.key_dim))
         write = -torch.expm1(log_decay)  # 1 - alpha
         scores = recur(
             self.slot_scores,

@@ -15,15 +15,18 @@ from torch import Tensor, nn
 from torchlmoe.layers.initialization import constant_
 from torchlmoe.layers.norms import RMSNorm
 from torchlmoe.layers.recurrence import recur
-from torchlmoe.layers.sequence import Sequence
-from torchlmoe.mixers.base import NormEps, scaled_width
+from torchlmoe.layers.sequence import SequenceLayout
+from torchlmoe.mixers.base import scaled_width
 from torchlmoe.mixers.recurrent import ExpandK, RecurrentMixer
+from torchlmoe.options import NormEps
 
 
 class LowerBounds(nn.Module):
     """-> the bounds of every layer, [num_layers, width] in at least float32, the first's zero."""
 
     float32_island = True
+
+    head_dims: dict[str, int] = {}  # rows are layers: a rank takes its heads' part of the result
 
     def __init__(self, num_layers: int, width: int):
         super().__init__()
@@ -41,20 +44,21 @@ class LowerBounds(nn.Module):
 
 class HGRN2(RecurrentMixer):
     decays = True
-    memory_projections = ("k_proj", "v_proj")
 
     def __init__(self, dim: int, *, expand_k: ExpandK = 1.0, norm_eps: NormEps = 1e-6, **options):
         super().__init__(dim, scaled_width(dim, expand_k), dim, **options)
-        self.norm = RMSNorm(dim, norm_eps)
+        self.norm = RMSNorm(dim, norm_eps, across_heads=True)
 
     def common(self, num_layers: int) -> LowerBounds:
         return LowerBounds(num_layers, self.num_heads * self.key_dim)
 
-    def forward(self, x: Tensor, *, sequence: Sequence, cache: TensorDict | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, *, sequence: SequenceLayout, cache: TensorDict | None = None, common: Tensor | None = None
+    ) -> Tensor:
         q, f, v = self.project(x, sequence=sequence)
         log_forget = F.logsigmoid(f.to(torch.promote_types(f.dtype, torch.float32)))
-        if sequence.common is not None:
-            bound = sequence.common.view(self.num_heads, self.key_dim)
+        if common is not None:
+            bound = common.view(-1, self.key_dim)
             limits = torch.finfo(bound.dtype)
             bound = bound.clamp(limits.tiny, 1 - limits.eps)  # log 0 has no gradient
             log_forget = torch.logaddexp(bound.log(), torch.log1p(-bound) + log_forget)

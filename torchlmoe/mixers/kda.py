@@ -16,9 +16,9 @@ from torch import Tensor
 from torchlmoe.layers.decay_gate import DecayGate
 from torchlmoe.layers.low_rank import LowRank
 from torchlmoe.layers.norms import GatedRMSNorm
-from torchlmoe.layers.sequence import Sequence
-from torchlmoe.mixers.base import NormEps
+from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.mixers.deltanet import DeltaNet
+from torchlmoe.options import NormEps
 
 
 class KimiDeltaAttention(DeltaNet):
@@ -41,7 +41,7 @@ class KimiDeltaAttention(DeltaNet):
         self.gate_proj = LowRank(dim, gate_rank, self.num_heads * self.value_dim)
         self.norm = GatedRMSNorm(self.value_dim, norm_eps, torch.sigmoid)
 
-    def log_decay(self, x: Tensor, sequence: Sequence) -> Tensor:
+    def log_decay(self, x: Tensor, sequence: SequenceLayout) -> Tensor:
         return self.decay(sequence.project(self.decay_proj, x), with_step=False)[0]
 
     def normalize(self, o: Tensor, x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchlmoe.layers.linear import Linear
+from torchlmoe.layers.linear import ColumnLinear, Linear
 from torchlmoe.layers.norms import RMSNorm
 
 
@@ -22,20 +22,20 @@ class LatentKeyValues(nn.Module):
         self, dim: int, num_heads: int, rank: int, *, key_dim: int, shared_dim: int, value_dim: int, norm_eps: float
     ):
         super().__init__()
-        self.num_heads, self.rank = num_heads, rank
+        self.rank = rank
         self.key_dim, self.shared_dim, self.value_dim = key_dim, shared_dim, value_dim
         self.shared_key_proj = Linear(dim, shared_dim)
         self.down_proj = Linear(dim, rank)
         self.norm = RMSNorm(rank, norm_eps)
-        self.up_proj = Linear(rank, num_heads * (key_dim - shared_dim + value_dim))
+        self.up_proj = ColumnLinear(rank, num_heads * (key_dim - shared_dim + value_dim))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.norm(self.down_proj(x)), self.shared_key_proj(x)[:, :, None]
 
     def expand(self, latent: Tensor, shared_key: Tensor) -> tuple[Tensor, Tensor]:
         """k [B, T, heads, key_dim], and v like k, its channels beyond value_dim zero: fused kernels want one width."""
-        own_key, v = self.up_proj(latent).unflatten(-1, (self.num_heads, -1)).split(self._widths(), -1)
-        k = torch.cat([shared_key.expand(-1, -1, self.num_heads, -1), own_key], -1)
+        own_key, v = self.up_proj(latent).unflatten(-1, (-1, sum(self._widths()))).split(self._widths(), -1)
+        k = torch.cat([shared_key.expand(-1, -1, own_key.shape[2], -1), own_key], -1)
         return k, v if self.value_dim == self.key_dim else F.pad(v, (0, self.key_dim - self.value_dim))
 
     def to_latent(self, q: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ class LatentKeyValues(nn.Module):
 
     def _up_weights(self) -> tuple[Tensor, ...]:
         """[heads, own key channels, rank] and [heads, value_dim, rank]."""
-        return self.up_proj.weight.unflatten(0, (self.num_heads, -1)).split(self._widths(), 1)
+        return self.up_proj.weight.unflatten(0, (-1, sum(self._widths()))).split(self._widths(), 1)
 
     def _widths(self) -> list[int]:
         return [self.key_dim - self.shared_dim, self.value_dim]

@@ -11,29 +11,29 @@ import torch.nn.functional as F
 from tensordict import TensorDict
 from torch import Tensor
 
-from torchlmoe.layers.linear import Linear
+from torchlmoe.layers.linear import ColumnLinear
 from torchlmoe.layers.norms import GatedRMSNorm
 from torchlmoe.layers.recurrence import recur
-from torchlmoe.layers.sequence import Sequence
-from torchlmoe.mixers.base import NormEps, Place
+from torchlmoe.layers.sequence import SequenceLayout
+from torchlmoe.mixers.base import Place
 from torchlmoe.mixers.recurrent import RecurrentMixer
+from torchlmoe.options import NormEps
 
 
 class LightningAttention(RecurrentMixer):
     decays = True
-    memory_projections = ("k_proj", "v_proj")
 
     def __init__(self, dim: int, place: Place | None = None, *, norm_eps: NormEps = 1e-6, **options):
         super().__init__(dim, dim, dim, **options)
         place = place or Place()
         # As published, with a little of the decay left in the last layer.
         self.factor = 1 - place.index / (place.num_layers - 1 + 1e-5) + 1e-5
-        self.gate_proj = Linear(dim, dim)
-        self.norm = GatedRMSNorm(dim, norm_eps, torch.sigmoid)
+        self.gate_proj = ColumnLinear(dim, dim)
+        self.norm = GatedRMSNorm(dim, norm_eps, torch.sigmoid, across_heads=True)
 
-    def forward(self, x: Tensor, *, sequence: Sequence, cache: TensorDict | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, sequence: SequenceLayout, cache: TensorDict | None = None) -> Tensor:
         q, k, v = (F.silu(heads) for heads in self.project(x, sequence=sequence))
-        head = torch.arange(1, self.num_heads + 1, dtype=torch.float64, device=x.device)
+        head = 1 + self.head_numbers(x.device)
         log_decay = -self.factor * torch.exp2(-8 * head / self.num_heads)
         o = recur(self.recurrence, q, k, v, log_decay=log_decay, sequence=sequence, cache=cache)
         return self.o_proj(self.norm(o.flatten(2), self.gate_proj(x)))

@@ -17,20 +17,23 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from torchlmoe.layers.decay_gate import draw_step
+from torchlmoe.layers.elementwise_recurrence import ElementwiseRecurrence
 from torchlmoe.layers.initialization import constant_, fill_, uniform_
-from torchlmoe.layers.linear import Linear
-from torchlmoe.layers.recurrence import ElementwiseRecurrence, recur
-from torchlmoe.layers.sequence import Sequence
+from torchlmoe.layers.linear import ColumnLinear, RowLinear
+from torchlmoe.layers.recurrence import recur
+from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.layers.short_convolution import ShortConvolution
-from torchlmoe.mixers.base import InitStd, Mixer, recurrent_state, scaled_width
+from torchlmoe.mixers.base import Mixer, recurrent_state, scaled_width
 from torchlmoe.ops.elementwise_recurrence import elementwise_flops_per_token
 from torchlmoe.ops.linear_recurrence import Backend
+from torchlmoe.options import InitStd
 
 
 class SelectiveDecay(nn.Module):
     """x [B, T, channels] -> the step, like x, and its rates [N, channels] (<= 0), in at least float32."""
 
     float32_island = True
+    head_dims = {"A_log": 0, "dt_bias": 0}  # channel after channel
 
     def __init__(self, channels: int, state_dim: int):
         super().__init__()
@@ -51,6 +54,8 @@ class SelectiveDecay(nn.Module):
 
 
 class Mamba(Mixer):
+    head_dims = {"D": 0}
+
     def __init__(
         self,
         dim: int,
@@ -71,22 +76,22 @@ class Mamba(Mixer):
         if channels == 0:
             raise ValueError(f"expand = {expand} of dim = {dim} gives no channels; make it at least {1 / dim}.")
         self.channels, self.state_dim, self.init_std = channels, state_dim, init_std
-        self.x_proj = Linear(dim, channels)
-        self.gate_proj = Linear(dim, channels)
+        self.x_proj = ColumnLinear(dim, channels)
+        self.gate_proj = ColumnLinear(dim, channels)
         self.x_conv = ShortConvolution(channels, conv_size, bias=True)
-        self.step_B_C_proj = Linear(channels, self.step_rank + 2 * state_dim)
-        self.step_proj = Linear(self.step_rank, channels)
+        self.step_B_C_proj = RowLinear(channels, self.step_rank + 2 * state_dim)
+        self.step_proj = ColumnLinear(self.step_rank, channels)
         self.decay = SelectiveDecay(channels, state_dim)
         self.recurrence = ElementwiseRecurrence(backend)
         self.D = nn.Parameter(torch.empty(channels))
-        self.o_proj = Linear(channels, dim)
+        self.o_proj = RowLinear(channels, dim)
 
     def init_weights(self) -> None:
         super().init_weights()
         uniform_(self.step_proj.weight, -(self.step_rank**-0.5), self.step_rank**-0.5)
         constant_(self.D, 1.0)
 
-    def forward(self, x: Tensor, *, sequence: Sequence, cache: TensorDict | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, sequence: SequenceLayout, cache: TensorDict | None = None) -> Tensor:
         gate = self.gate_proj(x)
         x = self.x_conv(self.x_proj(x), sequence=sequence, cache=None if cache is None else cache["x_conv"])
         step, B, C = self.step_B_C_proj(x).split([self.step_rank, self.state_dim, self.state_dim], -1)

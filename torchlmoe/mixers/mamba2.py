@@ -17,16 +17,18 @@ from torch import Tensor, nn
 
 from torchlmoe.layers.decay_gate import DecayGate
 from torchlmoe.layers.initialization import constant_
-from torchlmoe.layers.linear import Linear
+from torchlmoe.layers.linear import ColumnLinear
 from torchlmoe.layers.norms import GroupRMSNorm
 from torchlmoe.layers.recurrence import recur
-from torchlmoe.layers.sequence import Sequence
-from torchlmoe.mixers.base import NormEps, scaled_width
+from torchlmoe.layers.sequence import SequenceLayout
+from torchlmoe.mixers.base import scaled_width
 from torchlmoe.mixers.recurrent import ConvolvedMixer, ExpandV
+from torchlmoe.options import NormEps
 
 
 class Mamba2(ConvolvedMixer):
     decays = True
+    head_dims = {"D": 0}
 
     def __init__(
         self,
@@ -44,8 +46,8 @@ class Mamba2(ConvolvedMixer):
             raise ValueError(f"max_step = {max_step} must not be below min_step = {min_step}.")
         value_width = scaled_width(dim, expand_v)
         super().__init__(dim, num_groups * state_dim, value_width, num_groups, conv_bias=True, **options)
-        self.gate_proj = Linear(dim, value_width)
-        self.dt_proj = Linear(dim, self.num_heads)
+        self.gate_proj = ColumnLinear(dim, value_width)
+        self.dt_proj = ColumnLinear(dim, self.num_heads)
         self.decay = DecayGate(self.num_heads, rates=(1.0, 16.0), step_limits=(min_step, max_step))
         self.D = nn.Parameter(torch.empty(self.num_heads))
         self.norm = GroupRMSNorm(value_width, num_groups, norm_eps)
@@ -54,7 +56,7 @@ class Mamba2(ConvolvedMixer):
         super().init_weights()
         constant_(self.D, 1.0)
 
-    def forward(self, x: Tensor, *, sequence: Sequence, cache: TensorDict | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, sequence: SequenceLayout, cache: TensorDict | None = None) -> Tensor:
         c, b, v = self.project(x, sequence=sequence, cache=cache)
         log_decay, step = self.decay(self.dt_proj(x))
         written = (v * step[..., None]).to(v.dtype)

@@ -10,7 +10,6 @@ a run. With `single_kv_proj` all memories share the projections; then convolutio
 and the recurrence alone sees runs. The shared memory is one more, which every token goes to with weight one.
 """
 
-from dataclasses import replace
 from typing import Annotated, Any
 
 import torch
@@ -18,22 +17,30 @@ import torch.nn.functional as F
 from pydantic import Field
 from tensordict import TensorDict
 from torch import Tensor, nn
-from torch.distributed.tensor.parallel import ParallelStyle
 
-from torchlmoe.layers.balance import LoadBalance
-from torchlmoe.layers.memories import Memories, MemoryLinear
 from torchlmoe.layers.recurrence import LinearRecurrence
-from torchlmoe.layers.router import Router
-from torchlmoe.layers.sequence import Sequence
-from torchlmoe.mixers.base import InitStd, Mixer, NormEps, Place
+from torchlmoe.layers.sequence import SequenceLayout
+from torchlmoe.layers.short_convolution import ShortConvolution
+from torchlmoe.mixers.base import Mixer, Place
+from torchlmoe.mixers.memories import Memories, MemoryLinear, MemoryRecurrence, MemorySequence, RunConvolution
 from torchlmoe.mixers.recurrent import RecurrentMixer
 from torchlmoe.ops.grouped_matmul import run_alignment
 from torchlmoe.ops.linear_recurrence import Backend
-from torchlmoe.parallel.halo import ConvHalo
-from torchlmoe.parallel.run_halo import RunHalo
+from torchlmoe.options import InitStd, NormEps
+from torchlmoe.routing.balance import LoadBalance, RoutedLayer
+from torchlmoe.routing.router import Router
+
+_KEYS_AND_VALUES = ("k_proj", "v_proj")
+# By mixer, the projections that each memory has its own of. A mixer that is added here makes all that enters its
+# recurrence by `sequence.project`, and of that nothing goes past the recurrence.
+OWN_PROJECTIONS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("bla", "lightning", "retention", "gla", "hgrn2", "gfw", "based", "rebased"), _KEYS_AND_VALUES),
+    **dict.fromkeys(("deltanet", "kda"), (*_KEYS_AND_VALUES, "b_proj")),
+    "gated_deltanet": (*_KEYS_AND_VALUES, "b_proj", "a_proj"),
+}
 
 
-class MixtureOfMemories(Mixer):
+class MixtureOfMemories(RoutedLayer, Mixer):
     def __init__(
         self,
         dim: int,
@@ -81,22 +88,29 @@ class MixtureOfMemories(Mixer):
                 f"inner = {inner!r} cannot have a mixture of memories; it must hold one linear recurrence and no more."
             )
         self.inner, self.shared_width, self.single_kv_proj = built, built.shared_width, single_kv_proj
+        built.recurrence = MemoryRecurrence(built.backend)
         if single_kv_proj:
             return
-        if not built.memory_projections:
+        if inner not in OWN_PROJECTIONS:
             raise ValueError(
                 f"inner = {inner!r} cannot have keys and values of each memory's own; set single_kv_proj = true."
             )
-        for name in built.memory_projections:
+        for name in OWN_PROJECTIONS[inner]:
             shared = getattr(built, name)
             own = MemoryLinear(shared.in_features, shared.out_features, num_memories + shared_memory, init_std)
             setattr(built, name, own)
+        for name, child in list(built.named_children()):
+            if isinstance(child, ShortConvolution):
+                channels, width = child.weight.shape
+                setattr(built, name, RunConvolution(channels, width, child.bias is not None, child.activation))
 
-    def forward(self, x: Tensor, *, sequence: Sequence, cache: TensorDict | None = None, **shared: Tensor) -> Tensor:
-        """shared: given where the inner mixer's layers share a tensor, and then returned beside y."""
+    def forward(
+        self, x: Tensor, *, sequence: SequenceLayout, cache: TensorDict | None = None, **handed: Tensor
+    ) -> Tensor:
+        """handed: `shared` and `common`, for the inner mixer, which returns the former beside y."""
         routing = self.router(x.flatten(0, 1))
         memory_TK, weight_TK = routing.expert_TK, routing.weight_TK
-        if self.training and sequence.loss_weight and torch.is_grad_enabled() and cache is None:
+        if self.training and sequence.share.loss_weight and torch.is_grad_enabled() and cache is None:
             weight_TK = self.load_balance(weight_TK, routing, memory_TK.new_zeros(()), sequence)
         if self.shared_memory:
             memory_TK = F.pad(memory_TK, (0, 1), value=self.num_memories)
@@ -111,27 +125,10 @@ class MixtureOfMemories(Mixer):
             own_projections=not self.single_kv_proj,
             alignment=run_alignment(x),
         )
-        return self.inner(x, sequence=replace(sequence, memories=memories), cache=cache, **shared)
+        return self.inner(x, sequence=MemorySequence.of(sequence, memories), cache=cache, **handed)
 
     def common(self, num_layers: int) -> nn.Module | None:
         return self.inner.common(num_layers)
-
-    def sequence_parallel_plan(
-        self, lsm: str = "all_gather", attention: str = "all_gather"
-    ) -> dict[str, ParallelStyle]:
-        """Where convolutions see runs, a token's predecessors are not those of its row."""
-        plan = super().sequence_parallel_plan(lsm, attention)
-        if self.single_kv_proj:
-            return plan
-        return {name: RunHalo() if isinstance(style, ConvHalo) else style for name, style in plan.items()}
-
-    def pop_counters(self) -> dict[str, Tensor]:
-        """As of `MoE`: the tokens that each memory was chosen by, and the balance loss."""
-        return self.load_balance.pop_counters()
-
-    def end_step(self, counts: Tensor) -> None:
-        """As of `MoE`."""
-        self.load_balance.end_step(counts)
 
     def init_cache(
         self, batch_size: int, max_length: int, dtype: torch.dtype, device: torch.device | None = None

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from torchlmoe.layers.feature_maps import pair_products
 from torchlmoe.layers.norms import LayerNorm
-from torchlmoe.mixers.base import NormEps
 from torchlmoe.mixers.based import Based
+from torchlmoe.options import NormEps
 
 NORMALIZER_EPS = 1e-5  # as the sum of the weights, an inner product of features, is rounded by up to 1e-6 in float32
 

@@ -1,19 +1,21 @@
 """What the mixers around one linear recurrence share: projections, short convolutions, cache and FLOPs."""
 
+from collections.abc import Callable
 from typing import Annotated
 
 import torch
 from pydantic import Field
 from tensordict import TensorDict
-from torch import Tensor
+from torch import Tensor, nn
 
-from torchlmoe.layers.linear import Linear
-from torchlmoe.layers.recurrence import ElementwiseRecurrence, LinearRecurrence, OnlineGradient
-from torchlmoe.layers.sequence import Sequence
+from torchlmoe.layers.linear import ColumnLinear, RowLinear
+from torchlmoe.layers.recurrence import LinearRecurrence
+from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.layers.short_convolution import ShortConvolution
 from torchlmoe.layers.token_shift import TokenShift
-from torchlmoe.mixers.base import InitStd, Mixer, recurrent_state, split_heads
+from torchlmoe.mixers.base import Mixer, recurrent_state, split_heads
 from torchlmoe.ops.linear_recurrence import Backend, recurrence_flops_per_token
+from torchlmoe.options import InitStd
 
 ExpandK = Annotated[float, Field(ge=0.01, le=100, description="Width of all keys together, as a multiple of dim.")]
 ExpandV = Annotated[float, Field(ge=0.01, le=100, description="Width of all values together, as a multiple of dim.")]
@@ -22,17 +24,13 @@ ExpandV = Annotated[float, Field(ge=0.01, le=100, description="Width of all valu
 class RecurrentMixer(Mixer):
     """Heads of q, k and v by projection, one recurrence with a state [key_dim, value_dim] per head, output projection.
 
-    key_width, value_width: of all heads of k and of v together. recurrence: its class. A subclass may change key_dim or
-    value_dim where its feature map does, and says by `decays` and `erases` which terms its recurrence has. Its
-    constructor hands on `**options`, so that the keyword arguments here are settings of every such mixer.
-
-    memory_projections: names of the projections that each memory of a mixture may have its own of. A mixer that names
-    any makes all that enters its recurrence by `sequence.project`, and of that nothing goes past the recurrence.
+    key_width, value_width: of all heads of k and of v together. recurrence: makes it from a backend. A subclass may
+    change key_dim or value_dim where its feature map does, and says by `decays` and `erases` which terms its recurrence
+    has. Its constructor hands on `**options`, so that the keyword arguments here are settings of every such mixer.
     """
 
     decays = False
     erases = False
-    memory_projections: tuple[str, ...] = ()
     shares_qk = False  # whether q and k are one projection
 
     def __init__(
@@ -41,7 +39,7 @@ class RecurrentMixer(Mixer):
         key_width: int,
         value_width: int,
         num_key_heads: int | None = None,
-        recurrence: type[LinearRecurrence | ElementwiseRecurrence | OnlineGradient] = LinearRecurrence,
+        recurrence: Callable[[str], nn.Module] = LinearRecurrence,
         *,
         num_heads: Annotated[int, Field(ge=1, description="Heads; where keys are shared, value heads.")],
         backend: Backend = "auto",
@@ -54,12 +52,13 @@ class RecurrentMixer(Mixer):
         self.num_heads, self.num_key_heads, self.init_std = num_heads, num_key_heads, init_std
         self.key_dim = split_heads(key_width, num_key_heads, "dim" if key_width == dim else "dim * expand_k")
         self.value_dim = split_heads(value_width, num_heads, "dim" if value_width == dim else "dim * expand_v")
-        self.q_proj = Linear(dim, key_width)
+        self.head_widths = (self.key_dim, self.value_dim)  # as projected, whatever a feature map makes of them
+        self.q_proj = ColumnLinear(dim, key_width)
         if not self.shares_qk:
-            self.k_proj = Linear(dim, key_width)
-        self.v_proj = Linear(dim, value_width)
-        self.recurrence = recurrence(backend)
-        self.o_proj = Linear(value_width, dim)
+            self.k_proj = ColumnLinear(dim, key_width)
+        self.v_proj = ColumnLinear(dim, value_width)
+        self.backend, self.recurrence = backend, recurrence(backend)
+        self.o_proj = RowLinear(value_width, dim)
 
     def init_cache(
         self, batch_size: int, max_length: int, dtype: torch.dtype, device: torch.device | None = None
@@ -87,16 +86,23 @@ class RecurrentMixer(Mixer):
         )
 
     def project(
-        self, x: Tensor, *, sequence: Sequence, cache: TensorDict | None = None
+        self, x: Tensor, *, sequence: SequenceLayout, cache: TensorDict | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, T, dim] -> q, k [B, T, key heads, K] and v [B, T, heads, V]; packed as `sequence.project` says."""
         q, k, v = (sequence.project(projection, x) for projection in (self.q_proj, self.k_proj, self.v_proj))
         return self.split_heads(q, k, v)
 
+    def head_numbers(self, device: torch.device) -> Tensor:
+        """The numbers, from 0, that this rank's heads have in the whole model: float64 [heads]."""
+        part, num_parts = self.part_of_heads
+        return torch.arange(self.num_heads, dtype=torch.float64, device=device).chunk(num_parts)[part]
+
     def split_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Each [B, T, width] -> [B, T, heads, width of a head]."""
-        q, k = (x.unflatten(-1, (self.num_key_heads, -1)) for x in (q, k))
-        return q, k, v.unflatten(-1, (self.num_heads, -1))
+        # By width, so that a rank which has a part of the heads splits those it has.
+        key_width, value_width = self.head_widths
+        q, k = (x.unflatten(-1, (-1, key_width)) for x in (q, k))
+        return q, k, v.unflatten(-1, (-1, value_width))
 
 
 class ConvolvedMixer(RecurrentMixer):
@@ -119,7 +125,7 @@ class ConvolvedMixer(RecurrentMixer):
         self.v_conv = ShortConvolution(value_width, conv_size, conv_bias)
 
     def project(
-        self, x: Tensor, *, sequence: Sequence, cache: TensorDict | None = None
+        self, x: Tensor, *, sequence: SequenceLayout, cache: TensorDict | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         caches = {} if cache is None else cache
         q = self.q_conv(sequence.project(self.q_proj, x), sequence=sequence, cache=caches.get("q_conv"))

@@ -11,18 +11,18 @@ from pydantic import Field
 from tensordict import TensorDict
 from torch import Tensor
 
-from torchlmoe.layers.linear import Linear
+from torchlmoe.layers.linear import ColumnLinear
 from torchlmoe.layers.norms import GatedRMSNorm
 from torchlmoe.layers.recurrence import recur
 from torchlmoe.layers.rotary import check_rotary_dim, rotary_phases, rotate
-from torchlmoe.layers.sequence import Sequence
-from torchlmoe.mixers.base import NormEps, scaled_width
+from torchlmoe.layers.sequence import SequenceLayout
+from torchlmoe.mixers.base import scaled_width
 from torchlmoe.mixers.recurrent import ExpandV, RecurrentMixer
+from torchlmoe.options import NormEps
 
 
 class Retention(RecurrentMixer):
     decays = True
-    memory_projections = ("k_proj", "v_proj")
 
     def __init__(
         self,
@@ -37,20 +37,19 @@ class Retention(RecurrentMixer):
         super().__init__(dim, dim, value_width, **options)
         check_rotary_dim(self.key_dim, f"dim = {dim} in num_heads = {self.num_heads} heads")
         self.rope_base = rope_base
-        self.gate_proj = Linear(dim, value_width)
+        self.gate_proj = ColumnLinear(dim, value_width)
         self.norm = GatedRMSNorm(self.value_dim, norm_eps)
 
-    def forward(self, x: Tensor, *, sequence: Sequence, cache: TensorDict | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, sequence: SequenceLayout, cache: TensorDict | None = None) -> Tensor:
         q, k, v = self.project(x, sequence=sequence)
         positions = sequence.project(lambda _: sequence.positions, x)
         phases = rotary_phases(positions, self.key_dim, self.rope_base)
-        head = torch.arange(self.num_heads, dtype=torch.float64, device=x.device)
         o = recur(
             self.recurrence,
             rotate(q, phases),
             rotate(k, phases),
             v,
-            log_decay=torch.log1p(-torch.exp2(-5 - head)),
+            log_decay=torch.log1p(-torch.exp2(-5 - self.head_numbers(x.device))),
             scale=self.key_dim**-0.5,
             sequence=sequence,
             cache=cache,

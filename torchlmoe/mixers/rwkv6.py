@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from torchlmoe.layers.decay_gate import BiasedDecay
 from torchlmoe.layers.initialization import constant_, copy_, uniform_
-from torchlmoe.layers.linear import Linear
+from torchlmoe.layers.linear import ColumnLinear, Linear
 from torchlmoe.layers.low_rank import LowRank
 from torchlmoe.layers.norms import HeadNorm
 from torchlmoe.layers.recurrence import recur
-from torchlmoe.layers.sequence import Sequence
+from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.layers.token_shift import TokenMix, TokenShift
 from torchlmoe.mixers.base import Place
 from torchlmoe.mixers.recurrent import RecurrentMixer
@@ -29,6 +29,7 @@ from torchlmoe.mixers.recurrent import RecurrentMixer
 
 class RWKV6(RecurrentMixer):
     decays = True
+    head_dims = {"bonus": 0}
 
     def __init__(
         self,
@@ -50,7 +51,7 @@ class RWKV6(RecurrentMixer):
         self.mix = nn.ModuleDict(
             {name: TokenMix(dim, power, 0.3 * self.depth if name == "v" else 0.0) for name, power in powers.items()}
         )
-        self.gate_proj = Linear(dim, dim)
+        self.gate_proj = ColumnLinear(dim, dim)
         self.decay_proj = LowRank(dim, decay_rank, dim, torch.tanh)
         self.decay = BiasedDecay(dim, "exp")
         self.bonus = nn.Parameter(torch.empty(dim))
@@ -67,7 +68,7 @@ class RWKV6(RecurrentMixer):
         for up_proj in (*self.mix_up_proj.values(), self.decay_proj.up_proj):
             uniform_(up_proj.get_parameter("weight"), -0.01, 0.01)
 
-    def forward(self, x: Tensor, *, sequence: Sequence, cache: TensorDict | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, sequence: SequenceLayout, cache: TensorDict | None = None) -> Tensor:
         previous = self.token_shift(x, sequence=sequence, cache=None if cache is None else cache["token_shift"])
         difference = previous - x
         hidden = self.mix_down_proj(self.mix_x(x, difference)).tanh().chunk(len(self.mix), -1)
@@ -75,7 +76,7 @@ class RWKV6(RecurrentMixer):
             mix(x, difference, up_proj(part))
             for mix, up_proj, part in zip(self.mix.values(), self.mix_up_proj.values(), hidden, strict=True)
         )
-        heads = (self.num_heads, self.key_dim)
+        heads = (-1, self.key_dim)
         o = recur(
             self.recurrence,
             *self.split_heads(self.q_proj(r), self.k_proj(k), self.v_proj(v)),

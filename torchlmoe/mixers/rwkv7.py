@@ -24,7 +24,7 @@ from torchlmoe.layers.initialization import constant_, copy_, orthogonal_
 from torchlmoe.layers.low_rank import LowRank
 from torchlmoe.layers.norms import HeadNorm, l2_norm
 from torchlmoe.layers.recurrence import recur
-from torchlmoe.layers.sequence import Sequence
+from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.layers.token_shift import TokenMix, TokenShift
 from torchlmoe.mixers.base import Place
 from torchlmoe.mixers.recurrent import RecurrentMixer
@@ -34,6 +34,7 @@ Rank = Annotated[int | None, Field(ge=1, description="Rank of a low-rank project
 
 class RWKV7(RecurrentMixer):
     decays = erases = True
+    head_dims = dict.fromkeys(("rate_bias", "first_value_bias", "erase_scale", "rate_share", "bonus"), 0)
 
     def __init__(
         self,
@@ -88,7 +89,7 @@ class RWKV7(RecurrentMixer):
                 orthogonal_(projection.up_proj.weight, 0.1)
 
     def forward(  # type: ignore[override]  # with `shared` it returns a pair, see `Mixer.shared_width`
-        self, x: Tensor, *, sequence: Sequence, cache: TensorDict | None = None, shared: Tensor | None = None
+        self, x: Tensor, *, sequence: SequenceLayout, cache: TensorDict | None = None, shared: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         previous = self.token_shift(x, sequence=sequence, cache=None if cache is None else cache["token_shift"])
         difference = previous - x
@@ -104,7 +105,7 @@ class RWKV7(RecurrentMixer):
             v = torch.lerp(v, shared.to(v.dtype), share.to(v.dtype))  # of one dtype under autocast, too
         log_decay = self.decay(self.decay_proj(x_w))
         rate = (self.rate_proj(x_a) + self.rate_bias).sigmoid()
-        heads = (self.num_heads, self.key_dim)
+        heads = (-1, self.key_dim)
         unit = l2_norm((k * self.erase_scale).unflatten(-1, heads), eps=1e-12)
         k = (k * (1 + (rate - 1) * self.rate_share)).unflatten(-1, heads)
         r, v, rate, log_decay = (part.unflatten(-1, heads) for part in (r, v, rate, log_decay))

@@ -17,13 +17,15 @@ from pydantic import Field
 from tensordict import TensorDict
 from torch import Tensor, nn
 
+from torchlmoe.layers.elementwise_recurrence import ElementwiseRecurrence
 from torchlmoe.layers.initialization import constant_, fill_, normal_, uniform_
-from torchlmoe.layers.linear import Linear
-from torchlmoe.layers.recurrence import ElementwiseRecurrence, recur
-from torchlmoe.layers.sequence import Sequence
-from torchlmoe.mixers.base import InitStd, Mixer, recurrent_state
+from torchlmoe.layers.linear import RowLinear
+from torchlmoe.layers.recurrence import recur
+from torchlmoe.layers.sequence import SequenceLayout
+from torchlmoe.mixers.base import Mixer, recurrent_state
 from torchlmoe.ops.elementwise_recurrence import elementwise_flops_per_token
 from torchlmoe.ops.linear_recurrence import Backend
+from torchlmoe.options import InitStd
 
 
 def hippo_frequencies(state_dim: int) -> Tensor:
@@ -39,6 +41,7 @@ class DiagonalStateSpace(nn.Module):
     """Its discrete form: what reads the state, [dim, N / 2], and its log decay, [dim, N / 2, 1], both complex."""
 
     float32_island = True
+    head_dims = {"A_log": 0, "frequency": 0, "C": 0, "log_step": 0}  # channel after channel
 
     def __init__(self, dim: int, state_dim: int, initialization: str):
         super().__init__()
@@ -69,6 +72,8 @@ class DiagonalStateSpace(nn.Module):
 
 
 class S4(Mixer):
+    head_dims = {"D": 0}
+
     def __init__(
         self,
         dim: int,
@@ -90,13 +95,15 @@ class S4(Mixer):
         self.state_space = DiagonalStateSpace(dim, state_dim, initialization)
         self.recurrence = ElementwiseRecurrence(backend)
         self.D = nn.Parameter(torch.empty(dim))
-        self.o_proj = Linear(dim, 2 * dim)
+        self.o_proj = RowLinear(dim, 2 * dim)
 
     def init_weights(self) -> None:
         super().init_weights()
         normal_(self.D, 1.0)
 
-    def forward(self, x: Tensor, *, sequence: Sequence, cache: TensorDict | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, sequence: SequenceLayout, cache: TensorDict | None = None) -> Tensor:
+        part, num_parts = self.part_of_heads
+        x = x.chunk(num_parts, -1)[part]  # no projection leads into the channels
         q, log_decay = self.state_space()
         # A head for each channel, whose keys are the state variables and which has one value.
         o = recur(

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from torchlmoe.layers.decay_gate import LogSigmoidDecay
 from torchlmoe.layers.initialization import constant_
-from torchlmoe.layers.linear import Linear
+from torchlmoe.layers.linear import ColumnLinear
 from torchlmoe.layers.norms import GatedRMSNorm, l2_norm
-from torchlmoe.layers.sequence import Sequence
-from torchlmoe.mixers.base import NormEps
+from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.mixers.fast_weights import FastWeightMixer
 from torchlmoe.mixers.recurrent import ConvolvedMixer
+from torchlmoe.options import NormEps
 
 
 class Titans(FastWeightMixer, ConvolvedMixer):
@@ -30,18 +30,18 @@ class Titans(FastWeightMixer, ConvolvedMixer):
 
     def __init__(self, dim: int, *, norm_eps: NormEps = 1e-6, **options):
         super().__init__(dim, norm_eps=norm_eps, **options)
-        self.momentum_proj = Linear(dim, self.num_heads)
+        self.momentum_proj = ColumnLinear(dim, self.num_heads)
         self.momentum = LogSigmoidDecay(self.num_heads)
-        self.forget_proj = Linear(dim, self.num_heads)
+        self.forget_proj = ColumnLinear(dim, self.num_heads)
         self.decay = LogSigmoidDecay(self.num_heads)
-        self.gate_proj = Linear(dim, dim)
+        self.gate_proj = ColumnLinear(dim, dim)
         self.norm = GatedRMSNorm(self.value_dim, norm_eps)
 
     def init_weights(self) -> None:
         super().init_weights()
         constant_(self.decay.bias, 5.0)
 
-    def forward(self, x: Tensor, *, sequence: Sequence, cache: TensorDict | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, sequence: SequenceLayout, cache: TensorDict | None = None) -> Tensor:
         q, k, v = self.project(x, sequence=sequence, cache=cache)
         o = self.read(
             l2_norm(q),

@@ -19,13 +19,13 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from torchlmoe.layers.initialization import constant_
-from torchlmoe.layers.linear import Linear
+from torchlmoe.layers.linear import ColumnLinear
 from torchlmoe.layers.norms import LayerNorm
 from torchlmoe.layers.rotary import check_rotary_dim, rotary_phases, rotate
-from torchlmoe.layers.sequence import Sequence
+from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.layers.short_convolution import ShortConvolution
-from torchlmoe.mixers.base import NormEps
 from torchlmoe.mixers.fast_weights import FastWeightMixer
+from torchlmoe.options import NormEps
 
 
 class StepSize(nn.Module):
@@ -34,6 +34,7 @@ class StepSize(nn.Module):
     """
 
     float32_island = True
+    head_dims = {"bias": 0}
 
     def __init__(self, num_heads: int, mini_batch_size: int):
         super().__init__()
@@ -70,10 +71,10 @@ class TTT(FastWeightMixer):
         self.q_conv = ShortConvolution(dim, conv_size, bias=True, activation=False)
         self.k_conv = ShortConvolution(dim, conv_size, bias=True, activation=False)
         self.step_size = StepSize(self.num_heads, self.mini_batch_size)
-        self.gate_proj = Linear(dim, dim)
-        self.norm = LayerNorm(dim, norm_eps)
+        self.gate_proj = ColumnLinear(dim, dim)
+        self.norm = LayerNorm(dim, norm_eps, across_heads=True)
 
-    def forward(self, x: Tensor, *, sequence: Sequence, cache: TensorDict | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, sequence: SequenceLayout, cache: TensorDict | None = None) -> Tensor:
         caches = {} if cache is None else cache
         shared = self.q_proj(x)
         q = self.q_conv(shared, sequence=sequence, cache=caches.get("q_conv"))

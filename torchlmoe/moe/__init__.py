@@ -1,5 +1,5 @@
-"""Mixture of experts: router, dispatch, experts and load balance."""
+"""The mixture-of-experts layer's place in earlier versions."""
 
-from torchlmoe.moe.layer import MoE
+from torchlmoe.feed_forwards.moe import MoE
 
 __all__ = ["MoE"]

@@ -1,15 +1,16 @@
 """Context parallelism: a microbatch is split into contiguous spans of tokens, and ranks exchange what crosses them.
 
-Mixers look across tokens only in submodules that have a parallel style for that (`Mixer.sequence_parallel_plan`). All
+Mixers look across tokens only in submodules that have a parallel style for that (`Mixer.context_parallel_plan`). All
 else in a model works token by token, but for the load of a row of data, which is summed over its spans.
 """
 
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
-from torchlmoe.config import Parallelism
+from torchlmoe.config.settings import Parallelism
+from torchlmoe.model.batch import Span
 from torchlmoe.model.decoder import Decoder
-from torchlmoe.parallel.halo import Halo
+from torchlmoe.styles.halo import Halo
 
 
 def context_parallel_plans(model: Decoder, settings: Parallelism, span: int) -> dict[str, dict[str, ParallelStyle]]:
@@ -21,7 +22,7 @@ def context_parallel_plans(model: Decoder, settings: Parallelism, span: int) -> 
     for index, block in model.blocks.items():
         mixer, (letter, _) = block.mixer, model.places_in_common[index]
         lsm, attention = settings.lsm_context_parallel, settings.attention_context_parallel
-        plan = mixer.sequence_parallel_plan(lsm=lsm, attention=attention)  # type: ignore[operator,union-attr]
+        plan = mixer.context_parallel_plan(lsm=lsm, attention=attention)  # type: ignore[operator,union-attr]
         if not plan:
             raise ValueError(
                 f"parallelism.context_parallel_degree = {settings.context_parallel_degree} cannot split the "
@@ -46,4 +47,4 @@ def apply_context_parallel(model: Decoder, mesh: DeviceMesh, settings: Paralleli
         parallelize_module(model.blocks[index].get_submodule("mixer"), mesh, plan)
     for layer in model.routed_layers().values():
         layer.load_balance.mesh = mesh
-    model.span = (mesh.get_local_rank(), mesh.size())
+    model.span = Span(mesh.get_local_rank(), mesh.size())

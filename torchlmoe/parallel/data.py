@@ -6,17 +6,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from torchlmoe.model.decoder import Decoder
-from torchlmoe.parallel.mesh import parameter_mesh
 
 
 def apply_fsdp(model: Decoder, mesh: DeviceMesh, dtype: torch.dtype) -> None:
-    """Shards each block's parameters over `dp_shard` and `cp`, replicates over `dp_replicate`, computes in `dtype`.
+    """Shards each block's parameters over `mesh` (`Ranks.parameters`, replicas first), computes in `dtype`.
 
     Parameters keep their own dtype and so do the modules marked `float32_island`; gradients are reduced in at least
     float32. Activations follow the parameters, and what a module is handed keeps its dtype (HGRN2's lower bounds are
     float32). The loss must be a mean over all ranks' tokens: gradients are summed, not averaged.
     """
-    mesh = parameter_mesh(mesh)
     casts_down = torch.promote_types(dtype, torch.float32) != dtype
     policy = (
         MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)

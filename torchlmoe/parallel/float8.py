@@ -6,7 +6,7 @@ import logging
 import torch
 from torch import nn
 
-from torchlmoe.config import Float8
+from torchlmoe.config.settings import Float8
 from torchlmoe.model.decoder import Decoder
 
 logger = logging.getLogger(__name__)

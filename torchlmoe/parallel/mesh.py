@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from torchlmoe.config import Parallelism
+from torchlmoe.config.settings import Parallelism
 
 
 def choose_device(name: str) -> torch.device:
@@ -67,9 +67,3 @@ def parameter_mesh(mesh: DeviceMesh) -> DeviceMesh:
     shard = mesh["dp_shard", "cp"]._flatten("dp_shard_cp")
     replicate = mesh["dp_replicate"]
     return DeviceMesh._concatenate([replicate, shard]) if replicate.size() > 1 else shard
-
-
-def data_place(mesh: DeviceMesh) -> tuple[int, int]:
-    """The place of this rank's rows among those of all ranks, and how many places there are; cp ranks share one."""
-    replicate, shard = mesh["dp_replicate"], mesh["dp_shard"]
-    return replicate.get_local_rank() * shard.size() + shard.get_local_rank(), replicate.size() * shard.size()

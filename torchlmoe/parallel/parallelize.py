@@ -1,29 +1,33 @@
-"""From settings to a model that is ready to train: the statements of `build_model` are the order of application."""
+"""From settings to a model that is ready to train: the statements of `shape` are the order of application."""
 
 import torch
-from torch.distributed.device_mesh import DeviceMesh
 
-from torchlmoe.config import Config
-from torchlmoe.config_loader import shortest_span
+from torchlmoe.config.batch import shortest_span
+from torchlmoe.config.settings import Config
 from torchlmoe.model.decoder import Decoder, build_on_meta
 from torchlmoe.parallel.compile import compile_blocks
 from torchlmoe.parallel.context import apply_context_parallel
 from torchlmoe.parallel.data import apply_fsdp
 from torchlmoe.parallel.float8 import convert_to_float8
 from torchlmoe.parallel.precision import compute_in
+from torchlmoe.parallel.ranks import Ranks
 from torchlmoe.parallel.recompute import recompute
 
 
-def build_model(config: Config, vocab_size: int, mesh: DeviceMesh, device: torch.device) -> Decoder:
-    """Builds on the meta device, shards, then gives every rank its slices of the same initial weights.
+def build_model(config: Config, vocab_size: int, ranks: Ranks, device: torch.device) -> Decoder:
+    """The model on `device`, sharded over `ranks`, with the same initial weights however it is sharded."""
+    return fill(shape(config, vocab_size, ranks, device), config, ranks, device)
 
-    Parameters are in at least float32; a single process trains the plain module.
+
+def shape(config: Config, vocab_size: int, ranks: Ranks, device: torch.device) -> Decoder:
+    """The model on the meta device, with all that changes how it computes on `device`: nothing takes memory yet.
+
+    Parameters are in at least float32; a single process has the plain module.
     """
     dtype = getattr(torch, config.training.dtype)
-    master_dtype = torch.promote_types(dtype, torch.float32)
-    model = build_on_meta(config, vocab_size).to(master_dtype)
-    if mesh["cp"].size() > 1:
-        apply_context_parallel(model, mesh["cp"], config.parallelism, shortest_span(config, mesh.size()))
+    model = build_on_meta(config, vocab_size).to(_master_dtype(dtype))
+    if ranks["cp"].size() > 1:
+        apply_context_parallel(model, ranks["cp"], config.parallelism, shortest_span(config, ranks.world_size))
     if config.float8.enable:
         convert_to_float8(model, config.float8, device)
     if config.activation_checkpoint.mode != "none":
@@ -31,10 +35,20 @@ def build_model(config: Config, vocab_size: int, mesh: DeviceMesh, device: torch
             recompute(block, config.activation_checkpoint.mode)
     if config.compile.enable:
         compile_blocks(model, device)
-    if mesh.size() > 1:
-        apply_fsdp(model, mesh, dtype)
+    if ranks.world_size > 1:
+        apply_fsdp(model, ranks.parameters, dtype)
+    return model
+
+
+def fill(model: Decoder, config: Config, ranks: Ranks, device: torch.device) -> Decoder:
+    """Gives a shaped model storage and every rank its slices of the same initial weights."""
     model.to_empty(device=device)
     model.init_weights(config.training.seed)
-    if mesh.size() == 1 and dtype != master_dtype:
-        compute_in(dtype, model)
+    dtype = getattr(torch, config.training.dtype)
+    if ranks.world_size == 1 and dtype != _master_dtype(dtype):
+        compute_in(dtype, model)  # only now: who writes a parameter must not write to its cast
     return model
+
+
+def _master_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

@@ -19,7 +19,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from torchlmoe.config import Metrics
+from torchlmoe.config.settings import Metrics
 from torchlmoe.files import failures_to_write
 
 logger = logging.getLogger(__name__)

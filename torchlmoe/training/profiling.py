@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from torchlmoe.config import Profiling
+from torchlmoe.config.settings import Profiling
 
 
 class StepProfiler:

@@ -2,7 +2,7 @@
 
 import math
 
-from torchlmoe.config import LRScheduler
+from torchlmoe.config.settings import LRScheduler
 
 
 def lr_factor(step: int, num_steps: int, schedule: LRScheduler) -> float:

@@ -18,26 +18,30 @@ import torch.distributed as dist
 from filelock import FileLock, Timeout
 
 from torchlmoe.checkpoint.checkpointer import Checkpointer
-from torchlmoe.config import Config
-from torchlmoe.config_loader import batch_sizes, check_degrees, shortest_span, to_toml, validation_batch_size
+from torchlmoe.config.batch import batch_sizes, check_degrees, shortest_span, validation_batch_size
+from torchlmoe.config.idle import idle_settings
+from torchlmoe.config.load import to_toml
+from torchlmoe.config.settings import Config
 from torchlmoe.data.loader import TrainLoader, validation_text_bytes
 from torchlmoe.data.prepare import prepare
 from torchlmoe.data.store import TokenStore
 from torchlmoe.data.tokenizer import Tokenizer, load_tokenizer
 from torchlmoe.files import failures_to_write
-from torchlmoe.idle_settings import idle_settings
 from torchlmoe.layers.cross_entropy import IGNORE_INDEX
 from torchlmoe.model.decoder import build_on_meta, count_parameters
 from torchlmoe.parallel.context import context_parallel_plans
 from torchlmoe.parallel.failures import collective_failures
-from torchlmoe.parallel.mesh import build_mesh, choose_device, data_place, start_process_group, world_size_of_launch
+from torchlmoe.parallel.mesh import choose_device, start_process_group, world_size_of_launch
 from torchlmoe.parallel.parallelize import build_model
+from torchlmoe.parallel.ranks import Ranks
+from torchlmoe.training.counters import Counters
 from torchlmoe.training.host_memory import keep_freed_pages
-from torchlmoe.training.metrics import MetricsLog, load_figures, memory_gib
+from torchlmoe.training.metrics import MetricsLog, memory_gib
 from torchlmoe.training.optimizer import build_optimizer, clip_gradients, set_lr
 from torchlmoe.training.peak import peak_flops
 from torchlmoe.training.profiling import StepProfiler
 from torchlmoe.training.schedule import lr_factor
+from torchlmoe.training.step import PlainStep, Step
 from torchlmoe.training.stop_request import StopRequest
 from torchlmoe.training.validation import validate
 
@@ -77,18 +81,19 @@ class Trainer:
                 torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a debugging aid that costs time
 
             training = config.training
-            self.mesh = build_mesh(config.parallelism, self.device.type)
-            data_rank, data_ranks = data_place(self.mesh)
-            self.local_batch_size, self.global_batch_size = batch_sizes(training, data_ranks)
-            self.model = build_model(config, vocab_size, self.mesh, self.device)
+            self.ranks = Ranks.of(config.parallelism, self.device.type)
+            self.local_batch_size, self.global_batch_size = batch_sizes(training, self.ranks.num_row_places)
+            self.model = build_model(config, vocab_size, self.ranks, self.device)
+            self.forward_backward: Step = PlainStep(self.model, self.local_batch_size / self.global_batch_size)
+            self.counters = Counters(self.model.counter_sizes)
             self.optimizer = build_optimizer(self.model, config.optimizer)
             self.loader = TrainLoader(
                 train_store,
                 seq_len=training.seq_len,
                 local_batch_size=self.local_batch_size,
                 global_batch_size=self.global_batch_size,
-                rank=data_rank,
-                world_size=data_ranks,
+                rank=self.ranks.row_index,
+                world_size=self.ranks.num_row_places,
                 seed=training.seed,
                 num_prefetch=config.data.num_prefetch,
             )
@@ -153,6 +158,7 @@ class Trainer:
                 validation_split=data.validation_split,
                 validation_dataset=data.validation_dataset,
                 validation_fraction=data.validation_fraction,
+                reader_options=data.reader_options,
                 max_tokens=max_tokens,
             )
 
@@ -178,6 +184,8 @@ class Trainer:
             f"{training.seq_len} tokens are {epochs:.2f} epochs\n"
             f"run: {training.dtype} on {self.world_size} x {self.device.type}, metrics in {self.log.folder}"
         )
+        if modules := self.config.job.custom_modules:
+            self.log.say(f"modules: {', '.join(modules)}")
         for name, needed in idle_settings(self.config).items():
             self.log.say(f"{name} does nothing in this run: it needs {needed}.")
 
@@ -235,7 +243,7 @@ class Trainer:
                 self.model,
                 self.validation_store,
                 self.config,
-                self.mesh,
+                self.ranks,
                 whole=self.progress.step == self.config.training.steps,
                 say=self.log.say,
                 asked_to_stop=lambda: self.stop_request.name is not None,
@@ -263,19 +271,11 @@ class Trainer:
         )
         batches = [batch.to(self.device) for batch in self.loader.batches(index)]
         num_tokens = torch.stack([(batch["labels"] != IGNORE_INDEX).sum() for batch in batches]).sum()
-        dist.all_reduce(num_tokens)
-        num_tokens //= self.mesh["cp"].size()  # whose ranks have the same rows
+        num_tokens = self.ranks.total_of_rows(num_tokens)
         factor = lr_factor(index, training.steps, self.config.lr_scheduler)
         set_lr(self.optimizer, factor)
         self.model.train()
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        # Rows are all of one length, so that a microbatch's share of the step does not depend on how it is cut.
-        share = self.local_batch_size / self.global_batch_size
-        for batch in batches:
-            nll = self.model(batch["tokens"], batch["document_bounds"], batch["labels"], share)
-            loss = nll / num_tokens
-            loss.backward()
-            loss_sum += loss.detach()
+        loss_sum = self.forward_backward(batches, num_tokens)
         totals = self._totals(loss_sum)
         grad_norm = clip_gradients(self.model, training.max_norm)
         # The CPU's one look at the step, before anything moves.
@@ -283,8 +283,9 @@ class Trainer:
         self.stopping = num_stops > 0
         if math.isfinite(loss_value) and math.isfinite(norm):
             self.optimizer.step()
-            for layer, counts in zip(self.model.routed_layers().values(), self._by_layer(totals), strict=True):
-                layer.end_step(counts["counts"].long())
+            counted = self.counters.by_layer(totals[2:])
+            for name, layer in self.model.routed_layers().items():
+                layer.end_step(counted[name]["counts"].long())
         else:
             self._skip_or_stop(index + 1, loss_value, norm)
         self.optimizer.zero_grad()
@@ -313,22 +314,9 @@ class Trainer:
         self.log.say(f"Stopped after step {self.progress.step} by {why}: {saved}.")
 
     def _totals(self, loss_sum: torch.Tensor) -> torch.Tensor:
-        """The loss, the number of ranks asked to stop and every MoE layer's counters, float64 back to back.
-
-        Summed over ranks by one collective.
-        """
+        """The loss, the number of ranks asked to stop and all counters, float64, summed over ranks at once."""
         stops = loss_sum.new_tensor([self.stop_request.name is not None])
-        parts = [loss_sum[None], stops]
-        for layer in self.model.routed_layers().values():
-            counters = layer.pop_counters()
-            parts += [counters[name].double().reshape(-1) for name in ("counts", "dropped", "aux_loss", "z_loss")]
-        totals = torch.cat(parts)  # counts stay exact: far below 2^53
-        dist.all_reduce(totals)
-        return totals
-
-    def _by_layer(self, totals: torch.Tensor) -> list[dict[str, torch.Tensor]]:
-        rows = totals[2:].split([layer.load_balance.num_experts + 3 for layer in self.model.routed_layers().values()])
-        return [{"counts": row[:-3], "dropped": row[-3], "aux_loss": row[-2], "z_loss": row[-1]} for row in rows]
+        return self.ranks.total(torch.cat([loss_sum[None], stops, self.counters.pop(self.model, self.device)]))
 
     def _record(
         self, step: int, totals: torch.Tensor, grad_norm: torch.Tensor, lr: float, speed: float
@@ -347,15 +335,7 @@ class Trainer:
         }
         if self.peak_flops:
             figures["mfu"] = speed * self.flops_per_token / (self.peak_flops * self.world_size)
-        for name, layer in zip(self.model.routed_layers(), self._by_layer(totals), strict=True):
-            layer_figures = {
-                **load_figures(layer["counts"]),
-                "aux_loss": layer["aux_loss"].item(),
-                "z_loss": layer["z_loss"].item(),
-                "dropped_fraction": (layer["dropped"] / layer["counts"].sum()).item(),
-            }
-            figures |= {f"{name}/{key}": value for key, value in layer_figures.items()}
-        return figures
+        return figures | self.counters.figures(totals[2:])
 
 
 def _lock(folder: Path) -> FileLock:

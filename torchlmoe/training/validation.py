@@ -6,16 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
 
-from torchlmoe.config import Config
-from torchlmoe.config_loader import validation_batch_size
+from torchlmoe.config.batch import validation_batch_size
+from torchlmoe.config.settings import Config
 from torchlmoe.data.loader import num_validation_rows, validation_batches, validation_text_bytes
 from torchlmoe.data.store import TokenStore
 from torchlmoe.layers.cross_entropy import IGNORE_INDEX
 from torchlmoe.model.decoder import Decoder
-from torchlmoe.parallel.mesh import data_place
+from torchlmoe.parallel.ranks import Ranks
 from torchlmoe.training.metrics import duration
 
 SECONDS_BETWEEN_LINES = 5.0
@@ -27,7 +25,7 @@ def validate(
     model: Decoder,
     store: TokenStore,
     config: Config,
-    mesh: DeviceMesh,
+    ranks: Ranks,
     *,
     whole: bool,
     say: Callable[[str], None],
@@ -47,25 +45,20 @@ def validate(
     num_bytes = validation_text_bytes(store, **options)
     model.eval()
     device = model.embedding.weight.device
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    nll, num_tokens = torch.zeros(2, dtype=torch.float64, device=device).unbind()
     begin = last_said = time.monotonic()
-    num_rows, (data_rank, data_ranks) = num_validation_rows(store, **options), data_place(mesh)
-    batches = validation_batches(store, rank=data_rank, world_size=data_ranks, **options)
+    num_rows = num_validation_rows(store, **options)
+    batches = validation_batches(store, rank=ranks.row_index, world_size=ranks.num_row_places, **options)
     for index, batch in enumerate(batches, start=1):
-        if (index - 1) % BATCHES_BETWEEN_LOOKS == 0:
-            num_stops = sums.new_tensor(asked_to_stop())
-            dist.all_reduce(num_stops)
-            if num_stops > 0:
-                return None
+        if (index - 1) % BATCHES_BETWEEN_LOOKS == 0 and ranks.total(nll.new_tensor(asked_to_stop())) > 0:
+            return None
         batch = batch.to(device)
-        sums[0] += model(batch["tokens"], batch["document_bounds"], batch["labels"])
-        sums[1] += (batch["labels"] != IGNORE_INDEX).sum()
+        nll += model(batch["tokens"], batch["document_bounds"], batch["labels"])
+        num_tokens += (batch["labels"] != IGNORE_INDEX).sum()
         if time.monotonic() - last_said > SECONDS_BETWEEN_LINES:
             last_said = time.monotonic()
-            rows = min(num_rows, index * options["batch_size"] * data_ranks)
+            rows = min(num_rows, index * options["batch_size"] * ranks.num_row_places)
             left = (last_said - begin) / rows * (num_rows - rows)
             say(f"validating: row {rows:,} of {num_rows:,}, eta {duration(left)}")
-    dist.all_reduce(sums)
-    nll, num_tokens = sums.tolist()
-    num_tokens /= mesh["cp"].size()  # whose ranks had the same rows
-    return {"val_loss": nll / num_tokens, "val_bits_per_byte": nll / math.log(2) / num_bytes}
+    loss_sum, tokens = ranks.total(nll).item(), ranks.total_of_rows(num_tokens).item()
+    return {"val_loss": loss_sum / tokens, "val_bits_per_byte": loss_sum / math.log(2) / num_bytes}

@@ -38,6 +38,7 @@ class Router(nn.Module):
     """
 
     float32_island = True
+    head_dims: dict[str, int] = {}
     expert_bias: Tensor | None
 
     def __init__(

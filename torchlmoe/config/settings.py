@@ -1,18 +1,26 @@
 """Every setting: a dataclass per TOML table, a field per key, with its range, unit and meaning.
 
-`config_loader.py` fills them from a flavor, a TOML file and the command line, in this order, and rejects what does
+`load.py` fills them from a flavor, a TOML file and the command line, in this order, and rejects what does
 not fit. What is listed here but not supported yet is refused when it is asked for, never ignored.
 """
 
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from dataclasses import asdict, dataclass, field, make_dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field
 
+from torchlmoe.feed_forwards import FEED_FORWARDS, NONE
 from torchlmoe.files import expanded
-from torchlmoe.mixers.base import InitStd, NormEps
+from torchlmoe.layers.losses import LOSSES
+from torchlmoe.mixers import MIXERS
+from torchlmoe.model.spec import BlockSpec, ModelSpec
 from torchlmoe.ops.linear_recurrence import Backend
+from torchlmoe.options import Configurable, InitStd, NormEps
 
+# What a mixer, or a feed-forward layer, takes from [model] unless its letter says otherwise.
+MODEL_WIDE = ("num_heads", "norm_eps", "init_std", "backend", "rope_base")
+FEED_FORWARD_WIDE = ("mlp_dim", "norm_eps", "init_std")
 # Of a setting that is a local path, or may be one.
 PATH = AfterValidator(lambda path: None if path is None else expanded(path))
 
@@ -28,6 +36,9 @@ class Table:
 class Job(Table):
     config_file: Annotated[str | None, Field(description="TOML file with settings."), PATH] = None
     dump_folder: Annotated[str, Field(description="Where all that a run writes goes."), PATH] = "outputs"
+    custom_modules: Annotated[
+        list[str], Field(description="Python modules to import, which register mixers, losses and the like.")
+    ] = field(default_factory=list)
     print_config: Annotated[bool, Field(description="Print the resolved settings as TOML and stop.")] = False
     debug: Annotated[bool, Field(description="Show the whole traceback of an error.")] = False
 
@@ -57,55 +68,34 @@ class Model(Table):
     loss_chunk_size: Annotated[int, Field(ge=1, description="Tokens whose logits are held at once.")] = 512
     layers: Annotated[
         dict[str, dict[str, Any]],
-        Field(description="Per letter: mixer, mlp (moe | dense) and the mixer's own settings."),
+        Field(
+            description="Per letter: mixer, mlp (moe | dense | none), the mixer's own settings, and in mlp_options "
+            "those of the feed-forward layer."
+        ),
     ] = field(default_factory=dict)
 
 
-@dataclass
-class MoE(Table):
-    num_experts: Annotated[int, Field(ge=1, description="Routed experts.")] = 16
-    top_k: Annotated[int, Field(ge=1, description="Experts that a token is sent to.")] = 4
-    expert_dim: Annotated[int, Field(ge=1, description="Hidden width of an expert.")] = 128
-    num_shared_experts: Annotated[int, Field(ge=0, description="Experts that every token passes.")] = 0
-    shared_expert_dim: Annotated[
-        int | None,
-        Field(ge=1, description="Hidden width of all shared experts; num_shared_experts * expert_dim if unset."),
-    ] = None
-    shared_expert_gate: Annotated[bool, Field(description="Sigmoid gate on the shared experts (Qwen2-MoE).")] = False
-    score_function: Annotated[Literal["softmax", "sigmoid"], Field(description="Router scores.")] = "softmax"
-    normalize_top_k: Annotated[bool, Field(description="Chosen weights sum to one.")] = True
-    num_expert_groups: Annotated[int, Field(ge=1, description="Groups of experts (DeepSeek).")] = 1
-    num_limited_groups: Annotated[int, Field(ge=1, description="Groups that a token may choose from.")] = 1
-    group_score: Annotated[
-        Literal["max", "top2_sum"], Field(description="A group's score: DeepSeek-V2's or DeepSeek-V3's.")
-    ] = "max"
-    routed_scaling_factor: Annotated[
-        float, Field(ge=1e-3, le=1000, description="Multiplies the routed experts' weights.")
-    ] = 1.0
-    capacity_factor: Annotated[
-        float | None,
-        Field(ge=0.01, le=1000, description="Room per expert over an even share, in training; dropless if unset."),
-    ] = None
-    balance: Annotated[Literal["aux_loss", "loss_free", "none"], Field(description="How load is balanced.")] = (
-        "aux_loss"
+# [moe] holds the layer's own keyword arguments, but for what [model] gives to all layers.
+if TYPE_CHECKING:
+    MoE = Any
+else:
+    MoE = make_dataclass(
+        "MoE",
+        [(name, *setting) for name, setting in FEED_FORWARDS["moe"].settings().items() if name != "init_std"],
+        bases=(Table,),
     )
-    aux_loss_weight: Annotated[float, Field(ge=0, le=1000, description="Weight of the balance loss.")] = 1e-2
-    aux_loss_scope: Annotated[
-        Literal["sequence", "global_batch"], Field(description="Over what the balance loss takes the load.")
-    ] = "sequence"
-    z_loss_weight: Annotated[
-        float, Field(ge=0, le=1000, description="Weight of the router z-loss (arXiv 2202.08906).")
-    ] = 0.0
-    bias_update_rate: Annotated[
-        float, Field(ge=1e-9, le=10, description="Step of the loss-free bias (arXiv 2408.15664).")
-    ] = 1e-3
 
 
 @dataclass
 class Data(Table):
     dataset: Annotated[
-        str, Field(description="embedded, a local file or folder (json, parquet, text), or a hub id (streamed)."), PATH
+        str,
+        Field(description="embedded, a local file or folder (json, parquet, text), a reader, or a hub id (streamed)."),
+        PATH,
     ] = "embedded"
+    reader_options: Annotated[dict[str, Any], Field(description="The reader's own settings.")] = field(
+        default_factory=dict
+    )
     dataset_config: Annotated[str | None, Field(description="Configuration of a hub dataset.")] = None
     tokenizer: Annotated[str, Field(description="embedded, or a tokenizer.json or its folder."), PATH] = "embedded"
     end_token: Annotated[str | None, Field(description="Token between documents; found by name if unset.")] = None
@@ -151,6 +141,10 @@ class Training(Table):
         Literal["float32", "bfloat16", "float64"],
         Field(description="bfloat16 keeps float32 masters; float64 is for proofs of parity."),
     ] = "float32"
+    loss: Annotated[str, Field(description="Loss to train with; validation always takes cross_entropy.")] = (
+        "cross_entropy"
+    )
+    loss_options: Annotated[dict[str, Any], Field(description="The loss's own settings.")] = field(default_factory=dict)
     max_norm: Annotated[
         float, Field(ge=0, le=1e9, description="Gradient norm is clipped to it; 0 for no clipping.")
     ] = 1.0
@@ -164,9 +158,10 @@ class Training(Table):
 
 @dataclass
 class Optimizer(Table):
-    name: Annotated[
-        Literal["adamw", "muon"], Field(description="Update rule: AdamW, or Muon for the matrices of the blocks.")
-    ] = "adamw"
+    name: Annotated[str, Field(description="Update rule: adamw, or muon for the matrices of the blocks.")] = "adamw"
+    options: Annotated[dict[str, Any], Field(description="Settings that an optimizer of your own has.")] = field(
+        default_factory=dict
+    )
     lr: Annotated[float, Field(ge=1e-9, le=100, description="Peak learning rate.")] = 1e-3
     beta1: Annotated[float, Field(ge=0, lt=1, description="Decay of the gradient's mean.")] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1, description="Decay of its square's mean.")] = 0.95
@@ -303,3 +298,39 @@ class Config(Table):
     compile: Compile = field(default_factory=Compile)
     activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
     parallelism: Parallelism = field(default_factory=Parallelism)
+
+    def block_spec(self, letter: str) -> BlockSpec:
+        """What the blocks of a letter are made of, with every option that their layers' constructors take."""
+        table = dict(self.model.layers[letter])
+        mixer, mlp = MIXERS[table.pop("mixer")], table.pop("mlp", "moe")
+        own = table.pop("mlp_options", {})
+        mixer_options = _defaults(mixer) | self._model_wide(mixer, MODEL_WIDE) | table
+        if mlp == NONE:
+            return BlockSpec(letter, mixer, mixer_options)
+        feed_forward = FEED_FORWARDS[mlp]
+        of_table = asdict(self.moe) if mlp == "moe" else {}
+        options = _defaults(feed_forward) | self._model_wide(feed_forward, FEED_FORWARD_WIDE) | of_table | own
+        return BlockSpec(letter, mixer, mixer_options, feed_forward, options)
+
+    def spec(self, vocab_size: int) -> ModelSpec:
+        """The model that these settings describe."""
+        model, pattern = self.model, self.model.layer_pattern
+        letters = [pattern[index % len(pattern)] for index in range(model.num_layers)]
+        of_letter = {letter: self.block_spec(letter) for letter in letters}
+        return ModelSpec(
+            vocab_size=vocab_size,
+            dim=model.dim,
+            blocks=tuple(of_letter[letter] for letter in letters),
+            norm_eps=model.norm_eps,
+            init_std=model.init_std,
+            tie_embeddings=model.tie_embeddings,
+            loss_chunk_size=model.loss_chunk_size,
+            loss=partial(LOSSES[self.training.loss], **self.training.loss_options),
+        )
+
+    def _model_wide(self, layer: type[Configurable], names: tuple[str, ...]) -> dict[str, Any]:
+        return {name: getattr(self.model, name) for name in names if name in layer.settings()}
+
+
+def _defaults(layer: type[Configurable]) -> dict[str, Any]:
+    return {name: default for name, (_, default) in layer.settings().items() if default is not ...}

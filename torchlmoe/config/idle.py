@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torchlmoe.config import Config, MoE
-from torchlmoe.config_loader import config_from, setting
+from torchlmoe.config.load import config_from, setting
+from torchlmoe.config.settings import Config, MoE
 from torchlmoe.mixers import MIXERS
 
 Need = tuple[str, Callable[[Config], bool]]  # in words, and whether it is met

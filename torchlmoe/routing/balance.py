@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_reduce
 from torch.distributed.device_mesh import DeviceMesh
 
-from torchlmoe.layers.router import Routing
-from torchlmoe.layers.sequence import Sequence
+from torchlmoe.layers.sequence import SequenceLayout
+from torchlmoe.routing.router import Routing
 
 
 class _InjectAndCount(torch.autograd.Function):
@@ -47,12 +47,33 @@ class _InjectAndCount(torch.autograd.Function):
         return grad, torch.full_like(losses, ctx.loss_weight), counted, None, None
 
 
+class RoutedLayer:
+    """A layer with a router whose load is counted and balanced, by its `load_balance`.
+
+    Training sums what `pop_counters` returns over ranks and, after each optimizer step, hands the counts to `end_step`.
+    """
+
+    load_balance: "LoadBalance"
+
+    def pop_counters(self) -> dict[str, Tensor]:
+        """What this rank counted since the last call, to be summed over ranks, and resets it.
+
+        counts: int64 [E], choices per expert or memory, drops included. dropped: int64 []. aux_loss, z_loss: float64
+        [], with their weights, summed over the step's microbatches in proportion to their `loss_weight`.
+        """
+        return self.load_balance.pop_counters()
+
+    def end_step(self, counts_E: Tensor) -> None:
+        """counts_E int64 [E]: the step's choices per expert or memory, over all ranks."""
+        self.load_balance.end_step(counts_E)
+
+
 class LoadBalance(nn.Module):
     """Holds one layer's counters and computes its balancing losses.
 
-    Padding (`sequence.counted`) adds nothing to either: a token weighs the same whatever padding is beside it.
+    Padding (`sequence.share.counted`) adds nothing to either: a token weighs the same whatever padding is beside it.
     aux_loss_scope: "global_batch" (f_e over all tokens of the last step) or "sequence" (f and P per row of
-    `sequence.row_length` tokens, then the mean over rows). A weight of zero leaves that loss out.
+    `sequence.share.row_length` tokens, then the mean over rows). A weight of zero leaves that loss out.
     mesh: of the ranks that hold the spans of a microbatch, if it is split.
     """
 
@@ -102,7 +123,7 @@ class LoadBalance(nn.Module):
         x: Tensor,
         routing: Routing,
         dropped: Tensor,
-        sequence: Sequence,
+        sequence: SequenceLayout,
     ) -> Tensor:
         """Returns x, through which this microbatch's loss gradients are injected and its choices counted."""
         if x.shape[0] == 0:  # no tokens: nothing to balance, and means over none are not numbers
@@ -114,22 +135,22 @@ class LoadBalance(nn.Module):
         if self.z_loss_weight:
             z_loss = self.z_loss_weight * routing.logits_TE.logsumexp(-1).square().masked_fill(~counted_T, 0).mean()
         losses = torch.stack([aux_loss, z_loss])
-        weighted = losses.detach().double() * sequence.loss_weight
+        weighted = losses.detach().double() * sequence.share.loss_weight
         count_E = _count(routing.expert_TK, counted_T, self.num_experts, torch.float64)
         counted = torch.cat([count_E, dropped.double()[None], weighted])
-        return _InjectAndCount.apply(x, losses, self.counters, counted, sequence.loss_weight)
+        return _InjectAndCount.apply(x, losses, self.counters, counted, sequence.share.loss_weight)
 
-    def _switch_loss(self, routing: Routing, counted_T: Tensor, sequence: Sequence) -> Tensor:
+    def _switch_loss(self, routing: Routing, counted_T: Tensor, sequence: SequenceLayout) -> Tensor:
         probability_TE, expert_TK = routing.probability_TE.masked_fill(~counted_T[:, None], 0), routing.expert_TK
         if self.last_counts is not None:
             fraction_E = self.last_counts.to(probability_TE.dtype) / self.last_counts.sum().clamp(min=1)
             # The microbatch's own mean: times loss_weight and summed over the step, it is the whole mean.
             return self.num_experts * (fraction_E * probability_TE.mean(0)).sum()
         num_tokens = len(expert_TK)
-        length, all_tokens = sequence.row_length, num_tokens * (1 if self.mesh is None else self.mesh.size())
+        length, all_tokens = sequence.share.row_length, num_tokens * (1 if self.mesh is None else self.mesh.size())
         if length is None or all_tokens % length:
             raise ValueError(
-                f"aux_loss_scope = 'sequence' needs sequence.row_length to divide the {all_tokens} tokens of the "
+                f"aux_loss_scope = 'sequence' needs sequence.share.row_length to divide the {all_tokens} tokens of the "
                 f"microbatch, got {length}: give whole rows or use 'global_batch'."
             )
         row_T = (sequence.start + torch.arange(num_tokens, device=expert_TK.device)) // length

@@ -10,37 +10,32 @@ Settings that equal the routing of published models:
 Legend: T tokens, D width, E experts, K experts per token, M = T * K slots.
 """
 
-import torch
-from torch import Tensor, nn
+from typing import Annotated, Literal
 
-from torchlmoe.layers.balance import LoadBalance
-from torchlmoe.layers.dispatch import Slots, gather_slots, reorder_choices, sum_slots
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from torchlmoe.feed_forwards.base import FeedForward
+from torchlmoe.feed_forwards.experts import Experts
 from torchlmoe.layers.initialization import normal_
 from torchlmoe.layers.linear import Linear
 from torchlmoe.layers.mlp import MLP
-from torchlmoe.layers.router import Router
-from torchlmoe.layers.sequence import Sequence
-from torchlmoe.moe.experts import Experts
+from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.ops.grouped_matmul import run_alignment
+from torchlmoe.options import InitStd
+from torchlmoe.routing.balance import LoadBalance, RoutedLayer
+from torchlmoe.routing.dispatch import Slots, gather_slots, reorder_choices, sum_slots
+from torchlmoe.routing.router import Router
 
 
-class MoE(nn.Module):
-    """x [B, T, dim] -> like x.
+class MoE(RoutedLayer, FeedForward):
+    """x [B, T, dim] -> like x: routed SwiGLU experts, and shared ones that every token passes.
 
-    num_experts, top_k, expert_dim: routed SwiGLU experts, how many serve a token, and their hidden width.
-    num_shared_experts, shared_expert_dim, shared_expert_gate: one MLP for every token, of hidden width
-        shared_expert_dim (default num_shared_experts * expert_dim), times a sigmoid gate if asked.
-    score_function: "softmax" or "sigmoid". normalize_top_k: whether a token's weights are made to sum to one.
-    num_expert_groups, num_limited_groups, group_score: choose among the experts of the num_limited_groups
-        best groups, judged by their best ("max") or two best ("top2_sum") scores.
-    routed_scaling_factor: multiplies the routed experts' weights.
-    capacity_factor: None for no drops; else an expert serves at most ceil(factor * top_k * T / num_experts)
-        tokens of a microbatch, the first ones in token order, as in Switch; the choices beyond get weight
-        zero and are counted. The other weights of the token stay as they are. Padding is none of the T tokens and takes
-        no room. In evaluation and decoding nothing is dropped: there, what a token gets must not depend on which others
-        are in the batch.
-    balance: "aux_loss" (with aux_loss_weight, aux_loss_scope), "loss_free" (with bias_update_rate), "none".
-    z_loss_weight: weight of the router z-loss, with any balance.
+    With a capacity an expert serves at most ceil(factor * top_k * T / num_experts) tokens of a microbatch, the first
+    ones in token order, as in Switch; the choices beyond get weight zero and are counted. The other weights of the
+    token stay as they are. Padding is none of the T tokens and takes no room. In evaluation and decoding nothing is
+    dropped: there, what a token gets must not depend on which others are in the batch.
 
     After each optimizer step hand the step's counts to `end_step`. Raises ValueError where settings contradict each
     other.
@@ -50,28 +45,50 @@ class MoE(nn.Module):
         self,
         dim: int,
         *,
-        num_experts: int,
-        top_k: int,
-        expert_dim: int,
-        num_shared_experts: int = 0,
-        shared_expert_dim: int | None = None,
-        shared_expert_gate: bool = False,
-        score_function: str = "softmax",
-        normalize_top_k: bool = True,
-        num_expert_groups: int = 1,
-        num_limited_groups: int = 1,
-        group_score: str = "max",
-        routed_scaling_factor: float = 1.0,
-        capacity_factor: float | None = None,
-        balance: str = "aux_loss",
-        aux_loss_weight: float = 0.01,
-        aux_loss_scope: str = "sequence",
-        z_loss_weight: float = 0.0,
-        bias_update_rate: float = 0.001,
-        init_std: float = 0.02,
+        num_experts: Annotated[int, Field(ge=1, description="Routed experts.")] = 16,
+        top_k: Annotated[int, Field(ge=1, description="Experts that a token is sent to.")] = 4,
+        expert_dim: Annotated[int, Field(ge=1, description="Hidden width of an expert.")] = 128,
+        num_shared_experts: Annotated[int, Field(ge=0, description="Experts that every token passes.")] = 0,
+        shared_expert_dim: Annotated[
+            int | None,
+            Field(ge=1, description="Hidden width of all shared experts; num_shared_experts * expert_dim if unset."),
+        ] = None,
+        shared_expert_gate: Annotated[
+            bool, Field(description="Sigmoid gate on the shared experts (Qwen2-MoE).")
+        ] = False,
+        score_function: Annotated[Literal["softmax", "sigmoid"], Field(description="Router scores.")] = "softmax",
+        normalize_top_k: Annotated[bool, Field(description="Chosen weights sum to one.")] = True,
+        num_expert_groups: Annotated[int, Field(ge=1, description="Groups of experts (DeepSeek).")] = 1,
+        num_limited_groups: Annotated[int, Field(ge=1, description="Groups that a token may choose from.")] = 1,
+        group_score: Annotated[
+            Literal["max", "top2_sum"], Field(description="A group's score: DeepSeek-V2's or DeepSeek-V3's.")
+        ] = "max",
+        routed_scaling_factor: Annotated[
+            float, Field(ge=1e-3, le=1000, description="Multiplies the routed experts' weights.")
+        ] = 1.0,
+        capacity_factor: Annotated[
+            float | None,
+            Field(ge=0.01, le=1000, description="Room per expert over an even share, in training; dropless if unset."),
+        ] = None,
+        balance: Annotated[
+            Literal["aux_loss", "loss_free", "none"], Field(description="How load is balanced.")
+        ] = "aux_loss",
+        aux_loss_weight: Annotated[float, Field(ge=0, le=1000, description="Weight of the balance loss.")] = 1e-2,
+        aux_loss_scope: Annotated[
+            Literal["sequence", "global_batch"], Field(description="Over what the balance loss takes the load.")
+        ] = "sequence",
+        z_loss_weight: Annotated[
+            float, Field(ge=0, le=1000, description="Weight of the router z-loss (arXiv 2202.08906).")
+        ] = 0.0,
+        bias_update_rate: Annotated[
+            float, Field(ge=1e-9, le=10, description="Step of the loss-free bias (arXiv 2408.15664).")
+        ] = 1e-3,
+        init_std: InitStd = 0.02,
     ):
         super().__init__()
-        _check_choices(score_function, group_score, balance, aux_loss_scope)
+        self.check_choices(
+            score_function=score_function, group_score=group_score, balance=balance, aux_loss_scope=aux_loss_scope
+        )
         _check_groups(num_experts, top_k, num_expert_groups, num_limited_groups, group_score)
         shared_dim = num_shared_experts * expert_dim if shared_expert_dim is None else shared_expert_dim
         if shared_expert_gate and shared_dim == 0:
@@ -120,7 +137,7 @@ class MoE(nn.Module):
         if self.shared_expert_gate is not None:
             normal_(self.shared_expert_gate.weight, self.init_std)
 
-    def forward(self, x: Tensor, *, sequence: Sequence) -> Tensor:
+    def forward(self, x: Tensor, *, sequence: SequenceLayout) -> Tensor:
         x_TD = x.flatten(0, 1)
         routing = self.router(x_TD)
         slots = Slots.sorted_by_expert(routing.expert_TK, self.num_experts, run_alignment(x))
@@ -128,7 +145,7 @@ class MoE(nn.Module):
         if self.capacity_factor is not None and self.training:
             beyond_TK = self._beyond_capacity(routing.expert_TK, slots, sequence.counted_T())
             weight_TK, dropped = weight_TK.masked_fill(beyond_TK, 0.0), beyond_TK.sum()
-        if self.training and sequence.loss_weight and torch.is_grad_enabled():
+        if self.training and sequence.share.loss_weight and torch.is_grad_enabled():
             weight_TK = self.load_balance(weight_TK, routing, dropped, sequence)
         y_MD = self.experts(gather_slots(x_TD, slots), reorder_choices(weight_TK, slots), slots.offset_E)
         y = sum_slots(y_MD, slots).view_as(x)
@@ -145,22 +162,12 @@ class MoE(nn.Module):
         capacity = (self.capacity_factor * self.top_k * counted_T.sum().double() / self.num_experts).ceil()
         return (slots.place_TK(expert_TK, counted_T) >= capacity) & counted_T[:, None]
 
-    def pop_counters(self) -> dict[str, Tensor]:
-        """What this rank counted since the last call, to be summed over ranks, and resets it.
-
-        counts: int64 [E], choices per expert, drops included. dropped: int64 []. aux_loss, z_loss: float64
-        [], with their weights, summed over the step's microbatches in proportion to `sequence.loss_weight`.
-        """
-        return self.load_balance.pop_counters()
-
     @torch.no_grad()
     def end_step(self, counts_E: Tensor) -> None:
-        """Call after an optimizer step: counts_E int64 [E], the step's choices per expert over all ranks.
-
-        Keeps them for the "global_batch" loss, and with balance "loss_free" moves the bias by one step of
-        arXiv 2408.15664.
+        """Keeps the counts for the "global_batch" loss; with balance "loss_free" moves the bias by one step of arXiv
+        2408.15664.
         """
-        self.load_balance.end_step(counts_E)
+        super().end_step(counts_E)
         bias_E = self.router.expert_bias
         if bias_E is not None:
             # In whole numbers, so that an expert exactly at the mean stays put: E * (mean - count).
@@ -176,16 +183,9 @@ class MoE(nn.Module):
             flops += 2 * self.shared_expert_gate.weight.numel()
         return flops
 
-
-def _check_choices(score_function: str, group_score: str, balance: str, aux_loss_scope: str) -> None:
-    for name, value, known in (
-        ("score_function", score_function, ("softmax", "sigmoid")),
-        ("group_score", group_score, ("max", "top2_sum")),
-        ("balance", balance, ("aux_loss", "loss_free", "none")),
-        ("aux_loss_scope", aux_loss_scope, ("global_batch", "sequence")),
-    ):
-        if value not in known:
-            raise ValueError(f"{name} = {value!r} is unknown: choose from {', '.join(known)}.")
+    def idle_parameters(self) -> int:
+        routed = sum(parameter.numel() for parameter in self.experts.parameters())
+        return routed // self.num_experts * (self.num_experts - self.top_k)
 
 
 def _check_groups(

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from torchlmoe.parallel.sequence import Span, all_gather
+from torchlmoe.styles.recurrence import Span, all_gather
 
 
 class RunHalo(ParallelStyle):
-    """For `ShortConvolution` where `sequence.packed_memories` are; one all-gather forward, one reduce-scatter back."""
+    """For `RunConvolution`, whose `sequence` has `memories`; one all-gather forward, one reduce-scatter back."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         if device_mesh.size() > 1:
@@ -26,10 +26,10 @@ class RunHalo(ParallelStyle):
         return module
 
     def run(self, module: Any, mesh: DeviceMesh, x: Tensor, *, sequence: Any, cache: None = None) -> Tensor:
-        rank, memories = mesh.get_local_rank(), sequence.packed_memories
+        rank, memories = mesh.get_local_rank(), sequence.memories
         if cache is not None:
             raise ValueError("A cache holds whole rows; decode with a model that is not split over the sequence.")
-        if memories is None or memories.document_bounds is None:
+        if memories.document_bounds is None:
             raise ValueError("A sequence of memories is split over ranks only where documents are packed into one row.")
         bounds, reach = memories.document_bounds, module.weight.shape[1] - 1
         span = Span.of_documents(bounds, rank, mesh.size(), bounds[-1] // mesh.size(), memories.cu_seqlens)

@@ -1,0 +1,29 @@
+"""What every feed-forward layer of a block is."""
+
+from torch import Tensor, nn
+
+from torchlmoe.layers.sequence import SequenceLayout
+from torchlmoe.options import Configurable
+
+
+class FeedForward(Configurable, nn.Module):
+    """x [B, T, dim] -> [B, T, dim], token by token.
+
+    Its constructor takes dim and keyword arguments, which are its settings: annotate each with its type and, through
+    `pydantic.Field`, its range and meaning.
+    """
+
+    def forward(self, x: Tensor, *, sequence: SequenceLayout) -> Tensor:
+        raise TypeError(f"{type(self).__name__} must define forward(x, *, sequence).")
+
+    def init_weights(self) -> None:
+        """Draws the parameters."""
+        raise TypeError(f"{type(self).__name__} must define init_weights().")
+
+    def flops_per_token(self) -> int:
+        """Forward FLOPs of one token, a multiply-add counting two."""
+        raise TypeError(f"{type(self).__name__} must define flops_per_token().")
+
+    def idle_parameters(self) -> int:
+        """Parameters that one token does not meet."""
+        return 0

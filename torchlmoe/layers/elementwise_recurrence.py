@@ -1,0 +1,24 @@
+"""The recurrence that decays element by element as a submodule, so that a context-parallel plan can name it."""
+
+from functools import partial
+
+from torch import Tensor, nn
+from torch.distributed.tensor.parallel import ParallelStyle
+
+from torchlmoe.ops.elementwise_recurrence import check_backend, elementwise_recurrence, elementwise_span_summary
+from torchlmoe.styles.recurrence import ElementwiseSequenceParallel
+
+
+class ElementwiseRecurrence(nn.Module):
+    """`ops.elementwise_recurrence` with its signature and a backend of its own. Looks across tokens."""
+
+    def __init__(self, backend: str = "auto"):
+        super().__init__()
+        check_backend(backend)
+        self.backend = backend
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, **terms) -> tuple[Tensor, Tensor | None]:
+        return elementwise_recurrence(q, k, v, backend=self.backend, **terms)
+
+    def context_parallel_style(self, lsm: str, attention: str) -> ParallelStyle:
+        return ElementwiseSequenceParallel(lsm, span_summary=partial(elementwise_span_summary, backend=self.backend))

@@ -1,0 +1,15 @@
+"""Losses by the name that the settings use: output projection and loss in one.
+
+A loss is a function (hidden [T, D], weight [V, D], labels int64 [T], *, chunk_size, ...) -> the sum over the tokens
+whose label is not -100, in at least float32. Its own annotated keyword arguments are settings,
+`training.loss_options`.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from torchlmoe.layers.cross_entropy import linear_cross_entropy
+from torchlmoe.options import Registry
+
+LOSSES: Registry[Callable[..., Tensor]] = Registry("Loss", {"cross_entropy": linear_cross_entropy})

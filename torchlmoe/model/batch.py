@@ -1,0 +1,66 @@
+"""From a microbatch's rows to what the blocks see: which tokens this rank has, and how they are laid out."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torchlmoe.layers.cross_entropy import IGNORE_INDEX
+from torchlmoe.layers.sequence import SequenceLayout
+
+
+@dataclass(frozen=True)
+class Span:
+    """The index-th of `number` equal parts of every microbatch, which is what a rank has under context parallelism."""
+
+    index: int = 0
+    number: int = 1
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """tokens, labels: int64, of this rank's span; labels may be None. sequence: their layout."""
+
+    tokens: Tensor
+    labels: Tensor | None
+    sequence: SequenceLayout
+
+
+def describe(
+    tokens: Tensor,
+    document_bounds: Tensor | None,
+    labels: Tensor | None,
+    loss_weight: float | None,
+    span: Span,
+    *,
+    tells_padding: bool,
+) -> Microbatch:
+    """The rank's part of tokens [B, T]; arguments and errors as of `Decoder.forward`.
+
+    Without bounds and with one span, rows stay as they are; else they are laid back to back. tells_padding: whether
+    labels tell which tokens are padding.
+    """
+    batch_size, length = tokens.shape
+    if loss_weight is None:
+        loss_weight = 0.0 if labels is None else 1.0
+    if tokens.numel() % span.number:
+        raise ValueError(f"{batch_size} x {length} tokens do not split into {span.number} spans; give a multiple.")
+    if document_bounds is None and span.number > 1:
+        document_bounds = torch.tensor([[0, length]], dtype=torch.int32, device=tokens.device).expand(batch_size, 2)
+    if document_bounds is None:
+        sequence = SequenceLayout.of_rows(batch_size, length, tokens.device, loss_weight)
+    else:
+        if document_bounds.dim() == 2 and document_bounds.shape[0] != batch_size:
+            raise ValueError(
+                f"document_bounds has {document_bounds.shape[0]} rows and tokens have {batch_size}; give bounds for "
+                "every row."
+            )
+        sequence = SequenceLayout.of_packed_rows(document_bounds, length, loss_weight / span.number)
+    if labels is not None and tells_padding:
+        sequence = sequence.counting(labels != IGNORE_INDEX)
+    if document_bounds is None:
+        return Microbatch(tokens, labels, sequence)
+    sequence = sequence.span(span.index, span.number)
+    tokens = tokens.reshape(1, -1).chunk(span.number, 1)[span.index]
+    labels = None if labels is None else labels.reshape(1, -1).chunk(span.number, 1)[span.index]
+    return Microbatch(tokens, labels, sequence)

@@ -1,0 +1,54 @@
+"""What stands before and after the blocks: the embedding, and the norm and output projection with its loss."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from torchlmoe.layers.cross_entropy import linear_cross_entropy
+from torchlmoe.layers.initialization import normal_
+from torchlmoe.layers.linear import Linear, linear
+from torchlmoe.layers.norms import RMSNorm
+from torchlmoe.model.spec import ModelSpec
+
+
+class Embedding(nn.Embedding):
+    """tokens int64 [B, T] -> [B, T, dim]."""
+
+    def __init__(self, vocab_size: int, dim: int, init_std: float):
+        # On the meta device nn.Embedding's own draw costs nothing; init_weights sets the values.
+        super().__init__(vocab_size, dim)
+        self.init_std = init_std
+
+    def init_weights(self) -> None:
+        normal_(self.weight, self.init_std)
+
+
+class Head(nn.Module):
+    """Final norm and output projection: logits, or with labels the loss, summed over tokens.
+
+    In training the loss is the model's own; in evaluation it is cross entropy, the negative log-likelihood. With tied
+    embeddings there is no projection, and forward is given the embedding's weight: one parameter in one place, as FSDP
+    and the meta device want it.
+    """
+
+    def __init__(self, spec: ModelSpec):
+        super().__init__()
+        self.init_std, self.loss_chunk_size = spec.init_std, spec.loss_chunk_size
+        self.loss: Callable[..., Tensor] = spec.loss
+        self.norm = RMSNorm(spec.dim, spec.norm_eps)
+        self.projection = None if spec.tie_embeddings else Linear(spec.dim, spec.vocab_size)
+
+    def init_weights(self) -> None:
+        self.norm.init_weights()
+        if self.projection is not None:
+            normal_(self.projection.weight, self.init_std)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None, tied_weight: Tensor | None = None) -> Tensor:
+        """x [B, T, dim]; labels int64 [B, T], -100 where a token does not count -> logits [B, T, V] or a scalar sum."""
+        x = self.norm(x)
+        weight = tied_weight if self.projection is None else self.projection.weight
+        assert weight is not None
+        if labels is None:
+            return linear(x, weight)
+        loss = self.loss if self.training else linear_cross_entropy
+        return loss(x.flatten(0, 1), weight, labels.flatten(), chunk_size=self.loss_chunk_size)

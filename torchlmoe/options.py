@@ -1,0 +1,86 @@
+"""Classes whose constructor's annotated keyword arguments are settings, and the registries that name such classes."""
+
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+
+from pydantic import Field
+
+NormEps = Annotated[float, Field(ge=1e-12, le=0.1, description="Added under the root of every norm.")]
+InitStd = Annotated[float, Field(ge=1e-6, le=10, description="Standard deviation of projections at the start.")]
+
+Entry = TypeVar("Entry")
+
+
+class Registry(dict[str, Entry]):
+    """What settings can name. kind: what an entry is, in words, for messages."""
+
+    def __init__(self, kind: str, entries: dict[str, Entry]):
+        super().__init__(entries)
+        self.kind = kind
+
+    def register(self, name: str) -> Callable[[Entry], Entry]:
+        """A decorator that adds an entry, from the outside too (`job.custom_modules`).
+
+        Raises ValueError for a name that is taken by another entry.
+        """
+
+        def add(entry: Entry) -> Entry:
+            if name in self and _source(self[name]) != _source(entry):
+                raise ValueError(
+                    f"{self.kind} {name!r} is there already, from {_source(self[name])}; choose another name."
+                )
+            self[name] = entry
+            return entry
+
+        return add
+
+
+def _source(entry: Any) -> str:
+    # A module that is imported again, by another name or after an error, brings the same entry as another object.
+    return f"{entry.__module__}.{entry.__qualname__}"
+
+
+class Configurable:
+    """A class whose keyword arguments are settings: annotate each with its type and, by `pydantic.Field`, its range."""
+
+    @classmethod
+    def settings(cls) -> dict[str, tuple[Any, Any]]:
+        """The keyword arguments of the constructor: name -> (type with limits, default, or ... for none).
+
+        If it takes `**options`, those of its parent's constructor too.
+        """
+        found: dict[str, tuple[Any, Any]] = {}
+        for base in cls.__mro__:
+            constructor = base.__dict__.get("__init__")
+            if constructor is None:
+                continue
+            parameters = keyword_settings(constructor)
+            for name, setting in parameters.items():
+                found.setdefault(name, setting)
+            if not takes_more(constructor):
+                break
+        return found
+
+    @classmethod
+    def check_choices(cls, **given: str) -> None:
+        """Raises ValueError for a value that its setting, a Literal, does not list."""
+        for name, value in given.items():
+            known = get_args(cls.settings()[name][0].__origin__)
+            if value not in known:
+                raise ValueError(f"{name} = {value!r} is unknown: choose from {', '.join(known)}.")
+
+
+def keyword_settings(function: Callable) -> dict[str, tuple[Any, Any]]:
+    """The keyword-only arguments of a function: name -> (annotation, default, or ... for none)."""
+    hints = get_type_hints(function, include_extras=True)
+    return {
+        parameter.name: (hints[parameter.name], ... if parameter.default is parameter.empty else parameter.default)
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    }
+
+
+def takes_more(function: Callable) -> bool:
+    """Whether a function takes `**options`."""
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in inspect.signature(function).parameters.values())

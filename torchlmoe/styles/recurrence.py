@@ -1,0 +1,484 @@
+"""Sequence parallelism for linear sequence models: LASP-2 (arXiv 2502.07563), LASP (2404.02882), for any recurrence.
+
+Each of P ranks holds a span of L tokens. A span acts on the state that it receives as an affine map, however long:
+
+    S_out = A S_in + S_ext         A: a diagonal (decays), K x K (erasing), a diagonal on either side (value decay)
+
+so ranks exchange (A, S_ext) and nothing that grows with the sequence. `all_gather`: one all-gather of all maps forward,
+one reduce-scatter backward; every rank folds those of the spans before its own. `ring`: the state itself goes from
+neighbour to neighbour. Where a state decays only, what it adds to a span's outputs is one product with q: the span runs
+from zero while the maps travel. Where it is erased too, or decays element by element, reading it takes a pass over the
+span in any case, so the one pass starts from it.
+
+Packed documents may straddle any number of ranks. Their bounds are those of the whole row on every rank; a span's map
+is that of its last document, and only its first document receives a state, if it began before.
+
+The file needs torch alone. `LSMSequenceParallel` serves any module with the forward of `LinearRecurrence`:
+
+    forward(q, k, v, *, log_decay, erase, erase_key, value_log_decay, bonus, scale, initial_state, output_final_state,
+            cu_seqlens) -> (o, final_state)
+
+    parallelize_module(mixer, mesh["cp"], {"recurrence": LSMSequenceParallel()})
+
+Legend: P ranks, B rows, L tokens of a span, N documents, R heads, K key width, V value width, X states that a span
+hands on: one, or one for each row (B) where rows are not packed, or one for each memory of a document.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.parallel import ParallelStyle
+
+COMMUNICATIONS = ("all_gather", "ring")
+
+
+@dataclass(frozen=True)
+class Span:
+    """What a rank knows of its span and of the others'.
+
+    runs: int32 [N * S + 1], bounds of the span's own runs of tokens, S of them a document and most of them empty; None
+        where rows are not packed.
+    first, last: int64 [X], the runs of the documents that its first and its last token are in.
+    continued_P: whether the document of a span's first token began before. whole_P: whether that of its last token did,
+        so that the state it receives goes on. past: 0-dim or an int, tokens of the first document before the span.
+    """
+
+    runs: Tensor | None
+    first: Tensor | None
+    last: Tensor | None
+    continued_P: Tensor
+    whole_P: Tensor
+    past: Tensor | int
+
+    @classmethod
+    def of_rows(cls, length: int, rank: int, num_ranks: int, device: torch.device) -> "Span":
+        """Each row is one document."""
+        later = torch.arange(num_ranks, device=device) > 0
+        return cls(None, None, None, later, torch.ones_like(later), rank * length)
+
+    @classmethod
+    def of_documents(
+        cls, bounds: Tensor, rank: int, num_ranks: int, length: int | Tensor, runs: Tensor | None = None
+    ) -> "Span":
+        """bounds: int32 [N + 1] of the whole row. runs: where a document has several, of the span's own tokens."""
+        starts_P = torch.arange(num_ranks, device=bounds.device, dtype=bounds.dtype) * length
+        ends = bounds[1:].contiguous()
+        first_P, last_P = (torch.searchsorted(ends, token, right=True) for token in (starts_P, starts_P + length - 1))
+        began_P = bounds[first_P]
+        start = rank * length
+        if runs is None:
+            runs = torch.clamp(bounds - start, 0, length)  # type: ignore[arg-type]  # as a tensor too
+        states = torch.arange((len(runs) - 1) // (len(bounds) - 1), device=bounds.device)
+        return cls(
+            runs,
+            first_P[rank] * len(states) + states,
+            last_P[rank] * len(states) + states,
+            began_P < starts_P,
+            bounds[last_P] < starts_P,
+            start - began_P[rank],
+        )
+
+    def bounds_of_last(self) -> Tensor | None:
+        """int32 [X + 2]: what lies before the last document, then its runs."""
+        if self.runs is None or self.last is None:
+            return None
+        return torch.cat([self.runs[:1], self.runs[self.last], self.runs[-1:]])
+
+    def end_of_first(self) -> Tensor | None:
+        """Where the first document ends in the span, if it has one run."""
+        return None if self.runs is None or self.first is None else self.runs[self.first + 1]
+
+
+def all_gather(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """[...] -> [P, ...], of all ranks. On the way back one reduce-scatter adds up what the ranks made of it."""
+    # The gradient comes without being waited for, which views of it do not do; multiplying it does.
+    sharded = DTensor.from_local(x[None] * 1, mesh, [Shard(0)], run_check=False)
+    return sharded.redistribute(placements=[Replicate()], async_op=True).to_local(grad_placements=[Partial()])
+
+
+def _group(name: str) -> dist.ProcessGroup:
+    return _resolve_process_group(name)  # type: ignore[arg-type]  # a str by another name
+
+
+# Copies of this file register operations of their own.
+_NAMESPACE = __name__.replace(".", "_")
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::receive_state", mutates_args=())
+def receive_state(like: Tensor, rank: int, group_name: str) -> Tensor:
+    """What the rank before hands on, a tensor as `like`. On the way back its gradient is sent there."""
+    received = torch.empty_like(like, memory_format=torch.contiguous_format)
+    dist.recv(received, group=_group(group_name), group_src=rank - 1)
+    return received
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::send_state", mutates_args=())
+def send_state(x: Tensor, state: Tensor, rank: int, group_name: str) -> Tensor:
+    """x, once `state` is on its way to the next rank. On the way back the state's gradient comes from there."""
+    dist.send(state.contiguous(), group=_group(group_name), group_dst=rank + 1)
+    return x.clone()
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::receive_gradient", mutates_args=())
+def _receive_gradient(grad_x: Tensor, like: Tensor, rank: int, group_name: str) -> Tensor:
+    received = torch.empty_like(like, memory_format=torch.contiguous_format)
+    dist.recv(received, group=_group(group_name), group_src=rank + 1)
+    return received
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::send_gradient", mutates_args=())
+def _send_gradient(grad: Tensor, rank: int, group_name: str) -> Tensor:
+    """Zeros, for what `receive_state` was given as an example."""
+    dist.send(grad.contiguous(), group=_group(group_name), group_dst=rank - 1)
+    return torch.zeros_like(grad)
+
+
+@receive_state.register_fake
+def _(like, rank, group_name):
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
+
+
+@send_state.register_fake
+def _(x, state, rank, group_name):
+    return torch.empty_like(x)
+
+
+@_receive_gradient.register_fake
+def _(grad_x, like, rank, group_name):
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
+
+
+@_send_gradient.register_fake
+def _(grad, rank, group_name):
+    return torch.empty_like(grad)
+
+
+def _setup_receive(ctx, inputs, output) -> None:
+    _, ctx.rank, ctx.group_name = inputs
+
+
+def _setup_send(ctx, inputs, output) -> None:
+    _, state, ctx.rank, ctx.group_name = inputs
+    ctx.save_for_backward(state)
+
+
+def _backward_of_receive(ctx, grad):
+    return _send_gradient(grad, ctx.rank, ctx.group_name), None, None
+
+
+def _backward_of_send(ctx, grad):
+    return grad, _receive_gradient(grad, ctx.saved_tensors[0], ctx.rank, ctx.group_name), None, None
+
+
+receive_state.register_autograd(_backward_of_receive, setup_context=_setup_receive)
+send_state.register_autograd(_backward_of_send, setup_context=_setup_send)
+
+
+class StateStyle(ParallelStyle):
+    """Replaces a module's forward by `self.run(forward, mesh, q, k, v, ...)`; with one rank nothing changes."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        if device_mesh.ndim != 1:
+            raise ValueError(f"{type(self).__name__} needs a mesh of one axis; it was given {device_mesh}.")
+        if device_mesh.size() > 1:
+            module.forward = partial(_without_autocast, self.run, module.forward, device_mesh)
+        return module
+
+    def run(self, forward: Callable, mesh: DeviceMesh, q: Tensor, k: Tensor, v: Tensor, **terms) -> tuple[Tensor, None]:
+        """The module's forward of the whole sequence, for this rank's span of it."""
+        raise TypeError(f"{type(self).__name__} must define run(forward, mesh, q, k, v, **terms).")
+
+
+class LSMSequenceParallel(StateStyle):
+    """For a module with `LinearRecurrence`'s forward: tensors of the rank's span in, o [B, L, R, V] of the span out.
+
+    communication: "all_gather" (LASP-2) or "ring" (LASP).
+    span_summary: the affine map of a span, as `torchlmoe.ops.span_summary`; found by the module's own forward if None,
+        which costs the outputs that go with it.
+    The module's cu_seqlens are those of the whole row, [0 .. P * L], on every rank. With `document_bounds` they are
+    bounds of the span's own runs of tokens, several of them a document (a mixture of memories), and those are the whole
+    row's. Raises ValueError for initial and final states, which belong to no single rank.
+    """
+
+    def __init__(self, communication: str = "all_gather", span_summary: Callable | None = None):
+        if communication not in COMMUNICATIONS:
+            raise ValueError(f"communication = {communication!r} is unknown; use 'all_gather' or 'ring'.")
+        self.communication, self.span_summary = communication, span_summary
+
+    def run(
+        self,
+        forward: Callable,
+        mesh: DeviceMesh,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        document_bounds: Tensor | None = None,
+        initial_state: Tensor | None = None,
+        output_final_state: bool = False,
+        **terms,
+    ) -> tuple[Tensor, None]:
+        if initial_state is not None or output_final_state:
+            raise ValueError("Initial and final states are not supported along a sequence that is split over ranks.")
+        span = _span_of(v, cu_seqlens, document_bounds, mesh)
+        *factors, state = self.summarize(forward, k, v, span.bounds_of_last(), terms)
+        if span.last is not None:
+            *factors, state = (x[-len(span.last) :] for x in (*factors, state))
+        if self.reads_by_product(terms) and document_bounds is None:
+            travelling = self.start(mesh, factors, state)
+            o, _ = forward(q, k, v, cu_seqlens=span.runs, **terms)
+            incoming = self.receive(mesh, span, factors, state, travelling)
+            return _add_reading(o, q, incoming, span.end_of_first(), **terms), None
+        incoming = self.receive(mesh, span, factors, state, self.start(mesh, factors, state))
+        if span.runs is not None and span.first is not None:
+            none = incoming.new_zeros(len(span.runs) - 1, *incoming.shape[1:])
+            incoming = none.index_copy(0, span.first, incoming)
+        return forward(q, k, v, cu_seqlens=span.runs, initial_state=incoming, **terms)[0], None
+
+    def reads_by_product(self, terms: dict) -> bool:
+        """Whether o_t = (what the span's own tokens give) + exp(G_t) q_t S."""
+        return terms.get("erase") is None
+
+    def summarize(
+        self, forward: Callable, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, terms: dict
+    ) -> tuple[Tensor, ...]:
+        """The map of each run: factors of the state, broadcast against it ([X, R, K, 1] and the like) or the one matrix
+        [X, R, K, K] of an erasing recurrence, then S_ext [X, R, K, V], in at least float32."""
+        terms = {name: x for name, x in terms.items() if name not in ("bonus", "scale")}
+        summary = self.span_summary or partial(summary_by_forward, forward)
+        transition, state = summary(k, v, cu_seqlens=cu_seqlens, **terms)
+        of_keys, *of_values = transition if isinstance(transition, tuple) else (transition,)
+        if terms.get("erase") is not None:
+            return of_keys, state
+        factors = [of_value[..., None, :] for of_value in of_values]
+        log_decay = terms.get("log_decay")
+        if log_decay is not None:  # one number a head where all channels have the same
+            factors.append((of_keys if log_decay.dim() == 4 else of_keys[..., :1])[..., None])
+        return *factors, state
+
+    def advance(self, factors: list[Tensor], state: Tensor) -> Tensor:
+        """A S"""
+        if factors and min(factors[0].shape[-2:]) > 1:
+            return factors[0] @ state
+        for factor in factors:
+            state = factor * state
+        return state
+
+    def start(self, mesh: DeviceMesh, factors: list[Tensor], state: Tensor) -> Tensor | None:
+        """The maps of all ranks, on their way: [P, X, R, numbers of a map]."""
+        if self.communication == "ring":
+            return None
+        numbers = torch.cat([x.to(state.dtype).flatten(2) for x in (*factors, state)], -1)
+        return all_gather(torch.view_as_real(numbers).flatten(-2) if numbers.is_complex() else numbers, mesh)
+
+    def receive(
+        self, mesh: DeviceMesh, span: Span, factors: list[Tensor], state: Tensor, travelling: Tensor | None
+    ) -> Tensor:
+        """The state [X, R, K, V] that the span's first document has when the span begins; zero if it begins there."""
+        rank = mesh.get_local_rank()
+        if travelling is None:
+            return self._ring(mesh, rank, span, factors, state)
+        if state.is_complex():
+            travelling = torch.complex(*travelling.unflatten(-1, (-1, 2)).unbind(-1))
+        *factors_P, states_P = (
+            part.unflatten(-1, x.shape[2:])
+            for part, x in zip(
+                travelling.split([prod(x.shape[2:]) for x in (*factors, state)], -1), (*factors, state), strict=True
+            )
+        )
+        # Rank 0 takes the last one and drops it, since every rank has to take part in the collective of the backward.
+        incoming = states_P[0] if rank else states_P[-1]
+        for other in range(1, rank):
+            moved = self.advance([x[other] for x in factors_P], incoming)
+            incoming = states_P[other] + moved.masked_fill(~span.whole_P[other], 0)
+        return incoming.masked_fill(~span.continued_P[rank], 0)
+
+    def _ring(self, mesh: DeviceMesh, rank: int, span: Span, factors: list[Tensor], state: Tensor) -> Tensor:
+        name = mesh.get_group().group_name
+        incoming = torch.zeros_like(state)
+        if rank > 0:
+            received = receive_state(_as_real(state), rank, name)
+            received = torch.complex(*received.unbind(-1)) if state.is_complex() else received
+            incoming = received.masked_fill(~span.continued_P[rank], 0)
+        if rank < mesh.size() - 1:
+            outgoing = state + self.advance(factors, incoming).masked_fill(~span.whole_P[rank], 0)
+            incoming = send_state(incoming, _as_real(outgoing), rank, name)
+        return incoming
+
+
+def _without_autocast(run: Callable, forward: Callable, mesh: DeviceMesh, q: Tensor, k: Tensor, v: Tensor, **terms):
+    """`run`, whose products of states would lose their digits to autocast."""
+    device = v.device.type
+    if not torch.amp.is_autocast_available(device):
+        return run(forward, mesh, q, k, v, **terms)
+    with torch.autocast(device, enabled=False):
+        return run(forward, mesh, q, k, v, **terms)
+
+
+def _as_real(x: Tensor) -> Tensor:
+    """What communication libraries can send."""
+    return torch.view_as_real(x) if x.is_complex() else x
+
+
+class ElementwiseSequenceParallel(LSMSequenceParallel):
+    """For a module with `ElementwiseRecurrence`'s forward; span_summary as `torchlmoe.ops.elementwise_span_summary`."""
+
+    def __init__(self, communication: str = "all_gather", *, span_summary: Callable):
+        super().__init__(communication, span_summary)
+
+    def reads_by_product(self, terms: dict) -> bool:
+        return False
+
+    def summarize(
+        self, forward: Callable, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, terms: dict
+    ) -> tuple[Tensor, ...]:
+        assert self.span_summary is not None
+        return self.span_summary(k, v, cu_seqlens=cu_seqlens, **terms)
+
+    def advance(self, factors: list[Tensor], state: Tensor) -> Tensor:
+        return factors[0] * state
+
+
+class StateRing(StateStyle):
+    """For a state that is no affine map of itself, as in `OnlineGradient`: handed from rank to rank, one after another.
+
+    The module takes initial_state [N, ...], of every document of the whole row, and offset [N], how many tokens of its
+    first mini-batch are past.
+    """
+
+    def run(  # type: ignore[override]
+        self,
+        forward: Callable,
+        mesh: DeviceMesh,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        initial_state: Tensor,
+        mini_batch_size: int,
+        cu_seqlens: Tensor | None = None,
+        offset: Tensor | None = None,
+        output_final_state: bool = False,
+        **terms,
+    ) -> tuple[Tensor, None]:
+        if offset is not None or output_final_state:
+            raise ValueError("Offsets and final states are not supported along a sequence that is split over ranks.")
+        rank, name = mesh.get_local_rank(), mesh.get_group().group_name
+        span = _span_of(v, cu_seqlens, None, mesh)
+        own = torch.arange(len(initial_state), device=v.device)
+        first, last = (own if x is None else x for x in (span.first, span.last))
+        offset = torch.zeros_like(own)
+        if rank > 0:
+            # Tied to all that makes the sender's state need a gradient: its backward waits for this one's.
+            tie = sum(x[:, :0].sum() for x in (k, v, *terms.values()) if isinstance(x, Tensor) and x.dim() > 2)
+            fresh = initial_state[first] + tie
+            state = torch.where(span.continued_P[rank], receive_state(fresh, rank, name), fresh)
+            initial_state = initial_state.index_copy(0, first, state)
+            offset = offset.index_put((first,), torch.as_tensor(span.past, device=v.device).long() % mini_batch_size)
+        o, state = forward(
+            q,
+            k,
+            v,
+            initial_state=initial_state,
+            mini_batch_size=mini_batch_size,
+            cu_seqlens=span.runs,
+            offset=offset,
+            output_final_state=True,
+            **terms,
+        )
+        return (send_state(o, state[last], rank, name) if rank < mesh.size() - 1 else o), None
+
+
+def _span_of(v: Tensor, cu_seqlens: Tensor | None, document_bounds: Tensor | None, mesh: DeviceMesh) -> Span:
+    rank, num_ranks = mesh.get_local_rank(), mesh.size()
+    if cu_seqlens is None:
+        return Span.of_rows(v.shape[1], rank, num_ranks, v.device)
+    if document_bounds is None:
+        length, bounds = num_ranks * v.shape[1], cu_seqlens
+        if type(bounds) is Tensor and bounds.device.type == "cpu" and not torch.compiler.is_compiling():
+            places = bounds.tolist()
+            if places[0] != 0 or places[-1] != length or places != sorted(places):
+                raise ValueError(
+                    f"cu_seqlens, from {places[0]} to {places[-1]}, must rise from 0 to the {length} tokens of the "
+                    f"whole row, split over {num_ranks} ranks; give the bounds of its documents."
+                )
+        return Span.of_documents(bounds, rank, num_ranks, v.shape[1])
+    return Span.of_documents(document_bounds, rank, num_ranks, document_bounds[-1] // num_ranks, cu_seqlens)
+
+
+def summary_by_forward(
+    forward: Callable, k: Tensor, v: Tensor, *, cu_seqlens: Tensor | None = None, **terms: Tensor | None
+) -> tuple[Tensor | tuple[Tensor, ...], Tensor]:
+    """`torchlmoe.ops.span_summary` for any module with `LinearRecurrence`'s forward.
+
+    Without an erase term the transition is how ones decay that nothing is added to: a column of them for the keys'
+    side, a row for the values'. With one, it is what becomes of the identity.
+    """
+    options = {"cu_seqlens": cu_seqlens, "output_final_state": True}
+    num_runs = v.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    num_heads, key_dim = v.shape[2], k.shape[-1]
+    _, state = forward(k, k, v, **terms, **options)
+    if terms.get("erase") is not None:
+        identity = torch.eye(key_dim, dtype=state.dtype, device=v.device).expand(num_runs, num_heads, -1, -1)
+        nothing = v.new_zeros(*v.shape[:3], key_dim)
+        return forward(k, k, nothing, initial_state=identity, **terms, **options)[1], state
+    of_values = terms.pop("value_log_decay", None)
+    if terms.get("log_decay") is None:
+        of_keys = state.new_ones(num_runs, num_heads, key_dim)
+    else:
+        ones = state.new_ones(num_runs, num_heads, key_dim, 1)
+        of_keys = forward(k, k, torch.zeros_like(v[..., :1]), initial_state=ones, **terms, **options)[1][..., 0]
+    if of_values is None:
+        return of_keys, state
+    nothing, ones = torch.zeros_like(k[..., :1]), state.new_ones(num_runs, num_heads, 1, v.shape[-1])
+    kept = forward(nothing, nothing, v, initial_state=ones, value_log_decay=of_values, **options)[1]
+    return (of_keys, kept[..., 0, :]), state
+
+
+def _add_reading(
+    o: Tensor,
+    q: Tensor,
+    state: Tensor,
+    end: Tensor | None,
+    *,
+    log_decay: Tensor | None = None,
+    value_log_decay: Tensor | None = None,
+    bonus: Tensor | None = None,
+    scale: float = 1.0,
+    **_,
+) -> Tensor:
+    """o + scale * exp(H_t) (exp(G_t) q_t) S up to `end`, G and H the sums of the decays since the span began.
+
+    With a bonus the token reads what is there before its own decay.
+    """
+    length = o.shape[1]
+
+    def so_far(log: Tensor) -> Tensor:
+        if log.dim() == 1:
+            log = log.expand(1, length, -1)
+        total = log.to(state.dtype).cumsum(1)
+        if bonus is not None:  # moved by a token, since a difference would cancel
+            total = torch.cat([torch.zeros_like(total[:, :1]), total[:, :-1]], 1)
+        return total.exp()
+
+    q = q.to(state.dtype).repeat_interleave(o.shape[2] // q.shape[2], 2) * scale
+    if log_decay is not None and log_decay.dim() == 4:
+        q = q * so_far(log_decay)
+    read = torch.einsum("blrk,brkv->blrv", q, state)
+    if log_decay is not None and log_decay.dim() < 4:
+        read = read * so_far(log_decay)[..., None]
+    if value_log_decay is not None:
+        read = read * so_far(value_log_decay)
+    if end is not None:
+        places = torch.arange(length, device=o.device)
+        read = read.masked_fill((places >= end)[:, None, None], 0)
+    return (o + read).to(o.dtype)

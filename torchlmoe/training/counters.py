@@ -1,0 +1,54 @@
+"""What routed layers count in a step, as one vector laid out for the whole model, whichever layers a rank has."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchlmoe.model.decoder import Decoder
+from torchlmoe.training.metrics import load_figures
+
+_SCALARS = ("dropped", "aux_loss", "z_loss")
+
+
+class Counters:
+    """sizes: by layer, in the model's order, how many experts or memories it has."""
+
+    def __init__(self, sizes: dict[str, int]):
+        self.sizes = sizes
+
+    def pop(self, model: Decoder, device: torch.device) -> Tensor:
+        """What this rank counted since the last call, float64, zero for layers of other ranks; resets it.
+
+        Counts stay exact in it: they are far below 2^53.
+        """
+        layers = model.routed_layers()
+        parts = []
+        for name, size in self.sizes.items():
+            if name in layers:
+                counted = layers[name].pop_counters()
+                parts += [counted["counts"].double(), *(counted[key].double()[None] for key in _SCALARS)]
+            else:
+                parts.append(torch.zeros(size + len(_SCALARS), dtype=torch.float64, device=device))
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64, device=device)
+
+    def by_layer(self, totals: Tensor) -> dict[str, dict[str, Tensor]]:
+        """From the sum of all ranks' vectors: counts [E], dropped, aux_loss and z_loss of each layer."""
+        rows = totals.split([size + len(_SCALARS) for size in self.sizes.values()])
+        return {
+            name: {"counts": row[:size], **dict(zip(_SCALARS, row[size:], strict=True))}
+            for (name, size), row in zip(self.sizes.items(), rows, strict=True)
+        }
+
+    def figures(self, totals: Tensor) -> dict[str, Any]:
+        """What is logged of it."""
+        figures: dict[str, Any] = {}
+        for name, layer in self.by_layer(totals).items():
+            of_layer = {
+                **load_figures(layer["counts"]),
+                "aux_loss": layer["aux_loss"].item(),
+                "z_loss": layer["z_loss"].item(),
+                "dropped_fraction": (layer["dropped"] / layer["counts"].sum()).item(),
+            }
+            figures |= {f"{name}/{key}": value for key, value in of_layer.items()}
+        return figures
