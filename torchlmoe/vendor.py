@@ -1,4 +1,4 @@
-"""Copies parts into a package of your own: python -m torchlmoe.vendor NAME ... --output FOLDER [--kernels]
+"""Copies parts into a package of your own: python -m torchlmoe.vendor NAME ... --output FOLDER [--kernels] [--styles]
 
 NAME is a mixer, `moe`, an operation, a kernel or a parallel style; --list prints all names. FOLDER becomes a package
 that does not import torchlmoe, with exactly the files that NAME needs and a test of its own.
@@ -17,6 +17,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("names", metavar="NAME", nargs="*", help="what to copy, such as gated_deltanet")
     parser.add_path("--output", metavar="FOLDER", help="the package to write, not there yet or an empty folder")
     parser.add_argument("--kernels", action="store_true", help="with the Triton kernels that serve it")
+    parser.add_argument("--styles", action="store_true", help="with the parallel styles that split it over ranks")
     parser.add_argument("--list", action="store_true", help="print all names and end")
     options = parser.parse_args(arguments)
     if options.list:
@@ -25,7 +26,7 @@ def main(arguments: list[str]) -> None:
     if not options.names or options.output is None:
         raise ValueError("Give a NAME, or several, and --output FOLDER; --list prints all names.")
     folder = Path(options.output).resolve()
-    package = package_of(options.names, folder, options.kernels)
+    package = package_of(options.names, folder, options.kernels, options.styles)
     package.write(folder)
     lines = package.num_lines()
     for path, count in lines.items():

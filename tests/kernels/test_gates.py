@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from torchlmoe.kernels.gates import decay_gate
-from torchlmoe.layers.decay_gate import MAX_LOG_RATE, BiasedDecay, DecayGate, LogSigmoidDecay
+from torchlmoe.layers.biased_decay import MAX_LOG_RATE, BiasedDecay, LogSigmoidDecay
+from torchlmoe.layers.decay_gate import DecayGate
 
 FUNCTIONS = {
     "softplus": F.softplus,

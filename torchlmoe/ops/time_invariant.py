@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchlmoe.ops.chunk_layout import ChunkLayout, Slab, kept_chunk_layouts, num_documents, restore_order
+from torchlmoe.ops.checks import num_documents
+from torchlmoe.ops.chunk_layout import ChunkLayout, Slab, kept_chunk_layouts, restore_order
 
 CHUNK_SIZE = 64
 

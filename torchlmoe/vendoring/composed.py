@@ -6,10 +6,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 
 from torchlmoe.vendoring.names import CHECKS, Part
+from torchlmoe.vendoring.needed import import_line
 from torchlmoe.vendoring.sources import imports_of, text_of, tree_of
 
 KINDS_LINE = "KINDS: list[type[Mixer]] = []"  # of the check of mixers, to be filled
-LINE_LENGTH = 120
 
 
 def composed_test(parts: Iterable[Part]) -> str:
@@ -41,7 +41,7 @@ def _add(check: str, checks: list[str]) -> None:
     """Appends the check once, after the others that it is made of."""
     if check in checks:
         return
-    for module, _ in imports_of(check):
+    for module, _ in imports_of(tree_of(check), check):
         if module.startswith(f"{CHECKS}."):
             _add(module, checks)
     checks.append(check)
@@ -75,14 +75,9 @@ def _merged(statements: Iterable[ast.stmt]) -> str:
         elif isinstance(node, ast.Import):
             whole |= {ast.unparse(alias) for alias in node.names}
     written = [(name, f"import {name}") for name in whole]
-    written += [(module, _from(module, sorted(names[module]))) for module in names]
+    written += [(module, import_line(module, sorted(names[module]))) for module in names]
     groups: list[list[str]] = [[], [], []]
     for module, line in sorted(written, key=lambda entry: (entry[1].startswith("from"), entry[0])):
         first = module.split(".")[0]
         groups[0 if first in sys.stdlib_module_names else 2 if first == "torchlmoe" else 1].append(line)
     return "\n\n".join("\n".join(group) for group in groups if group)
-
-
-def _from(module: str, names: list[str]) -> str:
-    line = f"from {module} import {', '.join(names)}"
-    return line if len(line) <= LINE_LENGTH else f"from {module} import (\n    " + ",\n    ".join(names) + ",\n)"

@@ -5,9 +5,8 @@ import difflib
 from dataclasses import dataclass
 from functools import cache
 
-from torchlmoe.vendoring.sources import KERNELS, is_package, modules_in, providers, text_of, tree_of
+from torchlmoe.vendoring.sources import KERNELS, STYLES, is_package, modules_in, providers, text_of, tree_of
 
-STYLE_FOLDERS = ("torchlmoe.parallel",)
 STYLE_BASES = ("StateStyle", "Halo")  # what other styles are made of
 CHECKS = "torchlmoe.vendoring.checks"
 # What a name needs beyond what its files import: MIXERS of a copy holds what was copied, and this is `inner`'s default.
@@ -34,7 +33,7 @@ class Part:
 @cache
 def parts() -> dict[str, Part]:
     """All of them by name, kind by kind."""
-    moe = providing("torchlmoe.moe", "MoE")
+    moe = providing("torchlmoe.feed_forwards", "MoE")
     found = [
         *(_mixer(name, kind) for name, kind in _mixers()),
         Part("moe", "mixture of experts", (moe,), "MoE", f"{CHECKS}.moe"),
@@ -70,8 +69,9 @@ def _mixers() -> list[tuple[str, str]]:
     """(name, class) of every row of MIXERS."""
     for node in tree_of("torchlmoe.mixers").body:
         if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "MIXERS":
-            assert isinstance(node.value, ast.Dict)
-            rows = zip(node.value.keys, node.value.values, strict=True)
+            assert node.value is not None
+            table = next(found for found in ast.walk(node.value) if isinstance(found, ast.Dict))
+            rows = zip(table.keys, table.values, strict=True)
             return [(ast.literal_eval(key), ast.unparse(kind)) for key, kind in rows if key is not None]
     raise AssertionError("torchlmoe/mixers/__init__.py defines no MIXERS.")
 
@@ -106,8 +106,7 @@ def _styles() -> list[Part]:
     """Classes that `parallelize_module` takes, and that derive from torch's `ParallelStyle` by whatever steps."""
     classes = {
         node.name: (module, [ast.unparse(base) for base in node.bases])
-        for folder in STYLE_FOLDERS
-        for module in modules_in(folder)
+        for module in modules_in(STYLES)
         for node in tree_of(module).body
         if isinstance(node, ast.ClassDef)
     }

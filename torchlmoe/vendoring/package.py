@@ -14,8 +14,9 @@ from torchlmoe.files import read_toml
 from torchlmoe.vendoring.composed import composed_test
 from torchlmoe.vendoring.names import Part, part_of
 from torchlmoe.vendoring.names import parts as all_parts
+from torchlmoe.vendoring.needed import needed, parsed
 from torchlmoe.vendoring.registry import thinned
-from torchlmoe.vendoring.sources import PACKAGE, closure, foreign_imports, path_of, text_of
+from torchlmoe.vendoring.sources import PACKAGE, foreign_imports, path_of
 
 CHECKOUT = Path(torchlmoe.__file__).resolve().parent.parent
 
@@ -38,29 +39,32 @@ class Package:
             place.write_text(text, encoding="utf-8")
 
 
-def package_of(names: Sequence[str], folder: Path, with_kernels: bool) -> Package:
-    """What `folder` is to hold. Raises ValueError for a name that there is not and a folder that cannot be."""
+def package_of(names: Sequence[str], folder: Path, with_kernels: bool = False, with_styles: bool = False) -> Package:
+    """What `folder` is to hold. Raises ValueError for a name that there is not and a folder that cannot be.
+
+    with_kernels, with_styles: as if the kernels that serve the parts, or their styles, were named too.
+    """
     parts = _with_companions(names)
     with_kernels = with_kernels or any(part.kind == "kernel" for part in parts)
-    asked = [module for part in parts for module in part.modules]
-    modules, packages = closure(asked, with_kernels)
-    requirements = sorted(foreign_imports(modules))
+    with_styles = with_styles or any(part.kind == "parallel style" for part in parts)
+    texts, packages = needed([module for part in parts for module in part.modules], with_kernels, with_styles)
+    requirements = sorted({name for module, text in texts.items() for name in foreign_imports(module, parsed(text))})
     name = _package_name(folder, requirements)
 
     files = {"__init__.py": _init(parts)}
-    for module in modules:
+    for module, text in texts.items():
         path = module.split(".")[1:]
         for depth in range(1, len(path)):
             parent = ".".join([PACKAGE, *path[:depth]])
-            text = thinned(parent, set(modules)) if parent in packages else ""
-            files["/".join([*path[:depth], "__init__.py"])] = text
-        files["/".join(path) + ".py"] = text_of(module)
-    kernels = [part for part in all_parts().values() if part.kind == "kernel" and part.modules[0] in modules]
+            files["/".join([*path[:depth], "__init__.py"])] = thinned(parent, texts) if parent in packages else ""
+        files["/".join(path) + ".py"] = text
+    kernels = [part for part in all_parts().values() if part.kind == "kernel" and part.modules[0] in texts]
     files[f"test_{folder.name}.py"] = composed_test(dict.fromkeys([*parts, *kernels]))
     files = {path: renamed(text, name) for path, text in sorted(files.items())}
     minimum = _minimum_versions()
     package = Package(files, [minimum.get(requirement, requirement) for requirement in requirements])
-    files["README.md"] = _readme(package, parts, modules, name, minimum["pytest"], with_kernels)
+    left_out = [room for room, there in {"kernels": with_kernels, "styles": with_styles}.items() if not there]
+    files["README.md"] = _readme(package, parts, source_version(list(texts)), name, minimum["pytest"], left_out)
     files["LICENSE"] = _license()
     return package
 
@@ -108,22 +112,27 @@ def _init(parts: list[Part]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _readme(package: Package, parts: list[Part], modules: list[str], name: str, pytest: str, with_kernels: bool) -> str:
+def _readme(package: Package, parts: list[Part], version: str, name: str, pytest: str, left_out: list[str]) -> str:
     lines = package.num_lines()
     title = name.rpartition(".")[2]
-    kernels = "Triton kernels are among them." if with_kernels else "Triton kernels were left out."
+    without = {
+        "kernels": "Triton kernels were left out (--kernels): a backend says so where it is asked for them.",
+        "styles": "Parallel styles were left out (--styles), and the methods that name them.",
+    }
     table = "\n".join(f"| `{path}` | {count} |" for path, count in lines.items())
     return f"""# {title}
 
-{", ".join(f"`{part.name}`" for part in parts)}, copied from torchlmoe {source_version(modules)} by
-`python -m torchlmoe.vendor`. {kernels} Nothing here imports torchlmoe.
+{", ".join(f"`{part.name}`" for part in parts)}, copied from torchlmoe {version} by `python -m torchlmoe.vendor`.
+Nothing here imports torchlmoe.
 
 Needs Python 3.10 or later and {", ".join(package.requirements)}; the test also {pytest}:
 
     {test_command(package, f"test_{title}.py")}
 
 The files are as they are in torchlmoe, but that they import each other from `{name}` and that operations are registered
-with torch under that name. Licence: Apache-2.0 (`LICENSE`).
+with torch under that name. {" ".join(without[room] for room in left_out)}
+
+Licence: Apache-2.0 (`LICENSE`).
 
 | file | lines |
 |---|---|

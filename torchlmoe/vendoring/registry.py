@@ -1,11 +1,12 @@
 """A package's __init__.py with no more in it than what was copied."""
 
 import ast
+from collections.abc import Container
 
 from torchlmoe.vendoring.sources import is_package, providers, source_of, text_of, tree_of
 
 
-def thinned(package: str, copied: set[str]) -> str:
+def thinned(package: str, copied: Container[str]) -> str:
     """The source of `package`'s __init__.py without imports of modules that are not in `copied`, and without the lines
     that list what those would have brought: entries of __all__ and of tables such as MIXERS.
     """
@@ -16,7 +17,7 @@ def thinned(package: str, copied: set[str]) -> str:
         if isinstance(node, ast.ImportFrom):
             module = source_of(node, package)
             files = {file for alias in node.names for file in providers(module, alias.name) if not is_package(file)}
-            if not files <= copied:
+            if any(file not in copied for file in files):
                 absent |= {alias.asname or alias.name for alias in node.names}
                 dropped.append(node)
     for table in ast.walk(tree):

@@ -2,7 +2,7 @@
 
 import ast
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import torchlmoe
 
 PACKAGE = "torchlmoe"
 KERNELS = "torchlmoe.kernels"
+STYLES = "torchlmoe.styles"
 
 
 def path_of(module: str) -> Path | None:
@@ -39,18 +40,16 @@ def modules_in(package: str) -> list[str]:
     return sorted(f"{package}.{path.stem}" for folder in folders for path in folder.glob("[!_]*.py"))
 
 
-@cache
-def imports_of(module: str) -> tuple[tuple[str, str | None], ...]:
-    """Every import anywhere in the file, in functions too: (module, name), of `import module` (module, None)."""
-    return tuple(imported for node in ast.walk(tree_of(module)) for imported in imported_by(node, module))
+def imports_of(tree: ast.AST, module: str) -> Iterator[tuple[str, str | None]]:
+    """Every import anywhere in the tree, in functions too: (module, name), of `import module` (module, None).
 
-
-def imported_by(node: ast.AST, module: str) -> Iterator[tuple[str, str | None]]:
-    """What a statement of `module` imports; nothing where it is no import."""
-    if isinstance(node, ast.Import):
-        yield from ((alias.name, None) for alias in node.names)
-    elif isinstance(node, ast.ImportFrom):
-        yield from ((source_of(node, module), alias.name) for alias in node.names)
+    module: the one that the tree is of, from which relative imports start.
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, None) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((source_of(node, module), alias.name) for alias in node.names)
 
 
 def source_of(node: ast.ImportFrom, module: str) -> str:
@@ -66,47 +65,29 @@ def is_package(module: str) -> bool:
     return path is not None and path.name == "__init__.py"
 
 
-def providers(module: str, name: str | None) -> Iterator[str]:
-    """The files of ours that `from module import name` takes it from: a package's __init__.py only stands for others,
-    unless it defines the name itself."""
-    if name is not None and path_of(f"{module}.{name}"):
-        yield f"{module}.{name}"
-    elif path_of(module):
-        yield module
-        if is_package(module):
-            for origin, imported in imports_of(module):
-                if imported == name:
-                    yield from providers(origin, imported)
+def providers(module: str, name: str | None) -> list[str]:
+    """The files of ours that `from module import name` takes it from: a package's __init__.py with what that imports
+    for the name, which comes before a file of the same name."""
+    if is_package(module):
+        tree = tree_of(module)
+        passed_on = [(origin, imported) for origin, imported in imports_of(tree, module) if imported == name]
+        defined = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        if passed_on or name in defined:
+            needed = passed_on or needed_by_definitions(tree, module)
+            return [module, *(file for imported in needed for file in providers(*imported))]
+    found = f"{module}.{name}"
+    return [found] if name is not None and path_of(found) else [module] if path_of(module) else []
 
 
-def closure(modules: Iterable[str], with_kernels: bool) -> tuple[list[str], set[str]]:
-    """The modules and all of ours that they import, sorted, without packages; and the names of packages from which a
-    name is imported. Kernels that are named are taken; those that others import, only `with_kernels`.
-    """
-    found: set[str] = set()
-    packages: set[str] = set()
-    waiting = list(modules)
-    while waiting:
-        module = waiting.pop()
-        if module in found:
-            continue
-        found.add(module)
-        for imported in imports_of(module):
-            for provider in providers(*imported):
-                of_kernels = provider.startswith(f"{KERNELS}.")
-                if is_package(provider):
-                    packages.add(provider)
-                elif not of_kernels or with_kernels or module.startswith(f"{KERNELS}."):
-                    waiting.append(provider)
-    return sorted(found), packages
+def needed_by_definitions(tree: ast.Module, module: str) -> list[tuple[str, str | None]]:
+    """The imports that an __init__.py itself uses, other than to list them in a table such as MIXERS."""
+    listed = {id(value) for table in ast.walk(tree) if isinstance(table, ast.Dict) for value in table.values}
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and id(node) not in listed}
+    return [imported for imported in imports_of(tree, module) if imported[1] in used]
 
 
-def foreign_imports(modules: Iterable[str]) -> set[str]:
-    """The top-level packages of others, beyond the standard library, without which the modules cannot be imported."""
-    found = {
-        name.split(".")[0]
-        for module in modules
-        for node in tree_of(module).body
-        for name, _ in imported_by(node, module)
-    }
+def foreign_imports(module: str, tree: ast.Module) -> set[str]:
+    """The top-level packages of others, beyond the standard library, without which the file cannot be imported."""
+    statements = (node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom)))
+    found = {name.split(".")[0] for node in statements for name, _ in imports_of(node, module)}
     return found - sys.stdlib_module_names - {PACKAGE}

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from torchlmoe.parallel.halo import ConvHalo
+from torchlmoe.styles.halo import ConvHalo
 from torchlmoe.vendoring.checks.halos import Places, check_halo
 from torchlmoe.vendoring.checks.ranks import NUMBERS_OF_RANKS, on_ranks
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import parallelize_module
 
-from torchlmoe.parallel.sequence import ElementwiseSequenceParallel
+from torchlmoe.styles.recurrence import ElementwiseSequenceParallel
 from torchlmoe.vendoring.checks.element_by_element import element_by_element
 from torchlmoe.vendoring.checks.ranks import NUMBERS_OF_RANKS, assert_gradients_equal, on_ranks, span_of
 

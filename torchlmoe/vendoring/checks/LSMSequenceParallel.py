@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import parallelize_module
 
-from torchlmoe.parallel.sequence import LSMSequenceParallel
+from torchlmoe.styles.recurrence import LSMSequenceParallel
 from torchlmoe.vendoring.checks.ranks import NUMBERS_OF_RANKS, assert_gradients_equal, on_ranks, span_of
 from torchlmoe.vendoring.checks.token_by_token import token_by_token
 

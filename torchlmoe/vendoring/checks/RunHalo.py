@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import parallelize_module
 
-from torchlmoe.parallel.run_halo import RunHalo
+from torchlmoe.styles.run_halo import RunHalo
 from torchlmoe.vendoring.checks.ranks import NUMBERS_OF_RANKS, assert_gradients_equal, on_ranks, span_of
 
 NUM_MEMORIES = 2

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import parallelize_module
 
-from torchlmoe.parallel.sequence import StateRing
+from torchlmoe.styles.recurrence import StateRing
 from torchlmoe.vendoring.checks.ranks import NUMBERS_OF_RANKS, assert_gradients_equal, on_ranks, span_of
 
 MINI_BATCHES_OF = 3

@@ -4,7 +4,7 @@ import pytest
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from torchlmoe.parallel.halo import TokenShiftHalo
+from torchlmoe.styles.halo import TokenShiftHalo
 from torchlmoe.vendoring.checks.halos import Places, check_halo
 from torchlmoe.vendoring.checks.ranks import NUMBERS_OF_RANKS, on_ranks
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from torchlmoe.layers.sequence import Sequence
+from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.mixers.base import Mixer
 
 KINDS: list[type[Mixer]] = []
@@ -31,7 +31,7 @@ def inputs(batch_size: int, length: int) -> torch.Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 def test_packed_documents_do_not_meet(kind):
     """Each one's output is its output alone, in every backend, and gradients across documents are exactly zero."""
-    packed = Sequence.of_packed_rows(torch.tensor([BOUNDS], dtype=torch.int32), LENGTH, loss_weight=0.0)
+    packed = SequenceLayout.of_packed_rows(torch.tensor([BOUNDS], dtype=torch.int32), LENGTH, loss_weight=0.0)
     x = inputs(1, LENGTH).requires_grad_()
     for backend in BACKENDS if "backend" in kind.settings() else ("auto",):
         mixer = build(kind, backend)
@@ -39,7 +39,7 @@ def test_packed_documents_do_not_meet(kind):
         for start, end in zip(BOUNDS, BOUNDS[1:], strict=False):
             if start == end:
                 continue
-            alone = build(kind)(x[:, start:end], sequence=Sequence.of_rows(1, end - start))
+            alone = build(kind)(x[:, start:end], sequence=SequenceLayout.of_rows(1, end - start))
             torch.testing.assert_close(y[:, start:end], alone, rtol=1e-9, atol=1e-10)
             (gradient,) = torch.autograd.grad(y[:, start:end].square().sum(), x, retain_graph=True)
             assert gradient[:, start:end].any()
@@ -52,12 +52,12 @@ def test_decoding_equals_the_forward(kind):
     """Token by token, and in pieces between; a cache serves one document after another."""
     mixer, x, splits = build(kind), inputs(2, 75), [*range(8), 70, 71, 72, 75]
     with torch.no_grad():
-        expected = mixer(x, sequence=Sequence.of_rows(2, 75))
+        expected = mixer(x, sequence=SequenceLayout.of_rows(2, 75))
         cache = mixer.init_cache(2, 75, torch.float64)
-        mixer(x.flip(0), sequence=Sequence.of_rows(2, 75), cache=cache)
+        mixer(x.flip(0), sequence=SequenceLayout.of_rows(2, 75), cache=cache)
         pieces = []
         for start, end in zip(splits, splits[1:], strict=False):
-            sequence = Sequence(torch.arange(start, end).expand(2, -1))
+            sequence = SequenceLayout(torch.arange(start, end).expand(2, -1))
             pieces.append(mixer(x[:, start:end], sequence=sequence, cache=cache))
     torch.testing.assert_close(torch.cat(pieces, 1), expected, rtol=1e-9, atol=1e-10)
 
@@ -65,7 +65,7 @@ def test_decoding_equals_the_forward(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_those_of_finite_differences(kind):
     """Of the input and every parameter, each along a direction of its own."""
-    mixer, sequence = build(kind), Sequence.of_rows(1, 75, loss_weight=0.0)
+    mixer, sequence = build(kind), SequenceLayout.of_rows(1, 75, loss_weight=0.0)
     x, weight = inputs(1, 75).requires_grad_(), inputs(1, 75).flip(1)
 
     def loss() -> torch.Tensor:

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from torchlmoe.layers.sequence import Sequence
-from torchlmoe.moe.layer import MoE
+from torchlmoe.feed_forwards.moe import MoE
+from torchlmoe.layers.sequence import SequenceLayout
 
 ROUTED: dict[str, Any] = dict(num_experts=6, top_k=2, expert_dim=10)
 WIDTH = 8
@@ -44,7 +44,7 @@ def test_equals_a_loop_over_experts(shared):
     expected = by_loop(moe, x)
     if moe.shared_expert is not None and moe.shared_expert_gate is not None:
         expected = expected + moe.shared_expert_gate(x).sigmoid() * moe.shared_expert(x)
-    found = moe(x, sequence=Sequence.of_rows(2, 15, loss_weight=0.0))
+    found = moe(x, sequence=SequenceLayout.of_rows(2, 15, loss_weight=0.0))
     torch.testing.assert_close(found, expected)
     leaves, weight = [x, *moe.parameters()], torch.randn_like(found)
     torch.testing.assert_close(*(torch.autograd.grad(y, leaves, weight) for y in (found, expected)))
@@ -52,7 +52,7 @@ def test_equals_a_loop_over_experts(shared):
 
 def test_capacity_drops_in_training_alone():
     moe, x = layer(capacity_factor=0.5), torch.randn(1, 30, WIDTH, dtype=torch.float64)
-    dense, sequence = by_loop(moe, x), Sequence.of_rows(1, 30)
+    dense, sequence = by_loop(moe, x), SequenceLayout.of_rows(1, 30)
     torch.testing.assert_close(moe.eval()(x, sequence=sequence), dense)
     moe.train()(x, sequence=sequence).sum().backward()
     counted = moe.pop_counters()
@@ -67,7 +67,7 @@ def test_balance_loss_is_injected_on_the_way_back():
     gradients = []
     for weight in (0.0, 0.5):
         moe = layer(aux_loss_weight=weight)
-        moe(x, sequence=Sequence.of_rows(1, 30)).sum().backward()
+        moe(x, sequence=SequenceLayout.of_rows(1, 30)).sum().backward()
         assert moe.router.weight.grad is not None
         gradients.append(moe.router.weight.grad)
         counted = moe.pop_counters()

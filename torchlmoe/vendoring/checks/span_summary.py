@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from torchlmoe.ops.linear_recurrence import linear_recurrence, span_summary
+from torchlmoe.ops.linear_recurrence import linear_recurrence
+from torchlmoe.ops.span_summary import span_summary
 
 SUMMARIES = {"decay": (), "decay per channel": (6,), "delta rule": (), "decay on both sides": (6,)}
 
