@@ -22,8 +22,8 @@ ROOMS = [
     ["parallel"],
     ["checkpoint", "inference"],
     ["training"],
-    ["command", "config_loader", "settings_reference"],
-    ["export", "generate", "import_model", "vendor", "vendoring"],
+    ["command", "config_loader", "settings_reference", "vendoring"],
+    ["export", "generate", "import_model", "vendor"],
 ]
 # Rooms that need no other package, and no other room.
 TORCH_ALONE = ("styles", "kernels")

@@ -27,7 +27,7 @@ def needed(modules: Iterable[str], kernels: bool, styles: bool) -> tuple[dict[st
         if module in found:
             continue
         found[module] = text_of(module) if styles else without_styles(module)
-        for imported in imports_of(parsed(found[module]), module):
+        for imported in _imports_in(found[module], module):
             for provider in providers(*imported):
                 if is_package(provider):
                     packages.add(provider)
@@ -37,6 +37,11 @@ def needed(modules: Iterable[str], kernels: bool, styles: bool) -> tuple[dict[st
 
 
 parsed = cache(ast.parse)
+
+
+@cache
+def _imports_in(text: str, module: str) -> list[tuple[str, str | None]]:
+    return list(imports_of(parsed(text), module))
 
 
 @cache

@@ -13,6 +13,7 @@ KERNELS = "torchlmoe.kernels"
 STYLES = "torchlmoe.styles"
 
 
+@cache
 def path_of(module: str) -> Path | None:
     """The file of `module`, of a package its __init__.py; None if there is none."""
     for root in torchlmoe.__path__:
@@ -65,6 +66,7 @@ def is_package(module: str) -> bool:
     return path is not None and path.name == "__init__.py"
 
 
+@cache
 def providers(module: str, name: str | None) -> list[str]:
     """The files of ours that `from module import name` takes it from: a package's __init__.py with what that imports
     for the name, which comes before a file of the same name."""
