@@ -114,19 +114,21 @@ def imports_in(text: str) -> list[list[str]]:
     return found
 
 
-@pytest.mark.parametrize("with_kernels", [False, True])
-def test_a_copy_is_whole_and_no_more_than_needed(tmp_path, with_kernels):
+@pytest.mark.parametrize("whole", [False, True], ids=["alone", "with_kernels_and_styles"])
+def test_a_copy_is_whole_and_no_more_than_needed(tmp_path, whole):
     """Of every part: each import is of a file that is there or of a package that is named, and no file is idle."""
     for name, part in parts().items():
-        package = package_of([name], tmp_path / "copied", with_kernels)
+        package = package_of([name], tmp_path / "copied", whole, whole)
         files = {path.removesuffix(".py").replace("/", "."): text for path, text in package.files.items()}
         modules = {module for module in files if f"{module.replace('.', '/')}.py" in package.files}
         packages = {module.removesuffix(".__init__") for module in modules}
         required = {requirement.split(">")[0] for requirement in package.requirements} | {"pytest"}
         reached = {"test_copied", "__init__"}
         reached |= {module.removeprefix("torchlmoe.") for module in part.modules}
-        has_kernels = any(module.startswith("kernels.") for module in modules)
-        assert has_kernels <= (with_kernels or part.kind == "kernel")
+        has_kernels, has_styles = (any(m.startswith(f"{room}.") for m in modules) for room in ("kernels", "styles"))
+        assert has_kernels <= (whole or part.kind == "kernel")
+        assert has_styles <= (whole or part.kind == "parallel style")
+        assert has_styles or "_parallel_style" not in "".join(package.files.values())
         for module in modules:
             for candidates in imports_in(files[module]):
                 top, _, rest = candidates[0].partition(".")
@@ -169,13 +171,14 @@ def test_every_copy_passes_its_test(tmp_path):
 
 
 @pytest.mark.long
-def test_several_parts_in_one_package_with_kernels(tmp_path):
-    """All of them, which import each other's files, in a folder that lies in a package."""
+def test_many_parts_in_one_package_with_kernels(tmp_path):
+    """They import each other's files, in a folder that lies in a package. One style is there for all."""
     inside = tmp_path / "fork" / "models"
     inside.mkdir(parents=True)
     for parent in (inside, inside.parent):
         (parent / "__init__.py").touch()
-    copy(list(parts()), inside / "everything", with_kernels=True)
+    names = [name for name, part in parts().items() if part.kind != "parallel style" or name == "ConvHalo"]
+    copy(names, inside / "many", with_kernels=True)
     found = results_of_tests(tmp_path)
     assert len(found["fork"]) > 150
     assert all(passed for _, passed in found["fork"]), [name for name, passed in found["fork"] if not passed]

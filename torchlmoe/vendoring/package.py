@@ -39,14 +39,17 @@ class Package:
             place.write_text(text, encoding="utf-8")
 
 
-def package_of(names: Sequence[str], folder: Path, with_kernels: bool = False, with_styles: bool = False) -> Package:
+def package_of(
+    names: Sequence[str], folder: Path, kernels_of_all: bool = False, styles_of_all: bool = False
+) -> Package:
     """What `folder` is to hold. Raises ValueError for a name that there is not and a folder that cannot be.
 
-    with_kernels, with_styles: as if the kernels that serve the parts, or their styles, were named too.
+    kernels_of_all, styles_of_all: whether the kernels that serve the parts, or their styles, come with their tests. If a
+    kernel or a style is named, those of the other parts come too, since what is there will be imported.
     """
     parts = _with_companions(names)
-    with_kernels = with_kernels or any(part.kind == "kernel" for part in parts)
-    with_styles = with_styles or any(part.kind == "parallel style" for part in parts)
+    with_kernels = kernels_of_all or any(part.kind == "kernel" for part in parts)
+    with_styles = styles_of_all or any(part.kind == "parallel style" for part in parts)
     texts, packages = needed([module for part in parts for module in part.modules], with_kernels, with_styles)
     requirements = sorted({name for module, text in texts.items() for name in foreign_imports(module, parsed(text))})
     name = _package_name(folder, requirements)
@@ -58,8 +61,9 @@ def package_of(names: Sequence[str], folder: Path, with_kernels: bool = False, w
             parent = ".".join([PACKAGE, *path[:depth]])
             files["/".join([*path[:depth], "__init__.py"])] = thinned(parent, texts) if parent in packages else ""
         files["/".join(path) + ".py"] = text
-    kernels = [part for part in all_parts().values() if part.kind == "kernel" and part.modules[0] in texts]
-    files[f"test_{folder.name}.py"] = composed_test(dict.fromkeys([*parts, *kernels]))
+    brought = [kind for kind, there in {"kernel": with_kernels, "parallel style": styles_of_all}.items() if there]
+    others = [part for part in all_parts().values() if part.kind in brought and part.modules[0] in texts]
+    files[f"test_{folder.name}.py"] = composed_test(dict.fromkeys([*parts, *others]))
     files = {path: renamed(text, name) for path, text in sorted(files.items())}
     minimum = _minimum_versions()
     package = Package(files, [minimum.get(requirement, requirement) for requirement in requirements])

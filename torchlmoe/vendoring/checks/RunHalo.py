@@ -24,7 +24,7 @@ class Runs:
 
 @dataclass(frozen=True)
 class WithMemories:
-    packed_memories: Runs
+    memories: Runs
 
 
 class RunConvolution(nn.Module):
@@ -34,7 +34,7 @@ class RunConvolution(nn.Module):
         self.weight = nn.Parameter(torch.randn(3, 4, dtype=torch.float64, generator=generator))  # [channels, width]
 
     def forward(self, x: Tensor, *, sequence: WithMemories, cache: None = None) -> Tensor:
-        bounds = sequence.packed_memories.cu_seqlens
+        bounds = sequence.memories.cu_seqlens
         return self.continue_runs(x, bounds, x.new_zeros(len(bounds) - 1, 3, x.shape[2]))[0]
 
     def continue_runs(self, x: Tensor, bounds: Tensor, earlier: Tensor) -> tuple[Tensor, Tensor]:

@@ -65,7 +65,7 @@ def test_decoding_goes_on_from_the_state(widths):
 
 
 @pytest.mark.parametrize("widths", TERMS.values(), ids=TERMS)
-def test_gradients_are_those_of_finite_differences(widths):
+def test_gradients_of_the_chunks(widths):
     tensors = given(widths, 3, 1)
 
     def function(*values):
