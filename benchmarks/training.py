@@ -47,7 +47,7 @@ def steps_of(config: Config, vocab_size: int) -> Callable[[int, int], Callable[[
     """Builds the model and its optimizer; the result, given a batch size and length, is a step on random tokens."""
     device = choose_device("auto")
     start_process_group(device)
-    model = build_model(config, vocab_size, Ranks.of(config.parallelism, device.type), device)
+    model = build_model(config, vocab_size, Ranks(config.parallelism, device.type), device)
     optimizer = build_optimizer(model, config.optimizer)
 
     def step_of(batch_size: int, length: int) -> Callable[[], None]:

@@ -126,7 +126,7 @@ BREAKS = [
     Break(
         "tokens counted once per span",
         "torchlmoe/parallel/ranks.py",
-        "figure if self._is_first_with_rows else torch.zeros_like(figure)",
+        "figure if is_first else torch.zeros_like(figure)",
         "figure",
         "tests/parallel/test_context_parallel.py",
     ),

@@ -122,7 +122,8 @@ ALWAYS = {
     "float8": "enable",
     "compile": "enable",
     "activation_checkpoint": "mode",
-    "parallelism": "data_parallel_replicate_degree data_parallel_shard_degree context_parallel_degree timeout_seconds",
+    "parallelism": "data_parallel_replicate_degree data_parallel_shard_degree tensor_parallel_degree "
+    "expert_parallel_degree context_parallel_degree timeout_seconds",
 }
 
 

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 from pydantic import Field
 
@@ -30,14 +30,6 @@ class Configurable:
             if not takes_more(constructor):
                 break
         return found
-
-    @classmethod
-    def check_choices(cls, **given: str) -> None:
-        """Raises ValueError for a value that its setting, a Literal, does not list."""
-        for name, value in given.items():
-            known = get_args(cls.settings()[name][0].__origin__)
-            if value not in known:
-                raise ValueError(f"{name} = {value!r} is unknown: choose from {', '.join(known)}.")
 
 
 def keyword_settings(function: Callable) -> dict[str, tuple[Any, Any]]:

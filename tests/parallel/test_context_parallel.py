@@ -76,7 +76,7 @@ def check_logits() -> None:
     config = load_config([*SETTINGS, *f"{SPANS} 2 --training.dtype float64".split()])
     device = torch.device("cpu")
     start_process_group(device)
-    ranks = Ranks.of(config.parallelism, "cpu")
+    ranks = Ranks(config.parallelism, "cpu")
     apply_fsdp, parallelize.apply_fsdp = parallelize.apply_fsdp, lambda *_: None  # whose modules cannot be copied
     model = build_model(config, 50, ranks, device)
     parallelize.apply_fsdp = apply_fsdp

@@ -1,5 +1,7 @@
 """Whether the degrees of parallelism fit the ranks and the batch, and how many rows and tokens each rank has."""
 
+from math import prod
+
 from torchlmoe.config.load import ConfigError
 from torchlmoe.config.settings import Config, Training
 
@@ -11,31 +13,48 @@ def check_degrees(config: Config, world_size: int) -> None:
     context = degrees.context_parallel_degree
     if shard == 0:
         raise ConfigError("parallelism.data_parallel_shard_degree = 0 is impossible; give -1 (the rest) or at least 1.")
+    others = {
+        "data_parallel_replicate_degree": replicate,
+        "context_parallel_degree": context,
+        "tensor_parallel_degree": degrees.tensor_parallel_degree,
+    }
+    product = prod(others.values())
     if shard == -1:
-        if world_size % (replicate * context):
-            raise ConfigError(
-                f"parallelism.data_parallel_replicate_degree = {replicate} times context_parallel_degree = {context} "
-                f"does not divide the {world_size} ranks; choose a divisor."
-            )
-    elif replicate * shard * context != world_size:
+        if world_size % product:
+            given = " times ".join(f"{name} = {degree}" for name, degree in others.items() if degree > 1)
+            raise ConfigError(f"parallelism.{given} does not divide the {world_size} ranks; choose a divisor.")
+    elif product * shard != world_size:
+        given = " times ".join(f"{name} = {degree}" for name, degree in others.items() if degree > 1)
         raise ConfigError(
-            f"parallelism.data_parallel_replicate_degree = {replicate} times data_parallel_shard_degree = {shard} "
-            f"times context_parallel_degree = {context} is {replicate * shard * context}, but there are {world_size} "
-            "ranks; their product must be the number of ranks."
+            f"parallelism.data_parallel_shard_degree = {shard}{' times ' * bool(given)}{given} is {product * shard}, "
+            f"but there are {world_size} ranks; their product must be the number of ranks."
+        )
+    expert = degrees.expert_parallel_degree
+    if world_size // replicate % expert:
+        raise ConfigError(
+            f"parallelism.expert_parallel_degree = {expert} does not divide the {world_size // replicate} ranks of "
+            "data_parallel_shard_degree times context_parallel_degree times tensor_parallel_degree; choose a divisor."
         )
     seq_len, rows = config.training.seq_len, batch_rows(config, world_size)
     for table, num_rows in rows.items():
-        if num_rows * seq_len % context:
-            raise ConfigError(
-                f"parallelism.context_parallel_degree = {context} does not divide the {num_rows} x {seq_len} tokens of "
-                f"{table}.local_batch_size rows of training.seq_len; choose a divisor."
-            )
+        for name, parts in (("context_parallel_degree", context), ("tensor_parallel_degree", ranks_of_rows(config))):
+            if num_rows * seq_len % parts:
+                each = f" times context_parallel_degree = {context}" * (parts != context)
+                raise ConfigError(
+                    f"parallelism.{name} = {getattr(degrees, name)}{each} does not divide the {num_rows} x {seq_len} "
+                    f"tokens of {table}.local_batch_size rows of training.seq_len; choose a divisor."
+                )
     tokens = rows["training"] * seq_len
     if config.float8.enable and tokens // context % 16:
         raise ConfigError(
             "float8.enable = true needs a multiple of 16 tokens at once; training.local_batch_size * seq_len is "
             f"{tokens}, over context_parallel_degree = {context}."
         )
+
+
+def ranks_of_rows(config: Config) -> int:
+    """Ranks that work on the same rows of data."""
+    return config.parallelism.context_parallel_degree * config.parallelism.tensor_parallel_degree
 
 
 def batch_sizes(training: Training, data_ranks: int) -> tuple[int, int]:
@@ -65,7 +84,7 @@ def validation_batch_size(config: Config) -> int:
 
 def batch_rows(config: Config, world_size: int) -> dict[str, int]:
     """Rows at once, in training and, if enabled, in validation. ConfigError as of `batch_sizes`."""
-    rows, _ = batch_sizes(config.training, world_size // config.parallelism.context_parallel_degree)
+    rows, _ = batch_sizes(config.training, world_size // ranks_of_rows(config))
     return {"training": rows} | ({"validation": validation_batch_size(config)} if config.validation.enable else {})
 
 

@@ -22,7 +22,7 @@ from torchlmoe.config.settings import FEED_FORWARD_WIDE, MODEL_WIDE, Config, Opt
 from torchlmoe.data.readers import READERS
 from torchlmoe.feed_forwards import FEED_FORWARDS, NONE
 from torchlmoe.files import complaint, expanded, is_unicode, read_toml, toml_value
-from torchlmoe.layers.losses import LOSSES
+from torchlmoe.layers.losses import LOSSES, OF_THE_HEAD
 from torchlmoe.mixers import MIXERS
 from torchlmoe.optim import OPTIMIZERS
 from torchlmoe.options import keyword_settings
@@ -34,10 +34,8 @@ DEFAULT_LAYERS = {"L": {"mixer": "gated_deltanet", "mlp": "moe"}, "N": {"mixer":
 
 # Of [parallelism], what has only its default yet.
 _NOT_YET = (
-    "tensor_parallel_degree",
     "pipeline_parallel_degree",
     "pipeline_parallel_schedule",
-    "expert_parallel_degree",
 )
 # Settings that do nothing but with others: name -> (the other one, its value, a letter in it or its least number).
 _NEEDS: dict[str, tuple[str, Any]] = {
@@ -329,7 +327,8 @@ def _check_registered(config: Config) -> None:
             raise ConfigError(f"{name} = {toml_value(value)} is unknown{_nearest(value, registry)}.")
     loss = keyword_settings(LOSSES[config.training.loss])
     optimizer = keyword_settings(OPTIMIZERS[config.optimizer.name])
-    loss.pop("chunk_size", None)  # model.loss_chunk_size
+    for name in OF_THE_HEAD:
+        loss.pop(name, None)
     _check_options("training.loss_options", loss, config.training.loss_options)
     of_table = _fields(Optimizer)
     own = {name: setting for name, setting in optimizer.items() if name not in of_table}

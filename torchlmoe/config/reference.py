@@ -11,7 +11,7 @@ from torchlmoe.config.settings import MODEL_WIDE, Config, Optimizer
 from torchlmoe.data.readers import READERS
 from torchlmoe.feed_forwards import FEED_FORWARDS
 from torchlmoe.files import toml_value
-from torchlmoe.layers.losses import LOSSES
+from torchlmoe.layers.losses import LOSSES, OF_THE_HEAD
 from torchlmoe.mixers import MIXERS
 from torchlmoe.optim import OPTIMIZERS
 from torchlmoe.options import keyword_settings
@@ -49,7 +49,7 @@ def sections() -> Iterator[tuple[str, list[Setting]]]:
             settings = _options(f"{letter}.mlp_options", layer.settings(), ("norm_eps", "init_std"))
             yield f"[{letter}.mlp_options] with mlp = {mlp!r}", settings
     for table, key, registry, known in (
-        ("training.loss_options", "training.loss", LOSSES, ("chunk_size",)),
+        ("training.loss_options", "training.loss", LOSSES, OF_THE_HEAD),
         ("optimizer.options", "optimizer.name", OPTIMIZERS, tuple(get_type_hints(Optimizer))),
         ("data.reader_options", "data.dataset", READERS, ()),
     ):

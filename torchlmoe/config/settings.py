@@ -256,10 +256,14 @@ class Parallelism(Table):
         int,
         Field(ge=-1, description="Ranks with other rows that share the parameters (FSDP2); -1 for the rest."),
     ] = -1
-    tensor_parallel_degree: Annotated[int, Field(ge=1, description="Only 1 is supported yet.")] = 1
+    tensor_parallel_degree: Annotated[
+        int, Field(ge=1, description="Ranks that share the heads of mixers and the hidden channels of MLPs.")
+    ] = 1
     pipeline_parallel_degree: Annotated[int, Field(ge=1, description="Only 1 is supported yet.")] = 1
     pipeline_parallel_schedule: Annotated[str, Field(description="Only 1F1B is supported yet.")] = "1F1B"
-    expert_parallel_degree: Annotated[int, Field(ge=1, description="Only 1 is supported yet.")] = 1
+    expert_parallel_degree: Annotated[
+        int, Field(ge=1, description="Ranks, of those with other tokens, that have the experts between them.")
+    ] = 1
     context_parallel_degree: Annotated[
         int, Field(ge=1, description="Ranks that share a microbatch's tokens, in contiguous spans.")
     ] = 1

@@ -21,6 +21,8 @@ class Experts(nn.Module):
     expert's run ends; runs may be empty, and the last ends at M.
     """
 
+    head_dims: dict[str, int] = {}  # they are spread by expert
+
     def __init__(self, dim: int, expert_dim: int, num_experts: int, *, init_std: float = 0.02):
         super().__init__()
         self.init_std = init_std

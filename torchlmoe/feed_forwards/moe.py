@@ -26,6 +26,7 @@ from torchlmoe.ops.grouped_matmul import run_alignment
 from torchlmoe.options import InitStd
 from torchlmoe.routing.balance import LoadBalance, RoutedLayer
 from torchlmoe.routing.dispatch import Slots, gather_slots, reorder_choices, sum_slots
+from torchlmoe.routing.exchange import Exchange
 from torchlmoe.routing.router import Router
 
 
@@ -125,6 +126,7 @@ class MoE(RoutedLayer, FeedForward):
             aux_loss_scope=aux_loss_scope,
             z_loss_weight=z_loss_weight,
         )
+        self.exchange: Exchange | None = None  # where ranks have parts of the experts
         self.shared_expert = MLP(dim, shared_dim, init_std=init_std) if shared_dim else None
         self.shared_expert_gate = Linear(dim, 1) if shared_expert_gate else None
 
@@ -140,21 +142,32 @@ class MoE(RoutedLayer, FeedForward):
     def forward(self, x: Tensor, *, sequence: SequenceLayout) -> Tensor:
         x_TD = x.flatten(0, 1)
         routing = self.router(x_TD)
-        slots = Slots.sorted_by_expert(routing.expert_TK, self.num_experts, run_alignment(x))
+        alignment = run_alignment(x)
+        slots = Slots.sorted_by_expert(routing.expert_TK, self.num_experts, alignment if self.exchange is None else 1)
         weight_TK, dropped = routing.weight_TK, slots.offset_E.new_zeros((), dtype=torch.int64)
         if self.capacity_factor is not None and self.training:
             beyond_TK = self._beyond_capacity(routing.expert_TK, slots, sequence.counted_T())
             weight_TK, dropped = weight_TK.masked_fill(beyond_TK, 0.0), beyond_TK.sum()
         if self.training and sequence.share.loss_weight and torch.is_grad_enabled():
             weight_TK = self.load_balance(weight_TK, routing, dropped, sequence)
-        y_MD = self.experts(gather_slots(x_TD, slots), reorder_choices(weight_TK, slots), slots.offset_E)
+        x_MD, weight_M = gather_slots(x_TD, slots), reorder_choices(weight_TK, slots)
+        if self.exchange is None:
+            shared = self._shared(x)
+            y_MD = self.experts(x_MD, weight_M, slots.offset_E)
+        else:
+            arriving = self.exchange.send(x_MD, weight_M, slots.offset_E)
+            shared = self._shared(x)  # while tokens travel
+            x_MD, weight_M, arrived = self.exchange.sort(arriving, alignment)
+            y_MD = self.experts(x_MD, weight_M, arrived.offset_E)
+            y_MD = self.exchange.send_back(y_MD, arrived, arriving)
         y = sum_slots(y_MD, slots).view_as(x)
+        return y if shared is None else y + shared
+
+    def _shared(self, x: Tensor) -> Tensor | None:
         if self.shared_expert is None:
-            return y
+            return None
         shared = self.shared_expert(x)
-        if self.shared_expert_gate is not None:
-            shared = self.shared_expert_gate(x).sigmoid() * shared
-        return y + shared
+        return shared if self.shared_expert_gate is None else self.shared_expert_gate(x).sigmoid() * shared
 
     def _beyond_capacity(self, expert_TK: Tensor, slots: Slots, counted_T: Tensor) -> Tensor:
         """bool [T, K]: the choices that find their expert full. Padding takes no room and is never dropped."""

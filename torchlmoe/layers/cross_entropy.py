@@ -4,6 +4,8 @@ With gradients on, each chunk's share of the gradients is taken while its logits
 scales them. So the projection runs once, and no logits are kept or computed again.
 """
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -12,21 +14,35 @@ from torchlmoe.layers.linear import linear
 IGNORE_INDEX = -100
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk_size: int = 512) -> Tensor:
+class Vocabulary(Protocol):
+    """What a rank knows of a vocabulary that is split over ranks, as `styles.vocabulary.VocabularyPart`."""
+
+    def own(self, token: Tensor, num_rows: int) -> tuple[Tensor, Tensor]: ...
+
+    def total(self, x: Tensor, operation: str = "sum") -> Tensor: ...
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk_size: int = 512, vocabulary: Vocabulary | None = None
+) -> Tensor:
     """Sum over tokens of -log softmax(weight h)_label, in at least float32.
 
     hidden [T, D]; weight [V, D]; labels int64 [T], -100 where a token does not count. chunk_size: tokens whose logits
     are held at once. Gradients of gradients are not supported.
+    vocabulary: where weight is this rank's rows of it. Then every rank gets the same sum, from three numbers per token,
+    and as gradient of hidden its own rows' part.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, labels, chunk_size)
+    return _LinearCrossEntropy.apply(hidden, weight, labels, chunk_size, vocabulary)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int) -> Tensor:
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int, vocabulary: Vocabulary | None
+    ) -> Tensor:
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        total = torch.zeros((), dtype=dtype, device=hidden.device)
+        loss = torch.zeros((), dtype=dtype, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
         grad_weight = torch.zeros_like(weight, dtype=dtype) if needs_grad else None
         for start in range(0, hidden.shape[0], chunk_size):
@@ -34,16 +50,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
             hidden_CD, labels_C = hidden[rows], labels[rows]
             counted_C = labels_C != IGNORE_INDEX
             index_C1 = labels_C.where(counted_C, 0)[:, None]
+            own_C1: Tensor | None = None  # whether the label is among this rank's rows
+            if vocabulary is not None:
+                index_C1, own_C1 = vocabulary.own(index_C1, weight.shape[0])
             logits_CV = linear(hidden_CD, weight).to(dtype)
-            logits_CV -= logits_CV.amax(-1, keepdim=True)
-            chosen_C1 = logits_CV.gather(-1, index_C1)
+            logits_CV -= _largest(logits_CV, vocabulary)
+            chosen_C1 = _chosen(logits_CV, index_C1)
             sum_C1 = logits_CV.exp_().sum(-1, keepdim=True)
-            total += ((sum_C1.log() - chosen_C1)[:, 0] * counted_C).sum()
+            if vocabulary is not None:
+                assert own_C1 is not None
+                chosen_C1, sum_C1 = vocabulary.total(torch.stack([chosen_C1 * own_C1, sum_C1])).unbind()
+            loss += ((sum_C1.log() - chosen_C1)[:, 0] * counted_C).sum()
             if grad_hidden is None or grad_weight is None:
                 continue
             # softmax minus one at the label; tokens that do not count have none.
             logits_CV *= counted_C[:, None] / sum_C1
-            logits_CV.scatter_add_(-1, index_C1, -counted_C[:, None].to(dtype))
+            here_C1 = counted_C[:, None] if own_C1 is None else counted_C[:, None] & own_C1
+            if logits_CV.shape[1]:
+                logits_CV.scatter_add_(-1, index_C1, -here_C1.to(dtype))
             grad_CV = logits_CV.to(hidden.dtype)
             grad_hidden[rows] = linear(grad_CV, weight.mT)
             if grad_weight.dtype == grad_CV.dtype:
@@ -52,10 +76,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_weight += linear(grad_CV.mT, hidden_CD.mT)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
-        return total
+        return loss
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         scaled_hidden = (grad_hidden * grad).to(grad_hidden.dtype)
-        return scaled_hidden, (grad_weight * grad).to(ctx.weight_dtype), None, None
+        return scaled_hidden, (grad_weight * grad).to(ctx.weight_dtype), None, None, None
+
+
+def _largest(logits_CV: Tensor, vocabulary: Vocabulary | None) -> Tensor:
+    """[C, 1], over the whole vocabulary."""
+    if vocabulary is None:
+        return logits_CV.amax(-1, keepdim=True)
+    if not logits_CV.shape[1]:
+        return vocabulary.total(logits_CV.new_full((len(logits_CV), 1), -torch.inf), "max")
+    return vocabulary.total(logits_CV.amax(-1, keepdim=True), "max")
+
+
+def _chosen(logits_CV: Tensor, index_C1: Tensor) -> Tensor:
+    return logits_CV.gather(-1, index_C1) if logits_CV.shape[1] else logits_CV.new_zeros(index_C1.shape)

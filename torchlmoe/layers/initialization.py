@@ -15,7 +15,7 @@ from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 _generator_of: ContextVar[Callable[[Tensor], torch.Generator | None]] = ContextVar(
     "generator_of", default=lambda parameter: None
@@ -47,11 +47,22 @@ def fill_(parameter: Tensor, draw: Callable[[Tensor, torch.Generator | None], ob
     # Drawn in float32 whatever the parameter's dtype, so that runs in every precision start from the same values.
     whole = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
     draw(whole, _generator_of.get()(parameter))
-    whole = whole.to(parameter.device, parameter.dtype)
-    if isinstance(parameter, DTensor):
-        # src_data_rank=None: every rank has drawn the same whole, so each slices its own without a broadcast.
-        whole = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
-    parameter.copy_(whole)
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    local.copy_(own_part(whole, parameter))
+
+
+def own_part(whole: Tensor, parameter: Tensor) -> Tensor:
+    """Of `whole`, which every rank has alike, what this rank's part of a sharded parameter corresponds to."""
+    if not isinstance(parameter, DTensor):
+        return whole
+    # The last axis cuts first: FSDP shards, along its axes, what tensor or expert parallelism has left.
+    for axis in reversed(range(parameter.device_mesh.ndim)):
+        placement = parameter.placements[axis]
+        if not placement.is_replicate():  # Shard, or the strided one that FSDP makes of a dim that is cut already
+            parts = whole.chunk(parameter.device_mesh.size(axis), placement.dim)  # type: ignore[attr-defined]
+            rank = parameter.device_mesh.get_local_rank(axis)
+            whole = parts[rank] if rank < len(parts) else whole.narrow(placement.dim, 0, 0)  # type: ignore[attr-defined]
+    return whole
 
 
 def normal_(parameter: Tensor, std: float, mean: float = 0.0) -> None:

@@ -8,8 +8,10 @@ module without `head_dims` is refused there.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor.parallel import ParallelStyle
 
 from torchlmoe.ops.host_dtype import cpu_lacks_bfloat16
+from torchlmoe.styles.heads import LeaveHeads, SumHeads
 
 
 class Linear(nn.Linear):
@@ -25,15 +27,32 @@ class Linear(nn.Linear):
 
 
 class ColumnLinear(Linear):
-    """A projection into heads or hidden channels, head after head: they are laid along the rows of its weight."""
+    """A projection into heads or hidden channels, head after head: they are laid along the rows of its weight.
+
+    units: how many heads or groups these are, where it is not the layer's own number of heads.
+    """
 
     head_dims = {"weight": 0, "bias": 0}
 
+    def __init__(self, in_features: int, out_features: int, bias: bool = False, units: int | None = None):
+        super().__init__(in_features, out_features, bias)
+        self.units = units
+
 
 class RowLinear(Linear):
-    """A projection out of heads or hidden channels: a rank with some of them computes a part of the sum."""
+    """A projection out of heads or hidden channels: a rank with some of them computes a part of the sum.
+
+    to_heads: whether the result goes back into heads, so that a rank needs it for all tokens.
+    """
 
     head_dims = {"weight": 1}
+
+    def __init__(self, in_features: int, out_features: int, to_heads: bool = False):
+        super().__init__(in_features, out_features)
+        self.to_heads = to_heads
+
+    def tensor_parallel_style(self, degree: int) -> ParallelStyle:
+        return SumHeads() if self.to_heads else LeaveHeads()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

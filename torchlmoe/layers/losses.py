@@ -2,7 +2,8 @@
 
 A loss is a function (hidden [T, D], weight [V, D], labels int64 [T], *, chunk_size, ...) -> the sum over the tokens
 whose label is not -100, in at least float32. Its own annotated keyword arguments are settings,
-`training.loss_options`.
+`training.loss_options`. One that takes `vocabulary`, as `linear_cross_entropy` does, serves under tensor
+parallelism too.
 """
 
 from collections.abc import Callable
@@ -13,3 +14,4 @@ from torchlmoe.layers.cross_entropy import linear_cross_entropy
 from torchlmoe.registry import Registry
 
 LOSSES: Registry[Callable[..., Tensor]] = Registry("Loss", {"cross_entropy": linear_cross_entropy})
+OF_THE_HEAD = ("chunk_size", "vocabulary")  # arguments that the model's head gives, which are no settings

@@ -12,7 +12,7 @@ class MLP(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int, *, init_std: float = 0.02):
         super().__init__()
-        self.init_std = init_std
+        self.init_std, self.units = init_std, hidden_dim
         self.gate_proj = ColumnLinear(dim, hidden_dim)
         self.up_proj = ColumnLinear(dim, hidden_dim)
         self.down_proj = RowLinear(hidden_dim, dim)

@@ -6,11 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor.parallel import ParallelStyle
 
 from torchlmoe.layers.initialization import constant_
 from torchlmoe.ops.kernel_backend import kernels_serve
 from torchlmoe.ops.operation import operation
+from torchlmoe.styles.heads import NormOverHeads
 
+Total = Callable[[Tensor], Tensor] | None  # adds up over the ranks that have the other channels, where there are any
 _GATES: dict[Callable, str] = {F.silu: "silu", torch.sigmoid: "sigmoid"}  # as the kernel calls them
 
 
@@ -76,15 +79,28 @@ class RMSNorm(nn.Module):
 
     def __init__(self, dim: int, eps: float = 1e-6, *, across_heads: bool = False):
         super().__init__()
-        self.eps = eps
+        self.width, self.eps = dim, eps
         self.head_dims = {"weight": 0} if across_heads else {}
+        self.total: Total = None
         self.weight = nn.Parameter(torch.empty(dim))
 
     def init_weights(self) -> None:
         constant_(self.weight, 1.0)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.total is not None:
+            return self._norm_of_parts(x)
         return rms_norm(x, self.weight, self.eps)
+
+    def _norm_of_parts(self, x: Tensor) -> Tensor:
+        """x holds a part of the channels, and `total` adds up over the ranks that have the others."""
+        assert self.total is not None
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean = self.total(wide.square().sum(-1, keepdim=True)) / self.width
+        return (wide * (mean + self.eps).rsqrt() * self.weight).to(x.dtype)
+
+    def tensor_parallel_style(self, degree: int) -> ParallelStyle | None:
+        return NormOverHeads() if self.head_dims else None
 
 
 class GatedRMSNorm(RMSNorm):
@@ -102,6 +118,6 @@ class GatedRMSNorm(RMSNorm):
         self.activation = activation
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
-        if self.activation in _GATES and kernels_serve("auto", x):
+        if self.total is None and self.activation in _GATES and kernels_serve("auto", x):
             return scale_to_unit(x, self.weight, 1.0 / x.shape[-1], self.eps, gate, _GATES[self.activation])
         return super().forward(x) * self.activation(gate)

@@ -84,7 +84,7 @@ class SequenceLayout:
         positions, counted = self.positions.chunk(num_spans, 1)[index], self.share.counted
         counted = None if counted is None else counted.chunk(num_spans, 1)[index]
         share = replace(self.share, counted=counted)
-        return replace(self, positions=positions, start=index * positions.shape[1], share=share)
+        return replace(self, positions=positions, start=self.start + index * positions.shape[1], share=share)
 
 
 Sequence = SequenceLayout  # its name in earlier versions

@@ -12,13 +12,18 @@ from torchlmoe.styles.halo import ConvHalo
 
 
 class ShortConvolution(nn.Module):
-    """Depthwise, `width` tokens, followed by SiLU or nothing: x [B, T, channels] -> like x. Looks across tokens."""
+    """Depthwise, `width` tokens, followed by SiLU or nothing: x [B, T, channels] -> like x. Looks across tokens.
+
+    units: as of `ColumnLinear`.
+    """
 
     head_dims = {"weight": 0, "bias": 0}
 
-    def __init__(self, channels: int, width: int, bias: bool = False, activation: bool = True):
+    def __init__(
+        self, channels: int, width: int, bias: bool = False, activation: bool = True, units: int | None = None
+    ):
         super().__init__()
-        self.activation = activation
+        self.activation, self.units = activation, units
         self.weight = nn.Parameter(torch.empty(channels, width))
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
 

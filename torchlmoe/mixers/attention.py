@@ -85,7 +85,8 @@ class Attention(Mixer):
         num_kv_heads = num_kv_heads or num_heads
         if num_heads % num_kv_heads:
             raise ValueError(f"num_heads = {num_heads} must be a multiple of num_kv_heads = {num_kv_heads}.")
-        self.num_heads, self.num_kv_heads, self.init_std = num_heads, num_kv_heads, init_std
+        self.num_heads = self.units = num_heads
+        self.num_kv_heads, self.init_std = num_kv_heads, init_std
         self.head_dim = head_dim or split_heads(dim, num_heads)
         self.rotary_dim = round(self.head_dim * rotary_fraction)
         check_rotary_dim(self.rotary_dim, f"rotary_fraction = {rotary_fraction} of head_dim = {self.head_dim}")
@@ -97,8 +98,8 @@ class Attention(Mixer):
         self.value_dim = value_dim or self.head_dim
         self.latent: LatentKeyValues | None = None
         if kv_rank is None:
-            self.k_proj = ColumnLinear(dim, num_kv_heads * self.head_dim)
-            self.v_proj = ColumnLinear(dim, num_kv_heads * self.head_dim)
+            self.k_proj = ColumnLinear(dim, num_kv_heads * self.head_dim, units=num_kv_heads)
+            self.v_proj = ColumnLinear(dim, num_kv_heads * self.head_dim, units=num_kv_heads)
         else:
             shared_dim = self.rotary_dim if shared_key_dim is None else shared_key_dim
             if not max(1, self.rotary_dim) <= shared_dim < self.head_dim:

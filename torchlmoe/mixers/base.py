@@ -40,6 +40,7 @@ class Mixer(Configurable, nn.Module):
     """
 
     init_std: float
+    units: int  # how many heads, or channels, its parameters are laid in; `num_heads` of a mixer with heads
     shared_width: int = 0
     head_dims: dict[str, int] = {}
     part_of_heads: tuple[int, int] = (0, 1)  # which part of the heads this rank has, and of how many

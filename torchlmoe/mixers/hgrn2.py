@@ -58,7 +58,8 @@ class HGRN2(RecurrentMixer):
         q, f, v = self.project(x, sequence=sequence)
         log_forget = F.logsigmoid(f.to(torch.promote_types(f.dtype, torch.float32)))
         if common is not None:
-            bound = common.view(-1, self.key_dim)
+            part, num_parts = self.part_of_heads
+            bound = common.chunk(num_parts)[part].view(-1, self.key_dim)
             limits = torch.finfo(bound.dtype)
             bound = bound.clamp(limits.tiny, 1 - limits.eps)  # log 0 has no gradient
             log_forget = torch.logaddexp(bound.log(), torch.log1p(-bound) + log_forget)

@@ -75,11 +75,12 @@ class Mamba(Mixer):
         channels, self.step_rank = scaled_width(dim, expand), step_rank or math.ceil(dim / 16)
         if channels == 0:
             raise ValueError(f"expand = {expand} of dim = {dim} gives no channels; make it at least {1 / dim}.")
-        self.channels, self.state_dim, self.init_std = channels, state_dim, init_std
+        self.channels = self.units = channels
+        self.state_dim, self.init_std = state_dim, init_std
         self.x_proj = ColumnLinear(dim, channels)
         self.gate_proj = ColumnLinear(dim, channels)
         self.x_conv = ShortConvolution(channels, conv_size, bias=True)
-        self.step_B_C_proj = RowLinear(channels, self.step_rank + 2 * state_dim)
+        self.step_B_C_proj = RowLinear(channels, self.step_rank + 2 * state_dim, to_heads=True)
         self.step_proj = ColumnLinear(self.step_rank, channels)
         self.decay = SelectiveDecay(channels, state_dim)
         self.recurrence = ElementwiseRecurrence(backend)

@@ -102,9 +102,11 @@ class MemoryLinear(nn.Module):
 
     head_dims = {"weight": 1}
 
-    def __init__(self, in_features: int, out_features: int, num_memories: int, init_std: float):
+    def __init__(
+        self, in_features: int, out_features: int, num_memories: int, init_std: float, units: int | None = None
+    ):
         super().__init__()
-        self.init_std = init_std
+        self.init_std, self.units = init_std, units
         self.weight = nn.Parameter(torch.empty(num_memories, out_features, in_features))
 
     def init_weights(self) -> None:

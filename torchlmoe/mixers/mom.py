@@ -88,6 +88,7 @@ class MixtureOfMemories(RoutedLayer, Mixer):
                 f"inner = {inner!r} cannot have a mixture of memories; it must hold one linear recurrence and no more."
             )
         self.inner, self.shared_width, self.single_kv_proj = built, built.shared_width, single_kv_proj
+        self.units = built.units
         built.recurrence = MemoryRecurrence(built.backend)
         if single_kv_proj:
             return
@@ -97,12 +98,18 @@ class MixtureOfMemories(RoutedLayer, Mixer):
             )
         for name in OWN_PROJECTIONS[inner]:
             shared = getattr(built, name)
-            own = MemoryLinear(shared.in_features, shared.out_features, num_memories + shared_memory, init_std)
+            own = MemoryLinear(
+                shared.in_features, shared.out_features, num_memories + shared_memory, init_std, shared.units
+            )
             setattr(built, name, own)
         for name, child in list(built.named_children()):
             if isinstance(child, ShortConvolution):
                 channels, width = child.weight.shape
-                setattr(built, name, RunConvolution(channels, width, child.bias is not None, child.activation))
+                setattr(
+                    built,
+                    name,
+                    RunConvolution(channels, width, child.bias is not None, child.activation, child.units),
+                )
 
     def forward(
         self, x: Tensor, *, sequence: SequenceLayout, cache: TensorDict | None = None, **handed: Tensor

@@ -48,13 +48,14 @@ class RecurrentMixer(Mixer):
         num_key_heads = num_key_heads or num_heads
         if num_heads % num_key_heads:
             raise ValueError(f"num_heads = {num_heads} must be a multiple of num_key_heads = {num_key_heads}.")
-        self.num_heads, self.num_key_heads, self.init_std = num_heads, num_key_heads, init_std
+        self.num_heads = self.units = num_heads
+        self.num_key_heads, self.init_std = num_key_heads, init_std
         self.key_dim = split_heads(key_width, num_key_heads, "dim" if key_width == dim else "dim * expand_k")
         self.value_dim = split_heads(value_width, num_heads, "dim" if value_width == dim else "dim * expand_v")
         self.head_widths = (self.key_dim, self.value_dim)  # as projected, whatever a feature map makes of them
-        self.q_proj = ColumnLinear(dim, key_width)
+        self.q_proj = ColumnLinear(dim, key_width, units=num_key_heads)
         if not self.shares_qk:
-            self.k_proj = ColumnLinear(dim, key_width)
+            self.k_proj = ColumnLinear(dim, key_width, units=num_key_heads)
         self.v_proj = ColumnLinear(dim, value_width)
         self.backend, self.recurrence = backend, recurrence(backend)
         self.o_proj = RowLinear(value_width, dim)
@@ -119,8 +120,8 @@ class ConvolvedMixer(RecurrentMixer):
         **options,
     ):
         super().__init__(dim, key_width, value_width, num_key_heads, **options)
-        self.q_conv = ShortConvolution(key_width, conv_size, conv_bias)
-        self.k_conv = ShortConvolution(key_width, conv_size, conv_bias)
+        self.q_conv = ShortConvolution(key_width, conv_size, conv_bias, units=self.num_key_heads)
+        self.k_conv = ShortConvolution(key_width, conv_size, conv_bias, units=self.num_key_heads)
         self.v_conv = ShortConvolution(value_width, conv_size, conv_bias)
 
     def project(

@@ -91,7 +91,8 @@ class S4(Mixer):
         super().__init__()
         if state_dim % 2:
             raise ValueError(f"state_dim = {state_dim} must be even: state variables are conjugate pairs.")
-        self.dim, self.num_pairs, self.init_std = dim, state_dim // 2, init_std
+        self.dim = self.units = dim
+        self.num_pairs, self.init_std = state_dim // 2, init_std
         self.state_space = DiagonalStateSpace(dim, state_dim, initialization)
         self.recurrence = ElementwiseRecurrence(backend)
         self.D = nn.Parameter(torch.empty(dim))

@@ -11,10 +11,19 @@ from torchlmoe.layers.sequence import SequenceLayout
 
 @dataclass(frozen=True)
 class Span:
-    """The index-th of `number` equal parts of every microbatch, which is what a rank has under context parallelism."""
+    """The index-th of `number` equal parts of every microbatch, which is what a rank has under context parallelism.
+
+    pieces: of equal length that a span is cut into between blocks, under tensor parallelism.
+    """
 
     index: int = 0
     number: int = 1
+    pieces: int = 1
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether a rank has all tokens everywhere, so that rows may stay as they are."""
+        return self.number * self.pieces == 1
 
 
 @dataclass(frozen=True)
@@ -37,15 +46,18 @@ def describe(
 ) -> Microbatch:
     """The rank's part of tokens [B, T]; arguments and errors as of `Decoder.forward`.
 
-    Without bounds and with one span, rows stay as they are; else they are laid back to back. tells_padding: whether
-    labels tell which tokens are padding.
+    Without bounds and with all tokens on one rank, rows stay as they are; else they are laid back to back.
+    tells_padding: whether labels tell which tokens are padding.
     """
     batch_size, length = tokens.shape
     if loss_weight is None:
         loss_weight = 0.0 if labels is None else 1.0
-    if tokens.numel() % span.number:
-        raise ValueError(f"{batch_size} x {length} tokens do not split into {span.number} spans; give a multiple.")
-    if document_bounds is None and span.number > 1:
+    if tokens.numel() % (span.number * span.pieces):
+        pieces = f" of {span.pieces} pieces" * (span.pieces > 1)
+        raise ValueError(
+            f"{batch_size} x {length} tokens do not split into {span.number} spans{pieces}; give a multiple."
+        )
+    if document_bounds is None and not span.is_whole:
         document_bounds = torch.tensor([[0, length]], dtype=torch.int32, device=tokens.device).expand(batch_size, 2)
     if document_bounds is None:
         sequence = SequenceLayout.of_rows(batch_size, length, tokens.device, loss_weight)

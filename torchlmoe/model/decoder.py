@@ -98,11 +98,12 @@ class Decoder(nn.Module):
         microbatch = describe(tokens, document_bounds, labels, loss_weight, self.span, tells_padding=self.training)
         x = self.run_blocks(self.embedding(microbatch.tokens), microbatch.sequence)
         output = self.run_head(x, microbatch.labels)
-        return output if labels is not None or self.span.number > 1 else output.view(*tokens.shape, -1)
+        return output if labels is not None or not self.span.is_whole else output.view(*tokens.shape, -1)
 
     def run_blocks(self, x: Tensor, sequence: SequenceLayout, cache: TensorDict | None = None) -> Tensor:
         """From embeddings [B, T, dim] to what the head takes, like x. cache: from `init_cache`, updated in place."""
-        shared = x.new_zeros(*x.shape[:2], self.shared_width) if self.shared_width else None
+        # Where tokens are cut into pieces between blocks, what is shared is of all of the span's.
+        shared = x.new_zeros(*sequence.positions.shape, self.shared_width) if self.shared_width else None
         common = {letter: module() for letter, module in self.common.items()}
         for index, block in self.blocks.items():
             letter, place = self.places_in_common[index]

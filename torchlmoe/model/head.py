@@ -1,18 +1,22 @@
 """What stands before and after the blocks: the embedding, and the norm and output projection with its loss."""
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
 from torchlmoe.layers.cross_entropy import linear_cross_entropy
 from torchlmoe.layers.initialization import normal_
-from torchlmoe.layers.linear import Linear, linear
+from torchlmoe.layers.linear import ColumnLinear, linear
 from torchlmoe.layers.norms import RMSNorm
 from torchlmoe.model.spec import ModelSpec
+from torchlmoe.styles.vocabulary import VocabularyPart
 
 
 class Embedding(nn.Embedding):
     """tokens int64 [B, T] -> [B, T, dim]."""
+
+    head_dims = {"weight": 0}  # a rank may have a part of the vocabulary
 
     def __init__(self, vocab_size: int, dim: int, init_std: float):
         # On the meta device nn.Embedding's own draw costs nothing; init_weights sets the values.
@@ -35,8 +39,9 @@ class Head(nn.Module):
         super().__init__()
         self.init_std, self.loss_chunk_size = spec.init_std, spec.loss_chunk_size
         self.loss: Callable[..., Tensor] = spec.loss
+        self.vocabulary: VocabularyPart | None = None  # where ranks have parts of it
         self.norm = RMSNorm(spec.dim, spec.norm_eps)
-        self.projection = None if spec.tie_embeddings else Linear(spec.dim, spec.vocab_size)
+        self.projection = None if spec.tie_embeddings else ColumnLinear(spec.dim, spec.vocab_size)
 
     def init_weights(self) -> None:
         self.norm.init_weights()
@@ -49,6 +54,10 @@ class Head(nn.Module):
         weight = tied_weight if self.projection is None else self.projection.weight
         assert weight is not None
         if labels is None:
-            return linear(x, weight)
+            logits = linear(x, weight)
+            return logits if self.vocabulary is None else self.vocabulary.gather(logits)
+        options: dict[str, Any] = {"chunk_size": self.loss_chunk_size}
+        if self.vocabulary is not None:
+            options["vocabulary"] = self.vocabulary
         loss = self.loss if self.training else linear_cross_entropy
-        return loss(x.flatten(0, 1), weight, labels.flatten(), chunk_size=self.loss_chunk_size)
+        return loss(x.flatten(0, 1), weight, labels.flatten(), **options)

@@ -189,13 +189,11 @@ def layout_of(plan: Plan, whole_rows: bool, device: torch.device) -> ChunkLayout
     return ChunkLayout(slabs, torch.tensor(plan.order, dtype=torch.int64, device=device))
 
 
+# Made once for all layers of a step, both ways, even where every layer packs its tokens in a way of its own.
+@lru_cache(maxsize=64)
 def chunk_layouts(
     batch_size, length, bounds, max_chunk_size: int, slab_size: int, device: torch.device
 ) -> tuple[ChunkLayout, ...]:
     """Arguments as of `chunk_plans`."""
     plans = chunk_plans(batch_size, length, bounds, max_chunk_size, slab_size)
     return tuple(layout_of(plan, bounds is None and length % plan.chunk_size == 0, device) for plan in plans)
-
-
-# Made once for all layers of a step, both ways, even where every layer packs its tokens in a way of its own.
-kept_chunk_layouts = lru_cache(maxsize=64)(chunk_layouts)

@@ -45,19 +45,13 @@ def _refusal(on_gpu: bool, *tensors: Tensor | None) -> str | None:
 @torch.compiler.assume_constant_result
 def _triton() -> tuple[str | None, bool]:
     """What there is not, of all that kernels need, and whether they are interpreted."""
-    if not _kernels_are_here():
+    if find_spec("torchlmoe.kernels") is None:
         return "the kernels are not part of this copy (made without --kernels)", False
     if find_spec("triton") is None:
         return "triton is not installed", False
     from triton import knobs
 
     return None, knobs.runtime.interpret
-
-
-@cache
-def _kernels_are_here() -> bool:
-    """Not where this file is part of a copy without them."""
-    return find_spec("torchlmoe.kernels") is not None
 
 
 @cache

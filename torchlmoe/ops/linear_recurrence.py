@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from torchlmoe.ops.checks import check_bounds, check_bounds_at_hand, check_not_empty, check_shape, num_documents
-from torchlmoe.ops.chunked import Terms, chunked_forward, kept_layouts_of, num_kept
+from torchlmoe.ops.chunked import Terms, chunked_forward, layouts_of, num_kept
 from torchlmoe.ops.chunked_backward import chunked_backward
 from torchlmoe.ops.kernel_backend import kernels_serve
 from torchlmoe.ops.operation import custom_op, operation, size_by_documents
@@ -152,7 +152,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """o, the final state, and what the backward needs of the forward (see `chunked_forward`)."""
     terms = Terms(q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, scale)
-    return chunked_forward(terms, initial_state, kept_layouts_of(v, cu_seqlens))
+    return chunked_forward(terms, initial_state, layouts_of(v, cu_seqlens))
 
 
 @_forward.register_fake
@@ -183,7 +183,7 @@ def _backward(
 ) -> list[Tensor]:
     """Gradients of all tensors but cu_seqlens, in order; an operation cannot return None, so empty if absent."""
     terms = Terms(q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, scale)
-    grads = chunked_backward(grad_o, grad_final, terms, initial_state, kept_layouts_of(v, cu_seqlens), kept)
+    grads = chunked_backward(grad_o, grad_final, terms, initial_state, layouts_of(v, cu_seqlens), kept)
     return [k.new_empty(0) if grad is None else grad for grad in grads]
 
 
@@ -213,13 +213,8 @@ torch.library.register_autograd("torchlmoe::linear_recurrence", _autograd, setup
 
 def _flops(k_shape, v_shape, log_decay_shape, erase_shape, value_log_decay_shape) -> int:
     batch_size, length, num_heads, value_dim = v_shape
-    return (batch_size * length) * recurrence_flops_per_token(
-        num_heads,
-        k_shape[-1],
-        value_dim,
-        decay=log_decay_shape is not None or value_log_decay_shape is not None,
-        erase=erase_shape is not None,
-    )
+    terms = dict(decay=log_decay_shape is not None or value_log_decay_shape is not None, erase=erase_shape is not None)
+    return batch_size * length * recurrence_flops_per_token(num_heads, k_shape[-1], value_dim, **terms)
 
 
 @register_flop_formula(torch.ops.torchlmoe.linear_recurrence)

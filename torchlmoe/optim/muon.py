@@ -10,8 +10,9 @@ fused into one weight count apart. All else (embeddings, router, vectors) moves 
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor
 
+from torchlmoe.layers.initialization import own_part
 from torchlmoe.ops.host_dtype import cpu_lacks_bfloat16
 
 # The quintic whose iterates push singular values towards 1 (Jordan et al. 2024).
@@ -66,7 +67,8 @@ class Muon(torch.optim.AdamW):
                 tall = shapes[index][-2] // group["fused_rows"] > shapes[index][-1]
                 update = (part.mT if tall else part).reshape(shapes[index])
                 parameters[index].mul_(1 - group["lr"] * group["weight_decay"])
-                parameters[index].add_(_own_part(update, parameters[index]), alpha=-group["lr"])
+                local = parameters[index].to_local() if isinstance(parameters[index], DTensor) else parameters[index]
+                local.add_(_own_part(update, parameters[index]), alpha=-group["lr"])
 
 
 def orthogonalize(x_NMK: Tensor, num_iterations: int = 5) -> Tensor:
@@ -89,17 +91,10 @@ def _whole_matrices(update: Tensor) -> Tensor:
     """Gathered where a shard cuts matrices, this rank's own ones where it does not."""
     if not isinstance(update, DTensor):
         return update
-    cut = any(isinstance(place, Shard) and place.dim >= update.dim() - 2 for place in update.placements)
+    cut = any(not place.is_replicate() and place.dim >= update.dim() - 2 for place in update.placements)  # type: ignore[attr-defined]
     return update.full_tensor() if cut else update.to_local()
 
 
 def _own_part(update: Tensor, parameter: Tensor) -> Tensor:
-    if not isinstance(parameter, DTensor):
-        return update
-    mesh, placements = parameter.device_mesh, parameter.placements
-    if update.shape == parameter.shape:
-        # Every rank has the same whole, so each slices its own without a broadcast.
-        return distribute_tensor(update, mesh, placements, src_data_rank=None)
-    return DTensor.from_local(
-        update, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
-    )
+    """A plain tensor like the rank's part of the parameter."""
+    return own_part(update, parameter) if update.shape == parameter.shape else update

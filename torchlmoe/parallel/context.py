@@ -4,11 +4,12 @@ Mixers look across tokens only in submodules that have a parallel style for that
 else in a model works token by token, but for the load of a row of data, which is summed over its spans.
 """
 
+from dataclasses import replace
+
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
 from torchlmoe.config.settings import Parallelism
-from torchlmoe.model.batch import Span
 from torchlmoe.model.decoder import Decoder
 from torchlmoe.styles.halo import Halo
 
@@ -45,6 +46,4 @@ def apply_context_parallel(model: Decoder, mesh: DeviceMesh, settings: Paralleli
     """Each rank of `mesh` works on its part of every microbatch. span and errors: of `context_parallel_plans`."""
     for index, plan in context_parallel_plans(model, settings, span).items():
         parallelize_module(model.blocks[index].get_submodule("mixer"), mesh, plan)
-    for layer in model.routed_layers().values():
-        layer.load_balance.mesh = mesh
-    model.span = Span(mesh.get_local_rank(), mesh.size())
+    model.span = replace(model.span, index=mesh.get_local_rank(), number=mesh.size())

@@ -1,20 +1,25 @@
 """Data parallelism: FSDP2 with float32 masters, and float32 islands where the model casts down."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from torchlmoe.feed_forwards.experts import Experts
 from torchlmoe.model.decoder import Decoder
+from torchlmoe.parallel.ranks import Ranks
 
 
-def apply_fsdp(model: Decoder, mesh: DeviceMesh, dtype: torch.dtype) -> None:
-    """Shards each block's parameters over `mesh` (`Ranks.parameters`, replicas first), computes in `dtype`.
+def apply_fsdp(model: Decoder, ranks: Ranks, dtype: torch.dtype) -> None:
+    """Shards each block's parameters over `ranks.parameters`, or `ranks.expert_parameters`; computes in `dtype`.
 
     Parameters keep their own dtype and so do the modules marked `float32_island`; gradients are reduced in at least
     float32. Activations follow the parameters, and what a module is handed keeps its dtype (HGRN2's lower bounds are
     float32). The loss must be a mean over all ranks' tokens: gradients are summed, not averaged.
     """
+    mesh = ranks.parameters
     casts_down = torch.promote_types(dtype, torch.float32) != dtype
     policy = (
         MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -22,12 +27,13 @@ def apply_fsdp(model: Decoder, mesh: DeviceMesh, dtype: torch.dtype) -> None:
         else MixedPrecisionPolicy()
     )
 
+    place = _placing_experts(model, ranks) if ranks.spreads_experts else None
     for block in model.blocks.values():
         # A group has one policy; the islands of a block form a group of their own.
         islands = [module for module in block.modules() if getattr(module, "float32_island", False)]
         if casts_down and islands:
             fully_shard(islands, mesh=mesh)
-        fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(block, mesh=mesh, mp_policy=policy, shard_placement_fn=place)
     for module in model.common.values():
         fully_shard(module, mesh=mesh)
     outer: list[nn.Module] = [model.embedding, model.head]
@@ -41,3 +47,20 @@ def apply_fsdp(model: Decoder, mesh: DeviceMesh, dtype: torch.dtype) -> None:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no sum that scales on the way
+
+
+def _placing_experts(model: Decoder, ranks: Ranks) -> Callable[[nn.Parameter], Any]:
+    """Which ranks a parameter is sharded over: those of the group around it, but for experts, which live elsewhere.
+
+    Experts are no group of their own, whose hooks would cut a compiled block in pieces.
+    """
+    # Here, since torch 2.11, which trains on one GPU, may lack it.
+    from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
+
+    mesh = ranks.expert_parameters
+    where = FSDPMeshInfo(mesh, 0) if mesh.ndim == 1 else HSDPMeshInfo(mesh, 1, 0)
+    experts = {
+        id(parameter) for module in model.modules() if isinstance(module, Experts) for parameter in module.parameters()
+    }
+    placed = ShardPlacementResult(None, where)
+    return lambda parameter: placed if id(parameter) in experts else None

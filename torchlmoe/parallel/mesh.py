@@ -1,6 +1,7 @@
 """The process group and the one device mesh, with named axes, that every parallelism takes its groups from."""
 
 import os
+from collections.abc import Iterable
 from datetime import timedelta
 
 import torch
@@ -52,14 +53,11 @@ def start_process_group(device: torch.device, timeout_seconds: float = 300.0) ->
 
 
 def build_mesh(degrees: Parallelism, device_type: str) -> DeviceMesh:
-    """Axes dp_replicate, dp_shard, cp over all ranks; a shard degree of -1 is the rest."""
+    """Axes dp_replicate, dp_shard, cp, tp over all ranks; a shard degree of -1 is the rest."""
     replicate, context = degrees.data_parallel_replicate_degree, degrees.context_parallel_degree
-    sizes = (replicate, dist.get_world_size() // (replicate * context), context)
-    mesh = init_device_mesh(device_type, sizes, mesh_dim_names=("dp_replicate", "dp_shard", "cp"))
-    # Which have the backend's default of many minutes.
-    for group in {*mesh.get_all_groups(), *parameter_mesh(mesh).get_all_groups()}:
-        _set_pg_timeout(timedelta(seconds=degrees.timeout_seconds), group)
-    return mesh
+    tensor = degrees.tensor_parallel_degree
+    sizes = (replicate, dist.get_world_size() // (replicate * context * tensor), context, tensor)
+    return init_device_mesh(device_type, sizes, mesh_dim_names=("dp_replicate", "dp_shard", "cp", "tp"))
 
 
 def parameter_mesh(mesh: DeviceMesh) -> DeviceMesh:
@@ -67,3 +65,23 @@ def parameter_mesh(mesh: DeviceMesh) -> DeviceMesh:
     shard = mesh["dp_shard", "cp"]._flatten("dp_shard_cp")
     replicate = mesh["dp_replicate"]
     return DeviceMesh._concatenate([replicate, shard]) if replicate.size() > 1 else shard
+
+
+def expert_mesh(mesh: DeviceMesh, degree: int) -> DeviceMesh:
+    """Axes dp_replicate, efsdp, ep: the ranks of dp_shard, cp and tp in order, of which `degree` neighbours have all
+    experts between them.
+    """
+    replicate = mesh["dp_replicate"].size()
+    sizes = (replicate, mesh.size() // (replicate * degree), degree)
+    return init_device_mesh(mesh.device_type, sizes, mesh_dim_names=("dp_replicate", "efsdp", "ep"))
+
+
+def pieces_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """The ranks that have the pieces of one microbatch between blocks: the axes cp and tp as one, tokens in order."""
+    return mesh["cp", "tp"]._flatten("cp_tp")
+
+
+def set_timeouts(meshes: Iterable[DeviceMesh], seconds: float) -> None:
+    """Of all groups of the meshes, which have the backend's default of many minutes."""
+    for group in {group for mesh in meshes for group in mesh.get_all_groups()}:
+        _set_pg_timeout(timedelta(seconds=seconds), group)

@@ -8,10 +8,14 @@ from torchlmoe.model.decoder import Decoder, build_on_meta
 from torchlmoe.parallel.compile import compile_blocks
 from torchlmoe.parallel.context import apply_context_parallel
 from torchlmoe.parallel.data import apply_fsdp
+from torchlmoe.parallel.expert import apply_expert_parallel
 from torchlmoe.parallel.float8 import convert_to_float8
 from torchlmoe.parallel.precision import compute_in
 from torchlmoe.parallel.ranks import Ranks
 from torchlmoe.parallel.recompute import recompute
+from torchlmoe.parallel.tensor import apply_tensor_parallel, tensor_parallel_plan
+from torchlmoe.routing.balance import RoutedLayer
+from torchlmoe.styles.heads import read_local_parts
 
 
 def build_model(config: Config, vocab_size: int, ranks: Ranks, device: torch.device) -> Decoder:
@@ -26,18 +30,34 @@ def shape(config: Config, vocab_size: int, ranks: Ranks, device: torch.device) -
     """
     dtype = getattr(torch, config.training.dtype)
     model = build_on_meta(config, vocab_size).to(_master_dtype(dtype))
-    if ranks["cp"].size() > 1:
-        apply_context_parallel(model, ranks["cp"], config.parallelism, shortest_span(config, ranks.world_size))
+    tensor = ranks["tp"].size()
+    plan = tensor_parallel_plan(model, tensor) if tensor > 1 else []  # before layers are replaced by float8's
     if config.float8.enable:
         convert_to_float8(model, config.float8, device)
+    if plan:
+        apply_tensor_parallel(model, plan, ranks["tp"])
+    if ranks["cp"].size() > 1:
+        apply_context_parallel(model, ranks["cp"], config.parallelism, shortest_span(config, ranks.world_size))
+    if config.parallelism.expert_parallel_degree > 1:
+        apply_expert_parallel(model, ranks)
+    spread_balance(model, ranks)
     if config.activation_checkpoint.mode != "none":
         for block in model.blocks.values():
             recompute(block, config.activation_checkpoint.mode)
     if config.compile.enable:
         compile_blocks(model, device)
     if ranks.world_size > 1:
-        apply_fsdp(model, ranks.parameters, dtype)
+        apply_fsdp(model, ranks, dtype)
+    read_local_parts(model)
     return model
+
+
+def spread_balance(model: Decoder, ranks: Ranks) -> None:
+    """Tells routed layers which ranks have the other tokens of a microbatch: mixers see spans, the rest pieces."""
+    for block in model.blocks.values():
+        for layer, mesh in ((block.mixer, ranks["cp"]), (block.feed_forward, ranks.pieces)):
+            if isinstance(layer, RoutedLayer) and mesh.size() > 1:
+                layer.load_balance.mesh = mesh
 
 
 def fill(model: Decoder, config: Config, ranks: Ranks, device: torch.device) -> Decoder:

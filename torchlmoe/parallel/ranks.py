@@ -6,31 +6,40 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from torchlmoe.config.settings import Parallelism
-from torchlmoe.parallel.mesh import build_mesh, parameter_mesh
+from torchlmoe.parallel.mesh import build_mesh, expert_mesh, parameter_mesh, pieces_mesh, set_timeouts
 
 # Axes whose ranks have the same rows of data.
-_SAME_ROWS = ("cp",)
+_SAME_ROWS = ("cp", "tp")
 
 
 class Ranks:
     """The mesh, by what its axes share. Every rank of the run has one.
 
-    mesh: axes dp_replicate, dp_shard, cp. parameters: what FSDP works on. row_index, num_row_places: the place of this
-    rank's rows among those of all ranks, and how many places there are; ranks with the same rows share one.
+    mesh: axes dp_replicate, dp_shard, cp, tp. parameters: what FSDP works on. pieces: the ranks of one microbatch, with
+    its tokens in order. experts: axes dp_replicate, efsdp, ep, on which experts live. row_index, num_row_places: the
+    place of this rank's rows among those of all ranks, and how many places there are; ranks with the same rows share
+    one.
     """
 
-    def __init__(self, mesh: DeviceMesh):
-        self.mesh = mesh
-        self.parameters = parameter_mesh(mesh)
+    def __init__(self, degrees: Parallelism, device_type: str):
+        self.mesh = mesh = build_mesh(degrees, device_type)
+        self.parameters, self.pieces = parameter_mesh(mesh), pieces_mesh(mesh)
+        self.experts = expert_mesh(mesh, degrees.expert_parallel_degree)
+        set_timeouts((mesh, self.parameters, self.pieces, self.experts), degrees.timeout_seconds)
         replicate, shard = mesh["dp_replicate"], mesh["dp_shard"]
         self.row_index = replicate.get_local_rank() * shard.size() + shard.get_local_rank()
         self.num_row_places = replicate.size() * shard.size()
-        self._is_first_with_rows = all(mesh[axis].get_local_rank() == 0 for axis in _SAME_ROWS)
 
-    @classmethod
-    def of(cls, degrees: Parallelism, device_type: str) -> "Ranks":
-        """All ranks of the process group, with the given degrees."""
-        return cls(build_mesh(degrees, device_type))
+    @property
+    def spreads_experts(self) -> bool:
+        """Whether experts live on other ranks than the parameters around them."""
+        return self.experts["ep"].size() > 1 or self.mesh["tp"].size() > 1
+
+    @property
+    def expert_parameters(self) -> DeviceMesh:
+        """What FSDP works on for experts."""
+        has_replicas = self.experts["dp_replicate"].size() > 1
+        return self.experts["dp_replicate", "efsdp"] if has_replicas else self.experts["efsdp"]
 
     def __getitem__(self, axis: str) -> DeviceMesh:
         return self.mesh[axis]
@@ -46,5 +55,13 @@ class Ranks:
 
     def total_of_rows(self, figure: Tensor) -> Tensor:
         """The sum over all rows of what ranks with the same rows know alike, such as the number of labels."""
-        # From the first of them alone, rather than divided afterwards, which would round.
-        return self.total(figure if self._is_first_with_rows else torch.zeros_like(figure))
+        return self.total(self._once(figure, _SAME_ROWS))
+
+    def own_loss(self, loss: Tensor) -> Tensor:
+        """This rank's part of `total`: ranks that share a vocabulary have the same loss."""
+        return self._once(loss, ("tp",))
+
+    def _once(self, figure: Tensor, axes: tuple[str, ...]) -> Tensor:
+        """What the ranks of some axes know alike, from the first of them alone: dividing a sum would round."""
+        is_first = all(self.mesh[axis].get_local_rank() == 0 for axis in axes)
+        return figure if is_first else torch.zeros_like(figure)

@@ -20,7 +20,7 @@ _PRODUCTS = {
     aten._scaled_dot_product_cudnn_attention,
 }
 # Where an expert works is drawn once: a choice drawn again from scores that round otherwise could be another.
-_CHOICES = {"torchlmoe::top_indices", "torchlmoe::sort_slots"}
+_CHOICES = {"torchlmoe::top_indices", "torchlmoe::sort_slots", "torchlmoe::exchange_counts"}
 # Ours, but as cheap as what is around them.
 _POINTWISE = {
     f"torchlmoe::{name}"

@@ -1,6 +1,7 @@
 """The optimizer that the settings name, the learning rate of a step, and the clipping of its gradients."""
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -30,11 +31,28 @@ def clip_gradients(model: nn.Module, max_norm: float) -> torch.Tensor:
     max_norm: 0 for no limit.
     """
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
+    sharded = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
+    norm = _norm_over_ranks(sharded) if sharded else torch.nn.utils.get_total_norm(gradients)
     if max_norm > 0:
         # No look at the norm's value, for which the CPU would have to wait.
         factor = (max_norm / norm).clamp(max=1.0)
         torch._foreach_mul_([g.to_local() if isinstance(g, DTensor) else g for g in gradients], factor)
     return norm
+
+
+def _norm_over_ranks(gradients: list[DTensor]) -> torch.Tensor:
+    """Of gradients on any meshes over all ranks. What ranks of an axis hold alike is counted on the first of them."""
+    local = [gradient.to_local() for gradient in gradients if _is_counted(gradient)]
+    squares = gradients[0].to_local().new_zeros((), dtype=torch.float64)
+    for gradient in local:
+        squares += torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
+    dist.all_reduce(squares)
+    return squares.sqrt().to(gradients[0].dtype)
+
+
+def _is_counted(gradient: DTensor) -> bool:
+    mesh = gradient.device_mesh
+    return all(
+        not placement.is_replicate() or mesh.get_local_rank(axis) == 0
+        for axis, placement in enumerate(gradient.placements)
+    )

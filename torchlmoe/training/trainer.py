@@ -81,7 +81,7 @@ class Trainer:
                 torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a debugging aid that costs time
 
             training = config.training
-            self.ranks = Ranks.of(config.parallelism, self.device.type)
+            self.ranks = Ranks(config.parallelism, self.device.type)
             self.local_batch_size, self.global_batch_size = batch_sizes(training, self.ranks.num_row_places)
             self.model = build_model(config, vocab_size, self.ranks, self.device)
             self.forward_backward: Step = PlainStep(self.model, self.local_batch_size / self.global_batch_size)
@@ -316,6 +316,7 @@ class Trainer:
     def _totals(self, loss_sum: torch.Tensor) -> torch.Tensor:
         """The loss, the number of ranks asked to stop and all counters, float64, summed over ranks at once."""
         stops = loss_sum.new_tensor([self.stop_request.name is not None])
+        loss_sum = self.ranks.own_loss(loss_sum)
         return self.ranks.total(torch.cat([loss_sum[None], stops, self.counters.pop(self.model, self.device)]))
 
     def _record(

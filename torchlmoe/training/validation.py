@@ -60,5 +60,5 @@ def validate(
             rows = min(num_rows, index * options["batch_size"] * ranks.num_row_places)
             left = (last_said - begin) / rows * (num_rows - rows)
             say(f"validating: row {rows:,} of {num_rows:,}, eta {duration(left)}")
-    loss_sum, tokens = ranks.total(nll).item(), ranks.total_of_rows(num_tokens).item()
+    loss_sum, tokens = ranks.total(ranks.own_loss(nll)).item(), ranks.total_of_rows(num_tokens).item()
     return {"val_loss": loss_sum / tokens, "val_bits_per_byte": loss_sum / math.log(2) / num_bytes}

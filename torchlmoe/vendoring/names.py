@@ -5,7 +5,7 @@ import difflib
 from dataclasses import dataclass
 from functools import cache
 
-from torchlmoe.vendoring.sources import KERNELS, STYLES, is_package, modules_in, providers, text_of, tree_of
+from torchlmoe.vendoring.sources import KERNELS, STYLES, is_package, modules_in, path_of, providers, text_of, tree_of
 
 STYLE_BASES = ("StateStyle", "Halo")  # what other styles are made of
 CHECKS = "torchlmoe.vendoring.checks"
@@ -114,8 +114,13 @@ def _styles() -> list[Part]:
     def is_style(name: str) -> bool:
         return name == "ParallelStyle" or any(is_style(base) for base in classes.get(name, ("", []))[1])
 
+    def check_of(name: str, module: str) -> str:
+        """Its own, or one for all styles of the file."""
+        own = f"{CHECKS}.{name}"
+        return own if path_of(own) else f"{CHECKS}.{module.rpartition('.')[2]}"
+
     return [
-        Part(name, "parallel style", (module,), name, f"{CHECKS}.{name}")
+        Part(name, "parallel style", (module,), name, check_of(name, module))
         for name, (module, _) in classes.items()
         if is_style(name) and name not in STYLE_BASES
     ]

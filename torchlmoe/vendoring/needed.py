@@ -6,10 +6,8 @@ from functools import cache
 
 from torchlmoe.vendoring.sources import KERNELS, STYLES, imports_of, is_package, providers, text_of, tree_of
 
-STYLE_METHODS = (
-    "context_parallel_style",
-    "context_parallel_plan",
-)  # by which a module names its style, and a mixer all
+# By which a module names its styles, and a mixer those of all its modules.
+STYLE_METHODS = ("context_parallel_style", "context_parallel_plan", "tensor_parallel_style")
 LINE_LENGTH = 120
 
 

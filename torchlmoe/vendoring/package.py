@@ -44,8 +44,8 @@ def package_of(
 ) -> Package:
     """What `folder` is to hold. Raises ValueError for a name that there is not and a folder that cannot be.
 
-    kernels_of_all, styles_of_all: whether the kernels that serve the parts, or their styles, come with their tests. If a
-    kernel or a style is named, those of the other parts come too, since what is there will be imported.
+    kernels_of_all, styles_of_all: whether the kernels that serve the parts, or their styles, come with their tests.
+    If a kernel or a style is named, those of the other parts come too, since what is there will be imported.
     """
     parts = _with_companions(names)
     with_kernels = kernels_of_all or any(part.kind == "kernel" for part in parts)
@@ -112,7 +112,7 @@ def _init(parts: list[Part]) -> str:
     lines = [f'"""Parts of torchlmoe, copied: {", ".join(part.name for part in parts)}. README.md says from where."""']
     if exports:
         imports = sorted(f"from {module} import {export}" for export, module in exports.items())
-        lines += ["", *imports, "", "__all__ = [", *(f'    "{export}",' for export in sorted(exports)), "]"]
+        lines += ["", *imports, "", f"__all__ = {sorted(exports)}".replace("'", '"')]
     return "\n".join(lines) + "\n"
 
 

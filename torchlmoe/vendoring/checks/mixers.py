@@ -8,7 +8,6 @@ from torchlmoe.mixers.base import Mixer
 
 KINDS: list[type[Mixer]] = []
 DIM, LENGTH, BOUNDS = 32, 100, [0, 1, 71, 71, 100]  # beyond a chunk of 64, and with an empty document
-BACKENDS = ("auto", "reference")
 
 
 def build(kind: type[Mixer], backend: str = "auto") -> Mixer:
@@ -33,7 +32,7 @@ def test_packed_documents_do_not_meet(kind):
     """Each one's output is its output alone, in every backend, and gradients across documents are exactly zero."""
     packed = SequenceLayout.of_packed_rows(torch.tensor([BOUNDS], dtype=torch.int32), LENGTH, loss_weight=0.0)
     x = inputs(1, LENGTH).requires_grad_()
-    for backend in BACKENDS if "backend" in kind.settings() else ("auto",):
+    for backend in ("auto", "reference") if "backend" in kind.settings() else ("auto",):
         mixer = build(kind, backend)
         y = mixer(x, sequence=packed)
         for start, end in zip(BOUNDS, BOUNDS[1:], strict=False):
@@ -75,15 +74,12 @@ def test_gradients_are_those_of_finite_differences(kind):
     gradients = torch.autograd.grad(loss(), list(leaves.values()))
     for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
         direction, before = torch.randn_like(leaf), leaf.detach().clone()
-        with torch.no_grad():
-            higher = loss_at(leaf, before + 1e-6 * direction, loss)
-            lower = loss_at(leaf, before - 1e-6 * direction, loss)
-            leaf.copy_(before)
-        found, expected = (gradient * direction).sum(), (higher - lower) / 2e-6
+        moved = []
+        for step in (1e-6, -1e-6):
+            with torch.no_grad():
+                leaf.copy_(before + step * direction)
+                moved.append(loss())
+                leaf.copy_(before)
+        found, expected = (gradient * direction).sum(), (moved[0] - moved[1]) / 2e-6
         assert gradient.any(), name
         assert (found - expected).abs() <= 1e-6 + 1e-5 * expected.abs(), name
-
-
-def loss_at(leaf, value, loss):
-    leaf.copy_(value)
-    return loss()

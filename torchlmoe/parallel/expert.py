@@ -1,0 +1,29 @@
+"""Expert parallelism: each rank of `ep` has a part of the experts of every layer, and tokens travel to them.
+
+The ranks of `ep` are borrowed from those that have other tokens: dp_shard, cp and tp. FSDP shards the experts over the
+ranks that are left. Without expert parallelism these are all of them, also those that share heads: a rank's tokens
+between blocks are its own, and so experts need not be split by their width.
+"""
+
+from torchlmoe.feed_forwards.moe import MoE
+from torchlmoe.model.decoder import Decoder
+from torchlmoe.parallel.ranks import Ranks
+from torchlmoe.routing.exchange import Exchange
+from torchlmoe.styles.heads import HeadParameters
+
+
+def apply_expert_parallel(model: Decoder, ranks: Ranks) -> None:
+    """Raises ValueError where the experts of a layer cannot be spread over `ep`."""
+    mesh = ranks.experts["ep"]
+    for index, block in model.blocks.items():
+        layer = block.feed_forward
+        if not isinstance(layer, MoE):
+            continue
+        if layer.num_experts % mesh.size():
+            letter, _ = model.places_in_common[index]
+            raise ValueError(
+                f"parallelism.expert_parallel_degree = {mesh.size()} does not divide the {layer.num_experts} experts "
+                f"of model.layers.{letter}; choose a divisor."
+            )
+        HeadParameters(dict.fromkeys(("gate_up_proj", "down_proj"), 0))._apply(layer.experts, mesh)
+        layer.exchange = Exchange(mesh, layer.num_experts)

@@ -1,0 +1,82 @@
+"""Brings tokens to the ranks that have their experts, and back: all-to-alls with as many rows as there are.
+
+Each of P ranks has E / P experts, in order. A rank's slots are sorted by expert, so that those for a rank lie together;
+they arrive sorted by the rank they come from, and are sorted by expert there. Nothing depends on the order in which
+messages arrive. A slot's routing weight travels with it, 4 or 8 bytes beside the D numbers of its token. It is applied
+to the expert's hidden activation, as without parallelism; applied at home, every output would be kept for the backward.
+
+How many rows go where is exchanged once per layer and microbatch and kept on the host: recompute takes the numbers that
+it finds there. That is the one time a GPU is waited for.
+
+Legend: P ranks, E experts, M slots of this rank, R rows that arrive, D width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed._functional_collectives import all_to_all_single_autograd
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _resolve_process_group
+
+from torchlmoe.ops.operation import custom_op
+from torchlmoe.routing.dispatch import Slots, gather_slots, reorder_choices, sum_slots
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """Rows of all ranks for this rank's experts, on their way or there.
+
+    x_RD, weight_R: as they come, by rank of origin. expert_R: the local expert of each. sent, received: rows to and
+        from each rank.
+    """
+
+    x_RD: Tensor
+    weight_R: Tensor
+    expert_R: Tensor
+    sent: list[int]
+    received: list[int]
+
+
+class Exchange:
+    """mesh: the P ranks. num_experts: E, of which each has an equal part."""
+
+    def __init__(self, mesh: DeviceMesh, num_experts: int):
+        self.mesh, self.num_local = mesh, num_experts // mesh.size()
+
+    def send(self, x_MD: Tensor, weight_M: Tensor, offset_E: Tensor) -> Arrived:
+        """x [M, D], weight [M] sorted by expert without padding, offset [E] int32 where each expert's run ends."""
+        count_E = offset_E.diff(prepend=offset_E.new_zeros(1)).long()
+        counts = exchange_counts(count_E, self.mesh.size(), self.mesh.get_group().group_name)
+        sent, received = (side.sum(-1).tolist() for side in counts.unbind())
+        for number in (*sent, *received):
+            torch._check_is_size(number)
+        experts = torch.arange(self.num_local).repeat(self.mesh.size())
+        expert_R = experts.repeat_interleave(counts[1].flatten()).to(x_MD.device, non_blocking=True)
+        x_RD = all_to_all_single_autograd(x_MD, received, sent, self.mesh)
+        weight_R = all_to_all_single_autograd(weight_M, received, sent, self.mesh)
+        return Arrived(x_RD, weight_R, expert_R, sent, received)
+
+    def sort(self, arrived: Arrived, alignment: int) -> tuple[Tensor, Tensor, Slots]:
+        """What the experts take: x and weight sorted by local expert, and the order in which they are then."""
+        slots = Slots.sorted_by_expert(arrived.expert_R[:, None], self.num_local, alignment)
+        return gather_slots(arrived.x_RD, slots), reorder_choices(arrived.weight_R[:, None], slots), slots
+
+    def send_back(self, y: Tensor, slots: Slots, arrived: Arrived) -> Tensor:
+        """The experts' outputs, in the order in which the slots were before `send`: [M, D]."""
+        return all_to_all_single_autograd(sum_slots(y, slots), arrived.sent, arrived.received, self.mesh)
+
+
+@custom_op("torchlmoe::exchange_counts")
+def exchange_counts(count_E: Tensor, num_ranks: int, group_name: str) -> Tensor:
+    """count int64 [E] of this rank's slots -> int64 [2, P, E / P] on the CPU: sent to each rank, and received."""
+    sent = count_E.view(num_ranks, -1)
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent, group=_resolve_process_group(group_name))  # type: ignore[arg-type]
+    return torch.stack([sent, received]).cpu()
+
+
+@exchange_counts.register_fake
+def _(count_E, num_ranks, group_name):
+    return torch.empty(2, num_ranks, count_E.shape[0] // num_ranks, dtype=torch.int64)

@@ -1,0 +1,162 @@
+"""Tensor parallelism over heads or hidden channels, as styles for `parallelize_module`.
+
+Each of the P ranks of a mesh has a P-th of the heads, and, between blocks, a contiguous P-th of the tokens (arXiv
+2205.05198). A layer gathers the tokens on its way in, computes its heads' part of the output for all of them, and adds
+the parts up on its way out, each rank keeping the sums of its own tokens. The mirror images of both run backward:
+
+    forward     all-gather of x       ...   reduce-scatter of the output
+    backward    reduce-scatter of dx  ...   all-gather of the output's gradient
+
+Between the two, what all heads share is computed on every rank alike, and its gradient on a rank is that of the rank's
+heads: it is summed over ranks where it leaves, with dx or, for a parameter, once per step of its gradient. What the
+layer's mathematics sums over heads is added up by `total`, in both directions. The file needs torch alone.
+"""
+
+from collections.abc import Sequence
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ParallelStyle
+
+TOKENS = 1  # the dimension of x [B, L, ...] along which tokens are laid
+
+
+def gather_tokens(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """x [B, L / P, ...] of each rank -> [B, L, ...]; gradients of the ranks are summed."""
+    sharded = DTensor.from_local(x, mesh, [Shard(TOKENS)], run_check=False)
+    return sharded.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+
+
+def scatter_sums(y: Tensor, mesh: DeviceMesh) -> Tensor:
+    """The sum over ranks of y [B, L, ...], of which each keeps its own tokens: [B, L / P, ...]."""
+    return DTensor.from_local(y, mesh, [Partial()], run_check=False).redistribute(placements=[Shard(TOKENS)]).to_local()
+
+
+def total(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """The sum over ranks, like x, on every rank; gradients of the ranks are summed too."""
+    summed = DTensor.from_local(x, mesh, [Partial()], run_check=False).redistribute(placements=[Replicate()])
+    return summed.to_local(grad_placements=[Partial()])
+
+
+def total_of_group(x: Tensor, mesh: DeviceMesh, num_groups: int) -> Tensor:
+    """`total` over the ranks of this rank's group, of `num_groups` equal ones in order: one collective for all."""
+    group = mesh.get_local_rank() * num_groups // mesh.size()
+    places = [x if index == group else torch.zeros_like(x) for index in range(num_groups)]
+    return total(torch.stack(places), mesh)[group]
+
+
+class HeadParameters(ParallelStyle):
+    """Gives a module its part of its parameters, as DTensors; `read_local_parts` makes it compute with them.
+
+    head_dims: by parameter, the dimension along which heads are laid; what is not named is whole on every rank. With
+    `units` below the number of ranks, ranks share a unit (a key head, a group), and the parameter is whole, too: each
+    rank computes with its unit's part.
+    """
+
+    def __init__(self, head_dims: dict[str, int], units: int | None = None):
+        self.head_dims, self.units = head_dims, units
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        parts: list[tuple[str, int, int, int] | tuple[str]] = []
+        degree, rank = device_mesh.size(), device_mesh.get_local_rank()
+        for name, parameter in module.named_parameters(recurse=False):
+            dim = self.head_dims.get(name)
+            shares = dim is not None and self.units is not None and self.units < degree
+            placement: Placement = Replicate() if dim is None or shares else Shard(dim)
+            whole = distribute_tensor(parameter.detach(), device_mesh, [placement], src_data_rank=None)
+            module.register_parameter(name, nn.Parameter(whole, requires_grad=parameter.requires_grad))
+            if shares:
+                assert dim is not None
+                assert self.units is not None
+                parts.append((name, dim, rank * self.units // degree, self.units))
+            else:
+                parts.append((name,))
+        module.parts_of_heads = tuple(parts)  # type: ignore[assignment]
+        return module
+
+
+class EnterHeads(ParallelStyle):
+    """For a layer with forward(x, ...): from then on x is the rank's own tokens."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        module.register_forward_pre_hook(partial(_gather_first, device_mesh))
+        return module
+
+
+class LeaveHeads(ParallelStyle):
+    """For a projection out of heads: its output is that of all heads, for the rank's own tokens."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        module.register_forward_hook(partial(_scatter_output, device_mesh))
+        return module
+
+
+class SumHeads(ParallelStyle):
+    """For a projection out of heads whose result goes back into them: its output is that of all heads on every rank."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        module.register_forward_hook(partial(_total_output, device_mesh))
+        return module
+
+
+class NormOverHeads(ParallelStyle):
+    """For a norm with an attribute `total`, which adds up over the ranks that have the other channels.
+
+    num_groups: of channels that are normed apart, if they span ranks.
+    """
+
+    def __init__(self, num_groups: int = 1):
+        self.num_groups = num_groups
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        module.total = partial(total_of_group, mesh=device_mesh, num_groups=self.num_groups)  # type: ignore[assignment]
+        return module
+
+
+def _gather_first(mesh: DeviceMesh, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return gather_tokens(inputs[0], mesh), *inputs[1:]
+
+
+def _scatter_output(mesh: DeviceMesh, module: nn.Module, inputs: tuple[Any, ...], y: Tensor) -> Tensor:
+    return scatter_sums(y, mesh)
+
+
+def _total_output(mesh: DeviceMesh, module: nn.Module, inputs: tuple[Any, ...], y: Tensor) -> Tensor:
+    return total(y, mesh)
+
+
+def read_local_parts(model: nn.Module) -> None:
+    """Whoever reads a parameter under `HeadParameters` while its layer runs gets the rank's part, a plain tensor.
+
+    Gradients reach the parameter as parts, or as terms of the sum over ranks. At other times, when FSDP has sharded the
+    parameter further, it is what it was. Apply FSDP before.
+    """
+    for module in model.modules():
+        parts = getattr(module, "parts_of_heads", ())
+        if parts:
+            module.__class__ = _reading_parts(type(module), parts)  # type: ignore[arg-type]  # classes are hashable
+
+
+@cache
+def _reading_parts(kind: type, parts: Sequence[tuple]) -> type:
+    """One class for all modules of a kind, so that equal blocks stay equal to `torch.compile`."""
+
+    def reading(name: str, dim: int = 0, index: int = 0, number: int = 1) -> property:
+        def read(self: nn.Module) -> Tensor:
+            parameter = self._parameters[name]
+            if not isinstance(parameter, DTensor) or parameter.device_mesh.ndim > 1:
+                return parameter  # type: ignore[return-value]
+            gradients = [Partial() if place.is_replicate() else place for place in parameter.placements]
+            part = parameter.to_local(grad_placements=gradients)
+            if number == 1:
+                return part
+            width = part.shape[dim] // number
+            return part.narrow(dim, index * width, width)
+
+        return property(read)
+
+    return type(kind.__name__, (kind,), {part[0]: reading(*part) for part in parts})
