@@ -1,4 +1,4 @@
-"""Mixers against transformers' layers with copied weights, in float64: Qwen3-Next (Gated DeltaNet and gated attention),
+"""Mixers against transformers' layers with converted weights, in float64: Qwen3-Next (Gated DeltaNet, gated attention),
 Kimi-Linear (KDA and latent attention), DeepSeek-V2 (latent attention), MiniMax (lightning attention) and Mamba2.
 """
 
@@ -15,6 +15,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import (
     Qwen3NextRotaryEmbedding,
 )
 
+from torchlmoe.interop import convert, deepseek_v2, kimi_linear, mamba2, minimax, qwen3_next
 from torchlmoe.layers.initialization import named_draws
 from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.mixers import MIXERS
@@ -30,14 +31,23 @@ def _float64():
     torch.set_default_dtype(torch.float32)
 
 
-def qwen3_next(**sizes):
+def qwen3_next_config(**sizes):
     return Qwen3NextConfig(hidden_size=48, rms_norm_eps=1e-6, attn_implementation="eager", **sizes)
 
 
 def drawn(mixer):
     with named_draws(mixer, seed=0):
         mixer.init_weights()
+    # Where all are one, none could be told from another.
+    generator = torch.Generator().manual_seed(1)
+    for parameter in mixer.parameters():
+        if (parameter == 1).all():
+            parameter.uniform_(0.5, 1.5, generator=generator)
     return mixer
+
+
+def load(theirs, ours, table):
+    theirs.load_state_dict(convert(ours.state_dict(), table, reverse=True))
 
 
 def inputs():
@@ -61,7 +71,7 @@ def assert_equal(ours, theirs, x):
 def test_gated_deltanet(num_key_heads):
     heads, key_dim, value_dim = 4, 8, 16
     theirs = Qwen3NextGatedDeltaNet(
-        qwen3_next(
+        qwen3_next_config(
             linear_num_key_heads=num_key_heads,
             linear_num_value_heads=heads,
             linear_key_head_dim=key_dim,
@@ -75,21 +85,10 @@ def test_gated_deltanet(num_key_heads):
             48, num_heads=heads, num_key_heads=num_key_heads, head_dim=key_dim, expand_v=2.0, init_std=0.2
         )
     )
-    # Theirs interleaves, per key head, its q, k and its value heads' v, z; and their b, a.
-    per_key = [
-        projection.weight.unflatten(0, (num_key_heads, -1))
-        for projection in (ours.q_proj, ours.k_proj, ours.v_proj, ours.gate_proj)
-    ]
-    theirs.in_proj_qkvz.weight.copy_(torch.cat(per_key, 1).flatten(0, 1))
-    gates = [projection.weight.unflatten(0, (num_key_heads, -1)) for projection in (ours.b_proj, ours.a_proj)]
-    theirs.in_proj_ba.weight.copy_(torch.cat(gates, 1).flatten(0, 1))
-    convolutions = torch.cat([ours.q_conv.weight, ours.k_conv.weight, ours.v_conv.weight])
-    theirs.conv1d.weight.copy_(convolutions[:, None])
-    theirs.A_log.copy_(ours.decay.A_log)
-    theirs.dt_bias.copy_(ours.decay.dt_bias)
-    ours.norm.weight.uniform_(0.5, 1.5)
-    theirs.norm.weight.copy_(ours.norm.weight)
-    theirs.out_proj.weight.copy_(ours.o_proj.weight)
+    table = qwen3_next.gated_deltanet_rules(
+        num_heads=heads, num_key_heads=num_key_heads, key_dim=key_dim, value_dim=value_dim, conv_size=4
+    )
+    load(theirs, ours, table)
     x = inputs()
     with torch.enable_grad():
         assert_equal(ours(x, sequence=SequenceLayout.of_rows(2, LENGTH)), theirs(x), x)
@@ -97,7 +96,7 @@ def test_gated_deltanet(num_key_heads):
 
 @torch.no_grad()
 def test_gated_attention():
-    config = qwen3_next(
+    config = qwen3_next_config(
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=16,
@@ -110,28 +109,13 @@ def test_gated_attention():
             init_std=0.2,
         )
     )  # fmt: skip
-    # Theirs projects, per head, q and then its gate; its norms' weights are offsets from one.
-    per_head = [projection.weight.unflatten(0, (4, -1)) for projection in (ours.q_proj, ours.gate_proj)]
-    theirs.q_proj.weight.copy_(torch.cat(per_head, 1).flatten(0, 1))
-    theirs.k_proj.weight.copy_(ours.k_proj.weight)
-    theirs.v_proj.weight.copy_(ours.v_proj.weight)
-    theirs.o_proj.weight.copy_(ours.o_proj.weight)
-    for name in ("q_norm", "k_norm"):
-        getattr(ours, name).weight.uniform_(0.5, 1.5)
-        getattr(theirs, name).weight.copy_(getattr(ours, name).weight - 1)
+    load(theirs, ours, qwen3_next.gated_attention_rules(num_heads=4, head_dim=16))
     x = inputs()
     positions = torch.arange(LENGTH)[None]
     with torch.enable_grad():
         phases = Qwen3NextRotaryEmbedding(config)(x, positions)
         expected = theirs(x, position_embeddings=phases, attention_mask=causal_mask())[0]
         assert_equal(ours(x, sequence=SequenceLayout.of_rows(2, LENGTH)), expected, x)
-
-
-def copy_(*pairs):
-    """Each parameter of theirs from ours, which may be a list of parts to be laid one after another."""
-    for theirs, ours in pairs:
-        whole = torch.cat(list(ours)) if isinstance(ours, list) else ours
-        theirs.copy_(whole.view_as(theirs))
 
 
 @torch.no_grad()
@@ -146,22 +130,7 @@ def test_kimi_delta_attention():
     )
     theirs = KimiLinearDeltaAttention(config, layer_idx=0)
     ours = drawn(MIXERS["kda"](48, num_heads=3, head_dim=8, init_std=0.2))
-    ours.norm.weight.uniform_(0.5, 1.5)
-    copy_(
-        (theirs.q_proj.weight, ours.q_proj.weight),
-        (theirs.k_proj.weight, ours.k_proj.weight),
-        (theirs.v_proj.weight, ours.v_proj.weight),
-        (theirs.conv1d.weight, [ours.q_conv.weight, ours.k_conv.weight, ours.v_conv.weight]),
-        (theirs.forget_gate.f_a_proj.weight, ours.decay_proj.down_proj.weight),
-        (theirs.forget_gate.f_b_proj.weight, ours.decay_proj.up_proj.weight),
-        (theirs.forget_gate.A_log, ours.decay.A_log),
-        (theirs.forget_gate.dt_bias, ours.decay.dt_bias),
-        (theirs.b_proj.weight, ours.b_proj.weight),
-        (theirs.g_a_proj.weight, ours.gate_proj.down_proj.weight),
-        (theirs.g_b_proj.weight, ours.gate_proj.up_proj.weight),
-        (theirs.o_norm.weight, ours.norm.weight),
-        (theirs.o_proj.weight, ours.o_proj.weight),
-    )
+    load(theirs, ours, kimi_linear.kda_rules(num_heads=3, head_dim=8, conv_size=4))
     x = inputs()
     with torch.enable_grad():
         assert_equal(ours(x, sequence=SequenceLayout.of_rows(2, LENGTH)), theirs(x), x)
@@ -173,15 +142,9 @@ def test_lightning_attention(index):
     config = MiniMaxConfig(hidden_size=48, num_attention_heads=3, num_hidden_layers=4, block_size=32)
     theirs = MiniMaxLightningAttention(config, layer_idx=index)
     ours = drawn(MIXERS["lightning"](48, Place(index, num_layers=4), num_heads=3, init_std=0.2))
-    ours.norm.weight.uniform_(0.5, 1.5)
-    # Theirs projects q, k and v of a head together.
-    per_head = [projection.weight.unflatten(0, (3, -1)) for projection in (ours.q_proj, ours.k_proj, ours.v_proj)]
-    copy_(
-        (theirs.qkv_proj.weight, torch.cat(per_head, 1)),
-        (theirs.output_gate.weight, ours.gate_proj.weight),
-        (theirs.norm.weight, ours.norm.weight),
-        (theirs.out_proj.weight, ours.o_proj.weight),
-    )
+    weights = convert(ours.state_dict(), minimax.lightning_rules(num_heads=3, head_dim=16), reverse=True)
+    left = theirs.load_state_dict(weights, strict=False)
+    assert (sorted(left.missing_keys), left.unexpected_keys) == (sorted(minimax.CONSTANTS), [])
     x = inputs()
     with torch.enable_grad():
         expected = theirs(x, position_embeddings=None, attention_mask=None)[0]
@@ -202,61 +165,35 @@ def test_mamba2(num_groups, limits):
             48, num_heads=6, state_dim=8, num_groups=num_groups, min_step=limits[0], max_step=limits[1], init_std=0.2
         )
     )
-    for parameter in (ours.D, ours.norm.weight):
-        parameter.uniform_(0.5, 1.5)
-    projections = (ours.gate_proj, ours.v_proj, ours.k_proj, ours.q_proj, ours.dt_proj)
-    convolutions = (ours.v_conv, ours.k_conv, ours.q_conv)
-    copy_(
-        (theirs.in_proj.weight, [projection.weight for projection in projections]),
-        (theirs.conv1d.weight, [convolution.weight for convolution in convolutions]),
-        (theirs.conv1d.bias, [convolution.bias for convolution in convolutions]),
-        (theirs.A_log, ours.decay.A_log),
-        (theirs.dt_bias, ours.decay.dt_bias),
-        (theirs.D, ours.D),
-        (theirs.norm.weight, ours.norm.weight),
-        (theirs.out_proj.weight, ours.o_proj.weight),
-    )
+    table = mamba2.mamba2_rules(num_heads=6, head_dim=16, state_dim=8, num_groups=num_groups, conv_size=4)
+    load(theirs, ours, table)
     x = inputs()
     with torch.enable_grad():
         assert_equal(ours(x, sequence=SequenceLayout.of_rows(2, LENGTH)), theirs(x), x)
 
 
 LATENT_SIZES = dict(
-    hidden_size=48, num_attention_heads=3, num_key_value_heads=3, kv_lora_rank=10, q_lora_rank=12, qk_nope_head_dim=8,
+    hidden_size=48, num_attention_heads=3, num_key_value_heads=3, kv_lora_rank=10, qk_nope_head_dim=8,
     qk_rope_head_dim=4, v_head_dim=6, num_hidden_layers=1, attn_implementation="eager",
 )  # fmt: skip
 
 
-def latent_attention(**rotary):
-    sizes = dict(num_heads=3, head_dim=12, kv_rank=10, q_rank=12, value_dim=6)
-    ours = drawn(MIXERS["attention"](48, **sizes, init_std=0.3, **rotary))
-    for norm in (ours.q_proj.activation, ours.latent.norm):
-        norm.weight.uniform_(0.5, 1.5)
-    return ours
+def latent_attention(**options):
+    sizes = dict(num_heads=3, head_dim=12, kv_rank=10, value_dim=6)
+    return drawn(MIXERS["attention"](48, **sizes, init_std=0.3, **options))
 
 
-def copy_latent_attention_(theirs, ours, shared):
-    """shared: of each shared channel of theirs (they stand last in a head), which of ours it is (they stand first)."""
-    q_weight = ours.q_proj.up_proj.weight.unflatten(0, (3, 12))
-    copy_(
-        (theirs.q_a_proj.weight, ours.q_proj.down_proj.weight),
-        (theirs.q_a_layernorm.weight, ours.q_proj.activation.weight),
-        (theirs.q_b_proj.weight, torch.cat([q_weight[:, 4:], q_weight[:, shared]], 1)),
-        (
-            theirs.kv_a_proj_with_mqa.weight,
-            [ours.latent.down_proj.weight, ours.latent.shared_key_proj.weight[shared]],
-        ),
-        (theirs.kv_a_layernorm.weight, ours.latent.norm.weight),
-        (theirs.kv_b_proj.weight, ours.latent.up_proj.weight),
-        (theirs.o_proj.weight, ours.o_proj.weight),
-    )
+def latent_sizes(q_rank):
+    return dict(head_dim=12, shared_key_dim=4, kv_rank=10, full_rank_q=q_rank is None)
 
 
+@pytest.mark.parametrize("q_rank", [12, None])
 @torch.no_grad()
-def test_latent_attention_of_deepseek_v2():
-    config = DeepseekV2Config(**LATENT_SIZES, rope_parameters={"rope_type": "default", "rope_theta": 10_000.0})
-    theirs, ours = DeepseekV2Attention(config, layer_idx=0), latent_attention(rotary_fraction=1 / 3)
-    copy_latent_attention_(theirs, ours, shared=[0, 2, 1, 3])  # theirs turns neighbours, ours halves
+def test_latent_attention_of_deepseek_v2(q_rank):
+    rotary = {"rope_type": "default", "rope_theta": 10_000.0}
+    config = DeepseekV2Config(**LATENT_SIZES, q_lora_rank=q_rank, rope_parameters=rotary)
+    theirs, ours = DeepseekV2Attention(config, layer_idx=0), latent_attention(q_rank=q_rank, rotary_fraction=1 / 3)
+    load(theirs, ours, deepseek_v2.latent_attention_rules(**latent_sizes(q_rank)))
     x = inputs()
     with torch.enable_grad():
         phases = DeepseekV2RotaryEmbedding(config)(x, torch.arange(LENGTH)[None])
@@ -264,11 +201,12 @@ def test_latent_attention_of_deepseek_v2():
         assert_equal(ours(x, sequence=SequenceLayout.of_rows(2, LENGTH)), expected, x)
 
 
+@pytest.mark.parametrize("q_rank", [12, None])
 @torch.no_grad()
-def test_latent_attention_of_kimi_linear():
-    theirs = KimiLinearAttention(KimiLinearConfig(**LATENT_SIZES), layer_idx=0)
-    ours = latent_attention(rotary_fraction=0.0, shared_key_dim=4)
-    copy_latent_attention_(theirs, ours, shared=[0, 1, 2, 3])
+def test_latent_attention_of_kimi_linear(q_rank):
+    theirs = KimiLinearAttention(KimiLinearConfig(**LATENT_SIZES, q_lora_rank=q_rank), layer_idx=0)
+    ours = latent_attention(q_rank=q_rank, rotary_fraction=0.0, shared_key_dim=4)
+    load(theirs, ours, kimi_linear.latent_attention_rules(**latent_sizes(q_rank)))
     x = inputs()
     with torch.enable_grad():
         assert_equal(ours(x, sequence=SequenceLayout.of_rows(2, LENGTH)), theirs(x, attention_mask=causal_mask())[0], x)

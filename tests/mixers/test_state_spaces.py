@@ -1,4 +1,4 @@
-"""S4 against the convolution that its paper makes of it, Mamba against transformers with copied weights, in float64."""
+"""S4 against the convolution that its paper makes of it; Mamba against transformers, weights converted; in float64."""
 
 import pytest
 import torch
@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from transformers import MambaConfig
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
+from torchlmoe.interop import convert
+from torchlmoe.interop.mamba import mamba_rules
 from torchlmoe.layers.initialization import named_draws
 from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.mixers import MIXERS
@@ -60,15 +62,8 @@ def test_mamba():
     ours, x = drawn("mamba", state_dim=8, step_rank=5), inputs()
     with torch.no_grad():
         ours.D.uniform_(-1, 1)
-        theirs.in_proj.weight.copy_(torch.cat([ours.x_proj.weight, ours.gate_proj.weight]))
-        theirs.conv1d.weight.copy_(ours.x_conv.weight[:, None])
-        theirs.conv1d.bias.copy_(ours.x_conv.bias)
-        theirs.x_proj.weight.copy_(ours.step_B_C_proj.weight)
-        theirs.dt_proj.weight.copy_(ours.step_proj.weight)
-        theirs.dt_proj.bias.copy_(ours.decay.dt_bias)
-        theirs.A_log.copy_(ours.decay.A_log.view(64, 8))
-        theirs.D.copy_(ours.D)
-        theirs.out_proj.weight.copy_(ours.o_proj.weight)
+    table = mamba_rules(channels=64, state_dim=8, conv_size=4)
+    theirs.load_state_dict(convert(ours.state_dict(), table, reverse=True))
     y, expected = ours(x, sequence=SequenceLayout.of_rows(2, LENGTH)), theirs(x)
     gradients = [torch.autograd.grad(z.square().sum(), x)[0] for z in (y, expected)]
     # Theirs goes through float32 in the recurrence even in float64: so near is as near as it gets.

@@ -1,14 +1,20 @@
-"""The published routings against transformers' layers with the same weights: outputs and all gradients."""
+"""The published routings against transformers' layers with converted weights: outputs and all gradients."""
 
 import pytest
 import torch
-from transformers import DeepseekV2Config, DeepseekV3Config, MixtralConfig, Qwen2MoeConfig
+from transformers import DeepseekV2Config, DeepseekV3Config, KimiLinearConfig, MixtralConfig, Qwen2MoeConfig
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
+from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearMoE
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 
 from torchlmoe.feed_forwards.moe import MoE
+from torchlmoe.interop import convert
+from torchlmoe.interop.deepseek_v2 import moe_rules as deepseek_v2_rules
+from torchlmoe.interop.kimi_linear import moe_rules as kimi_linear_rules
+from torchlmoe.interop.mixtral import moe_rules as mixtral_rules
+from torchlmoe.interop.qwen2_moe import moe_rules as qwen2_moe_rules
 from torchlmoe.layers.sequence import SequenceLayout
 
 DIM, EXPERT_DIM, NUM_EXPERTS, TOP_K, BATCH, LENGTH = 32, 16, 12, 4, 2, 50
@@ -30,7 +36,7 @@ def qwen2_moe(normalize):
         "shared_expert_dim": 24,
         "shared_expert_gate": True,
     }
-    return Qwen2MoeSparseMoeBlock(config), ours
+    return Qwen2MoeSparseMoeBlock(config), ours, qwen2_moe_rules()
 
 
 def mixtral():
@@ -41,7 +47,7 @@ def mixtral():
         num_experts_per_tok=TOP_K,
         router_jitter_noise=0.0,
     )
-    return MixtralSparseMoeBlock(config), {"score_function": "softmax", "normalize_top_k": True}
+    return MixtralSparseMoeBlock(config), {"score_function": "softmax", "normalize_top_k": True}, mixtral_rules()
 
 
 def deepseek_v2(groups):
@@ -63,7 +69,7 @@ def deepseek_v2(groups):
         "routed_scaling_factor": 1.7,
     }
     ours |= {"num_expert_groups": groups, "num_limited_groups": min(groups, 2), "group_score": "max"}
-    return DeepseekV2Moe(config), ours
+    return DeepseekV2Moe(config), ours, deepseek_v2_rules()
 
 
 def deepseek_v3(normalize):
@@ -90,7 +96,28 @@ def deepseek_v3(normalize):
         "group_score": "top2_sum",
         "balance": "loss_free",
     }
-    return DeepseekV3MoE(config), ours
+    return DeepseekV3MoE(config), ours, deepseek_v2_rules(loss_free=True)
+
+
+def kimi_linear():
+    config = KimiLinearConfig(
+        hidden_size=DIM,
+        moe_intermediate_size=EXPERT_DIM,
+        num_experts=NUM_EXPERTS,
+        num_experts_per_tok=TOP_K,
+        n_shared_experts=1,
+        n_group=1,
+        topk_group=1,
+        routed_scaling_factor=2.446,
+    )
+    ours = {
+        "score_function": "sigmoid",
+        "normalize_top_k": True,
+        "num_shared_experts": 1,
+        "routed_scaling_factor": 2.446,
+        "balance": "loss_free",
+    }
+    return KimiLinearMoE(config), ours, kimi_linear_rules()
 
 
 PRESETS = {
@@ -101,36 +128,27 @@ PRESETS = {
     "deepseek_v2_group_limited": lambda: deepseek_v2(4),
     "deepseek_v3": lambda: deepseek_v3(True),
     "deepseek_v3_not_normalized": lambda: deepseek_v3(False),
-}
-NAMES = {
-    "router.weight": "gate.weight",
-    "router.expert_bias": "gate.e_score_correction_bias",
-    "experts.gate_up_proj": "experts.gate_up_proj",
-    "experts.down_proj": "experts.down_proj",
-    "shared_expert_gate.weight": "shared_expert_gate.weight",
+    "kimi_linear": kimi_linear,
 }
 
 
-def theirs_name(name, theirs):
-    if name.startswith("shared_expert."):
-        prefix = "shared_experts." if hasattr(theirs, "shared_experts") else "shared_expert."
-        return name.replace("shared_expert.", prefix)
-    return NAMES[name]
+def gradients(layer):
+    """By the names of the state dict; zero for a buffer."""
+    found = {name: torch.zeros_like(tensor) for name, tensor in layer.state_dict().items()}
+    return found | {name: parameter.grad for name, parameter in layer.named_parameters()}
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_equals_transformers(preset):
     generator = torch.Generator().manual_seed(0)
-    theirs, options = PRESETS[preset]()
+    theirs, options, table = PRESETS[preset]()
     balance = options.pop("balance", "none")
     ours = MoE(DIM, **COMMON, **options, balance=balance)
     with torch.no_grad():
         for name, parameter in (*theirs.named_parameters(), *theirs.named_buffers()):
             std = 0.1 if "bias" in name else 1.0 if name == "gate.weight" else 0.3
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
-    source = theirs.state_dict()
-    ours.load_state_dict({name: source.pop(theirs_name(name, theirs)) for name in ours.state_dict()})
-    assert not source
+    ours.load_state_dict(convert(theirs.state_dict(), table))
 
     # Some of them route in float32 whatever the model's dtype, so this is the dtype that both speak.
     x = torch.randn(BATCH, LENGTH, DIM, generator=generator)
@@ -140,11 +158,11 @@ def test_equals_transformers(preset):
         leaf = x.clone().requires_grad_()
         y = layer(leaf, **options)
         y.backward(grad)
-        results.append({"y": y, "x": leaf.grad} | {name: p.grad for name, p in layer.named_parameters()})
-    found, expected = results
+        results.append(({"y": y, "x": leaf.grad}, gradients(layer)))
+    (found, found_gradients), (expected, expected_gradients) = results
+    found, expected = found | found_gradients, expected | convert(expected_gradients, table)
     for name, tensor in found.items():
-        other = expected[name if name in ("y", "x") else theirs_name(name, theirs)]
-        assert (tensor - other).norm() <= 2e-6 * other.norm(), name
+        assert (tensor - expected[name]).norm() <= 2e-6 * expected[name].norm(), name
 
     gate = theirs.gate(x.flatten(0, 1))
     routing = ours.router(x.flatten(0, 1))

@@ -417,13 +417,6 @@ def _check_consistency(config: Config) -> None:
         )
     if config.float8.enable and training.dtype == "float64":
         raise ConfigError("float8.enable = true needs training.dtype = 'bfloat16' or 'float32'; it is 'float64'.")
-    context = config.parallelism.context_parallel_degree
-    factors = {config.block_spec(letter).feed_forward_options.get("capacity_factor") for letter in config.model.layers}
-    if context > 1 and (limited := factors - {None}):
-        raise ConfigError(
-            f"moe.capacity_factor = {limited.pop()} goes by a token's place among all of a microbatch, "
-            f"which parallelism.context_parallel_degree = {context} splits; leave it unset (dropless)."
-        )
     if config.lr_scheduler.warmup_steps > config.training.steps:
         raise ConfigError(
             f"lr_scheduler.warmup_steps = {config.lr_scheduler.warmup_steps} is more than training.steps = "

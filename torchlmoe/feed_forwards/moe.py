@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.distributed._functional_collectives import all_gather_tensor
 
 from torchlmoe.feed_forwards.base import FeedForward
 from torchlmoe.feed_forwards.experts import Experts
@@ -170,10 +171,21 @@ class MoE(RoutedLayer, FeedForward):
         return shared if self.shared_expert_gate is None else self.shared_expert_gate(x).sigmoid() * shared
 
     def _beyond_capacity(self, expert_TK: Tensor, slots: Slots, counted_T: Tensor) -> Tensor:
-        """bool [T, K]: the choices that find their expert full. Padding takes no room and is never dropped."""
+        """bool [T, K]: the choices that find their expert full. Padding takes no room and is never dropped.
+
+        A choice's place is counted over the whole microbatch, whose earlier tokens may be on other ranks.
+        """
         assert self.capacity_factor is not None
-        capacity = (self.capacity_factor * self.top_k * counted_T.sum().double() / self.num_experts).ceil()
-        return (slots.place_TK(expert_TK, counted_T) >= capacity) & counted_T[:, None]
+        place_TK, num_tokens = slots.place_TK(expert_TK, counted_T), counted_T.sum()
+        mesh = self.load_balance.mesh
+        if mesh is not None:
+            counted_TK = counted_T[:, None].expand_as(expert_TK).long()
+            count_E = counted_TK.new_zeros(self.num_experts).scatter_add(0, expert_TK.flatten(), counted_TK.flatten())
+            count_PE = all_gather_tensor(count_E[None], 0, mesh)
+            place_TK = place_TK + count_PE[: mesh.get_local_rank()].sum(0)[expert_TK]
+            num_tokens = count_PE.sum() // self.top_k
+        capacity = (self.capacity_factor * self.top_k * num_tokens.double() / self.num_experts).ceil()
+        return (place_TK >= capacity) & counted_T[:, None]
 
     @torch.no_grad()
     def end_step(self, counts_E: Tensor) -> None:

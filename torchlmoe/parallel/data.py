@@ -9,6 +9,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from torchlmoe.feed_forwards.experts import Experts
 from torchlmoe.model.decoder import Decoder
+from torchlmoe.parallel.islands import replicate_islands
 from torchlmoe.parallel.ranks import Ranks
 
 
@@ -29,11 +30,8 @@ def apply_fsdp(model: Decoder, ranks: Ranks, dtype: torch.dtype) -> None:
 
     place = _placing_experts(model, ranks) if ranks.spreads_experts else None
     for block in model.blocks.values():
-        # A group has one policy; the islands of a block form a group of their own.
-        islands = [module for module in block.modules() if getattr(module, "float32_island", False)]
-        if casts_down and islands:
-            fully_shard(islands, mesh=mesh)
-        fully_shard(block, mesh=mesh, mp_policy=policy, shard_placement_fn=place)
+        islands = replicate_islands(block, ranks) if casts_down else None
+        fully_shard(block, mesh=mesh, mp_policy=policy, shard_placement_fn=place, ignored_params=islands)
     for module in model.common.values():
         fully_shard(module, mesh=mesh)
     outer: list[nn.Module] = [model.embedding, model.head]

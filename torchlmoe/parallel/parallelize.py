@@ -10,6 +10,7 @@ from torchlmoe.parallel.context import apply_context_parallel
 from torchlmoe.parallel.data import apply_fsdp
 from torchlmoe.parallel.expert import apply_expert_parallel
 from torchlmoe.parallel.float8 import convert_to_float8
+from torchlmoe.parallel.islands import read_islands
 from torchlmoe.parallel.precision import compute_in
 from torchlmoe.parallel.ranks import Ranks
 from torchlmoe.parallel.recompute import recompute
@@ -67,6 +68,7 @@ def fill(model: Decoder, config: Config, ranks: Ranks, device: torch.device) -> 
     dtype = getattr(torch, config.training.dtype)
     if ranks.world_size == 1 and dtype != _master_dtype(dtype):
         compute_in(dtype, model)  # only now: who writes a parameter must not write to its cast
+    read_islands(model)
     return model
 
 

@@ -31,6 +31,7 @@ from torchlmoe.layers.cross_entropy import IGNORE_INDEX
 from torchlmoe.model.decoder import build_on_meta, count_parameters
 from torchlmoe.parallel.context import context_parallel_plans
 from torchlmoe.parallel.failures import collective_failures
+from torchlmoe.parallel.islands import sum_island_gradients
 from torchlmoe.parallel.mesh import choose_device, start_process_group, world_size_of_launch
 from torchlmoe.parallel.parallelize import build_model
 from torchlmoe.parallel.ranks import Ranks
@@ -276,6 +277,7 @@ class Trainer:
         set_lr(self.optimizer, factor)
         self.model.train()
         loss_sum = self.forward_backward(batches, num_tokens)
+        sum_island_gradients(self.model)
         totals = self._totals(loss_sum)
         grad_norm = clip_gradients(self.model, training.max_norm)
         # The CPU's one look at the step, before anything moves.

@@ -1,0 +1,108 @@
+"""Float32 islands under FSDP2 in a lower precision: their few parameters are whole on every data rank.
+
+A group of FSDP has one dtype to compute in, and the hooks of a group within a block would cut the block's graph in
+pieces where it is compiled. So what `float32_island` marks (decay gates, routers) stays outside of FSDP: each rank
+computes with the whole parameter in its own dtype, and the gradients of a step are summed over ranks at its end, in one
+collective.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
+
+from torchlmoe.parallel.ranks import Ranks
+
+
+def replicate_islands(module: nn.Module, ranks: Ranks) -> set[nn.Parameter]:
+    """Parameters of `module`'s islands, which become DTensors on the ranks that FSDP works on; FSDP has to ignore them.
+
+    What tensor parallelism has split stays so.
+    """
+    replicated = set()
+    for island in _islands(module):
+        for name, parameter in list(island.named_parameters(recurse=False)):
+            local: Tensor = parameter.detach()
+            mesh, placements = ranks.parameters, [Replicate()] * ranks.parameters.ndim
+            if isinstance(local, DTensor):
+                mesh = DeviceMesh._concatenate([ranks.parameters, local.device_mesh])
+                placements = [*placements, *local.placements]  # type: ignore[list-item]
+            whole = DTensor.from_local(
+                local.to_local() if isinstance(local, DTensor) else local,
+                mesh,
+                placements,
+                run_check=False,
+                shape=local.shape,
+                stride=local.stride(),
+            )
+            island.register_parameter(name, nn.Parameter(whole, requires_grad=parameter.requires_grad))
+            replicated.add(island.get_parameter(name))
+    return replicated
+
+
+def read_islands(model: nn.Module) -> None:
+    """Whoever reads a parameter of a replicated island gets this rank's plain tensor. Initialise before."""
+    for island in _islands(model):
+        names = tuple(name for name, p in island.named_parameters(recurse=False) if _is_replicated(p))
+        if names:
+            island.__class__ = _reading_local(type(island), names)  # type: ignore[arg-type]  # classes are hashable
+
+
+@torch.no_grad()
+def sum_island_gradients(model: nn.Module) -> None:
+    """Completes the gradients of a step: those of islands are this rank's part until then."""
+    of_group: dict[Any, list[Tensor]] = {}  # by mesh and axes
+    for parameter in model.parameters():
+        gradient = parameter.grad
+        if isinstance(gradient, DTensor) and any(place.is_partial() for place in gradient.placements):
+            axes = tuple(axis for axis, place in enumerate(gradient.placements) if place.is_partial())
+            local = gradient.to_local()
+            of_group.setdefault((gradient.device_mesh, axes), []).append(local)
+            parameter.grad = DTensor.from_local(
+                local,
+                gradient.device_mesh,
+                parameter.placements,  # type: ignore[attr-defined]
+                run_check=False,
+                shape=parameter.shape,
+                stride=parameter.stride(),
+            )
+    for (mesh, axes), gradients in of_group.items():
+        together = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        for axis in axes:
+            dist.all_reduce(together, group=mesh.get_group(axis))
+        for gradient, part in zip(gradients, together.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+def _islands(module: nn.Module) -> list[nn.Module]:
+    return [inner for inner in module.modules() if getattr(inner, "float32_island", False)]
+
+
+def _is_replicated(parameter: nn.Parameter) -> bool:
+    return isinstance(parameter, DTensor) and parameter.placements[0].is_replicate() and not _is_sharded(parameter)
+
+
+def _is_sharded(parameter: DTensor) -> bool:
+    names = parameter.device_mesh.mesh_dim_names or ()
+    places = dict(zip(names, parameter.placements, strict=True))
+    return not places.get("dp_shard_cp", Replicate()).is_replicate()
+
+
+@cache
+def _reading_local(kind: type, names: tuple[str, ...]) -> type:
+    """One class for all modules of a kind, so that equal blocks stay equal to `torch.compile`."""
+
+    def reading(name: str) -> property:
+        def read(self: nn.Module) -> Tensor:
+            parameter = self._parameters[name]
+            assert isinstance(parameter, DTensor)
+            gradients: list[Placement] = [Partial() if p.is_replicate() else p for p in parameter.placements]
+            return parameter.to_local(grad_placements=gradients)
+
+        return property(read)
+
+    return type(kind.__name__, (kind,), {name: reading(name) for name in names})
