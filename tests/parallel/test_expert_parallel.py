@@ -1,11 +1,6 @@
-"""Experts spread over 2, 3 and 4 gloo processes, which have other rows, spans or pieces of tokens: as on one process."""
+"""Experts spread over 2, 3 and 4 gloo processes, which have other rows, spans or pieces: as on one process."""
 
-import pytest
-
-from tests.parallel.parity import SETTINGS, assert_layouts_equal_one_process
-from torchlmoe.config.batch import check_degrees
-from torchlmoe.config.load import ConfigError, load_config
-from torchlmoe.model.decoder import build_on_meta
+from tests.parallel.parity import assert_layouts_equal_one_process
 
 EXPERTS, HEADS = "--parallelism.expert_parallel_degree", "--parallelism.tensor_parallel_degree"
 SPANS = "--parallelism.context_parallel_degree"

@@ -1,12 +1,165 @@
-"""Heads split over 2, 3 and 4 gloo processes: every mixer trains as on one process; what cannot be split is refused."""
+"""Heads split over 2 and 4 gloo processes: every mixer trains as on one process; what cannot be split is refused."""
 
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.conftest import run_on_ranks
+from tests.mixers.test_every_mixer import CASES
 from tests.parallel.parity import assert_layouts_equal_one_process
-from tests.parallel.test_context_parallel import ONE_BLOCK
+from tests.parallel.test_context_parallel import EVERY_HYBRID, ONE_BLOCK, ROWS, compile_by_aot_eager
+from torchlmoe.config.batch import check_degrees
+from torchlmoe.config.load import ConfigError, load_config
+from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.mixers import MIXERS
+from torchlmoe.model.decoder import build_on_meta
+from torchlmoe.parallel.mesh import start_process_group
+from torchlmoe.parallel.tensor import apply_tensor_parallel, tensor_parallel_plan
+from torchlmoe.styles.heads import read_local_parts
 
-HEADS = "--parallelism.tensor_parallel_degree"
+ROOT = Path(__file__).parent.parent.parent
+HEADS, SPANS = "--parallelism.tensor_parallel_degree", "--parallelism.context_parallel_degree"
+REPLICAS = "--parallelism.data_parallel_replicate_degree"
+EVERY_MIXER = {f"pure_{mixer}": f"{ONE_BLOCK} --model.mixer {mixer}" for mixer in MIXERS}
+# Keys that ranks share, groups of which each has some; sums over heads; memories that are counted once.
+ON_FOUR = {
+    "shared_keys": f"{ONE_BLOCK} --model.layers.L.num_key_heads 2",
+    "grouped_queries": f"{ONE_BLOCK} --model.mixer attention --model.layers.L.num_kv_heads 2",
+    "groups": f"{ONE_BLOCK} --model.mixer mamba2 --model.layers.L.num_groups 2",
+    "latent": f"{ONE_BLOCK} --model.mixer attention --model.layers.L.kv_rank 12 --model.layers.L.rotary_fraction 0.5",
+    **{name: EVERY_MIXER[f"pure_{name}"] for name in ("lightning", "ttt", "mamba", "retention")},
+}
+TWO_BLOCKS = f"{ROWS} --model.layer_pattern LN --model.num_layers 2"
+SIX_ROWS = f"{TWO_BLOCKS} --training.global_batch_size 6"
+WHOLE_MODELS = {
+    "rwkv7_tied_muon": f"{SIX_ROWS} --model.mixer rwkv7 --model.tie_embeddings true --optimizer.name muon",
+    "mom_recomputed": f"{SIX_ROWS} --model.mixer mom --activation_checkpoint.mode full --training.local_batch_size 1",
+    "hgrn2_dense": f"{SIX_ROWS} --model.mixer hgrn2 --model.layers.N.mlp dense --moe.num_shared_experts 1",
+    "selective": f"{SIX_ROWS} --model.mixer kda --moe.aux_loss_scope global_batch "
+    "--activation_checkpoint.mode selective",
+}
+COMPILED = {"compiled": f"{TWO_BLOCKS} --compile.enable true"}
 
 
-def test_quick(corpus, tmp_path):
-    variants = {name: f"{ONE_BLOCK} --model.mixer {name}" for name in MIXERS}
-    assert_layouts_equal_one_process({2: {"tp": (variants, f"{HEADS} 2")}}, corpus, tmp_path, steps=3, float32=())
+def test_equals_one_process(corpus, tmp_path):
+    layouts = {
+        2: {"heads": (EVERY_MIXER | COMPILED, f"{HEADS} 2")},
+        4: {
+            "more_heads": (ON_FOUR, f"{HEADS} 4"),
+            "heads_and_rows": (WHOLE_MODELS, f"{HEADS} 2"),
+            "heads_and_spans": ({"mom_recomputed": WHOLE_MODELS["mom_recomputed"]}, f"{HEADS} 2 {SPANS} 2"),
+            "heads_and_replicas": ({"selective": WHOLE_MODELS["selective"]}, f"{HEADS} 2 {REPLICAS} 2"),
+        },
+    }
+    float32 = ["pure_gated_deltanet", "shared_keys"]
+    assert_layouts_equal_one_process(layouts, corpus, tmp_path, steps=3, float32=float32, setup=compile_by_aot_eager)
+
+
+@pytest.mark.long
+def test_hybrids_equal_one_process(corpus, tmp_path):
+    """Twenty steps of every mixer with softmax blocks and experts, on packed documents."""
+    layouts = {2: {"two": (EVERY_HYBRID, f"{HEADS} 2")}, 4: {"four": (EVERY_HYBRID, f"{HEADS} 4")}}
+    assert_layouts_equal_one_process(layouts, corpus, tmp_path, steps=20, float32=None)
+
+
+class Collectives(TorchDispatchMode):
+    """Counts those that run within it, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._opname
+        if func.namespace == "_c10d_functional" and name not in ("wait_tensor", "_wrap_tensor_autograd"):
+            self.calls[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def count_collectives() -> None:
+    """Of one mixer each way, against the table of docs/parallelism.md."""
+    start_process_group(torch.device("cpu"))
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    page = (ROOT / "docs" / "parallelism.md").read_text()
+    sums = {
+        name: int(number)
+        for names, number in re.findall(r"^\| ((?:`\w+` ?)+) \| (\d) \|", page, re.MULTILINE)
+        for name in re.findall(r"\w+", names)
+    }
+    model_flags = "--model.layer_pattern L --model.num_layers 1 --model.dim 32 --model.num_heads 4".split()
+    for name in MIXERS:
+        options = [f"--model.layers.L.{key}={value}" for key, value in CASES[name][1].items()]
+        config = load_config([*model_flags, "--model.mixer", name, *options])
+        model = build_on_meta(config, 50).to_empty(device="cpu")
+        model.init_weights(0)
+        apply_tensor_parallel(model, tensor_parallel_plan(model, 2), mesh)
+        read_local_parts(model)
+        mixer = model.blocks["0"].mixer
+        sequence = SequenceLayout.of_packed_rows(torch.tensor([[0, 7, 32]], dtype=torch.int32), 32)
+        x = torch.randn(1, 16, 32, requires_grad=True)
+        shared = {"shared": torch.zeros(1, 32, 16)} if mixer.shared_width else {}
+        for part in ("forward", "backward"):
+            with Collectives() as found:
+                if part == "forward":
+                    y = mixer(x, sequence=sequence, **shared)
+                    y = y[0] if isinstance(y, tuple) else y
+                else:
+                    y.square().sum().backward()
+            expected = {"all_gather_into_tensor": 1, "reduce_scatter_tensor": 1, "all_reduce": sums.get(name, 0)}
+            assert found.calls == Counter(expected), (name, part, found.calls)
+
+
+def test_collectives_are_those_of_the_table():
+    run_on_ranks(2, count_collectives)
+
+
+REFUSED = {
+    "--model.num_heads 6": "cannot split the 6 heads or channels of q_proj (GatedDeltaNet) of model.layers.L; "
+    "degrees that fit this model: 1, 2, 3, 6.",
+    "--model.num_heads 4 --model.layers.L.mlp dense --model.mlp_dim 30": "cannot split the 30 heads or channels of "
+    "gate_proj (Dense) of model.layers.L",
+    "--model.num_heads 12 --model.layers.N.num_kv_heads 3": "cannot split the 3 heads or channels of k_proj",
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSED.items())
+def test_heads_that_do_not_fit_are_refused(arguments, message):
+    model = build_on_meta(load_config([*"--model.dim 96 --model.layer_pattern LN".split(), *arguments.split()]), 50)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        tensor_parallel_plan(model, 4)
+
+
+def test_modules_without_a_role_are_refused():
+    model = build_on_meta(load_config([]), 50)
+    model.blocks["0"].mixer.extra = nn.Linear(4, 4)
+    with pytest.raises(ValueError, match=r"cannot split blocks.0.mixer.extra \(Linear\), which does not say in"):
+        tensor_parallel_plan(model, 3)
+
+
+def test_a_loss_without_a_split_vocabulary_is_refused():
+    model = build_on_meta(load_config([]), 50)
+    model.head.loss = lambda hidden, weight, labels, chunk_size: hidden.sum()
+    with pytest.raises(ValueError, match=r"which the loss that training.loss names cannot"):
+        tensor_parallel_plan(model, 3)
+
+
+DEGREES = {
+    f"{HEADS} 3": "parallelism.tensor_parallel_degree = 3 does not divide the 8 ranks; choose a divisor.",
+    f"{HEADS} 2 {SPANS} 2 --parallelism.data_parallel_shard_degree 3": "data_parallel_shard_degree = 3 times "
+    "context_parallel_degree = 2 times tensor_parallel_degree = 2 is 12, but there are 8 ranks",
+    f"{HEADS} 4 {SPANS} 2 --training.seq_len 6 --training.local_batch_size 2": "tensor_parallel_degree = 4 times "
+    "context_parallel_degree = 2 does not divide the 2 x 6 tokens",
+    "--parallelism.expert_parallel_degree 3": "expert_parallel_degree = 3 does not divide the 8 ranks of",
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), DEGREES.items())
+def test_degrees_that_do_not_fit_are_refused(arguments, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        check_degrees(load_config(arguments.split()), 8)
