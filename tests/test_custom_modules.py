@@ -14,7 +14,7 @@ from torchlmoe import export, generate
 from torchlmoe.checkpoint import open_model
 from torchlmoe.config.load import ConfigError, load_config
 from torchlmoe.mixers import MIXERS
-from torchlmoe.options import Registry
+from torchlmoe.registry import Registry
 
 OTHERS = """
 import math

@@ -8,6 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 CHECK = """
 import importlib.resources, importlib.util
+from pathlib import Path
 import torchlmoe, torchlmoe.kernels, torchlmoe.mixers
 from torchlmoe.data.tokenizer import load_tokenizer
 assert load_tokenizer("embedded").vocab_size == 4096
@@ -15,6 +16,10 @@ embedded = importlib.resources.files("torchlmoe.assets") / "embedded"
 assert sorted(file.name for file in embedded.iterdir()) == ["train.parquet", "validation.parquet"]
 found = importlib.util.find_spec("kernels")
 assert found is None or found.origin is None, found
+from torchlmoe.vendoring.package import package_of
+copied = package_of(["gated_deltanet"], Path("copied"), kernels_of_all=True)
+assert "Apache License" in copied.files["LICENSE"] and "kernels/gates.py" in copied.files
+assert any(requirement.startswith("torch>=") for requirement in copied.requirements)
 print(torchlmoe.__file__)
 """
 

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from torchlmoe.kernels.gates import decay_gate
-from torchlmoe.layers.decay_gate import MAX_LOG_RATE, BiasedDecay, DecayGate, LogSigmoidDecay
+from torchlmoe.layers.biased_decay import MAX_LOG_RATE, BiasedDecay, LogSigmoidDecay
+from torchlmoe.layers.decay_gate import DecayGate
 
 FUNCTIONS = {
     "softplus": F.softplus,
@@ -142,7 +143,8 @@ def test_modules_take_it(device, monkeypatch):
 
     expected, calls = run("cpu"), []
     operation = torch.ops.torchlmoe.decay_gate_triton
-    monkeypatch.setattr("torchlmoe.layers.decay_gate.kernels_serve", lambda *_: True)
+    for file in ("decay_gate", "biased_decay"):
+        monkeypatch.setattr(f"torchlmoe.layers.{file}.kernels_serve", lambda *_: True)
     monkeypatch.setattr("torchlmoe.kernels.gates.decay_gate", lambda *args: (calls.append(args), operation(*args))[1])
     torch.testing.assert_close(run(device), expected)
     assert len(calls) == 10

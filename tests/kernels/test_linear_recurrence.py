@@ -253,10 +253,10 @@ def test_refusals(device, monkeypatch):
             linear_recurrence(
                 **inputs | dict(initial_state=None), cu_seqlens=torch.tensor([0, 3]).int(), backend="triton"
             )
-    monkeypatch.setattr(kernel_backend, "_triton", lambda: (True, False))
+    monkeypatch.setattr(kernel_backend, "_triton", lambda: (None, False))
     if device.type == "cpu":
         with pytest.raises(ValueError, match="on a CPU its kernels run only with TRITON_INTERPRET=1"):
             linear_recurrence(**inputs, backend="triton")
-    monkeypatch.setattr(kernel_backend, "_triton", lambda: (False, False))
+    monkeypatch.setattr(kernel_backend, "_triton", lambda: ("triton is not installed", False))
     with pytest.raises(ValueError, match="triton is not installed"):
         linear_recurrence(**inputs, backend="triton")

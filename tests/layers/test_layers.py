@@ -4,10 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from torchlmoe.layers.biased_decay import BiasedDecay, LogSigmoidDecay
 from torchlmoe.layers.cross_entropy import linear_cross_entropy
-from torchlmoe.layers.decay_gate import BiasedDecay, DecayGate, LogSigmoidDecay
+from torchlmoe.layers.decay_gate import DecayGate
 from torchlmoe.layers.feature_maps import pair_products, taylor_features
-from torchlmoe.layers.norms import GroupRMSNorm, l2_norm, rms_norm
+from torchlmoe.layers.group_norms import GroupRMSNorm
+from torchlmoe.layers.norms import l2_norm, rms_norm
 from torchlmoe.layers.rotary import rotary_phases, rotate
 from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.layers.token_shift import TokenShift

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torchlmoe.config.load import load_config
 from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.mixers import MIXERS
+from torchlmoe.model.batch import counting
 from torchlmoe.model.decoder import Decoder, build_on_meta, count_parameters
 
 SMALL = """--model.dim 32 --model.num_heads 2 --model.num_layers 2 --model.vocab_size 50
@@ -65,12 +66,12 @@ def test_padding_is_what_no_label_depends_on():
     labels[0, 5:8] = labels[1, 20] = 3  # none in the documents of 1 and 13 tokens
     expected = torch.zeros(2, 24, dtype=torch.bool)
     expected[0, :8] = expected[1, :21] = True
-    packed = SequenceLayout.of_packed_rows(BOUNDS, 24).counting(labels != -100)
+    packed = counting(SequenceLayout.of_packed_rows(BOUNDS, 24), labels != -100)
     assert torch.equal(packed.share.counted.view(2, 24), expected)
     assert torch.equal(torch.cat([packed.span(i, 3).share.counted for i in range(3)], 1), packed.share.counted)
     expected[0, 5:8] = False
     labels[0, 5:8] = -100
-    rows = SequenceLayout.of_rows(2, 24).counting(labels != -100)
+    rows = counting(SequenceLayout.of_rows(2, 24), labels != -100)
     assert torch.equal(rows.share.counted, expected & torch.tensor([[False], [True]]))
 
 

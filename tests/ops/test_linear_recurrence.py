@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from torchlmoe.ops import linear_recurrence, span_summary
-from torchlmoe.ops.chunk_layout import kept_chunk_layouts
+from torchlmoe.ops.chunk_layout import chunk_layouts
 from torchlmoe.ops.chunked import Terms, chunked_forward, layouts_of
 
 TERMS = {
@@ -274,10 +274,10 @@ def test_packings_of_many_layers_are_laid_out_once():
         inputs = make_inputs((), 1, 60, num_states=2)
         bounds = torch.tensor([0, layer, 60], dtype=torch.int32)
         outputs.append((linear_recurrence(**inputs, cu_seqlens=bounds)[0], inputs["v"]))
-    before = kept_chunk_layouts.cache_info().misses
+    before = chunk_layouts.cache_info().misses
     for o, v in reversed(outputs):
         torch.autograd.grad(o.sum(), v)
-    assert kept_chunk_layouts.cache_info().misses == before
+    assert chunk_layouts.cache_info().misses == before
 
 
 def test_compiles_whole():

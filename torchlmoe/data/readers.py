@@ -10,6 +10,6 @@ Its annotated keyword arguments are its settings, `data.reader_options`.
 
 from collections.abc import Callable, Iterable
 
-from torchlmoe.options import Registry
+from torchlmoe.registry import Registry
 
 READERS: Registry[Callable[..., Iterable[str]]] = Registry("Reader", {})

@@ -3,7 +3,7 @@
 from torchlmoe.feed_forwards.base import FeedForward
 from torchlmoe.feed_forwards.dense import Dense
 from torchlmoe.feed_forwards.moe import MoE
-from torchlmoe.options import Registry
+from torchlmoe.registry import Registry
 
 NONE = "none"
 FEED_FORWARDS: Registry[type[FeedForward]] = Registry("Feed-forward", {"moe": MoE, "dense": Dense})

@@ -1,5 +1,7 @@
 """What every feed-forward layer of a block is."""
 
+from typing import get_args
+
 from torch import Tensor, nn
 
 from torchlmoe.layers.sequence import SequenceLayout
@@ -27,3 +29,11 @@ class FeedForward(Configurable, nn.Module):
     def idle_parameters(self) -> int:
         """Parameters that one token does not meet."""
         return 0
+
+    @classmethod
+    def check_choices(cls, **given: str) -> None:
+        """Raises ValueError for a value that its setting, a Literal, does not list."""
+        for name, value in given.items():
+            known = get_args(cls.settings()[name][0].__origin__)
+            if value not in known:
+                raise ValueError(f"{name} = {value!r} is unknown: choose from {', '.join(known)}.")

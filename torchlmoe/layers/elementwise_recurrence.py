@@ -5,7 +5,8 @@ from functools import partial
 from torch import Tensor, nn
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from torchlmoe.ops.elementwise_recurrence import check_backend, elementwise_recurrence, elementwise_span_summary
+from torchlmoe.ops.elementwise_recurrence import elementwise_recurrence, elementwise_span_summary
+from torchlmoe.ops.scan_backend import check_backend
 from torchlmoe.styles.recurrence import ElementwiseSequenceParallel
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from torchlmoe.layers.cross_entropy import linear_cross_entropy
-from torchlmoe.options import Registry
+from torchlmoe.registry import Registry
 
 LOSSES: Registry[Callable[..., Tensor]] = Registry("Loss", {"cross_entropy": linear_cross_entropy})
 OF_THE_HEAD = ("chunk_size", "vocabulary")  # arguments that the model's head gives, which are no settings

@@ -3,8 +3,8 @@
 from torch import Tensor, nn
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from torchlmoe.ops.elementwise_recurrence import check_backend
 from torchlmoe.ops.online_gradient import online_gradient
+from torchlmoe.ops.scan_backend import check_backend
 from torchlmoe.styles.recurrence import StateRing
 
 

@@ -2,13 +2,13 @@
 
 from functools import partial
 
-import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from torchlmoe.layers.sequence import SequenceLayout
-from torchlmoe.ops.linear_recurrence import linear_recurrence, span_summary
+from torchlmoe.ops.linear_recurrence import linear_recurrence
+from torchlmoe.ops.span_summary import span_summary
 from torchlmoe.styles.recurrence import LSMSequenceParallel
 
 
@@ -48,14 +48,3 @@ def recur(
     o, state = recurrence(q, k, v, **terms)
     cache["state"].copy_(state)
     return o
-
-
-def recur_normalized(
-    recurrence: nn.Module, q: Tensor, k: Tensor, v: Tensor, *, normalizer_eps: float, **others
-) -> Tensor:
-    """`recur`, divided by the sum of the attention weights, which is what a column of ones on v reads.
-
-    No weight is negative, but an inner product of features may round to less than zero.
-    """
-    o = recur(recurrence, q, k, torch.cat([v, torch.ones_like(v[..., :1])], -1), **others)
-    return o[..., :-1] / (o[..., -1:].clamp(min=0) + normalizer_eps)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from torchlmoe.ops.chunk_layout import check_bounds_at_hand
+from torchlmoe.ops.checks import check_bounds_at_hand
 
 
 @dataclass(frozen=True)
@@ -78,22 +78,6 @@ class SequenceLayout:
     def project(self, projection: Callable[..., Tensor], x: Tensor) -> Tensor:
         """projection(x) for what enters a recurrence. A layout that reorders tokens for the recurrence does it here."""
         return projection(x)
-
-    def counting(self, labelled: Tensor) -> "SequenceLayout":
-        """Tells padding apart: the tokens after a document's last label, of which no part of the loss depends.
-
-        labelled: bool, as many as there are positions, whether a token has a label. A prompt without labels before an
-        answer with labels counts; a document without labels does not.
-        """
-        position = self.positions.flatten()
-        token = torch.arange(len(position), device=position.device)
-        # The next token with a label, or, after the last one, a place beyond all tokens.
-        following = torch.where(labelled.flatten(), token, len(position)).flip(0).cummin(0).values.flip(0)
-        distance = following - token
-        # Within a document, positions rise with tokens.
-        same_document = position[following.clamp(max=len(position) - 1)] == position + distance
-        counted = (same_document & (following < len(position))).view_as(self.positions)
-        return replace(self, share=replace(self.share, counted=counted))
 
     def span(self, index: int, num_spans: int) -> "SequenceLayout":
         """The index-th of `num_spans` equal parts of one packed row."""

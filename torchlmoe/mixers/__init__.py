@@ -23,7 +23,7 @@ from torchlmoe.mixers.rwkv7 import RWKV7
 from torchlmoe.mixers.s4 import S4
 from torchlmoe.mixers.titans import Titans
 from torchlmoe.mixers.ttt import TTT
-from torchlmoe.options import Registry
+from torchlmoe.registry import Registry
 
 MIXERS: Registry[type[Mixer]] = Registry(
     "Mixer",

@@ -12,7 +12,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from torchlmoe.layers.feature_maps import taylor_features
-from torchlmoe.layers.recurrence import recur_normalized
+from torchlmoe.layers.normalized_recurrence import recur_normalized
 from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.mixers.recurrent import RecurrentMixer
 from torchlmoe.options import NormEps

@@ -11,8 +11,9 @@ from pydantic import Field
 from tensordict import TensorDict
 from torch import Tensor
 
+from torchlmoe.layers.normalized_recurrence import recur_normalized
 from torchlmoe.layers.norms import RMSNorm
-from torchlmoe.layers.recurrence import recur, recur_normalized
+from torchlmoe.layers.recurrence import recur
 from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.mixers.recurrent import RecurrentMixer
 from torchlmoe.options import NormEps

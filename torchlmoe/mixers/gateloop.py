@@ -17,7 +17,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from torchlmoe.layers.decay_gate import LogSigmoidDecay
+from torchlmoe.layers.biased_decay import LogSigmoidDecay
 from torchlmoe.layers.linear import ColumnLinear
 from torchlmoe.layers.norms import GatedRMSNorm
 from torchlmoe.layers.recurrence import LinearRecurrence, recur

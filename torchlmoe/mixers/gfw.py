@@ -15,7 +15,7 @@ from pydantic import Field
 from tensordict import TensorDict
 from torch import Tensor
 
-from torchlmoe.layers.decay_gate import LogSigmoidDecay
+from torchlmoe.layers.biased_decay import LogSigmoidDecay
 from torchlmoe.layers.elementwise_recurrence import ElementwiseRecurrence
 from torchlmoe.layers.initialization import constant_
 from torchlmoe.layers.linear import ColumnLinear

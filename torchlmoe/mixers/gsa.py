@@ -16,7 +16,7 @@ from pydantic import Field
 from tensordict import TensorDict
 from torch import Tensor
 
-from torchlmoe.layers.decay_gate import LogSigmoidDecay
+from torchlmoe.layers.biased_decay import LogSigmoidDecay
 from torchlmoe.layers.linear import ColumnLinear
 from torchlmoe.layers.norms import RMSNorm
 from torchlmoe.layers.recurrence import LinearRecurrence, recur

@@ -16,9 +16,9 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from torchlmoe.layers.decay_gate import DecayGate
+from torchlmoe.layers.group_norms import GroupRMSNorm
 from torchlmoe.layers.initialization import constant_
 from torchlmoe.layers.linear import ColumnLinear
-from torchlmoe.layers.norms import GroupRMSNorm
 from torchlmoe.layers.recurrence import recur
 from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.mixers.base import scaled_width

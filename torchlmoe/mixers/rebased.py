@@ -15,7 +15,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from torchlmoe.layers.feature_maps import pair_products
-from torchlmoe.layers.norms import LayerNorm
+from torchlmoe.layers.group_norms import LayerNorm
 from torchlmoe.mixers.based import Based
 from torchlmoe.options import NormEps
 

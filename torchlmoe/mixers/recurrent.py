@@ -12,7 +12,6 @@ from torchlmoe.layers.linear import ColumnLinear, RowLinear
 from torchlmoe.layers.recurrence import LinearRecurrence
 from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.layers.short_convolution import ShortConvolution
-from torchlmoe.layers.token_shift import TokenShift
 from torchlmoe.mixers.base import Mixer, recurrent_state, split_heads
 from torchlmoe.ops.linear_recurrence import Backend, recurrence_flops_per_token
 from torchlmoe.options import InitStd
@@ -67,9 +66,9 @@ class RecurrentMixer(Mixer):
         """`state` [batch, num_heads, key_dim, value_dim] in at least float32, and caches of convolution and shift."""
         state = recurrent_state(batch_size, self.num_heads, self.key_dim, self.value_dim, dtype, device)
         caches = {
-            name: child.init_cache(batch_size, dtype, device)
+            name: child.init_cache(batch_size, dtype, device)  # type: ignore[operator]
             for name, child in self.named_children()
-            if isinstance(child, (ShortConvolution, TokenShift))
+            if hasattr(child, "init_cache")
         }
         return TensorDict({"state": state, **caches}, batch_size=[batch_size])
 

@@ -15,11 +15,11 @@ from pydantic import Field
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from torchlmoe.layers.decay_gate import BiasedDecay
+from torchlmoe.layers.biased_decay import BiasedDecay
+from torchlmoe.layers.group_norms import HeadNorm
 from torchlmoe.layers.initialization import constant_, copy_, uniform_
 from torchlmoe.layers.linear import ColumnLinear, Linear
 from torchlmoe.layers.low_rank import LowRank
-from torchlmoe.layers.norms import HeadNorm
 from torchlmoe.layers.recurrence import recur
 from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.layers.token_shift import TokenMix, TokenShift

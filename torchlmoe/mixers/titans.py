@@ -13,7 +13,7 @@ the paper takes over.
 from tensordict import TensorDict
 from torch import Tensor
 
-from torchlmoe.layers.decay_gate import LogSigmoidDecay
+from torchlmoe.layers.biased_decay import LogSigmoidDecay
 from torchlmoe.layers.initialization import constant_
 from torchlmoe.layers.linear import ColumnLinear
 from torchlmoe.layers.norms import GatedRMSNorm, l2_norm

@@ -18,9 +18,9 @@ from pydantic import Field
 from tensordict import TensorDict
 from torch import Tensor, nn
 
+from torchlmoe.layers.group_norms import LayerNorm
 from torchlmoe.layers.initialization import constant_
 from torchlmoe.layers.linear import ColumnLinear
-from torchlmoe.layers.norms import LayerNorm
 from torchlmoe.layers.rotary import check_rotary_dim, rotary_phases, rotate
 from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.layers.short_convolution import ShortConvolution

@@ -1,6 +1,6 @@
 """From a microbatch's rows to what the blocks see: which tokens this rank has, and how they are laid out."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -69,10 +69,27 @@ def describe(
             )
         sequence = SequenceLayout.of_packed_rows(document_bounds, length, loss_weight / span.number)
     if labels is not None and tells_padding:
-        sequence = sequence.counting(labels != IGNORE_INDEX)
+        sequence = counting(sequence, labels != IGNORE_INDEX)
     if document_bounds is None:
         return Microbatch(tokens, labels, sequence)
     sequence = sequence.span(span.index, span.number)
     tokens = tokens.reshape(1, -1).chunk(span.number, 1)[span.index]
     labels = None if labels is None else labels.reshape(1, -1).chunk(span.number, 1)[span.index]
     return Microbatch(tokens, labels, sequence)
+
+
+def counting(sequence: SequenceLayout, labelled: Tensor) -> SequenceLayout:
+    """Tells padding apart: the tokens after a document's last label, of which no part of the loss depends.
+
+    labelled: bool, as many as there are positions, whether a token has a label. A prompt without labels before an
+    answer with labels counts; a document without labels does not.
+    """
+    position = sequence.positions.flatten()
+    token = torch.arange(len(position), device=position.device)
+    # The next token with a label, or, after the last one, a place beyond all tokens.
+    following = torch.where(labelled.flatten(), token, len(position)).flip(0).cummin(0).values.flip(0)
+    distance = following - token
+    # Within a document, positions rise with tokens.
+    same_document = position[following.clamp(max=len(position) - 1)] == position + distance
+    counted = (same_document & (following < len(position))).view_as(sequence.positions)
+    return replace(sequence, share=replace(sequence.share, counted=counted))

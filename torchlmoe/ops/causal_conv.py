@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchlmoe.ops.chunk_layout import check_bounds_at_hand, num_documents
+from torchlmoe.ops.checks import check_bounds_at_hand, num_documents
 from torchlmoe.ops.kernel_backend import kernels_serve
 from torchlmoe.ops.operation import custom_op, operation
 

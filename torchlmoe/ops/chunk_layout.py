@@ -21,6 +21,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from torchlmoe.ops.checks import check_bounds
+
 MOST_SLOTS_PER_TOKEN = 4  # of chunks, padding included
 
 
@@ -92,60 +94,6 @@ def restore_order(layouts: Sequence[ChunkLayout], x_N: Tensor) -> Tensor:
     """From the order of the layouts, one after another, to that in which the documents came."""
     order_N = layouts[0].order_N if len(layouts) == 1 else torch.cat([layout.order_N for layout in layouts])
     return torch.empty_like(x_N).index_copy(0, order_N, x_N)
-
-
-def num_documents(v: Tensor, cu_seqlens: Tensor | None) -> int:
-    """How many v [B, T, ...] holds. Raises ValueError where cu_seqlens is not int32 [N + 1] or there are more rows."""
-    if cu_seqlens is None:
-        return v.shape[0]
-    # Not len(), which makes a constant of a size that torch.export is told is dynamic.
-    if v.shape[0] != 1 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0 or cu_seqlens.dtype != torch.int32:
-        raise ValueError(
-            f"cu_seqlens (shape {list(cu_seqlens.shape)}, {cu_seqlens.dtype}) must be int32 [N + 1], with B = 1 "
-            f"(B is {v.shape[0]})."
-        )
-    return cu_seqlens.shape[0] - 1
-
-
-def check_shape(name: str, tensor: Tensor | None, *shapes: tuple[int, ...]) -> None:
-    """Raises ValueError unless the tensor, if there is one, has one of the shapes."""
-    if tensor is not None and tuple(tensor.shape) not in shapes:
-        wanted = " or ".join(str(list(shape)) for shape in shapes)
-        raise ValueError(f"{name} has shape {list(tensor.shape)}; with this k and v it must be {wanted}.")
-
-
-def check_not_empty(k: Tensor, v: Tensor) -> None:
-    """Raises ValueError unless k and v [..., heads, width] have a head and a width at least. They may lack tokens."""
-    if 0 in (*k.shape[-2:], *v.shape[-2:]):
-        raise ValueError(f"k {list(k.shape)} and v {list(v.shape)} must have at least one head, one key and one value.")
-
-
-def check_bounds(bounds: Sequence[int], length: int, name: str = "cu_seqlens") -> None:
-    """Raises ValueError unless they rise from 0 to `length`."""
-    if bounds[0] != 0 or bounds[-1] != length or list(bounds) != sorted(bounds):
-        raise ValueError(
-            f"{name} must rise from 0 to the number of tokens, {length}; it is {list(bounds[:8])} ... {bounds[-1]}."
-        )
-
-
-def check_bounds_at_hand(bounds: Tensor | None, length: int, name: str = "cu_seqlens") -> None:
-    """`check_bounds` of a tensor, or of each row of one, for code that does not read the values itself.
-
-    It does not wait for a device: on a GPU it is an assertion of the device's own, which ends the process. Bounds
-    without values, traced or on the meta device, are not checked.
-    """
-    if type(bounds) is not Tensor or bounds.is_meta or torch.compiler.is_compiling():
-        return
-    if bounds.device.type == "cpu":
-        for row in bounds.reshape(-1, bounds.shape[-1]).tolist():
-            check_bounds(row, length, name)
-        return
-    # Once for all layers that are given them. The attribute lives as long as the tensor does.
-    checked = (length, None if bounds.is_inference() else bounds._version)
-    if getattr(bounds, "_rise_to", None) != checked:
-        bounds._rise_to = checked  # type: ignore[attr-defined]
-        rises = (bounds[..., 0] == 0).all() & (bounds[..., -1] == length).all() & (bounds.diff() >= 0).all()
-        torch._assert_async(rises, f"{name} must rise from 0 to the number of tokens, {length}.")
 
 
 @dataclass(frozen=True)
@@ -241,43 +189,11 @@ def layout_of(plan: Plan, whole_rows: bool, device: torch.device) -> ChunkLayout
     return ChunkLayout(slabs, torch.tensor(plan.order, dtype=torch.int64, device=device))
 
 
-def chunk_layout(batch_size, length, bounds, max_chunk_size: int, slab_size: int, device: torch.device) -> ChunkLayout:
-    """Arguments as of `chunk_plan`."""
-    plan = chunk_plan(batch_size, length, bounds, max_chunk_size, slab_size)
-    return layout_of(plan, bounds is None and length % plan.chunk_size == 0, device)
-
-
+# Made once for all layers of a step, both ways, even where every layer packs its tokens in a way of its own.
+@lru_cache(maxsize=64)
 def chunk_layouts(
     batch_size, length, bounds, max_chunk_size: int, slab_size: int, device: torch.device
 ) -> tuple[ChunkLayout, ...]:
     """Arguments as of `chunk_plans`."""
     plans = chunk_plans(batch_size, length, bounds, max_chunk_size, slab_size)
     return tuple(layout_of(plan, bounds is None and length % plan.chunk_size == 0, device) for plan in plans)
-
-
-# Made once for all layers of a step, both ways, even where every layer packs its tokens in a way of its own.
-kept_chunk_layout = lru_cache(maxsize=64)(chunk_layout)
-kept_chunk_layouts = lru_cache(maxsize=64)(chunk_layouts)
-
-
-def kept_scan_layout(v: Tensor, cu_seqlens: Tensor | None, chunk_size: int, slab_steps: int) -> ChunkLayout:
-    """The layout of v's rows or documents, slabs of about `slab_steps` chunks of as many documents as v has abreast.
-
-    For real tensors, not for traced ones. Raises ValueError for bounds that are none.
-    """
-    bounds = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
-    return kept_chunk_layout(*_scan_key(v, bounds, chunk_size, slab_steps), v.device)
-
-
-def num_scan_starts(v: Tensor, bounds: Sequence[int] | None, chunk_size: int, slab_steps: int) -> int:
-    """How many states the slabs of that layout begin with; v may be without values."""
-    return chunk_plan(*_scan_key(v, bounds, chunk_size, slab_steps)).num_first
-
-
-def _scan_key(v: Tensor, bounds: Sequence[int] | None, chunk_size: int, slab_steps: int) -> tuple:
-    batch_size, length = v.shape[:2]
-    longest = length
-    if bounds is not None:
-        longest = max((end - start for start, end in pairwise(bounds)), default=0)
-    abreast = -(-batch_size * length // max(1, longest))
-    return batch_size, length, bounds, chunk_size, slab_steps * max(1, abreast)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from torchlmoe.ops.chunk_decay import CausalMask, ChannelDecay, MatrixDecay, Undecayed, unit_lower_inverse
-from torchlmoe.ops.chunk_layout import ChunkLayout, Slab, chunk_layouts, chunk_plans, kept_chunk_layouts, restore_order
+from torchlmoe.ops.chunk_layout import ChunkLayout, Slab, chunk_layouts, chunk_plans, restore_order
 
 CHUNK_SIZE = 64
 SLAB_TOKENS = 4096  # times heads; 1 MiB for a tensor of 64 channels
@@ -48,13 +48,8 @@ class Terms:
 
 
 def layouts_of(v: Tensor, cu_seqlens: Tensor | None) -> tuple[ChunkLayout, ...]:
-    """The layouts of v's rows or documents. Raises ValueError for bounds that are none."""
+    """The layouts of v's rows or documents, for real tensors. Raises ValueError for bounds that are none."""
     return chunk_layouts(*_layout_key(v, _bounds(cu_seqlens)), v.device)
-
-
-def kept_layouts_of(v: Tensor, cu_seqlens: Tensor | None) -> tuple[ChunkLayout, ...]:
-    """`layouts_of`, made once: for real tensors, not for traced ones."""
-    return kept_chunk_layouts(*_layout_key(v, _bounds(cu_seqlens)), v.device)
 
 
 def num_kept(v: Tensor, bounds: tuple[int, ...] | None) -> int:

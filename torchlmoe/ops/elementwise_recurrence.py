@@ -20,17 +20,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from torchlmoe.ops.chunk_layout import (
-    check_bounds,
-    check_bounds_at_hand,
-    check_not_empty,
-    check_shape,
-    kept_scan_layout,
-    num_documents,
-    num_scan_starts,
-)
+from torchlmoe.ops.checks import check_bounds, check_bounds_at_hand, check_not_empty, check_shape, num_documents
 from torchlmoe.ops.kernel_backend import kernels_serve
 from torchlmoe.ops.operation import custom_op, operation, size_by_documents
+from torchlmoe.ops.scan_backend import check_backend
+from torchlmoe.ops.scan_layout import kept_scan_layout, num_scan_starts
 from torchlmoe.ops.time_invariant import time_invariant_backward, time_invariant_forward
 
 SLAB_STEPS = 32  # places; the state is kept once a slab
@@ -121,14 +115,6 @@ def elementwise_flops_per_token(
     """
     per_element = (14 + 2 * step) if is_complex else (5 + step)  # decay, write, add, read; step times rate
     return num_heads * key_dim * value_dim * per_element
-
-
-def check_backend(backend: str, operation: str = "elementwise_recurrence") -> None:
-    """Raises ValueError for a backend that the operation has not."""
-    others = ("triton", "reference") if operation == "elementwise_recurrence" else ("reference",)
-    if backend not in ("auto", "chunked", *others):
-        served = "', '".join(("auto", "chunked", *others[:-1]))
-        raise ValueError(f"backend = {backend!r} is not served by {operation}; use '{served}' or 'reference'.")
 
 
 def _check(q, k, v, log_decay, step, initial_state, cu_seqlens, backend) -> None:

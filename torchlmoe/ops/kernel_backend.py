@@ -30,9 +30,9 @@ def kernels_serve(backend: str, *tensors: Tensor | None, refusal: str | None = N
 def _refusal(on_gpu: bool, *tensors: Tensor | None) -> str | None:
     if any(x is not None and x.dtype in (torch.float64, torch.complex128) for x in tensors):
         return "its kernels do not compute in float64"
-    installed, interpreted = _triton()
-    if not installed:
-        return "triton is not installed"
+    missing, interpreted = _triton()
+    if missing is not None:
+        return missing
     if not on_gpu and any(x is not None and x.is_cuda for x in tensors):
         return "some of its tensors are on a GPU and some are not"
     if not on_gpu and not interpreted:
@@ -43,13 +43,15 @@ def _refusal(on_gpu: bool, *tensors: Tensor | None) -> str | None:
 
 
 @torch.compiler.assume_constant_result
-def _triton() -> tuple[bool, bool]:
-    """Whether it is installed, and whether kernels are interpreted."""
+def _triton() -> tuple[str | None, bool]:
+    """What there is not, of all that kernels need, and whether they are interpreted."""
+    if find_spec("torchlmoe.kernels") is None:
+        return "the kernels are not part of this copy (made without --kernels)", False
     if find_spec("triton") is None:
-        return False, False
+        return "triton is not installed", False
     from triton import knobs
 
-    return True, knobs.runtime.interpret
+    return None, knobs.runtime.interpret
 
 
 @cache

@@ -3,7 +3,7 @@
     S_t = (I - b_t e_t^T) diag(exp g_t) S_{t-1} diag(exp h_t) + k_t v_t^T          o_t = scale * S_t^T q_t
 
 `linear_recurrence` is one operation to torch (forward and backward are a `torch.library.custom_op` pair), so that
-compile, recompute and FLOP counters see it whole. `span_summary` says what a span does to the state it receives.
+compile, recompute and FLOP counters see it whole.
 """
 
 from typing import Literal
@@ -12,14 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from torchlmoe.ops.chunk_layout import (
-    check_bounds,
-    check_bounds_at_hand,
-    check_not_empty,
-    check_shape,
-    num_documents,
-)
-from torchlmoe.ops.chunked import Terms, chunked_forward, kept_layouts_of, num_kept
+from torchlmoe.ops.checks import check_bounds, check_bounds_at_hand, check_not_empty, check_shape, num_documents
+from torchlmoe.ops.chunked import Terms, chunked_forward, layouts_of, num_kept
 from torchlmoe.ops.chunked_backward import chunked_backward
 from torchlmoe.ops.kernel_backend import kernels_serve
 from torchlmoe.ops.operation import custom_op, operation, size_by_documents
@@ -27,7 +21,6 @@ from torchlmoe.ops.reference import reference_recurrence
 
 Backend = Literal["auto", "reference", "chunked", "triton"]
 KERNEL_WIDTH = 256  # of a key that the Triton kernels hold
-PIECE_LENGTH = 128  # tokens whose log decays are summed one after another
 
 
 @operation
@@ -74,71 +67,11 @@ def linear_recurrence(
     Raises:
         ValueError: shapes, dtypes or terms that do not fit together, or that the backend does not serve.
     """
-    _check(q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, initial_state, cu_seqlens)
-    o, final_state = _run(
+    check_terms(q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, initial_state, cu_seqlens)
+    o, final_state = run_terms(
         q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, scale, initial_state, cu_seqlens, backend
     )
     return o, (final_state if output_final_state else None)
-
-
-@operation
-def span_summary(
-    k: Tensor,
-    v: Tensor,
-    *,
-    log_decay: Tensor | None = None,
-    erase: Tensor | None = None,
-    erase_key: Tensor | None = None,
-    value_log_decay: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    backend: str = "auto",
-) -> tuple[Tensor | tuple[Tensor, Tensor], Tensor]:
-    """The affine map that a span of tokens (or each packed document) is; arguments as in `linear_recurrence`.
-
-    Returns the transition and the state [N, R, K, V], in at least float32 and differentiable. The transition is
-        [N, R, K], a diagonal, without an erase term:       S_out = transition[..., None] * S_in + state;
-        [N, R, K, K] with one:                              S_out = transition @ S_in + state;
-        a pair of diagonals [N, R, K] and [N, R, V] with a decay on the value side, K + V numbers a head:
-                                                            S_out = key[..., None] * S_in * value[..., None, :] + state.
-    """
-    _check(k, k, v, log_decay, erase, erase_key, value_log_decay, None, None, cu_seqlens)
-    num_heads, key_dim, value_dim = v.shape[2], k.shape[-1], v.shape[-1]
-    if erase is None:
-        _, state = _run(None, k, v, log_decay, None, None, value_log_decay, None, 1.0, None, cu_seqlens, backend)
-        transition = _total_decay(log_decay, v, key_dim, cu_seqlens)
-        if value_log_decay is None:
-            return transition, state
-        return (transition, _total_decay(value_log_decay, v, value_dim, cu_seqlens)), state
-    # The columns of the state do not mix, so the transition is K more of them: no value, started from the identity.
-    documents, dtype = num_documents(v, cu_seqlens), torch.promote_types(v.dtype, torch.float32)
-    identity = torch.eye(key_dim, dtype=dtype, device=v.device).expand(documents, num_heads, -1, -1)
-    initial_state = torch.cat([identity.new_zeros(documents, num_heads, key_dim, value_dim), identity], -1)
-    wide_v = torch.nn.functional.pad(v, (0, key_dim))
-    _, state = _run(None, k, wide_v, log_decay, erase, erase_key, None, None, 1.0, initial_state, cu_seqlens, backend)
-    return state[..., value_dim:], state[..., :value_dim]
-
-
-def _total_decay(log_decay: Tensor | None, v: Tensor, width: int, cu_seqlens: Tensor | None) -> Tensor:
-    """exp of each document's summed log decay, [N, R, width]."""
-    batch_size, length, num_heads, _ = v.shape
-    dtype = torch.promote_types(v.dtype, torch.float32)
-    if log_decay is None:
-        return v.new_ones(num_documents(v, cu_seqlens), num_heads, width, dtype=dtype)
-    decay = log_decay.to(dtype)
-    decay = decay.expand(batch_size, length, num_heads) if decay.dim() == 1 else decay
-    total = decay.sum(1) if cu_seqlens is None else _sum_documents(decay[0], cu_seqlens)
-    return (total if total.dim() == 3 else total[..., None]).expand(-1, -1, width).exp()
-
-
-def _sum_documents(x: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """x [T, ...] -> [N, ...], always in the same order, and the bounds stay on their device.
-
-    A sum of `segment_reduce` is one thread's, token by token: documents are cut in pieces, that none is long.
-    """
-    starts = torch.arange(0, len(x), PIECE_LENGTH, device=x.device, dtype=cu_seqlens.dtype)
-    bounds = torch.cat([cu_seqlens, starts]).sort().values
-    pieces = torch.segment_reduce(x, "sum", offsets=bounds, unsafe=True)
-    return torch.segment_reduce(pieces, "sum", offsets=torch.searchsorted(bounds, cu_seqlens), unsafe=True)
 
 
 def recurrence_flops_per_token(
@@ -152,7 +85,7 @@ def recurrence_flops_per_token(
     return num_heads * key_dim * value_dim * per_element
 
 
-def _check(q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, initial_state, cu_seqlens) -> None:
+def check_terms(q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, initial_state, cu_seqlens) -> None:
     if v.dim() != 4 or k.dim() != 4:
         raise ValueError(f"k and v must be [B, T, heads, width]; got {list(k.shape)} and {list(v.shape)}.")
     if not v.dtype.is_floating_point:
@@ -178,7 +111,7 @@ def _check(q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, initial
     check_shape("initial_state", initial_state, (num_documents(v, cu_seqlens), num_heads, key_dim, value_dim))
 
 
-def _run(
+def run_terms(
     q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, scale, initial_state, cu_seqlens, backend
 ) -> tuple[Tensor, Tensor]:
     terms = (q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, scale, initial_state, cu_seqlens)
@@ -219,7 +152,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """o, the final state, and what the backward needs of the forward (see `chunked_forward`)."""
     terms = Terms(q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, scale)
-    return chunked_forward(terms, initial_state, kept_layouts_of(v, cu_seqlens))
+    return chunked_forward(terms, initial_state, layouts_of(v, cu_seqlens))
 
 
 @_forward.register_fake
@@ -250,7 +183,7 @@ def _backward(
 ) -> list[Tensor]:
     """Gradients of all tensors but cu_seqlens, in order; an operation cannot return None, so empty if absent."""
     terms = Terms(q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, scale)
-    grads = chunked_backward(grad_o, grad_final, terms, initial_state, kept_layouts_of(v, cu_seqlens), kept)
+    grads = chunked_backward(grad_o, grad_final, terms, initial_state, layouts_of(v, cu_seqlens), kept)
     return [k.new_empty(0) if grad is None else grad for grad in grads]
 
 
@@ -280,13 +213,8 @@ torch.library.register_autograd("torchlmoe::linear_recurrence", _autograd, setup
 
 def _flops(k_shape, v_shape, log_decay_shape, erase_shape, value_log_decay_shape) -> int:
     batch_size, length, num_heads, value_dim = v_shape
-    return (batch_size * length) * recurrence_flops_per_token(
-        num_heads,
-        k_shape[-1],
-        value_dim,
-        decay=log_decay_shape is not None or value_log_decay_shape is not None,
-        erase=erase_shape is not None,
-    )
+    terms = dict(decay=log_decay_shape is not None or value_log_decay_shape is not None, erase=erase_shape is not None)
+    return batch_size * length * recurrence_flops_per_token(num_heads, k_shape[-1], value_dim, **terms)
 
 
 @register_flop_formula(torch.ops.torchlmoe.linear_recurrence)

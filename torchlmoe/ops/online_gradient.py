@@ -30,16 +30,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from torchlmoe.ops.chunk_layout import (
-    check_bounds,
-    check_shape,
-    chunk_layout,
-    kept_scan_layout,
-    num_documents,
-    num_scan_starts,
-)
-from torchlmoe.ops.elementwise_recurrence import check_backend
+from torchlmoe.ops.checks import check_bounds, check_shape, num_documents
 from torchlmoe.ops.operation import custom_op, operation, size_by_documents
+from torchlmoe.ops.scan_backend import check_backend
+from torchlmoe.ops.scan_layout import chunk_layout, kept_scan_layout, num_scan_starts
 
 SLAB_STEPS = 16  # mini-batches; the state is kept once a slab
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.flop_counter import register_flop_formula
 
-from torchlmoe.ops.chunk_layout import check_bounds, check_bounds_at_hand, num_documents
+from torchlmoe.ops.checks import check_bounds, check_bounds_at_hand, num_documents
 from torchlmoe.ops.operation import custom_op, operation
 
 _PAGE = 256  # longer documents are padded to a multiple of it, shorter ones to a power of two

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchlmoe.ops.chunk_layout import ChunkLayout, Slab, kept_chunk_layouts, num_documents, restore_order
+from torchlmoe.ops.checks import num_documents
+from torchlmoe.ops.chunk_layout import ChunkLayout, Slab, chunk_layouts, restore_order
 
 CHUNK_SIZE = 64
 
@@ -80,7 +81,7 @@ def _layouts(v: Tensor, cu_seqlens: Tensor | None) -> tuple[ChunkLayout, ...]:
     """All chunks of a layout are one slab, or none where no document has a token."""
     bounds = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
     all_chunks = max(1, v.shape[0] * v.shape[1] * num_documents(v, cu_seqlens))
-    return kept_chunk_layouts(v.shape[0], v.shape[1], bounds, CHUNK_SIZE, all_chunks, v.device)
+    return chunk_layouts(v.shape[0], v.shape[1], bounds, CHUNK_SIZE, all_chunks, v.device)
 
 
 def _cut(slab: Slab, x: Tensor, state: Tensor) -> Tensor:

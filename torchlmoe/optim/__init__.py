@@ -11,7 +11,7 @@ import torch
 
 from torchlmoe.optim.muon import Muon
 from torchlmoe.optim.parameters import Parameters
-from torchlmoe.options import Registry
+from torchlmoe.registry import Registry
 
 
 def adamw(

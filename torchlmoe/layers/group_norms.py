@@ -1,0 +1,72 @@
+"""Norms of the heads or groups of channels apart, and layer norm."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor.parallel import ParallelStyle
+
+from torchlmoe.layers.initialization import constant_
+from torchlmoe.layers.norms import RMSNorm, Total, rms_norm
+from torchlmoe.styles.heads import NormOverHeads
+
+
+class GroupRMSNorm(RMSNorm):
+    """RMS norm of each of `num_groups` equal parts of the channels, with a weight per channel (arXiv 2405.21060)."""
+
+    def __init__(self, dim: int, num_groups: int, eps: float = 1e-6):
+        super().__init__(dim, eps, across_heads=True)
+        self.num_groups, self.width = num_groups, dim // num_groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.total is not None:
+            return self._norm_of_parts(x)
+        groups = (-1, self.width)
+        return rms_norm(x.unflatten(-1, groups), self.weight.view(groups), self.eps).flatten(-2)
+
+    def tensor_parallel_style(self, degree: int) -> ParallelStyle | None:
+        """A rank has whole groups, or a group spans ranks."""
+        return NormOverHeads(self.num_groups) if self.num_groups % degree else None
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm with a weight and a bias per channel (arXiv 1607.06450); across_heads as of `RMSNorm`."""
+
+    def __init__(self, dim: int, eps: float = 1e-6, *, across_heads: bool = False):
+        super().__init__(dim, eps)
+        self.width = dim
+        self.head_dims = {"weight": 0, "bias": 0} if across_heads else {}
+        self.total: Total = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.total is not None:
+            wide = x.to(torch.promote_types(x.dtype, torch.float32))
+            centered = wide - self.total(wide.sum(-1, keepdim=True)) / self.width
+            variance = self.total(centered.square().sum(-1, keepdim=True)) / self.width
+            return (centered * (variance + self.eps).rsqrt() * self.weight + self.bias).to(x.dtype)
+        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+
+    def init_weights(self) -> None:
+        constant_(self.weight, 1.0)
+        constant_(self.bias, 0.0)
+
+    def tensor_parallel_style(self, degree: int) -> ParallelStyle | None:
+        return NormOverHeads() if self.head_dims else None
+
+
+class HeadNorm(nn.Module):
+    """Layer norm of each head, with a weight and a bias per channel: x [..., heads, V] -> [..., heads * V]."""
+
+    head_dims = {"weight": 0, "bias": 0}
+
+    def __init__(self, num_heads: int, head_dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(num_heads * head_dim))
+        self.bias = nn.Parameter(torch.empty(num_heads * head_dim))
+
+    def init_weights(self) -> None:
+        constant_(self.weight, 1.0)
+        constant_(self.bias, 0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], eps=self.eps).flatten(-2) * self.weight + self.bias

@@ -1,0 +1,9 @@
+"""The backends of what is scanned step by step."""
+
+
+def check_backend(backend: str, operation: str = "elementwise_recurrence") -> None:
+    """Raises ValueError for a backend that the operation has not."""
+    others = ("triton", "reference") if operation == "elementwise_recurrence" else ("reference",)
+    if backend not in ("auto", "chunked", *others):
+        served = "', '".join(("auto", "chunked", *others[:-1]))
+        raise ValueError(f"backend = {backend!r} is not served by {operation}; use '{served}' or 'reference'.")
