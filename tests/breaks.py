@@ -172,6 +172,62 @@ BREAKS = [
         "Split((num_heads * head_dim,) * 2)",
         "tests/interop/test_rules.py tests/mixers/test_against_transformers.py",
     ),
+    Break(
+        "heads split by count, on a rank that has half of them",
+        "torchlmoe/mixers/recurrent.py",
+        "q, k = (x.unflatten(-1, (-1, key_width)) for x in (q, k))",
+        "q, k = (x.unflatten(-1, (self.num_key_heads, -1)) for x in (q, k))",
+        "tests/mixers/test_roles.py",
+    ),
+    Break(
+        "a constant per head taken from the head's number on its rank",
+        "torchlmoe/mixers/recurrent.py",
+        "chunk(num_parts)[part]",
+        "chunk(num_parts)[0]",
+        "tests/mixers/test_roles.py",
+    ),
+    Break(
+        "gradient of a parameter that heads share not summed over them",
+        "torchlmoe/styles/heads.py",
+        "[Partial() if place.is_replicate() else place for place in parameter.placements]",
+        "list(parameter.placements)",
+        "tests/parallel/test_tensor_parallel.py",
+    ),
+    Break(
+        "balance of memories, which all ranks of heads see alike, summed over them and counted by each",
+        "torchlmoe/parallel/tensor.py",
+        "if isinstance(mixer, RoutedLayer) and rank > 0:",
+        "if isinstance(mixer, RoutedLayer) and rank > degree:",
+        "tests/parallel/test_tensor_parallel.py",
+    ),
+    Break(
+        "router's padding and rows taken from another piece of tokens",
+        "torchlmoe/parallel/tensor.py",
+        "replace(sequence, share=share).span(rank, degree)",
+        "replace(sequence, share=share).span(0, degree)",
+        "tests/parallel/test_expert_parallel.py",
+    ),
+    Break(
+        "loss counted once per rank of heads",
+        "torchlmoe/parallel/ranks.py",
+        'return self._once(loss, ("tp",))',
+        "return loss",
+        "tests/parallel/test_tensor_parallel.py",
+    ),
+    Break(
+        "a norm over all heads taken over those of the rank",
+        "torchlmoe/styles/heads.py",
+        "module.total = partial(total_of_group, mesh=device_mesh, num_groups=self.num_groups)",
+        "pass",
+        "tests/parallel/test_tensor_parallel.py",
+    ),
+    Break(
+        "tokens come back from experts in the order in which the experts work",
+        "torchlmoe/routing/exchange.py",
+        "return all_to_all_single_autograd(sum_slots(y, slots), arrived.sent, arrived.received, self.mesh)",
+        "return all_to_all_single_autograd(y, arrived.sent, arrived.received, self.mesh)",
+        "tests/parallel/test_expert_parallel.py",
+    ),
 ]
 
 

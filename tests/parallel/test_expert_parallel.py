@@ -1,6 +1,14 @@
 """Experts spread over 2, 3 and 4 gloo processes, which have other rows, spans or pieces: as on one process."""
 
-from tests.parallel.parity import assert_layouts_equal_one_process
+import pytest
+import torch
+
+from tests.conftest import run_on_ranks
+from tests.parallel.parity import SETTINGS, assert_layouts_equal_one_process
+from torchlmoe.config.load import load_config
+from torchlmoe.parallel.mesh import start_process_group
+from torchlmoe.parallel.parallelize import build_model
+from torchlmoe.parallel.ranks import Ranks
 
 EXPERTS, HEADS = "--parallelism.expert_parallel_degree", "--parallelism.tensor_parallel_degree"
 SPANS = "--parallelism.context_parallel_degree"
@@ -19,20 +27,53 @@ ROUTINGS = {
     # 60 experts for 48 tokens, so that some have none.
     "many_experts": f"{BLOCKS} --moe.num_experts 60 --moe.top_k 1 --training.global_batch_size 6",
 }
-FEW = {name: ROUTINGS[name] for name in ("global_batch", "capacity", "shared")}
+
+
+def some(*names: str) -> dict[str, str]:
+    return {name: ROUTINGS[name] for name in names}
+
+
+REPLICAS = "--parallelism.data_parallel_replicate_degree 2"
+ROWS_AND_PIECES = f"{HEADS} 2 {EXPERTS} 4"
+SPANS_OF_REPLICAS = f"{SPANS} 2 {EXPERTS} 2 {REPLICAS}"
+SPANS_AND_PIECES = f"{SPANS} 2 {HEADS} 2 {EXPERTS} 2"
 
 
 def test_equals_one_process(corpus, tmp_path):
     layouts = {
-        2: {"ep_over_rows": (ROUTINGS, f"{EXPERTS} 2")},
-        3: {"ep_over_spans": (ROUTINGS, f"{SPANS} 3 {EXPERTS} 3")},
+        2: {"rows": (ROUTINGS, f"{EXPERTS} 2")},
+        3: {"spans": (some("global_batch", "capacity"), f"{SPANS} 3 {EXPERTS} 3")},
         4: {
-            "ep_over_rows_and_pieces": (ROUTINGS, f"{HEADS} 2 {EXPERTS} 4"),
-            "ep_over_spans_of_replicas": (
-                FEW,
-                f"{SPANS} 2 {EXPERTS} 2 --parallelism.data_parallel_replicate_degree 2",
-            ),
-            "ep_within_spans_and_pieces": (FEW, f"{SPANS} 2 {HEADS} 2 {EXPERTS} 2"),
+            "rows_and_pieces": (some("loss_free", "capacity"), ROWS_AND_PIECES),
+            "spans_of_replicas": (some("shared"), SPANS_OF_REPLICAS),
+            "spans_and_pieces": (some("sequence"), SPANS_AND_PIECES),
         },
     }
-    assert_layouts_equal_one_process(layouts, corpus, tmp_path, steps=4, float32=["shared"])
+    assert_layouts_equal_one_process(layouts, corpus, tmp_path, steps=3, float32=["shared"])
+
+
+@pytest.mark.long
+def test_every_routing_and_more_steps(corpus, tmp_path):
+    layouts = {
+        2: {"rows": (ROUTINGS, f"{EXPERTS} 2"), "spans": (ROUTINGS, f"{SPANS} 2 {EXPERTS} 2")},
+        3: {"spans_of_three": (ROUTINGS, f"{SPANS} 3 {EXPERTS} 3")},
+        4: {
+            "pieces": (ROUTINGS, f"{HEADS} 4 {EXPERTS} 4"),
+            "rows_and_pieces": (ROUTINGS, ROWS_AND_PIECES),
+            "spans_of_replicas": (ROUTINGS, SPANS_OF_REPLICAS),
+            "spans_and_pieces": (ROUTINGS, SPANS_AND_PIECES),
+        },
+    }
+    assert_layouts_equal_one_process(layouts, corpus, tmp_path, steps=20, float32=None)
+
+
+def test_experts_that_do_not_divide_are_refused():
+    run_on_ranks(2, refuse)
+
+
+def refuse() -> None:
+    config = load_config([*SETTINGS, *f"{EXPERTS} 2 --moe.num_experts 9".split()])
+    device = torch.device("cpu")
+    start_process_group(device)
+    with pytest.raises(ValueError, match=r"degree = 2 does not divide the 9 experts of model\.layers\.L"):
+        build_model(config, 50, Ranks(config.parallelism, "cpu"), device)

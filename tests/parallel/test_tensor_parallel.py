@@ -27,13 +27,15 @@ ROOT = Path(__file__).parent.parent.parent
 HEADS, SPANS = "--parallelism.tensor_parallel_degree", "--parallelism.context_parallel_degree"
 REPLICAS = "--parallelism.data_parallel_replicate_degree"
 EVERY_MIXER = {f"pure_{mixer}": f"{ONE_BLOCK} --model.mixer {mixer}" for mixer in MIXERS}
+# One of each kind of sum, state and constant; test_roles.py has all mixers, in one process.
+KINDS = ("gated_deltanet", "lightning", "gsa", "hgrn2", "mamba2", "s4", "rwkv6", "rwkv7", "gateloop", "mom", "titans")
 # Keys that ranks share, groups of which each has some; sums over heads; memories that are counted once.
 ON_FOUR = {
     "shared_keys": f"{ONE_BLOCK} --model.layers.L.num_key_heads 2",
     "grouped_queries": f"{ONE_BLOCK} --model.mixer attention --model.layers.L.num_kv_heads 2",
     "groups": f"{ONE_BLOCK} --model.mixer mamba2 --model.layers.L.num_groups 2",
     "latent": f"{ONE_BLOCK} --model.mixer attention --model.layers.L.kv_rank 12 --model.layers.L.rotary_fraction 0.5",
-    **{name: EVERY_MIXER[f"pure_{name}"] for name in ("lightning", "ttt", "mamba", "retention")},
+    **{name: EVERY_MIXER[f"pure_{name}"] for name in ("ttt", "mamba", "retention")},
 }
 TWO_BLOCKS = f"{ROWS} --model.layer_pattern LN --model.num_layers 2"
 SIX_ROWS = f"{TWO_BLOCKS} --training.global_batch_size 6"
@@ -49,7 +51,7 @@ COMPILED = {"compiled": f"{TWO_BLOCKS} --compile.enable true"}
 
 def test_equals_one_process(corpus, tmp_path):
     layouts = {
-        2: {"heads": (EVERY_MIXER | COMPILED, f"{HEADS} 2")},
+        2: {"heads": ({name: EVERY_MIXER[name] for name in map("pure_{}".format, KINDS)} | COMPILED, f"{HEADS} 2")},
         4: {
             "more_heads": (ON_FOUR, f"{HEADS} 4"),
             "heads_and_rows": (WHOLE_MODELS, f"{HEADS} 2"),
@@ -64,7 +66,7 @@ def test_equals_one_process(corpus, tmp_path):
 @pytest.mark.long
 def test_hybrids_equal_one_process(corpus, tmp_path):
     """Twenty steps of every mixer with softmax blocks and experts, on packed documents."""
-    layouts = {2: {"two": (EVERY_HYBRID, f"{HEADS} 2")}, 4: {"four": (EVERY_HYBRID, f"{HEADS} 4")}}
+    layouts = {2: {"two": (EVERY_HYBRID | EVERY_MIXER, f"{HEADS} 2")}, 4: {"four": (EVERY_HYBRID, f"{HEADS} 4")}}
     assert_layouts_equal_one_process(layouts, corpus, tmp_path, steps=20, float32=None)
 
 
