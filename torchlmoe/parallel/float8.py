@@ -63,7 +63,9 @@ def convert_to_float8(model: Decoder, settings: Float8, device: torch.device, he
         exact = before[name]
         if layer is exact:
             continue
-        vars(layer).update(vars(exact))  # what torchao leaves behind: hooks and attributes
+        # Hooks and attributes, which torchao leaves behind.
+        kept = {key: value for key, value in vars(exact).items() if "hook" in key or key not in vars(layer)}
+        vars(layer).update(kept)
         dim = _split_dim(exact)
         if degree > 1 and dim is not None and settings.recipe == "tensorwise":
             layer.__class__ = Float8LinearPart
