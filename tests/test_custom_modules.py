@@ -3,11 +3,13 @@
 import os
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 import train
+from tests.parallel.parity import assert_layouts_equal_one_process
 from tests.programs import run_program
 from tests.test_docs import code_of_the_exercise
 from torchlmoe import export, generate
@@ -137,6 +139,24 @@ def test_what_is_registered_works_as_ours(package, tmp_path, monkeypatch):
         load_config([*RUN.split(), "--optimizer.momentum", "0.5"])
     with pytest.raises(ConfigError, match=r"optimizer.options.inertia = 1.5"):
         load_config([*RUN.split(), "--optimizer.options.inertia", "1.5"])
+
+
+def find_modules_in(folder):
+    sys.path.append(folder)
+
+
+def test_the_exercise_is_right_under_tensor_and_context_parallelism(package, corpus, tmp_path):
+    """Its mixer has no line about either; the feed-forward beside it neither."""
+    flags = f"{MODEL} --job.custom_modules my_package.gated_retention,my_package.others --model.num_layers 2"
+    variants = {"outside": f"{flags} --training.global_batch_size 3 --training.local_batch_size 3"}
+    layouts = {
+        2: {
+            name: (variants, f"--parallelism.{name}_parallel_degree 2 --parallelism.data_parallel_shard_degree 1")
+            for name in ("tensor", "context")
+        }
+    }
+    find = partial(find_modules_in, str(package))
+    assert_layouts_equal_one_process(layouts, corpus, tmp_path, steps=3, float32=None, setup=find)
 
 
 def test_modules_that_cannot_be_imported(tmp_path, monkeypatch):

@@ -1,7 +1,10 @@
 """Experts spread over 2, 3 and 4 gloo processes, which have other rows, spans or pieces: as on one process."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.conftest import run_on_ranks
 from tests.parallel.parity import SETTINGS, assert_layouts_equal_one_process
@@ -9,6 +12,7 @@ from torchlmoe.config.load import load_config
 from torchlmoe.parallel.mesh import start_process_group
 from torchlmoe.parallel.parallelize import build_model
 from torchlmoe.parallel.ranks import Ranks
+from torchlmoe.training.trainer import Trainer
 
 EXPERTS, HEADS = "--parallelism.expert_parallel_degree", "--parallelism.tensor_parallel_degree"
 SPANS = "--parallelism.context_parallel_degree"
@@ -65,6 +69,23 @@ def test_every_routing_and_more_steps(corpus, tmp_path):
         },
     }
     assert_layouts_equal_one_process(layouts, corpus, tmp_path, steps=20, float32=None)
+
+
+def count_exchanged_numbers(corpus: str, folder: str) -> None:
+    """The one time that a GPU would be waited for: per layer and microbatch, and not again in recompute."""
+    data = ["--data.dataset", corpus, "--data.cache_dir", f"{corpus}/cache", "--validation.enable", "false"]
+    for mode in ("none", "selective", "full"):
+        flags = f"{BLOCKS} {EXPERTS} 2 --training.steps 1 --activation_checkpoint.mode {mode}".split()
+        trainer = Trainer(load_config([*SETTINGS, *data, *flags, "--job.dump_folder", f"{folder}/{mode}"]))
+        # Of functions of torch.distributed, the exchange of numbers alone calls this one.
+        with patch.object(dist, "all_to_all_single", wraps=dist.all_to_all_single) as exchange:
+            trainer.train_step(0)
+        trainer.close()
+        assert exchange.call_count == 2 * 3, mode  # blocks, microbatches of this rank
+
+
+def test_numbers_of_rows_are_exchanged_once(corpus, tmp_path):
+    run_on_ranks(2, count_exchanged_numbers, str(corpus), str(tmp_path))
 
 
 def test_experts_that_do_not_divide_are_refused():
