@@ -247,11 +247,7 @@ BAD = {
     "--parallelism.pipeline_parallel_schedule GPipe": "= 'GPipe' is not supported yet; leave it at '1F1B'.",
     "--parallelism.lsm_context_parallel ring": "= 'ring' is of no use with parallelism.context_parallel_degree = 1: it",
     "--parallelism.attention_context_parallel ulysses": "it needs 2 or more there; give that, or leave attention_c",
-    "--parallelism.context_parallel_degree 2 --moe.capacity_factor 1.5": (
-        "moe.capacity_factor = 1.5 goes by a token's place among all of a microbatch, which "
-        "parallelism.context_parallel_degree = 2 splits; leave it unset (dropless)."
-    ),
-    "--parallelism.tensor_parallel_degree 2": "tensor_parallel_degree = 2 is not supported yet; leave it at 1.",
+    "--parallelism.pipeline_parallel_degree 2": "pipeline_parallel_degree = 2 is not supported yet; leave it at 1.",
     "--float8.enable true --training.dtype float64": "needs training.dtype = 'bfloat16' or 'float32'; it is 'float64'.",
     "--float8.experts mxfp8 --training.dtype float64": "float8.experts = 'mxfp8' needs training.dtype = 'bfloat16' or",
     "--activation_checkpoint.mode some": "it should be 'none', 'selective' or 'full'.",
