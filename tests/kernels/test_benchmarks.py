@@ -44,6 +44,7 @@ def test_measures_kernels(tmp_path):
         assert None not in row.values()
 
 
+@pytest.mark.long
 def test_first_minutes_are_rehearsed(tmp_path):
     result = run("bash", "benchmarks/gpu.sh", "--first", "--rehearse", OUT=str(tmp_path), PYTHON=sys.executable)
     assert result.returncode == 0, result.stdout + result.stderr
