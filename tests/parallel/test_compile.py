@@ -1,6 +1,7 @@
 """A block compiled as one graph equals the eager one, and neither new documents nor new lengths compile it anew."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -98,6 +99,52 @@ def test_two_ranks_compiled_by_inductor_and_recomputed(corpus, tmp_path):
     for ours, theirs in zip(compiled, eager, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
         assert ours["moe/0/load"] == theirs["moe/0/load"]
+
+
+def train_bfloat16(corpus: str, folder: str) -> None:
+    """With float32 islands, which are no FSDP group of their own: its hooks would be within a block."""
+    compile_module.compile_block = partial(compile_block, backend="aot_eager")
+    options = ["--data.dataset", corpus, "--data.cache_dir", f"{corpus}/cache", "--validation.enable", "false"]
+    options += "--model.num_layers 1 --model.layer_pattern L --training.steps 3 --training.dtype bfloat16".split()
+    for name, extra in (("eager", ""), ("compiled", "--compile.enable true --activation_checkpoint.mode selective")):
+        Trainer(load_config([*SETTINGS, *options, *extra.split(), "--job.dump_folder", f"{folder}/{name}"])).train()
+
+
+def test_two_ranks_compiled_in_bfloat16(corpus, tmp_path):
+    run_on_ranks(2, train_bfloat16, str(corpus), str(tmp_path))
+    eager, compiled = (records(tmp_path / name) for name in ("eager", "compiled"))
+    for ours, theirs in zip(compiled, eager, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-2)
+
+
+EVERY_RECURRENCE = ("gla", "gated_deltanet", "mamba", "ttt", "attention", "mom")
+HEADS_AND_EXPERTS = "--parallelism.tensor_parallel_degree 2 --parallelism.expert_parallel_degree 2"
+
+
+def train_every_recurrence(corpus: str, folder: str) -> None:
+    options = ["--data.dataset", corpus, "--data.cache_dir", f"{corpus}/cache", "--validation.enable", "false"]
+    options += f"--model.num_layers 1 --model.layer_pattern L --training.dtype float64 {HEADS_AND_EXPERTS}".split()
+    for mixer in EVERY_RECURRENCE:
+        for name, extra in (("eager", ""), ("compiled", "--compile.enable true")):
+            flags = [*extra.split(), "--model.mixer", mixer, "--job.dump_folder", f"{folder}/{name}_{mixer}"]
+            trainer = Trainer(load_config([*SETTINGS, *options, *flags]))
+            losses = []
+            for step in range(10):
+                torch._dynamo.config.error_on_recompile = step > 2
+                losses.append(trainer.train_step(step)[0][0].item())
+            torch._dynamo.config.error_on_recompile = False
+            trainer.close()
+            torch.save(losses, f"{folder}/{name}_{mixer}.pt")
+
+
+@pytest.mark.long
+def test_heads_and_experts_compiled_by_inductor(corpus, tmp_path):
+    """Ten steps equal eager ones, and nothing is compiled again after the third."""
+    run_on_ranks(2, train_every_recurrence, str(corpus), str(tmp_path))
+    for mixer in EVERY_RECURRENCE:
+        eager, compiled = (torch.load(tmp_path / f"{name}_{mixer}.pt") for name in ("eager", "compiled"))
+        assert compiled == pytest.approx(eager, rel=1e-8), mixer
 
 
 def test_without_a_compiler(monkeypatch):
