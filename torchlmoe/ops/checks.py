@@ -21,7 +21,11 @@ def num_documents(v: Tensor, cu_seqlens: Tensor | None) -> int:
 
 def check_shape(name: str, tensor: Tensor | None, *shapes: tuple[int, ...]) -> None:
     """Raises ValueError unless the tensor, if there is one, has one of the shapes."""
-    if tensor is not None and tuple(tensor.shape) not in shapes:
+    # Size by size: a comparison of whole tuples may compare traced sizes by identity.
+    if tensor is None:
+        return
+    sizes = tensor.shape
+    if not any(len(sizes) == len(s) and all(a == b for a, b in zip(sizes, s, strict=True)) for s in shapes):
         wanted = " or ".join(str(list(shape)) for shape in shapes)
         raise ValueError(f"{name} has shape {list(tensor.shape)}; with this k and v it must be {wanted}.")
 
