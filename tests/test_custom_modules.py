@@ -15,7 +15,11 @@ from tests.test_docs import code_of_the_exercise
 from torchlmoe import export, generate
 from torchlmoe.checkpoint import open_model
 from torchlmoe.config.load import ConfigError, load_config
+from torchlmoe.data.readers import READERS
+from torchlmoe.feed_forwards import FEED_FORWARDS
+from torchlmoe.layers.losses import LOSSES
 from torchlmoe.mixers import MIXERS
+from torchlmoe.optim import OPTIMIZERS
 from torchlmoe.registry import Registry
 
 OTHERS = """
@@ -74,6 +78,19 @@ RUN = f"""{MODEL} --job.custom_modules my_package.gated_retention,my_package.oth
 --training.local_batch_size 2 --training.loss scaled --training.loss_options.factor 2.0 --optimizer.name signs
 --optimizer.options.inertia 0.5 --data.dataset counting --data.reader_options.documents 200 --validation.max_batches 1
 --checkpoint.enable true --checkpoint.interval 2 --metrics.plot false --metrics.log_freq 1"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _registries():
+    """As they were, for the tests after these."""
+    registries = (MIXERS, FEED_FORWARDS, LOSSES, OPTIMIZERS, READERS)
+    before = [dict(registry) for registry in registries]
+    yield
+    for registry, entries in zip(registries, before, strict=True):
+        registry.clear()
+        registry.update(entries)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "my_package"]:
+        del sys.modules[name]
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from torchlmoe.kernels.gated_rms_norm import gated_rms_norm
-from torchlmoe.layers import norms
+from torchlmoe.layers import group_norms, norms
 
 FUNCTIONS = {"none": torch.ones_like, "silu": F.silu, "sigmoid": torch.sigmoid}
 
@@ -111,7 +111,7 @@ def test_modules_take_it(device, monkeypatch):
         norms.GatedRMSNorm(8),
         norms.GatedRMSNorm(8, activation=torch.sigmoid),
         norms.GatedRMSNorm(8, activation=torch.tanh),
-        norms.GroupRMSNorm(8, 2),
+        group_norms.GroupRMSNorm(8, 2),
     ]
     x, gate = randn(3, 8).float(), randn(3, 8, seed=2).float()
 

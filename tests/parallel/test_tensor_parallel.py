@@ -28,14 +28,14 @@ HEADS, SPANS = "--parallelism.tensor_parallel_degree", "--parallelism.context_pa
 REPLICAS = "--parallelism.data_parallel_replicate_degree"
 EVERY_MIXER = {f"pure_{mixer}": f"{ONE_BLOCK} --model.mixer {mixer}" for mixer in MIXERS}
 # One of each kind of sum, state and constant; test_roles.py has all mixers, in one process.
-KINDS = ("gated_deltanet", "lightning", "gsa", "hgrn2", "mamba2", "s4", "rwkv6", "rwkv7", "gateloop", "mom", "titans")
+KINDS = ("gated_deltanet", "lightning", "mamba2", "s4", "rwkv6", "gateloop", "mom", "titans")
 # Keys that ranks share, groups of which each has some; sums over heads; memories that are counted once.
 ON_FOUR = {
     "shared_keys": f"{ONE_BLOCK} --model.layers.L.num_key_heads 2",
     "grouped_queries": f"{ONE_BLOCK} --model.mixer attention --model.layers.L.num_kv_heads 2",
     "groups": f"{ONE_BLOCK} --model.mixer mamba2 --model.layers.L.num_groups 2",
     "latent": f"{ONE_BLOCK} --model.mixer attention --model.layers.L.kv_rank 12 --model.layers.L.rotary_fraction 0.5",
-    **{name: EVERY_MIXER[f"pure_{name}"] for name in ("ttt", "mamba", "retention")},
+    **{name: EVERY_MIXER[f"pure_{name}"] for name in ("ttt", "mamba")},
 }
 TWO_BLOCKS = f"{ROWS} --model.layer_pattern LN --model.num_layers 2"
 SIX_ROWS = f"{TWO_BLOCKS} --training.global_batch_size 6"
