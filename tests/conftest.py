@@ -31,6 +31,11 @@ PRELOADED = [
 SECONDS_OF_A_HANG = 1200  # after which a rank prints where it is and ends
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Groups of processes first: a long test that starts last would leave the other cores without work."""
+    items.sort(key=lambda item: "parallel" not in item.path.parts and "checkpoint" not in item.path.parts)
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
     """A folder with train.jsonl and validation.jsonl: documents of very different lengths, down to one letter."""

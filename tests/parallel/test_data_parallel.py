@@ -25,7 +25,7 @@ REPLICAS = "--parallelism.data_parallel_replicate_degree 2"
 
 def test_ranks_equal_the_single_process(corpus, tmp_path):
     layouts = {2: {"fsdp": (CUT_VARIANTS, "")}, 4: {"hsdp": (SOME_MIXERS, REPLICAS)}}
-    assert_layouts_equal_one_process(layouts, corpus, tmp_path, steps=5, float32=["muon", "gated_deltanet"])
+    assert_layouts_equal_one_process(layouts, corpus, tmp_path, steps=5, float32=["gated_deltanet"])
     for name in SOME_MIXERS:
         losses = [record["loss"] for record in records(tmp_path / "whole" / name)]
         assert losses[-1] < losses[0] - 0.01, name
