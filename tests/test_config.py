@@ -69,12 +69,12 @@ def test_a_later_source_may_take_away_what_an_earlier_setting_needs(tmp_path):
     file.write_text('[optimizer]\nname = "muon"\nmatrix_lr = 0.02\n[model]\nmixer = "gla"\n')
     config = load(f"--job.config_file {file} --optimizer.name adamw --model.layer_pattern N")
     assert (config.optimizer.matrix_lr, config.model.mixer) == (None, None)
-    with pytest.raises(ConfigError, match=r"matrix_lr = 0.1 is of no use with"):
+    with pytest.raises(ConfigError, match=r"matrix_lr = 0.1 has no effect with"):
         load(f"--job.config_file {file} --optimizer.name adamw --optimizer.matrix_lr 0.1")
     file.write_text(to_toml(config))
     assert load(f"--job.config_file {file}").optimizer == config.optimizer
     file.write_text("[optimizer]\nmatrix_lr = 0.02\n")
-    with pytest.raises(ConfigError, match=r"matrix_lr = 0.02 is of no use with"):
+    with pytest.raises(ConfigError, match=r"matrix_lr = 0.02 has no effect with"):
         load(f"--job.config_file {file} --training.steps 3")
 
 
@@ -237,15 +237,15 @@ BAD = {
     "--model.layers.X.mlp moe": "model.layers.X.mixer is missing; choose one of",
     "--model.layers 3": "model.layers.layers = 3 must be a table",
     "--model.mixer bla --model.layers.L.mixer gla": "model.mixer = 'bla' contradicts model.layers.L.mixer = 'gla'",
-    "--model.mixer bla --model.layer_pattern N": "model.mixer = 'bla' is of no use with model.layer_pattern = 'N': ",
-    "--optimizer.matrix_lr 1e-2": "matrix_lr = 0.01 is of no use with optimizer.name = 'adamw': it needs 'muon' there;",
-    "--optimizer.momentum 0.9": "optimizer.momentum = 0.9 is of no use with optimizer.name = 'adamw'",
-    "--moe.aux_loss_weight 1 --moe.balance none": "aux_loss_weight = 1.0 is of no use with moe.balance = 'none'",
+    "--model.mixer bla --model.layer_pattern N": "model.mixer = 'bla' has no effect with model.layer_pattern = 'N': ",
+    "--optimizer.matrix_lr 1e-2": "matrix_lr = 0.01 has no effect with optimizer.name = 'adamw': it needs 'muon' there",
+    "--optimizer.momentum 0.9": "optimizer.momentum = 0.9 has no effect with optimizer.name = 'adamw'",
+    "--moe.aux_loss_weight 1 --moe.balance none": "aux_loss_weight = 1.0 has no effect with moe.balance = 'none'",
     "--moe.aux_loss_weight 1 --moe.balance loss_free": "or leave aux_loss_weight unset.",
-    "--moe.aux_loss_scope global_batch --moe.balance none": "moe.aux_loss_scope = 'global_batch' is of no use with",
+    "--moe.aux_loss_scope global_batch --moe.balance none": "moe.aux_loss_scope = 'global_batch' has no effect with",
     "--moe.bias_update_rate 1": "it needs 'loss_free' there; give that, or leave bias_update_rate unset.",
     "--parallelism.pipeline_parallel_schedule GPipe": "= 'GPipe' is not supported yet; leave it at '1F1B'.",
-    "--parallelism.lsm_context_parallel ring": "= 'ring' is of no use with parallelism.context_parallel_degree = 1: it",
+    "--parallelism.lsm_context_parallel ring": "= 'ring' has no effect with parallelism.context_parallel_degree = 1",
     "--parallelism.attention_context_parallel ulysses": "it needs 2 or more there; give that, or leave attention_c",
     "--parallelism.pipeline_parallel_degree 2": "pipeline_parallel_degree = 2 is not supported yet; leave it at 1.",
     "--float8.enable true --training.dtype float64": "needs training.dtype = 'bfloat16' or 'float32'; it is 'float64'.",
@@ -254,17 +254,17 @@ BAD = {
     "--profiling.enable true --profiling.num_steps 9 --profiling.interval 9": (
         "num_steps = 9 must be less than profiling.interval = 9"
     ),
-    "--profiling.num_steps 9": "profiling.num_steps = 9 is of no use with profiling.enable = false",
-    "--float8.recipe rowwise": "float8.recipe = 'rowwise' is of no use with float8.enable = false",
-    "--moe.group_score top2_sum": "of no use with moe.num_expert_groups = 1: it needs 2 or more there",
-    "--lr_scheduler.decay_fraction 0.5": "of no use with lr_scheduler.decay = 'cosine': it needs 'wsd' there",
+    "--profiling.num_steps 9": "profiling.num_steps = 9 has no effect with profiling.enable = false",
+    "--float8.recipe rowwise": "float8.recipe = 'rowwise' has no effect with float8.enable = false",
+    "--moe.group_score top2_sum": "no effect with moe.num_expert_groups = 1: it needs 2 or more there",
+    "--lr_scheduler.decay_fraction 0.5": "no effect with lr_scheduler.decay = 'cosine': it needs 'wsd' there",
     "--model.init_std 1e30": "init_std = 1e+30 is not valid: it should be less than or equal to 10.",
     "--optimizer.eps 1e-300": "optimizer.eps = 1e-300 is not valid: it should be greater than or equal to 1e-20.",
     "--moe.capacity_factor 1e-300": "it should be greater than or equal to 0.01.",
     "--training.max_norm 1e-300": "training.max_norm = 1e-300 leaves nothing of a gradient; 0 is for no clipping.",
     "--lr_scheduler.warmup_steps 30 --training.steps 20": "warmup_steps = 30 is more than training.steps = 20",
     "--lr_scheduler.warmup_steps 1000": "warmup_steps = 1000 is more than training.steps = 100",
-    "--checkpoint.load_step 3": "checkpoint.load_step = 3 is of no use with checkpoint.enable = false: it needs true",
+    "--checkpoint.load_step 3": "checkpoint.load_step = 3 has no effect with checkpoint.enable = false: it needs true",
     "--checkpoint.async_mode thread": "it should be 'disabled' or 'async'.",
     "steps": "'steps' is not a setting; write --table.key value (see --help).",
     "--model.dim": "--model.dim needs a value.",

@@ -152,7 +152,7 @@ def test_what_is_registered_works_as_ours(package, tmp_path, monkeypatch):
         assert config.job.custom_modules == ["my_package.gated_retention", "my_package.others"]
     with pytest.raises(ConfigError, match=r"mlp_options.hidden_width is not a setting; the nearest is hidden_dim"):
         load_config([*RUN.split(), "--model.layers.L.mlp_options.hidden_width", "3"])
-    with pytest.raises(ConfigError, match=r"optimizer.momentum = 0.5 is of no use with optimizer.name = 'signs'"):
+    with pytest.raises(ConfigError, match=r"optimizer.momentum = 0.5 has no effect with optimizer.name = 'signs'"):
         load_config([*RUN.split(), "--optimizer.momentum", "0.5"])
     with pytest.raises(ConfigError, match=r"optimizer.options.inertia = 1.5"):
         load_config([*RUN.split(), "--optimizer.options.inertia", "1.5"])

@@ -1,4 +1,4 @@
-"""What version 0.1 saved, before files moved and settings were resolved into specs, still opens and goes on.
+"""A checkpoint and an export of version 0.1 still open, and the run continues.
 
 `tests/fixtures/version_0.1` holds a checkpoint of step 2, its export, the flags and the text of the run, and the
 figures of its next steps. Layers of four kinds: HGRN2, a mixture of memories, RWKV-7 with a dense MLP, attention; Muon.

@@ -205,7 +205,7 @@ def test_mxfp8_is_refused_with_a_sentence(monkeypatch):
     )
     assert "a width of 48 and a hidden width of 128;" in refusal("--model.dim 48 --model.num_heads 3")
     dense = "--model.layers.L.mlp dense --model.layers.N.mlp none"
-    assert refusal(dense) == "is of no use to a model without routed experts; leave it at 'none'."
+    assert refusal(dense) == "has no effect on a model without routed experts; leave it at 'none'."
     assert refusal(is_compiled=True).endswith("which compile.enable = true cannot compile; leave one of the two off.")
     assert refusal(device=torch.device("cuda")) == (
         "needs a GPU of compute capability 10.0 and a torchao for CUDA 12.8 or later, which are not here; leave it at "

@@ -78,7 +78,7 @@ def batch_sizes(training: Training, data_ranks: int) -> tuple[int, int]:
 
 
 def validation_batch_size(config: Config) -> int:
-    """Rows of a validation batch: not what a rank trains on, since how a part is cut must not hang on the ranks."""
+    """Rows of a validation batch: not what a rank trains on, since how a part is cut must not depend on the ranks."""
     return config.validation.local_batch_size or config.training.local_batch_size or 8
 
 

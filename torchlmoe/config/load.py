@@ -362,7 +362,7 @@ def _check_needs(config: Config, sources: list[dict[str, Any]]) -> None:
         table, _, key = name.partition(".")
         if last_source(other) <= last_source(name):
             raise ConfigError(
-                f"{name} = {toml_value(given)} is of no use with {other} = {toml_value(actual)}: it needs "
+                f"{name} = {toml_value(given)} has no effect with {other} = {toml_value(actual)}: it needs "
                 f"{toml_value(needed)}{' or more' * (type(needed) is int)} there; give that, or leave {key} unset."
             )
         setattr(getattr(config, table), key, unset)

@@ -7,6 +7,7 @@ views where torch has one: to split without groups, to flatten what is contiguou
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,19 +23,19 @@ class Misfit(ValueError):
         self.index, self.need, self.remedy = index, need, remedy
 
 
-class Step:
+class Step(ABC):
     """num_before, num_after: how many tensors `forward` takes and gives; None for any number, and as many."""
 
     num_before: int | None = None
     num_after: int | None = None
 
+    @abstractmethod
     def forward(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Raises Misfit for a tensor of another shape than the step says."""
-        raise NotImplementedError
 
+    @abstractmethod
     def backward(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The inverse of `forward`."""
-        raise NotImplementedError
 
     @property
     def inverse(self) -> Step:
@@ -43,9 +44,14 @@ class Step:
 
 class _Inverse(Step):
     def __init__(self, step: Step):
-        self.forward, self.backward = step.backward, step.forward  # type: ignore[method-assign]
         self.num_before, self.num_after = step.num_after, step.num_before
         self.step = step
+
+    def forward(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return self.step.backward(tensors)
+
+    def backward(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return self.step.forward(tensors)
 
     @property
     def inverse(self) -> Step:

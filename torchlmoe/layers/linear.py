@@ -29,7 +29,7 @@ class Linear(nn.Linear):
 class ColumnLinear(Linear):
     """A projection into heads or hidden channels, head after head: they are laid along the rows of its weight.
 
-    units: how many heads or groups these are, where it is not the layer's own number of heads.
+    units: the number of heads or groups, if it differs from the layer's number of heads.
     """
 
     head_dims = {"weight": 0, "bias": 0}

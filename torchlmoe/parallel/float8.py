@@ -102,7 +102,7 @@ def convert_experts_to_mxfp8(model: Decoder, device: torch.device, is_compiled: 
         if isinstance(module, Experts)
     ]
     if not of_blocks:
-        raise ValueError(f"{setting} is of no use to a model without routed experts; leave it at 'none'.")
+        raise ValueError(f"{setting} has no effect on a model without routed experts; leave it at 'none'.")
     for index, experts in of_blocks:
         dim, hidden = experts.down_proj.shape[1:]
         if dim % BLOCK or hidden % BLOCK:
