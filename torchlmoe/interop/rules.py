@@ -19,10 +19,10 @@ from torchlmoe.interop.steps import Misfit, Step
 
 
 class Rule:
-    """The tensors `theirs` of the other format become, through `steps` in turn, the tensors `ours`.
+    """Converts the tensors `theirs` of the other format to the tensors `ours`, by `steps`, one after another.
 
-    theirs, ours: a name or several. A `*` between dots stands for a number, such as a layer's; then each name of the
-    rule has one, and the rule serves every number that there is. Without steps a rule renames.
+    theirs, ours: one name or several. A `*` between dots stands for a number, such as that of a layer. If one name of a
+    rule has a `*`, all of them need one, and the rule applies to every number found. A rule without steps renames.
 
     Raises ValueError if the steps do not make as many tensors as there are names.
     """
