@@ -5,11 +5,13 @@ import gzip
 import itertools
 import json
 import os
+from types import SimpleNamespace
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub import HfApi
 
 from torchlmoe.data.corpus import open_corpus
 
@@ -237,7 +239,8 @@ def test_streaming_through_the_datasets_library(tmp_path, monkeypatch):
     write(tmp_path / "validation.jsonl", ["v"])
     for function in ("get_dataset_split_names", "load_dataset"):
         real = getattr(datasets, function)
-        monkeypatch.setattr(datasets, function, lambda name, *a, real=real, **k: real(str(tmp_path), *a, **k))
+        monkeypatch.setattr(datasets, function, lambda name, *a, revision, real=real, **k: real(str(tmp_path), *a, **k))
+    monkeypatch.setattr(HfApi, "dataset_info", lambda *a, **k: SimpleNamespace(sha="1234"))
     assert read("owner/name", "train") == TEXTS
     assert read("owner/name", "validation") == ["v"]
     with pytest.raises(ValueError, match=r"owner/name has no column 'body': .* text or meta"):
@@ -245,12 +248,17 @@ def test_streaming_through_the_datasets_library(tmp_path, monkeypatch):
 
 
 def test_hub_splits_and_errors(monkeypatch):
-    def splits(name, config):
-        assert (name, config) == ("owner/name", "en")
+    def splits(name, config, revision):
+        assert (name, config, revision) == ("owner/name", "en", "1234")
         return ["train", "test"]
 
+    def stream(name, config, split, revision, streaming):
+        assert revision == "1234"
+        return iter(records())
+
+    monkeypatch.setattr(HfApi, "dataset_info", lambda *a, **k: SimpleNamespace(sha="1234"))
     monkeypatch.setattr(datasets, "get_dataset_split_names", splits)
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, config, split, streaming: iter(records()))
+    monkeypatch.setattr(datasets, "load_dataset", stream)
     parts = [
         list(open_corpus("owner/name", split, dataset_config="en", validation_fraction=0.5).documents())
         for split in ("train", "validation")
@@ -260,7 +268,7 @@ def test_hub_splits_and_errors(monkeypatch):
     with pytest.raises(ValueError, match=r"no split 'learn': set data\.train_split to one of train, test"):
         read("owner/name", dataset_config="en", train_split="learn")
 
-    def unreachable(name, config):
+    def unreachable(name, config, revision):
         raise ConnectionError("no route.")
 
     monkeypatch.setattr(datasets, "get_dataset_split_names", unreachable)

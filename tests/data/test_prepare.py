@@ -6,15 +6,18 @@ import logging
 import multiprocessing
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub import HfApi
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
 from torchlmoe.data import prepare as prepare_module
+from torchlmoe.data import tokenizing
 from torchlmoe.data.loader import validation_batches, validation_text_bytes
 from torchlmoe.data.prepare import prepare
 from torchlmoe.data.tokenizer import load_tokenizer
@@ -87,7 +90,7 @@ def test_text_that_the_tokenizer_drops_is_said(build, tmp_path, caplog):
 
 @pytest.mark.parametrize("characters_at_once", [1, 500, 2**22])
 def test_documents_are_stored_whole(build, monkeypatch, characters_at_once):
-    monkeypatch.setattr(prepare_module, "CHARACTERS_AT_ONCE", characters_at_once)
+    monkeypatch.setattr(tokenizing, "CHARACTERS_AT_ONCE", characters_at_once)
     store = build()
     assert documents_of(store) == expected_documents()
     assert store.text_bytes == sum(len(text.encode()) for text in TEXTS)
@@ -119,8 +122,8 @@ def test_max_tokens_cuts_exactly(build, max_tokens):
 
 def test_built_once_and_anew_only_when_something_changed(build, dataset, monkeypatch):
     builds = []
-    really_build = prepare_module._build
-    monkeypatch.setattr(prepare_module, "_build", lambda *a: builds.append(a[0]) or really_build(*a))
+    really_build = prepare_module._Build._build
+    monkeypatch.setattr(prepare_module._Build, "_build", lambda b: builds.append(b.folder) or really_build(b))
     for options in ({}, {"max_tokens": 50}, {"validation_fraction": 0.5}, {"text_column": "text"}):
         assert documents_of(build(**options)) == documents_of(build(**options))
     assert len(builds) == len(set(builds)) == 3
@@ -131,7 +134,8 @@ def test_built_once_and_anew_only_when_something_changed(build, dataset, monkeyp
 
 
 def test_tokens_of_a_hub_dataset_are_found_without_a_connection(build, monkeypatch):
-    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name, config: ["train"])
+    monkeypatch.setattr(HfApi, "dataset_info", lambda *a, **k: SimpleNamespace(sha="1234"))
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name, config, revision: ["train"])
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: iter([{"text": text} for text in TEXTS]))
     assert documents_of(build(dataset="owner/name")) == expected_documents()
     monkeypatch.delattr(datasets, "get_dataset_split_names")
@@ -175,7 +179,7 @@ def test_progress_is_logged(build, caplog, monkeypatch):
     monkeypatch.setattr("torchlmoe.data.progress.LOG_INTERVAL_SECONDS", 0)
     with caplog.at_level(logging.INFO):
         store = build()
-    assert len(caplog.messages) == store.num_documents + 1
+    assert len(caplog.messages) == 3  # after a batch, a piece and at the end
     assert f"{store.num_documents} documents, 0.0 MB of text, {store.num_tokens:,} tokens" in caplog.messages[-1]
 
 
@@ -187,14 +191,14 @@ def race(dataset, cache_dir, barrier, results):
     logging.getLogger().addHandler(handler)
     logging.getLogger().setLevel(logging.INFO)
     builds = []
-    really_build = prepare_module._build
+    really_build = prepare_module._Build._build
 
-    def slow_build(*arguments):
+    def slow_build(build):
         builds.append(1)
         time.sleep(1)  # long enough for the others to come upon the lock
-        return really_build(*arguments)
+        really_build(build)
 
-    prepare_module._build = slow_build
+    prepare_module._Build._build = slow_build
     tokenizer = load_tokenizer("embedded")
     barrier.wait(timeout=60)
     store = prepare(dataset, "train", tokenizer=tokenizer, cache_dir=cache_dir, validation_fraction=0)

@@ -1,12 +1,16 @@
 """The store's files against plain numpy, its atomic writing, and what it says of damaged files."""
 
+import hashlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.conftest import files_at_most
-from torchlmoe.data.store import StoreWriter, TokenStore
+from torchlmoe.data import store_writer
+from torchlmoe.data.store import Shard, TokenStore
+from torchlmoe.data.store_writer import ShardWriter, failures_named, publish_store, token_dtype
 
 
 def stream_of(documents, end_id=7):
@@ -29,46 +33,89 @@ def test_round_trip_across_shards(make_store, shard_size):
     assert (store.num_tokens, store.num_documents) == (len(stream), len(documents))
 
 
+def write_store(folder, shards, *, vocab_size=100, end_id=7):
+    """A store of shards, each a list of documents."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    partial.mkdir()
+    names = [f"tokens_{number:05d}.bin" for number in range(len(shards))]
+    writers = [ShardWriter(partial / name, vocab_size=vocab_size, end_id=end_id) for name in names]
+    for writer, documents in zip(writers, shards, strict=True):
+        for ids in documents:
+            writer.append(np.array(ids))
+        writer.finish()
+    dtype = token_dtype(vocab_size)
+    return publish_store(
+        partial,
+        folder,
+        shards=[Shard(name, writer.num_tokens, dtype) for name, writer in zip(names, writers, strict=True)],
+        lengths=[np.array(writer.lengths) for writer in writers],
+        recipe={},
+        vocab_size=vocab_size,
+        end_id=end_id,
+        text_bytes=0,
+    )
+
+
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(65_536, "<u2"), (65_537, "<u4"), (200_000, "<u4")])
 def test_token_type_follows_the_vocabulary(tmp_path, vocab_size, dtype):
-    with StoreWriter(tmp_path / "s", vocab_size=vocab_size, end_id=0, recipe={}) as writer:
-        writer.append([vocab_size - 1, 1], 2)
-        store = writer.finish()
-    assert store.index.token_dtype == dtype
+    store = write_store(tmp_path / "s", [[[vocab_size - 1, 1]]], vocab_size=vocab_size, end_id=0)
     assert np.fromfile(tmp_path / "s" / "tokens_00000.bin", dtype).tolist() == [0, vocab_size - 1, 1]
     assert store.tokens(0, 3).tolist() == [0, vocab_size - 1, 1]
 
 
-def test_nothing_is_there_before_finish(tmp_path):
-    def write_half():
-        with StoreWriter(tmp_path / "s", vocab_size=10, end_id=0, recipe={}) as writer:
-            writer.append([1, 2], 2)
-            assert not (tmp_path / "s").exists()
-            raise RuntimeError("stopped")
+@pytest.mark.parametrize("at_once", [1, 5, 2**24])
+@pytest.mark.parametrize("vocab_size", [100, 70_000])
+def test_identity_is_that_of_each_document_in_turn(tmp_path, monkeypatch, vocab_size, at_once):
+    """As version 0.1 took it, whatever the shards."""
+    monkeypatch.setattr(store_writer, "TOKENS_HASHED_AT_ONCE", at_once)
+    documents = [[8, 9, 10], [], [11] * 20, [12], [13, 14]]
+    dtype = "<u2" if vocab_size == 100 else "<u4"
+    digest = hashlib.sha256(f"{dtype} {vocab_size} 7".encode())
+    for ids in documents:
+        digest.update(np.array([len(ids) + 1], dtype="<i8").tobytes())
+        digest.update(np.array([7, *ids], dtype=dtype).tobytes())
+    for number, shards in enumerate([[documents], [documents[:2], documents[2:]], [[ids] for ids in documents]]):
+        store = write_store(tmp_path / f"s{number}", shards, vocab_size=vocab_size)
+        assert store.index.content == digest.hexdigest()
+        assert store.tokens(0, 100).tolist() == stream_of(documents)
+        assert store.document_starts.tolist() == [0, 4, 5, 26, 28, 31]
 
-    with pytest.raises(RuntimeError, match="stopped"):
-        write_half()
-    assert list(tmp_path.iterdir()) == []
+
+def test_many_shards_take_few_descriptors(tmp_path, monkeypatch):
+    monkeypatch.setattr("torchlmoe.data.store.MOST_OPEN_SHARDS", 3)
+    store = write_store(tmp_path / "s", [[[index + 8]] for index in range(50)])
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    assert store.tokens(0, 100).tolist() == stream_of([[index + 8] for index in range(50)])
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before + 3
 
 
 @pytest.mark.parametrize("length", [2000, 2_000_000])  # known when the store is closed, and while it is written
 def test_a_full_disk_is_named(length, tmp_path):
     def write():
-        with StoreWriter(tmp_path / "s", vocab_size=10, end_id=0, recipe={}) as writer:
-            writer.append([1] * length, length)
-            writer.finish()
+        writer = ShardWriter(tmp_path / "tokens_00000.bin", vocab_size=10, end_id=0)
+        with failures_named(tmp_path / "s.partial"):
+            try:
+                writer.append(np.ones(length, dtype=np.int64))
+                writer.finish()
+            finally:
+                writer.drop()
 
     with files_at_most(1000), pytest.raises(OSError, match=r"tokens could not be written to .*s\.partial: File too la"):
         write()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_killed_writers_folder_is_replaced(tmp_path):
-    (tmp_path / "s.partial").mkdir()
-    (tmp_path / "s.partial" / "tokens_00005.bin").write_bytes(b"old")
-    with StoreWriter(tmp_path / "s", vocab_size=10, end_id=0, recipe={}) as writer:
-        writer.append([1, 2], 2)
-        writer.finish()
+def test_what_a_killed_writer_left_is_removed(tmp_path):
+    partial = tmp_path / "s.partial"
+    partial.mkdir()
+    (partial / "tokens_00005.bin.host.1.unfinished").write_bytes(b"old")
+    writer = ShardWriter(partial / "tokens_00000.bin", vocab_size=10, end_id=0)
+    writer.append(np.array([1, 2]))
+    writer.finish()
+    shards, lengths = [Shard("tokens_00000.bin", 3, "<u2")], [np.array([3])]
+    publish_store(
+        partial, tmp_path / "s", shards=shards, lengths=lengths, recipe={}, vocab_size=10, end_id=0, text_bytes=2
+    )
     names = [path.name for path in sorted((tmp_path / "s").iterdir())]
     assert names == ["documents.bin", "index.json", "tokens_00000.bin"]
 

@@ -5,19 +5,97 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 TABLES = {".json", ".jsonl", ".parquet"}
 TEXTS = {".txt", ".md"}
+TOKENS = {".bin", ".npy"}
 COMPRESSIONS = {".gz", ".zst"}
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 
+# A corpus is cut into pieces of at least so many bytes, and into about so many pieces at most.
+PIECE_BYTES = 2**24
+MOST_PIECES = 4096
+
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Span:
+    """A file, or a part of it: of .jsonl the lines that begin in bytes [start, stop), of .parquet the row groups.
+
+    num_bytes: about as many as will be read. stop: None for the whole file.
+    """
+
+    path: Path
+    num_bytes: int
+    start: int = 0
+    stop: int | None = None
+
+
+@dataclass(frozen=True)
+class FilePiece:
+    """Neighbouring parts of the files of a corpus, which one process reads."""
+
+    spans: tuple[Span, ...]
+    text_column: str
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(span.num_bytes for span in self.spans)
+
+    def documents(self) -> Iterator[str]:
+        return read_files(self.spans, self.text_column)
+
+
+def pieces_of_files(files: list[Path], text_column: str) -> list[FilePiece]:
+    """Files in their order, cut into pieces that depend on nothing but their sizes. Raises ValueError as `read_files`.
+
+    A file is cut where its format has places for it; one that is compressed is not.
+    """
+    sizes = [file.stat().st_size for file in files]
+    piece_bytes = max(PIECE_BYTES, sum(sizes) // MOST_PIECES)
+    pieces: list[FilePiece] = []
+    gathered: list[Span] = []
+    for file, size in zip(files, sizes, strict=True):
+        for span in _spans(file, size, piece_bytes):
+            gathered.append(span)
+            if sum(each.num_bytes for each in gathered) >= piece_bytes:
+                pieces.append(FilePiece(tuple(gathered), text_column))
+                gathered = []
+    return pieces if not gathered else [*pieces, FilePiece(tuple(gathered), text_column)]
+
+
+def _spans(path: Path, size: int, piece_bytes: int) -> list[Span]:
+    if size > piece_bytes and path.suffix.lower() == ".jsonl" and not _begins_with_list(path):
+        number = -(-size // piece_bytes)
+        bounds = [size * index // number for index in range(number + 1)]
+        return [Span(path, stop - start, start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
+    if size > piece_bytes and _kind(path) == ".parquet":
+        with _failures_to_read(path):
+            metadata = pq.read_metadata(path)
+        # As large as on disk, of which the text is most.
+        share = size / max(metadata.num_row_groups, 1)
+        step = max(1, round(piece_bytes / share))
+        starts = range(0, metadata.num_row_groups, step)
+        return [
+            Span(path, int(share * (min(start + step, metadata.num_row_groups) - start)), start, start + step)
+            for start in starts
+        ]
+    return [Span(path, size)]
+
+
+def _begins_with_list(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(2**16).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
 
 
 def find_files(path: Path, train_split: str, validation_split: str) -> dict[str, list[Path]]:
@@ -26,19 +104,21 @@ def find_files(path: Path, train_split: str, validation_split: str) -> dict[str,
     A file or sub-folder belongs to a split when its name is the split's, alone or before a digit, a dot, a hyphen or an
     underscore: train-00000.parquet, train/a.jsonl; not "Train to Pakistan.txt". Without any that is named for training,
     all files are, save those named validation, valid, val, dev or test. Text files count only where a folder holds no
-    table: a README is not taken for data. Links are followed; hidden files are left out.
+    table: a README is not taken for data. Where there are .bin or .npy files, which hold tokens, these alone count.
+    Links are followed; hidden files are left out.
     Logs once how many files each split has and how many are left out.
     Raises ValueError where there is no file to read, and for a link whose target is missing.
     """
     if path.is_file():
-        if _kind(path) not in TABLES | TEXTS:
+        if _kind(path) not in TABLES | TEXTS | TOKENS:
             raise ValueError(f"{path} is not a file that is read: give {_readable()}.")
         return {"train": [path], "validation": []}
     if not path.is_dir():
         raise ValueError(f"{path} is neither a file nor a folder: give one of them.")
     found = {file: file.relative_to(path).parts for file in _walk(path, ())}
-    tables = {file: parts for file, parts in found.items() if _kind(file) in TABLES}
-    files = tables or {file: parts for file, parts in found.items() if _kind(file) in TEXTS}
+    kinds = ({kind for file in found if (kind := _kind(file)) in group} for group in (TOKENS, TABLES, TEXTS))
+    chosen_kinds = next((group for group in kinds if group), set())
+    files = {file: parts for file, parts in found.items() if _kind(file) in chosen_kinds}
     if not files:
         raise ValueError(f"The folder {path} holds no file that is read: give {_readable()}.")
 
@@ -77,29 +157,36 @@ def _walk(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
             raise ValueError(f"{path} is a link to {os.readlink(path)}, which is not there: mend it or remove it.")
 
 
-def read_files(files: list[Path], text_column: str) -> Iterator[str]:
-    """The documents of `files`: one a row of a table, one a text file; a null counts as an empty document.
+def read_files(spans: Iterable[Span], text_column: str) -> Iterator[str]:
+    """The documents of files or parts of them: one a row of a table, one a text file; a null counts as an empty one.
 
     Raises ValueError for a column that is not there or holds no text, and for a file that cannot be read.
     """
-    for path in files:
-        try:
+    for span in spans:
+        path = span.path
+        with _failures_to_read(path):
             if _kind(path) == ".parquet":
-                yield from _read_parquet(path, text_column)
+                yield from _read_parquet(span, text_column)
             elif _kind(path) in TEXTS:
                 yield _open(path).read().decode()
             else:
-                for place, record in _read_json(path):
-                    yield text_of(record, text_column, f"{path}, {place}")
-        except json.JSONDecodeError as error:
-            place = f"line {error.lineno}, column {error.colno}"
-            raise ValueError(f"{path} cannot be read: {place}: {error.msg}.") from error
-        except (UnicodeDecodeError, OSError, RecursionError, pa.ArrowException) as error:
-            raise ValueError(f"{path} cannot be read: {error}.") from error
+                for place, record in _read_json(span):
+                    yield text_of(record, text_column, place)
 
 
-def text_of(record: object, text_column: str, source: str) -> str:
-    """The text of one row of a table, which `source` names in the error."""
+@contextmanager
+def _failures_to_read(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        raise ValueError(f"{path} cannot be read: {place}: {error.msg}.") from error
+    except (UnicodeDecodeError, OSError, RecursionError, pa.ArrowException) as error:
+        raise ValueError(f"{path} cannot be read: {error}.") from error
+
+
+def text_of(record: object, text_column: str, source: object) -> str:
+    """The text of one row of a table, which `source`, as a string, names in the error."""
     if not isinstance(record, dict):
         raise ValueError(f"{source} holds {type(record).__name__}, not an object with a key {text_column!r}.")
     if text_column not in record:
@@ -111,7 +198,8 @@ def text_of(record: object, text_column: str, source: str) -> str:
     return (text or "").encode(errors="replace").decode()
 
 
-def _read_parquet(path: Path, text_column: str) -> Iterator[str]:
+def _read_parquet(span: Span, text_column: str) -> Iterator[str]:
+    path = span.path
     file = pq.ParquetFile(path)
     if text_column not in file.schema_arrow.names:
         raise _no_column(str(path), text_column, file.schema_arrow.names)
@@ -119,7 +207,8 @@ def _read_parquet(path: Path, text_column: str) -> Iterator[str]:
     if not _is_text(kinds[text_column]):
         texts = [name for name, kind in kinds.items() if _is_text(kind)]
         raise _no_text(str(path), text_column, str(kinds[text_column]), texts)
-    for batch in file.iter_batches(batch_size=256, columns=[text_column]):
+    groups = range(file.num_row_groups)[span.start : span.stop]
+    for batch in file.iter_batches(batch_size=256, columns=[text_column], row_groups=list(groups)):
         for record in batch.to_pylist():
             yield text_of(record, text_column, str(path))
 
@@ -130,9 +219,21 @@ def _is_text(kind: pa.DataType) -> bool:
     return any(test(kind) for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_null))
 
 
-def _read_json(path: Path) -> Iterator[tuple[str, object]]:
+@dataclass(frozen=True)
+class _Place:
+    """Of a record, for a message: before a span that is not the file's first, lines are counted only then."""
+
+    span: Span
+    kind: str
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.span.path}, {self.kind} {self.number + _lines_before(self.span)}"
+
+
+def _read_json(span: Span) -> Iterator[tuple[_Place, object]]:
     """The records of a file that is either one list of them or one on each line, and where each is."""
-    with io.TextIOWrapper(_open(path), encoding="utf-8-sig") as lines:
+    with io.TextIOWrapper(_open(span.path) if span.stop is None else _lines(span), encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             is_list = line.lstrip().startswith("[")
             if not line.strip():
@@ -140,12 +241,40 @@ def _read_json(path: Path) -> Iterator[tuple[str, object]]:
             try:
                 record = json.loads(line + lines.read() if is_list else line)
             except json.JSONDecodeError as error:
-                error.lineno += number - 1
+                error.lineno += number - 1 + _lines_before(span)
                 raise
             if is_list:
-                yield from ((f"record {index}", each) for index, each in enumerate(record, start=1))
+                yield from ((_Place(span, "record", index), each) for index, each in enumerate(record, start=1))
             else:
-                yield f"line {number}", record
+                yield _Place(span, "line", number), record
+
+
+def _lines(span: Span) -> io.BytesIO:
+    """The lines that begin within the span's bytes, whole."""
+    assert span.stop is not None
+    with span.path.open("rb") as file:
+        begin = _first_line(span, file)
+        content = file.read(max(span.stop - begin, 0))
+        return io.BytesIO(content + file.readline() if content and not content.endswith(b"\n") else content)
+
+
+def _first_line(span: Span, file: BinaryIO) -> int:
+    """Where the span's first line begins; the file is left there."""
+    if span.start:
+        file.seek(span.start - 1)
+        file.readline()
+    return file.tell()
+
+
+def _lines_before(span: Span) -> int:
+    if not span.start:
+        return 0
+    with span.path.open("rb") as file:
+        left, lines = _first_line(span, file), 0
+        file.seek(0)
+        while left and (chunk := file.read(min(left, 2**20))):
+            left, lines = left - len(chunk), lines + chunk.count(b"\n")
+        return lines
 
 
 def _open(path: Path) -> pa.NativeFile:
@@ -168,16 +297,17 @@ def _split_of(parts: tuple[str, ...], names: dict[str, tuple[str, ...]]) -> str:
     return "unnamed"
 
 
-def _no_column(source: str, text_column: str, columns: list[str]) -> ValueError:
+def _no_column(source: object, text_column: str, columns: list[str]) -> ValueError:
     return ValueError(
         f"{source} has no column {text_column!r}: set data.text_column to one it has, {' or '.join(columns)}."
     )
 
 
-def _no_text(source: str, text_column: str, kind: str, columns: list[str]) -> ValueError:
+def _no_text(source: object, text_column: str, kind: str, columns: list[str]) -> ValueError:
     remedy = f"set data.text_column to one that does, {' or '.join(columns)}" if columns else "no column does"
     return ValueError(f"Column {text_column!r} of {source} holds {kind}, not text: {remedy}.")
 
 
 def _readable() -> str:
-    return "files that end in " + ", ".join(sorted(TABLES | TEXTS)) + " (all but .parquet also with .gz or .zst)"
+    names = ", ".join(sorted(TABLES | TEXTS))
+    return f"files that end in {names} (all but .parquet also with .gz or .zst), or tokens in .bin or .npy"

@@ -1,31 +1,71 @@
-"""Tokenizes one split of a dataset into a token store, once: later runs and other processes find it there."""
+"""Tokenizes one split of a dataset into a token store, once: later runs and other processes find it there.
+
+The corpus is cut into pieces, which any number of processes on any number of hosts tokenize; what is finished when they
+are killed is kept. The store depends on the pieces alone, and so on nothing but the corpus and the tokenizer.
+"""
 
 import hashlib
 import json
 import logging
+import os
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from torchlmoe.data.corpus import Corpus, open_corpus
-from torchlmoe.data.progress import TokenizationProgress
-from torchlmoe.data.store import StoreWriter, TokenStore
+from torchlmoe.data.parts import Parts, ShardFacts, replace
+from torchlmoe.data.progress import Task, TokenizationProgress
+from torchlmoe.data.store import TokenStore
+from torchlmoe.data.store_writer import failures_named, publish_store, token_dtype
+from torchlmoe.data.token_files import index_token_files
 from torchlmoe.data.tokenizer import Tokenizer
+from torchlmoe.data.tokenizing import Job
+from torchlmoe.data.workers import do_task, do_tasks
 
 logger = logging.getLogger(__name__)
 
-# Part of every store's name: raise it when the same recipe would be written differently.
+# Part of every store's name: raise it when the same recipe would be other tokens.
 FORMAT = 2
-# Enough to keep the tokenizer's threads busy, little enough for memory and for a progress line that moves.
-CHARACTERS_AT_ONCE = 2**22
-# Of every batch, what is looked at for text that the tokenizer drops.
-CHARACTERS_LOOKED_AT = 2**17
 NAME_BYTES = 100  # of a store's folder, from the dataset's name; file systems take 255 in all
+SECONDS_BETWEEN_LOOKS = 0.5  # at what other hosts have finished
+SECONDS_BETWEEN_LINES = 60.0
+
+
+@dataclass(frozen=True)
+class Effort:
+    """Who tokenizes.
+
+    num_workers: processes on this host; all of its cores if None. num_writers: hosts that share the folder and the
+    work; writer: which of them this is.
+    Raises ValueError for a writer that is not one of them.
+    """
+
+    num_workers: int | None = None
+    num_writers: int = 1
+    writer: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.writer < self.num_writers:
+            raise ValueError(
+                f"data.writer = {self.writer} is none of the data.num_writers = {self.num_writers} writers, which are "
+                "numbered from 0."
+            )
+
+    @property
+    def processes(self) -> int:
+        if self.num_workers is not None:
+            return self.num_workers
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def prepare(
@@ -34,14 +74,9 @@ def prepare(
     *,
     tokenizer: Tokenizer,
     cache_dir: str | Path,
-    dataset_config: str | None = None,
-    text_column: str = "text",
-    train_split: str = "train",
-    validation_split: str = "validation",
-    validation_dataset: str | None = None,
-    validation_fraction: float = 0.01,
-    reader_options: dict[str, Any] | None = None,
     max_tokens: int | None = None,
+    effort: Effort | None = None,
+    **options: Any,
 ) -> TokenStore:
     """The token store of one split, "train" or "validation", built if `cache_dir` does not have it yet.
 
@@ -49,22 +84,13 @@ def prepare(
     of change), the tokenizer, `max_tokens` and the options. Of several processes one builds, the others wait.
 
     max_tokens: stop there, within a document if need be; end tokens count. None takes all.
-    The dataset's options are those of corpus.open_corpus. Documents without text are left out.
+    effort: who builds it; by default this process and as many as there are cores.
+    options: those of corpus.open_corpus. Documents without text are left out.
     Raises ValueError where the dataset is not there or has no text.
     """
     if max_tokens is not None and max_tokens < 2:
         raise ValueError(f"max_tokens = {max_tokens} leaves no text to read: give at least 2.")
-    corpus = open_corpus(
-        dataset,
-        split,
-        dataset_config=dataset_config,
-        text_column=text_column,
-        train_split=train_split,
-        validation_split=validation_split,
-        validation_dataset=validation_dataset,
-        validation_fraction=validation_fraction,
-        reader_options=reader_options,
-    )
+    corpus = open_corpus(dataset, split, **options)
     recipe = {
         "format": FORMAT,
         "corpus": corpus.identity,
@@ -77,12 +103,174 @@ def prepare(
         raise ValueError("data.cache_dir is empty: give a folder, or leave it unset.")
     readable = re.sub(r"[^\w.-]+", "-", Path(corpus.name).name).encode()[:NAME_BYTES].decode(errors="ignore")
     folder = Path(cache_dir).expanduser() / f"{readable}-{split}-{digest}"
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(folder):
-            if not folder.exists():
-                return _build(folder, corpus, split, tokenizer, recipe, max_tokens)
-    return TokenStore(folder)
+    build = _Build(folder, corpus, split, tokenizer, recipe, max_tokens, effort or Effort())
+    return build.store()
+
+
+class _Build:
+    """The building of one store."""
+
+    def __init__(
+        self,
+        folder: Path,
+        corpus: Corpus,
+        split: str,
+        tokenizer: Tokenizer,
+        recipe: dict,
+        max_tokens: int | None,
+        effort: Effort,
+    ):
+        self.folder, self.corpus, self.split = folder, corpus, split
+        self.tokenizer, self.recipe, self.max_tokens, self.effort = tokenizer, recipe, max_tokens, effort
+        self.parts = Parts(folder)
+
+    def store(self) -> TokenStore:
+        """Opened, or built by whoever comes first, or by several writers together."""
+        if not self.folder.exists():
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            with failures_named(self.parts.partial):
+                if self.corpus.token_files is not None:
+                    with _lock(self.folder):
+                        if not self.folder.exists():
+                            return index_token_files(
+                                self.folder, self.corpus, self.split, self.tokenizer, self.recipe, self.max_tokens
+                            )
+                else:
+                    self._build()
+        if self.parts.folder.exists():  # left by a process that was killed when the store was whole
+            shutil.rmtree(self.parts.folder, ignore_errors=True)
+        return TokenStore(self.folder)
+
+    def _build(self) -> None:
+        share = self.folder
+        if self.effort.num_writers > 1:
+            share = self.folder.with_name(f"{self.folder.name}.writer-{self.effort.writer}")
+        with _lock(share):
+            if not self.folder.exists():
+                self.parts.create()
+                self._tokenize()
+                if share == self.folder:
+                    self._publish()
+        if share != self.folder:
+            self._wait(lambda: not self._missing(), "the shares of other writers")
+            with _lock(self.folder):
+                if not self.folder.exists():
+                    self._publish()
+
+    def _tokenize(self) -> None:
+        """This writer's pieces."""
+        pieces, effort = self.job.reading.pieces, self.effort
+        own = range(effort.writer, len(pieces), effort.num_writers)
+        sizes = {piece: pieces[piece].num_bytes for piece in own if not self.parts.is_done(piece)}
+        try:
+            with TokenizationProgress(f"{self.corpus.name}, {self.split}", sizes, self.max_tokens) as progress:
+                if self.job.counts:
+                    uncounted = [Task(piece, only_count=True) for piece in own if self.parts.count(piece) is None]
+                    self._do(iter(uncounted), len(uncounted), progress)
+                    self._wait(self._all_counted, "the counts of other writers")
+                self._do(self._tasks(own), len(sizes), progress)
+        except ValueError:
+            if effort.num_writers == 1:  # once mended it is another corpus, which will not go on from here
+                self.parts.remove()
+            raise
+
+    @cached_property
+    def job(self) -> Job:
+        """How the corpus is read, as whoever began to build the store read it."""
+        plan = self.parts.folder / "plan.json"
+        if not plan.exists():
+            reading = self.corpus.read(None)
+            offered = plan.with_name(f"plan.{socket.gethostname()}.{os.getpid()}")
+            replace(offered, json.dumps({"revision": reading.revision}).encode())
+            with suppress(FileExistsError):  # where another host was faster
+                os.link(offered, plan)
+            offered.unlink()
+        return Job(self.corpus.read(json.loads(plan.read_text())["revision"]), self.tokenizer, self.parts)
+
+    def _tasks(self, own: range) -> Iterator[Task]:
+        """The pieces that are left, as long as tokens are wanted; each is made up when somebody is free for it."""
+        for piece in own:
+            if self._has_enough():
+                return
+            if not self.parts.is_done(piece):
+                yield Task(piece, self._limit(piece))
+
+    def _limit(self, piece: int) -> int | None:
+        """Tokens of a piece that can be wanted, as far as is known of the pieces before it."""
+        if self.max_tokens is None:
+            return None
+        before = list(self._done_in_order(piece))
+        return self.max_tokens - (sum(map(self.parts.tokens_of, before)) if len(before) == piece else 0)
+
+    def _done_in_order(self, stop: int) -> Iterator[int]:
+        """Pieces before `stop` that are whole, up to the first that is not."""
+        return takewhile(self.parts.is_done, range(stop))
+
+    def _has_enough(self) -> bool:
+        if self.max_tokens is None:
+            return False
+        done = self._done_in_order(len(self.job.reading.pieces))
+        return sum(map(self.parts.tokens_of, done)) >= self.max_tokens
+
+    def _do(self, tasks: Iterator[Task], most: int, progress: TokenizationProgress) -> None:
+        num_workers = min(self.effort.processes, most)
+        if num_workers > 1:
+            do_tasks(self.job, tasks, num_workers, progress)
+            return
+        with _threads(self.effort.num_workers != 1):
+            for task in tasks:
+                do_task(self.job, task, progress.add)
+                progress.finish(task)
+
+    def _all_counted(self) -> bool:
+        return all(self.parts.count(piece) is not None for piece in range(len(self.job.reading.pieces)))
+
+    def _missing(self) -> bool:
+        """Whether a piece that is wanted is not there, in a store that is not there either."""
+        if self.folder.exists() or self._has_enough():
+            return False
+        num_pieces = len(self.job.reading.pieces)
+        return sum(1 for _ in self._done_in_order(num_pieces)) < num_pieces
+
+    def _wait(self, until: Callable[[], bool], what: str) -> None:
+        last_said = time.monotonic()
+        while not until():
+            if time.monotonic() - last_said > SECONDS_BETWEEN_LINES:
+                last_said = time.monotonic()
+                logger.info(f"Waiting for {what} of {self.folder.name}.")
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+
+    def _publish(self) -> None:
+        dtype = token_dtype(self.tokenizer.vocab_size)
+        wanted: list[tuple[int, int]] = []  # piece and number of each shard
+        num_tokens = 0
+        for piece in range(len(self.job.reading.pieces)):
+            room = None if self.max_tokens is None else self.max_tokens - num_tokens
+            if room == 0:
+                break
+            if room is not None and self.parts.tokens_of(piece) > room:
+                # It was written before it was known how much of it is wanted.
+                self.parts.forget(piece)
+                do_task(self.job, Task(piece, room), lambda *more: None)
+            num_tokens += self.parts.tokens_of(piece)
+            wanted += [(piece, number) for number, _ in enumerate(self.parts.of_piece(piece))]
+        facts = [self.parts.of_piece(piece)[number] for piece, number in wanted]
+        if num_tokens == 0:
+            self.parts.remove()
+            raise _no_text(self.corpus.name, self.split)
+        _warn_of_dropped(self.corpus.name, facts)
+        with_tokens = [place for place, each in zip(wanted, facts, strict=True) if each.num_tokens]
+        publish_store(
+            self.parts.partial,
+            self.folder,
+            shards=[self.parts.shard(*place, dtype) for place in with_tokens],
+            lengths=(self.parts.lengths(*place) for place in with_tokens),
+            recipe=self.recipe | ({"commit": commit} if (commit := self.job.reading.revision) else {}),
+            vocab_size=self.tokenizer.vocab_size,
+            end_id=self.tokenizer.end_id,
+            text_bytes=sum(each.text_bytes for each in facts),
+            token_bytes=self.tokenizer.token_bytes() if all(each.has_token_bytes for each in facts) else None,
+        )
 
 
 def _lock(folder: Path) -> AcquireReturnProxy:
@@ -95,68 +283,35 @@ def _lock(folder: Path) -> AcquireReturnProxy:
         return lock.acquire()
 
 
-def _build(
-    folder: Path, corpus: Corpus, split: str, tokenizer: Tokenizer, recipe: dict, max_tokens: int | None
-) -> TokenStore:
-    token_bytes = tokenizer.token_bytes()
-    dropped = Counter[str]()
-    with (
-        StoreWriter(folder, vocab_size=tokenizer.vocab_size, end_id=tokenizer.end_id, recipe=recipe) as writer,
-        TokenizationProgress(f"{corpus.name}, {split}") as progress,
-    ):
-        looked_at = 0
-        for text, ids, is_first in _encoded(corpus, tokenizer):
-            looked_at = 0 if is_first else looked_at
-            text_bytes = len(text.encode())
-            # A normalizer may have rewritten the text: only the text itself proves the bytes of its tokens.
-            if token_bytes is not None and int(token_bytes[ids].sum()) != text_bytes:
-                token_bytes = None
-            if token_bytes is None and looked_at < CHARACTERS_LOOKED_AT:
-                looked_at += len(text)
-                dropped.update(tokenizer.dropped_characters(text))
-            room = len(ids) if max_tokens is None else max_tokens - writer.num_tokens - 1
-            if room < 0:
-                break
-            if room < len(ids):
-                ids = ids[:room]
-                if token_bytes is None:
-                    text_bytes = tokenizer.bytes_covered(text, room)
-                else:
-                    text_bytes = int(token_bytes[ids].sum())
-            writer.append(ids, text_bytes)
-            progress.update(writer.num_documents, writer.text_bytes, writer.num_tokens)
-        if writer.num_documents == 0:
-            remedy = "give it some"
-            if split == "validation":
-                remedy = (
-                    "give a data.validation_dataset, set validation.enable = false, or, where there are many "
-                    "documents, raise data.validation_fraction"
-                )
-            raise ValueError(f"The {split} split of {corpus.name} has no documents with text: {remedy}.")
-        if dropped:
-            examples = ", ".join(repr(character) for character, _ in dropped.most_common(5))
-            logger.warning(
-                f"The tokenizer has no token for some characters of {corpus.name}, such as {examples}, and drops them: "
-                "the model never sees this text, and bits per byte are too low by as much as it would have cost."
-            )
-        return writer.finish(token_bytes)
+@contextmanager
+def _threads(several: bool) -> Iterator[None]:
+    """Whether the tokenizer may use several threads."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    if not several:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        yield
+    finally:
+        os.environ.pop("TOKENIZERS_PARALLELISM", None)
+        if before is not None:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
-def _encoded(corpus: Corpus, tokenizer: Tokenizer) -> Iterator[tuple[str, np.ndarray, bool]]:
-    """Every document that has text, its ids, and whether it is the first of a batch."""
-    for texts in _batches(filter(None, corpus.documents())):
-        for index, (text, ids) in enumerate(zip(texts, tokenizer.encode_batch(texts), strict=True)):
-            yield text, np.array(ids, dtype=np.int64), index == 0
+def _no_text(name: str, split: str) -> ValueError:
+    remedy = "give it some"
+    if split == "validation":
+        remedy = (
+            "give a data.validation_dataset, set validation.enable = false, or, where there are many "
+            "documents, raise data.validation_fraction"
+        )
+    return ValueError(f"The {split} split of {name} has no documents with text: {remedy}.")
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    num_characters = 0
-    for text in texts:
-        batch.append(text)
-        num_characters += len(text)
-        if num_characters >= CHARACTERS_AT_ONCE:
-            yield batch
-            batch, num_characters = [], 0
-    if batch:
-        yield batch
+def _warn_of_dropped(name: str, facts: list[ShardFacts]) -> None:
+    dropped = list(dict.fromkeys(character for each in facts for character in each.dropped))
+    if dropped:
+        examples = ", ".join(map(repr, dropped[:5]))
+        logger.warning(
+            f"The tokenizer has no token for some characters of {name}, such as {examples}, and drops them: "
+            "the model never sees this text, and bits per byte are too low by as much as it would have cost."
+        )

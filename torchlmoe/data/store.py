@@ -2,26 +2,40 @@
 
 A store is a folder of raw little-endian files:
 
-    index.json         counts, data types, and what the store was made from
-    tokens_00000.bin   the documents back to back, each as [end_id, t1 .. tn]; uint16, or uint32 if the
-                       vocabulary is over 65,536; shards of `shard_size` tokens that ignore document bounds
-    documents.bin      int64 [num_documents + 1], where each document starts, and the end of the last
-    token_bytes.bin    uint16 [vocab_size], UTF-8 bytes of each token; only where they are exact for this text
+    index.json          counts, the shards, and what the store was made from
+    tokens_00000.bin    a shard: documents back to back, each as [end_id, t1 .. tn]; uint16, or uint32 if the vocabulary
+                        is over 65,536
+    documents.bin       int64 [num_documents + 1], where each document starts, and the end of the last
+    token_bytes.bin     uint16 [vocab_size], UTF-8 bytes of each token; only where they are exact for this text
+
+Shards may lie elsewhere: files that other programs have tokenized are read where they are, and then documents end with
+`end_id`, or have none (StoreIndex.end_tokens). A reader sees the same stream of [end_id, t1 .. tn] in any case.
 """
 
-import hashlib
 import json
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from bisect import bisect_right
 from dataclasses import asdict, dataclass
+from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
-from types import TracebackType
-from typing import BinaryIO
+from typing import Any, Literal
 
 import numpy as np
 
-SHARD_SIZE = 2**27
+MOST_OPEN_SHARDS = 256  # at once: each takes a file descriptor, of which a process may have few
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of tokens.
+
+    file: its name in the store's folder, or the absolute path of a file elsewhere. offset: bytes before the tokens.
+    """
+
+    file: str
+    num_tokens: int
+    dtype: str
+    offset: int = 0
 
 
 @dataclass(frozen=True)
@@ -30,18 +44,39 @@ class StoreIndex:
 
     recipe: what the store was made from, for people and for the cache.
     content: sha256 of its documents' tokens in their order, the store's identity.
+    end_tokens: whether documents in the shards begin with the end token, end with it, or have none.
+    token_dtype, shard_size: of stores of version 0.1, whose shards all have so many tokens but for the last.
     """
 
     recipe: dict
     vocab_size: int
     end_id: int
-    token_dtype: str
-    shard_size: int
     num_tokens: int
     num_documents: int
     text_bytes: int
     has_token_bytes: bool
     content: str
+    shards: list[Shard] | None = None
+    end_tokens: Literal["first", "last", "none"] = "first"
+    token_dtype: str | None = None
+    shard_size: int | None = None
+
+    def to_json(self) -> str:
+        return json.dumps({name: value for name, value in asdict(self).items() if value is not None}, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> "StoreIndex":
+        """Raises ValueError, TypeError or KeyError for what is no index."""
+        given: dict[str, Any] = json.loads(text)
+        if "shards" in given:
+            given["shards"] = [Shard(**shard) for shard in given["shards"]]
+        else:
+            num_tokens, size, dtype = given["num_tokens"], given["shard_size"], given["token_dtype"]
+            given["shards"] = [
+                Shard(f"tokens_{number:05d}.bin", min(size, num_tokens - start), dtype)
+                for number, start in enumerate(range(0, num_tokens, size))
+            ]
+        return cls(**given)
 
 
 class TokenStore:
@@ -54,159 +89,76 @@ class TokenStore:
     def __init__(self, folder: Path):
         self.folder = folder
         try:
-            self.index = StoreIndex(**json.loads((folder / "index.json").read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            raise _damaged(folder / "index.json", "cannot be read") from error
+            self.index = StoreIndex.from_json((folder / "index.json").read_text())
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise self._damaged(folder / "index.json", "cannot be read") from error
         index = self.index
         self.num_tokens, self.num_documents = index.num_tokens, index.num_documents
         self.vocab_size, self.end_id, self.text_bytes = index.vocab_size, index.end_id, index.text_bytes
-        sizes = [
-            min(index.shard_size, index.num_tokens - start) for start in range(0, index.num_tokens, index.shard_size)
-        ]
-        self._shards = [self._map(_shard_name(i), index.token_dtype, size) for i, size in enumerate(sizes)]
+        self._shards = index.shards or []
+        self._first_tokens = list(accumulate((shard.num_tokens for shard in self._shards), initial=0))
+        for shard in self._shards:
+            self._check(folder / shard.file, shard.offset + shard.num_tokens * np.dtype(shard.dtype).itemsize)
+        self._open_shard = lru_cache(MOST_OPEN_SHARDS)(self._map_shard)
         self._document_starts = self._map("documents.bin", "<i8", index.num_documents + 1)
         self.token_bytes = self._map("token_bytes.bin", "<u2", index.vocab_size) if index.has_token_bytes else None
 
-    def _map(self, name: str, dtype: str, size: int) -> np.ndarray:
-        self._check(name, size * np.dtype(dtype).itemsize)
-        return np.memmap(self.folder / name, dtype=dtype, mode="r", shape=(size,))
-
-    def _check(self, name: str, expected: int) -> None:
-        """Also before a mapped file is read again: past the end of one cut short, the kernel would kill the process."""
+    def _map(self, name: str, dtype: str, size: int, offset: int = 0) -> np.ndarray:
         path = self.folder / name
+        self._check(path, offset + size * np.dtype(dtype).itemsize)
+        return np.memmap(path, dtype=dtype, mode="r", shape=(size,), offset=offset)
+
+    def _map_shard(self, number: int) -> np.ndarray:
+        shard = self._shards[number]
+        return self._map(shard.file, shard.dtype, shard.num_tokens, shard.offset)
+
+    def _check(self, path: Path, expected: int) -> None:
+        """Also before a mapped file is read again: past the end of one cut short, the kernel would kill the process."""
         try:
             size = path.stat().st_size
         except OSError:
-            raise _damaged(path, "is gone or cannot be read") from None
+            raise self._damaged(path, "is gone or cannot be read") from None
         if size != expected:
-            raise _damaged(path, f"has {size} bytes in place of the {expected} that index.json gives")
+            raise self._damaged(path, f"has {size} bytes in place of the {expected} that index.json gives")
 
     @property
     def document_starts(self) -> np.ndarray:
         """int64 [num_documents + 1]."""
-        self._check("documents.bin", self._document_starts.nbytes)
+        self._check(self.folder / "documents.bin", self._document_starts.nbytes)
         return self._document_starts
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """int64 tokens [start, stop) of the stream, cut off at its end."""
         stop = min(stop, self.num_tokens)
-        out = np.empty(max(stop - start, 0), dtype=np.int64)
-        position = start
+        if stop <= start:
+            return np.empty(0, dtype=np.int64)
+        if self.index.end_tokens == "first":
+            return self._stored(start, stop)
+        if self.index.end_tokens == "last":  # each end token stands where the next document starts
+            stored = self._stored(max(start - 1, 0), stop - 1)
+            return stored if start else np.concatenate([[self.end_id], stored])
+        starts = self.document_starts
+        first, last = np.searchsorted(starts, [start, stop])
+        inside = starts[first:last] - start
+        return np.insert(self._stored(start - first, stop - last), inside - np.arange(len(inside)), self.end_id)
+
+    def _stored(self, start: int, stop: int) -> np.ndarray:
+        """int64 tokens [start, stop) of the shards."""
+        out = np.empty(stop - start, dtype=np.int64)
+        position = int(start)
         while position < stop:
-            shard, offset = divmod(position, self.index.shard_size)
-            self._check(_shard_name(shard), self._shards[shard].nbytes)
-            piece = self._shards[shard][offset : offset + stop - position]
+            number = bisect_right(self._first_tokens, position) - 1
+            shard, offset = self._shards[number], position - self._first_tokens[number]
+            path = self.folder / shard.file
+            self._check(path, shard.offset + shard.num_tokens * np.dtype(shard.dtype).itemsize)
+            piece = self._open_shard(number)[offset : offset + stop - position]
             out[position - start : position - start + len(piece)] = piece
             if piece.max() >= self.vocab_size:
-                path = self.folder / _shard_name(shard)
-                raise _damaged(path, f"holds token {piece.max()}, beyond the vocabulary of {self.vocab_size}")
+                raise self._damaged(path, f"holds token {piece.max()}, beyond the vocabulary of {self.vocab_size}")
             position += len(piece)
         return out
 
-
-class StoreWriter:
-    """Builds a store beside `folder`; `finish` moves it there in one step, and nothing is left without it.
-
-    Use it as a context manager, and under a lock where several processes may write the same folder.
-    """
-
-    def __init__(self, folder: Path, *, vocab_size: int, end_id: int, recipe: dict, shard_size: int = SHARD_SIZE):
-        self.folder = folder
-        self.partial = folder.with_name(f"{folder.name}.partial")
-        self.vocab_size, self.end_id, self.recipe, self.shard_size = vocab_size, end_id, recipe, shard_size
-        self.token_dtype = "<u2" if vocab_size <= 2**16 else "<u4"
-        self.num_tokens = self.num_documents = self.text_bytes = 0
-        self._digest = hashlib.sha256(f"{self.token_dtype} {vocab_size} {end_id}".encode())
-        self._shard: BinaryIO | None = None
-        self._documents: BinaryIO | None = None
-
-    def __enter__(self) -> "StoreWriter":
-        # What a killed process left behind is of no use to anyone.
-        shutil.rmtree(self.partial, ignore_errors=True)
-        self.partial.mkdir(parents=True)
-        self._documents = (self.partial / "documents.bin").open("wb")
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        with suppress(OSError):  # what a full disk has no room for, and was said already
-            self._close()
-        shutil.rmtree(self.partial, ignore_errors=True)
-
-    def append(self, ids: list[int] | np.ndarray, text_bytes: int) -> None:
-        """Adds one document: its tokens, without an end token, and the length of its text in UTF-8."""
-        with _names(self.partial):
-            self._append(ids, text_bytes)
-
-    def _append(self, ids: list[int] | np.ndarray, text_bytes: int) -> None:
-        assert self._documents is not None
-        self._documents.write(np.array([self.num_tokens], dtype="<i8").tobytes())
-        tokens = np.array([self.end_id, *ids], dtype=self.token_dtype)
-        self._digest.update(np.array([len(tokens)], dtype="<i8").tobytes())
-        self._digest.update(tokens.tobytes())
-        while len(tokens):
-            room = self.shard_size - self.num_tokens % self.shard_size
-            if room == self.shard_size:
-                if self._shard is not None:
-                    self._shard.close()
-                self._shard = (self.partial / _shard_name(self.num_tokens // self.shard_size)).open("wb")
-            assert self._shard is not None
-            self._shard.write(tokens[:room].tobytes())
-            self.num_tokens += len(tokens[:room])
-            tokens = tokens[room:]
-        self.num_documents += 1
-        self.text_bytes += text_bytes
-
-    def finish(self, token_bytes: np.ndarray | None = None) -> TokenStore:
-        """Completes the store. token_bytes: uint16 [vocab_size], if exact for every document."""
-        with _names(self.partial):
-            self._finish(token_bytes)
-        return TokenStore(self.folder)
-
-    def _finish(self, token_bytes: np.ndarray | None) -> None:
-        assert self._documents is not None
-        assert self.num_documents > 0
-        self._documents.write(np.array([self.num_tokens], dtype="<i8").tobytes())
-        self._close()
-        if token_bytes is not None:
-            (self.partial / "token_bytes.bin").write_bytes(token_bytes.astype("<u2").tobytes())
-        index = StoreIndex(
-            recipe=self.recipe,
-            vocab_size=self.vocab_size,
-            end_id=self.end_id,
-            token_dtype=self.token_dtype,
-            shard_size=self.shard_size,
-            num_tokens=self.num_tokens,
-            num_documents=self.num_documents,
-            text_bytes=self.text_bytes,
-            has_token_bytes=token_bytes is not None,
-            content=self._digest.hexdigest(),
-        )
-        (self.partial / "index.json").write_text(json.dumps(asdict(index), indent=2))
-        self.partial.rename(self.folder)
-
-    def _close(self) -> None:
-        for file in (self._shard, self._documents):
-            if file is not None:
-                file.close()
-
-
-def _shard_name(shard: int) -> str:
-    return f"tokens_{shard:05d}.bin"
-
-
-@contextmanager
-def _names(folder: Path) -> Iterator[None]:
-    """Says where it was that something could not be written."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(
-            f"The tokens could not be written to {folder}: {error.strerror}; make room, or set data.cache_dir to a "
-            "folder that has some."
-        ) from error
-
-
-def _damaged(path: Path, what: str) -> ValueError:
-    return ValueError(f"{path} {what}: delete the folder {path.parent} and the tokens are built again.")
+    def _damaged(self, path: Path, what: str) -> ValueError:
+        if path.parent != self.folder:
+            return ValueError(f"{path} {what}: give the file that was there when the folder {self.folder} was made.")
+        return ValueError(f"{path} {what}: delete the folder {path.parent} and the tokens are built again.")

@@ -19,14 +19,15 @@ class Tokenizer:
 
     path: the tokenizer.json.
     end_token: its end token; None looks for one of END_TOKENS, in that order.
+    content: of the file, where it was read before.
 
     Attributes: `vocab_size` (one past the largest id), `end_token`, `end_id`, `content` (of the file),
     `fingerprint` (its sha256).
     Raises ValueError for a file that is no tokenizer, and for an end token that the vocabulary lacks.
     """
 
-    def __init__(self, path: Path, end_token: str | None = None):
-        self.content = path.read_bytes()
+    def __init__(self, path: Path, end_token: str | None = None, content: bytes | None = None):
+        self.path, self.content = path, path.read_bytes() if content is None else content
         self.fingerprint = hashlib.sha256(self.content).hexdigest()
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(self.content)
@@ -55,6 +56,9 @@ class Tokenizer:
             )
         self.end_token = found[0]
         self.end_id = vocabulary[self.end_token]
+
+    def __reduce__(self) -> tuple[type["Tokenizer"], tuple[Path, str, bytes]]:
+        return Tokenizer, (self.path, self.end_token, self.content)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """One list of ids per text, without special tokens; runs on several threads."""

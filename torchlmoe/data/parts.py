@@ -1,0 +1,117 @@
+"""What is finished of a store that is being built, so that any process can go on with the rest.
+
+Beside a store's folder lie `<folder>.partial`, with the shards, and `<folder>.parts`, with what is known of them. A
+piece of the corpus becomes one shard, or several if it is long; of each, `.json` is written last. Nothing of this is in
+the store at its end.
+"""
+
+import json
+import os
+import shutil
+import socket
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from torchlmoe.data.store import Shard
+from torchlmoe.data.store_writer import ShardWriter
+
+
+@dataclass(frozen=True)
+class ShardFacts:
+    """Of one finished shard.
+
+    num_read: documents of the piece that were read for it, those left out included. is_last: of its piece.
+    has_token_bytes: whether the bytes of its tokens are exact for its text. dropped: characters without a token.
+    """
+
+    num_tokens: int
+    num_documents: int
+    text_bytes: int
+    num_read: int
+    has_token_bytes: bool
+    is_last: bool
+    dropped: list[str] = field(default_factory=list)
+
+
+class Parts:
+    """The finished shards of the store that will be at `folder`."""
+
+    def __init__(self, folder: Path):
+        self.partial = folder.with_name(f"{folder.name}.partial")
+        self.folder = folder.with_name(f"{folder.name}.parts")
+        self._known: dict[int, list[ShardFacts]] = {}  # of whole pieces, which do not change
+
+    def create(self) -> None:
+        for folder in (self.partial, self.folder):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def remove(self) -> None:
+        for folder in (self.folder, self.partial):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def of_piece(self, piece: int) -> list[ShardFacts]:
+        """What is finished of a piece, in order."""
+        if piece in self._known:
+            return self._known[piece]
+        found: list[ShardFacts] = []
+        while (path := self.folder / f"{_name(piece, len(found))}.json").exists():
+            found.append(ShardFacts(**json.loads(path.read_text())))
+        if found and found[-1].is_last:
+            self._known[piece] = found
+        return found
+
+    def is_done(self, piece: int) -> bool:
+        shards = self.of_piece(piece)
+        return bool(shards) and shards[-1].is_last
+
+    def tokens_of(self, piece: int) -> int:
+        return sum(facts.num_tokens for facts in self.of_piece(piece))
+
+    def shard(self, piece: int, number: int, dtype: str) -> Shard:
+        return Shard(_file(piece, number), self.of_piece(piece)[number].num_tokens, dtype)
+
+    def lengths(self, piece: int, number: int) -> np.ndarray:
+        """Tokens in each document of a shard, int64."""
+        return np.fromfile(self.folder / f"{_name(piece, number)}.lengths", "<i8")
+
+    def write(self, piece: int, number: int, *, vocab_size: int, end_id: int) -> ShardWriter:
+        return ShardWriter(self.partial / _file(piece, number), vocab_size=vocab_size, end_id=end_id)
+
+    def finish(self, piece: int, number: int, writer: ShardWriter, facts: ShardFacts) -> None:
+        """Its shard first, and then what makes it count."""
+        writer.finish()
+        name = _name(piece, number)
+        replace(self.folder / f"{name}.lengths", np.array(writer.lengths, dtype="<i8").tobytes())
+        replace(self.folder / f"{name}.json", json.dumps(asdict(facts)).encode())
+
+    def forget(self, piece: int) -> None:
+        """So that the piece is tokenized again."""
+        for number in reversed(range(len(self.of_piece(piece)))):
+            (self.folder / f"{_name(piece, number)}.json").unlink()
+            (self.partial / _file(piece, number)).unlink(missing_ok=True)
+        self._known.pop(piece, None)
+
+    def count(self, piece: int) -> int | None:
+        """Documents in a piece, once they are counted."""
+        path = self.folder / f"{piece:05d}.count"
+        return int(path.read_text()) if path.exists() else None
+
+    def save_count(self, piece: int, count: int) -> None:
+        replace(self.folder / f"{piece:05d}.count", str(count).encode())
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Writes a file so that others see all of it or nothing."""
+    unfinished = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.unfinished")
+    unfinished.write_bytes(content)
+    unfinished.replace(path)
+
+
+def _name(piece: int, number: int) -> str:
+    return f"{piece:05d}" if number == 0 else f"{piece:05d}_{number:03d}"
+
+
+def _file(piece: int, number: int) -> str:
+    return f"tokens_{_name(piece, number)}.bin"
