@@ -31,7 +31,9 @@ def pack(documents, seq_len):
 
 @pytest.mark.parametrize("seq_len", [1, 2, 8, 16, 33])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-def test_rows_equal_packing_by_hand(make_store, lengths, seq_len):
+@pytest.mark.parametrize("starts_at_once", [1, 3, 2**22])
+def test_rows_equal_packing_by_hand(make_store, monkeypatch, lengths, seq_len, starts_at_once):
+    monkeypatch.setattr("torchlmoe.data.packing.STARTS_AT_ONCE", starts_at_once)
     store, documents = make_store(lengths, shard_size=13)
     expected = list(pack(documents, seq_len))
     max_docs = max_documents(store, seq_len)

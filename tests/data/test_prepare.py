@@ -16,6 +16,7 @@ from huggingface_hub import HfApi
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
+from tests.conftest import PRELOADED
 from torchlmoe.data import prepare as prepare_module
 from torchlmoe.data import tokenizing
 from torchlmoe.data.loader import validation_batches, validation_text_bytes
@@ -207,7 +208,8 @@ def race(dataset, cache_dir, barrier, results):
 
 
 def test_of_several_processes_one_builds(dataset, tmp_path):
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
     barrier, results = context.Barrier(4), context.Queue()
     processes = [context.Process(target=race, args=(dataset, tmp_path / "c", barrier, results)) for _ in range(4)]
     for process in processes:

@@ -38,8 +38,7 @@ from torchlmoe.checkpoint.state import (
 from torchlmoe.checkpoint.writer import CheckpointWriter, save_failure
 from torchlmoe.config.load import to_toml
 from torchlmoe.config.settings import Config
-from torchlmoe.data.loader import tokens_of_steps
-from torchlmoe.data.store import TokenStore
+from torchlmoe.data.order import RowOrder
 from torchlmoe.data.tokenizer import Tokenizer
 from torchlmoe.files import failures_to_write
 from torchlmoe.model.decoder import Decoder
@@ -62,10 +61,9 @@ class Checkpointer:
         model: Decoder,
         optimizer: torch.optim.Optimizer,
         tokenizer: Tokenizer,
-        store: TokenStore,
+        order: RowOrder,
         *,
         vocab_size: int,
-        global_batch_size: int,
     ):
         self.root, self.settings = root, config.checkpoint
         self.saved_step: int | None = None
@@ -75,8 +73,8 @@ class Checkpointer:
             return
         self.model, self.optimizer_state = model, OptimizerState(model, optimizer)
         self.fixed = fixed_of_model(config, tokenizer, vocab_size)
-        self.fixed |= fixed_of_run(config, global_batch_size, store)
-        self.store, self.order = store, (config.training.seq_len, global_batch_size, config.training.seed)
+        self.fixed |= fixed_of_run(config, order)
+        self.order = order
         self.files = {"config.toml": to_toml(config).encode(), "tokenizer.json": tokenizer.content}
         # Of its own: a save in the background must not take turns with the step's collectives.
         self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.parallelism.timeout_seconds))
@@ -147,7 +145,7 @@ class Checkpointer:
         """
         self.wait()
         facts = {
-            "tokens_seen": tokens_of_steps(self.store, progress.step, *self.order),
+            "tokens_seen": self.order.tokens_of_steps(progress.step),
             "world_size": dist.get_world_size(),
             "load_step": self.settings.load_step,
         }

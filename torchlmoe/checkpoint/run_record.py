@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter
 
 import torchlmoe
 from torchlmoe.config.settings import Config
-from torchlmoe.data.store import TokenStore
+from torchlmoe.data.order import RowOrder
 from torchlmoe.data.tokenizer import Tokenizer
 from torchlmoe.files import read_json, toml_value
 
@@ -92,21 +92,30 @@ def fixed_of_model(config: Config, tokenizer: Tokenizer, vocab_size: int) -> dic
     }
 
 
-def fixed_of_run(config: Config, global_batch_size: int, store: TokenStore) -> dict[str, Any]:
+def fixed_of_run(config: Config, order: RowOrder) -> dict[str, Any]:
     """What the optimizer's state and the order of data hang on, as `fixed_of_model`."""
     training = config.training
     # Masters are at least float32: bfloat16 and float32 runs hold the same tensors.
     masters = torch.promote_types(getattr(torch, training.dtype), torch.float32)
-    return {
+    stores = [source.store for source in order.sources]
+    fixed: dict[str, Any] = {
         "training.dtype": "float64" if masters == torch.float64 else "float32 or bfloat16",
         "training.seed": training.seed,
         "training.seq_len": training.seq_len,
-        "training.global_batch_size": global_batch_size,
+        "training.global_batch_size": order.global_batch_size,
         "optimizer.name": config.optimizer.name,
-        "data.num_tokens": store.num_tokens,
-        "data.num_documents": store.num_documents,
-        "data.content": f"sha256 {store.index.content}",
     }
+    # Before what is read from it, since it says how to get that again.
+    commits = [store.index.recipe["commit"] for store in stores if "commit" in store.index.recipe]
+    if commits:
+        fixed["data.dataset_revision"] = ", ".join(commits)
+    fixed["data.num_tokens"] = order.num_tokens
+    fixed["data.num_documents"] = sum(store.num_documents for store in stores)
+    if len(stores) == 1:
+        fixed["data.content"] = f"sha256 {stores[0].index.content}"
+    else:
+        fixed["data.mixture"] = [[source.weight, f"sha256 {source.store.index.content}"] for source in order.sources]
+    return fixed
 
 
 def write_run(progress: Progress, fixed: dict[str, Any], **facts: Any) -> bytes:
@@ -141,6 +150,6 @@ def check_same(saved: dict[str, Any], ours: dict[str, Any], folder: Path) -> Non
     """Raises ValueError naming the first fixed setting that is not as in the checkpoint `folder`."""
     for name, clause in differences(saved, ours, folder):
         # Of the order of data, which is no setting of its own.
-        of_data = name in ("data.num_tokens", "data.num_documents", "data.content")
+        of_data = name in ("data.num_tokens", "data.num_documents", "data.content", "data.mixture")
         remedy = "give the same training data and data.max_tokens again" if of_data else "set it to that"
         raise ValueError(f"{clause}: {remedy}, or start a new run in another job.dump_folder.")

@@ -38,7 +38,8 @@ def _enabled(table: str) -> Need:
 
 
 def _reads_hub(config: Config) -> bool:
-    names = (config.data.dataset, config.data.validation_dataset or "embedded")
+    sources = (source.dataset for source in config.data.mixture)
+    names = (config.data.dataset, config.data.validation_dataset or "embedded", *sources)
     return any(name != "embedded" and not Path(name).expanduser().exists() for name in names)
 
 
@@ -46,7 +47,7 @@ NEEDS: dict[str, Need] = {
     "model.mlp_dim": _blocks_with("dense"),
     **{f"model.{option}": _mixer_with(option) for option in ("num_heads", "rope_base", "backend")},
     **{f"moe.{field.name}": _blocks_with("moe") for field in dataclasses.fields(MoE)},
-    "data.dataset_config": ("a dataset of the hub", _reads_hub),
+    **{f"data.{key}": ("a dataset of the hub", _reads_hub) for key in ("dataset_config", "dataset_revision")},
     "data.validation_fraction": ("no data.validation_dataset", lambda config: config.data.validation_dataset is None),
     **{f"data.{key}": _enabled("validation") for key in ("validation_dataset", "validation_max_tokens")},
     **{f"validation.{key}": _enabled("validation") for key in ("interval", "max_batches", "local_batch_size")},

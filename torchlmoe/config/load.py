@@ -19,6 +19,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError, create_model
 from torchlmoe.config.custom import import_modules
 from torchlmoe.config.flavors import FLAVORS
 from torchlmoe.config.settings import FEED_FORWARD_WIDE, MODEL_WIDE, Config, Optimizer, Training
+from torchlmoe.data.order import check_weights
 from torchlmoe.data.readers import READERS
 from torchlmoe.feed_forwards import FEED_FORWARDS, NONE
 from torchlmoe.files import complaint, expanded, is_unicode, read_toml, toml_value
@@ -47,6 +48,7 @@ _NEEDS: dict[str, tuple[str, Any]] = {
     "profiling.interval": ("profiling.enable", True),
     "profiling.memory_snapshot": ("profiling.enable", True),
     "checkpoint.load_step": ("checkpoint.enable", True),
+    "data.writer": ("data.num_writers", 2),
     "parallelism.lsm_context_parallel": ("parallelism.context_parallel_degree", 2),
     "parallelism.attention_context_parallel": ("parallelism.context_parallel_degree", 2),
     "parallelism.pipeline_parallel_schedule": ("parallelism.pipeline_parallel_degree", 2),
@@ -124,9 +126,11 @@ def to_dict(config: Config) -> dict[str, Any]:
     """The resolved settings, unset ones left out."""
 
     def given(value: Any) -> Any:
-        return (
-            {key: given(item) for key, item in value.items() if item is not None} if isinstance(value, dict) else value
-        )
+        if isinstance(value, list):
+            return [given(item) for item in value]
+        if isinstance(value, dict):
+            return {key: given(item) for key, item in value.items() if item is not None}
+        return value
 
     return given(dataclasses.asdict(config))
 
@@ -332,8 +336,14 @@ def _check_registered(config: Config) -> None:
     of_table = _fields(Optimizer)
     own = {name: setting for name, setting in optimizer.items() if name not in of_table}
     _check_options("optimizer.options", own, config.optimizer.options)
-    reader = READERS.get(config.data.dataset)
-    _check_options("data.reader_options", keyword_settings(reader) if reader else {}, config.data.reader_options)
+    _check_reader("data", config.data.dataset, config.data.reader_options)
+    for number, source in enumerate(config.data.mixture):
+        _check_reader(f"data.mixture.{number}", source.dataset, source.reader_options)
+
+
+def _check_reader(prefix: str, dataset: str, options: dict[str, Any]) -> None:
+    reader = READERS.get(dataset)
+    _check_options(f"{prefix}.reader_options", keyword_settings(reader) if reader else {}, options)
 
 
 def _check_options(
@@ -396,8 +406,30 @@ def _shorten_warmup(config: Config, sources: list[dict[str, Any]]) -> None:
             )
 
 
+def _check_mixture(config: Config) -> None:
+    data, unset = config.data, Config().data
+    if not data.mixture:
+        return
+    try:
+        check_weights([source.weight for source in data.mixture])
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if data.dataset != unset.dataset or data.reader_options:
+        raise ConfigError(
+            f"data.dataset = {toml_value(data.dataset)} and its data.reader_options have no effect with data.mixture: "
+            "put them there, or leave them unset."
+        )
+    if config.validation.enable and data.validation_dataset is None:
+        raise ConfigError("data.mixture needs a data.validation_dataset, or validation.enable = false.")
+    labels = [source.label for source in data.mixture]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise ConfigError(f"data.mixture has two sources named {label!r}: give one of them another name.")
+
+
 def _check_consistency(config: Config) -> None:
     default = Config()
+    _check_mixture(config)
     profiling, training = config.profiling, config.training
     if 0 < training.max_norm < 1e-9:
         raise ConfigError(
@@ -426,6 +458,15 @@ def _nearest(name: str, known: Any) -> str:
     return f"; the nearest is {close[0]}" if close else f"; choose one of {', '.join(known)}"
 
 
+def _known_settings(root: Any, path: list[str]) -> dict[str, Any]:
+    """The fields of the table that holds the last name of a path; places in a list are part of it."""
+    for part in path[:-1]:
+        root = _fields(root)[part] if not part.isdigit() else root
+        root = getattr(root, "__origin__", root)  # out of Annotated
+        root = root.__args__[0] if getattr(root, "__origin__", None) is list else root
+    return _fields(root)
+
+
 def _sentence(error: ValidationError, root: type | None, prefix: str = "", known: Any = ()) -> str:
     """pydantic's first complaint in our words."""
     first = error.errors()[0]
@@ -433,6 +474,6 @@ def _sentence(error: ValidationError, root: type | None, prefix: str = "", known
     name = ".".join([*([prefix] if prefix else []), *path])
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         if root is not None:
-            known = _fields(_fields(root)[path[0]]) if len(path) > 1 else _fields(root)
+            known = _known_settings(root, path)
         return f"{name} is not a setting{_nearest(path[-1], known)}."
     return f"{complaint(error, prefix)}{'; give it a value' * (first['type'] == 'missing')}."

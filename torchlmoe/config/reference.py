@@ -4,8 +4,9 @@ python -m torchlmoe.settings_reference > docs/settings.md
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, get_type_hints
+from dataclasses import dataclass, is_dataclass
+from types import UnionType
+from typing import Any, Literal, Union, get_origin, get_type_hints
 
 from torchlmoe.config.settings import MODEL_WIDE, Config, Optimizer
 from torchlmoe.data.readers import READERS
@@ -65,8 +66,12 @@ def _options(table: str, settings: dict[str, tuple[Any, Any]], known: tuple[str,
 
 def _setting(name: str, annotation: Any, default: Any) -> Setting:
     inner, field = annotation.__origin__, annotation.__metadata__[0]
-    if getattr(inner, "__args__", None) and "Literal" in str(inner):
+    if get_origin(inner) in (Union, UnionType) and get_origin(inner.__args__[0]) is Literal:
+        inner = inner.__args__[0]  # may be unset
+    if get_origin(inner) is Literal:
         kind = " | ".join(map(str, inner.__args__))
+    elif get_origin(inner) is list and is_dataclass(inner.__args__[0]):
+        kind = "list of tables"
     else:
         kind = str(inner.__name__ if isinstance(inner, type) else inner).replace(" | None", "").replace("typing.", "")
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}

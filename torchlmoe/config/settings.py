@@ -87,16 +87,51 @@ else:
 
 
 @dataclass
+class MixtureSource(Table):
+    """One source of data.mixture; what is not given is as in [data], but for the reader's options."""
+
+    dataset: Annotated[str, Field(description="As data.dataset."), PATH]
+    weight: Annotated[float, Field(ge=0, le=1e12, description="Of its rows among those of all sources.")] = 1.0
+    name: Annotated[str | None, Field(min_length=1, description="In metrics.jsonl; the dataset's own if unset.")] = None
+    dataset_config: Annotated[str | None, Field(description="As data.dataset_config.")] = None
+    dataset_revision: Annotated[str | None, Field(description="As data.dataset_revision.")] = None
+    text_column: Annotated[str | None, Field(description="As data.text_column.")] = None
+    train_split: Annotated[str | None, Field(description="As data.train_split.")] = None
+    reader_options: Annotated[dict[str, Any], Field(description="As data.reader_options.")] = field(
+        default_factory=dict
+    )
+    max_tokens: Annotated[int | None, Field(ge=2, description="As data.max_tokens.")] = None
+
+    @property
+    def label(self) -> str:
+        return self.name or self.dataset.rstrip("/").rpartition("/")[2]
+
+
+@dataclass
 class Data(Table):
     dataset: Annotated[
         str,
-        Field(description="embedded, a local file or folder (json, parquet, text), a reader, or a hub id (streamed)."),
+        Field(
+            description="embedded, a local file or folder (json, parquet, text, or tokens in .bin or .npy), a reader, "
+            "or a hub id (streamed)."
+        ),
         PATH,
     ] = "embedded"
     reader_options: Annotated[dict[str, Any], Field(description="The reader's own settings.")] = field(
         default_factory=dict
     )
     dataset_config: Annotated[str | None, Field(description="Configuration of a hub dataset.")] = None
+    dataset_revision: Annotated[
+        str | None, Field(min_length=1, description="Commit, branch or tag of a hub dataset; its newest if unset.")
+    ] = None
+    mixture: Annotated[
+        list[MixtureSource],
+        Field(
+            description="Train on several datasets in place of `dataset`: tables with dataset, weight (share of the "
+            "rows), name (in metrics.jsonl), reader_options, and dataset_config, dataset_revision, text_column, "
+            "train_split, max_tokens where they differ from those of [data]."
+        ),
+    ] = field(default_factory=list)
     tokenizer: Annotated[str, Field(description="embedded, or a tokenizer.json or its folder."), PATH] = "embedded"
     end_token: Annotated[str | None, Field(description="Token between documents; found by name if unset.")] = None
     text_column: Annotated[str, Field(description="Column that holds the text.")] = "text"
@@ -114,6 +149,20 @@ class Data(Table):
         str | None, Field(description="Where tokenised text is kept; ~/.cache/torchlmoe if unset."), PATH
     ] = None
     num_prefetch: Annotated[int, Field(ge=1, le=1000, description="Steps that are read ahead.")] = 2
+    token_dtype: Annotated[
+        Literal["uint16", "uint32"] | None,
+        Field(description="Of files of tokens that do not say it; by the size of the vocabulary if unset."),
+    ] = None
+    num_workers: Annotated[
+        int | None, Field(ge=1, le=4096, description="Processes of a host that tokenize; one per core if unset.")
+    ] = None
+    num_writers: Annotated[
+        int, Field(ge=1, le=100_000, description="Hosts that share cache_dir and tokenize together.")
+    ] = 1
+    writer: Annotated[
+        int | None,
+        Field(ge=0, description="Which of them this is, from 0; unset: GROUP_RANK of torchrun, SLURM_NODEID, or 0."),
+    ] = None
 
 
 @dataclass

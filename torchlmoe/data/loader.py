@@ -1,8 +1,6 @@
-"""Batches of packed rows: training in an order that depends on (seed, step) alone, validation in order.
+"""Batches of packed rows: training in the order of `RowOrder`, validation in order.
 
-Nothing but the step has to be saved: row number `step * global_batch_size + i` of the run is found by
-arithmetic, and each epoch's shuffle is a permutation computed place by place. The number of data-parallel
-ranks does not enter either: it only says which of a step's rows this rank reads.
+The number of data-parallel ranks does not enter into the order: it only says which of a step's rows this rank reads.
 """
 
 from collections.abc import Iterator
@@ -12,52 +10,36 @@ import numpy as np
 import torch
 from tensordict import TensorDict
 
+from torchlmoe.data.order import RowOrder
 from torchlmoe.data.packing import max_documents, num_rows, row
-from torchlmoe.data.shuffle import permuted, place_of
 from torchlmoe.data.store import TokenStore
 
 
 class TrainLoader:
     """The microbatches of any training step, read ahead by a background thread.
 
-    store: tokens of the training split.
-    seq_len: tokens in a row.
-    local_batch_size: rows in one microbatch of one rank.
-    global_batch_size: rows in one optimizer step, over all ranks and microbatches; a multiple of local_batch_size *
-        world_size.
+    order: of the rows.
+    local_batch_size: rows in one microbatch of one rank; it times world_size divides the order's global_batch_size.
     rank, world_size: the place in, and the size of, the data-parallel dimension.
-    seed: of the shuffle.
     num_prefetch: steps to read ahead.
 
-    Attributes: `num_rows` (rows in an epoch), `num_microbatches` (of a step), `max_docs`.
-    Raises ValueError where the store is shorter than a row.
+    Attributes: `num_microbatches` (of a step).
     """
 
     def __init__(
         self,
-        store: TokenStore,
+        order: RowOrder,
         *,
-        seq_len: int,
         local_batch_size: int,
-        global_batch_size: int,
         rank: int = 0,
         world_size: int = 1,
-        seed: int = 0,
         num_prefetch: int = 2,
     ):
-        if store.num_tokens < seq_len:
-            raise ValueError(
-                f"training.seq_len = {seq_len} is longer than the training data, {store.num_tokens} tokens: "
-                "choose a shorter one or give more data."
-            )
         assert 0 <= rank < world_size
-        assert global_batch_size % (local_batch_size * world_size) == 0
-        self.store, self.seq_len, self.seed = store, seq_len, seed
-        self.local_batch_size, self.global_batch_size = local_batch_size, global_batch_size
+        assert order.global_batch_size % (local_batch_size * world_size) == 0
+        self.order, self.local_batch_size = order, local_batch_size
         self.rank, self.world_size, self.num_prefetch = rank, world_size, num_prefetch
-        self.num_rows = num_rows(store, seq_len)
-        self.num_microbatches = global_batch_size // (local_batch_size * world_size)
-        self.max_docs = max_documents(store, seq_len)
+        self.num_microbatches = order.global_batch_size // (local_batch_size * world_size)
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="train_loader")
         self._ahead: dict[int, Future[list[TensorDict]]] = {}
 
@@ -75,39 +57,21 @@ class TrainLoader:
                 self._ahead[ahead] = self._executor.submit(self._read, ahead)
         return self._ahead.pop(step).result()
 
-    def rows_of_step(self, step: int) -> np.ndarray:
-        """The step's rows over all ranks, int64 [global_batch_size]: by microbatch, then by rank."""
-        places = np.arange(step * self.global_batch_size, (step + 1) * self.global_batch_size)
-        epochs = places // self.num_rows
-        return np.concatenate(
-            [
-                permuted(places[epochs == epoch] % self.num_rows, self.num_rows, (self.seed, int(epoch)))
-                for epoch in np.unique(epochs)
-            ]
-        )
-
-    def tokens_of_steps(self, num_steps: int) -> int:
-        """Tokens in the first `num_steps` steps, over all ranks; see the function."""
-        return tokens_of_steps(self.store, num_steps, self.seq_len, self.global_batch_size, self.seed)
-
     def _read(self, step: int) -> list[TensorDict]:
-        indices_MWB = self.rows_of_step(step).reshape(self.num_microbatches, self.world_size, self.local_batch_size)
+        places_MWB = np.arange(self.order.global_batch_size).reshape(-1, self.world_size, self.local_batch_size)
+        of_step, sources = self.order.rows_of_step(step), self.order.sources
         return [
-            _microbatch(self.store, indices_B, self.seq_len, self.max_docs) for indices_B in indices_MWB[:, self.rank]
+            _microbatch(
+                [(sources[of_step.sources[place]].store, int(of_step.rows[place])) for place in places_B],
+                self.order.seq_len,
+                self.order.max_docs,
+            )
+            for places_B in places_MWB[:, self.rank]
         ]
 
     def close(self) -> None:
         """Ends the background thread."""
         self._executor.shutdown(wait=True, cancel_futures=True)
-
-
-def tokens_of_steps(store: TokenStore, num_steps: int, seq_len: int, global_batch_size: int, seed: int) -> int:
-    """Tokens in the first `num_steps` steps of TrainLoader, over all ranks, without what fills the last row up."""
-    rows = num_rows(store, seq_len)
-    epochs, places = divmod(num_steps * global_batch_size, rows)
-    filling = rows * seq_len - store.num_tokens
-    has_last = filling > 0 and place_of(rows - 1, rows, (seed, epochs)) < places
-    return epochs * store.num_tokens + places * seq_len - has_last * filling
 
 
 def validation_batches(
@@ -128,7 +92,8 @@ def validation_batches(
     rows = num_validation_rows(store, seq_len, batch_size, max_batches)
     for first_of_all in range(0, rows, batch_size * world_size):
         indices = np.arange(batch_size) + first_of_all + rank * batch_size
-        yield _microbatch(store, np.where(indices < rows, indices, num_rows(store, seq_len)), seq_len, max_docs)
+        indices = np.where(indices < rows, indices, num_rows(store, seq_len))
+        yield _microbatch([(store, int(index)) for index in indices], seq_len, max_docs)
 
 
 def validation_text_bytes(store: TokenStore, *, seq_len: int, batch_size: int, max_batches: int | None = None) -> int:
@@ -157,8 +122,8 @@ def num_validation_rows(store: TokenStore, seq_len: int, batch_size: int, max_ba
     return available if max_batches is None else min(available, max_batches * batch_size)
 
 
-def _microbatch(store: TokenStore, indices: np.ndarray, seq_len: int, max_docs: int) -> TensorDict:
-    rows = [row(store, int(index), seq_len, max_docs) for index in indices]
+def _microbatch(places: list[tuple[TokenStore, int]], seq_len: int, max_docs: int) -> TensorDict:
+    rows = [row(store, index, seq_len, max_docs) for store, index in places]
     tokens_BL, labels_BL, document_bounds_BN = map(torch.stack, zip(*rows, strict=True))
     return TensorDict(
         {"tokens": tokens_BL, "labels": labels_BL, "document_bounds": document_bounds_BN},

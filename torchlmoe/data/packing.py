@@ -16,6 +16,8 @@ from torch import Tensor
 from torchlmoe.data.store import TokenStore
 from torchlmoe.layers.cross_entropy import IGNORE_INDEX
 
+STARTS_AT_ONCE = 2**22  # of documents, of which there may be more than memory holds twice
+
 
 def num_rows(store: TokenStore, seq_len: int) -> int:
     """Rows of `seq_len` tokens, the last one filled up."""
@@ -25,10 +27,19 @@ def num_rows(store: TokenStore, seq_len: int) -> int:
 def max_documents(store: TokenStore, seq_len: int) -> int:
     """The largest number of documents in any row, so that `document_bounds` has one shape throughout."""
     starts = store.document_starts[:-1]
-    inside = starts[starts % seq_len != 0]  # a document that starts with its row does not split it
-    documents = 1 + np.bincount(inside // seq_len, minlength=num_rows(store, seq_len))
-    documents[-1] += store.num_tokens % seq_len != 0  # the filling
-    return int(documents.max())
+    most = last_row = in_last_row = 0
+    for first in range(0, len(starts), STARTS_AT_ONCE):
+        piece = starts[first : first + STARTS_AT_ONCE]
+        # Starts rise, so those of a row are neighbours; one at the very start of a row does not split it.
+        rows, counts = np.unique(piece[piece % seq_len != 0] // seq_len, return_counts=True)
+        if not len(rows):
+            continue
+        if rows[0] == last_row:
+            counts[0] += in_last_row
+        most, last_row, in_last_row = max(most, int(counts.max())), int(rows[-1]), int(counts[-1])
+    has_filling = store.num_tokens % seq_len != 0
+    in_end = in_last_row if last_row == num_rows(store, seq_len) - 1 else 0
+    return 1 + max(most, in_end + has_filling)
 
 
 def row(store: TokenStore, index: int, seq_len: int, max_docs: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -23,7 +23,7 @@ from torchlmoe.config.idle import idle_settings
 from torchlmoe.config.load import to_toml
 from torchlmoe.config.settings import Config
 from torchlmoe.data.loader import TrainLoader, validation_text_bytes
-from torchlmoe.data.prepare import prepare
+from torchlmoe.data.order import RowOrder, Source
 from torchlmoe.data.store import TokenStore
 from torchlmoe.data.tokenizer import Tokenizer, load_tokenizer
 from torchlmoe.files import failures_to_write
@@ -35,6 +35,7 @@ from torchlmoe.parallel.parallelize import build_model, whole_model
 from torchlmoe.parallel.ranks import Ranks
 from torchlmoe.parallel.stages import describe_stages
 from torchlmoe.training.counters import Counters
+from torchlmoe.training.data import check_same_data, training_sources, validation_store
 from torchlmoe.training.host_memory import keep_freed_pages
 from torchlmoe.training.metrics import MetricsLog, memory_gib
 from torchlmoe.training.optimizer import build_optimizer, clip_gradients, set_lr
@@ -69,7 +70,7 @@ class Trainer:
         keep_freed_pages()
         self.device = choose_device(config.training.device)
         # Before the ranks are joined: while one tokenizes for an hour, no collective waits and times out.
-        train_store, self.validation_store, tokenizer, whole = self._prepare_data()
+        sources, self.validation_store, tokenizer, whole = self._prepare_data()
         vocab_size = whole.spec.vocab_size
         folder = Path(config.job.dump_folder)
         if os.environ.get("RANK", "0") == "0":
@@ -77,6 +78,7 @@ class Trainer:
         with collective_failures("start-up", config.parallelism.timeout_seconds):
             start_process_group(self.device, config.parallelism.timeout_seconds)
             self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+            check_same_data(sources, self.validation_store)
             if config.training.deterministic:
                 torch.use_deterministic_algorithms(True)
                 torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a debugging aid that costs time
@@ -88,14 +90,14 @@ class Trainer:
             self.step = build_step(self.model, config, self.ranks, self.device)
             self.counters = Counters(self.model.counter_sizes)
             self.optimizer = build_optimizer(self.model, config.optimizer)
+            self.order = RowOrder(
+                sources, seq_len=training.seq_len, global_batch_size=self.global_batch_size, seed=training.seed
+            )
             self.loader = TrainLoader(
-                train_store,
-                seq_len=training.seq_len,
+                self.order,
                 local_batch_size=self.local_batch_size,
-                global_batch_size=self.global_batch_size,
                 rank=self.ranks.row_index,
                 world_size=self.ranks.num_row_places,
-                seed=training.seed,
                 num_prefetch=config.data.num_prefetch,
             )
             resources.callback(self.loader.close)
@@ -109,9 +111,8 @@ class Trainer:
                 self.model,
                 self.optimizer,
                 tokenizer,
-                train_store,
+                self.order,
                 vocab_size=vocab_size,
-                global_batch_size=self.global_batch_size,
             )
         with collective_failures("loading the checkpoint", config.parallelism.timeout_seconds):
             self.progress = self.checkpointer.load()
@@ -131,9 +132,9 @@ class Trainer:
             first_step=self.progress.step,
         )
         resources.callback(self.log.close)
-        self._describe(train_store, whole)
+        self._describe(whole)
 
-    def _prepare_data(self) -> tuple[TokenStore, TokenStore | None, Tokenizer, Decoder]:
+    def _prepare_data(self) -> tuple[list[Source], TokenStore | None, Tokenizer, Decoder]:
         """Training and validation data, the tokenizer, and the whole model on the meta device."""
         data = self.config.data
         tokenizer = load_tokenizer(data.tokenizer, data.end_token)
@@ -145,24 +146,7 @@ class Trainer:
             )
         # So that what does not fit is refused before all the tokenizing.
         whole = whole_model(self.config, vocab_size, world_size_of_launch())
-
-        def store(split: str, max_tokens: int | None) -> TokenStore:
-            return prepare(
-                data.dataset,
-                split,
-                tokenizer=tokenizer,
-                cache_dir=data.cache_dir or "~/.cache/torchlmoe",
-                dataset_config=data.dataset_config,
-                text_column=data.text_column,
-                train_split=data.train_split,
-                validation_split=data.validation_split,
-                validation_dataset=data.validation_dataset,
-                validation_fraction=data.validation_fraction,
-                reader_options=data.reader_options,
-                max_tokens=max_tokens,
-            )
-
-        validation = store("validation", data.validation_max_tokens) if self.config.validation.enable else None
+        validation = validation_store(data, tokenizer) if self.config.validation.enable else None
         if validation is not None:  # refuses now what could not be counted in the first validation
             validation_text_bytes(
                 validation,
@@ -170,18 +154,22 @@ class Trainer:
                 batch_size=validation_batch_size(self.config),
                 max_batches=self.config.validation.max_batches,
             )
-        return store("train", data.max_tokens), validation, tokenizer, whole
+        return training_sources(data, tokenizer), validation, tokenizer, whole
 
-    def _describe(self, store: TokenStore, whole: Decoder) -> None:
+    def _describe(self, whole: Decoder) -> None:
         total, active = (count_parameters(whole, active=active) / 1e6 for active in (False, True))
         training = self.config.training
-        epochs = training.steps * self.global_batch_size / self.loader.num_rows
+        rows = self.order.rows_of_sources(training.steps * self.global_batch_size)
+        epochs = ", ".join(
+            f"{count / size:.2f} epochs" + f" of {source.name}" * (len(rows) > 1)
+            for count, size, source in zip(rows, self.order.num_rows, self.order.sources, strict=True)
+        )
         self.log.say(
             f"model: {total:.2f}M parameters, {active:.2f}M active, {len(whole.blocks)} blocks "
             f"{self.config.model.layer_pattern}, vocabulary {whole.spec.vocab_size:,}, "
             f"{self.flops_per_token / 1e6:.1f} MFLOP a token\n"
-            f"data: {store.num_tokens:,} tokens; {training.steps:,} steps of {self.global_batch_size} x "
-            f"{training.seq_len} tokens are {epochs:.2f} epochs\n"
+            f"data: {self.order.num_tokens:,} tokens; {training.steps:,} steps of {self.global_batch_size} x "
+            f"{training.seq_len} tokens are {epochs}\n"
             f"run: {training.dtype} on {self.world_size} x {self.device.type}, metrics in {self.log.folder}"
         )
         if self.config.parallelism.pipeline_parallel_degree > 1:
@@ -330,7 +318,8 @@ class Trainer:
             "loss": totals[0].item(),
             "grad_norm": grad_norm.item(),
             "lr": lr,
-            "tokens_seen": self.loader.tokens_of_steps(step),
+            "tokens_seen": self.order.tokens_of_steps(step),
+            **self.order.figures(step),
             "tokens_per_second": speed,
             "memory_gib": memory_gib(self.device),
             "skipped_steps": self.progress.skipped_steps,

@@ -1,0 +1,153 @@
+"""Which rows each training step reads: a function of the seed and the step alone, over one source of data or a mixture.
+
+Nothing but the step has to be saved: row number `step * global_batch_size + i` of the run is found by arithmetic. Of a
+mixture, rows are dealt out to the sources in turn, so that each has its share of any number of rows to within one row
+per source; then each source's rows are those of its own run, epoch by epoch. An epoch's shuffle is a permutation that
+is computed place by place.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from torchlmoe.data.packing import max_documents, num_rows
+from torchlmoe.data.shuffle import permuted, place_of
+from torchlmoe.data.store import TokenStore
+
+# Shares are fractions of it, so that counts are exact whatever the number of rows.
+UNIT = 2**40
+
+
+@dataclass(frozen=True)
+class Source:
+    """A store to train on, and the weight of its rows among those of all sources. name: for what is logged."""
+
+    store: TokenStore
+    weight: float = 1.0
+    name: str = "data"
+
+
+class StepRows(NamedTuple):
+    """The rows of a step: for each, int64 [global_batch_size], its source and its number in the source's store."""
+
+    sources: np.ndarray
+    rows: np.ndarray
+
+
+class RowOrder:
+    """The order of the rows of one or several sources.
+
+    seq_len: tokens in a row. global_batch_size: rows in one optimizer step. seed: of the shuffle.
+    Attributes: `sources`, those of weight 0 left out; `num_rows` (of each, in an epoch), `num_tokens`, `max_docs` (in
+    any row).
+    Raises ValueError where a store is shorter than a row, and for weights that are negative or all zero.
+    """
+
+    def __init__(self, sources: Sequence[Source], *, seq_len: int, global_batch_size: int, seed: int = 0):
+        check_weights([source.weight for source in sources])
+        self.sources = [source for source in sources if source.weight > 0]
+        for source in self.sources:
+            if source.store.num_tokens < seq_len:
+                what = "the training data" if len(self.sources) == 1 else f"the data of {source.name!r} in data.mixture"
+                raise ValueError(
+                    f"training.seq_len = {seq_len} is longer than {what}, {source.store.num_tokens} tokens: choose a "
+                    "shorter one or give more data."
+                )
+        self.seq_len, self.global_batch_size, self.seed = seq_len, global_batch_size, seed
+        self.num_rows = [num_rows(source.store, seq_len) for source in self.sources]
+        self.num_tokens = sum(source.store.num_tokens for source in self.sources)
+        self.max_docs = max(max_documents(source.store, seq_len) for source in self.sources)
+        weights = np.array([source.weight for source in self.sources])
+        left = np.cumsum(weights[::-1])[::-1]  # of a source and those behind it
+        self._shares = [round(UNIT * weight / rest) for weight, rest in zip(weights, left, strict=True)]
+
+    def rows_of_step(self, step: int) -> StepRows:
+        """The step's rows over all ranks: by microbatch, then by rank."""
+        count = self.global_batch_size
+        sources, rows = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int64)
+        for source, places, positions in self._dealt(step * count, count):
+            sources[places], rows[places] = source, self._shuffled(source, positions)
+        if len(self.sources) > 1:
+            # Dealing in turn gives each rank the same sources over and over; a shuffle evens their work out.
+            places = permuted(np.arange(count), count, (self.seed, step, len(self.sources)))
+            sources, rows = sources[places], rows[places]
+        return StepRows(sources, rows)
+
+    def rows_of_sources(self, num_rows: int) -> list[int]:
+        """How many of the run's first `num_rows` rows are of each source."""
+        counts = []
+        for share in self._shares:
+            counts.append(_dealt_before(num_rows, share))
+            num_rows -= counts[-1]
+        return counts
+
+    def tokens_of_sources(self, num_steps: int) -> list[int]:
+        """Tokens of each source in the first `num_steps` steps, without what fills the last row of an epoch up."""
+        counts = self.rows_of_sources(num_steps * self.global_batch_size)
+        return [self._tokens(source, count) for source, count in enumerate(counts)]
+
+    def tokens_of_steps(self, num_steps: int) -> int:
+        """Tokens in the first `num_steps` steps, over all ranks, without what fills the last row of an epoch up."""
+        return sum(self.tokens_of_sources(num_steps))
+
+    def figures(self, num_steps: int) -> dict[str, float]:
+        """Of each source of a mixture, its share of the tokens of the first `num_steps` steps, and its epochs."""
+        tokens = self.tokens_of_sources(num_steps)
+        figures = {}
+        for source, count in zip(self.sources, tokens, strict=True):
+            figures[f"data/{source.name}/share"] = count / max(sum(tokens), 1)
+            figures[f"data/{source.name}/epochs"] = count / source.store.num_tokens
+        return figures if len(self.sources) > 1 else {}
+
+    def _dealt(self, first: int, count: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """Rows [first, first + count) of the run, by source: their places among them, and the source's own numbers.
+
+        The first source takes its share of all rows, the next its share of those that are left, and so on.
+        """
+        places = np.arange(count)
+        for source, share in enumerate(self._shares):
+            before = _dealt_before(first, share)
+            if share == UNIT:
+                yield source, places, before + np.arange(len(places))
+                return
+            # Of what the rows before left over, in whole units less than one row.
+            remainder = first * share - before * UNIT
+            whole = (remainder + np.arange(len(places) + 1) * share + UNIT // 2) // UNIT
+            taken = np.diff(whole).astype(bool)
+            yield source, places[taken], before + np.arange(taken.sum())
+            places, first = places[~taken], first - before
+
+    def _shuffled(self, source: int, positions: np.ndarray) -> np.ndarray:
+        """Rows of a source's store at these places of its run."""
+        size = self.num_rows[source]
+        out = np.empty_like(positions)
+        for epoch in np.unique(positions // size):
+            of_epoch = positions // size == epoch
+            out[of_epoch] = permuted(positions[of_epoch] % size, size, self._key(source, int(epoch)))
+        return out
+
+    def _key(self, source: int, epoch: int) -> tuple[int, ...]:
+        return (self.seed, epoch) if source == 0 else (self.seed, epoch, source)
+
+    def _tokens(self, source: int, count: int) -> int:
+        rows, num_tokens = self.num_rows[source], self.sources[source].store.num_tokens
+        epochs, places = divmod(count, rows)
+        filling = rows * self.seq_len - num_tokens
+        has_last = filling > 0 and place_of(rows - 1, rows, self._key(source, epochs)) < places
+        return epochs * num_tokens + places * self.seq_len - has_last * filling
+
+
+def check_weights(weights: Sequence[float]) -> None:
+    """Raises ValueError for weights that are negative or all zero."""
+    for weight in weights:
+        if weight < 0:
+            raise ValueError(f"data.mixture has a source with weight = {weight}: weights are 0 or more.")
+    if not any(weights):
+        raise ValueError("data.mixture has sources with weight = 0 alone: give at least one of them more.")
+
+
+def _dealt_before(num_rows: int, share: int) -> int:
+    """Rows that a source with this share takes of the first `num_rows`."""
+    return (num_rows * share + UNIT // 2) // UNIT

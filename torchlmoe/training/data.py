@@ -1,0 +1,88 @@
+"""The token stores of a run: what its settings ask for, and that all ranks have the same."""
+
+import os
+from typing import Any
+
+import torch.distributed as dist
+
+from torchlmoe.config.settings import Data
+from torchlmoe.data.order import Source
+from torchlmoe.data.prepare import Effort, prepare
+from torchlmoe.data.store import TokenStore
+from torchlmoe.data.tokenizer import Tokenizer
+
+
+def training_sources(data: Data, tokenizer: Tokenizer) -> list[Source]:
+    """The stores of the training data, tokenized if they are not there; of a mixture, those that have a weight."""
+    if not data.mixture:
+        return [Source(_store("train", data, tokenizer, max_tokens=data.max_tokens))]
+    sources = []
+    for source in data.mixture:
+        if source.weight > 0:
+            options: dict[str, Any] = dict(
+                dataset=source.dataset,
+                dataset_config=source.dataset_config or data.dataset_config,
+                dataset_revision=source.dataset_revision or data.dataset_revision,
+                text_column=source.text_column or data.text_column,
+                train_split=source.train_split or data.train_split,
+                reader_options=source.reader_options,
+                max_tokens=source.max_tokens or data.max_tokens,
+            )
+            sources.append(Source(_store("train", data, tokenizer, **options), source.weight, source.label))
+    return sources
+
+
+def validation_store(data: Data, tokenizer: Tokenizer) -> TokenStore:
+    return _store("validation", data, tokenizer, max_tokens=data.validation_max_tokens)
+
+
+def _store(split: str, data: Data, tokenizer: Tokenizer, **options: Any) -> TokenStore:
+    of_data: dict[str, Any] = dict(
+        dataset=data.dataset,
+        dataset_config=data.dataset_config,
+        dataset_revision=data.dataset_revision,
+        text_column=data.text_column,
+        train_split=data.train_split,
+        validation_split=data.validation_split,
+        validation_dataset=data.validation_dataset,
+        validation_fraction=data.validation_fraction,
+        reader_options=data.reader_options,
+        token_dtype=data.token_dtype,
+    )
+    writer = data.writer
+    if writer is None:
+        writer = int(os.environ.get("GROUP_RANK") or os.environ.get("SLURM_NODEID") or 0)
+    # A host more than there are writers has no share, and waits for theirs as it does for that of another process.
+    effort = Effort(
+        data.num_workers, data.num_writers, writer if data.writer is not None else writer % data.num_writers
+    )
+    cache_dir = data.cache_dir or "~/.cache/torchlmoe"
+    return prepare(split=split, tokenizer=tokenizer, cache_dir=cache_dir, effort=effort, **{**of_data, **options})
+
+
+def check_same_data(sources: list[Source], validation: TokenStore | None) -> None:
+    """All ranks call it, before the first step: hosts may have tokenized each for themselves.
+
+    Raises ValueError, on all of them, where documents differ.
+    """
+    stores = [(f"data of {source.name!r}" if len(sources) > 1 else "training data", source.store) for source in sources]
+    if validation is not None:
+        stores.append(("validation data", validation))
+    of_ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, [store.index.content for _, store in stores])
+    for (what, _), contents in zip(stores, zip(*of_ranks, strict=True), strict=True):
+        ranks_with: dict[str, list[int]] = {}
+        for rank, content in enumerate(contents):
+            ranks_with.setdefault(content, []).append(rank)
+        if len(ranks_with) > 1:
+            found = ", ".join(f"sha256 {content[:16]} on {_ranks(ranks)}" for content, ranks in ranks_with.items())
+            raise ValueError(
+                f"The {what} differs between hosts: {found}; give all of them the same files, revision and tokenizer, "
+                "or copy one host's data.cache_dir to the others."
+            )
+
+
+def _ranks(ranks: list[int]) -> str:
+    """In words, with a limit to what a sentence bears."""
+    shown = ", ".join(map(str, ranks[:8])) + ", ..." * (len(ranks) > 8)
+    return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"
