@@ -110,7 +110,7 @@ ALWAYS = {
     "model": "name flavor layer_pattern vocab_size dim num_layers norm_eps init_std tie_embeddings loss_chunk_size "
     "layers",
     "data": "dataset reader_options tokenizer end_token text_column train_split validation_split max_tokens cache_dir "
-    "num_prefetch",
+    "num_prefetch mixture num_workers num_writers",
     "training": "steps seq_len local_batch_size global_batch_size seed dtype loss loss_options max_norm "
     "non_finite deterministic device",
     "optimizer": "name options lr beta1 beta2 eps weight_decay",
@@ -134,6 +134,38 @@ def test_every_setting_has_an_effect_or_says_what_it_needs():
     needy = loader._NEEDS.keys() | NEEDS.keys() | {"optimizer.matrix_lr", "optimizer.momentum"}
     assert every == always | needy
     assert not always & needy
+
+
+MIXTURE = """[{dataset = 'a/b', weight = 3}, {dataset = './c/d/', weight = 1, name = "x", max_tokens = 9}]"""
+
+
+def test_mixtures(tmp_path):
+    arguments = ["--data.mixture", MIXTURE, "--data.validation_dataset", "v"]
+    config = load_config(arguments)
+    assert [(source.label, source.weight, source.max_tokens) for source in config.data.mixture] == [
+        ("b", 3, None),
+        ("x", 1, 9),
+    ]
+    file = tmp_path / "settings.toml"
+    file.write_text(to_toml(config))
+    assert load(f"--job.config_file {file}").data == config.data
+    for mixture, others, sentence in (
+        (MIXTURE, ["--data.dataset", "z"], r"data\.dataset = 'z' and its .* have no effect with data\.mixture"),
+        (MIXTURE, [], r"needs a data\.validation_dataset, or validation\.enable = false"),
+        (MIXTURE.replace('"x"', "'b'"), arguments[2:], "two sources named 'b'"),
+        (
+            MIXTURE.replace("name", "nam"),
+            arguments[2:],
+            r"data\.mixture\.1\.nam is not a setting; the nearest is name\.",
+        ),
+        (MIXTURE.replace("weight = 1", "weight = -1"), arguments[2:], r"data\.mixture\.1\.weight = -1 is not valid"),
+        ("[{weight = 1}]", arguments[2:], r"data\.mixture\.0\.dataset is missing"),
+        ("[{dataset = 'a', weight = 0}]", arguments[2:], "weight = 0 alone: give at least one of them more"),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            load_config(["--data.mixture", mixture, *others])
+    with pytest.raises(ConfigError, match=r"data\.writer = 1 has no effect with data\.num_writers = 1"):
+        load("--data.writer 1")
 
 
 IDLE = {

@@ -10,6 +10,7 @@ from typing import Any
 
 from torchlmoe.config.load import config_from, setting
 from torchlmoe.config.settings import Config, MoE
+from torchlmoe.data.local_files import TOKENS
 from torchlmoe.mixers import MIXERS
 
 Need = tuple[str, Callable[[Config], bool]]  # in words, and whether it is met
@@ -37,10 +38,18 @@ def _enabled(table: str) -> Need:
     return f"{table}.enable = true", lambda config: getattr(config, table).enable
 
 
+def _datasets(config: Config) -> list[str]:
+    data = config.data
+    return [data.dataset, *filter(None, [data.validation_dataset]), *(source.dataset for source in data.mixture)]
+
+
 def _reads_hub(config: Config) -> bool:
-    sources = (source.dataset for source in config.data.mixture)
-    names = (config.data.dataset, config.data.validation_dataset or "embedded", *sources)
-    return any(name != "embedded" and not Path(name).expanduser().exists() for name in names)
+    return any(name != "embedded" and not Path(name).expanduser().exists() for name in _datasets(config))
+
+
+def _reads_tokens(config: Config) -> bool:
+    paths = [Path(name).expanduser() for name in _datasets(config)]
+    return any(file.suffix in TOKENS for path in paths for file in (path, *path.rglob("*")))
 
 
 NEEDS: dict[str, Need] = {
@@ -48,6 +57,7 @@ NEEDS: dict[str, Need] = {
     **{f"model.{option}": _mixer_with(option) for option in ("num_heads", "rope_base", "backend")},
     **{f"moe.{field.name}": _blocks_with("moe") for field in dataclasses.fields(MoE)},
     **{f"data.{key}": ("a dataset of the hub", _reads_hub) for key in ("dataset_config", "dataset_revision")},
+    "data.token_dtype": ("files of tokens (.bin or .npy)", _reads_tokens),
     "data.validation_fraction": ("no data.validation_dataset", lambda config: config.data.validation_dataset is None),
     **{f"data.{key}": _enabled("validation") for key in ("validation_dataset", "validation_max_tokens")},
     **{f"validation.{key}": _enabled("validation") for key in ("interval", "max_batches", "local_batch_size")},

@@ -93,12 +93,12 @@ class RowOrder:
         return sum(self.tokens_of_sources(num_steps))
 
     def figures(self, num_steps: int) -> dict[str, float]:
-        """Of each source of a mixture, its share of the tokens of the first `num_steps` steps, and its epochs."""
-        tokens = self.tokens_of_sources(num_steps)
+        """Of each source of a mixture: its share of the rows of the first `num_steps` steps, and its epochs."""
+        rows, tokens = self.rows_of_sources(num_steps * self.global_batch_size), self.tokens_of_sources(num_steps)
         figures = {}
-        for source, count in zip(self.sources, tokens, strict=True):
-            figures[f"data/{source.name}/share"] = count / max(sum(tokens), 1)
-            figures[f"data/{source.name}/epochs"] = count / source.store.num_tokens
+        for source, count, seen in zip(self.sources, rows, tokens, strict=True):
+            figures[f"data/{source.name}/share"] = count / max(sum(rows), 1)
+            figures[f"data/{source.name}/epochs"] = seen / source.store.num_tokens
         return figures if len(self.sources) > 1 else {}
 
     def _dealt(self, first: int, count: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
