@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,6 +47,9 @@ def place(corpus, tmp_path_factory) -> Iterator[Path]:
         file.seek(4)
         file.write(b"\xff" * 20)
     (place / "book.txt").write_text("Call me Ishmael. " * 99)
+    np.arange(5, dtype="<u2").tofile(place / "mismatch.bin")
+    index = struct.pack("<9sQBQQiqqq", b"MMIDIDX\x00\x00", 1, 8, 1, 2, 4, 0, 0, 1)
+    (place / "mismatch.idx").write_bytes(index)
     (place / "tokenizer.json").write_text("{}")
     (place / "file").write_text("")
     damaged = shutil.copytree(place / "run", place / "damaged") / "checkpoints" / "step-00000002"
@@ -90,6 +94,10 @@ CASES = {
     "--data.dataset {place}/fake.parquet": "fake.parquet cannot be read",
     "--data.dataset {place}/torn.parquet": "torn.parquet cannot be read",
     "--data.dataset {place}/book.txt": "give a data.validation_dataset, set validation.enable = false, or",
+    "--data.dataset {place}/mismatch.bin": "mismatch.idx does not match mismatch.bin: it counts 4 tokens of 2 bytes, but",
+    "--data.num_writers 2 --data.writer 2": "data.writer = 2 is none of the data.num_writers = 2 writers",
+    "--data.mixture [{{dataset='a',weight=-1.0}}]": "data.mixture.0.weight = -1.0 is not valid",
+    "--data.mixture [{{dataset='a',weight=0.0}}]": "data.mixture has sources with weight = 0 alone: give at least one",
     "--data.tokenizer {place}/nowhere": 'is not there: give "embedded", a tokenizer.json or a folder.',
     "--data.tokenizer {place}/tokenizer.json": "tokenizer.json is not a tokenizer.json that this version",
     "--data.end_token <|nothing|>": "has no end token <|nothing|>",

@@ -23,7 +23,7 @@ ROOMS = [
     ["checkpoint", "inference"],
     ["training"],
     ["command", "config_loader", "settings_reference", "vendoring"],
-    ["export", "generate", "import_model", "vendor"],
+    ["export", "generate", "import_model", "prepare", "vendor"],
 ]
 # Rooms that need no other package, and no other room.
 TORCH_ALONE = ("styles", "kernels")

@@ -3,6 +3,7 @@
 import hashlib
 import re
 from collections.abc import Iterable
+from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 
@@ -79,6 +80,10 @@ class Tokenizer:
         Special tokens and the end token stand for no text. Where a normalizer rewrites text, these are bytes of the
         result.
         """
+        return self._token_bytes
+
+    @cached_property
+    def _token_bytes(self) -> np.ndarray | None:
         added = self._tokenizer.get_added_tokens_decoder()
         table = np.zeros(self.vocab_size, dtype=np.uint16)
         alphabet = set(ByteLevel.alphabet())

@@ -1,0 +1,71 @@
+"""Time to tokenize synthetic text by one process and by several: python -m benchmarks.tokenizing
+
+The text is words drawn by Zipf's law from a made-up vocabulary, so that merges of the tokenizer are of all lengths. Each
+number of processes makes a store of its own, from the same files; their identities are compared.
+"""
+
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.report import arguments, show
+from torchlmoe.data.prepare import Effort, prepare
+from torchlmoe.data.tokenizer import load_tokenizer
+
+WORDS_AT_ONCE = 200_000
+
+
+def write_text(folder: Path, num_bytes: int) -> None:
+    """A .jsonl file of about so many bytes, documents of 20 to 2,000 words."""
+    generator = np.random.default_rng(0)
+    letters = np.array(list("etaoinshrdlucmfwypvbgk"))
+    words = np.array(["".join(generator.choice(letters, generator.integers(1, 12))) for _ in range(50_000)])
+    with (folder / "text.jsonl").open("w") as file:
+        while file.tell() < num_bytes:
+            drawn = words[np.minimum(generator.zipf(1.2, WORDS_AT_ONCE), len(words)) - 1]
+            for part in np.split(drawn, np.cumsum(generator.integers(20, 2000, 200))):
+                if len(part):
+                    file.write(json.dumps({"text": " ".join(part)}) + "\n")
+
+
+def main() -> None:
+    parser = arguments(__doc__.splitlines()[0])
+    parser.add_argument("--megabytes", type=int, default=1000, help="text to tokenize")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="numbers of processes")
+    options = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        (folder / "text").mkdir()
+        write_text(folder / "text", options.megabytes * 10**6)
+        tokenizer, contents = load_tokenizer("embedded"), set()
+        for workers in options.workers:
+            begin = time.perf_counter()
+            store = prepare(
+                str(folder / "text"),
+                "train",
+                tokenizer=tokenizer,
+                cache_dir=folder / str(workers),
+                validation_fraction=0,
+                effort=Effort(workers),
+            )
+            seconds = time.perf_counter() - begin
+            contents.add(store.index.content)
+            rows.append(
+                {
+                    "processes": workers,
+                    "seconds": round(seconds, 1),
+                    "MB/s": round(store.text_bytes / 1e6 / seconds, 2),
+                    "speedup": round(rows[0]["seconds"] / seconds, 2) if rows else 1.0,
+                    "tokens": store.num_tokens,
+                }
+            )
+    assert len(contents) == 1, "the stores differ"
+    show(rows, options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""Tokenizes the data of a run, without a GPU or the run: python -m torchlmoe.prepare [--job.config_file FILE ...]
+
+Takes the settings of train.py, which then finds the tokens in data.cache_dir. Several hosts that share this folder work
+together with data.num_writers; each is told its number by data.writer, or by torchrun or SLURM. The same command
+goes on after it was killed.
+"""
+
+import logging
+
+from torchlmoe.command import run
+from torchlmoe.config.load import load_config
+from torchlmoe.data.store import TokenStore
+from torchlmoe.data.tokenizer import load_tokenizer
+from torchlmoe.training.data import training_sources, validation_store
+
+
+def main(arguments: list[str]) -> None:
+    if "--help" in arguments or "-h" in arguments:
+        print(__doc__, end="")
+        return
+    config = load_config(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("torchlmoe").setLevel(logging.INFO)
+    tokenizer = load_tokenizer(config.data.tokenizer, config.data.end_token)
+    if config.validation.enable:
+        _say("validation", validation_store(config.data, tokenizer))
+    for source in training_sources(config.data, tokenizer):
+        _say("training" if not config.data.mixture else source.name, source.store)
+
+
+def _say(name: str, store: TokenStore) -> None:
+    print(
+        f"{name}: {store.num_tokens:,} tokens, {store.num_documents:,} documents, sha256 {store.index.content[:16]}, in "
+        f"{store.folder}"
+    )
+
+
+if __name__ == "__main__":
+    run(main)
