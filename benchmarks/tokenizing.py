@@ -64,7 +64,7 @@ def main() -> None:
                 }
             )
     assert len(contents) == 1, "the stores differ"
-    show(rows, options)
+    show(f"Tokenizing {options.megabytes:,} MB of synthetic text", rows, options.output)
 
 
 if __name__ == "__main__":

@@ -29,10 +29,8 @@ def main(arguments: list[str]) -> None:
 
 
 def _say(name: str, store: TokenStore) -> None:
-    print(
-        f"{name}: {store.num_tokens:,} tokens, {store.num_documents:,} documents, sha256 {store.index.content[:16]}, in "
-        f"{store.folder}"
-    )
+    counts = f"{store.num_tokens:,} tokens, {store.num_documents:,} documents"
+    print(f"{name}: {counts}, sha256 {store.index.content[:16]}, in {store.folder}")
 
 
 if __name__ == "__main__":
