@@ -1,6 +1,6 @@
 """Time to tokenize synthetic text by one process and by several: python -m benchmarks.tokenizing
 
-The text is words drawn by Zipf's law from a made-up vocabulary, so that merges of the tokenizer are of all lengths. Each
+The text is words drawn by Zipf's law from a made-up vocabulary, so that the tokenizer's merges are of all lengths. Each
 number of processes makes a store of its own, from the same files; their identities are compared.
 """
 

@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import time
+from contextlib import suppress
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,9 +28,9 @@ TEXTS = [f"Document {number}. " + "It is a truth universally acknowledged. " * (
 @pytest.fixture
 def small_pieces(monkeypatch):
     """A corpus of a few hundred kilobytes becomes a dozen pieces of two shards or so each."""
-    monkeypatch.setattr(local_files, "PIECE_BYTES", 20_000)
+    monkeypatch.setattr(local_files, "PIECE_BYTES", 12_000)
     monkeypatch.setattr(tokenizing, "CHARACTERS_AT_ONCE", 3_000)
-    monkeypatch.setattr(tokenizing, "CHARACTERS_PER_SHARD", 12_000)
+    monkeypatch.setattr(tokenizing, "CHARACTERS_PER_SHARD", 6_000)
 
 
 @pytest.fixture
@@ -67,7 +68,7 @@ def stream(dataset, **options):
     return list(open_corpus(dataset, "train", validation_fraction=0, **options).documents())
 
 
-@pytest.mark.parametrize("piece_bytes", [1, 100, 1_000, 20_000, 10**6])
+@pytest.mark.parametrize("piece_bytes", [100, 1_000, 12_000, 10**6])
 def test_pieces_together_are_the_corpus(dataset, monkeypatch, piece_bytes):
     monkeypatch.setattr(local_files, "MOST_PIECES", 10**9)
     monkeypatch.setattr(local_files, "PIECE_BYTES", 10**9)
@@ -75,7 +76,7 @@ def test_pieces_together_are_the_corpus(dataset, monkeypatch, piece_bytes):
     monkeypatch.setattr(local_files, "PIECE_BYTES", piece_bytes)
     pieces = open_corpus(dataset, "train", validation_fraction=0).read(None).pieces
     assert stream(dataset) == TEXTS
-    assert len(pieces) in {1: range(500, 1200), 10**6: range(1, 2)}.get(piece_bytes, range(10, 1200))
+    assert len(pieces) in {100: range(1000, 2000), 1_000: range(50, 200), 12_000: range(8, 20), 10**6: [1]}[piece_bytes]
     assert abs(sum(piece.num_bytes for piece in pieces) - sum(p.stat().st_size for p in _files(dataset))) < len(pieces)
 
 
@@ -104,7 +105,7 @@ def test_any_number_of_writers_makes_the_same(build, small_pieces, tmp_path, max
     options = {"max_tokens": max_tokens, "validation_fraction": held_out}
     one = build("one", **options)
     assert len(one.index.shards) > 20 or max_tokens
-    for split in ("train", "validation"):
+    for split in ("train", "validation")[: 2 if held_out else 1]:
         alone = build("one", **options, split=split)
         shared = tmp_path / f"shared_{split}"
         # Hosts in turn: the first ones leave when their share is done, as if they were killed while they wait.
@@ -261,7 +262,7 @@ def test_a_writer_that_is_none_is_refused(build):
 
 
 def build_small(dataset, folder, workers):
-    local_files.PIECE_BYTES, tokenizing.CHARACTERS_AT_ONCE, tokenizing.CHARACTERS_PER_SHARD = 20_000, 3_000, 12_000
+    local_files.PIECE_BYTES, tokenizing.CHARACTERS_AT_ONCE, tokenizing.CHARACTERS_PER_SHARD = 12_000, 3_000, 6_000
     os.setpgid(0, 0)
     prepare(
         dataset,

@@ -33,7 +33,7 @@ class Job:
     @property
     def counts(self) -> bool:
         """Whether documents of a piece are told apart by their number, which hangs on the pieces before."""
-        return self.reading.held_out is not None and len(self.reading.pieces) > 1
+        return bool(self.reading.held_out) and len(self.reading.pieces) > 1
 
 
 def count_documents(job: Job, piece: int) -> None:
