@@ -8,7 +8,6 @@ import random
 import shutil
 import signal
 import time
-from contextlib import suppress
 
 import pyarrow as pa
 import pyarrow.parquet as pq
