@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import time
+from contextlib import suppress
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -109,7 +110,8 @@ def test_any_number_of_writers_makes_the_same(build, small_pieces, tmp_path, max
         shared = tmp_path / f"shared_{split}"
         # Hosts in turn: the first ones leave when their share is done, as if they were killed while they wait.
         for writer in (2, 0):
-            with pytest.raises(TimeoutError):
+            # The first host may see that its own pieces hold all the tokens that are wanted.
+            with pytest.raises(TimeoutError) if writer or not max_tokens else suppress(TimeoutError):
                 build_without_waiting(build, shared, writers=3, writer=writer, **options, split=split)
         together = build(shared, writers=3, writer=1, **options, split=split)
         assert content(together) == content(alone)
