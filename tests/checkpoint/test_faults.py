@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -13,10 +12,8 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-import train as train_program
-from tests.checkpoint.conftest import arguments, records, train
+from tests.checkpoint.conftest import Run, arguments, records, train
 from tests.conftest import files_at_most
-from tests.programs import Program
 from torchlmoe.checkpoint.folders import published
 from torchlmoe.checkpoint.manifest import verify
 from torchlmoe.config.load import load_config
@@ -163,40 +160,6 @@ def test_the_death_of_torchrun_asks_for_an_end(monkeypatch):
             assert stop.name == name
 
 
-class Run:
-    """train.py on some ranks, each a process of its own, started without a launcher."""
-
-    def __init__(self, corpus, folder, extra, world_size=1):
-        with socket.socket() as probe:
-            probe.bind(("localhost", 0))
-            port = probe.getsockname()[1]
-        self.folder = folder
-        settings = arguments(corpus, folder, f"--training.steps 100000 {extra}")
-        place = dict(MASTER_ADDR="localhost", MASTER_PORT=str(port), WORLD_SIZE=str(world_size))
-        self.ranks = [
-            Program(
-                train_program.main, settings, folder.parent, name=f"{folder.name}_{rank}",
-                **(place | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world_size > 1 else {}),
-            )
-            for rank in range(world_size)
-        ]  # fmt: skip
-
-    def wait_for_step(self, step):
-        path = self.folder / "metrics.jsonl"
-        end = time.monotonic() + 120
-        while not path.exists() or path.read_text().count("\n") < step:
-            assert time.monotonic() < end
-            assert all(rank.process.is_alive() for rank in self.ranks), self.ranks[0].result()
-            time.sleep(0.05)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        for rank in self.ranks:
-            rank.__exit__()
-
-
 def sentence(stderr):
     assert "Traceback" not in stderr
     return stderr.strip().splitlines()[-1]
@@ -243,13 +206,27 @@ with stop_request.StopRequest() as stop:
 
 
 def test_one_ranks_signal_stops_all(corpus, tmp_path):
-    with Run(corpus, tmp_path, "", world_size=2) as run:
-        run.wait_for_step(5)
+    stopped_by_one_rank(corpus, tmp_path, "", 5)
+
+
+def test_one_stages_signal_stops_all_and_the_same_command_goes_on(corpus, tmp_path):
+    pipeline = "--parallelism.pipeline_parallel_degree 2"
+    first, _ = stopped_by_one_rank(corpus, tmp_path, pipeline, 5)
+    second, said = stopped_by_one_rank(corpus, tmp_path, pipeline, first + 2)
+    assert f"step-{first:08d}: {first} steps are done." in said
+    assert [record["step"] for record in records(tmp_path)] == list(range(1, second + 1))
+
+
+def stopped_by_one_rank(corpus, folder, extra, at_step):
+    """The step that a run of two ranks has saved when one of them was sent SIGTERM, and what the first one logged."""
+    with Run(corpus, folder, extra, world_size=2) as run:
+        run.wait_for_step(at_step)
         run.ranks[1].send_signal(signal.SIGTERM)
         results = [rank.result() for rank in run.ranks]
     assert [result.returncode for result in results] == [0, 0], results
-    step = all_whole(tmp_path)[-1]
+    step = all_whole(folder)[-1]
     assert f"Stopped after step {step} by a signal to another rank: saved in " in results[0].stdout
+    return step, results[0].stderr
 
 
 def test_a_killed_rank_ends_the_others(corpus, tmp_path):
