@@ -135,6 +135,7 @@ def _kill(run: Run, victims: list, counts: Counter) -> None:
         assert result.returncode == 2, (rank, result)
         assert result.stderr.splitlines()[-1].startswith(f"error (rank {rank}): "), result.stderr
         counts["ranks that ended by themselves"] += 1
+        counts["of them after the timeout"] += "did not end within" in result.stderr
     killed = sum(result.returncode == -signal.SIGKILL for result in results)
     counts["kills"] += killed > 0
     counts["kills of all ranks"] += killed == len(results) > 1
