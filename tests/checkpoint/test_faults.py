@@ -1,6 +1,7 @@
 """What can go wrong while training: each ends in one sentence, in bounded time, and what was saved stays whole."""
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -24,6 +25,7 @@ from torchlmoe.training.stop_request import StopRequest
 from torchlmoe.training.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent.parent
+LOST = r"is lost \(killed, stopped or cut off\), last seen in step \d+ \(\w[a-z ]+\)"
 pytestmark = pytest.mark.usefixtures("process_group")
 
 
@@ -258,7 +260,7 @@ def test_a_killed_rank_ends_the_others(corpus, tmp_path):
         run.ranks[1].send_signal(signal.SIGKILL)
         code, _, err = run.ranks[0].result()
         assert code == 2
-    assert sentence(err).startswith("error (rank 0): Another rank ended during step ")
+    assert re.match(rf"error \(rank 0\): Another rank ended during step .*: rank 1 {LOST}", sentence(err))
     assert all_whole(tmp_path)
 
 
@@ -269,6 +271,6 @@ def test_a_stuck_rank_ends_the_others_after_the_timeout(corpus, tmp_path):
         begin = time.monotonic()
         code, _, err = run.ranks[0].result()
         assert code == 2
-    assert "did not end within parallelism.timeout_seconds = 4: a rank hangs" in sentence(err)
+    assert re.search(rf"did not end within parallelism\.timeout_seconds = 4: rank 1 {LOST}", sentence(err))
     assert time.monotonic() - begin < 30
     assert all_whole(tmp_path)

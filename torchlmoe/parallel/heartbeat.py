@@ -197,7 +197,8 @@ class Heartbeat:
 
     def _without_store(self) -> str:
         who = "the launcher of the first node" if self._is_launchers else "rank 0"
-        return f"{who} ended or hangs, and with it the store in which ranks report; this rank was in {self.where}"
+        serves = f"{who}, whose process serves the store in which ranks report"
+        return f"{serves}, ended or hangs; this rank was in {self.where}"
 
 
 def judge(rank: int, before: Sequence[Report | None], now: Sequence[Report | None]) -> str | None:
