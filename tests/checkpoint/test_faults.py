@@ -12,7 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from filelock import FileLock
+from safetensors.torch import load_file
 
 import train as train_program
 from tests.checkpoint.conftest import arguments, records, train
@@ -168,12 +170,12 @@ def test_the_death_of_torchrun_asks_for_an_end(monkeypatch):
 class Run:
     """train.py on some ranks, each a process of its own, started without a launcher."""
 
-    def __init__(self, corpus, folder, extra, world_size=1):
+    def __init__(self, corpus, folder, extra, world_size=1, steps=100_000):
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
             port = probe.getsockname()[1]
         self.folder = folder
-        settings = arguments(corpus, folder, f"--training.steps 100000 {extra}")
+        settings = arguments(corpus, folder, f"--training.steps {steps} {extra}")
         place = dict(MASTER_ADDR="localhost", MASTER_PORT=str(port), WORLD_SIZE=str(world_size))
         self.ranks = [
             Program(
@@ -274,3 +276,46 @@ def test_a_stuck_rank_ends_the_others_after_the_timeout(corpus, tmp_path):
     assert re.search(rf"did not end within parallelism\.timeout_seconds = 4: rank 1 {LOST}", sentence(err))
     assert time.monotonic() - begin < 30
     assert all_whole(tmp_path)
+
+
+def on_eight_ranks(corpus, folder):
+    """A mesh of tp 2, pp 2 and dp 2."""
+    layout = """--parallelism.tensor_parallel_degree 2 --parallelism.pipeline_parallel_degree 2
+        --parallelism.timeout_seconds 20 --training.deterministic true --checkpoint.async_mode async"""
+    return Run(corpus, folder, layout, world_size=8, steps=40)
+
+
+@pytest.fixture(scope="module")
+def whole(corpus, tmp_path_factory):
+    """A run on eight ranks to which nothing happens."""
+    folder = tmp_path_factory.mktemp("eight") / "whole"
+    with on_eight_ranks(corpus, folder) as run:
+        assert [rank.result(300).returncode for rank in run.ranks] == [0] * 8
+    return folder
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM])
+def test_a_signal_to_one_of_eight_ranks(number, whole, corpus, tmp_path):
+    """All others name the rank that is lost, or all stop; the same command goes on bit for bit."""
+    folder = tmp_path / "run"
+    with on_eight_ranks(corpus, folder) as run:
+        run.wait_for_step(10)
+        run.ranks[5].send_signal(number)
+        begin = time.monotonic()
+        for index, rank in enumerate(run.ranks):
+            if number == signal.SIGTERM:
+                assert rank.result(300).returncode == 0
+            elif index != 5:
+                code, _, err = rank.result(300)
+                assert code == 2
+                assert re.search(f"rank 5 {LOST}", sentence(err)), (index, err)
+        assert time.monotonic() - begin < 20 + 60
+    assert 10 <= len(records(folder)) < 40
+    assert all_whole(folder)
+    with on_eight_ranks(corpus, folder) as again:
+        assert [rank.result(300).returncode for rank in again.ranks] == [0] * 8
+    assert records(folder) == records(whole)
+    for path in (whole / "checkpoints/step-00000040").glob("*.safetensors"):
+        other = load_file(folder / "checkpoints/step-00000040" / path.name)
+        torch.testing.assert_close(load_file(path), other, rtol=0, atol=0)
