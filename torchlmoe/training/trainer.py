@@ -199,7 +199,7 @@ class Trainer:
 
     def train(self) -> dict[str, Any]:
         """Runs the steps that are left, fewer if a signal asks to stop, and returns the last logged record."""
-        with self._resources, collective_failures(self.heartbeat, self.config.parallelism.timeout_seconds):
+        with self._resources:
             self._run()
         return self.log.records[-1] if self.log.records else {}
 
@@ -207,7 +207,9 @@ class Trainer:
         settings, steps = self.config.metrics, self.config.training.steps
         tokens_per_step = self.global_batch_size * self.config.training.seq_len
         timed_steps, begin = 0, time.perf_counter()
-        with self.stop_request:
+        timeout = self.config.parallelism.timeout_seconds
+        # The signal by which a launcher ends the ranks that are left does not cut off what they have to say.
+        with self.stop_request, collective_failures(self.heartbeat, timeout):
             if self._was_cut_off():
                 self._validate_and_log()
             while self.progress.step < steps and not self.stopping:
