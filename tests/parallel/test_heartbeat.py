@@ -17,8 +17,9 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from tests.conftest import PRELOADED
 from torchlmoe.parallel import heartbeat
 from torchlmoe.parallel.failures import collective_failures
-from torchlmoe.parallel.heartbeat import ENDED, FAILED, RUNNING, Heartbeat, Report, judge
+from torchlmoe.parallel.heartbeat import Heartbeat
 from torchlmoe.parallel.mesh import join_launch, start_process_group
+from torchlmoe.parallel.verdict import ENDED, FAILED, RUNNING, Report, judge
 
 INTERVAL = 0.4
 TIMEOUT = 2.0
@@ -39,6 +40,16 @@ def fail():
     raise OSError("No space left on device\nsecond line")
 
 
+def say_what_is_logged():
+    """Hangs as a collective of NCCL does, without an error."""
+    said = []
+    heartbeat.logger.addFilter(lambda record: said.append(record.getMessage()))
+    end = time.monotonic() + 60
+    while not said and time.monotonic() < end:
+        time.sleep(0.05)
+    raise ValueError(*said)
+
+
 def sleep():
     time.sleep(60)
 
@@ -55,6 +66,7 @@ FAULTS = {
         2,
         rf"timeout_seconds = 2: rank 2 is late, last seen in {HERE}, while rank \d was in step 3 \(saving\); what was",
     ),
+    "stopped, NCCL": (stop, 2, rf"ValueError: rank \d has been in {HERE} for \d seconds: rank 2 {LOST} {HERE}\.$"),
     "stuck beside": (
         None,
         2,
@@ -72,7 +84,7 @@ def run_with(fault: str, rank: int, port: int, folder: Path, served: bool) -> No
     try:
         with Heartbeat() as beating, collective_failures(beating, TIMEOUT):
             launch = join_launch(60)
-            beating.start(*launch)
+            beating.start(*launch, TIMEOUT if fault == "stopped, NCCL" else None)
             start_process_group(torch.device("cpu"), 60, launch)
             other_group = dist.new_group(timeout=timedelta(seconds=60))
             dist.barrier()
@@ -100,6 +112,8 @@ def steps(fault: str, rank: int, beating: Heartbeat, other_group: dist.ProcessGr
                         dist.barrier(other_group)
                 elif rank == victim:
                     what()
+                elif fault == "stopped, NCCL":
+                    say_what_is_logged()
             dist.all_reduce(torch.ones(1000))
 
 

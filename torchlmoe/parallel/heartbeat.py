@@ -7,36 +7,40 @@ Reports are read only after a failure, all of them in one request. Beats are cou
 import atexit
 import itertools
 import json
+import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch.distributed as dist
+
+from torchlmoe.parallel.verdict import ENDED, FAILED, RUNNING, Report, judge
+
+logger = logging.getLogger(__name__)
 
 INTERVAL = 1.0  # seconds between two reports of a rank
 BEATS_TO_WAIT = 3.5  # in which a rank that is not lost reports again
 _SECONDS_OF_A_REQUEST = 5.0
-_MOST_NAMED = 8  # ranks in a sentence
-
-# States of a rank. RUNNING may also be lost. FAILED: a collective failed here, so that another rank is the cause.
-RUNNING, FAILED, ENDED = "running", "failed", "ended"
 
 _VERDICT = "verdict"
 # Heartbeats of this process so far: the n-th of one rank belongs to the n-th of the others, and not to one before.
 _number = itertools.count()
 
 
-class Report(NamedTuple):
-    """beat: rises with each report. moves: how many operations the rank has begun. where: the last of them."""
+@dataclass
+class _Pause:
+    """In which the rank begins nothing new. before: the reports of all ranks at a beat of it."""
 
-    beat: int
     moves: int
-    where: str
-    state: str
+    since: float
+    first_beat: int = 0
+    before: list[Report | None] = field(default_factory=list)
+    is_told: bool = False
 
 
 class Heartbeat:
@@ -49,15 +53,20 @@ class Heartbeat:
     def __init__(self) -> None:
         self.beside: Callable[[], str] = lambda: ""  # what goes on in the background, to follow `where`
         self._moves, self._where, self._state = 0, "start-up", RUNNING
+        self._original: Any = None
         self._store: Any = None
         self._verdict: str | None = None
         self._beat, self._is_gone = 0, False
+        self._patience: float | None = None
+        self._watched: _Pause | None = None
         self._writing, self._stopped = threading.Lock(), threading.Event()
 
-    def start(self, store: dist.Store, rank: int, world_size: int) -> None:
+    def start(self, store: dist.Store, rank: int, world_size: int, patience: float | None = None) -> None:
         """Begins to report. Raises RuntimeError where the store does not answer.
 
         store: of all ranks. It is cloned, since a request of the process group may wait in it for minutes.
+        patience: seconds after which this rank, if it has begun nothing new, logs which other is lost or late. For
+        NCCL: a collective that hangs there raises nothing, and when it times out the watchdog aborts the process.
         """
         if world_size == 1:
             return
@@ -65,6 +74,7 @@ class Heartbeat:
         # Rank 0 has it in its process unless the launcher has it.
         self._is_launchers = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self._patience = patience
         self._original, self._prefix = store, f"heartbeat/{attempt}/{next(_number)}"
         self._connect()
         self._write()
@@ -144,6 +154,7 @@ class Heartbeat:
             try:
                 self._write()
                 self._look()
+                self._watch()
             except dist.DistStoreError:  # A late answer would be taken for that of the next request.
                 self._connect()
             except RuntimeError:  # The store is gone, which a collective that fails will tell.
@@ -160,6 +171,24 @@ class Heartbeat:
         """Keeps what another rank has concluded, which outlasts the store."""
         if self._verdict is None and self._store.check([_VERDICT]):
             self._verdict = self._store.get(_VERDICT).decode()
+
+    def _watch(self) -> None:
+        if self._watched is None or self._watched.moves != self._moves:
+            self._watched = _Pause(self._moves, time.monotonic())
+        pause = self._watched
+        seconds = time.monotonic() - pause.since
+        if self._patience is None or seconds < self._patience or pause.is_told or self._state != RUNNING:
+            return
+        if not pause.before:
+            pause.first_beat, pause.before = self._beat, self._read()
+        elif self._verdict is not None or self._beat > pause.first_beat + BEATS_TO_WAIT:
+            verdict = self._verdict or judge(self.rank, pause.before, self._read())
+            if verdict is None:  # something long, such as a validation: looks again when as much time has passed
+                self._watched = None
+                return
+            pause.is_told = True
+            self._publish(verdict)
+            logger.error(f"rank {self.rank} has been in {self.where} for {seconds:.0f} seconds: {self._verdict}.")
 
     def _publish(self, verdict: str) -> None:
         """Takes the first rank's verdict for all."""
@@ -199,43 +228,3 @@ class Heartbeat:
         who = "the launcher of the first node" if self._is_launchers else "rank 0"
         serves = f"{who}, whose process serves the store in which ranks report"
         return f"{serves}, ended or hangs; this rank was in {self.where}"
-
-
-def judge(rank: int, before: Sequence[Report | None], now: Sequence[Report | None]) -> str | None:
-    """Who is to blame that a collective failed on `rank`, as a clause; None where nobody can be singled out.
-
-    before, now: reports of all ranks, some beats apart.
-    """
-    absent = [other for other, report in enumerate(now) if report is None]
-    if absent:
-        return f"{_names(absent)} {_are(absent)} not there: not started, or ended before the first report"
-    reports = [report for report in now if report is not None]
-    running = [other for other, report in enumerate(reports) if report.state == RUNNING and other != rank]
-    lost = [other for other in running if (seen := before[other]) is not None and seen.beat == reports[other].beat]
-    if lost:
-        return f"{_names(lost)} {_are(lost)} lost (killed, stopped or cut off), last seen in {_places(lost, reports)}"
-    # Of ranks that are behind, some may wait for others; those have failed too by now, since they began earlier.
-    moves = min((reports[other].moves for other in running), default=0)
-    last = [other for other in running if reports[other].moves == moves]
-    if last and moves < reports[rank].moves:
-        late = f"{_names(last)} {_are(last)} late, last seen in {_places(last, reports)}"
-        return f"{late}, while rank {rank} was in {reports[rank].where}"
-    if 0 < len(running) < len(reports) - len(running):
-        return f"{_names(running)} {_are(running)} late or stuck, last seen in {_places(running, reports)}"
-    return None
-
-
-def _are(ranks: Sequence[int]) -> str:
-    return "is" if len(ranks) == 1 else "are"
-
-
-def _names(ranks: Sequence[int]) -> str:
-    named = [f"{rank}" for rank in ranks[:_MOST_NAMED]]
-    if len(ranks) > _MOST_NAMED:
-        named.append(f"{len(ranks) - _MOST_NAMED} more")
-    return f"rank {named[0]}" if len(named) == 1 else f"ranks {', '.join(named[:-1])} and {named[-1]}"
-
-
-def _places(ranks: Sequence[int], reports: Sequence[Report]) -> str:
-    """Where the ranks are, each place once."""
-    return " and ".join(dict.fromkeys(reports[rank].where for rank in ranks[:_MOST_NAMED]))

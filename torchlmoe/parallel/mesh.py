@@ -52,6 +52,7 @@ def join_launch(timeout_seconds: float = 300.0) -> Launch:
     timeout_seconds: of the store, and to wait for the rank that serves it.
     """
     if dist.is_initialized():
+        assert dist.group.WORLD is not None
         return Launch(dist.group.WORLD.get_group_store(), dist.get_rank(), dist.get_world_size())
     if "WORLD_SIZE" not in os.environ:
         return Launch(dist.HashStore(), 0, 1)

@@ -80,7 +80,9 @@ class Trainer:
         with collective_failures(self.heartbeat, timeout):
             launch = join_launch(timeout)
             self.rank, self.world_size = launch.rank, launch.world_size
-            self.heartbeat.start(*launch)
+            # Ahead of NCCL's watchdog.
+            patience = max(timeout / 2, timeout - 10) if self.device.type == "cuda" else None
+            self.heartbeat.start(*launch, patience)
             start_process_group(self.device, timeout, launch)
             if config.training.deterministic:
                 torch.use_deterministic_algorithms(True)
