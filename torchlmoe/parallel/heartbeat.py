@@ -55,6 +55,7 @@ class Heartbeat:
         self._moves, self._where, self._state = 0, "start-up", RUNNING
         self._original: Any = None
         self._store: Any = None
+        self._thread: threading.Thread | None = None
         self._verdict: str | None = None
         self._beat, self._is_gone = 0, False
         self._patience: float | None = None
@@ -129,7 +130,7 @@ class Heartbeat:
         """Ends the reports."""
         atexit.unregister(self.stop)
         self._stopped.set()
-        if self._store is not None:
+        if self._thread is not None:
             self._thread.join(_SECONDS_OF_A_REQUEST)
 
     def __enter__(self) -> "Heartbeat":
