@@ -77,6 +77,8 @@ def _kind_of_failure(error: Exception) -> type[ConnectionError] | type[TimeoutEr
 
 def _without_wrapping(error: Exception) -> Exception:
     """An error within a pipeline's stage, which torch wraps in a RuntimeError that prints all of the stage's inputs."""
-    while type(error) is RuntimeError and "failed to run" in str(error) and isinstance(error.__cause__, Exception):
+    while (
+        type(error) is RuntimeError and "failed to run" in str(error).lower() and isinstance(error.__cause__, Exception)
+    ):
         error = error.__cause__
     return error
