@@ -1,6 +1,7 @@
 """What can go wrong while training: each ends in one sentence, in bounded time, and what was saved stays whole."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -10,9 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from filelock import FileLock
 
-from tests.checkpoint.conftest import Run, arguments, records, train
+from tests.checkpoint.conftest import Run, arguments, latest, records, tensors, train
 from tests.conftest import files_at_most
 from torchlmoe.checkpoint.folders import published
 from torchlmoe.checkpoint.manifest import verify
@@ -21,6 +23,7 @@ from torchlmoe.training.stop_request import StopRequest
 from torchlmoe.training.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent.parent
+LOST = r"is lost \(killed, stopped or cut off\), last seen in step \d+ \(\w[a-z ]+\)"
 pytestmark = pytest.mark.usefixtures("process_group")
 
 
@@ -235,7 +238,7 @@ def test_a_killed_rank_ends_the_others(corpus, tmp_path):
         run.ranks[1].send_signal(signal.SIGKILL)
         code, _, err = run.ranks[0].result()
         assert code == 2
-    assert sentence(err).startswith("error (rank 0): Another rank ended during step ")
+    assert re.match(rf"error \(rank 0\): Another rank ended during step .*: rank 1 {LOST}", sentence(err))
     assert all_whole(tmp_path)
 
 
@@ -246,6 +249,47 @@ def test_a_stuck_rank_ends_the_others_after_the_timeout(corpus, tmp_path):
         begin = time.monotonic()
         code, _, err = run.ranks[0].result()
         assert code == 2
-    assert "did not end within parallelism.timeout_seconds = 4: a rank hangs" in sentence(err)
+    assert re.search(rf"did not end within parallelism\.timeout_seconds = 4: rank 1 {LOST}", sentence(err))
     assert time.monotonic() - begin < 30
     assert all_whole(tmp_path)
+
+
+def on_eight_ranks(corpus, folder):
+    """A mesh of tp 2, pp 2 and dp 2."""
+    layout = """--parallelism.tensor_parallel_degree 2 --parallelism.pipeline_parallel_degree 2
+        --parallelism.timeout_seconds 20 --training.deterministic true --checkpoint.async_mode async"""
+    return Run(corpus, folder, layout, world_size=8, steps=40)
+
+
+@pytest.fixture(scope="module")
+def whole(corpus, tmp_path_factory):
+    """A run on eight ranks to which nothing happens."""
+    folder = tmp_path_factory.mktemp("eight") / "whole"
+    with on_eight_ranks(corpus, folder) as run:
+        assert [rank.result(300).returncode for rank in run.ranks] == [0] * 8
+    return folder
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM])
+def test_a_signal_to_one_of_eight_ranks(number, whole, corpus, tmp_path):
+    """All others name the rank that is lost, or all stop; the same command goes on bit for bit."""
+    folder = tmp_path / "run"
+    with on_eight_ranks(corpus, folder) as run:
+        run.wait_for_step(10)
+        run.ranks[5].send_signal(number)
+        begin = time.monotonic()
+        for index, rank in enumerate(run.ranks):
+            if number == signal.SIGTERM:
+                assert rank.result(300).returncode == 0
+            elif index != 5:
+                code, _, err = rank.result(300)
+                assert code == 2
+                assert re.search(f"rank 5 {LOST}", sentence(err)), (index, err)
+        assert time.monotonic() - begin < 20 + 60
+    assert 10 <= len(records(folder)) < 40
+    assert all_whole(folder)
+    with on_eight_ranks(corpus, folder) as again:
+        assert [rank.result(300).returncode for rank in again.ranks] == [0] * 8
+    assert records(folder) == records(whole)
+    torch.testing.assert_close(tensors(latest(folder)), tensors(latest(whole)), rtol=0, atol=0)

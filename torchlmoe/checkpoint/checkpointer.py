@@ -170,6 +170,11 @@ class Checkpointer:
                 self._pending.set_exception(error)
             self.wait()
 
+    def beside(self) -> str:
+        """What is saved in the background, as the end of a sentence about what else goes on; "" if nothing is."""
+        pending = self._pending
+        return "" if pending is None or pending.done() else f", while step {self._saving_step} is saved"
+
     def wait(self) -> None:
         """Returns when all is on disk."""
         if self._pending is None:
