@@ -16,17 +16,28 @@ width - 1 inputs of each row). Where documents begin is found by bisection of th
 float32. Channels are read with a stride of one and rows of a batch at one distance; other layouts are copied first.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-CONFIGS = {  # architecture: tokens and channels of a tile, warps
-    "sm_80": (32, 64, 8),
-    "sm_90": (32, 64, 8),
-    "sm_100": (32, 64, 8),
-    "gfx942": (32, 64, 4),
-    "interpreter": (16, 16, 1),
+
+class Config(NamedTuple):
+    """The tile of a program and its warps."""
+
+    tokens: int
+    channels: int
+    warps: int
+
+
+CONFIGS = {  # by architecture
+    "sm_80": Config(tokens=32, channels=64, warps=8),
+    "sm_90": Config(tokens=32, channels=64, warps=8),
+    "sm_100": Config(tokens=32, channels=64, warps=8),
+    "gfx942": Config(tokens=32, channels=64, warps=4),
+    "interpreter": Config(tokens=16, channels=16, warps=1),
 }
 
 
@@ -50,33 +61,49 @@ def _document(token, cu_seqlens, num_documents, search_steps):
     return tl.load(cu_seqlens + low), tl.load(cu_seqlens + low + 1)
 
 
+class Inputs(NamedTuple):
+    """What the convolution reads: x, and the state before it."""
+
+    x: Any  # points to the row of position `first`
+    x_stride: Any
+    state: Any
+    first: Any
+    num_channels: Any
+
+
+class Window(NamedTuple):
+    """The documents and the channels of a tile."""
+
+    low: Any  # the first position of each document
+    high: Any  # the one past its last
+    channel: Any
+    channel_mask: Any
+
+
 @triton.jit
-def _take(
-    x, state, position, first, low, high, channel, channel_mask, stride, num_channels, STATE_ROWS: tl.constexpr
-):  # fmt: skip
-    """x from position low to high, and the state before 0; else zero. x points to the row of position `first`."""
-    mask = (position >= low) & (position < high)
-    rows = ((position - first) * stride)[:, None] + channel[None, :]
-    values = tl.load(x + rows, mask=mask[:, None] & channel_mask[None, :], other=0).to(tl.float32)
+def _take(inputs, window, position, STATE_ROWS: tl.constexpr):
+    """x from position low to high, and the state before 0; else zero."""
+    channel, channel_mask = window.channel, window.channel_mask
+    mask = (position >= window.low) & (position < window.high)
+    rows = ((position - inputs.first) * inputs.x_stride)[:, None] + channel[None, :]
+    values = tl.load(inputs.x + rows, mask=mask[:, None] & channel_mask[None, :], other=0).to(tl.float32)
     if STATE_ROWS > 0:
         mask = (position < 0) & (position >= -STATE_ROWS)
-        rows = ((position + STATE_ROWS) * num_channels)[:, None] + channel[None, :]
-        values += tl.load(state + rows, mask=mask[:, None] & channel_mask[None, :], other=0).to(tl.float32)
+        rows = ((position + STATE_ROWS) * inputs.num_channels)[:, None] + channel[None, :]
+        values += tl.load(inputs.state + rows, mask=mask[:, None] & channel_mask[None, :], other=0).to(tl.float32)
     return values
 
 
 @triton.jit
 def _sum(
-    x, weight, bias, state, position, first, low, high, channel, channel_mask, stride, num_channels,
-    WIDTH: tl.constexpr, BIAS: tl.constexpr, STATE_ROWS: tl.constexpr,
+    inputs, window, weight, bias, position, WIDTH: tl.constexpr, BIAS: tl.constexpr, STATE_ROWS: tl.constexpr
 ):  # fmt: skip
     """The sum before the SiLU, float32 [BLOCK_T, BLOCK_C]."""
+    channel, channel_mask = window.channel, window.channel_mask
     total = tl.zeros([position.shape[0], channel.shape[0]], tl.float32)
     for shift in tl.static_range(WIDTH):
         w = tl.load(weight + channel * WIDTH + WIDTH - 1 - shift, mask=channel_mask, other=0).to(tl.float32)
-        total += w[None, :] * _take(
-            x, state, position - shift, first, low, high, channel, channel_mask, stride, num_channels, STATE_ROWS
-        )
+        total += w[None, :] * _take(inputs, window, position - shift, STATE_ROWS)
     if BIAS:
         total += tl.load(bias + channel, mask=channel_mask, other=0).to(tl.float32)[None, :]
     return total
@@ -96,10 +123,9 @@ def _forward_kernel(
     low, high = 0, length
     if PACKED:
         low, high = _document(position, cu_seqlens, num_documents, search_steps)
-    total = _sum(
-        x + (row * length + first) * x_stride, weight, bias, state + row * STATE_ROWS * num_channels, position, first,
-        low, high, channel, channel_mask, x_stride, num_channels, WIDTH, BIAS, STATE_ROWS,
-    )  # fmt: skip
+    x, state = x + (row * length + first) * x_stride, state + row * STATE_ROWS * num_channels
+    inputs, window = Inputs(x, x_stride, state, first, num_channels), Window(low, high, channel, channel_mask)
+    total = _sum(inputs, window, weight, bias, position, WIDTH, BIAS, STATE_ROWS)
     if ACTIVATION:
         total = total * tl.sigmoid(total)
     y += (row * length + first) * num_channels
@@ -109,18 +135,15 @@ def _forward_kernel(
 
 @triton.jit
 def _grad_of_sum(
-    grad_y, x, weight, bias, state, position, first, low, high, channel, channel_mask, grad_stride, x_stride,
-    num_channels, WIDTH: tl.constexpr, BIAS: tl.constexpr, STATE_ROWS: tl.constexpr, ACTIVATION: tl.constexpr,
+    grad_y, grad_stride, inputs, window, weight, bias, position,
+    WIDTH: tl.constexpr, BIAS: tl.constexpr, STATE_ROWS: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """ds at each position, zero outside of the document."""
-    mask = ((position >= 0) & (position < high))[:, None] & channel_mask[None, :]
-    grad = tl.load(grad_y + ((position - first) * grad_stride)[:, None] + channel[None, :], mask=mask, other=0)
-    grad = grad.to(tl.float32)
+    mask = ((position >= 0) & (position < window.high))[:, None] & window.channel_mask[None, :]
+    rows = grad_y + ((position - inputs.first) * grad_stride)[:, None]
+    grad = tl.load(rows + window.channel[None, :], mask=mask, other=0).to(tl.float32)
     if ACTIVATION:
-        total = _sum(
-            x, weight, bias, state, position, first, low, high, channel, channel_mask, x_stride, num_channels,
-            WIDTH, BIAS, STATE_ROWS,
-        )  # fmt: skip
+        total = _sum(inputs, window, weight, bias, position, WIDTH, BIAS, STATE_ROWS)
         sigmoid = tl.sigmoid(total)
         grad *= sigmoid * (1 + total * (1 - sigmoid))
     return grad
@@ -144,22 +167,19 @@ def _backward_kernel(
     x += (row * length + first) * x_stride
     grad_y += (row * length + first) * grad_stride
     state += row * STATE_ROWS * num_channels
+    inputs, window = Inputs(x, x_stride, state, first, num_channels), Window(low, high, channel, channel_mask)
     dweight += tl.program_id(0).to(tl.int64) * (WIDTH + 1) * num_channels
     dx_tile = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
     for ahead in tl.static_range(WIDTH):
         # The token `ahead` takes this one's x times w_ahead.
         grad = _grad_of_sum(
-            grad_y, x, weight, bias, state, position + ahead, first, low, high, channel, channel_mask, grad_stride,
-            x_stride, num_channels, WIDTH, BIAS, STATE_ROWS, ACTIVATION,
+            grad_y, grad_stride, inputs, window, weight, bias, position + ahead, WIDTH, BIAS, STATE_ROWS, ACTIVATION
         )  # fmt: skip
         w = tl.load(weight + channel * WIDTH + WIDTH - 1 - ahead, mask=channel_mask, other=0).to(tl.float32)
         dx_tile += w[None, :] * grad
         if ahead == 0:
             for shift in tl.static_range(WIDTH):
-                taken = _take(
-                    x, state, position - shift, first, low, high, channel, channel_mask, x_stride, num_channels,
-                    STATE_ROWS,
-                )  # fmt: skip
+                taken = _take(inputs, window, position - shift, STATE_ROWS)
                 column = (WIDTH - 1 - shift) * num_channels + channel
                 tl.store(dweight + column, tl.sum(grad * taken, 0), mask=channel_mask)
             tl.store(dweight + WIDTH * num_channels + channel, tl.sum(grad, 0), mask=channel_mask)
@@ -177,8 +197,8 @@ class _Launch:
 
     def __init__(self, x: Tensor, weight: Tensor, bias, state, cu_seqlens, activation: bool, positions: int):
         batch_size, length, num_channels = x.shape
-        block_t, block_c, num_warps = CONFIGS[architecture(x)]
-        self.grid = (batch_size * triton.cdiv(positions, block_t), triton.cdiv(num_channels, block_c))
+        config = CONFIGS[architecture(x)]
+        self.grid = (batch_size * triton.cdiv(positions, config.tokens), triton.cdiv(num_channels, config.channels))
         self.weight = weight.contiguous()
         self.given = (
             self.weight if bias is None else bias.contiguous(),
@@ -188,14 +208,14 @@ class _Launch:
         num_documents = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
         self.sizes = (length, num_channels, num_documents, num_documents.bit_length())
         self.flags = dict(
-            BLOCK_T=block_t,
-            BLOCK_C=block_c,
+            BLOCK_T=config.tokens,
+            BLOCK_C=config.channels,
             WIDTH=weight.shape[1],
             BIAS=bias is not None,
             STATE_ROWS=0 if state is None else weight.shape[1] - 1,
             PACKED=cu_seqlens is not None,
             ACTIVATION=activation,
-            num_warps=num_warps,
+            num_warps=config.warps,
         )
 
 

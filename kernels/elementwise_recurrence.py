@@ -39,25 +39,36 @@ decay that is the same for every token.
 Legend: M = B * T tokens, H heads, K key width, V value width, N documents.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-# (architecture, what a tile's rows are): tokens of a chunk or, at most, keys of one token; columns; warps. Fewer keys
-# come with more columns, so that where there are enough a program moves 8 KiB of a real state each way.
+
+class Config(NamedTuple):
+    """The tile of a program and its warps."""
+
+    rows: int  # tokens of a chunk or, at most, keys of one token
+    columns: int
+    warps: int
+
+
+# By architecture and what a tile's rows are. Fewer keys come with more columns, so that where there are enough a
+# program moves 8 KiB of a real state each way.
 CONFIGS = {
-    ("sm_80", "token"): (64, 32, 8),
-    ("sm_90", "token"): (64, 32, 8),
-    ("sm_100", "token"): (64, 32, 8),
-    ("gfx942", "token"): (64, 32, 4),
-    ("interpreter", "token"): (16, 16, 1),
-    ("sm_80", "key"): (64, 32, 8),
-    ("sm_90", "key"): (64, 32, 8),
-    ("sm_100", "key"): (64, 32, 8),
-    ("gfx942", "key"): (64, 32, 4),
-    ("interpreter", "key"): (4, 16, 1),
+    ("sm_80", "token"): Config(rows=64, columns=32, warps=8),
+    ("sm_90", "token"): Config(rows=64, columns=32, warps=8),
+    ("sm_100", "token"): Config(rows=64, columns=32, warps=8),
+    ("gfx942", "token"): Config(rows=64, columns=32, warps=4),
+    ("interpreter", "token"): Config(rows=16, columns=16, warps=1),
+    ("sm_80", "key"): Config(rows=64, columns=32, warps=8),
+    ("sm_90", "key"): Config(rows=64, columns=32, warps=8),
+    ("sm_100", "key"): Config(rows=64, columns=32, warps=8),
+    ("gfx942", "key"): Config(rows=64, columns=32, warps=4),
+    ("interpreter", "key"): Config(rows=4, columns=16, warps=1),
 }
 FOLD_BLOCK = 256  # elements of a state that one program folds
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -71,9 +82,63 @@ def architecture(x: Tensor) -> str:
     return {8: "sm_80", 9: "sm_90"}.get(torch.cuda.get_device_capability(x.device)[0], "sm_100")
 
 
+class Strided(NamedTuple):
+    """A tensor [M, heads, width], or [1, ..] where it is the same for every token, as kernels are handed it.
+
+    A stride of width is 1.
+    """
+
+    pointer: Any
+    token_stride: Any
+    head_stride: Any
+
+
+class StridedDecay(NamedTuple):
+    """Log decays [M, H, K, V], or [1, ..]."""
+
+    pointer: Any
+    token_stride: Any
+    head_stride: Any
+    key_stride: Any
+    value_stride: Any
+
+
+class Terms(NamedTuple):
+    """What the recurrence is made of, with its strides."""
+
+    q: Any
+    k: Any
+    v: Any
+    log_decay: Any
+    step: Any  # None where there is none
+
+
+class Rows(NamedTuple):
+    """The tokens of a tile, or, of one token, its keys."""
+
+    start: Any  # the token from which rows count, int64
+    row: Any  # [rows, 1], int32, as is all that is added to an address within a chunk
+    mask: Any  # which there are
+
+
+class Columns(NamedTuple):
+    """The columns [1, BLOCK_C] of a tile."""
+
+    head: Any  # of all, or of each
+    channel: Any  # place in the head
+    mask: Any  # which there are
+
+
+class Complex(NamedTuple):
+    """A tile of numbers. Of real ones the imaginary plane is never looked at, and so not compiled."""
+
+    real: Any
+    imaginary: Any
+
+
 @triton.jit
 def load(pointer, offset, mask, COMPLEX: tl.constexpr):
-    """Both planes; of a real number the second is never looked at. A complex number is one access, of 64 bits."""
+    """A complex number is one access, of 64 bits."""
     x = tl.load(pointer + offset, mask=mask, other=0)
     if COMPLEX:
         real = x.to(tl.uint32).to(tl.float32, bitcast=True)
@@ -81,38 +146,65 @@ def load(pointer, offset, mask, COMPLEX: tl.constexpr):
     else:
         real = x.to(tl.float32)
         imaginary = real
-    return real, imaginary
+    return Complex(real, imaginary)
 
 
 @triton.jit
-def store(pointer, offset, real, imaginary, mask, COMPLEX: tl.constexpr):
+def store(pointer, offset, x, mask, COMPLEX: tl.constexpr):
     if COMPLEX:
-        high = imaginary.to(tl.uint32, bitcast=True).to(tl.int64) << 32
-        tl.store(pointer + offset, high | real.to(tl.uint32, bitcast=True).to(tl.int64), mask=mask)
+        high = x.imaginary.to(tl.uint32, bitcast=True).to(tl.int64) << 32
+        tl.store(pointer + offset, high | x.real.to(tl.uint32, bitcast=True).to(tl.int64), mask=mask)
     else:
-        tl.store(pointer + offset, real, mask=mask)
+        tl.store(pointer + offset, x.real, mask=mask)
 
 
 @triton.jit
-def times(a, ai, b, bi, COMPLEX: tl.constexpr):
+def conjugate(x):
+    return Complex(x.real, -x.imaginary)
+
+
+@triton.jit
+def plus(a, b):
+    return Complex(a.real + b.real, a.imaginary + b.imaginary)
+
+
+@triton.jit
+def scaled(a, x):
+    """a * x with x real."""
+    return Complex(a.real * x, a.imaginary * x)
+
+
+@triton.jit
+def where(mask, x):
+    return Complex(tl.where(mask, x.real, 0), tl.where(mask, x.imaginary, 0))
+
+
+@triton.jit
+def sum_along(x, AXIS: tl.constexpr):
+    """[1, columns] or [rows, 1]"""
+    return Complex(tl.sum(x.real, AXIS, keep_dims=True), tl.sum(x.imaginary, AXIS, keep_dims=True))
+
+
+@triton.jit
+def times(a, b, COMPLEX: tl.constexpr):
     """a * b"""
     if COMPLEX:
-        real = a * b - ai * bi
-        imaginary = a * bi + ai * b
+        real = a.real * b.real - a.imaginary * b.imaginary
+        imaginary = a.real * b.imaginary + a.imaginary * b.real
     else:
-        real = a * b
+        real = a.real * b.real
         imaginary = real
-    return real, imaginary
+    return Complex(real, imaginary)
 
 
 @triton.jit
-def exp(log, log_i, COMPLEX: tl.constexpr):
-    real = tl.exp2(log * LOG2_E)
+def exp(x, COMPLEX: tl.constexpr):
+    real = tl.exp2(x.real * LOG2_E)
     imaginary = real
     if COMPLEX:
-        imaginary = real * tl.sin(log_i)
-        real = real * tl.cos(log_i)
-    return real, imaginary
+        imaginary = real * tl.sin(x.imaginary)
+        real = real * tl.cos(x.imaginary)
+    return Complex(real, imaginary)
 
 
 @triton.jit
@@ -127,29 +219,21 @@ def _then_complex(a, ai, x, xi, b, bi, y, yi):
 
 
 @triton.jit
-def scan(a, ai, x, xi, REVERSE: tl.constexpr, COMPLEX: tl.constexpr):
-    """All maps up to each row (from it on, in reverse), as one: the decay, and what is added."""
+def scan(a, x, REVERSE: tl.constexpr, COMPLEX: tl.constexpr):
+    """All maps S -> a S + x up to each row (from it on, in reverse), as one: the decay, and what is added."""
     if COMPLEX:
-        a, ai, x, xi = tl.associative_scan((a, ai, x, xi), 0, _then_complex, reverse=REVERSE)
+        planes = (a.real, a.imaginary, x.real, x.imaginary)
+        decay, decay_i, added, added_i = tl.associative_scan(planes, 0, _then_complex, reverse=REVERSE)
     else:
-        a, x = tl.associative_scan((a, x), 0, _then, reverse=REVERSE)
-        ai = a
-        xi = x
-    return a, ai, x, xi
-
-
-@triton.jit
-def sum_along(x, AXIS: tl.constexpr):
-    """[1, columns] or [rows, 1]"""
-    return tl.sum(x, AXIS, keep_dims=True)
+        decay, added = tl.associative_scan((a.real, x.real), 0, _then, reverse=REVERSE)
+        decay_i = decay
+        added_i = added
+    return Complex(decay, decay_i), Complex(added, added_i)
 
 
 @triton.jit
 def chunk_rows(chunks, BLOCK_T: tl.constexpr):
-    """The program's chunk, where it starts, its rows [BLOCK_T, 1], and how many of them there are.
-
-    The first two are int64; what is added to an address within a chunk fits int32.
-    """
+    """The program's chunk, where it starts, its rows [BLOCK_T, 1], and how many of them there are."""
     chunk = tl.program_id(0).to(tl.int64)
     start = tl.load(chunks + 2 * chunk)
     return chunk, start, tl.arange(0, BLOCK_T)[:, None], (tl.load(chunks + 2 * chunk + 1) - start).to(tl.int32)
@@ -157,7 +241,7 @@ def chunk_rows(chunks, BLOCK_T: tl.constexpr):
 
 @triton.jit
 def tile_columns(num_heads, value_dim, BLOCK_C: tl.constexpr, FOLD: tl.constexpr):
-    """The tile's columns [1, BLOCK_C]: their head (one, or one each), their place in it and which there are."""
+    """The tile's columns: of one head, or, where heads are folded, of all."""
     column = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     if FOLD:
         head = column // value_dim
@@ -167,88 +251,89 @@ def tile_columns(num_heads, value_dim, BLOCK_C: tl.constexpr, FOLD: tl.constexpr
         head = tl.program_id(1)
         channel = column
         mask = column < value_dim
-    return head, channel, mask
+    return Columns(head, channel, mask)
 
 
 @triton.jit
-def value_tile(x, start, row, row_mask, head, channel, mask):
-    """Rows of v, step or do, (pointer, strides of token and head): float32 [BLOCK_T, BLOCK_C], 0 where masked."""
-    first = x[0] + start * x[1] + head.to(tl.int64) * x[2]
-    return tl.load(first + (row * x[1] + channel), mask=row_mask & mask, other=0).to(tl.float32)
+def value_tile(x, rows, columns):
+    """Rows of v, step or do: float32 [BLOCK_T, BLOCK_C], 0 where masked."""
+    first = x.pointer + rows.start * x.token_stride + columns.head.to(tl.int64) * x.head_stride
+    mask = rows.mask & columns.mask
+    return tl.load(first + (rows.row * x.token_stride + columns.channel), mask=mask, other=0).to(tl.float32)
 
 
 @triton.jit
-def key_tile(x, start, row, row_mask, head, mask, key, COMPLEX: tl.constexpr, FOLD: tl.constexpr):
+def key_tile(x, rows, columns, key, COMPLEX: tl.constexpr, FOLD: tl.constexpr):
     """One key of q or k: [BLOCK_T, 1], or [1, BLOCK_C] where it is the same for every token.
 
     Of one token, keys [BLOCK_K, 1]: [BLOCK_K, 1] or [BLOCK_K, BLOCK_C], with the masks of those.
     """
     if FOLD:
-        real, imaginary = load(x[0], head * x[2] + key, mask, COMPLEX)
+        result = load(x.pointer, columns.head * x.head_stride + key, columns.mask, COMPLEX)
     else:
-        first = x[0] + start * x[1] + head.to(tl.int64) * x[2]
-        real, imaginary = load(first, row * x[1] + key, row_mask, COMPLEX)
-    return real, imaginary
+        first = x.pointer + rows.start * x.token_stride + columns.head.to(tl.int64) * x.head_stride
+        result = load(first, rows.row * x.token_stride + key, rows.mask, COMPLEX)
+    return result
 
 
 @triton.jit
-def log_decay_tile(
-    x, step, start, row, row_mask, head, channel, mask, key, COMPLEX: tl.constexpr, PER_TOKEN: tl.constexpr
-):  # fmt: skip
+def log_decay_tile(x, step_tile, rows, columns, key, COMPLEX: tl.constexpr, PER_TOKEN: tl.constexpr):
     """One key's log decay, times the step's tile if there is one: [BLOCK_T, BLOCK_C], 0 where masked."""
-    first = x[0] + head.to(tl.int64) * x[2]
-    offset = key * x[3] + channel * x[4]
-    tile_mask = row_mask & mask
+    first = x.pointer + columns.head.to(tl.int64) * x.head_stride
+    offset = key * x.key_stride + columns.channel * x.value_stride
+    tile_mask = rows.mask & columns.mask
     if PER_TOKEN:
-        real, imaginary = load(first + start * x[1], row * x[1] + offset, tile_mask, COMPLEX)
+        first += rows.start * x.token_stride
+        result = load(first, rows.row * x.token_stride + offset, tile_mask, COMPLEX)
     else:
-        real, imaginary = load(first, offset, mask, COMPLEX)
-        if step is not None:
-            real, imaginary = real * step, imaginary * step
-        real, imaginary = tl.where(tile_mask, real, 0), tl.where(tile_mask, imaginary, 0)
-    return real, imaginary
+        result = load(first, offset, columns.mask, COMPLEX)
+        if step_tile is not None:
+            result = scaled(result, step_tile)
+        result = where(tile_mask, result)
+    return result
 
 
 @triton.jit
 def _summary_kernel(
-    k, v, log_decay, step, chunks, transition, local, num_heads, key_dim, value_dim,
+    terms, chunks, transition, local, num_heads, key_dim, value_dim,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, FOLD: tl.constexpr, PER_TOKEN: tl.constexpr, COMPLEX: tl.constexpr,
     BACKWARD: tl.constexpr,
 ):  # fmt: skip
     """P = exp(sum_t G_t), and the state from zero; in the backward, from q and do, the gradient of the first state."""
+    k, v, log_decay, step = terms.k, terms.v, terms.log_decay, terms.step
     chunk, start, row, length = chunk_rows(chunks, BLOCK_T)
     if length <= 0:
         return
-    head, channel, mask = tile_columns(num_heads, value_dim, BLOCK_C, FOLD)
-    v_tile = value_tile(v, start, row, row < length, head, channel, mask)
+    columns = tile_columns(num_heads, value_dim, BLOCK_C, FOLD)
+    rows = Rows(start, row, row < length)
+    v_tile = value_tile(v, rows, columns)
     # What a token wrote decays by the tokens after it; what it reads had decayed by those up to it.
-    passed = row if BACKWARD else row + 1
-    first = tl.arange(0, 1)[:, None]
+    row = row if BACKWARD else row + 1
+    passed = Rows(start, row, row < length)
+    row = tl.arange(0, 1)[:, None]
     step_tile, step_first = None, None
     if step is not None:
-        step_tile = value_tile(step, start, passed, passed < length, head, channel, mask)
-        step_first = value_tile(step, start, first, first < length, head, channel, mask)
+        step_tile = value_tile(step, passed, columns)
+    first = Rows(start, row, row < length)
+    if step is not None:
+        step_first = value_tile(step, first, columns)
     size = num_heads * key_dim * value_dim
     transition, local = transition + chunk * size, local + chunk * size
     for key in range(key_dim):
-        g, gi = log_decay_tile(
-            log_decay, step_tile, start, passed, passed < length, head, channel, mask, key, COMPLEX, PER_TOKEN
-        )
-        decay, decay_i = exp(tl.cumsum(g, 0, reverse=not BACKWARD), tl.cumsum(gi, 0, reverse=not BACKWARD), COMPLEX)
-        k_key, ki_key = key_tile(k, start, row, row < length, head, mask, key, COMPLEX, FOLD)
-        x, xi = times(decay, decay_i, k_key, ki_key, COMPLEX)
+        g = log_decay_tile(log_decay, step_tile, passed, columns, key, COMPLEX, PER_TOKEN)
+        passing = Complex(tl.cumsum(g.real, 0, reverse=not BACKWARD), tl.cumsum(g.imaginary, 0, reverse=not BACKWARD))
+        decay = exp(passing, COMPLEX)
+        x = times(decay, key_tile(k, rows, columns, key, COMPLEX, FOLD), COMPLEX)
         if COMPLEX and BACKWARD:
-            xi = -xi
-        total, total_i = sum_along(g, 0), sum_along(gi, 0)
+            x = conjugate(x)
+        total = sum_along(g, 0)
         if not BACKWARD:
-            g, gi = log_decay_tile(
-                log_decay, step_first, start, first, first < length, head, channel, mask, key, COMPLEX, PER_TOKEN
-            )
-            total, total_i = total + sum_along(g, 0), total_i + sum_along(gi, 0)
-        total, total_i = exp(total, total_i, COMPLEX)
-        state = head * key_dim * value_dim + key * value_dim + channel
-        store(transition, state, total, total_i, mask, COMPLEX)
-        store(local, state, sum_along(x * v_tile, 0), sum_along(xi * v_tile, 0), mask, COMPLEX)
+            g = log_decay_tile(log_decay, step_first, first, columns, key, COMPLEX, PER_TOKEN)
+            total = plus(total, sum_along(g, 0))
+        total = exp(total, COMPLEX)
+        state = columns.head * key_dim * value_dim + key * value_dim + columns.channel
+        store(transition, state, total, columns.mask, COMPLEX)
+        store(local, state, sum_along(scaled(x, v_tile), 0), columns.mask, COMPLEX)
 
 
 @triton.jit
@@ -261,88 +346,86 @@ def _fold_kernel(
     document = (tl.program_id(0) // tiles).to(tl.int64)
     element = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
     mask = element < size
-    x = tl.zeros([BLOCK], tl.float32)
-    xi = x
+    zero = tl.zeros([BLOCK], tl.float32)
+    x = Complex(zero, zero)
     if carry is not None:
-        x, xi = load(carry, document * size + element, mask, COMPLEX)
+        x = load(carry, document * size + element, mask, COMPLEX)
     begin, end = tl.load(first_chunk + document), tl.load(first_chunk + document + 1)
     for index in range(begin, end):
         chunk = begin + end - 1 - index if BACKWARD else index
         offset = chunk * size + element
-        a, ai = load(transition, offset, mask, COMPLEX)
-        y, yi = load(local, offset, mask, COMPLEX)
-        store(local, offset, x, xi, mask, COMPLEX)
+        a = load(transition, offset, mask, COMPLEX)
+        y = load(local, offset, mask, COMPLEX)
+        store(local, offset, x, mask, COMPLEX)
         if BACKWARD:
-            ai = -ai
-        x, xi = times(x, xi, a, ai, COMPLEX)
-        x, xi = x + y, xi + yi
-    store(last, document * size + element, x, xi, mask, COMPLEX)
+            a = conjugate(a)
+        x = plus(times(x, a, COMPLEX), y)
+    store(last, document * size + element, x, mask, COMPLEX)
 
 
 @triton.jit
 def _read_kernel(
-    q, k, v, log_decay, step, chunks, starts, o, num_heads, key_dim, value_dim,
+    terms, chunks, starts, o, num_heads, key_dim, value_dim,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, FOLD: tl.constexpr, PER_TOKEN: tl.constexpr, COMPLEX: tl.constexpr,
 ):  # fmt: skip
+    q, k, v, log_decay, step = terms
     chunk, start, row, length = chunk_rows(chunks, BLOCK_T)
     if length <= 0:
         return
-    row_mask = row < length
-    head, channel, mask = tile_columns(num_heads, value_dim, BLOCK_C, FOLD)
-    v_tile = value_tile(v, start, row, row_mask, head, channel, mask)
+    rows = Rows(start, row, row < length)
+    columns = tile_columns(num_heads, value_dim, BLOCK_C, FOLD)
+    v_tile = value_tile(v, rows, columns)
     step_tile = None
     if step is not None:
-        step_tile = value_tile(step, start, row, row_mask, head, channel, mask)
+        step_tile = value_tile(step, rows, columns)
     starts += chunk * num_heads * key_dim * value_dim
     o_tile = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
     for key in range(key_dim):
-        g, gi = log_decay_tile(log_decay, step_tile, start, row, row_mask, head, channel, mask, key, COMPLEX, PER_TOKEN)
-        a, ai = exp(g, gi, COMPLEX)
-        k_key, ki_key = key_tile(k, start, row, row_mask, head, mask, key, COMPLEX, FOLD)
-        q_key, qi_key = key_tile(q, start, row, row_mask, head, mask, key, COMPLEX, FOLD)
-        a, ai, s, si = scan(a, ai, k_key * v_tile, ki_key * v_tile, False, COMPLEX)
-        first, first_i = load(starts, head * key_dim * value_dim + key * value_dim + channel, mask, COMPLEX)
-        x, xi = times(a, ai, first, first_i, COMPLEX)
-        o_tile += times(q_key, qi_key, s + x, si + xi, COMPLEX)[0]
+        a = exp(log_decay_tile(log_decay, step_tile, rows, columns, key, COMPLEX, PER_TOKEN), COMPLEX)
+        k_key = key_tile(k, rows, columns, key, COMPLEX, FOLD)
+        q_key = key_tile(q, rows, columns, key, COMPLEX, FOLD)
+        a, s = scan(a, scaled(k_key, v_tile), False, COMPLEX)
+        state = columns.head * key_dim * value_dim + key * value_dim + columns.channel
+        s = plus(s, times(a, load(starts, state, columns.mask, COMPLEX), COMPLEX))
+        o_tile += times(q_key, s, COMPLEX).real
     width = num_heads * value_dim
-    tl.store(o + start * width + row * width + head * value_dim + channel, o_tile, mask=row_mask & mask)
+    o += rows.start * width
+    tl.store(o + rows.row * width + columns.head * value_dim + columns.channel, o_tile, mask=rows.mask & columns.mask)
 
 
 @triton.jit
 def _step_kernel(
-    q, k, v, log_decay, step, initial_state, o, final_state, num_heads, key_dim, value_dim,
+    terms, initial_state, o, final_state, num_heads, key_dim, value_dim,
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, FOLD: tl.constexpr, PER_TOKEN: tl.constexpr, COMPLEX: tl.constexpr,
 ):  # fmt: skip
     """One token a row: reads the state, decays it, writes to it, and stores it and what the query reads."""
+    q, k, v, log_decay, step = terms
     token = tl.program_id(0).to(tl.int64)
-    head, channel, mask = tile_columns(num_heads, value_dim, BLOCK_C, FOLD)
-    v_tile = value_tile(v, token, 0, mask, head, channel, mask)
+    columns = tile_columns(num_heads, value_dim, BLOCK_C, FOLD)
+    this = Rows(token, 0, columns.mask)
+    v_tile = value_tile(v, this, columns)
     step_tile = None
     if step is not None:
-        step_tile = value_tile(step, token, 0, mask, head, channel, mask)
+        step_tile = value_tile(step, this, columns)
     first_element = token * num_heads * key_dim * value_dim
     o_tile = tl.zeros([1, BLOCK_C], tl.float32)
     for first_key in range(0, key_dim, BLOCK_K):
         key = first_key + tl.arange(0, BLOCK_K)[:, None]
-        key_mask = key < key_dim
-        tile_mask = key_mask & mask
-        state = head * key_dim * value_dim + key * value_dim + channel
-        k_key, ki_key = key_tile(k, token, 0, key_mask, head, tile_mask, key, COMPLEX, FOLD)
-        s, si = k_key * v_tile, ki_key * v_tile
+        keys = Rows(token, 0, key < key_dim)
+        tile = Columns(columns.head, columns.channel, keys.mask & columns.mask)
+        state = columns.head * key_dim * value_dim + key * value_dim + columns.channel
+        s = scaled(key_tile(k, keys, tile, key, COMPLEX, FOLD), v_tile)
         if initial_state is not None:
-            g, gi = log_decay_tile(
-                log_decay, step_tile, token, 0, key_mask, head, channel, tile_mask, key, COMPLEX, PER_TOKEN
-            )
-            a, ai = exp(g, gi, COMPLEX)
-            x, xi = load(initial_state + first_element, state, tile_mask, COMPLEX)
-            x, xi = times(a, ai, x, xi, COMPLEX)
-            s, si = s + x, si + xi
-        store(final_state + first_element, state, s, si, tile_mask, COMPLEX)
+            a = exp(log_decay_tile(log_decay, step_tile, keys, tile, key, COMPLEX, PER_TOKEN), COMPLEX)
+            x = load(initial_state + first_element, state, tile.mask, COMPLEX)
+            s = plus(s, times(a, x, COMPLEX))
+        store(final_state + first_element, state, s, tile.mask, COMPLEX)
         if o is not None:
-            q_key, qi_key = key_tile(q, token, 0, key_mask, head, tile_mask, key, COMPLEX, FOLD)
-            o_tile += sum_along(times(q_key, qi_key, s, si, COMPLEX)[0], 0)
+            q_key = key_tile(q, keys, tile, key, COMPLEX, FOLD)
+            o_tile += tl.sum(times(q_key, s, COMPLEX).real, 0, keep_dims=True)
     if o is not None:
-        tl.store(o + token * num_heads * value_dim + head * value_dim + channel, o_tile, mask=mask)
+        o += token * num_heads * value_dim
+        tl.store(o + columns.head * value_dim + columns.channel, o_tile, mask=columns.mask)
 
 
 class Problem:
@@ -353,9 +436,10 @@ class Problem:
         self.num_tokens, self.key_dim = batch_size * length, k.shape[-1]
         self.dtype = torch.complex64 if any(x.is_complex() for x in (q, k, log_decay)) else torch.float32
         self.fold = q.dim() == 2 and k.dim() == 2
-        block_t, block_c, num_warps = CONFIGS[architecture(v), "token"]
+        config = CONFIGS[architecture(v), "token"]
+        block_t = config.rows
         self.columns = num_heads * value_dim if self.fold else value_dim
-        block_c = max(16, min(block_c, triton.next_power_of_2(self.columns)))
+        block_c = max(16, min(config.columns, triton.next_power_of_2(self.columns)))
         self.one_token = cu_seqlens is None and length == 1
         self.num_documents = batch_size if cu_seqlens is None else cu_seqlens.shape[0] - 1
         self.num_chunks = triton.cdiv(length, block_t) * batch_size + (0 if cu_seqlens is None else self.num_documents)
@@ -365,7 +449,7 @@ class Problem:
             num_heads=num_heads, key_dim=self.key_dim, value_dim=value_dim,
             FOLD=self.fold, PER_TOKEN=log_decay.dim() == 5, COMPLEX=self.dtype.is_complex,
         )  # fmt: skip
-        self.tile = dict(BLOCK_T=block_t, BLOCK_C=block_c, num_warps=num_warps)
+        self.tile = dict(BLOCK_T=block_t, BLOCK_C=block_c, num_warps=config.warps)
         self.given, self.cu_seqlens = (q, k, log_decay, step), cu_seqlens
 
     def states(self, rows: int) -> Tensor:
@@ -374,11 +458,10 @@ class Problem:
     def given_states(self, x: Tensor | None) -> Tensor | None:
         return None if x is None else x.to(self.dtype).resolve_conj().contiguous()
 
-    def operands(self) -> dict:
-        """q, k, v, log_decay and step, each with its strides."""
+    def terms(self) -> Terms:
         q, k, log_decay, step = self.given
         q, k = (x if x.dim() == 4 or self.fold else x.expand(*self.v.shape[:2], -1, -1) for x in (q, k))
-        return dict(
+        return Terms(
             q=self.strided(q),
             k=self.strided(k),
             v=strided(self.v),
@@ -386,40 +469,40 @@ class Problem:
             step=None if step is None else strided(step),
         )
 
-    def cut(self) -> dict:
-        """An operand more: where chunks start and end."""
-        chunks, self.first_chunk = _cut(self.v, self.cu_seqlens, self.tile["BLOCK_T"], self.num_chunks)
-        return dict(chunks=chunks)
+    def cut(self) -> tuple[Tensor, Tensor]:
+        """Where chunks start and end, and each document's first chunk."""
+        return _cut(self.v, self.cu_seqlens, self.tile["BLOCK_T"], self.num_chunks)
 
-    def strided(self, x: Tensor) -> tuple:
+    def strided(self, x: Tensor) -> Strided | StridedDecay:
         return strided(x.to(self.dtype).resolve_conj() if self.dtype.is_complex else x)
 
-    def summary_and_fold(self, operands: dict, carry: Tensor | None, backward: bool) -> tuple[Tensor, Tensor]:
+    def summary_and_fold(
+        self, terms: Terms, chunks: Tensor, first_chunk: Tensor, carry: Tensor | None, *, backward: bool
+    ) -> tuple[Tensor, Tensor]:
         """What each chunk receives, and what is left at the end (in the backward: the beginning) of the documents."""
         transition, local, last = (self.states(n) for n in (self.num_chunks, self.num_chunks, self.num_documents))
         if last.numel() and self.num_chunks:
             _summary_kernel[self.grid](
-                **operands, transition=raw(transition), local=raw(local), **self.shape, **self.tile,
-                BACKWARD=backward,
+                terms, chunks, raw(transition), raw(local), **self.shape, **self.tile, BACKWARD=backward
             )  # fmt: skip
         if last.numel():
             size = last[0].numel()
             _fold_kernel[(self.num_documents * triton.cdiv(size, FOLD_BLOCK),)](
-                raw(transition), raw(local), raw(self.given_states(carry)), raw(last), self.first_chunk, size,
+                raw(transition), raw(local), raw(self.given_states(carry)), raw(last), first_chunk, size,
                 BLOCK=FOLD_BLOCK, COMPLEX=self.dtype.is_complex, BACKWARD=backward,
             )  # fmt: skip
         return local, last
 
-    def step(self, operands: dict, initial_state: Tensor | None, o: Tensor) -> Tensor:
+    def step(self, initial_state: Tensor | None, o: Tensor) -> Tensor:
         """The state after one token a row; fills o, unless it is empty."""
-        rows, columns, num_warps = CONFIGS[architecture(self.v), "key"]
-        block_k = min(rows, triton.next_power_of_2(self.key_dim))
-        block_c = min(rows * columns // block_k, triton.next_power_of_2(self.columns))
+        config = CONFIGS[architecture(self.v), "key"]
+        block_k = min(config.rows, triton.next_power_of_2(self.key_dim))
+        block_c = min(config.rows * config.columns // block_k, triton.next_power_of_2(self.columns))
         last = self.states(self.num_documents)
         if last.numel():
             _step_kernel[self.num_documents, self.grid[1], triton.cdiv(self.columns, block_c)](
-                **operands, initial_state=raw(self.given_states(initial_state)), o=o if o.numel() else None,
-                final_state=raw(last), **self.shape, BLOCK_K=block_k, BLOCK_C=block_c, num_warps=num_warps,
+                self.terms(), raw(self.given_states(initial_state)), o if o.numel() else None, raw(last),
+                **self.shape, BLOCK_K=block_k, BLOCK_C=block_c, num_warps=config.warps,
             )  # fmt: skip
         return last
 
@@ -429,12 +512,12 @@ def raw(x: Tensor | None) -> Tensor | None:
     return x.view(torch.int64) if x is not None and x.is_complex() else x
 
 
-def strided(x: Tensor) -> tuple:
-    """x [B, T, ...] or, the same for every token, [...], with its strides of token, head (key) and value."""
+def strided(x: Tensor) -> Strided | StridedDecay:
+    """x [B, T, ...] or, the same for every token, [...]."""
     constant_decay = x.dim() == 3  # small, and read as it lies
     x = x.flatten(0, 1) if x.dim() > 3 else x[None]
     x = x if x.stride(-1) == 1 or constant_decay else x.contiguous()
-    return raw(x), *x.stride()
+    return StridedDecay(raw(x), *x.stride()) if x.dim() == 4 else Strided(raw(x), *x.stride()[:2])
 
 
 def _cut(v: Tensor, cu_seqlens: Tensor | None, chunk_size: int, num_chunks: int) -> tuple[Tensor, Tensor]:
@@ -472,17 +555,13 @@ def elementwise_recurrence(
     States are float32 or complex64.
     """
     problem = Problem(k if q is None else q, k, v, log_decay, step, cu_seqlens)
-    operands = problem.operands()
     o = v.new_empty(0 if q is None else v.shape)
     if problem.one_token:
-        return o, problem.step(operands, initial_state, o), problem.states(0)
-    operands |= problem.cut()
-    q_operand = operands.pop("q")
-    starts, final = problem.summary_and_fold(operands, initial_state, backward=False)
+        return o, problem.step(initial_state, o), problem.states(0)
+    terms, (chunks, first_chunk) = problem.terms(), problem.cut()
+    starts, final = problem.summary_and_fold(terms, chunks, first_chunk, initial_state, backward=False)
     if o.numel():
-        _read_kernel[problem.grid](
-            q=q_operand, **operands, starts=raw(starts), o=o, **problem.shape, **problem.tile
-        )  # fmt: skip
+        _read_kernel[problem.grid](terms, chunks, raw(starts), o, **problem.shape, **problem.tile)
     return o, final, starts
 
 

@@ -29,15 +29,20 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .elementwise_recurrence import (
+    Complex,
     Problem,
+    Rows,
     chunk_rows,
+    conjugate,
     elementwise_recurrence,
     exp,
     flops,
     key_tile,
     load,
     log_decay_tile,
+    plus,
     raw,
+    scaled,
     scan,
     store,
     strided,
@@ -45,33 +50,34 @@ from .elementwise_recurrence import (
     tile_columns,
     times,
     value_tile,
+    where,
 )
 
 
 @triton.jit
-def _times_conjugate(a, ai, b, bi, COMPLEX: tl.constexpr):
+def _times_conjugate(a, b, COMPLEX: tl.constexpr):
     """a * conj(b)"""
     if COMPLEX:
-        real = a * b + ai * bi
-        imaginary = ai * b - a * bi
+        real = a.real * b.real + a.imaginary * b.imaginary
+        imaginary = a.imaginary * b.real - a.real * b.imaginary
     else:
-        real = a * b
+        real = a.real * b.real
         imaginary = real
-    return real, imaginary
+    return Complex(real, imaginary)
 
 
 @triton.jit
 def _gradient_kernel(
-    q, k, v, log_decay, step, grad_o, chunks, starts, grad_ends, dq, dk, dv, dlog_decay, dstep,
-    num_tokens, num_heads, key_dim, value_dim,
+    terms, grad_o, chunks, starts, grad_ends, dq, dk, dv, dlog_decay, dstep, num_tokens, num_heads, key_dim, value_dim,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, FOLD: tl.constexpr, PER_TOKEN: tl.constexpr, COMPLEX: tl.constexpr,
 ):  # fmt: skip
+    q, k, v, log_decay, step = terms
     chunk, start, row, length = chunk_rows(chunks, BLOCK_T)
     if length <= 0:
         return
-    head, channel, mask = tile_columns(num_heads, value_dim, BLOCK_C, FOLD)
-    row_mask, before_mask, after_mask = row < length, (row > 0) & (row <= length), row + 1 < length
-    tile_mask = row_mask & mask
+    columns = tile_columns(num_heads, value_dim, BLOCK_C, FOLD)
+    rows, has_before, has_after = Rows(start, row, row < length), (row > 0) & (row <= length), row + 1 < length
+    tile_mask = rows.mask & columns.mask
     width = num_heads * value_dim
     size = width * key_dim
     starts, grad_ends = starts + chunk * size, grad_ends + chunk * size
@@ -80,59 +86,53 @@ def _gradient_kernel(
     if not FOLD:
         part = (tl.program_id(2).to(tl.int64) * num_tokens + start) * num_heads * key_dim
     dq, dk = dq + part, dk + part
-    v_tile = value_tile(v, start, row, row_mask, head, channel, mask)
-    v_before = value_tile(v, start, row - 1, before_mask, head, channel, mask)
-    grad_tile = value_tile(grad_o, start, row, row_mask, head, channel, mask)
+    v_tile = value_tile(v, rows, columns)
+    before, after = Rows(start, row - 1, has_before), Rows(start, row + 1, has_after)
+    v_before = value_tile(v, before, columns)
+    grad_tile = value_tile(grad_o, rows, columns)
     step_tile, step_after = None, None
     if step is not None:
-        step_tile = value_tile(step, start, row, row_mask, head, channel, mask)
-        step_after = value_tile(step, start, row + 1, after_mask, head, channel, mask)
+        step_tile = value_tile(step, rows, columns)
+        step_after = value_tile(step, after, columns)
     dv_tile = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
     dstep_tile = dv_tile
     for key in range(key_dim):
-        k_key, ki_key = key_tile(k, start, row, row_mask, head, mask, key, COMPLEX, FOLD)
-        q_key, qi_key = key_tile(q, start, row, row_mask, head, mask, key, COMPLEX, FOLD)
-        k_before, ki_before = key_tile(k, start, row - 1, before_mask, head, mask, key, COMPLEX, FOLD)
-        state = head * key_dim * value_dim + key * value_dim + channel
+        k_key = key_tile(k, rows, columns, key, COMPLEX, FOLD)
+        q_key = key_tile(q, rows, columns, key, COMPLEX, FOLD)
+        k_before = key_tile(k, before, columns, key, COMPLEX, FOLD)
+        state = columns.head * key_dim * value_dim + key * value_dim + columns.channel
         # What has decayed, z_t = a_t S_{t-1}, by a scan of its own: S_t - k_t v_t would lose it where a_t is small.
-        g, gi = log_decay_tile(log_decay, step_tile, start, row, row_mask, head, channel, mask, key, COMPLEX, PER_TOKEN)
-        a, ai = exp(g, gi, COMPLEX)
-        x, xi = times(a, ai, k_before * v_before, ki_before * v_before, COMPLEX)
-        a, ai, z, zi = scan(a, ai, x, xi, False, COMPLEX)
-        first, first_i = load(starts, state, mask, COMPLEX)
-        x, xi = times(a, ai, first, first_i, COMPLEX)
-        z, zi = z + x, zi + xi
+        a = exp(log_decay_tile(log_decay, step_tile, rows, columns, key, COMPLEX, PER_TOKEN), COMPLEX)
+        a, z = scan(a, times(a, scaled(k_before, v_before), COMPLEX), False, COMPLEX)
+        z = plus(z, times(a, load(starts, state, columns.mask, COMPLEX), COMPLEX))
         # The gradient of S_t: conj(q_t) do_t, and what comes back through the decay of the token after it.
-        g, gi = log_decay_tile(
-            log_decay, step_after, start, row + 1, after_mask, head, channel, mask, key, COMPLEX, PER_TOKEN
-        )
-        a, ai = exp(g, -gi, COMPLEX)
-        a, ai, ds, dsi = scan(a, ai, q_key * grad_tile, -qi_key * grad_tile, True, COMPLEX)
-        last, last_i = load(grad_ends, state, mask, COMPLEX)
-        x, xi = times(a, ai, last, last_i, COMPLEX)
-        ds, dsi = tl.where(tile_mask, ds + x, 0), tl.where(tile_mask, dsi + xi, 0)
+        g = log_decay_tile(log_decay, step_after, after, columns, key, COMPLEX, PER_TOKEN)
+        a, ds = scan(exp(conjugate(g), COMPLEX), scaled(conjugate(q_key), grad_tile), True, COMPLEX)
+        ds = plus(ds, times(a, load(grad_ends, state, columns.mask, COMPLEX), COMPLEX))
+        ds = where(tile_mask, ds)
 
-        dv_tile += _times_conjugate(ds, dsi, k_key, ki_key, COMPLEX)[0]
-        of_q, of_qi = (k_key * v_tile + z) * grad_tile, -(ki_key * v_tile + zi) * grad_tile
-        of_k, of_ki = ds * v_tile, dsi * v_tile
+        dv_tile += _times_conjugate(ds, k_key, COMPLEX).real
+        of_q = scaled(conjugate(plus(scaled(k_key, v_tile), z)), grad_tile)
+        of_k = scaled(ds, v_tile)
         if FOLD:
-            store(dq, state, sum_along(of_q, 0), sum_along(of_qi, 0), mask, COMPLEX)
-            store(dk, state, sum_along(of_k, 0), sum_along(of_ki, 0), mask, COMPLEX)
+            store(dq, state, sum_along(of_q, 0), columns.mask, COMPLEX)
+            store(dk, state, sum_along(of_k, 0), columns.mask, COMPLEX)
         else:
-            place = (row * num_heads + head) * key_dim + key
-            store(dq, place, sum_along(of_q, 1), sum_along(of_qi, 1), row_mask, COMPLEX)
-            store(dk, place, sum_along(of_k, 1), sum_along(of_ki, 1), row_mask, COMPLEX)
-        dg, dgi = _times_conjugate(ds, dsi, z, zi, COMPLEX)
+            place = (row * num_heads + columns.head) * key_dim + key
+            store(dq, place, sum_along(of_q, 1), rows.mask, COMPLEX)
+            store(dk, place, sum_along(of_k, 1), rows.mask, COMPLEX)
+        dg = _times_conjugate(ds, z, COMPLEX)
         if PER_TOKEN:
-            store(dlog_decay, row * size + state, dg, dgi, tile_mask, COMPLEX)
+            store(dlog_decay, row * size + state, dg, tile_mask, COMPLEX)
         else:
             if step is not None:
-                rate = head * log_decay[2] + key * log_decay[3] + channel * log_decay[4]
-                g, gi = load(log_decay[0], rate, mask, COMPLEX)
-                dstep_tile += _times_conjugate(dg, dgi, g, gi, COMPLEX)[0]
-                dg, dgi = dg * step_tile, dgi * step_tile
-            store(dlog_decay, state, sum_along(dg, 0), sum_along(dgi, 0), mask, COMPLEX)
-    offset = row * width + head * value_dim + channel
+                head, channel = columns.head, columns.channel
+                rate = head * log_decay.head_stride + key * log_decay.key_stride + channel * log_decay.value_stride
+                g = load(log_decay.pointer, rate, columns.mask, COMPLEX)
+                dstep_tile += _times_conjugate(dg, g, COMPLEX).real
+                dg = scaled(dg, step_tile)
+            store(dlog_decay, state, sum_along(dg, 0), columns.mask, COMPLEX)
+    offset = row * width + columns.head * value_dim + columns.channel
     tl.store(dv + start * width + offset, dv_tile, mask=tile_mask)
     if step is not None:
         tl.store(dstep + start * width + offset, dstep_tile, mask=tile_mask)
@@ -153,13 +153,12 @@ def elementwise_recurrence_backward(
 ) -> list[Tensor]:
     """Gradients of q, k, v, log_decay, step and initial_state; an operation cannot return None, so empty if absent."""
     problem = Problem(k if q is None else q, k, v, log_decay, step, cu_seqlens)
-    operands = problem.operands() | problem.cut()
+    terms, (chunks, first_chunk) = problem.terms(), problem.cut()
     if problem.one_token:  # its chunk finds the initial state
         starts = problem.given_states(torch.zeros_like(grad_final) if initial_state is None else initial_state)
     grad_rows = strided(torch.zeros_like(v) if q is None else grad_o)
-    swapped = operands | dict(k=operands["q"], v=grad_rows)
-    del swapped["q"]
-    ends, grad_initial = problem.summary_and_fold(swapped, grad_final, backward=True)
+    swapped = terms._replace(k=terms.q, v=grad_rows)
+    ends, grad_initial = problem.summary_and_fold(swapped, chunks, first_chunk, grad_final, backward=True)
     dv = torch.empty_like(v, memory_format=torch.contiguous_format)
     dstep = None if step is None else torch.empty_like(step, memory_format=torch.contiguous_format)
     per_chunk = (problem.num_chunks, *problem.matrix)
@@ -172,8 +171,8 @@ def elementwise_recurrence_backward(
         dlog_decay = starts.new_zeros(per_chunk)
     if problem.num_chunks and starts.numel():
         _gradient_kernel[problem.grid](
-            **operands, grad_o=grad_rows, starts=raw(starts), grad_ends=raw(ends), dq=raw(dq), dk=raw(dk), dv=dv,
-            dlog_decay=raw(dlog_decay), dstep=dstep, num_tokens=problem.num_tokens, **problem.shape, **problem.tile,
+            terms, grad_rows, chunks, raw(starts), raw(ends), raw(dq), raw(dk), dv, raw(dlog_decay), dstep,
+            num_tokens=problem.num_tokens, **problem.shape, **problem.tile,
         )  # fmt: skip
 
     def like(x: Tensor | None, grad: Tensor | None, *summed: int) -> Tensor:

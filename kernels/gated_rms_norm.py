@@ -13,17 +13,27 @@ of blocks, heads and groups, with or without a weight, with or without a gate. C
 with a stride of one and rows at one distance; other layouts are copied first.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-CONFIGS = {  # architecture: elements of a tile, elements of a warp
-    "sm_80": (2048, 512),
-    "sm_90": (2048, 512),
-    "sm_100": (2048, 512),
-    "gfx942": (4096, 1024),
-    "interpreter": (256, 256),
+
+class Config(NamedTuple):
+    """Elements of a tile and of a warp."""
+
+    tile: int
+    per_warp: int
+
+
+CONFIGS = {  # by architecture
+    "sm_80": Config(tile=2048, per_warp=512),
+    "sm_90": Config(tile=2048, per_warp=512),
+    "sm_100": Config(tile=2048, per_warp=512),
+    "gfx942": Config(tile=4096, per_warp=1024),
+    "interpreter": Config(tile=256, per_warp=256),
 }
 MOST_PROGRAMS = 1024  # several for each processor of the largest chips; as many parts of the weight's gradient
 GATES = ("none", "silu", "sigmoid")
@@ -108,12 +118,12 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _grid_and_flags(x: Tensor, weight: Tensor | None, activation: str) -> tuple[tuple[int, int], dict]:
-    tile, per_warp = CONFIGS[architecture(x)]
+    config = CONFIGS[architecture(x)]
     dim = x.shape[-1]
     block_d = triton.next_power_of_2(dim)
-    block_m = max(1, tile // block_d)
+    block_m = max(1, config.tile // block_d)
     flags = dict(BLOCK_M=block_m, BLOCK_D=block_d, WEIGHT=weight is not None, GATE=activation)
-    num_warps = min(16, max(1, block_m * block_d // per_warp))
+    num_warps = min(16, max(1, block_m * block_d // config.per_warp))
     num_groups = 1 if weight is None else weight.numel() // dim
     programs = min(max(1, MOST_PROGRAMS // num_groups), triton.cdiv(x.numel() // dim, block_m * num_groups))
     return (programs, num_groups), flags | dict(num_warps=num_warps)

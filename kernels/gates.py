@@ -18,17 +18,28 @@ Computed and returned in float32, x in any dtype. Channels are read with a strid
 layouts are copied first.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-CONFIGS = {  # architecture: rows and most channels of a tile, warps
-    "sm_80": (32, 64, 4),
-    "sm_90": (32, 64, 4),
-    "sm_100": (32, 64, 4),
-    "gfx942": (32, 64, 4),
-    "interpreter": (16, 16, 1),
+
+class Config(NamedTuple):
+    """The tile of a program and its warps."""
+
+    rows: int
+    channels: int  # at most
+    warps: int
+
+
+CONFIGS = {  # by architecture
+    "sm_80": Config(rows=32, channels=64, warps=4),
+    "sm_90": Config(rows=32, channels=64, warps=4),
+    "sm_100": Config(rows=32, channels=64, warps=4),
+    "gfx942": Config(rows=32, channels=64, warps=4),
+    "interpreter": Config(rows=16, channels=16, warps=1),
 }
 MOST_PROGRAMS = 1024  # several for each processor of the largest chips; as many parts of the parameters' gradients
 ACTIVATIONS = ("softplus", "logsigmoid", "exp", "sigmoid")
@@ -141,13 +152,12 @@ def _rows(x: Tensor) -> Tensor:
 def _grid_and_flags(
     x: Tensor, A_log: Tensor | None, activation: str, limits: list[float], with_step: bool
 ) -> tuple[tuple, dict]:
-    block_m, block_c, num_warps = CONFIGS[architecture(x)]
-    num_channels = x.shape[-1]
-    block_c = min(block_c, triton.next_power_of_2(num_channels))
+    config, num_channels = CONFIGS[architecture(x)], x.shape[-1]
+    block_c = min(config.channels, triton.next_power_of_2(num_channels))
     tiles = triton.cdiv(num_channels, block_c)
-    programs = min(max(1, MOST_PROGRAMS // tiles), triton.cdiv(x.numel() // num_channels, block_m))
+    programs = min(max(1, MOST_PROGRAMS // tiles), triton.cdiv(x.numel() // num_channels, config.rows))
     flags = dict(PER_HEAD=A_log is not None, ACTIVATION=activation, STEP=with_step, CLAMP=bool(limits))
-    return (programs, tiles), flags | dict(BLOCK_M=block_m, BLOCK_C=block_c, num_warps=num_warps)
+    return (programs, tiles), flags | dict(BLOCK_M=config.rows, BLOCK_C=block_c, num_warps=config.warps)
 
 
 @torch.library.custom_op("torchlmoe::decay_gate_triton", mutates_args=())

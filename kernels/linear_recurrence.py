@@ -25,8 +25,9 @@ Scores under a decay per channel: C is halved down to single tokens. Where the l
 earlier half wrote, the decay factorises at the middle, so each level is one product of matrices and no exponent is
 positive. A scalar decay multiplies the matrix; its sums are float64, so that gates of -30 do not cost others digits.
 
-Tensors are handed to a kernel with their strides, (pointer, row, token, head), and are not copied, unless their last
-dim is not contiguous. Nothing here waits for the device. The gradient is in `linear_recurrence_backward.py`.
+Tensors are handed to a kernel with their strides (`Strided`), and are not copied, unless their last dim is not
+contiguous. Named tuples bundle what travels together, on the host and in a kernel; the compiler takes them apart.
+Nothing here waits for the device. The gradient is in `linear_recurrence_backward.py`.
 """
 
 import math
@@ -42,69 +43,147 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-160.0)  # exp2 of it is zero: a gate of -inf becomes this, so that sums are finite
 
 
-@triton.jit
-def tile(x, row, token, head, rows, cols, valid, WIDTH: tl.constexpr):
-    """x[row, token + rows, head, cols] in float32, zero beyond `valid` rows and WIDTH columns."""
-    pointer, row_stride, token_stride, head_stride = x
-    pointer += row.to(tl.int64) * row_stride + token.to(tl.int64) * token_stride + head.to(tl.int64) * head_stride
-    inside = (rows < valid)[:, None] & (cols < WIDTH)[None, :]
-    return tl.load(pointer + rows[:, None] * token_stride + cols[None, :], mask=inside, other=0).to(tl.float32)
+# What the matrices [C, C] of a chunk are: the scores of what q or e reads of what k or b (where it is not k) writes.
+QK = tl.constexpr(0)  # P = <q, k>
+INVERSE = tl.constexpr(1)  # T = (I + strict <e, b>)^-1
+QB = tl.constexpr(2)
+EK = tl.constexpr(3)
+
+
+class Strided(NamedTuple):
+    """A tensor [B, T, heads, width] or [B, T, heads] as kernels are handed it; a stride of width is 1."""
+
+    pointer: Any
+    row_stride: Any
+    token_stride: Any
+    head_stride: Any
+
+
+class Terms(NamedTuple):
+    """What the recurrence is made of; None where it is absent."""
+
+    q: Any
+    k: Any
+    v: Any
+    g: Any  # log decay
+    e: Any  # erased: e itself, or the factor of b that it is
+    b: Any  # what is written to erase, where it is not k
+    h: Any  # log decay of the values
+    u: Any  # bonus, [heads, K]
+
+
+class Matrices(NamedTuple):
+    """Matrices [C, C] of every chunk and head, numbered QK, INVERSE, QB and EK."""
+
+    pointer: Any
+    per_chunk: Any  # how many there are
+
+
+class Documents(NamedTuple):
+    """Where documents are: one a row of `length` tokens, or, if there are bounds, packed into one row."""
+
+    length: Any
+    bounds: Any  # [N + 1]
+    first_spans: Any  # the number of each document's first span, [N + 1]
+    owners: Any  # the document of each span
+
+
+class Chunk(NamedTuple):
+    """The tokens that a program takes together."""
+
+    row: Any
+    token: Any  # the first
+    rows: Any  # 0 .. C - 1
+    valid: Any  # how many of them are tokens of the document; not above 0: none
+
+
+class Columns(NamedTuple):
+    """A tile's columns, of keys or of values."""
+
+    cols: Any
+    width: Any  # how many there are in all
+
+
+class Entry(NamedTuple):
+    """A place in what there is for every chunk (or span, or document) and head."""
+
+    index: Any
+    head: Any
+    heads: Any
 
 
 @triton.jit
-def store_tile(x, values, row, token, head, rows, cols, valid, WIDTH: tl.constexpr):
-    pointer, row_stride, token_stride, head_stride = x
-    pointer += row.to(tl.int64) * row_stride + token.to(tl.int64) * token_stride + head.to(tl.int64) * head_stride
-    inside = (rows < valid)[:, None] & (cols < WIDTH)[None, :]
-    tl.store(pointer + rows[:, None] * token_stride + cols[None, :], values, mask=inside)
+def start_of(x, row, token, head):
+    """Points to x[row, token, head]."""
+    return x.pointer + (
+        row.to(tl.int64) * x.row_stride + token.to(tl.int64) * x.token_stride + head.to(tl.int64) * x.head_stride
+    )
 
 
 @triton.jit
-def column(x, row, token, head, rows, valid):
+def tile_at(x, chunk, head, columns):
+    """Points to x[row, token + rows, head, cols]; and which of these there are."""
+    start = start_of(x, chunk.row, chunk.token, head)
+    inside = (chunk.rows < chunk.valid)[:, None] & (columns.cols < columns.width)[None, :]
+    return start + chunk.rows[:, None] * x.token_stride + columns.cols[None, :], inside
+
+
+@triton.jit
+def tile(x, chunk, head, columns):
+    """x[row, token + rows, head, cols] in float32, zero beyond the chunk's tokens and the width of x."""
+    pointers, inside = tile_at(x, chunk, head, columns)
+    return tl.load(pointers, mask=inside, other=0).to(tl.float32)
+
+
+@triton.jit
+def store_tile(x, x_tile, chunk, head, columns):
+    pointers, inside = tile_at(x, chunk, head, columns)
+    tl.store(pointers, x_tile, mask=inside)
+
+
+@triton.jit
+def column(x, chunk, head):
     """x[row, token + rows, head] of one number a token."""
-    pointer, row_stride, token_stride, head_stride = x
-    pointer += row.to(tl.int64) * row_stride + token.to(tl.int64) * token_stride + head.to(tl.int64) * head_stride
-    return tl.load(pointer + rows * token_stride, mask=rows < valid, other=0).to(tl.float32)
+    start = start_of(x, chunk.row, chunk.token, head)
+    return tl.load(start + chunk.rows * x.token_stride, mask=chunk.rows < chunk.valid, other=0).to(tl.float32)
 
 
 @triton.jit
-def erase_tile(e, b_CK, row, token, head, rows, cols, valid, WIDTH: tl.constexpr, IS_BETA: tl.constexpr):
+def erase_tile(e, b_CK, chunk, head, keys, IS_BETA: tl.constexpr):
     """What is erased, as a tile and its rows' factor: that of one number a token is b times it."""
     if IS_BETA:
-        return b_CK, column(e, row, token, head, rows, valid)[:, None]
+        return b_CK, column(e, chunk, head)[:, None]
     else:
-        return tile(e, row, token, head, rows, cols, valid, WIDTH), tl.full([1, 1], 1.0, tl.float32)
+        return tile(e, chunk, head, keys), tl.full([1, 1], 1.0, tl.float32)
 
 
 @triton.jit
-def per_head(u, head, cols, K: tl.constexpr):
+def per_head(u, head, keys):
     """u [heads, K] of a head, a row."""
-    return tl.load(u + head * K + cols, mask=cols < K, other=0).to(tl.float32)
+    return tl.load(u + head * keys.width + keys.cols, mask=keys.cols < keys.width, other=0).to(tl.float32)
 
 
 @triton.jit
-def own_score(q_CK, k_CK, u, head, cols, K: tl.constexpr):
+def own_score(q_CK, k_CK, u, head, keys):
     """What a token reads of itself: q k, or by the bonus q u k."""
     if u is None:
         return tl.sum(q_CK * k_CK, 1)
     else:
-        return tl.sum(q_CK * k_CK * per_head(u, head, cols, K), 1)
+        return tl.sum(q_CK * k_CK * per_head(u, head, keys), 1)
 
 
 @triton.jit
-def log2_tile(decay, row, token, head, rows, cols, valid, WIDTH: tl.constexpr):
-    return tl.maximum(tile(decay, row, token, head, rows, cols, valid, WIDTH) * LOG2_E, LOWEST)
+def log2_tile(decay, chunk, head, columns):
+    return tl.maximum(tile(decay, chunk, head, columns) * LOG2_E, LOWEST)
 
 
 @triton.jit
-def log2_column(decay, row, token, head, rows, valid):
-    return tl.maximum(column(decay, row, token, head, rows, valid) * LOG2_E, LOWEST).to(tl.float64)
+def log2_column(decay, chunk, head):
+    return tl.maximum(column(decay, chunk, head) * LOG2_E, LOWEST).to(tl.float64)
 
 
 @triton.jit
-def from_start(
-    decay, row, token, head, rows, cols, valid, WIDTH: tl.constexpr, PER_CHANNEL: tl.constexpr, BEFORE: tl.constexpr
-):
+def from_start(decay, chunk, head, columns, PER_CHANNEL: tl.constexpr, BEFORE: tl.constexpr):
     """What passes from the chunk's start to each reader: [C, D], [C, 1] or [1, 1].
 
     BEFORE: a reader reads what was before its own decay.
@@ -112,32 +191,33 @@ def from_start(
     if decay is None:
         return tl.full([1, 1], 1.0, tl.float32)
     elif PER_CHANNEL:
-        g = log2_tile(decay, row, token, head, rows, cols, valid, WIDTH)
+        g = log2_tile(decay, chunk, head, columns)
         total = tl.cumsum(g, 0)
         return tl.exp2(total - g if BEFORE else total)
     else:
-        g = log2_column(decay, row, token, head, rows, valid)
+        g = log2_column(decay, chunk, head)
         total = tl.cumsum(g, 0)
         return tl.exp2((total - g if BEFORE else total).to(tl.float32))[:, None]
 
 
 @triton.jit
-def to_end(decay, row, token, head, rows, cols, valid, WIDTH: tl.constexpr, PER_CHANNEL: tl.constexpr):
+def to_end(decay, chunk, head, columns, PER_CHANNEL: tl.constexpr):
     """What passes from each writer to the chunk's end, and the whole of it: [D] or [1]."""
     if decay is None:
         return tl.full([1, 1], 1.0, tl.float32), tl.full([1], 1.0, tl.float32)
     elif PER_CHANNEL:
-        g = log2_tile(decay, row, token, head, rows, cols, valid, WIDTH)
+        g = log2_tile(decay, chunk, head, columns)
         return tl.exp2(tl.cumsum(g, 0, reverse=True) - g), tl.exp2(tl.sum(g, 0))
     else:
-        g = log2_column(decay, row, token, head, rows, valid)
+        g = log2_column(decay, chunk, head)
         whole = tl.sum(g, 0) + tl.zeros([1], tl.float64)
         return tl.exp2((whole - tl.cumsum(g, 0)).to(tl.float32))[:, None], tl.exp2(whole.to(tl.float32))
 
 
 @triton.jit
-def decay_matrix(decay, row, token, head, rows, valid, BEFORE: tl.constexpr):
+def decay_matrix(decay, chunk, head, BEFORE: tl.constexpr):
     """What passes from token j to token i, [C, C], zero above the diagonal; on it, where BEFORE, too."""
+    rows = chunk.rows
     if BEFORE:
         seen = rows[:, None] > rows[None, :]
     else:
@@ -145,7 +225,7 @@ def decay_matrix(decay, row, token, head, rows, valid, BEFORE: tl.constexpr):
     if decay is None:
         return tl.where(seen, 1.0, 0.0)
     else:
-        g = log2_column(decay, row, token, head, rows, valid)
+        g = log2_column(decay, chunk, head)
         written = tl.cumsum(g, 0)
         read = written - g if BEFORE else written
         # Each as a sum of two float32, so that it is not the matrix that has to be float64.
@@ -250,86 +330,95 @@ def unit_lower_inverse(lower, rows, C: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def document_of(spans, span, T, SPAN: tl.constexpr):
+def document_of(documents, span, SPAN: tl.constexpr):
     """The document to which a span of SPAN tokens belongs."""
-    if spans is None:
-        return span // tl.cdiv(T, SPAN)
+    if documents.bounds is None:
+        return span // tl.cdiv(documents.length, SPAN)
     else:
-        _, _, owner = spans
-        return tl.load(owner + span)
+        return tl.load(documents.owners + span)
 
 
 @triton.jit
-def bounds_of(spans, document, T, SPAN: tl.constexpr):
+def bounds_of(documents, document, SPAN: tl.constexpr):
     """A document's row, its first token there and the one past its last, and its first span."""
-    if spans is None:
-        return document, document * 0, document * 0 + T, document * tl.cdiv(T, SPAN)
+    if documents.bounds is None:
+        zero = document * 0
+        return document, zero, zero + documents.length, document * tl.cdiv(documents.length, SPAN)
     else:
-        bounds, first, _ = spans
-        return document * 0, tl.load(bounds + document), tl.load(bounds + document + 1), tl.load(first + document)
+        start, end = tl.load(documents.bounds + document), tl.load(documents.bounds + document + 1)
+        return document * 0, start, end, tl.load(documents.first_spans + document)
 
 
 @triton.jit
-def chunk_at(spans, slot, T, SPAN: tl.constexpr, C: tl.constexpr):
+def chunk_at(documents, slot, SPAN: tl.constexpr, C: tl.constexpr):
     """The row and first token of the chunk in a slot, and how many tokens it has (none, or less, in unused slots)."""
     span = slot // (SPAN // C)
-    row, start, end, first = bounds_of(spans, document_of(spans, span, T, SPAN), T, SPAN)
+    row, start, end, first = bounds_of(documents, document_of(documents, span, SPAN), SPAN)
     token = start + (span - first) * SPAN + slot % (SPAN // C) * C
     return row, token, end - token
 
 
 @triton.jit
-def matrix_at(matrices, slot, head, heads, number: tl.constexpr, rows, C: tl.constexpr):
-    """Where the numbered one of a chunk's matrices is, [C, C]. matrices: (pointer, how many a chunk has)."""
-    pointer, count = matrices
-    pointer += ((slot.to(tl.int64) * heads + head) * count + number) * C * C
-    return pointer + rows[:, None] * C + rows[None, :]
+def matrix_at(matrices, name: tl.constexpr, entry, rows, C: tl.constexpr):
+    """Points to the named one of a chunk's matrices, [C, C]."""
+    number = entry.index.to(tl.int64) * entry.heads + entry.head
+    start = matrices.pointer + (number * matrices.per_chunk + name) * C * C
+    return start + rows[:, None] * C + rows[None, :]
 
 
 @triton.jit
-def load_state(states, index, head, heads, rows, cols, K: tl.constexpr, V: tl.constexpr):
-    """A tile of states[index, head] [K, V] in float32."""
-    states += (index.to(tl.int64) * heads + head) * K * V
-    inside = (rows < K)[:, None] & (cols < V)[None, :]
-    return tl.load(states + rows[:, None] * V + cols[None, :], mask=inside, other=0).to(tl.float32)
+def state_at(states, entry, keys, values):
+    """Points to a tile of states[entry] [K, V]; and which elements there are."""
+    start = states + (entry.index.to(tl.int64) * entry.heads + entry.head) * keys.width * values.width
+    inside = (keys.cols < keys.width)[:, None] & (values.cols < values.width)[None, :]
+    return start + keys.cols[:, None] * values.width + values.cols[None, :], inside
 
 
 @triton.jit
-def store_state(states, state_KV, index, head, heads, rows, cols, K: tl.constexpr, V: tl.constexpr):
-    states += (index.to(tl.int64) * heads + head) * K * V
-    inside = (rows < K)[:, None] & (cols < V)[None, :]
-    tl.store(states + rows[:, None] * V + cols[None, :], state_KV, mask=inside)
+def load_state(states, entry, keys, values):
+    """A tile of states[entry] in float32."""
+    pointers, inside = state_at(states, entry, keys, values)
+    return tl.load(pointers, mask=inside, other=0).to(tl.float32)
+
+
+@triton.jit
+def store_state(states, state_KV, entry, keys, values):
+    pointers, inside = state_at(states, entry, keys, values)
+    tl.store(pointers, state_KV, mask=inside)
 
 
 @triton.jit
 def scores_kernel(
-    q, k, e, b, g, u, matrices, spans, scale, T, heads,
+    terms, matrices, documents, scale, heads,
     GROUP: tl.constexpr, K: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr, BLOCK_K: tl.constexpr,
     PER_CHANNEL: tl.constexpr, IS_BETA: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """Stores <q, k>, T and, where b is its own, <q, b> and <e, k>, as far as there are q and e."""
+    q, k, g, e, b, u = terms.q, terms.k, terms.g, terms.e, terms.b, terms.u
     slot, head = tl.program_id(0) // heads, tl.program_id(0) % heads
-    row, token, valid = chunk_at(spans, slot, T, SPAN, C)
+    row, token, valid = chunk_at(documents, slot, SPAN, C)
     if valid <= 0:
         return
     rows = tl.arange(0, C)
+    chunk, entry = Chunk(row, token, rows, valid), Entry(slot, head, heads)
     qk = tl.zeros([C, C], tl.float32)
     qb, eb, ek = qk, qk, qk
     own_k = tl.zeros([C], tl.float32)
     own_b = own_k
     for start in range(0, K, BLOCK_K):
-        cols = start + tl.arange(0, BLOCK_K)
-        k_CK = tile(k, row, token, head // GROUP, rows, cols, valid, K)
+        keys = Columns(start + tl.arange(0, BLOCK_K), K)
+        k_CK = tile(k, chunk, head // GROUP, keys)
         b_CK = k_CK
         if b is not None:
-            b_CK = tile(b, row, token, head, rows, cols, valid, K)
+            b_CK = tile(b, chunk, head, keys)
         if q is not None:
-            q_CK = tile(q, row, token, head // GROUP, rows, cols, valid, K)
-            own_k += own_score(q_CK, k_CK, u, head, cols, K)
+            q_CK = tile(q, chunk, head // GROUP, keys)
+            own_k += own_score(q_CK, k_CK, u, head, keys)
             own_b += tl.sum(q_CK * b_CK, 1)
         if e is not None:
-            e_CK, _ = erase_tile(e, b_CK, row, token, head, rows, cols, valid, K, IS_BETA)
+            e_CK, _ = erase_tile(e, b_CK, chunk, head, keys, IS_BETA)
         if PER_CHANNEL:
-            g_CK = log2_tile(g, row, token, head, rows, cols, valid, K)
+            g_CK = log2_tile(g, chunk, head, keys)
             for level in tl.static_range(6):
                 if (1 << level) < C:
                     later, earlier = halfway(g_CK, rows, 1 << level, u is not None, C, BLOCK_K)
@@ -353,14 +442,14 @@ def scores_kernel(
                 if q is not None:
                     qb = add_dot(qb, q_CK, transposed(b_CK, DOT), DOT)
     if not PER_CHANNEL:
-        decay_CC = decay_matrix(g, row, token, head, rows, valid, u is not None)
+        decay_CC = decay_matrix(g, chunk, head, u is not None)
         strict_CC = tl.where(rows[:, None] > rows[None, :], decay_CC, 0.0)
         qk *= decay_CC
         qb *= decay_CC
         eb *= strict_CC
         ek *= strict_CC
     if IS_BETA:
-        beta_C1 = column(e, row, token, head, rows, valid)[:, None]
+        beta_C1 = column(e, chunk, head)[:, None]
         eb *= beta_C1
         ek *= beta_C1
     if PER_CHANNEL or u is not None:
@@ -368,13 +457,13 @@ def scores_kernel(
     if PER_CHANNEL:
         qb += on_diagonal(own_b, rows)
     if q is not None:
-        tl.store(matrix_at(matrices, slot, head, heads, 0, rows, C), qk * scale)
+        tl.store(matrix_at(matrices, QK, entry, rows, C), qk * scale)
         if b is not None:
-            tl.store(matrix_at(matrices, slot, head, heads, 2, rows, C), qb * scale)
+            tl.store(matrix_at(matrices, QB, entry, rows, C), qb * scale)
     if e is not None:
-        tl.store(matrix_at(matrices, slot, head, heads, 1, rows, C), unit_lower_inverse(eb, rows, C, PRECISION))
+        tl.store(matrix_at(matrices, INVERSE, entry, rows, C), unit_lower_inverse(eb, rows, C, PRECISION))
         if b is not None:
-            tl.store(matrix_at(matrices, slot, head, heads, 3, rows, C), ek)
+            tl.store(matrix_at(matrices, EK, entry, rows, C), ek)
 
 
 @triton.jit
@@ -390,20 +479,21 @@ def rows_of(scores_CC, w_CV, h_CV, rows, BEFORE: tl.constexpr, C: tl.constexpr, 
 
 @triton.jit
 def scan_kernel(
-    q, k, v, g, e, b, h, u, matrices, initial_state, states, o, n, final_state, spans, scale, T, heads,
+    terms, matrices, initial_state, states, o, n, final_state, documents, scale, heads,
     GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, FROM_STATES: tl.constexpr,
     PER_CHANNEL: tl.constexpr, IS_BETA: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """A document from its initial state, or, FROM_STATES, a span from its stored one. BLOCK_K holds all of K."""
+    q, k, v, g, e, b, h, u = terms
     tiles = tl.cdiv(V, BLOCK_V)
     index, head = tl.program_id(0) // tiles // heads, tl.program_id(0) // tiles % heads
-    rows, cols_k = tl.arange(0, C), tl.arange(0, BLOCK_K)
-    cols_v = tl.program_id(0) % tiles * BLOCK_V + tl.arange(0, BLOCK_V)
+    rows, keys = tl.arange(0, C), Columns(tl.arange(0, BLOCK_K), K)
+    values = Columns(tl.program_id(0) % tiles * BLOCK_V + tl.arange(0, BLOCK_V), V)
     document = index
     if FROM_STATES:
-        document = document_of(spans, index, T, SPAN)
-    row, start, end, span = bounds_of(spans, document, T, SPAN)
+        document = document_of(documents, index, SPAN)
+    row, start, end, span = bounds_of(documents, document, SPAN)
     state_KV = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
     if FROM_STATES:
         start += (index - span) * SPAN
@@ -411,120 +501,128 @@ def scan_kernel(
         span = index
         if start >= end:
             return
-        state_KV = load_state(states, index, head, heads, cols_k, cols_v, K, V)
+        state_KV = load_state(states, Entry(index, head, heads), keys, values)
     elif initial_state is not None:
-        state_KV = load_state(initial_state, index, head, heads, cols_k, cols_v, K, V)
+        state_KV = load_state(initial_state, Entry(index, head, heads), keys, values)
 
-    for chunk in range(0, tl.cdiv(end - start, C)):
-        token, slot = start + chunk * C, span * (SPAN // C) + chunk
-        valid = end - token
+    for step in range(0, tl.cdiv(end - start, C)):
+        token, slot = start + step * C, span * (SPAN // C) + step
+        chunk, entry = Chunk(row, token, rows, end - token), Entry(slot, head, heads)
         if not FROM_STATES and states is not None:  # noqa: SIM102 (what is known when compiling, and what is not)
-            if chunk % (SPAN // C) == 0:
-                store_state(states, state_KV, slot // (SPAN // C), head, heads, cols_k, cols_v, K, V)
-        k_CK = tile(k, row, token, head // GROUP, rows, cols_k, valid, K)
-        v_CV = tile(v, row, token, head, rows, cols_v, valid, V)
-        start_CK = from_start(g, row, token, head, rows, cols_k, valid, K, PER_CHANNEL, u is not None)
+            if step % (SPAN // C) == 0:
+                store_state(states, state_KV, Entry(slot // (SPAN // C), head, heads), keys, values)
+        k_CK = tile(k, chunk, head // GROUP, keys)
+        v_CV = tile(v, chunk, head, values)
+        start_CK = from_start(g, chunk, head, keys, PER_CHANNEL, u is not None)
         w_CV = v_CV  # what k writes
         if e is not None:
             b_CK = k_CK
             z_CV = v_CV
             if b is not None:
-                b_CK = tile(b, row, token, head, rows, cols_k, valid, K)
-                z_CV = -dot(tl.load(matrix_at(matrices, slot, head, heads, 3, rows, C)), v_CV, DOT)
-            e_CK, beta_C1 = erase_tile(e, b_CK, row, token, head, rows, cols_k, valid, K, IS_BETA)
+                b_CK = tile(b, chunk, head, keys)
+                z_CV = -dot(tl.load(matrix_at(matrices, EK, entry, rows, C)), v_CV, DOT)
+            e_CK, beta_C1 = erase_tile(e, b_CK, chunk, head, keys, IS_BETA)
             z_CV -= read_state(e_CK, start_CK, state_KV, PER_CHANNEL, DOT) * beta_C1
-            n_CV = dot(tl.load(matrix_at(matrices, slot, head, heads, 1, rows, C)), z_CV, DOT)
+            n_CV = dot(tl.load(matrix_at(matrices, INVERSE, entry, rows, C)), z_CV, DOT)
             if n is not None:
-                store_tile(n, n_CV, row, token, head, rows, cols_v, valid, V)
+                store_tile(n, n_CV, chunk, head, values)
             if b is None:
                 w_CV = n_CV
         if o is not None:
-            q_CK = tile(q, row, token, head // GROUP, rows, cols_k, valid, K)
+            q_CK = tile(q, chunk, head // GROUP, keys)
             o_CV = read_state(q_CK, start_CK, state_KV, PER_CHANNEL, DOT) * scale
-            o_CV *= from_start(h, row, token, head, rows, cols_v, valid, V, True, u is not None)
+            o_CV *= from_start(h, chunk, head, values, True, u is not None)
             if matrices is not None:
-                scores_CC = tl.load(matrix_at(matrices, slot, head, heads, 0, rows, C)).to(tl.float32)
+                scores_CC = tl.load(matrix_at(matrices, QK, entry, rows, C)).to(tl.float32)
             else:
                 scores_CC = dot(q_CK, transposed(k_CK, DOT), DOT)
-                scores_CC *= decay_matrix(g, row, token, head, rows, valid, u is not None)
+                scores_CC *= decay_matrix(g, chunk, head, u is not None)
                 if u is not None:
-                    scores_CC += on_diagonal(own_score(q_CK, k_CK, u, head, cols_k, K), rows)
+                    scores_CC += on_diagonal(own_score(q_CK, k_CK, u, head, keys), rows)
                 scores_CC *= scale
             if h is None:
                 o_CV = add_dot(o_CV, scores_CC, w_CV, DOT)
             else:
-                h_CV = log2_tile(h, row, token, head, rows, cols_v, valid, V)
+                h_CV = log2_tile(h, chunk, head, values)
                 o_CV += rows_of(scores_CC, w_CV, h_CV, rows, u is not None, C, BLOCK_V, DOT)
             if b is not None:
-                o_CV = add_dot(o_CV, tl.load(matrix_at(matrices, slot, head, heads, 2, rows, C)), n_CV, DOT)
-            store_tile(o, o_CV, row, token, head, rows, cols_v, valid, V)
-        end_CK, whole_K = to_end(g, row, token, head, rows, cols_k, valid, K, PER_CHANNEL)
-        end_CV, whole_V = to_end(h, row, token, head, rows, cols_v, valid, V, True)
+                o_CV = add_dot(o_CV, tl.load(matrix_at(matrices, QB, entry, rows, C)), n_CV, DOT)
+            store_tile(o, o_CV, chunk, head, values)
+        end_CK, whole_K = to_end(g, chunk, head, keys, PER_CHANNEL)
+        end_CV, whole_V = to_end(h, chunk, head, values, True)
         state_KV *= whole_K[:, None] * whole_V[None, :]
         state_KV = add_to_state(state_KV, k_CK, end_CK, w_CV * end_CV, PER_CHANNEL, DOT)
         if b is not None:
             state_KV = add_to_state(state_KV, b_CK, end_CK, n_CV, PER_CHANNEL, DOT)
 
     if not FROM_STATES and final_state is not None:
-        store_state(final_state, state_KV, index, head, heads, cols_k, cols_v, K, V)
+        store_state(final_state, state_KV, Entry(index, head, heads), keys, values)
 
 
 @triton.jit
-def token_of(x, row, head, cols, WIDTH: tl.constexpr):
+def start_of_row(x, row, head):
+    """Points to x[row, 0, head]."""
+    return x.pointer + (row.to(tl.int64) * x.row_stride + head.to(tl.int64) * x.head_stride)
+
+
+@triton.jit
+def token_of(x, row, head, columns):
     """x[row, 0, head, cols] in float32."""
-    pointer, row_stride, _, head_stride = x
-    pointer += row.to(tl.int64) * row_stride + head.to(tl.int64) * head_stride
-    return tl.load(pointer + cols, mask=cols < WIDTH, other=0).to(tl.float32)
+    start = start_of_row(x, row, head)
+    return tl.load(start + columns.cols, mask=columns.cols < columns.width, other=0).to(tl.float32)
 
 
 @triton.jit
 def number_of(x, row, head):
-    pointer, row_stride, _, head_stride = x
-    return tl.load(pointer + row.to(tl.int64) * row_stride + head.to(tl.int64) * head_stride).to(tl.float32)
+    """x[row, 0, head] in float32."""
+    return tl.load(start_of_row(x, row, head)).to(tl.float32)
 
 
 @triton.jit
 def step_kernel(
-    q, k, v, g, e, b, h, u, initial_state, o, final_state, scale, heads,
+    terms, initial_state, o, final_state, scale, heads,
     GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     PER_CHANNEL: tl.constexpr, IS_BETA: tl.constexpr,
 ):  # fmt: skip
     """One token a row: reads the state, decays it, erases, writes, and stores it and o."""
+    q, k, v, g, e, b, h, u = terms
     tiles = tl.cdiv(V, BLOCK_V)
     row, head = tl.program_id(0) // tiles // heads, tl.program_id(0) // tiles % heads
-    cols_k, cols_v = tl.arange(0, BLOCK_K), tl.program_id(0) % tiles * BLOCK_V + tl.arange(0, BLOCK_V)
+    keys = Columns(tl.arange(0, BLOCK_K), K)
+    values = Columns(tl.program_id(0) % tiles * BLOCK_V + tl.arange(0, BLOCK_V), V)
+    entry = Entry(row, head, heads)
     before_KV = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
     if initial_state is not None:
-        before_KV = load_state(initial_state, row, head, heads, cols_k, cols_v, K, V)
-    k_K = token_of(k, row, head // GROUP, cols_k, K)
-    v_V = token_of(v, row, head, cols_v, V)
+        before_KV = load_state(initial_state, entry, keys, values)
+    k_K = token_of(k, row, head // GROUP, keys)
+    v_V = token_of(v, row, head, values)
     state_KV = before_KV
     if g is not None:
         if PER_CHANNEL:
-            state_KV *= tl.exp2(token_of(g, row, head, cols_k, K) * LOG2_E)[:, None]
+            state_KV *= tl.exp2(token_of(g, row, head, keys) * LOG2_E)[:, None]
         else:
             state_KV *= tl.exp2(number_of(g, row, head) * LOG2_E)
     if h is not None:
-        state_KV *= tl.exp2(token_of(h, row, head, cols_v, V) * LOG2_E)[None, :]
+        state_KV *= tl.exp2(token_of(h, row, head, values) * LOG2_E)[None, :]
     if e is not None:
         b_K = k_K
         if b is not None:
-            b_K = token_of(b, row, head, cols_k, K)
+            b_K = token_of(b, row, head, keys)
         if IS_BETA:
             e_K = number_of(e, row, head) * b_K
         else:
-            e_K = token_of(e, row, head, cols_k, K)
+            e_K = token_of(e, row, head, keys)
         state_KV -= b_K[:, None] * tl.sum(e_K[:, None] * state_KV, 0)[None, :]
     added_KV = k_K[:, None] * v_V[None, :]
     state_KV += added_KV
-    store_state(final_state, state_KV, row, head, heads, cols_k, cols_v, K, V)
+    store_state(final_state, state_KV, entry, keys, values)
     if q is not None:
-        q_K = token_of(q, row, head // GROUP, cols_k, K) * scale
+        q_K = token_of(q, row, head // GROUP, keys) * scale
         if u is not None:
-            state_KV = before_KV + per_head(u, head, cols_k, K)[:, None] * added_KV
+            state_KV = before_KV + per_head(u, head, keys)[:, None] * added_KV
         o_V = tl.sum(q_K[:, None] * state_KV, 0)
-        pointer, row_stride, _, head_stride = o
-        tl.store(pointer + row.to(tl.int64) * row_stride + head * head_stride + cols_v, o_V, mask=cols_v < V)
+        start = o.pointer + row.to(tl.int64) * o.row_stride + head * o.head_stride
+        tl.store(start + values.cols, o_V, mask=values.cols < V)
 
 
 class Config(NamedTuple):
@@ -542,24 +640,56 @@ class Config(NamedTuple):
 # By architecture, whether a decay is per channel, width of K (64, 128 or 256) and bytes a number: nothing that depends
 # on the sequence.
 CONFIGS: dict[tuple[str, bool, int, int], Config] = {
-    ("default", False, 64, 2): Config(64, 2, 64, 64, 4, 4, 2),
-    ("default", False, 128, 2): Config(64, 2, 64, 64, 4, 8, 2),
-    ("default", False, 256, 2): Config(32, 4, 64, 16, 4, 8, 1),
-    ("default", True, 64, 2): Config(32, 4, 16, 64, 4, 8, 2),
-    ("default", True, 128, 2): Config(32, 4, 16, 64, 4, 8, 2),
-    ("default", True, 256, 2): Config(32, 4, 16, 16, 4, 8, 1),
+    ("default", False, 64, 2): Config(
+        chunk=64, chunks_per_span=2, block_k=64, block_v=64, scores_warps=4, scan_warps=4, stages=2
+    ),
+    ("default", False, 128, 2): Config(
+        chunk=64, chunks_per_span=2, block_k=64, block_v=64, scores_warps=4, scan_warps=8, stages=2
+    ),
+    ("default", False, 256, 2): Config(
+        chunk=32, chunks_per_span=4, block_k=64, block_v=16, scores_warps=4, scan_warps=8, stages=1
+    ),
+    ("default", True, 64, 2): Config(
+        chunk=32, chunks_per_span=4, block_k=16, block_v=64, scores_warps=4, scan_warps=8, stages=2
+    ),
+    ("default", True, 128, 2): Config(
+        chunk=32, chunks_per_span=4, block_k=16, block_v=64, scores_warps=4, scan_warps=8, stages=2
+    ),
+    ("default", True, 256, 2): Config(
+        chunk=32, chunks_per_span=4, block_k=16, block_v=16, scores_warps=4, scan_warps=8, stages=1
+    ),
     # float32 is multiplied without tensor cores, its operands held in registers: smaller tiles.
-    ("default", False, 64, 4): Config(16, 8, 32, 16, 8, 8, 1),
-    ("default", False, 128, 4): Config(16, 8, 32, 16, 8, 8, 1),
-    ("default", False, 256, 4): Config(16, 8, 32, 16, 4, 8, 1),
-    ("default", True, 64, 4): Config(16, 8, 16, 16, 8, 8, 1),
-    ("default", True, 128, 4): Config(16, 8, 16, 16, 8, 8, 1),
-    ("default", True, 256, 4): Config(16, 8, 16, 16, 4, 8, 1),
+    ("default", False, 64, 4): Config(
+        chunk=16, chunks_per_span=8, block_k=32, block_v=16, scores_warps=8, scan_warps=8, stages=1
+    ),
+    ("default", False, 128, 4): Config(
+        chunk=16, chunks_per_span=8, block_k=32, block_v=16, scores_warps=8, scan_warps=8, stages=1
+    ),
+    ("default", False, 256, 4): Config(
+        chunk=16, chunks_per_span=8, block_k=32, block_v=16, scores_warps=4, scan_warps=8, stages=1
+    ),
+    ("default", True, 64, 4): Config(
+        chunk=16, chunks_per_span=8, block_k=16, block_v=16, scores_warps=8, scan_warps=8, stages=1
+    ),
+    ("default", True, 128, 4): Config(
+        chunk=16, chunks_per_span=8, block_k=16, block_v=16, scores_warps=8, scan_warps=8, stages=1
+    ),
+    ("default", True, 256, 4): Config(
+        chunk=16, chunks_per_span=8, block_k=16, block_v=16, scores_warps=4, scan_warps=8, stages=1
+    ),
     # The interpreter's time goes with the number of programs.
-    ("interpreter", False, 64, 2): Config(64, 2, 32, 64, 4, 4, 1),
-    ("interpreter", False, 64, 4): Config(64, 2, 32, 64, 4, 4, 1),
-    ("interpreter", True, 64, 2): Config(64, 2, 32, 64, 4, 4, 1),
-    ("interpreter", True, 64, 4): Config(64, 2, 32, 64, 4, 4, 1),
+    ("interpreter", False, 64, 2): Config(
+        chunk=64, chunks_per_span=2, block_k=32, block_v=64, scores_warps=4, scan_warps=4, stages=1
+    ),
+    ("interpreter", False, 64, 4): Config(
+        chunk=64, chunks_per_span=2, block_k=32, block_v=64, scores_warps=4, scan_warps=4, stages=1
+    ),
+    ("interpreter", True, 64, 2): Config(
+        chunk=64, chunks_per_span=2, block_k=32, block_v=64, scores_warps=4, scan_warps=4, stages=1
+    ),
+    ("interpreter", True, 64, 4): Config(
+        chunk=64, chunks_per_span=2, block_k=32, block_v=64, scores_warps=4, scan_warps=4, stages=1
+    ),
 }
 # Its products take their operands from registers.
 CONFIGS |= {
@@ -599,8 +729,10 @@ def config_of(configs: dict[tuple[str, bool, int, int], Any], k: Tensor, per_cha
 class Problem(NamedTuple):
     """The arguments of one call as the kernels take them."""
 
-    tensors: dict[str, Any]  # q k v g e b h (pointer, row, token, head), u and spans
-    shape: dict[str, Any]  # T, heads, GROUP, K, C, SPAN, PER_CHANNEL, IS_BETA, DOT
+    terms: Terms
+    documents: Documents
+    heads: int
+    shape: dict[str, Any]  # GROUP, K, C, SPAN, PER_CHANNEL, IS_BETA, DOT
     config: Config
     decays_per_channel: bool  # on either side
     scale: float
@@ -609,23 +741,23 @@ class Problem(NamedTuple):
     num_spans: int  # enough for any bounds
 
 
-def strided(x: Tensor | None) -> tuple[Tensor, int, int, int] | None:
-    """x [B, T, heads, width] or [B, T, heads] with its strides; copied only if its last dim is not contiguous."""
+def strided(x: Tensor | None) -> Strided | None:
+    """x [B, T, heads, width] or [B, T, heads]; copied only if its last dim is not contiguous."""
     if x is None:
         return None
     if x.dim() == 4 and x.shape[-1] > 1 and x.stride(-1) != 1:
         x = x.contiguous()
-    return x, x.stride(0), x.stride(1), x.stride(2)
+    return Strided(x, x.stride(0), x.stride(1), x.stride(2))
 
 
-def spans_of(cu_seqlens: Tensor, length: int, span: int, num_spans: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Each document's bounds [N + 1] and first span [N + 1], and each span's document [num_spans]."""
+def packed_documents(cu_seqlens: Tensor, length: int, span: int, num_spans: int) -> Documents:
+    """Documents in spans of `span` tokens, of which there are at most num_spans."""
     bounds = cu_seqlens.clamp(0, length)
     counts = torch.div(bounds.diff() + span - 1, span, rounding_mode="floor")
     first = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
     index = torch.arange(num_spans, dtype=torch.int32, device=bounds.device)
     owner = torch.searchsorted(first[1:].contiguous(), index, right=True, out_int32=True)
-    return bounds, first, owner.clamp_(max=max(0, len(counts) - 1))
+    return Documents(length, bounds, first, owner.clamp_(max=max(0, len(counts) - 1)))
 
 
 def problem_of(
@@ -639,76 +771,79 @@ def problem_of(
     decays_per_channel = value_log_decay is not None or (log_decay is not None and log_decay.dim() == 4)
     config = config_of(CONFIGS, k, decays_per_channel, dtype)
     span = config.chunk * (chunks_per_span or config.chunks_per_span)
-    spans, num_documents, num_spans = None, batch_size, batch_size * triton.cdiv(length, span)
+    documents, num_documents = Documents(length, None, None, None), batch_size
+    num_spans = batch_size * triton.cdiv(length, span)
     if cu_seqlens is not None:
         num_documents = len(cu_seqlens) - 1
         num_spans = length // span + num_documents
-        spans = spans_of(cu_seqlens, length, span, num_spans)
+        documents = packed_documents(cu_seqlens, length, span, num_spans)
     if log_decay is not None and log_decay.dim() == 1:
         log_decay = log_decay.expand(batch_size, length, heads)
-    terms = dict(q=q, k=k, v=v, g=log_decay, e=erase, b=erase_key, h=value_log_decay)
-    tensors = {name: strided(x) for name, x in terms.items()}
-    tensors |= dict(u=None if bonus is None else bonus.contiguous(), spans=spans)
+    terms = Terms(
+        q=strided(q), k=strided(k), v=strided(v), g=strided(log_decay), e=strided(erase), b=strided(erase_key),
+        h=strided(value_log_decay), u=None if bonus is None else bonus.contiguous(),
+    )  # fmt: skip
     shape = dict(
-        T=length, heads=heads, GROUP=heads // k.shape[2], K=k.shape[-1], C=config.chunk, SPAN=span,
+        GROUP=heads // k.shape[2], K=k.shape[-1], C=config.chunk, SPAN=span,
         PER_CHANNEL=log_decay is not None and log_decay.dim() == 4, IS_BETA=erase is not None and erase.dim() == 3,
         DOT=getattr(tl, str(dtype).removeprefix("torch.")),
     )  # fmt: skip
-    return Problem(tensors, shape, config, decays_per_channel, scale, dtype, num_documents, num_spans)
+    return Problem(
+        terms, documents, heads, shape, config, decays_per_channel, scale, dtype, num_documents, num_spans
+    )  # fmt: skip
 
 
-def empty_matrices(problem: Problem) -> tuple[Tensor, int]:
-    """Room for one [C, C] matrix of every chunk, two where something is erased, four where b is its own."""
-    tensors, chunk = problem.tensors, problem.config.chunk
-    count = 1 if tensors["e"] is None else 2 if tensors["b"] is None else 4
-    size = (problem.num_spans * problem.shape["SPAN"] // chunk, problem.shape["heads"], count, chunk, chunk)
-    return torch.empty(size, dtype=problem.dtype, device=tensors["v"][0].device), count
+def empty_matrices(problem: Problem) -> Matrices:
+    """Room for <q, k> of every chunk, T where something is erased, <q, b> and <e, k> where b is its own."""
+    terms, chunk = problem.terms, problem.config.chunk
+    per_chunk = 1 if terms.e is None else 2 if terms.b is None else 4
+    size = (problem.num_spans * problem.shape["SPAN"] // chunk, problem.heads, per_chunk, chunk, chunk)
+    return Matrices(torch.empty(size, dtype=problem.dtype, device=terms.v.pointer.device), per_chunk)
 
 
-def chunk_matrices(problem: Problem) -> tuple[Tensor, int] | None:
+def chunk_matrices(problem: Problem) -> Matrices | None:
     """Runs scores_kernel, where scores are costly (decay per channel, wide keys in float32) or read more than once
     (erase, value decay).
 
     Returns <q, k>, T and, where b is its own, <q, b> and <e, k> of every chunk, as far as they are needed.
     """
-    shape, config, tensors = problem.shape, problem.config, problem.tensors
+    shape, config, terms = problem.shape, problem.config, problem.terms
     wide = problem.dtype == torch.float32 and shape["K"] > 128
-    of_q = tensors["q"] is not None and (shape["PER_CHANNEL"] or tensors["h"] is not None or wide)
-    if not of_q and tensors["e"] is None:
+    of_q = terms.q is not None and (shape["PER_CHANNEL"] or terms.h is not None or wide)
+    if not of_q and terms.e is None:
         return None
     slots = problem.num_spans * shape["SPAN"] // config.chunk
     matrices = empty_matrices(problem)
     # tf32 keeps as many digits as the 16 bits in which T is stored.
     precise = problem.dtype == torch.float32 or torch.version.hip is not None
-    scores_kernel[(slots * shape["heads"],)](
-        *(tensors[name] for name in ("q", "k", "e", "b", "g", "u")), matrices, tensors["spans"],
-        problem.scale, **shape, BLOCK_K=min(config.block_k, max(16, triton.next_power_of_2(shape["K"]))),
+    scores_kernel[(slots * problem.heads,)](
+        terms, matrices, problem.documents, problem.scale, problem.heads, **shape,
+        BLOCK_K=min(config.block_k, max(16, triton.next_power_of_2(shape["K"]))),
         PRECISION="ieee" if precise else "tf32", num_warps=config.scores_warps, num_stages=1,
     )  # fmt: skip
     return matrices
 
 
 def scan(
-    problem: Problem, matrices: tuple[Tensor, int] | None, *, initial_state: Tensor | None = None,
+    problem: Problem, matrices: Matrices | None, *, initial_state: Tensor | None = None,
     states: Tensor | None = None, o: Tensor | None = None, n: Tensor | None = None, final_state: Tensor | None = None,
     from_states: bool = False,
 ) -> None:  # fmt: skip
     """Runs scan_kernel over documents, or over spans from their states, writing what it is given."""
-    shape, config, v = problem.shape, problem.config, problem.tensors["v"][0]
-    block_v = min(config.block_v, max(16, triton.next_power_of_2(v.shape[-1])))
-    programs = (problem.num_spans if from_states else problem.num_documents) * shape["heads"]
-    terms = (problem.tensors[name] for name in ("q", "k", "v", "g", "e", "b", "h", "u"))
-    scan_kernel[(programs * triton.cdiv(v.shape[-1], block_v),)](
-        *terms, matrices, initial_state, states, strided(o), strided(n), final_state, problem.tensors["spans"],
-        problem.scale, **shape, V=v.shape[-1], BLOCK_K=max(16, triton.next_power_of_2(shape["K"])), BLOCK_V=block_v,
-        FROM_STATES=from_states, num_warps=config.scan_warps, num_stages=config.stages,
+    shape, config, value_dim = problem.shape, problem.config, problem.terms.v.pointer.shape[-1]
+    block_v = min(config.block_v, max(16, triton.next_power_of_2(value_dim)))
+    programs = (problem.num_spans if from_states else problem.num_documents) * problem.heads
+    scan_kernel[(programs * triton.cdiv(value_dim, block_v),)](
+        problem.terms, matrices, initial_state, states, strided(o), strided(n), final_state, problem.documents,
+        problem.scale, problem.heads, **shape, V=value_dim, BLOCK_K=max(16, triton.next_power_of_2(shape["K"])),
+        BLOCK_V=block_v, FROM_STATES=from_states, num_warps=config.scan_warps, num_stages=config.stages,
     )  # fmt: skip
 
 
 def empty_states(problem: Problem) -> Tensor:
     """Room for the state at the start of every span, in the dtype of products."""
-    v, shape = problem.tensors["v"][0], problem.shape
-    size = (problem.num_spans, shape["heads"], shape["K"], v.shape[-1])
+    v = problem.terms.v.pointer
+    size = (problem.num_spans, problem.heads, problem.shape["K"], v.shape[-1])
     return torch.empty(size, dtype=problem.dtype, device=v.device)
 
 
@@ -773,8 +908,8 @@ def _step(problem: Problem, initial_state: Tensor | None, o: Tensor | None, fina
     shape, (batch_size, heads, key_dim, value_dim) = problem.shape, final_state.shape
     block_k = max(16, triton.next_power_of_2(key_dim))
     block_v = min(triton.next_power_of_2(value_dim), 8192 // block_k)
-    terms = (problem.tensors[name] for name in ("q", "k", "v", "g", "e", "b", "h", "u"))
     step_kernel[(batch_size * heads * triton.cdiv(value_dim, block_v),)](
-        *terms, initial_state, strided(o), final_state, problem.scale, heads, shape["GROUP"], key_dim, value_dim,
-        block_k, block_v, shape["PER_CHANNEL"], shape["IS_BETA"], num_warps=4,
+        problem.terms, initial_state, strided(o), final_state, problem.scale, heads, GROUP=shape["GROUP"], K=key_dim,
+        V=value_dim, BLOCK_K=block_k, BLOCK_V=block_v, PER_CHANNEL=shape["PER_CHANNEL"], IS_BETA=shape["IS_BETA"],
+        num_warps=4,
     )  # fmt: skip

@@ -30,6 +30,13 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import linear_recurrence as forward
 from .linear_recurrence import (
+    EK,
+    INVERSE,
+    QB,
+    QK,
+    Chunk,
+    Columns,
+    Entry,
     add_dot,
     add_to_state,
     bounds_of,
@@ -55,6 +62,7 @@ from .linear_recurrence import (
     problem_of,
     read_state,
     scan,
+    start_of,
     store_state,
     store_tile,
     strided,
@@ -63,6 +71,9 @@ from .linear_recurrence import (
     transposed,
     within_blocks,
 )
+
+# The gradients of a chunk's scores lie as what the forward makes of these: that of <e, b> where the inverse lies.
+EB = INVERSE
 
 
 @triton.jit
@@ -92,117 +103,116 @@ def passing_each(read, written, within, rows, BEFORE: tl.constexpr):
 
 
 @triton.jit
-def store_number(x, values, number, row, token, head, rows, valid):
+def store_number(x, x_C, chunk, head, number):
     """Into x[row, token + rows, head, number]."""
-    pointer, row_stride, token_stride, head_stride = x
-    pointer += row.to(tl.int64) * row_stride + token.to(tl.int64) * token_stride + head.to(tl.int64) * head_stride
-    tl.store(pointer + rows * token_stride + number, values, mask=rows < valid)
+    start = start_of(x, chunk.row, chunk.token, head)
+    tl.store(start + chunk.rows * x.token_stride + number, x_C, mask=chunk.rows < chunk.valid)
 
 
 @triton.jit
-def scores_by_writers(q_CK, k_CK, g, u, scale, row, token, head, rows, cols, valid, K: tl.constexpr, DOT: tl.constexpr):
+def scores_by_writers(q_CK, k_CK, g, u, scale, chunk, head, keys, DOT: tl.constexpr):
     """scale <q, k> under a decay that is not per channel, transposed."""
     scores_CC = dot(k_CK, transposed(q_CK, DOT), DOT)
-    scores_CC *= tl.trans(decay_matrix(g, row, token, head, rows, valid, u is not None))
+    scores_CC *= tl.trans(decay_matrix(g, chunk, head, u is not None))
     if u is not None:
-        scores_CC += on_diagonal(own_score(q_CK, k_CK, u, head, cols, K), rows)
+        scores_CC += on_diagonal(own_score(q_CK, k_CK, u, head, keys), chunk.rows)
     return scores_CC * scale
 
 
 @triton.jit
 def reverse_kernel(
-    q, k, g, e, b, h, u, matrices, do, dz, final_grad, state_grads, initial_grad, spans, scale, T, heads,
+    terms, matrices, do, dz, final_grad, state_grads, initial_grad, documents, scale, heads,
     GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PER_CHANNEL: tl.constexpr, IS_BETA: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """dz, where it is given: of z if something is erased, else of v, whose gradient is the same but for T."""
+    q, k, g, e, b, h, u = terms.q, terms.k, terms.g, terms.e, terms.b, terms.h, terms.u
     tiles = tl.cdiv(V, BLOCK_V)
     document, head = tl.program_id(0) // tiles // heads, tl.program_id(0) // tiles % heads
-    rows, cols_k = tl.arange(0, C), tl.arange(0, BLOCK_K)
-    cols_v = tl.program_id(0) % tiles * BLOCK_V + tl.arange(0, BLOCK_V)
-    row, start, end, span = bounds_of(spans, document, T, SPAN)
-    grad_KV = load_state(final_grad, document, head, heads, cols_k, cols_v, K, V) * (1 / scale)
+    rows, keys = tl.arange(0, C), Columns(tl.arange(0, BLOCK_K), K)
+    values = Columns(tl.program_id(0) % tiles * BLOCK_V + tl.arange(0, BLOCK_V), V)
+    row, start, end, span = bounds_of(documents, document, SPAN)
+    grad_KV = load_state(final_grad, Entry(document, head, heads), keys, values) * (1 / scale)
     chunks = tl.cdiv(end - start, C)
     for step in range(0, chunks):
-        chunk = chunks - 1 - step
-        token, slot = start + chunk * C, span * (SPAN // C) + chunk
-        valid = end - token
-        store_state(state_grads, grad_KV, slot, head, heads, cols_k, cols_v, K, V)
-        end_CK, whole_K = to_end(g, row, token, head, rows, cols_k, valid, K, PER_CHANNEL)
-        _, whole_V = to_end(h, row, token, head, rows, cols_v, valid, V, True)
+        number = chunks - 1 - step
+        token, slot = start + number * C, span * (SPAN // C) + number
+        chunk, entry = Chunk(row, token, rows, end - token), Entry(slot, head, heads)
+        store_state(state_grads, grad_KV, entry, keys, values)
+        end_CK, whole_K = to_end(g, chunk, head, keys, PER_CHANNEL)
+        _, whole_V = to_end(h, chunk, head, values, True)
         if q is not None:
-            q_CK = tile(q, row, token, head // GROUP, rows, cols_k, valid, K)
-            do_CV = tile(do, row, token, head, rows, cols_v, valid, V)
+            q_CK = tile(q, chunk, head // GROUP, keys)
+            do_CV = tile(do, chunk, head, values)
         if dz is not None:
             if b is None:
-                b_CK = tile(k, row, token, head // GROUP, rows, cols_k, valid, K)
-                P: tl.constexpr = 0
+                b_CK = tile(k, chunk, head // GROUP, keys)
             else:
-                b_CK = tile(b, row, token, head, rows, cols_k, valid, K)
-                P: tl.constexpr = 2
+                b_CK = tile(b, chunk, head, keys)
             dz_CV = read_state(b_CK, end_CK, grad_KV, PER_CHANNEL, DOT) * scale
             if q is not None:
                 if matrices is None:
-                    scores_CC = scores_by_writers(
-                        q_CK, b_CK, g, u, scale, row, token, head, rows, cols_k, valid, K, DOT
-                    )
+                    scores_CC = scores_by_writers(q_CK, b_CK, g, u, scale, chunk, head, keys, DOT)
                 else:
-                    scores_CC = tl.trans(tl.load(matrix_at(matrices, slot, head, heads, P, rows, C)))
+                    of_b: tl.constexpr = QK if b is None else QB
+                    scores_CC = tl.trans(tl.load(matrix_at(matrices, of_b, entry, rows, C)))
                 dz_CV = add_dot(dz_CV, scores_CC, do_CV, DOT)
             if e is not None:
-                dz_CV = dot(tl.trans(tl.load(matrix_at(matrices, slot, head, heads, 1, rows, C))), dz_CV, DOT)
-                e_CK, beta_C1 = erase_tile(e, b_CK, row, token, head, rows, cols_k, valid, K, IS_BETA)
-            store_tile(dz, dz_CV, row, token, head, rows, cols_v, valid, V)
+                dz_CV = dot(tl.trans(tl.load(matrix_at(matrices, INVERSE, entry, rows, C))), dz_CV, DOT)
+                e_CK, beta_C1 = erase_tile(e, b_CK, chunk, head, keys, IS_BETA)
+            store_tile(dz, dz_CV, chunk, head, values)
         grad_KV *= whole_K[:, None] * whole_V[None, :]
-        start_CK = from_start(g, row, token, head, rows, cols_k, valid, K, PER_CHANNEL, u is not None)
+        start_CK = from_start(g, chunk, head, keys, PER_CHANNEL, u is not None)
         if q is not None:
-            start_CV = from_start(h, row, token, head, rows, cols_v, valid, V, True, u is not None)
+            start_CV = from_start(h, chunk, head, values, True, u is not None)
             grad_KV = add_to_state(grad_KV, q_CK, start_CK, do_CV * start_CV, PER_CHANNEL, DOT)
         if e is not None:
             grad_KV = add_to_state(grad_KV, e_CK, start_CK, dz_CV * (-1 / scale) * beta_C1, PER_CHANNEL, DOT)
     if initial_grad is not None:
-        store_state(initial_grad, grad_KV * scale, document, head, heads, cols_k, cols_v, K, V)
+        store_state(initial_grad, grad_KV * scale, Entry(document, head, heads), keys, values)
 
 
 @triton.jit
 def score_grads_kernel(
-    v, g, b, h, n, do, dz, grads, spans, scale, T, heads,
-    V: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr, BLOCK_V: tl.constexpr, BEFORE: tl.constexpr,
+    terms, n, do, dz, grads, documents, scale, heads,
+    V: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr, BLOCK_V: tl.constexpr,
     PER_CHANNEL: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Stores the gradients of <q, k>, <e, b>, <q, b> and <e, k>, in this order; those of a scalar decay times it."""
+    """Stores the gradients of <q, k>, <e, b>, <q, b> and <e, k>; those of a scalar decay times it."""
+    v, g, b, h, u = terms.v, terms.g, terms.b, terms.h, terms.u
     slot, head = tl.program_id(0) // heads, tl.program_id(0) % heads
-    row, token, valid = chunk_at(spans, slot, T, SPAN, C)
+    row, token, valid = chunk_at(documents, slot, SPAN, C)
     if valid <= 0:
         return
     rows = tl.arange(0, C)
+    chunk, entry = Chunk(row, token, rows, valid), Entry(slot, head, heads)
     qk = tl.zeros([C, C], tl.float32)
     qb, eb, ek = qk, qk, qk
     own = tl.zeros([C], tl.float32)
     for first in range(0, V, BLOCK_V):
-        cols = first + tl.arange(0, BLOCK_V)
+        values = Columns(first + tl.arange(0, BLOCK_V), V)
         if n is None or b is not None:
-            v_CV = tile(v, row, token, head, rows, cols, valid, V)
+            v_CV = tile(v, chunk, head, values)
         if n is not None:
-            n_CV = tile(n, row, token, head, rows, cols, valid, V)
-            dz_CV = tile(dz, row, token, head, rows, cols, valid, V)
+            n_CV = tile(n, chunk, head, values)
+            dz_CV = tile(dz, chunk, head, values)
             eb -= dot(dz_CV, transposed(n_CV, DOT), DOT)
             if b is None:
                 v_CV = n_CV
             else:
                 ek -= dot(dz_CV, transposed(v_CV, DOT), DOT)
         if do is not None:
-            do_CV = tile(do, row, token, head, rows, cols, valid, V)
+            do_CV = tile(do, chunk, head, values)
             own += tl.sum(do_CV * v_CV, 1)
             if b is not None:
                 qb = add_dot(qb, do_CV, transposed(n_CV, DOT), DOT)
             if h is None:
                 qk = add_dot(qk, do_CV, transposed(v_CV, DOT), DOT)
             else:
-                h_CV = log2_tile(h, row, token, head, rows, cols, valid, V)
+                h_CV = log2_tile(h, chunk, head, values)
                 for level in tl.static_range(6):
                     if (1 << level) < C:
-                        later, earlier = halfway(h_CV, rows, 1 << level, BEFORE, C, BLOCK_V)
+                        later, earlier = halfway(h_CV, rows, 1 << level, u is not None, C, BLOCK_V)
                         qk += within_blocks(dot(do_CV * later, transposed(v_CV * earlier, DOT), DOT), rows, 2 << level)
     eb *= 1 / scale
     ek *= 1 / scale
@@ -210,66 +220,66 @@ def score_grads_kernel(
     if PER_CHANNEL:
         decay_CC = tl.where(rows[:, None] >= rows[None, :], 1.0, 0.0)
     else:
-        decay_CC = decay_matrix(g, row, token, head, rows, valid, False)
-        if BEFORE:
-            decay_CC = decay_matrix(g, row, token, head, rows, valid, True)
+        decay_CC = decay_matrix(g, chunk, head, u is not None)
     if do is not None:
         qk = tl.where(strict, qk * decay_CC, on_diagonal(own, rows))
-        tl.store(matrix_at(grads, slot, head, heads, 0, rows, C), qk)
+        tl.store(matrix_at(grads, QK, entry, rows, C), qk)
         if b is not None:
-            tl.store(matrix_at(grads, slot, head, heads, 2, rows, C), qb * decay_CC)
+            tl.store(matrix_at(grads, QB, entry, rows, C), qb * decay_CC)
     if n is not None:
-        tl.store(matrix_at(grads, slot, head, heads, 1, rows, C), tl.where(strict, eb * decay_CC, 0.0))
+        tl.store(matrix_at(grads, EB, entry, rows, C), tl.where(strict, eb * decay_CC, 0.0))
         if b is not None:
-            tl.store(matrix_at(grads, slot, head, heads, 3, rows, C), tl.where(strict, ek * decay_CC, 0.0))
+            tl.store(matrix_at(grads, EK, entry, rows, C), tl.where(strict, ek * decay_CC, 0.0))
 
 
 @triton.jit
 def value_grads_kernel(
-    q, k, v, g, b, h, u, matrices, states, state_grads, do, dz, dv, dh, spans, scale, T, heads,
+    terms, matrices, states, state_grads, do, dz, dv, dh, documents, scale, heads,
     GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PER_CHANNEL: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Of what k writes: v."""
+    q, k, v, g, b, h, u = terms.q, terms.k, terms.v, terms.g, terms.b, terms.h, terms.u
     tiles = tl.cdiv(V, BLOCK_V)
     slot, head = tl.program_id(0) // tiles // heads, tl.program_id(0) // tiles % heads
-    row, token, valid = chunk_at(spans, slot, T, SPAN, C)
+    row, token, valid = chunk_at(documents, slot, SPAN, C)
     if valid <= 0:
         return
-    rows, cols_k = tl.arange(0, C), tl.arange(0, BLOCK_K)
-    cols_v = tl.program_id(0) % tiles * BLOCK_V + tl.arange(0, BLOCK_V)
-    end_CK, whole_K = to_end(g, row, token, head, rows, cols_k, valid, K, PER_CHANNEL)
-    k_CK = tile(k, row, token, head // GROUP, rows, cols_k, valid, K)
-    grad_KV = load_state(state_grads, slot, head, heads, cols_k, cols_v, K, V)
+    rows, keys = tl.arange(0, C), Columns(tl.arange(0, BLOCK_K), K)
+    chunk, entry = Chunk(row, token, rows, valid), Entry(slot, head, heads)
+    values = Columns(tl.program_id(0) % tiles * BLOCK_V + tl.arange(0, BLOCK_V), V)
+    end_CK, whole_K = to_end(g, chunk, head, keys, PER_CHANNEL)
+    k_CK = tile(k, chunk, head // GROUP, keys)
+    grad_KV = load_state(state_grads, entry, keys, values)
     dv_CV = read_state(k_CK, end_CK, grad_KV, PER_CHANNEL, DOT) * scale
     if q is not None:
-        q_CK = tile(q, row, token, head // GROUP, rows, cols_k, valid, K)
-        do_CV = tile(do, row, token, head, rows, cols_v, valid, V)
+        q_CK = tile(q, chunk, head // GROUP, keys)
+        do_CV = tile(do, chunk, head, values)
     if h is None:
         if q is not None:
             if matrices is None:
-                scores_CC = scores_by_writers(q_CK, k_CK, g, u, scale, row, token, head, rows, cols_k, valid, K, DOT)
+                scores_CC = scores_by_writers(q_CK, k_CK, g, u, scale, chunk, head, keys, DOT)
             else:
-                scores_CC = tl.trans(tl.load(matrix_at(matrices, slot, head, heads, 0, rows, C)))
+                scores_CC = tl.trans(tl.load(matrix_at(matrices, QK, entry, rows, C)))
             dv_CV = add_dot(dv_CV, scores_CC, do_CV, DOT)
         if b is not None:
-            dz_CV = tile(dz, row, token, head, rows, cols_v, valid, V)
-            dv_CV -= dot(tl.trans(tl.load(matrix_at(matrices, slot, head, heads, 3, rows, C))), dz_CV, DOT)
+            dz_CV = tile(dz, chunk, head, values)
+            dv_CV -= dot(tl.trans(tl.load(matrix_at(matrices, EK, entry, rows, C))), dz_CV, DOT)
     else:
-        end_CV, whole_V = to_end(h, row, token, head, rows, cols_v, valid, V, True)
-        v_CV = tile(v, row, token, head, rows, cols_v, valid, V)
-        state_KV = load_state(states, slot, head, heads, cols_k, cols_v, K, V)
+        end_CV, whole_V = to_end(h, chunk, head, values, True)
+        v_CV = tile(v, chunk, head, values)
+        state_KV = load_state(states, entry, keys, values)
         through_V = tl.sum(state_KV * whole_K[:, None] * grad_KV, 0) * whole_V * scale
         passing_CV = tl.zeros([C, BLOCK_V], tl.float32) + through_V[None, :]
         dv_CV *= end_CV
         written_CV = v_CV * dv_CV
         read_CV = tl.zeros([C, BLOCK_V], tl.float32)
-        h_CV = log2_tile(h, row, token, head, rows, cols_v, valid, V)
+        h_CV = log2_tile(h, chunk, head, values)
         if q is not None:
-            start_CK = from_start(g, row, token, head, rows, cols_k, valid, K, PER_CHANNEL, u is not None)
-            start_CV = from_start(h, row, token, head, rows, cols_v, valid, V, True, u is not None)
+            start_CK = from_start(g, chunk, head, keys, PER_CHANNEL, u is not None)
+            start_CV = from_start(h, chunk, head, values, True, u is not None)
             read_CV += do_CV * read_state(q_CK, start_CK, state_KV, PER_CHANNEL, DOT) * start_CV * scale
-            scores_CC = tl.load(matrix_at(matrices, slot, head, heads, 0, rows, C)).to(tl.float32)
+            scores_CC = tl.load(matrix_at(matrices, QK, entry, rows, C)).to(tl.float32)
             columns_CC = tl.trans(scores_CC)
         for level in tl.static_range(6):
             if (32 >> level) < C:
@@ -286,15 +296,14 @@ def value_grads_kernel(
             dv_CV += diagonal_of(scores_CC, rows)[:, None] * do_CV
         if u is None:
             passing_CV += read_CV
-        store_tile(dh, passing_CV, row, token, head, rows, cols_v, valid, V)
-    store_tile(dv, dv_CV, row, token, head, rows, cols_v, valid, V)
+        store_tile(dh, passing_CV, chunk, head, values)
+    store_tile(dv, dv_CV, chunk, head, values)
 
 
 @triton.jit
 def reader_grads(
-    x_CK, dx_CK, k_CK, dk_CK, b_CK, db_CK, of_k, of_b, written_CK, g, row, token, head, rows, cols, valid,
-    K: tl.constexpr, C: tl.constexpr, D: tl.constexpr, BEFORE: tl.constexpr, PER_CHANNEL: tl.constexpr,
-    DOT: tl.constexpr,
+    x_CK, dx_CK, k_CK, dk_CK, b_CK, db_CK, of_k, of_b, written_CK, g, chunk, head, keys,
+    C: tl.constexpr, D: tl.constexpr, BEFORE: tl.constexpr, PER_CHANNEL: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Adds what x, that is q or e or None, reads of the chunk's own tokens to dx, dk and db, of_k and of_b being the
     gradients of its scores. Also returns what passes each token's decay: of a decay per channel all of it [C, D], what
@@ -312,7 +321,7 @@ def reader_grads(
                 if g is not None:
                     passing += of_b * dot(x_CK, transposed(b_CK, DOT), DOT)
     else:
-        g_CK = log2_tile(g, row, token, head, rows, cols, valid, K)
+        rows, g_CK = chunk.rows, log2_tile(g, chunk, head, keys)
         passing = tl.zeros([C, D], tl.float32)
         read_CK = passing
         if x_CK is not None:
@@ -343,32 +352,26 @@ def reader_grads(
 
 
 @triton.jit
-def key_grads_kernel(
-    q, k, v, g, e, b, h, u, n, grads, states, state_grads, do, dz, dq, dk, dg, de, db, du, spans, scale, T, heads,
-    GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PER_CHANNEL: tl.constexpr, IS_BETA: tl.constexpr, DOT: tl.constexpr,
+def key_grads_through_states(
+    terms, n, do, dz, states, state_grads, chunk, head, entry, keys,
+    V: tl.constexpr, C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Of what meets the state's rows. dg and de of one number a token are sums of this tile's channels."""
-    tiles = tl.cdiv(K, BLOCK_K)
-    slot, head = tl.program_id(0) // tiles // heads, tl.program_id(0) // tiles % heads
-    row, token, valid = chunk_at(spans, slot, T, SPAN, C)
-    if valid <= 0:
-        return
-    number = tl.program_id(0) % tiles
-    rows, cols = tl.arange(0, C), number * BLOCK_K + tl.arange(0, BLOCK_K)
+    """The parts of dq, dk, de and db that are products with the chunk's first state or with the gradient of its last
+    one, each without its decay; and what passes through the whole chunk, [K]. Sums over all of V."""
+    q, v, g, b, h, u = terms.q, terms.v, terms.g, terms.b, terms.h, terms.u
     dq_CK = tl.zeros([C, BLOCK_K], tl.float32)
     dk_CK, de_CK, db_CK = dq_CK, dq_CK, dq_CK
     through_K = tl.zeros([BLOCK_K], tl.float32)
     for first in range(0, V, BLOCK_V):
-        cols_v = first + tl.arange(0, BLOCK_V)
-        state_KV = load_state(states, slot, head, heads, cols, cols_v, K, V)
-        grad_KV = load_state(state_grads, slot, head, heads, cols, cols_v, K, V)
-        end_CV, whole_V = to_end(h, row, token, head, rows, cols_v, valid, V, True)
+        values = Columns(first + tl.arange(0, BLOCK_V), V)
+        state_KV = load_state(states, entry, keys, values)
+        grad_KV = load_state(state_grads, entry, keys, values)
+        end_CV, whole_V = to_end(h, chunk, head, values, True)
         if n is None or b is not None:
-            w_CV = tile(v, row, token, head, rows, cols_v, valid, V)
+            w_CV = tile(v, chunk, head, values)
         if n is not None:
-            n_CV = tile(n, row, token, head, rows, cols_v, valid, V)
-            dz_CV = tile(dz, row, token, head, rows, cols_v, valid, V)
+            n_CV = tile(n, chunk, head, values)
+            dz_CV = tile(dz, chunk, head, values)
             de_CK -= dot(dz_CV, transposed(state_KV, DOT), DOT)
             if b is None:
                 w_CV = n_CV
@@ -376,20 +379,41 @@ def key_grads_kernel(
                 db_CK = add_dot(db_CK, n_CV, transposed(grad_KV, DOT), DOT)
         dk_CK = add_dot(dk_CK, w_CV * end_CV, transposed(grad_KV, DOT), DOT)
         if q is not None:
-            do_CV = tile(do, row, token, head, rows, cols_v, valid, V)
-            start_CV = from_start(h, row, token, head, rows, cols_v, valid, V, True, u is not None)
+            do_CV = tile(do, chunk, head, values)
+            start_CV = from_start(h, chunk, head, values, True, u is not None)
             dq_CK = add_dot(dq_CK, do_CV * start_CV, transposed(state_KV, DOT), DOT)
         if g is not None:
             through_K += tl.sum(state_KV * grad_KV * whole_V[None, :], 1)
+    return dq_CK, dk_CK, de_CK, db_CK, through_K
 
-    start_CK = from_start(g, row, token, head, rows, cols, valid, K, PER_CHANNEL, u is not None)
-    end_CK, whole_K = to_end(g, row, token, head, rows, cols, valid, K, PER_CHANNEL)
-    k_CK = tile(k, row, token, head // GROUP, rows, cols, valid, K)
+
+@triton.jit
+def key_grads_kernel(
+    terms, n, grads, states, state_grads, do, dz, dq, dk, dg, de, db, du, documents, scale, heads,
+    GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PER_CHANNEL: tl.constexpr, IS_BETA: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """Of what meets the state's rows. dg and de of one number a token are sums of this tile's channels."""
+    q, k, g, e, b, u = terms.q, terms.k, terms.g, terms.e, terms.b, terms.u
+    tiles = tl.cdiv(K, BLOCK_K)
+    slot, head = tl.program_id(0) // tiles // heads, tl.program_id(0) // tiles % heads
+    row, token, valid = chunk_at(documents, slot, SPAN, C)
+    if valid <= 0:
+        return
+    number = tl.program_id(0) % tiles
+    rows, keys = tl.arange(0, C), Columns(number * BLOCK_K + tl.arange(0, BLOCK_K), K)
+    chunk, entry = Chunk(row, token, rows, valid), Entry(slot, head, heads)
+    dq_CK, dk_CK, de_CK, db_CK, through_K = key_grads_through_states(
+        terms, n, do, dz, states, state_grads, chunk, head, entry, keys, V, C, BLOCK_K, BLOCK_V, DOT
+    )  # fmt: skip
+    start_CK = from_start(g, chunk, head, keys, PER_CHANNEL, u is not None)
+    end_CK, whole_K = to_end(g, chunk, head, keys, PER_CHANNEL)
+    k_CK = tile(k, chunk, head // GROUP, keys)
     dk_CK *= end_CK
     written_CK = k_CK * dk_CK
     b_CK = None
     if b is not None:
-        b_CK = tile(b, row, token, head, rows, cols, valid, K)
+        b_CK = tile(b, chunk, head, keys)
         db_CK *= end_CK
         written_CK += b_CK * db_CK
     if PER_CHANNEL:
@@ -400,68 +424,68 @@ def key_grads_kernel(
 
     q_CK, of_k, of_b = None, None, None
     if q is not None:
-        q_CK = tile(q, row, token, head // GROUP, rows, cols, valid, K)
+        q_CK = tile(q, chunk, head // GROUP, keys)
         dq_CK *= start_CK
-        of_k = tl.load(matrix_at(grads, slot, head, heads, 0, rows, C))
+        of_k = tl.load(matrix_at(grads, QK, entry, rows, C))
         own_C = diagonal_of(of_k.to(tl.float32), rows)
         if u is not None:
             of_k = tl.where(rows[:, None] > rows[None, :], of_k, 0.0)
         if b is not None:
-            of_b = tl.load(matrix_at(grads, slot, head, heads, 2, rows, C))
+            of_b = tl.load(matrix_at(grads, QB, entry, rows, C))
         if not PER_CHANNEL:
             read_C += tl.sum(q_CK * dq_CK, 1)
     dq_CK, dk_CK, db_CK, passed = reader_grads(
-        q_CK, dq_CK, k_CK, dk_CK, b_CK, db_CK, of_k, of_b, written_CK, g, row, token, head, rows, cols, valid,
-        K, C, BLOCK_K, u is not None, PER_CHANNEL, DOT,
+        q_CK, dq_CK, k_CK, dk_CK, b_CK, db_CK, of_k, of_b, written_CK, g, chunk, head, keys,
+        C, BLOCK_K, u is not None, PER_CHANNEL, DOT,
     )  # fmt: skip
     passing += passed
     if q is not None:
         if PER_CHANNEL or u is not None:
             own = own_C[:, None]
             if u is not None:
-                own *= per_head(u, head, cols, K)[None, :]
-                place = du + (slot.to(tl.int64) * heads + head) * K + cols
-                tl.store(place, tl.sum(own_C[:, None] * q_CK * k_CK, 0) * scale, mask=cols < K)
+                own *= per_head(u, head, keys)[None, :]
+                place = du + (slot.to(tl.int64) * heads + head) * K + keys.cols
+                tl.store(place, tl.sum(own_C[:, None] * q_CK * k_CK, 0) * scale, mask=keys.cols < K)
             dq_CK += own * k_CK
             dk_CK += own * q_CK
             if b is not None:
                 own = diagonal_of(of_b.to(tl.float32), rows)[:, None]
                 dq_CK += own * b_CK
                 db_CK += own * q_CK
-        store_tile(dq, dq_CK * scale, row, token, head, rows, cols, valid, K)
+        store_tile(dq, dq_CK * scale, chunk, head, keys)
 
     if e is not None:
-        of_k, of_b = tl.load(matrix_at(grads, slot, head, heads, 1, rows, C)), None
+        of_k, of_b = tl.load(matrix_at(grads, EB, entry, rows, C)), None
         writer_CK = k_CK
         if b is not None:
-            of_k, of_b = tl.load(matrix_at(grads, slot, head, heads, 3, rows, C)), of_k
+            of_k, of_b = tl.load(matrix_at(grads, EK, entry, rows, C)), of_k
             writer_CK = b_CK
-        e_CK, beta_C1 = erase_tile(e, writer_CK, row, token, head, rows, cols, valid, K, IS_BETA)
+        e_CK, beta_C1 = erase_tile(e, writer_CK, chunk, head, keys, IS_BETA)
         e_CK *= beta_C1
         de_CK *= start_CK * (1 / scale)
         if not PER_CHANNEL:
             read_C += tl.sum(e_CK * de_CK, 1)
         de_CK, dk_CK, db_CK, passed = reader_grads(
             e_CK, de_CK, k_CK, dk_CK, b_CK, db_CK, of_k, of_b, tl.zeros([C, BLOCK_K], tl.float32), g,
-            row, token, head, rows, cols, valid, K, C, BLOCK_K, u is not None, PER_CHANNEL, DOT,
+            chunk, head, keys, C, BLOCK_K, u is not None, PER_CHANNEL, DOT,
         )  # fmt: skip
         passing += passed
         if IS_BETA:
-            store_number(de, tl.sum(de_CK * writer_CK, 1) * scale, number, row, token, head, rows, valid)
+            store_number(de, tl.sum(de_CK * writer_CK, 1) * scale, chunk, head, number)
             if b is None:
                 dk_CK += de_CK * beta_C1
             else:
                 db_CK += de_CK * beta_C1
         else:
-            store_tile(de, de_CK * scale, row, token, head, rows, cols, valid, K)
+            store_tile(de, de_CK * scale, chunk, head, keys)
         if b is not None:
-            store_tile(db, db_CK * scale, row, token, head, rows, cols, valid, K)
-    store_tile(dk, dk_CK * scale, row, token, head, rows, cols, valid, K)
+            store_tile(db, db_CK * scale, chunk, head, keys)
+    store_tile(dk, dk_CK * scale, chunk, head, keys)
     if PER_CHANNEL:
-        store_tile(dg, passing * scale, row, token, head, rows, cols, valid, K)
+        store_tile(dg, passing * scale, chunk, head, keys)
     elif g is not None:
         passing_C = passing_each(read_C, written_C, passing, rows, u is not None) + tl.sum(through_K * whole_K, 0)
-        store_number(dg, passing_C * scale, number, row, token, head, rows, valid)
+        store_number(dg, passing_C * scale, chunk, head, number)
 
 
 class Config(NamedTuple):
@@ -476,22 +500,22 @@ class Config(NamedTuple):
 
 # Keyed as the forward's.
 CONFIGS: dict[tuple[str, bool, int, int], Config] = {
-    ("default", False, 64, 2): Config(64, 32, 4, 8, 1),
-    ("default", False, 128, 2): Config(64, 64, 8, 8, 1),
-    ("default", False, 256, 2): Config(64, 32, 8, 8, 1),
-    ("default", True, 64, 2): Config(64, 32, 8, 8, 1),
-    ("default", True, 128, 2): Config(64, 64, 8, 8, 1),
-    ("default", True, 256, 2): Config(64, 32, 8, 8, 1),
-    ("default", False, 64, 4): Config(32, 16, 8, 8, 1),
-    ("default", False, 128, 4): Config(32, 16, 8, 8, 1),
-    ("default", False, 256, 4): Config(32, 16, 8, 8, 1),
-    ("default", True, 64, 4): Config(16, 16, 8, 8, 1),
-    ("default", True, 128, 4): Config(16, 16, 8, 8, 1),
-    ("default", True, 256, 4): Config(16, 16, 8, 8, 1),
-    ("interpreter", False, 64, 2): Config(32, 64, 4, 4, 1),
-    ("interpreter", False, 64, 4): Config(32, 64, 4, 4, 1),
-    ("interpreter", True, 64, 2): Config(32, 64, 4, 4, 1),
-    ("interpreter", True, 64, 4): Config(32, 64, 4, 4, 1),
+    ("default", False, 64, 2): Config(block_k=64, block_v=32, scan_warps=4, grads_warps=8, stages=1),
+    ("default", False, 128, 2): Config(block_k=64, block_v=64, scan_warps=8, grads_warps=8, stages=1),
+    ("default", False, 256, 2): Config(block_k=64, block_v=32, scan_warps=8, grads_warps=8, stages=1),
+    ("default", True, 64, 2): Config(block_k=64, block_v=32, scan_warps=8, grads_warps=8, stages=1),
+    ("default", True, 128, 2): Config(block_k=64, block_v=64, scan_warps=8, grads_warps=8, stages=1),
+    ("default", True, 256, 2): Config(block_k=64, block_v=32, scan_warps=8, grads_warps=8, stages=1),
+    ("default", False, 64, 4): Config(block_k=32, block_v=16, scan_warps=8, grads_warps=8, stages=1),
+    ("default", False, 128, 4): Config(block_k=32, block_v=16, scan_warps=8, grads_warps=8, stages=1),
+    ("default", False, 256, 4): Config(block_k=32, block_v=16, scan_warps=8, grads_warps=8, stages=1),
+    ("default", True, 64, 4): Config(block_k=16, block_v=16, scan_warps=8, grads_warps=8, stages=1),
+    ("default", True, 128, 4): Config(block_k=16, block_v=16, scan_warps=8, grads_warps=8, stages=1),
+    ("default", True, 256, 4): Config(block_k=16, block_v=16, scan_warps=8, grads_warps=8, stages=1),
+    ("interpreter", False, 64, 2): Config(block_k=32, block_v=64, scan_warps=4, grads_warps=4, stages=1),
+    ("interpreter", False, 64, 4): Config(block_k=32, block_v=64, scan_warps=4, grads_warps=4, stages=1),
+    ("interpreter", True, 64, 2): Config(block_k=32, block_v=64, scan_warps=4, grads_warps=4, stages=1),
+    ("interpreter", True, 64, 4): Config(block_k=32, block_v=64, scan_warps=4, grads_warps=4, stages=1),
 }
 CONFIGS |= {  # products take their operands from registers there
     ("sm_80", *key[1:]): config._replace(block_k=32, block_v=32, grads_warps=4)
@@ -499,8 +523,11 @@ CONFIGS |= {  # products take their operands from registers there
     if key[0] == "default" and not key[1] and key[3] == 2
 }
 CONFIGS |= {  # a warp has 64 threads there, with more registers each if they are few
-    ("gfx942", *key[1:]): Config(
-        16 if key[1] else config.block_k, min(32, config.block_v), config.scan_warps // 2, 4, config.stages
+    ("gfx942", *key[1:]): config._replace(
+        block_k=16 if key[1] else config.block_k,
+        block_v=min(32, config.block_v),
+        scan_warps=config.scan_warps // 2,
+        grads_warps=4,
     )
     for key, config in CONFIGS.items()
     if key[0] == "default"
@@ -529,9 +556,9 @@ def linear_recurrence_backward(
     problem = problem_of(
         q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, scale, cu_seqlens, chunks_per_span=1
     )
-    tensors, shape = problem.tensors, problem.shape
+    terms, documents, heads, shape = problem.terms, problem.documents, problem.heads, problem.shape
     config = config_of(CONFIGS, k, problem.decays_per_channel, problem.dtype)
-    heads, key_dim, value_dim = shape["heads"], k.shape[-1], v.shape[-1]
+    key_dim, value_dim = k.shape[-1], v.shape[-1]
     all_k, all_v = (max(16, triton.next_power_of_2(width)) for width in (key_dim, value_dim))
     block_k, block_v = min(config.block_k, all_k), min(config.block_v, all_v)
     tiles_k, tiles_v = triton.cdiv(key_dim, block_k), triton.cdiv(value_dim, block_v)
@@ -540,9 +567,6 @@ def linear_recurrence_backward(
 
     def like(x: Tensor | None, *size: int, dtype: torch.dtype | None = None) -> Tensor | None:
         return None if x is None else torch.empty(size or x.shape, dtype=dtype or x.dtype, device=x.device)
-
-    def terms(*names: str) -> list:
-        return [tensors[name] for name in names]
 
     matrices, states = chunk_matrices(problem), empty_states(problem)
     n = like(erase, *v.shape, dtype=problem.dtype)
@@ -560,26 +584,24 @@ def linear_recurrence_backward(
     state_grads, initial_grad = empty_states(problem), like(initial_state)
     common = dict(PER_CHANNEL=shape["PER_CHANNEL"], DOT=shape["DOT"], V=value_dim, C=shape["C"], SPAN=shape["SPAN"])
     of_keys = dict(GROUP=shape["GROUP"], K=key_dim)
-    spans, length = tensors["spans"], shape["T"]
+    of_scan = dict(num_warps=config.scan_warps, num_stages=config.stages)
+    of_grads = dict(num_warps=config.grads_warps, num_stages=config.stages)
     reverse_kernel[(problem.num_documents * heads * tiles_v,)](
-        *terms("q", "k", "g", "e", "b", "h", "u"), matrices, do, strided(dz), grad_final.contiguous(), state_grads,
-        initial_grad, spans, scale, length, heads, **of_keys, **common, BLOCK_K=all_k, BLOCK_V=block_v,
-        IS_BETA=shape["IS_BETA"], num_warps=config.scan_warps, num_stages=config.stages,
+        terms, matrices, do, strided(dz), grad_final.contiguous(), state_grads, initial_grad, documents, scale, heads,
+        **of_keys, **common, BLOCK_K=all_k, BLOCK_V=block_v, IS_BETA=shape["IS_BETA"], **of_scan,
     )  # fmt: skip
 
     chunks = problem.num_spans
     grads = empty_matrices(problem)
     if q is not None or erase is not None:
         score_grads_kernel[(chunks * heads,)](
-            *terms("v", "g", "b", "h"), strided(n), do, strided(dz), grads, spans, scale, length, heads, **common,
-            BLOCK_V=block_v, BEFORE=bonus is not None, num_warps=config.grads_warps, num_stages=config.stages,
+            terms, strided(n), do, strided(dz), grads, documents, scale, heads, **common, BLOCK_V=block_v, **of_grads,
         )  # fmt: skip
     dh = like(value_log_decay)
     if not v_on_the_way:
         value_grads_kernel[(chunks * heads * tiles_v,)](
-            *terms("q", "k", "v", "g", "b", "h", "u"), matrices, states, state_grads, do, strided(dz), strided(dv),
-            strided(dh), spans, scale, length, heads, **of_keys, **common, BLOCK_K=all_k, BLOCK_V=block_v,
-            num_warps=config.grads_warps, num_stages=config.stages,
+            terms, matrices, states, state_grads, do, strided(dz), strided(dv), strided(dh), documents, scale, heads,
+            **of_keys, **common, BLOCK_K=all_k, BLOCK_V=block_v, **of_grads,
         )  # fmt: skip
     of_heads = (*v.shape[:3], key_dim)
     dq, dk = like(q, *of_heads), torch.empty(of_heads, dtype=k.dtype, device=k.device)
@@ -591,10 +613,9 @@ def linear_recurrence_backward(
     db = like(erase_key)
     du = None if bonus is None else torch.zeros(chunks, heads, key_dim, dtype=torch.float32, device=bonus.device)
     key_grads_kernel[(chunks * heads * tiles_k,)](
-        *terms("q", "k", "v", "g", "e", "b", "h", "u"), strided(n), grads, states, state_grads, do, strided(dz),
-        strided(dq), strided(dk), strided(dg), strided(de), strided(db), du, spans, scale, length, heads,
-        **of_keys, **common, BLOCK_K=block_k, BLOCK_V=block_v, IS_BETA=shape["IS_BETA"],
-        num_warps=config.grads_warps, num_stages=config.stages,
+        terms, strided(n), grads, states, state_grads, do, strided(dz), strided(dq), strided(dk), strided(dg),
+        strided(de), strided(db), du, documents, scale, heads, **of_keys, **common, BLOCK_K=block_k, BLOCK_V=block_v,
+        IS_BETA=shape["IS_BETA"], **of_grads,
     )  # fmt: skip
 
     if (group := shape["GROUP"]) > 1:

@@ -17,17 +17,28 @@ Channels are read with a stride of one and rows at one distance; other layouts a
 Legend: T tokens, K experts per token, M = T * K slots, D channels.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-CONFIGS = {  # architecture: rows and channels of a tile, warps
-    "sm_80": (16, 128, 4),
-    "sm_90": (16, 128, 4),
-    "sm_100": (16, 128, 4),
-    "gfx942": (16, 128, 4),
-    "interpreter": (16, 16, 1),
+
+class Config(NamedTuple):
+    """The tile of a program and its warps."""
+
+    rows: int
+    channels: int
+    warps: int
+
+
+CONFIGS = {  # by architecture
+    "sm_80": Config(rows=16, channels=128, warps=4),
+    "sm_90": Config(rows=16, channels=128, warps=4),
+    "sm_100": Config(rows=16, channels=128, warps=4),
+    "gfx942": Config(rows=16, channels=128, warps=4),
+    "interpreter": Config(rows=16, channels=16, warps=1),
 }
 
 
@@ -99,9 +110,9 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _grid_and_flags(num_rows: int, x: Tensor) -> tuple[tuple[int, int], dict]:
-    block_t, block_c, num_warps = CONFIGS[architecture(x)]
-    grid = (triton.cdiv(num_rows, block_t), triton.cdiv(x.shape[1], block_c))
-    return grid, dict(BLOCK_T=block_t, BLOCK_C=block_c, num_warps=num_warps)
+    config = CONFIGS[architecture(x)]
+    grid = (triton.cdiv(num_rows, config.rows), triton.cdiv(x.shape[1], config.channels))
+    return grid, dict(BLOCK_T=config.rows, BLOCK_C=config.channels, num_warps=config.warps)
 
 
 @torch.library.custom_op("torchlmoe::permute_triton", mutates_args=())

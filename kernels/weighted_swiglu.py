@@ -13,17 +13,28 @@ Computed in float32. Channels are read with a stride of one; other layouts are c
 Legend: M rows, F hidden width.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-CONFIGS = {  # architecture: rows and channels of a tile, warps
-    "sm_80": (8, 256, 4),
-    "sm_90": (8, 256, 4),
-    "sm_100": (8, 256, 4),
-    "gfx942": (8, 256, 4),
-    "interpreter": (8, 16, 1),
+
+class Config(NamedTuple):
+    """The tile of a program and its warps."""
+
+    rows: int
+    channels: int
+    warps: int
+
+
+CONFIGS = {  # by architecture
+    "sm_80": Config(rows=8, channels=256, warps=4),
+    "sm_90": Config(rows=8, channels=256, warps=4),
+    "sm_100": Config(rows=8, channels=256, warps=4),
+    "gfx942": Config(rows=8, channels=256, warps=4),
+    "interpreter": Config(rows=8, channels=16, warps=1),
 }
 
 
@@ -84,11 +95,10 @@ def weighted_swiglu(gate_up: Tensor, weight: Tensor) -> Tensor:
     num_rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     y = gate_up.new_empty(num_rows, width)
     if y.numel():
-        block_m, block_f, num_warps = CONFIGS[architecture(y)]
-        x = _dense(gate_up)
-        _forward_kernel[triton.cdiv(num_rows, block_m), triton.cdiv(width, block_f)](
+        x, config = _dense(gate_up), CONFIGS[architecture(y)]
+        _forward_kernel[triton.cdiv(num_rows, config.rows), triton.cdiv(width, config.channels)](
             x, weight.contiguous(), y, num_rows, width, x.stride(0),
-            BLOCK_M=block_m, BLOCK_F=block_f, num_warps=num_warps,
+            BLOCK_M=config.rows, BLOCK_F=config.channels, num_warps=config.warps,
         )  # fmt: skip
     return y
 
@@ -104,11 +114,10 @@ def _backward(grad: Tensor, gate_up: Tensor, weight: Tensor) -> tuple[Tensor, Te
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     if not dx.numel():
         return dx, dweight.zero_()
-    block_m, block_f, num_warps = CONFIGS[architecture(dx)]
-    grad, x = _dense(grad), _dense(gate_up)
-    _backward_kernel[(triton.cdiv(grad.shape[0], block_m),)](
+    grad, x, config = _dense(grad), _dense(gate_up), CONFIGS[architecture(dx)]
+    _backward_kernel[(triton.cdiv(grad.shape[0], config.rows),)](
         grad, x, weight.contiguous(), dx, dweight, *grad.shape, grad.stride(0), x.stride(0),
-        BLOCK_M=block_m, BLOCK_F=block_f, num_warps=num_warps,
+        BLOCK_M=config.rows, BLOCK_F=config.channels, num_warps=config.warps,
     )  # fmt: skip
     return dx, dweight
 

@@ -38,8 +38,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
+    """As of `write_corpus`."""
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def write_corpus(folder: Path) -> Path:
     """A folder with train.jsonl and validation.jsonl: documents of very different lengths, down to one letter."""
-    folder = tmp_path_factory.mktemp("corpus")
+    folder.mkdir(exist_ok=True)
     sentence = "It is a truth universally acknowledged, that a single man must be in want of a whale. "
     documents = [f"{number}: {sentence * (number % 7)}"[: max(1, number * 37 % 900)] for number in range(120)]
     for split, part in (("train", documents), ("validation", documents[:5])):

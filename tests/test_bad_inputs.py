@@ -110,7 +110,7 @@ CASES = {
     "--model.vocab_size 100": "model.vocab_size = 100 is less than the 4096 tokens",
     "--model.backend triton --training.dtype float64": "backend = 'triton' does not serve this, since its kernels",
     "--parallelism.data_parallel_shard_degree 3": "there are 1 ranks; their product must be the number of ranks",
-    "--parallelism.pipeline_parallel_degree 2": "pipeline_parallel_degree = 2 is not supported yet; leave it at 1.",
+    "--parallelism.pipeline_parallel_degree 2": "pipeline_parallel_degree = 2 does not divide the 1 ranks; choose",
     "--parallelism.context_parallel_degree 2": "context_parallel_degree = 2 does not divide the 1 ranks; choose",
     "--parallelism.lsm_context_parallel ring": "lsm_context_parallel = 'ring' has no effect with",
     "--lr_scheduler.warmup_steps 30": "lr_scheduler.warmup_steps = 30 is more than training.steps = 2",

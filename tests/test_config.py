@@ -123,19 +123,17 @@ ALWAYS = {
     "compile": "enable",
     "activation_checkpoint": "mode",
     "parallelism": "data_parallel_replicate_degree data_parallel_shard_degree tensor_parallel_degree "
-    "expert_parallel_degree context_parallel_degree timeout_seconds",
+    "pipeline_parallel_degree expert_parallel_degree context_parallel_degree timeout_seconds",
 }
 
 
 def test_every_setting_has_an_effect_or_says_what_it_needs():
     always = {f"{table}.{key}" for table, keys in ALWAYS.items() for key in keys.split()}
-    not_yet = {f"parallelism.{key}" for key in loader._NOT_YET}
     tables = dataclasses.fields(Config)
     every = {f"{table.name}.{key.name}" for table in tables for key in dataclasses.fields(table.default_factory)}
     needy = loader._NEEDS.keys() | NEEDS.keys() | {"optimizer.matrix_lr", "optimizer.momentum"}
-    assert every == always | not_yet | needy
-    assert not always & (not_yet | needy)
-    assert not not_yet & needy
+    assert every == always | needy
+    assert not always & needy
 
 
 IDLE = {
@@ -244,10 +242,13 @@ BAD = {
     "--moe.aux_loss_weight 1 --moe.balance loss_free": "or leave aux_loss_weight unset.",
     "--moe.aux_loss_scope global_batch --moe.balance none": "moe.aux_loss_scope = 'global_batch' has no effect with",
     "--moe.bias_update_rate 1": "it needs 'loss_free' there; give that, or leave bias_update_rate unset.",
-    "--parallelism.pipeline_parallel_schedule GPipe": "= 'GPipe' is not supported yet; leave it at '1F1B'.",
+    "--parallelism.pipeline_parallel_schedule GPipe": "= 'GPipe' is not valid: it should be '1F1B' or 'Inter",
+    "--parallelism.pipeline_parallel_schedule Interleaved1F1B": "has no effect with parallelism.pipeline",
+    "--parallelism.pipeline_parallel_split 1,2": "split = [1, 2] has no effect with parallelism.pipeline",
+    "--parallelism.pipeline_parallel_split one": "pipeline_parallel_split = ",
     "--parallelism.lsm_context_parallel ring": "= 'ring' has no effect with parallelism.context_parallel_degree = 1",
     "--parallelism.attention_context_parallel ulysses": "it needs 2 or more there; give that, or leave attention_c",
-    "--parallelism.pipeline_parallel_degree 2": "pipeline_parallel_degree = 2 is not supported yet; leave it at 1.",
+    "--parallelism.pipeline_parallel_degree 0": "pipeline_parallel_degree = 0 is not valid",
     "--float8.enable true --training.dtype float64": "needs training.dtype = 'bfloat16' or 'float32'; it is 'float64'.",
     "--float8.experts mxfp8 --training.dtype float64": "float8.experts = 'mxfp8' needs training.dtype = 'bfloat16' or",
     "--activation_checkpoint.mode some": "it should be 'none', 'selective' or 'full'.",
@@ -308,6 +309,27 @@ def test_degrees():
         check_degrees(load("--training.global_batch_size 12 --training.local_batch_size 8"), 4)
     with pytest.raises(ConfigError, match=r"global_batch_size = 6 must be a multiple of the 4 data ranks"):
         check_degrees(load("--training.global_batch_size 6"), 4)
+    stages = "--parallelism.pipeline_parallel_degree 4 --training.local_batch_size 1"
+    check_degrees(load(f"{stages} --training.global_batch_size 4"), 4)
+    check_degrees(load(f"{stages} --training.global_batch_size 8"), 8)
+    with pytest.raises(
+        ConfigError, match=r"gives 3 of the 4 microbatches .* of 4 stages needs; set .*_batch_size = 4,"
+    ):
+        check_degrees(load(f"{stages} --training.global_batch_size 3"), 4)
+    with pytest.raises(ConfigError, match=r"on 2 data ranks gives 2 of the 4 microbatches .*; set .*_batch_size = 8,"):
+        check_degrees(load(f"{stages} --training.global_batch_size 4"), 8)
+    with pytest.raises(
+        ConfigError, match=r"\[1, 2\] makes 3 stages, and 1F1B takes one for each of the 4 .* give 3 first"
+    ):
+        check_degrees(load(f"{stages} --parallelism.pipeline_parallel_split 1,2"), 4)
+    interleaved = "--parallelism.pipeline_parallel_degree 2 --parallelism.pipeline_parallel_schedule Interleaved1F1B"
+    check_degrees(load(f"{interleaved} --training.local_batch_size 1 --training.global_batch_size 4"), 2)
+    with pytest.raises(
+        ConfigError, match=r"\[1, 2\] makes 3 stages, and Inter.* takes 2 or more .* give 3 first .* or 5"
+    ):
+        check_degrees(load(f"{interleaved} --parallelism.pipeline_parallel_split [0,1,2]"), 2)
+    with pytest.raises(ConfigError, match=r"gives 5 microbatches, which Inter.* in 2 equal rounds; set .* = 4\."):
+        check_degrees(load(f"{interleaved} --training.local_batch_size 1 --training.global_batch_size 5"), 2)
     with pytest.raises(ConfigError, match=r"a multiple of 16 tokens at once; .* seq_len is 24"):
         check_degrees(load("--float8.enable true --training.seq_len 3"), 2)
     with pytest.raises(ConfigError, match=r"seq_len is 16, over context_parallel_degree = 2"):

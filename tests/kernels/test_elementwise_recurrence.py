@@ -137,7 +137,7 @@ def test_one_token_is_one_launch(form, with_state, with_query, device, monkeypat
     terms = [None if absent.get(name) else inputs.get(name) for name in order]
     launches = []
     monkeypatch.setattr(
-        KernelInterface, "__getitem__", lambda kernel, grid: lambda **_: launches.append(kernel.__name__)
+        KernelInterface, "__getitem__", lambda kernel, grid: lambda *_, **__: launches.append(kernel.__name__)
     )
     with Operations() as operations:
         _, state, kept = kernels.elementwise_recurrence._init_fn(*terms, None)

@@ -19,16 +19,18 @@ CUT_VARIANTS = {
 }
 EVERY_MIXER = {mixer: f"--model.mixer {mixer} --model.layer_pattern LLLN" for mixer in MIXERS}
 # A common parameter (hgrn2), a value that blocks hand on (rwkv7), balanced memories (mom).
-SOME_MIXERS = {mixer: EVERY_MIXER[mixer] for mixer in ("gated_deltanet", "hgrn2", "rwkv7", "mom")}
+SOME_MIXERS = {
+    mixer: f"--model.mixer {mixer} --model.layer_pattern LLN --model.num_layers 3"
+    for mixer in ("gated_deltanet", "hgrn2", "rwkv7", "mom")
+}
+TWO_BLOCKS = "--model.layer_pattern LN --model.num_layers 2"
 REPLICAS = "--parallelism.data_parallel_replicate_degree 2"
 
 
 def test_ranks_equal_the_single_process(corpus, tmp_path):
-    layouts = {2: {"fsdp": (CUT_VARIANTS, "")}, 4: {"hsdp": (SOME_MIXERS, REPLICAS)}}
-    assert_layouts_equal_one_process(layouts, corpus, tmp_path, steps=5, float32=["gated_deltanet"])
-    for name in SOME_MIXERS:
-        losses = [record["loss"] for record in records(tmp_path / "whole" / name)]
-        assert losses[-1] < losses[0] - 0.01, name
+    cut_variants = {name: f"{flags} {TWO_BLOCKS}" for name, flags in CUT_VARIANTS.items()}
+    layouts = {2: {"fsdp": (cut_variants, "")}, 4: {"hsdp": (SOME_MIXERS, REPLICAS)}}
+    assert_layouts_equal_one_process(layouts, corpus, tmp_path, steps=2, float32=["gated_deltanet"])
 
     for world_size in (1, 2):
         folder = tmp_path / f"bfloat16_{world_size}"
@@ -52,7 +54,8 @@ def test_every_mixer_and_more_steps(corpus, tmp_path):
 def train_in_bfloat16(corpus: str, folder: str) -> None:
     """Masters and islands stay in float32."""
     data = ["--data.dataset", corpus, "--data.cache_dir", f"{corpus}/cache", "--job.dump_folder", folder]
-    trainer = Trainer(load_config([*SETTINGS, *data, "--training.steps", "5", "--training.dtype", "bfloat16"]))
+    flags = [*SOME_MIXERS["gated_deltanet"].split(), "--training.steps", "2", "--training.dtype", "bfloat16"]
+    trainer = Trainer(load_config([*SETTINGS, *data, *flags]))
     used = {}
     for block in trainer.model.blocks.values():
         for name, module in block.named_modules():

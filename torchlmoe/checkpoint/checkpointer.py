@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from torchlmoe.checkpoint.folders import abandon_after, clean, partial_of, published
@@ -26,7 +27,14 @@ from torchlmoe.checkpoint.run_record import (
     read_run,
     write_run,
 )
-from torchlmoe.checkpoint.state import OptimizerState, load_tensors, model_state, saved_tensors
+from torchlmoe.checkpoint.state import (
+    OptimizerState,
+    check_tensors,
+    load_tensors,
+    model_state,
+    name_in_model,
+    saved_tensors,
+)
 from torchlmoe.checkpoint.writer import CheckpointWriter, save_failure
 from torchlmoe.config.load import to_toml
 from torchlmoe.config.settings import Config
@@ -35,6 +43,7 @@ from torchlmoe.data.store import TokenStore
 from torchlmoe.data.tokenizer import Tokenizer
 from torchlmoe.files import failures_to_write
 from torchlmoe.model.decoder import Decoder
+from torchlmoe.parallel.stages import elsewhere
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -87,7 +96,7 @@ class Checkpointer:
         if folder is None:
             return Progress()
 
-        saved: set[str] = set()
+        saved: dict[str, TensorStorageMetadata] = {}
 
         def check() -> Progress:
             try:
@@ -103,9 +112,15 @@ class Checkpointer:
         state = model_state(self.model)
         if any(name.startswith("optimizer.") for name in saved):
             self.optimizer_state.create()
-            self.optimizer_state.forget_all_but(saved)
+            self.optimizer_state.forget_all_but(saved.keys())
             state |= self.optimizer_state.tensors()
-        load_tensors(state, folder, self.group)
+        others = elsewhere(self.model)
+
+        def is_other(name: str) -> bool:
+            return name_in_model(name) in others
+
+        self._agree(lambda: check_tensors(state, saved, folder, is_other=is_other))
+        load_tensors(state, folder, self.group, is_other=is_other)
         if self.settings.load_step is not None:
             for path in self._agree(lambda: abandon_after(self.root, progress.step), on_first=True):
                 logger.info(f"Set aside, later than checkpoint.load_step: {path}")

@@ -44,16 +44,21 @@ def open_model(
 
 
 def _open(folder: Path, dtype: torch.dtype | None, device: torch.device | str) -> tuple[Decoder, Config, Tokenizer]:
+    others: tuple[str, ...] = ()
     if is_exported(folder):
         config, tokenizer, vocab_size = read_exported(folder)
-        prefix, others = "", None
+        prefix = ""
     else:
         config, tokenizer, vocab_size = _read_checkpoint(folder)
-        prefix, others = "model.", "optimizer."
+        prefix, others = "model.", ("optimizer.",)
     if vocab_size < tokenizer.vocab_size:
         raise ValueError(
             f"{folder} gives a vocabulary of {vocab_size} to a tokenizer of {tokenizer.vocab_size} tokens."
         )
+
+    def is_other(name: str) -> bool:
+        return name.startswith(others)
+
     # All that follows takes memory and time by the settings, so that these are first held against the files.
     saved = saved_tensors(folder)
     start = f"{prefix}blocks."
@@ -74,10 +79,10 @@ def _open(folder: Path, dtype: torch.dtype | None, device: torch.device | str) -
     for module in model.modules():
         if getattr(module, "float32_island", False):
             module.to(torch.promote_types(dtype, torch.float32))
-    check_tensors(model_state(model, prefix), saved, folder, others=others)
+    check_tensors(model_state(model, prefix), saved, folder, is_other=is_other)
     model.to_empty(device=device)
     model.init_weights(0)  # for the buffers that are not saved
-    load_tensors(model_state(model, prefix), folder, others=others)
+    load_tensors(model_state(model, prefix), folder, is_other=is_other)
     return model.eval(), config, tokenizer
 
 

@@ -7,6 +7,7 @@ Sharded tensors are DTensors, which know their place in the whole.
 """
 
 import warnings
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Annotated
 
@@ -73,7 +74,7 @@ class OptimizerState:
         for group, lr in zip(groups, lrs, strict=True):
             group["lr"] = lr
 
-    def forget_all_but(self, saved: set[str]) -> None:
+    def forget_all_but(self, saved: Collection[str]) -> None:
         """Drops the state of parameters that have none among the saved names, as after an import."""
         for parameter, values in list(self.optimizer.state.items()):
             if not any(f"optimizer.{key}.{self.names[parameter]}" in saved for key in values):
@@ -103,18 +104,28 @@ class _Reader(dcp.HuggingFaceStorageReader):
         return self._metadata
 
 
+def name_in_model(name: str) -> str:
+    """The parameter or buffer that an entry of the dict belongs to."""
+    kind, _, rest = name.partition(".")
+    return rest.partition(".")[2] if kind == "optimizer" else rest
+
+
 def saved_tensors(folder: Path) -> dict[str, TensorStorageMetadata]:
     """The tensors in a folder of safetensors files, of which only the headers are read. ValueError if it cannot be."""
     return _Reader(folder).tensors
 
 
 def check_tensors(
-    wanted: dict[str, Tensor], saved: dict[str, TensorStorageMetadata], folder: Path, *, others: str | None = None
+    wanted: dict[str, Tensor],
+    saved: dict[str, TensorStorageMetadata],
+    folder: Path,
+    *,
+    is_other: Callable[[str], bool] = lambda name: False,
 ) -> None:
     """Checks that each saved tensor is wanted, and each element of the wanted ones saved once.
 
     wanted: their values are not looked at, so that they may be on the meta device.
-    others: saved tensors whose names begin so are left out.
+    is_other: tells by its name whether a saved tensor may be there without being wanted.
     Raises ValueError naming the first tensor that does not fit.
     """
     for name, tensor in wanted.items():
@@ -131,22 +142,26 @@ def check_tensors(
         if not _tiles(saved[name]):
             raise ValueError(f"{name} in {folder} is damaged: the saved pieces leave out elements or overlap.")
     for name in saved:
-        if name not in wanted and not (others and name.startswith(others)):
+        if name not in wanted and not is_other(name):
             raise ValueError(
                 f"{folder} holds {name!r}, which the settings give no place: it is of another architecture."
             )
 
 
 def load_tensors(
-    state: dict[str, Tensor], folder: Path, group: dist.ProcessGroup | None = None, *, others: str | None = None
+    state: dict[str, Tensor],
+    folder: Path,
+    group: dist.ProcessGroup | None = None,
+    *,
+    is_other: Callable[[str], bool] = lambda name: False,
 ) -> None:
     """Fills the tensors in place from a folder of safetensors files, converting floating-point dtypes.
 
     group: all of whose ranks load together; None for this process alone.
-    others: as of `check_tensors`. Raises ValueError as it does.
+    is_other: as of `check_tensors`. Raises ValueError as it does.
     """
     reader = _Reader(folder)
-    check_tensors(state, reader.tensors, folder, others=others)
+    check_tensors(state, reader.tensors, folder, is_other=is_other)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed.checkpoint")

@@ -14,6 +14,7 @@ def check_degrees(config: Config, world_size: int) -> None:
     if shard == 0:
         raise ConfigError("parallelism.data_parallel_shard_degree = 0 is impossible; give -1 (the rest) or at least 1.")
     others = {
+        "pipeline_parallel_degree": degrees.pipeline_parallel_degree,
         "data_parallel_replicate_degree": replicate,
         "context_parallel_degree": context,
         "tensor_parallel_degree": degrees.tensor_parallel_degree,
@@ -29,15 +30,16 @@ def check_degrees(config: Config, world_size: int) -> None:
             f"parallelism.data_parallel_shard_degree = {shard}{' times ' * bool(given)}{given} is {product * shard}, "
             f"but there are {world_size} ranks; their product must be the number of ranks."
         )
-    expert = degrees.expert_parallel_degree
-    if world_size // replicate % expert:
+    expert, lenders = degrees.expert_parallel_degree, world_size // (replicate * degrees.pipeline_parallel_degree)
+    if lenders % expert:
         raise ConfigError(
-            f"parallelism.expert_parallel_degree = {expert} does not divide the {world_size // replicate} ranks of "
+            f"parallelism.expert_parallel_degree = {expert} does not divide the {lenders} ranks of "
             "data_parallel_shard_degree times context_parallel_degree times tensor_parallel_degree; choose a divisor."
         )
     seq_len, rows = config.training.seq_len, batch_rows(config, world_size)
     for table, num_rows in rows.items():
-        for name, parts in (("context_parallel_degree", context), ("tensor_parallel_degree", ranks_of_rows(config))):
+        pieces = context * degrees.tensor_parallel_degree
+        for name, parts in (("context_parallel_degree", context), ("tensor_parallel_degree", pieces)):
             if num_rows * seq_len % parts:
                 each = f" times context_parallel_degree = {context}" * (parts != context)
                 raise ConfigError(
@@ -50,11 +52,62 @@ def check_degrees(config: Config, world_size: int) -> None:
             "float8.enable = true needs a multiple of 16 tokens at once; training.local_batch_size * seq_len is "
             f"{tokens}, over context_parallel_degree = {context}."
         )
+    if degrees.pipeline_parallel_degree > 1:
+        _check_microbatches(config, world_size)
 
 
 def ranks_of_rows(config: Config) -> int:
     """Ranks that work on the same rows of data."""
-    return config.parallelism.context_parallel_degree * config.parallelism.tensor_parallel_degree
+    degrees = config.parallelism
+    return degrees.pipeline_parallel_degree * degrees.context_parallel_degree * degrees.tensor_parallel_degree
+
+
+def num_stages(config: Config) -> int:
+    """Stages of the pipeline over all ranks. ConfigError for a split that does not fit the schedule."""
+    degrees = config.parallelism
+    ranks, schedule, split = (
+        degrees.pipeline_parallel_degree,
+        degrees.pipeline_parallel_schedule,
+        degrees.pipeline_parallel_split,
+    )
+    is_interleaved = schedule == "Interleaved1F1B"
+    if split is None:
+        return ranks * (2 if is_interleaved else 1)
+    split = split[split[:1] == [0] :]  # a first 0 adds nothing
+    stages = len(split) + 1
+    if is_interleaved and (stages % ranks or stages == ranks):
+        raise ConfigError(
+            f"parallelism.pipeline_parallel_split = {split} makes {stages} stages, and {schedule} takes 2 or more for "
+            f"each of the {ranks} ranks of pipeline_parallel_degree; give {2 * ranks - 1} first blocks, or "
+            f"{3 * ranks - 1}."
+        )
+    if not is_interleaved and stages != ranks:
+        raise ConfigError(
+            f"parallelism.pipeline_parallel_split = {split} makes {stages} stages, and {schedule} takes one for each "
+            f"of the {ranks} ranks of pipeline_parallel_degree; give {ranks - 1} first blocks."
+        )
+    return stages
+
+
+def _check_microbatches(config: Config, world_size: int) -> None:
+    """Whether the microbatches of a step fill the pipeline, as its schedule needs them."""
+    data_ranks, ranks = world_size // ranks_of_rows(config), config.parallelism.pipeline_parallel_degree
+    local, whole = batch_sizes(config.training, data_ranks)
+    microbatches, stages = whole // (local * data_ranks), num_stages(config)
+    if microbatches < stages:
+        raise ConfigError(
+            f"training.global_batch_size = {whole} with training.local_batch_size = {local} on {data_ranks} data ranks "
+            f"gives {microbatches} of the {stages} microbatches that a pipeline of {stages} stages needs; set "
+            f"global_batch_size = {stages * local * data_ranks}, or a lower local_batch_size."
+        )
+    rounds = microbatches // ranks
+    if config.parallelism.pipeline_parallel_schedule == "Interleaved1F1B" and microbatches % rounds:
+        fitting = microbatches // ranks * ranks
+        raise ConfigError(
+            f"training.global_batch_size = {whole} with training.local_batch_size = {local} on {data_ranks} data ranks "
+            f"gives {microbatches} microbatches, which Interleaved1F1B cannot run in {rounds} equal rounds; set "
+            f"global_batch_size = {fitting * local * data_ranks}."
+        )
 
 
 def batch_sizes(training: Training, data_ranks: int) -> tuple[int, int]:

@@ -32,11 +32,6 @@ logger = logging.getLogger(__name__)
 _OF_LETTER = ("mixer", "mlp", "mlp_options")  # the others in a letter's table are its mixer's settings
 DEFAULT_LAYERS = {"L": {"mixer": "gated_deltanet", "mlp": "moe"}, "N": {"mixer": "attention", "mlp": "moe"}}
 
-# Of [parallelism], what has only its default yet.
-_NOT_YET = (
-    "pipeline_parallel_degree",
-    "pipeline_parallel_schedule",
-)
 # Settings that do nothing but with others: name -> (the other one, its value, a letter in it or its least number).
 _NEEDS: dict[str, tuple[str, Any]] = {
     "model.mixer": ("model.layer_pattern", "L"),
@@ -54,6 +49,8 @@ _NEEDS: dict[str, tuple[str, Any]] = {
     "checkpoint.load_step": ("checkpoint.enable", True),
     "parallelism.lsm_context_parallel": ("parallelism.context_parallel_degree", 2),
     "parallelism.attention_context_parallel": ("parallelism.context_parallel_degree", 2),
+    "parallelism.pipeline_parallel_schedule": ("parallelism.pipeline_parallel_degree", 2),
+    "parallelism.pipeline_parallel_split": ("parallelism.pipeline_parallel_degree", 2),
 }
 
 
@@ -203,6 +200,8 @@ def _value(name: str, text: str) -> Any:
         return text
     if inner == list[str] and not text.lstrip().startswith("["):
         return [part.strip() for part in text.split(",") if part.strip()]
+    if inner == list[int] | None and not text.lstrip().startswith("["):
+        text = f"[{text}]"
     try:
         # Closed behind it: of a text that only begins with a value, the rest must not be lost.
         read = tomli.loads(f"table = {{ value = {text.strip()} }}")
@@ -399,12 +398,6 @@ def _shorten_warmup(config: Config, sources: list[dict[str, Any]]) -> None:
 
 def _check_consistency(config: Config) -> None:
     default = Config()
-    for key in _NOT_YET:
-        value, supported = getattr(config.parallelism, key), getattr(default.parallelism, key)
-        if value != supported:
-            raise ConfigError(
-                f"parallelism.{key} = {toml_value(value)} is not supported yet; leave it at {toml_value(supported)}."
-            )
     profiling, training = config.profiling, config.training
     if 0 < training.max_norm < 1e-9:
         raise ConfigError(

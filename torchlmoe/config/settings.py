@@ -266,8 +266,15 @@ class Parallelism(Table):
     tensor_parallel_degree: Annotated[
         int, Field(ge=1, description="Ranks that share the heads of mixers and the hidden channels of MLPs.")
     ] = 1
-    pipeline_parallel_degree: Annotated[int, Field(ge=1, description="Only 1 is supported yet.")] = 1
-    pipeline_parallel_schedule: Annotated[str, Field(description="Only 1F1B is supported yet.")] = "1F1B"
+    pipeline_parallel_degree: Annotated[int, Field(ge=1, description="Ranks that have the blocks between them.")] = 1
+    pipeline_parallel_schedule: Annotated[
+        Literal["1F1B", "Interleaved1F1B"],
+        Field(description="One stage per rank, or several, which keeps ranks busier and sends more."),
+    ] = "1F1B"
+    pipeline_parallel_split: Annotated[
+        list[int] | None,
+        Field(description="First block of each stage after the first; unset: stages of about the same FLOPs."),
+    ] = None
     expert_parallel_degree: Annotated[
         int, Field(ge=1, description="Ranks, of those with other tokens, that have the experts between them.")
     ] = 1

@@ -14,6 +14,8 @@ Built on the meta device and then initialised:
 Legend: B rows, T tokens in a row, V vocabulary.
 """
 
+import copy
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch
@@ -34,6 +36,8 @@ class Decoder(nn.Module):
     """Linear-MoE decoder. Raises ValueError where the settings do not fit together.
 
     span: which part of a microbatch this rank has; see parallel/context.py.
+    is_first, is_last: whether it has the first and the last block; a part of a model (`part`) may lack either.
+    pipeline: of a rank's part under pipeline parallelism, what runs it; see parallel/stages.py.
     counter_sizes: of every routed layer of the model, by the first part of its figures' names, the number of experts or
         memories whose load is counted.
     """
@@ -41,6 +45,8 @@ class Decoder(nn.Module):
     def __init__(self, spec: ModelSpec):
         super().__init__()
         self.spec, self.span = spec, Span()
+        self.is_first = self.is_last = True
+        self.pipeline: object | None = None
         self.embedding = Embedding(spec.vocab_size, spec.dim, spec.init_std)
         self.blocks = nn.ModuleDict()
         self.common = nn.ModuleDict()  # by letter
@@ -71,10 +77,31 @@ class Decoder(nn.Module):
     def init_weights(self, seed: int) -> None:
         """Draws every parameter from (seed, its name), so that each way of sharding starts from the same weights."""
         with named_draws(self, seed):
-            self.embedding.init_weights()
-            for module in (*self.common.values(), *self.blocks.values()):
+            for module in (*self.ends(), *self.common.values(), *self.blocks.values()):
                 module.init_weights()  # type: ignore[operator]
-            self.head.init_weights()
+
+    def ends(self) -> list[nn.Module]:
+        """Embedding and head, of which a part of a model may lack either."""
+        return [module for name, module in self.named_children() if name in ("embedding", "head")]
+
+    def part(self, blocks: Iterable[int]) -> "Decoder":
+        """A model of some of the blocks, which shares its modules with this one, under the same names.
+
+        It has what these blocks need: the embedding if the first is among them, the head if the last is, and with tied
+        embeddings then the embedding, too; and what is common to the layers of their letters.
+        """
+        names = [str(index) for index in blocks]
+        letters = {self.places_in_common[name][0] for name in names}
+        part = copy.copy(self)
+        part.is_first, part.is_last = "0" in names, str(len(self.places_in_common) - 1) in names
+        needed = {
+            "embedding": part.is_first or (part.is_last and self.spec.tie_embeddings),
+            "head": part.is_last,
+        }
+        part._modules = {name: module for name, module in self._modules.items() if needed.get(name, True)}
+        part.blocks = nn.ModuleDict({name: self.blocks[name] for name in names})
+        part.common = nn.ModuleDict({letter: module for letter, module in self.common.items() if letter in letters})
+        return part
 
     def forward(
         self,
@@ -96,14 +123,25 @@ class Decoder(nn.Module):
         [1, B * T / ranks, V], of its span of the rows laid back to back.
         """
         microbatch = describe(tokens, document_bounds, labels, loss_weight, self.span, tells_padding=self.training)
-        x = self.run_blocks(self.embedding(microbatch.tokens), microbatch.sequence)
+        x, _ = self.run_blocks(self.embedding(microbatch.tokens), microbatch.sequence)
         output = self.run_head(x, microbatch.labels)
         return output if labels is not None or not self.span.is_whole else output.view(*tokens.shape, -1)
 
-    def run_blocks(self, x: Tensor, sequence: SequenceLayout, cache: TensorDict | None = None) -> Tensor:
-        """From embeddings [B, T, dim] to what the head takes, like x. cache: from `init_cache`, updated in place."""
-        # Where tokens are cut into pieces between blocks, what is shared is of all of the span's.
-        shared = x.new_zeros(*sequence.positions.shape, self.shared_width) if self.shared_width else None
+    def run_blocks(
+        self,
+        x: Tensor,
+        sequence: SequenceLayout,
+        cache: TensorDict | None = None,
+        shared: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """From embeddings, or what earlier blocks return, to what the head or later blocks take, like x [B, T, dim].
+
+        cache: from `init_cache`, updated in place. shared [B, T, shared_width]: see `Mixer.shared_width`; it comes
+            after x, if a block of the model uses it.
+        """
+        if shared is None and self.shares:
+            # Where tokens are cut into pieces between blocks, what is shared is of all of the span's.
+            shared = x.new_zeros(*sequence.positions.shape, self.shared_width)
         common = {letter: module() for letter, module in self.common.items()}
         for index, block in self.blocks.items():
             letter, place = self.places_in_common[index]
@@ -116,7 +154,12 @@ class Decoder(nn.Module):
                 x = block(x, **context)
             else:
                 x, shared = block(x, **context, shared=shared)
-        return x
+        return x, shared
+
+    @property
+    def shares(self) -> bool:
+        """Whether a block's mixer hands a tensor on to those of later blocks."""
+        return any(block.mixer.shared_width for block in self.blocks.values())  # type: ignore[union-attr]
 
     def run_head(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """Logits of x [B, T, dim], or the loss of labels, as of `Head`."""
@@ -129,7 +172,8 @@ class Decoder(nn.Module):
         cache: from `init_cache`, brought up to date in place.
         """
         sequence = SequenceLayout(positions, share=MicrobatchShare(loss_weight=0.0))
-        return self.run_head(self.run_blocks(self.embedding(tokens), sequence, cache)[:, -1:])[:, 0]
+        x, _ = self.run_blocks(self.embedding(tokens), sequence, cache)
+        return self.run_head(x[:, -1:])[:, 0]
 
     def init_cache(
         self,
@@ -159,7 +203,11 @@ class Decoder(nn.Module):
     def flops_per_token(self, seq_len: int) -> int:
         """Forward FLOPs of one token in a sequence of `seq_len`, recurrences and output head included."""
         blocks = sum(block.flops_per_token(seq_len) for block in self.blocks.values())  # type: ignore[operator]
-        return blocks + 2 * self.embedding.weight.numel()
+        return blocks + self.head_flops_per_token()
+
+    def head_flops_per_token(self) -> int:
+        """Forward FLOPs of the output head for one token."""
+        return 2 * self.spec.vocab_size * self.spec.dim
 
 
 class Settings(Protocol):

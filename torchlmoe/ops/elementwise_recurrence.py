@@ -286,6 +286,106 @@ def _(q, k, v, log_decay, step, initial_state, cu_seqlens):
     return o, torch.empty_like(state), state.new_empty(rows, *state.shape[1:])
 
 
+def _slab_states(
+    k_PHK: Tensor, v_PHV: Tensor, decay: Tensor, first_states: Tensor, counts: list[int]
+) -> tuple[Tensor, Tensor]:
+    """Each token's state, and what is left in it of the state before, exp(G_t) * S_{t-1}: [P, H, K, V] each."""
+    states = k_PHK[..., None] * v_PHV[:, :, None]
+    decayed = torch.empty_like(states)
+    places = zip(states.split(counts), decayed.split(counts), _by_place(decay, counts), strict=True)
+    state = first_states
+    for now, decayed_now, decay_now in places:
+        torch.mul(decay_now, state[: now.shape[0]], out=decayed_now)
+        state = now.add_(decayed_now)
+    return states, decayed
+
+
+def _scan_back(grad_states: Tensor, decay: Tensor, counts: list[int], carry: Tensor, grad_final: Tensor) -> Tensor:
+    """Adds to each state's gradient, [P, H, K, V], in place, what comes from the token after it: last place first.
+
+    Args:
+        grad_states: what each token's own output gives its state.
+        carry: what the slab after this one gives the last states of the documents that go on in it.
+        grad_final: of the final states, [N, H, K, V], which the documents that end within the slab take.
+
+    Returns:
+        What this slab gives the states that it starts from.
+    """
+    by_place = grad_states.split(counts)
+    conjugates = _by_place(decay.conj().resolve_conj(), counts)
+    for place in reversed(range(len(counts))):
+        now = by_place[place]
+        if place + 1 < len(counts):
+            later = by_place[place + 1]
+            going_on = later.shape[0]
+            now[:going_on].addcmul_(conjugates[place + 1], later)
+        else:
+            going_on = carry.shape[0]
+            now[:going_on] += carry
+        if going_on < now.shape[0]:
+            now[going_on:] += grad_final[going_on : now.shape[0]]
+    return conjugates[0] * by_place[0]
+
+
+def _give(grad: Tensor | None, tokens: Tensor, token_dim: int, rows: Tensor) -> None:
+    """Writes the rows of `tokens` into a gradient of token_dim dims; adds up the rows in one without tokens."""
+    assert grad is not None
+    rows = _real_like(rows, grad).to(grad.dtype)
+    if grad.dim() == token_dim:
+        grad.view(-1, *grad.shape[2:]).index_copy_(0, tokens, rows)
+    else:
+        grad += rows.sum(0)
+
+
+def _scan_backward(
+    grad_o: Tensor,
+    grad_final: Tensor,
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    step: Tensor | None,
+    cu_seqlens: Tensor | None,
+    starts: Tensor,
+) -> tuple[list[Tensor | None], Tensor]:
+    """Gradients of q, k, v, log_decay and step, None if absent, and of the initial state; slabs from last to first."""
+    layout = kept_scan_layout(v, cu_seqlens, 1, SLAB_STEPS)
+    dtype = starts.dtype
+    grads = [
+        None if x is None else torch.zeros_like(x, dtype=_state_dtype(x), memory_format=torch.contiguous_format)
+        for x in (q, k, v, log_decay, step)
+    ]
+    grad_q, grad_k, grad_v, grad_log_decay, grad_step = grads
+    grad_final = grad_final.to(dtype).index_select(0, layout.order_N)
+    carry = grad_final[:0]
+    end = starts.shape[0]
+    for slab in reversed(layout.slabs):
+        tokens, counts = slab.tokens_MC[:, 0], slab.num_active
+        first_states = starts[end - counts[0] : end]
+        end -= counts[0]
+        k_PHK, v_PHV = _take(k, tokens, 4, dtype), _take(v, tokens, 4, dtype)
+        decay = _decay(log_decay, step, tokens, dtype)
+        states, decayed = _slab_states(k_PHK, v_PHV, decay, first_states, counts)
+        if q is None:
+            grad_states = torch.zeros_like(states)
+        else:
+            q_PHK, grad_o_PHV = _take(q, tokens, 4, dtype), _take(grad_o, tokens, 4, dtype)
+            grad_states = q_PHK.conj()[..., None] * grad_o_PHV[:, :, None]
+            _give(grad_q, tokens, 4, _over_values(states.conj(), grad_o_PHV))
+        carry = _scan_back(grad_states, decay, counts, carry, grad_final)
+        _give(grad_k, tokens, 4, _over_values(grad_states, v_PHV))
+        _give(grad_v, tokens, 4, _over_keys(k_PHK.conj(), grad_states))
+        grad_decay = grad_states.mul_(decayed.conj())
+        if step is None:
+            _give(grad_log_decay, tokens, 5, grad_decay)
+        else:
+            _give(grad_step, tokens, 4, (grad_decay * log_decay.conj()).sum(2))
+            _give(grad_log_decay, tokens, 5, grad_decay.mul_(_take(step, tokens, 4, dtype)[:, :, None]))
+    # Documents without tokens hand their final state's gradient on.
+    grad_initial = torch.cat([carry, grad_final[carry.shape[0] :]])
+    return grads, layout.restore_order(grad_initial)
+
+
 @custom_op("torchlmoe::elementwise_recurrence_backward")
 def _backward(
     grad_o: Tensor,
@@ -303,81 +403,13 @@ def _backward(
     if _is_convolution(q, k, v, log_decay, step):
         state = _first_state(q, k, v, log_decay, initial_state, cu_seqlens)
         *of_terms, of_state = time_invariant_backward(grad_o, grad_final, q, k, v, log_decay, state, cu_seqlens)
-        return [
-            k.new_empty(0) if x is None or grad is None else _real_like(grad, x).to(x.dtype).contiguous()
-            for x, grad in zip((q, k, v, log_decay, step, initial_state), (*of_terms, None, of_state), strict=True)
-        ]
-    layout = kept_scan_layout(v, cu_seqlens, 1, SLAB_STEPS)
-    dtype = starts.dtype
-    grads = [
-        None if x is None else torch.zeros_like(x, dtype=_state_dtype(x), memory_format=torch.contiguous_format)
-        for x in (q, k, v, log_decay, step)
+        grads: list[Tensor | None] = [*of_terms, None]  # no step
+    else:
+        grads, of_state = _scan_backward(grad_o, grad_final, q, k, v, log_decay, step, cu_seqlens, starts)
+    return [
+        k.new_empty(0) if x is None or grad is None else _real_like(grad, x).to(x.dtype).contiguous()
+        for x, grad in zip((q, k, v, log_decay, step, initial_state), (*grads, of_state), strict=True)
     ]
-    grad_q, grad_k, grad_v, grad_log_decay, grad_step = grads
-
-    def give(grad: Tensor | None, tokens: Tensor, token_dim: int, rows: Tensor) -> None:
-        assert grad is not None
-        rows = _real_like(rows, grad).to(grad.dtype)
-        if grad.dim() == token_dim:
-            grad.view(-1, *grad.shape[2:]).index_copy_(0, tokens, rows)
-        else:
-            grad += rows.sum(0)
-
-    grad_final = grad_final.to(dtype).index_select(0, layout.order_N)
-    carry = grad_final[:0]  # the gradient of the state between the slab and the one after it
-    end = starts.shape[0]
-    for slab in reversed(layout.slabs):
-        tokens, counts = slab.tokens_MC[:, 0], slab.num_active
-        state = starts[end - counts[0] : end]
-        end -= counts[0]
-        k_PHK, v_PHV = _take(k, tokens, 4, dtype), _take(v, tokens, 4, dtype)
-        decay = _decay(log_decay, step, tokens, dtype)
-        states = k_PHK[..., None] * v_PHV[:, :, None]
-        decayed = torch.empty_like(states)
-        places = zip(states.split(counts), decayed.split(counts), _by_place(decay, counts), strict=True)
-        for now, decayed_now, decay_now in places:
-            torch.mul(decay_now, state[: now.shape[0]], out=decayed_now)
-            state = now.add_(decayed_now)
-
-        # dS of every token, from the last place to the first.
-        if q is None:
-            grad_states = torch.zeros_like(states)
-        else:
-            q_PHK, grad_o_PHV = _take(q, tokens, 4, dtype), _take(grad_o, tokens, 4, dtype)
-            grad_states = q_PHK.conj()[..., None] * grad_o_PHV[:, :, None]
-            give(grad_q, tokens, 4, _over_values(states.conj(), grad_o_PHV))
-        by_place = grad_states.split(counts)
-        conjugates = _by_place(decay.conj().resolve_conj(), counts)
-        for place in reversed(range(len(counts))):
-            now = by_place[place]
-            if place + 1 < len(counts):
-                later = by_place[place + 1]
-                going_on = later.shape[0]
-                now[:going_on].addcmul_(conjugates[place + 1], later)
-            else:
-                going_on = carry.shape[0]
-                now[:going_on] += carry
-            if going_on < now.shape[0]:
-                now[going_on:] += grad_final[going_on : now.shape[0]]
-        carry = conjugates[0] * by_place[0]
-
-        give(grad_k, tokens, 4, _over_values(grad_states, v_PHV))
-        give(grad_v, tokens, 4, _over_keys(k_PHK.conj(), grad_states))
-        grad_decay = grad_states.mul_(decayed.conj())
-        if step is None:
-            give(grad_log_decay, tokens, 5, grad_decay)
-        else:
-            give(grad_step, tokens, 4, (grad_decay * log_decay.conj()).sum(2))
-            give(grad_log_decay, tokens, 5, grad_decay.mul_(_take(step, tokens, 4, dtype)[:, :, None]))
-    result = [
-        k.new_empty(0) if x is None or grad is None else grad.to(x.dtype)
-        for x, grad in zip((q, k, v, log_decay, step), grads, strict=True)
-    ]
-    if initial_state is None:
-        return [*result, k.new_empty(0)]
-    grad_initial = torch.cat([carry, grad_final[carry.shape[0] :]])
-    grad_initial = _real_like(grad_initial, initial_state).to(initial_state.dtype)
-    return [*result, layout.restore_order(grad_initial)]
 
 
 @_backward.register_fake

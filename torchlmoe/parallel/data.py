@@ -1,6 +1,6 @@
 """Data parallelism: FSDP2 with float32 masters, and float32 islands where the model casts down."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,13 +9,15 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from torchlmoe.feed_forwards.experts import Experts
 from torchlmoe.model.decoder import Decoder
-from torchlmoe.parallel.islands import replicate_islands
+from torchlmoe.parallel.islands import float32_islands, replicate
 from torchlmoe.parallel.ranks import Ranks
 
 
-def apply_fsdp(model: Decoder, ranks: Ranks, dtype: torch.dtype) -> None:
+def apply_fsdp(model: Decoder, roots: Sequence[nn.Module], ranks: Ranks, dtype: torch.dtype) -> None:
     """Shards each block's parameters over `ranks.parameters`, or `ranks.expert_parameters`; computes in `dtype`.
 
+    roots: the modules whose forward is called, the model or its pipeline stages. A stage runs several microbatches
+        before the first backward, and so it keeps gathered parameters from its first forward to its last backward.
     Parameters keep their own dtype and so do the modules marked `float32_island`; gradients are reduced in at least
     float32. Activations follow the parameters, and what a module is handed keeps its dtype (HGRN2's lower bounds are
     float32). The loss must be a mean over all ranks' tokens: gradients are summed, not averaged.
@@ -28,23 +30,32 @@ def apply_fsdp(model: Decoder, ranks: Ranks, dtype: torch.dtype) -> None:
         else MixedPrecisionPolicy()
     )
 
+    is_whole = model in roots
+    reshard = None if is_whole else False  # None: after forward, but for the root
     place = _placing_experts(model, ranks) if ranks.spreads_experts else None
+    common = replicate(model.common.modules(), ranks)
     for block in model.blocks.values():
-        islands = replicate_islands(block, ranks) if casts_down else None
-        fully_shard(block, mesh=mesh, mp_policy=policy, shard_placement_fn=place, ignored_params=islands)
-    for module in model.common.values():
-        fully_shard(module, mesh=mesh)
-    outer: list[nn.Module] = [model.embedding, model.head]
-    if model.head.projection is None:  # the head uses the embedding's weight: they live in one group
-        fully_shard(outer, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    else:
-        for module in outer:
-            fully_shard(module, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # gloo has no sum that scales on the way
+        islands = replicate(float32_islands(block), ranks) if casts_down else None
+        fully_shard(
+            block,
+            mesh=mesh,
+            reshard_after_forward=reshard,
+            mp_policy=policy,
+            shard_placement_fn=place,
+            ignored_params=islands,
+        )
+    if not model.spec.tie_embeddings:
+        for module in model.ends():
+            fully_shard(module, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy)
+    elif is_whole:  # the head uses the embedding's weight: they live in one group
+        fully_shard(model.ends(), mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    # A last stage whose head uses the embedding's weight has it in the group of the stage.
+    for root in roots:
+        fully_shard(root, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy, ignored_params=common)
+        for module in root.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)  # gloo has no sum that scales on the way
 
 
 def _placing_experts(model: Decoder, ranks: Ranks) -> Callable[[nn.Parameter], Any]:

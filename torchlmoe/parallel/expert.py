@@ -12,18 +12,25 @@ from torchlmoe.routing.exchange import Exchange
 from torchlmoe.styles.heads import HeadParameters
 
 
-def apply_expert_parallel(model: Decoder, ranks: Ranks) -> None:
-    """Raises ValueError where the experts of a layer cannot be spread over `ep`."""
-    mesh = ranks.experts["ep"]
+def check_experts(model: Decoder, degree: int) -> None:
+    """Raises ValueError if the experts of a layer cannot be spread over `degree` ranks."""
     for index, block in model.blocks.items():
+        layer = block.feed_forward
+        if isinstance(layer, MoE) and layer.num_experts % degree:
+            letter, _ = model.places_in_common[index]
+            raise ValueError(
+                f"parallelism.expert_parallel_degree = {degree} does not divide the {layer.num_experts} experts of "
+                f"model.layers.{letter}; choose a divisor."
+            )
+
+
+def apply_expert_parallel(model: Decoder, ranks: Ranks) -> None:
+    """Spreads the experts of every layer over `ep`. Errors as of `check_experts`."""
+    mesh = ranks.experts["ep"]
+    check_experts(model, mesh.size())
+    for block in model.blocks.values():
         layer = block.feed_forward
         if not isinstance(layer, MoE):
             continue
-        if layer.num_experts % mesh.size():
-            letter, _ = model.places_in_common[index]
-            raise ValueError(
-                f"parallelism.expert_parallel_degree = {mesh.size()} does not divide the {layer.num_experts} experts "
-                f"of model.layers.{letter}; choose a divisor."
-            )
         HeadParameters(dict.fromkeys(("gate_up_proj", "down_proj"), 0))._apply(layer.experts, mesh)
         layer.exchange = Exchange(mesh, layer.num_experts)

@@ -1,11 +1,13 @@
-"""Float32 islands under FSDP2 in a lower precision: their few parameters are whole on every data rank.
+"""Modules outside of FSDP2, whose few parameters are whole on every data rank.
 
 A group of FSDP has one dtype to compute in, and the hooks of a group within a block would cut the block's graph in
-pieces where it is compiled. So what `float32_island` marks (decay gates, routers) stays outside of FSDP: each rank
-computes with the whole parameter in its own dtype, and the gradients of a step are summed over ranks at its end, in one
-collective.
+pieces where it is compiled. So in a lower precision, what `float32_island` marks (decay gates, routers) stays outside
+of FSDP. So does what layers have in common: a group has one root, and stages of a pipeline are roots of their own. Each
+rank computes with the whole parameter in its own dtype, and the gradients of a step are summed over ranks at its end,
+in one collective.
 """
 
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -18,14 +20,21 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 from torchlmoe.parallel.ranks import Ranks
 
 
-def replicate_islands(module: nn.Module, ranks: Ranks) -> set[nn.Parameter]:
-    """Parameters of `module`'s islands, which become DTensors on the ranks that FSDP works on; FSDP has to ignore them.
+def float32_islands(module: nn.Module) -> list[nn.Module]:
+    """The modules within it that compute in at least float32 whatever is around them."""
+    return [inner for inner in module.modules() if getattr(inner, "float32_island", False)]
+
+
+def replicate(islands: Iterable[nn.Module], ranks: Ranks) -> set[nn.Parameter]:
+    """The modules' own parameters become DTensors on the ranks that FSDP works on; returns them for FSDP to ignore.
 
     What tensor parallelism has split stays so.
     """
     replicated = set()
-    for island in _islands(module):
-        for name, parameter in list(island.named_parameters(recurse=False)):
+    for island in islands:
+        own = dict(island.named_parameters(recurse=False))
+        island.replicated = tuple(own)  # type: ignore[assignment]
+        for name, parameter in own.items():
             local: Tensor = parameter.detach()
             mesh, placements = ranks.parameters, [Replicate()] * ranks.parameters.ndim
             if isinstance(local, DTensor):
@@ -45,16 +54,15 @@ def replicate_islands(module: nn.Module, ranks: Ranks) -> set[nn.Parameter]:
 
 
 def read_islands(model: nn.Module) -> None:
-    """Whoever reads a parameter of a replicated island gets this rank's plain tensor. Initialise before."""
-    for island in _islands(model):
-        names = tuple(name for name, p in island.named_parameters(recurse=False) if _is_replicated(p))
-        if names:
-            island.__class__ = _reading_local(type(island), names)  # type: ignore[arg-type]  # classes are hashable
+    """Whoever reads a parameter of a replicated module gets this rank's plain tensor. Initialise before."""
+    for module in model.modules():
+        if names := getattr(module, "replicated", ()):
+            module.__class__ = _reading_local(type(module), names)  # type: ignore[arg-type]  # classes are hashable
 
 
 @torch.no_grad()
 def sum_island_gradients(model: nn.Module) -> None:
-    """Completes the gradients of a step: those of islands are this rank's part until then."""
+    """Completes the gradients of a step: those of replicated modules are this rank's part until then."""
     of_group: dict[Any, list[Tensor]] = {}  # by mesh and axes
     for parameter in model.parameters():
         gradient = parameter.grad
@@ -76,20 +84,6 @@ def sum_island_gradients(model: nn.Module) -> None:
             dist.all_reduce(together, group=mesh.get_group(axis))
         for gradient, part in zip(gradients, together.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
-
-
-def _islands(module: nn.Module) -> list[nn.Module]:
-    return [inner for inner in module.modules() if getattr(inner, "float32_island", False)]
-
-
-def _is_replicated(parameter: nn.Parameter) -> bool:
-    return isinstance(parameter, DTensor) and parameter.placements[0].is_replicate() and not _is_sharded(parameter)
-
-
-def _is_sharded(parameter: DTensor) -> bool:
-    names = parameter.device_mesh.mesh_dim_names or ()
-    places = dict(zip(names, parameter.placements, strict=True))
-    return not places.get("dp_shard_cp", Replicate()).is_replicate()
 
 
 @cache

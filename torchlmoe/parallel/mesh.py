@@ -53,11 +53,12 @@ def start_process_group(device: torch.device, timeout_seconds: float = 300.0) ->
 
 
 def build_mesh(degrees: Parallelism, device_type: str) -> DeviceMesh:
-    """Axes dp_replicate, dp_shard, cp, tp over all ranks; a shard degree of -1 is the rest."""
-    replicate, context = degrees.data_parallel_replicate_degree, degrees.context_parallel_degree
-    tensor = degrees.tensor_parallel_degree
-    sizes = (replicate, dist.get_world_size() // (replicate * context * tensor), context, tensor)
-    return init_device_mesh(device_type, sizes, mesh_dim_names=("dp_replicate", "dp_shard", "cp", "tp"))
+    """Axes pp, dp_replicate, dp_shard, cp, tp over all ranks; a shard degree of -1 is the rest."""
+    pipeline, replicate = degrees.pipeline_parallel_degree, degrees.data_parallel_replicate_degree
+    context, tensor = degrees.context_parallel_degree, degrees.tensor_parallel_degree
+    shard = dist.get_world_size() // (pipeline * replicate * context * tensor)
+    names = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+    return init_device_mesh(device_type, (pipeline, replicate, shard, context, tensor), mesh_dim_names=names)
 
 
 def parameter_mesh(mesh: DeviceMesh) -> DeviceMesh:
@@ -68,12 +69,12 @@ def parameter_mesh(mesh: DeviceMesh) -> DeviceMesh:
 
 
 def expert_mesh(mesh: DeviceMesh, degree: int) -> DeviceMesh:
-    """Axes dp_replicate, efsdp, ep: the ranks of dp_shard, cp and tp in order, of which `degree` neighbours have all
-    experts between them.
+    """Axes pp, dp_replicate, efsdp, ep: the ranks of dp_shard, cp and tp in order, of which `degree` neighbours have
+    all experts of a layer between them.
     """
-    replicate = mesh["dp_replicate"].size()
-    sizes = (replicate, mesh.size() // (replicate * degree), degree)
-    return init_device_mesh(mesh.device_type, sizes, mesh_dim_names=("dp_replicate", "efsdp", "ep"))
+    pipeline, replicate = mesh["pp"].size(), mesh["dp_replicate"].size()
+    sizes = (pipeline, replicate, mesh.size() // (pipeline * replicate * degree), degree)
+    return init_device_mesh(mesh.device_type, sizes, mesh_dim_names=("pp", "dp_replicate", "efsdp", "ep"))
 
 
 def pieces_mesh(mesh: DeviceMesh) -> DeviceMesh:

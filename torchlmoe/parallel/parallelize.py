@@ -6,17 +6,34 @@ from torchlmoe.config.batch import shortest_span
 from torchlmoe.config.settings import Config
 from torchlmoe.model.decoder import Decoder, build_on_meta
 from torchlmoe.parallel.compile import compile_blocks
-from torchlmoe.parallel.context import apply_context_parallel
+from torchlmoe.parallel.context import apply_context_parallel, context_parallel_plans
 from torchlmoe.parallel.data import apply_fsdp
-from torchlmoe.parallel.expert import apply_expert_parallel
+from torchlmoe.parallel.expert import apply_expert_parallel, check_experts
 from torchlmoe.parallel.float8 import convert_experts_to_mxfp8, convert_to_float8
 from torchlmoe.parallel.islands import read_islands
 from torchlmoe.parallel.precision import compute_in
 from torchlmoe.parallel.ranks import Ranks
 from torchlmoe.parallel.recompute import recompute
+from torchlmoe.parallel.stages import cut, make_stages, stage_bounds
 from torchlmoe.parallel.tensor import apply_tensor_parallel, tensor_parallel_plan
 from torchlmoe.routing.balance import RoutedLayer
 from torchlmoe.styles.heads import read_local_parts
+
+
+def whole_model(config: Config, vocab_size: int, world_size: int) -> Decoder:
+    """The model on the meta device, uncut. Raises ValueError if it cannot be cut as the degrees say.
+
+    Every rank finds that out for the whole model, so that none waits for one that has failed.
+    """
+    model, degrees = build_on_meta(config, vocab_size), config.parallelism
+    if degrees.pipeline_parallel_degree > 1:
+        stage_bounds(model, config)
+    if degrees.tensor_parallel_degree > 1:
+        tensor_parallel_plan(model, degrees.tensor_parallel_degree)
+    if degrees.context_parallel_degree > 1:
+        context_parallel_plans(model, degrees, shortest_span(config, world_size))
+    check_experts(model, degrees.expert_parallel_degree)
+    return model
 
 
 def build_model(config: Config, vocab_size: int, ranks: Ranks, device: torch.device) -> Decoder:
@@ -31,6 +48,8 @@ def shape(config: Config, vocab_size: int, ranks: Ranks, device: torch.device) -
     """
     dtype = getattr(torch, config.training.dtype)
     model = build_on_meta(config, vocab_size).to(_master_dtype(dtype))
+    if ranks["pp"].size() > 1:
+        model = cut(model, stage_bounds(model, config), ranks["pp"].get_local_rank(), ranks["pp"].size())
     tensor = ranks["tp"].size()
     plan = tensor_parallel_plan(model, tensor) if tensor > 1 else []  # before layers are replaced by float8's
     if config.float8.enable:
@@ -50,7 +69,7 @@ def shape(config: Config, vocab_size: int, ranks: Ranks, device: torch.device) -
     if config.compile.enable:
         compile_blocks(model, device)
     if ranks.world_size > 1:
-        apply_fsdp(model, ranks, dtype)
+        apply_fsdp(model, [model] if model.pipeline is None else make_stages(model), ranks, dtype)
     read_local_parts(model)
     return model
 

@@ -9,16 +9,16 @@ from torchlmoe.config.settings import Parallelism
 from torchlmoe.parallel.mesh import build_mesh, expert_mesh, parameter_mesh, pieces_mesh, set_timeouts
 
 # Axes whose ranks have the same rows of data.
-_SAME_ROWS = ("cp", "tp")
+_SAME_ROWS = ("pp", "cp", "tp")
 
 
 class Ranks:
     """The mesh, by what its axes share. Every rank of the run has one.
 
-    mesh: axes dp_replicate, dp_shard, cp, tp. parameters: what FSDP works on. pieces: the ranks of one microbatch, with
-    its tokens in order. experts: axes dp_replicate, efsdp, ep, on which experts live. row_index, num_row_places: the
-    place of this rank's rows among those of all ranks, and how many places there are; ranks with the same rows share
-    one.
+    mesh: axes pp, dp_replicate, dp_shard, cp, tp. parameters: what FSDP works on. pieces: the ranks of one microbatch,
+    with its tokens in order. experts: axes pp, dp_replicate, efsdp, ep, on which experts live. row_index,
+    num_row_places: the place of this rank's rows among those of all ranks, and how many places there are; ranks with
+    the same rows share one.
     """
 
     def __init__(self, degrees: Parallelism, device_type: str):
@@ -58,7 +58,7 @@ class Ranks:
         return self.total(self._once(figure, _SAME_ROWS))
 
     def own_loss(self, loss: Tensor) -> Tensor:
-        """This rank's part of `total`: ranks that share a vocabulary have the same loss."""
+        """This rank's part of `total`: ranks that share a vocabulary have the same loss. Not a last stage: zero."""
         return self._once(loss, ("tp",))
 
     def _once(self, figure: Tensor, axes: tuple[str, ...]) -> Tensor:

@@ -71,13 +71,16 @@ def tensor_parallel_plan(model: Decoder, degree: int) -> Plan:
     for index, block in model.blocks.items():
         plan.append((f"blocks.{index}.mixer", EnterHeads()))
         plan += [(f"blocks.{index}.{name}", EnterHeads()) for name in _entrances("feed_forward", block.feed_forward)]  # type: ignore[arg-type]
-    if "vocabulary" not in signature(model.head.loss).parameters:
+    if "vocabulary" not in signature(model.spec.loss).parameters:
         raise ValueError(
             f"parallelism.tensor_parallel_degree = {degree} splits the vocabulary, which the loss that training.loss "
             "names cannot: it takes no `vocabulary` as cross_entropy does; use degree 1."
         )
-    vocab_size = model.spec.vocab_size
-    return [*plan, ("embedding", VocabularyEmbedding()), ("head", VocabularyHead(vocab_size))]
+    if hasattr(model, "embedding"):
+        plan.append(("embedding", VocabularyEmbedding()))
+    if hasattr(model, "head"):
+        plan.append(("head", VocabularyHead(model.spec.vocab_size)))
+    return plan
 
 
 def apply_tensor_parallel(model: Decoder, plan: Plan, mesh: DeviceMesh) -> None:

@@ -1,5 +1,7 @@
 """The optimizer that the settings name, the learning rate of a step, and the clipping of its gradients."""
 
+from collections.abc import Set
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -25,14 +27,18 @@ def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 
 @torch.no_grad()
-def clip_gradients(model: nn.Module, max_norm: float) -> torch.Tensor:
+def clip_gradients(model: nn.Module, max_norm: float, counted_elsewhere: Set[str] = frozenset()) -> torch.Tensor:
     """Scales all gradients so that their 2-norm over all ranks is at most `max_norm`; returns the norm before that.
 
-    max_norm: 0 for no limit.
+    max_norm: 0 for no limit. counted_elsewhere: names of parameters that other ranks count in the norm.
     """
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    sharded = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
-    norm = _norm_over_ranks(sharded) if sharded else torch.nn.utils.get_total_norm(gradients)
+    by_name = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    gradients = list(by_name.values())
+    if any(isinstance(gradient, DTensor) for gradient in gradients):
+        counted = [gradient for name, gradient in by_name.items() if name not in counted_elsewhere]
+        norm = _norm_over_ranks(counted, gradients[0].device).to(gradients[0].dtype)
+    else:
+        norm = torch.nn.utils.get_total_norm(gradients)
     if max_norm > 0:
         # No look at the norm's value, for which the CPU would have to wait.
         factor = (max_norm / norm).clamp(max=1.0)
@@ -40,14 +46,15 @@ def clip_gradients(model: nn.Module, max_norm: float) -> torch.Tensor:
     return norm
 
 
-def _norm_over_ranks(gradients: list[DTensor]) -> torch.Tensor:
-    """Of gradients on any meshes over all ranks. What ranks of an axis hold alike is counted on the first of them."""
-    local = [gradient.to_local() for gradient in gradients if _is_counted(gradient)]
-    squares = gradients[0].to_local().new_zeros((), dtype=torch.float64)
+def _norm_over_ranks(gradients: list[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """Of gradients on any meshes over all ranks, float64. What ranks of an axis hold alike counts on the first one."""
+    sharded = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
+    local = [gradient.to_local() for gradient in sharded if _is_counted(gradient)]
+    squares = torch.zeros((), dtype=torch.float64, device=device)
     for gradient in local:
         squares += torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
     dist.all_reduce(squares)
-    return squares.sqrt().to(gradients[0].dtype)
+    return squares.sqrt()
 
 
 def _is_counted(gradient: DTensor) -> bool:

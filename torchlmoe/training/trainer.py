@@ -18,7 +18,7 @@ import torch.distributed as dist
 from filelock import FileLock, Timeout
 
 from torchlmoe.checkpoint.checkpointer import Checkpointer
-from torchlmoe.config.batch import batch_sizes, check_degrees, shortest_span, validation_batch_size
+from torchlmoe.config.batch import batch_sizes, check_degrees, validation_batch_size
 from torchlmoe.config.idle import idle_settings
 from torchlmoe.config.load import to_toml
 from torchlmoe.config.settings import Config
@@ -28,13 +28,12 @@ from torchlmoe.data.store import TokenStore
 from torchlmoe.data.tokenizer import Tokenizer, load_tokenizer
 from torchlmoe.files import failures_to_write
 from torchlmoe.layers.cross_entropy import IGNORE_INDEX
-from torchlmoe.model.decoder import build_on_meta, count_parameters
-from torchlmoe.parallel.context import context_parallel_plans
+from torchlmoe.model.decoder import Decoder, count_parameters
 from torchlmoe.parallel.failures import collective_failures
-from torchlmoe.parallel.islands import sum_island_gradients
 from torchlmoe.parallel.mesh import choose_device, start_process_group, world_size_of_launch
-from torchlmoe.parallel.parallelize import build_model
+from torchlmoe.parallel.parallelize import build_model, whole_model
 from torchlmoe.parallel.ranks import Ranks
+from torchlmoe.parallel.stages import describe_stages
 from torchlmoe.training.counters import Counters
 from torchlmoe.training.host_memory import keep_freed_pages
 from torchlmoe.training.metrics import MetricsLog, memory_gib
@@ -42,7 +41,7 @@ from torchlmoe.training.optimizer import build_optimizer, clip_gradients, set_lr
 from torchlmoe.training.peak import peak_flops
 from torchlmoe.training.profiling import StepProfiler
 from torchlmoe.training.schedule import lr_factor
-from torchlmoe.training.step import PlainStep, Step
+from torchlmoe.training.step import build_step
 from torchlmoe.training.stop_request import StopRequest
 from torchlmoe.training.validation import validate
 
@@ -70,7 +69,8 @@ class Trainer:
         keep_freed_pages()
         self.device = choose_device(config.training.device)
         # Before the ranks are joined: while one tokenizes for an hour, no collective waits and times out.
-        train_store, self.validation_store, tokenizer, vocab_size = self._prepare_data()
+        train_store, self.validation_store, tokenizer, whole = self._prepare_data()
+        vocab_size = whole.spec.vocab_size
         folder = Path(config.job.dump_folder)
         if os.environ.get("RANK", "0") == "0":
             resources.callback(_lock(folder).release)
@@ -85,7 +85,7 @@ class Trainer:
             self.ranks = Ranks(config.parallelism, self.device.type)
             self.local_batch_size, self.global_batch_size = batch_sizes(training, self.ranks.num_row_places)
             self.model = build_model(config, vocab_size, self.ranks, self.device)
-            self.forward_backward: Step = PlainStep(self.model, self.local_batch_size / self.global_batch_size)
+            self.step = build_step(self.model, config, self.ranks, self.device)
             self.counters = Counters(self.model.counter_sizes)
             self.optimizer = build_optimizer(self.model, config.optimizer)
             self.loader = TrainLoader(
@@ -99,7 +99,7 @@ class Trainer:
                 num_prefetch=config.data.num_prefetch,
             )
             resources.callback(self.loader.close)
-            self.flops_per_token = 3 * self.model.flops_per_token(training.seq_len)  # backward costs two forwards
+            self.flops_per_token = 3 * whole.flops_per_token(training.seq_len)  # backward costs two forwards
             peak = config.metrics.peak_tflops
             dtype = getattr(torch, training.dtype)
             self.peak_flops = peak_flops(self.device, dtype) if peak is None else 1e12 * peak
@@ -131,9 +131,10 @@ class Trainer:
             first_step=self.progress.step,
         )
         resources.callback(self.log.close)
-        self._describe(train_store, vocab_size)
+        self._describe(train_store, whole)
 
-    def _prepare_data(self) -> tuple[TokenStore, TokenStore | None, Tokenizer, int]:
+    def _prepare_data(self) -> tuple[TokenStore, TokenStore | None, Tokenizer, Decoder]:
+        """Training and validation data, the tokenizer, and the whole model on the meta device."""
         data = self.config.data
         tokenizer = load_tokenizer(data.tokenizer, data.end_token)
         vocab_size = self.config.model.vocab_size or tokenizer.vocab_size
@@ -143,9 +144,7 @@ class Trainer:
                 f"{data.tokenizer!r}; leave it unset or raise it."
             )
         # So that what does not fit is refused before all the tokenizing.
-        model, parallelism = build_on_meta(self.config, vocab_size), self.config.parallelism
-        if parallelism.context_parallel_degree > 1:
-            context_parallel_plans(model, parallelism, shortest_span(self.config, world_size_of_launch()))
+        whole = whole_model(self.config, vocab_size, world_size_of_launch())
 
         def store(split: str, max_tokens: int | None) -> TokenStore:
             return prepare(
@@ -171,20 +170,22 @@ class Trainer:
                 batch_size=validation_batch_size(self.config),
                 max_batches=self.config.validation.max_batches,
             )
-        return store("train", data.max_tokens), validation, tokenizer, vocab_size
+        return store("train", data.max_tokens), validation, tokenizer, whole
 
-    def _describe(self, store: TokenStore, vocab_size: int) -> None:
-        total, active = (count_parameters(self.model, active=active) / 1e6 for active in (False, True))
+    def _describe(self, store: TokenStore, whole: Decoder) -> None:
+        total, active = (count_parameters(whole, active=active) / 1e6 for active in (False, True))
         training = self.config.training
         epochs = training.steps * self.global_batch_size / self.loader.num_rows
         self.log.say(
-            f"model: {total:.2f}M parameters, {active:.2f}M active, {len(self.model.blocks)} blocks "
-            f"{self.config.model.layer_pattern}, vocabulary {vocab_size:,}, "
+            f"model: {total:.2f}M parameters, {active:.2f}M active, {len(whole.blocks)} blocks "
+            f"{self.config.model.layer_pattern}, vocabulary {whole.spec.vocab_size:,}, "
             f"{self.flops_per_token / 1e6:.1f} MFLOP a token\n"
             f"data: {store.num_tokens:,} tokens; {training.steps:,} steps of {self.global_batch_size} x "
             f"{training.seq_len} tokens are {epochs:.2f} epochs\n"
             f"run: {training.dtype} on {self.world_size} x {self.device.type}, metrics in {self.log.folder}"
         )
+        if self.config.parallelism.pipeline_parallel_degree > 1:
+            self.log.say(describe_stages(whole, self.config))
         if modules := self.config.job.custom_modules:
             self.log.say(f"modules: {', '.join(modules)}")
         for name, needed in idle_settings(self.config).items():
@@ -241,10 +242,11 @@ class Trainer:
         if self._validates(self.progress.step):
             assert self.validation_store is not None
             figures = validate(
-                self.model,
+                self.step,
                 self.validation_store,
                 self.config,
                 self.ranks,
+                self.device,
                 whole=self.progress.step == self.config.training.steps,
                 say=self.log.say,
                 asked_to_stop=lambda: self.stop_request.name is not None,
@@ -275,11 +277,8 @@ class Trainer:
         num_tokens = self.ranks.total_of_rows(num_tokens)
         factor = lr_factor(index, training.steps, self.config.lr_scheduler)
         set_lr(self.optimizer, factor)
-        self.model.train()
-        loss_sum = self.forward_backward(batches, num_tokens)
-        sum_island_gradients(self.model)
-        totals = self._totals(loss_sum)
-        grad_norm = clip_gradients(self.model, training.max_norm)
+        totals = self._totals(self.step.forward_backward(batches, num_tokens))
+        grad_norm = clip_gradients(self.model, training.max_norm, self.step.counted_elsewhere)
         # The CPU's one look at the step, before anything moves.
         loss_value, num_stops, norm = torch.stack([*totals[:2], grad_norm.to(totals.dtype)]).tolist()
         self.stopping = num_stops > 0

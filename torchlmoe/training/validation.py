@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 import torch
@@ -12,20 +13,20 @@ from torchlmoe.config.settings import Config
 from torchlmoe.data.loader import num_validation_rows, validation_batches, validation_text_bytes
 from torchlmoe.data.store import TokenStore
 from torchlmoe.layers.cross_entropy import IGNORE_INDEX
-from torchlmoe.model.decoder import Decoder
 from torchlmoe.parallel.ranks import Ranks
 from torchlmoe.training.metrics import duration
+from torchlmoe.training.step import Step
 
 SECONDS_BETWEEN_LINES = 5.0
-BATCHES_BETWEEN_LOOKS = 4  # a look at who asks to stop waits for all ranks
+BATCHES_BETWEEN_LOOKS = 4  # or more: a look at who asks to stop waits for all ranks
 
 
-@torch.no_grad()
 def validate(
-    model: Decoder,
+    step: Step,
     store: TokenStore,
     config: Config,
     ranks: Ranks,
+    device: torch.device,
     *,
     whole: bool,
     say: Callable[[str], None],
@@ -43,21 +44,22 @@ def validate(
         max_batches=None if whole else settings.max_batches,
     )
     num_bytes = validation_text_bytes(store, **options)
-    model.eval()
-    device = model.embedding.weight.device
     nll, num_tokens = torch.zeros(2, dtype=torch.float64, device=device).unbind()
     begin = last_said = time.monotonic()
     num_rows = num_validation_rows(store, **options)
     batches = validation_batches(store, rank=ranks.row_index, world_size=ranks.num_row_places, **options)
-    for index, batch in enumerate(batches, start=1):
-        if (index - 1) % BATCHES_BETWEEN_LOOKS == 0 and ranks.total(nll.new_tensor(asked_to_stop())) > 0:
-            return None
-        batch = batch.to(device)
-        nll += model(batch["tokens"], batch["document_bounds"], batch["labels"])
-        num_tokens += (batch["labels"] != IGNORE_INDEX).sum()
+    done = looked = 0
+    while group := [batch.to(device) for batch in islice(batches, step.batches_at_once)]:
+        if done >= looked:
+            if ranks.total(nll.new_tensor(asked_to_stop())) > 0:
+                return None
+            looked = done + BATCHES_BETWEEN_LOOKS
+        nll += step.evaluate(group)
+        num_tokens += torch.stack([(batch["labels"] != IGNORE_INDEX).sum() for batch in group]).sum()
+        done += len(group)
         if time.monotonic() - last_said > SECONDS_BETWEEN_LINES:
             last_said = time.monotonic()
-            rows = min(num_rows, index * options["batch_size"] * ranks.num_row_places)
+            rows = min(num_rows, done * options["batch_size"] * ranks.num_row_places)
             left = (last_said - begin) / rows * (num_rows - rows)
             say(f"validating: row {rows:,} of {num_rows:,}, eta {duration(left)}")
     loss_sum, tokens = ranks.total(ranks.own_loss(nll)).item(), ranks.total_of_rows(num_tokens).item()

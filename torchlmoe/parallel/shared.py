@@ -1,0 +1,51 @@
+"""Parameters that several stages of a pipeline have: what layers have in common, and tied embeddings.
+
+Each stage computes the gradient of its own use, and the sum of a step's is the parameter's. From equal gradients equal
+optimizers make equal updates, so the copies stay the same.
+"""
+
+from collections.abc import Sequence, Set
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from torchlmoe.parallel.ranks import Ranks
+
+
+class SharedParameters:
+    """names: by rank along `pp`, the parameters that it has, the same on every rank that makes one.
+
+    counted_elsewhere: of this rank's parameters, those that an earlier rank along `pp` has, too.
+    """
+
+    def __init__(self, names: Sequence[Sequence[str]], ranks: Ranks, timeout_seconds: float):
+        holders: dict[str, list[int]] = {}
+        for place, held in enumerate(names):
+            for name in held:
+                holders.setdefault(name, []).append(place)
+        own = ranks["pp"].get_local_rank()
+        self.counted_elsewhere: Set[str] = {name for name, places in holders.items() if own in places[1:]}
+        self._groups: list[tuple[dist.ProcessGroup, list[str]]] = []
+        columns = ranks.mesh.mesh.flatten(1)  # [pp, others]: the ranks of a column differ in their stages alone
+        for places in sorted({tuple(places) for places in holders.values() if len(places) > 1}):
+            # Every rank takes part in making each group, of which it is in one at most.
+            group, _ = dist.new_subgroups_by_enumeration(
+                columns[list(places)].T.tolist(), timeout=timedelta(seconds=timeout_seconds)
+            )
+            if own in places:
+                shared = sorted(name for name, holding in holders.items() if tuple(holding) == places)
+                self._groups.append((group, shared))
+
+    @torch.no_grad()
+    def sum_gradients(self, model: nn.Module) -> None:
+        """Once per step, when all else about the gradients is done."""
+        parameters = dict(model.named_parameters())
+        for group, names in self._groups:
+            for name in names:
+                gradient = parameters[name].grad
+                assert gradient is not None, name
+                local: Tensor = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+                dist.all_reduce(local, group=group)
