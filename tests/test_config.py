@@ -313,11 +313,13 @@ def test_degrees():
     check_degrees(load(f"{stages} --training.global_batch_size 4"), 4)
     check_degrees(load(f"{stages} --training.global_batch_size 8"), 8)
     with pytest.raises(
-        ConfigError, match=r"gives 3 of the 4 microbatches .* of 4 stages needs; set .*_batch_size = 4,"
+        ConfigError, match=r"gives 3 of the 4 microbatches .* of 4 stages needs; set global_batch_size = 4\."
     ):
         check_degrees(load(f"{stages} --training.global_batch_size 3"), 4)
-    with pytest.raises(ConfigError, match=r"on 2 data ranks gives 2 of the 4 microbatches .*; set .*_batch_size = 8,"):
+    with pytest.raises(ConfigError, match=r"on 2 data ranks gives 2 of the 4 micro.*; set global_batch_size = 8\."):
         check_degrees(load(f"{stages} --training.global_batch_size 4"), 8)
+    with pytest.raises(ConfigError, match=r"gives 1 of the 4 .*; set local_batch_size = 3 or global_batch_size = 48\."):
+        check_degrees(load("--parallelism.pipeline_parallel_degree 4 --training.global_batch_size 12"), 4)
     with pytest.raises(
         ConfigError, match=r"\[1, 2\] makes 3 stages, and 1F1B takes one for each of the 4 .* give 3 first"
     ):

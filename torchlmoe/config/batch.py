@@ -95,10 +95,13 @@ def _check_microbatches(config: Config, world_size: int) -> None:
     local, whole = batch_sizes(config.training, data_ranks)
     microbatches, stages = whole // (local * data_ranks), num_stages(config)
     if microbatches < stages:
+        of_rank = whole // data_ranks
+        fewer = next((rows for rows in range(of_rank // stages, 0, -1) if of_rank % rows == 0), None)
+        remedy = "" if fewer is None else f"local_batch_size = {fewer} or "
         raise ConfigError(
             f"training.global_batch_size = {whole} with training.local_batch_size = {local} on {data_ranks} data ranks "
-            f"gives {microbatches} of the {stages} microbatches that a pipeline of {stages} stages needs; set "
-            f"global_batch_size = {stages * local * data_ranks}, or a lower local_batch_size."
+            f"gives {microbatches} of the {stages} microbatches that a pipeline of {stages} stages needs; set {remedy}"
+            f"global_batch_size = {stages * local * data_ranks}."
         )
     rounds = microbatches // ranks
     if config.parallelism.pipeline_parallel_schedule == "Interleaved1F1B" and microbatches % rounds:
