@@ -85,7 +85,7 @@ def _gradients_of_the_next_step(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 @dataclass(frozen=True)
 class Differences:
-    """Between a run and that of one process, relative and at most over all steps.
+    """Between a run and that of one process, relative and at most over all steps. Less than 1e-12 counts as none.
 
     loss: of training and validation losses and balance losses. loads_equal: whether every layer's load and drops are.
     first_gradients: by run (in float64, and with the ending _float32 in float32) of any parameter of the first step,
