@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from tests.checkpoint.conftest import Run, latest, records, tensors
-from tests.conftest import write_corpus
+from tests.conftest import SECONDS_OF_A_HANG, write_corpus
 from tests.parity_matrix import Layout
 from torchlmoe.checkpoint.folders import published
 from torchlmoe.checkpoint.manifest import verify
@@ -118,7 +118,7 @@ def _wait_for_start(run: Run) -> None:
 
 def _ended(run: Run) -> bool:
     """Waits for the end of all ranks, which must be a good one."""
-    results = [rank.result() for rank in run.ranks]
+    results = [rank.result(SECONDS_OF_A_HANG) for rank in run.ranks]
     assert all(result.returncode == 0 for result in results), results
     return True
 
@@ -127,7 +127,7 @@ def _kill(run: Run, victims: list, counts: Counter) -> None:
     for victim in victims:
         with suppress(ProcessLookupError):  # it has ended meanwhile
             victim.send_signal(signal.SIGKILL)
-    results = [rank.result() for rank in run.ranks]
+    results = [rank.result(SECONDS_OF_A_HANG) for rank in run.ranks]
     checkpoints = published(run.folder / "checkpoints")
     for rank, result in enumerate(results):
         if result.returncode == -signal.SIGKILL or (result.returncode == 0 and STEPS in checkpoints):
