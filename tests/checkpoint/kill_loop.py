@@ -29,7 +29,7 @@ from tests.parity_matrix import Layout
 from torchlmoe.checkpoint.folders import published
 from torchlmoe.checkpoint.manifest import verify
 
-STEPS = 40
+STEPS = 24
 SETTINGS = f"--training.steps {STEPS} --training.deterministic true --moe.balance loss_free"
 EVERY_STEP = "--checkpoint.interval 1 --checkpoint.keep_latest_k 1"
 IN_THE_BACKGROUND = "--checkpoint.interval 3 --checkpoint.async_mode async"
