@@ -104,8 +104,8 @@ def find_files(path: Path, train_split: str, validation_split: str) -> dict[str,
     A file or sub-folder belongs to a split when its name is the split's, alone or before a digit, a dot, a hyphen or an
     underscore: train-00000.parquet, train/a.jsonl; not "Train to Pakistan.txt". Without any that is named for training,
     all files are, save those named validation, valid, val, dev or test. Text files count only where a folder holds no
-    table: a README is not taken for data. Where there are .bin or .npy files, which hold tokens, these alone count.
-    Links are followed; hidden files are left out.
+    table: a README is not taken for data. Files of tokens (.bin, .npy) count only without a table, and then alone.
+    Stores that were made here are left out. Links are followed; hidden files are left out.
     Logs once how many files each split has and how many are left out.
     Raises ValueError where there is no file to read, and for a link whose target is missing.
     """
@@ -116,7 +116,7 @@ def find_files(path: Path, train_split: str, validation_split: str) -> dict[str,
     if not path.is_dir():
         raise ValueError(f"{path} is neither a file nor a folder: give one of them.")
     found = {file: file.relative_to(path).parts for file in _walk(path, ())}
-    kinds = ({kind for file in found if (kind := _kind(file)) in group} for group in (TOKENS, TABLES, TEXTS))
+    kinds = ({kind for file in found if (kind := _kind(file)) in group} for group in (TABLES, TOKENS, TEXTS))
     chosen_kinds = next((group for group in kinds if group), set())
     files = {file: parts for file, parts in found.items() if _kind(file) in chosen_kinds}
     if not files:
@@ -149,7 +149,8 @@ def _walk(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
         if path.name.startswith("."):
             continue
         if path.is_dir():
-            if path.resolve() not in above:  # a link to a folder that it is in
+            is_store = (path / "documents.bin").exists() or path.suffix in (".partial", ".parts")
+            if not is_store and path.resolve() not in above:  # a link to a folder that it is in
                 yield from _walk(path, above)
         elif path.is_file():
             yield path
