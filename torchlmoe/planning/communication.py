@@ -55,9 +55,7 @@ class Communication:
         self.messages: dict[Hashable, Counter[Message]] = {}
         self._axes = _axes(ranks)
 
-    def see(
-        self, phase: Hashable, operation: torch._ops.OpOverload, arguments: Sequence[Any], result: Any
-    ) -> None:
+    def see(self, phase: Hashable, operation: torch._ops.OpOverload, arguments: Sequence[Any], result: Any) -> None:
         """Counts an operation, if it is a collective or a send between two ranks or more."""
         known = _COLLECTIVES.get(operation._schema.name)
         if known is None:

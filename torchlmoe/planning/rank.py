@@ -1,7 +1,7 @@
 """One rank's step, as its own code makes it, traced without a device: what it holds, computes and sends."""
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -60,34 +60,36 @@ class RankTrace:
     peak_bytes: int = 0
     microbatches: int = 1
     traced: int = 1
-    tasks: dict[Hashable, Counter[Task]] = field(default_factory=dict)
-    messages: dict[Hashable, Counter[Message]] = field(default_factory=dict)
+    tasks: dict[Part, Counter[Task]] = field(default_factory=dict)
+    messages: dict[Part, Counter[Message]] = field(default_factory=dict)
+    order: Mapping[int, Sequence[Any]] | None = None
+
+    def parts(self) -> list[Part]:
+        """In which something is computed or sent."""
+        return [*dict.fromkeys((*self.tasks, *self.messages))]
 
     def typical(self, kind: str) -> int:
         """A microbatch that is neither the first to need gathered parameters nor the last to complete gradients."""
         return self.traced - 1 if kind == "forward" else max(0, self.traced - 2)
 
-    def weight(self, part: Hashable) -> int:
+    def weight(self, part: Part) -> int:
         """How often a traced part of the step stands for one of the whole step."""
-        if isinstance(part, Part) and part.kind in ("forward", "backward"):
+        if part.kind in ("forward", "backward"):
             rest = self.microbatches - self.traced
             return 1 + rest * (part.microbatch == self.typical(part.kind))
         return 1
 
     def total_messages(self) -> Counter[Message]:
         """Of the whole step."""
-        return _total(self.messages, self.weight)
+        total = _total(self.messages, self.weight)
+        for message in total:
+            if message.axis == "pp" and message.collective == "send":  # of each microbatch, between its parts
+                total[message] = total[message] * self.microbatches // self.traced
+        return total
 
     def flops(self) -> int:
         """Of the whole step, of products, recurrences and attention, what is recomputed included."""
         return sum(task.flops * count for task, count in _total(self.tasks, self.weight).items())
-
-
-def parameter_memory(config: Config, vocab_size: int, rank: int, world_size: int) -> int:
-    """Bytes of a rank's parameters. Errors as of `shape`."""
-    with fake_rank(rank, world_size):
-        model = shape(config, vocab_size, Ranks(config.parallelism, CPU.type), CPU)
-        return size_of(model.parameters())
 
 
 def trace_rank(config: Config, vocab_size: int, rank: int, world_size: int, *, on_gpu: bool = True) -> RankTrace:
@@ -105,13 +107,14 @@ def trace_rank(config: Config, vocab_size: int, rank: int, world_size: int, *, o
             ready(model, config, ranks)
             rows, whole = batch_sizes(config.training, ranks.num_row_places)
             microbatches = whole // (rows * ranks.num_row_places)
-            traced = min(microbatches, 2)
-            if ranks["pp"].size() > 1:
+            step, order, traced = build_step(model, config, ranks, CPU), None, min(microbatches, 2)
+            if isinstance(step, PipelineStep):
+                order = step.schedule.pipeline_order
                 config, traced = _shortened(config, ranks, microbatches)
-            step = build_step(model, config, ranks, CPU)
+                step = build_step(model, config, ranks, CPU)
             batches = [example_batch(rows, config.training.seq_len) for _ in range(traced)]
             trace = trace_step(model, step, config, batches, ranks)
-    trace.microbatches, trace.traced = microbatches, traced
+    trace.microbatches, trace.traced, trace.order = microbatches, traced, order
     return trace
 
 
@@ -148,11 +151,11 @@ def trace_step(
     rank.gradient_bytes, rank.optimizer_bytes = size_of(gradients), size_of(state)
     # After the first step, the optimizer's state is there from the beginning.
     rank.peak_bytes = max(peak + rank.optimizer_bytes, memory.peak())
-    rank.tasks, rank.messages = trace.work.tasks, trace.communication.messages
+    rank.tasks, rank.messages = trace.work.tasks, trace.communication.messages  # type: ignore[assignment]
     return rank
 
 
-def size_of(tensors: Any) -> int:
+def size_of(tensors: Iterable[Tensor]) -> int:
     """Bytes of this rank's parts of them."""
     return sum(part.numel() * part.element_size() for tensor in tensors for part in local_parts(tensor))
 
@@ -164,9 +167,7 @@ def _shortened(config: Config, ranks: Ranks, microbatches: int) -> tuple[Config,
         of_round = microbatches // (microbatches // ranks["pp"].size())
     number = min(microbatches, -(-num_stages(config) // of_round) * of_round)
     rows, _ = batch_sizes(config.training, ranks.num_row_places)
-    training = replace(
-        config.training, local_batch_size=rows, global_batch_size=number * rows * ranks.num_row_places
-    )
+    training = replace(config.training, local_batch_size=rows, global_batch_size=number * rows * ranks.num_row_places)
     return replace(config, training=training), number
 
 
@@ -196,7 +197,9 @@ def _in_parts(trace: Trace, model: Decoder, step: Step) -> Iterator[None]:
         hook.remove()
 
 
-def _one_chunk(trace: Trace, kind: str, stage: int, run: Callable[..., Any], microbatch: int, *args: Any, **options: Any):
+def _one_chunk(
+    trace: Trace, kind: str, stage: int, run: Callable[..., Any], microbatch: int, *args: Any, **options: Any
+):
     trace.phase = Part(kind, stage, microbatch)
     try:
         return run(microbatch, *args, **options)
@@ -204,7 +207,7 @@ def _one_chunk(trace: Trace, kind: str, stage: int, run: Callable[..., Any], mic
         trace.phase = Part("step")
 
 
-def _total(counted: dict[Hashable, Counter], weight: Callable[[Hashable], int]) -> Counter:
+def _total(counted: Mapping[Part, Counter], weight: Callable[[Part], int]) -> Counter:
     total: Counter = Counter()
     for part, counter in counted.items():
         for what, count in counter.items():

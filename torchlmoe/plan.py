@@ -1,0 +1,49 @@
+"""Plans a run without a GPU: python -m torchlmoe.plan --job.config_file FILE --world-size N [--table.key value ...]
+
+Prints what each rank holds, what a step sends and how long it takes, and whether it fits; with --search, all layouts.
+"""
+
+import argparse
+import json
+import logging
+from pathlib import Path
+
+from torchlmoe.command import FlagParser, run
+from torchlmoe.config.load import load_config
+from torchlmoe.files import failures_to_write
+
+
+def main(arguments: list[str]) -> None:
+    flags, settings = _parser().parse_known_args(arguments)
+    for name in ("world_size", "gpus_per_node"):
+        if getattr(flags, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(flags, name)} must be at least 1.")
+    config = load_config(settings)
+    # Imported here, so that --help and a mistyped setting answer at once.
+    from torchlmoe.data.tokenizer import load_tokenizer
+    from torchlmoe.planning.gpus import gpu_named
+    from torchlmoe.planning.layout import make_plan
+    from torchlmoe.planning.report import as_json, as_table
+
+    logging.getLogger("torchlmoe").setLevel(logging.ERROR)
+    gpu = gpu_named(flags.gpu, min(flags.gpus_per_node, flags.world_size))
+    vocab_size = config.model.vocab_size or load_tokenizer(config.data.tokenizer, config.data.end_token).vocab_size
+    plan = make_plan(config, vocab_size, flags.world_size, gpu, flags.gpu, flags.gpus_per_node)
+    print(as_table(plan))
+    if flags.json is not None:
+        with failures_to_write("The plan", flags.json, "make room, or name another file"):
+            flags.json.write_text(json.dumps(as_json(plan), indent=1) + "\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = FlagParser(prog="python -m torchlmoe.plan", description=(__doc__ or "").partition(":")[0])
+    add = parser.add_argument
+    add("--world-size", metavar="N", type=int, required=True, help="ranks, one for each GPU")
+    add("--gpu", metavar="NAME", default="h100", help="a100, h100, h200, b200, mi300x, or cpu; default %(default)s")
+    add("--gpus-per-node", metavar="N", type=int, default=8, help="ranks with the fast link; default %(default)s")
+    parser.add_path("--json", metavar="FILE", help="also write the plan as JSON")
+    return parser
+
+
+if __name__ == "__main__":
+    run(main)
