@@ -6,7 +6,6 @@ Prints what each rank holds, what a step sends and how long it takes, and whethe
 import argparse
 import json
 import logging
-from pathlib import Path
 
 from torchlmoe.command import FlagParser, run
 from torchlmoe.config.load import load_config

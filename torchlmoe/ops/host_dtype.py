@@ -20,7 +20,7 @@ def on_cpu(x: Tensor) -> bool:
 @contextmanager
 def as_on_gpu() -> Iterator[None]:
     """Within it, CPU tensors without values are laid out as a GPU's would be; for planning without one."""
-    global _stands_for_gpu  # noqa: PLW0603
+    global _stands_for_gpu
     _stands_for_gpu = True
     try:
         yield

@@ -37,7 +37,7 @@ def makespan(
                         break
                     ready = 0.0
                     if needed is not None:
-                        ready = ended[*needed, microbatch] + (transfer if needed[1] != stage else 0.0)
+                        ready = ended[(*needed, microbatch)] + (transfer if needed[1] != stage else 0.0)
                     clock[rank] = max(clock[rank], ready) + seconds(kind, stage)
                     busy[rank] += seconds(kind, stage)
                     ended[kind, stage, microbatch] = clock[rank]

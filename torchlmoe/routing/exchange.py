@@ -6,8 +6,8 @@ messages arrive. A slot's routing weight travels with it, 4 or 8 bytes beside th
 to the expert's hidden activation, as without parallelism; applied at home, every output would be kept for the backward.
 
 How many rows go where is exchanged once per layer and microbatch and kept on the host: recompute takes the numbers that
-it finds there. That is the one time a GPU is waited for. Where tensors have no values, in a FakeTensorMode, every expert
-gets as many rows as any other.
+it finds there. That is the one time a GPU is waited for. Where tensors have no values, in a FakeTensorMode, all experts
+get as many rows.
 
 Legend: P ranks, E experts, M slots of this rank, R rows that arrive, D width.
 """
