@@ -82,6 +82,11 @@ class Plan:
     reason: str
     traces: list[RankTrace]
 
+    @property
+    def peak_bytes(self) -> int:
+        """Of the rank that needs most."""
+        return max(trace.peak_bytes for trace in self.traces)
+
     def communication(self) -> list[tuple[str, str, int, int]]:
         """Axis, collective, how many in a step and their bytes: of the rank that has most of them."""
         found: dict[tuple[str, str], tuple[int, int]] = {}

@@ -66,3 +66,12 @@ def as_table(plan: Plan) -> str:
         f"{'fits' if plan.fits else 'does not fit'}: {plan.reason}",
     ]
     return "\n".join(lines)
+
+
+def as_line(plan: Plan) -> str:
+    """Of a search."""
+    fits = "" if plan.fits else "  does not fit"
+    return (
+        f"{plan.seconds_per_step:>9.3f} s  MFU {plan.mfu:>6.1%}  bubble {plan.bubble_fraction:>5.1%}  "
+        f"peak {plan.peak_bytes / GIB:>8.2f} GiB  {plan.layout}{fits}"
+    )
