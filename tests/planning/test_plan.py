@@ -129,10 +129,15 @@ RECIPES = Path(__file__).parents[2] / "train_configs"
 
 @pytest.mark.parametrize(
     ("recipe", "world_size"),
-    [("linear_moe_a0.3b_2b.toml", 1), ("linear_moe_a0.3b_2b.toml", 8), ("linear_moe_a1b_7b.toml", 8)],
+    [
+        pytest.param("linear_moe_a0.3b_2b", 1, marks=pytest.mark.long),
+        ("linear_moe_a0.3b_2b", 8),
+        pytest.param("linear_moe_a1b_7b", 8, marks=pytest.mark.long),
+        pytest.param("linear_moe_a1b_7b_64", 64, marks=pytest.mark.long),
+        pytest.param("linear_moe_a1b_7b_1024", 1024, marks=pytest.mark.long),
+    ],
 )
-@pytest.mark.long
-def test_recipes_fit_an_80_gb_gpu(recipe, world_size):
-    config = load_config(["--job.config_file", os.fspath(RECIPES / recipe)])
+def test_recipes_fit_gpus_of_80_gb(recipe, world_size):
+    config = load_config(["--job.config_file", os.fspath(RECIPES / f"{recipe}.toml")])
     plan = make_plan(config, config.model.vocab_size, world_size, GPUS["h100"], "h100", 8)
     assert plan.fits, plan.reason

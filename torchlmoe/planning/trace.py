@@ -65,7 +65,7 @@ class Trace(TorchDispatchMode):
             finally:
                 self._is_asked = False
 
-        ShardingPropagator._propagate_tensor_meta_non_cached = asked  # type: ignore[method-assign]
+        ShardingPropagator._propagate_tensor_meta_non_cached = asked  # type: ignore[method-assign,assignment]
         try:
             yield
         finally:

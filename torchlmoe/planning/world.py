@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.pipelining._utils import InferenceMode
 from torch.distributed.pipelining.schedules import _PipelineSchedule
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 
@@ -23,12 +24,15 @@ def fake_rank(rank: int, world_size: int) -> Iterator[FakeTensorMode]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Set timeout is now only supported")  # a fake group has none
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-        _PipelineSchedule._warmup_p2p = _agree  # type: ignore[method-assign]
+        _PipelineSchedule._warmup_p2p = _agree  # type: ignore[method-assign,assignment]
+        _clear_sharding_prop_cache()
         try:
             # What was shaped before has meta tensors, of which none is computed with.
             yield FakeTensorMode(allow_non_fake_inputs=True)
         finally:
             _PipelineSchedule._warmup_p2p = vote  # type: ignore[method-assign]
+            # Equal meshes share its entries, and would get the groups of ranks that are gone.
+            _clear_sharding_prop_cache()
             dist.destroy_process_group()
 
 
