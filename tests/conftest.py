@@ -63,15 +63,23 @@ def files_at_most(num_bytes):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+def launcher(world_size: int) -> tuple[dist.TCPStore, dict[str, str]]:
+    """The store by which ranks find each other, and what their environments have in common, as of torchrun.
+
+    The store lives here, as it does under torchrun, so that nobody else can take its port before the ranks do, and
+    that no rank takes it along when it ends.
+    """
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    place = dict(WORLD_SIZE=str(world_size), MASTER_ADDR="localhost", MASTER_PORT=str(store.port))
+    return store, place | dict(TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")
+
+
 def run_on_ranks(world_size: int, function, *args) -> None:
     """function(*args) on each of `world_size` gloo processes; an error in any of them is raised here.
 
     They are forked from a server that has imported everything, since an import of torch takes seconds of each.
     """
-    # The store lives here, as it does under torchrun, so that nobody else can take its port before the ranks do.
-    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    place = dict(WORLD_SIZE=str(world_size), MASTER_ADDR="localhost", MASTER_PORT=str(store.port))
-    place |= dict(TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")
+    _store, place = launcher(world_size)  # the store lives as long as it is held
     mp.set_forkserver_preload(PRELOADED)
     mp.start_processes(_run_rank, ({**os.environ, **place}, function, args), world_size, start_method="forkserver")
 

@@ -191,6 +191,10 @@ def refusal(flags: str, world_size: int) -> str:
     raise AssertionError(f"{flags} on {world_size} ranks is not refused")
 
 
+def _shown(difference: float) -> str:
+    return f"{difference:.0e}" if difference else "< 1e-12"
+
+
 def page(found: dict[tuple[str, str], Differences]) -> str:
     """The table of docs/. found: by layout and model."""
     lines = [
@@ -212,10 +216,12 @@ def page(found: dict[tuple[str, str], Differences]) -> str:
     ]
     sizes = {layout.name: layout.world_size for layout in LAYOUTS}
     for (layout, model), difference in found.items():
-        loads = "equal" if difference.loads_equal else "differ"
-        lines.append(
-            f"| {layout} | {sizes[layout]} | {model} | {difference.loss:.0e} | {difference.grad_norm:.0e} | {loads} |"
-        )
+        figures = [
+            _shown(difference.loss),
+            _shown(difference.grad_norm),
+            "equal" if difference.loads_equal else "differ",
+        ]
+        lines.append(f"| {layout} | {sizes[layout]} | {model} | {' | '.join(figures)} |")
     lines += ["", "## What is refused", "", "When the model is built, on every rank alike:", ""]
     lines += [f'- {what}: "{refusal(flags, ranks)}"' for (ranks, flags), what in REFUSED.items()]
     return "\n".join(lines) + "\n"

@@ -35,6 +35,8 @@ class Program:
         context.set_forkserver_preload(PRELOADED)
         folder.mkdir(parents=True, exist_ok=True)
         self.printed = [folder / f"{name}.{stream}" for stream in ("stdout", "stderr")]
+        for path in self.printed:  # there at once, without what a program of this name has left
+            path.write_text("")
         self.process = context.Process(
             target=_run, args=(main, list(arguments), self.printed, {**os.environ, **environment})
         )

@@ -1,9 +1,9 @@
 """What can go wrong while training: each ends in one sentence, in bounded time, and what was saved stays whole."""
 
 import os
+import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -11,12 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from filelock import FileLock
 
-import train as train_program
-from tests.checkpoint.conftest import arguments, records, train
+from tests.checkpoint.conftest import Run, arguments, latest, records, tensors, train
 from tests.conftest import files_at_most
-from tests.programs import Program
 from torchlmoe.checkpoint.folders import published
 from torchlmoe.checkpoint.manifest import verify
 from torchlmoe.config.load import load_config
@@ -24,6 +23,7 @@ from torchlmoe.training.stop_request import StopRequest
 from torchlmoe.training.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent.parent
+LOST = r"is lost \(killed, stopped or cut off\), last seen in step \d+ \(\w[a-z ]+\)"
 pytestmark = pytest.mark.usefixtures("process_group")
 
 
@@ -163,40 +163,6 @@ def test_the_death_of_torchrun_asks_for_an_end(monkeypatch):
             assert stop.name == name
 
 
-class Run:
-    """train.py on some ranks, each a process of its own, started without a launcher."""
-
-    def __init__(self, corpus, folder, extra, world_size=1):
-        with socket.socket() as probe:
-            probe.bind(("localhost", 0))
-            port = probe.getsockname()[1]
-        self.folder = folder
-        settings = arguments(corpus, folder, f"--training.steps 100000 {extra}")
-        place = dict(MASTER_ADDR="localhost", MASTER_PORT=str(port), WORLD_SIZE=str(world_size))
-        self.ranks = [
-            Program(
-                train_program.main, settings, folder.parent, name=f"{folder.name}_{rank}",
-                **(place | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world_size > 1 else {}),
-            )
-            for rank in range(world_size)
-        ]  # fmt: skip
-
-    def wait_for_step(self, step):
-        path = self.folder / "metrics.jsonl"
-        end = time.monotonic() + 120
-        while not path.exists() or path.read_text().count("\n") < step:
-            assert time.monotonic() < end
-            assert all(rank.process.is_alive() for rank in self.ranks), self.ranks[0].result()
-            time.sleep(0.05)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        for rank in self.ranks:
-            rank.__exit__()
-
-
 def sentence(stderr):
     assert "Traceback" not in stderr
     return stderr.strip().splitlines()[-1]
@@ -243,13 +209,27 @@ with stop_request.StopRequest() as stop:
 
 
 def test_one_ranks_signal_stops_all(corpus, tmp_path):
-    with Run(corpus, tmp_path, "", world_size=2) as run:
-        run.wait_for_step(5)
+    stopped_by_one_rank(corpus, tmp_path, "", 5)
+
+
+def test_one_stages_signal_stops_all_and_the_same_command_goes_on(corpus, tmp_path):
+    pipeline = "--parallelism.pipeline_parallel_degree 2"
+    first, _ = stopped_by_one_rank(corpus, tmp_path, pipeline, 5)
+    second, said = stopped_by_one_rank(corpus, tmp_path, pipeline, first + 2)
+    assert f"step-{first:08d}: {first} steps are done." in said
+    assert [record["step"] for record in records(tmp_path)] == list(range(1, second + 1))
+
+
+def stopped_by_one_rank(corpus, folder, extra, at_step):
+    """The step that a run of two ranks has saved when one of them was sent SIGTERM, and what the first one logged."""
+    with Run(corpus, folder, extra, world_size=2) as run:
+        run.wait_for_step(at_step)
         run.ranks[1].send_signal(signal.SIGTERM)
         results = [rank.result() for rank in run.ranks]
     assert [result.returncode for result in results] == [0, 0], results
-    step = all_whole(tmp_path)[-1]
+    step = all_whole(folder)[-1]
     assert f"Stopped after step {step} by a signal to another rank: saved in " in results[0].stdout
+    return step, results[0].stderr
 
 
 def test_a_killed_rank_ends_the_others(corpus, tmp_path):
@@ -258,7 +238,7 @@ def test_a_killed_rank_ends_the_others(corpus, tmp_path):
         run.ranks[1].send_signal(signal.SIGKILL)
         code, _, err = run.ranks[0].result()
         assert code == 2
-    assert sentence(err).startswith("error (rank 0): Another rank ended during step ")
+    assert re.match(rf"error \(rank 0\): Another rank ended during step .*: rank 1 {LOST}", sentence(err))
     assert all_whole(tmp_path)
 
 
@@ -269,6 +249,47 @@ def test_a_stuck_rank_ends_the_others_after_the_timeout(corpus, tmp_path):
         begin = time.monotonic()
         code, _, err = run.ranks[0].result()
         assert code == 2
-    assert "did not end within parallelism.timeout_seconds = 4: a rank hangs" in sentence(err)
+    assert re.search(rf"did not end within parallelism\.timeout_seconds = 4: rank 1 {LOST}", sentence(err))
     assert time.monotonic() - begin < 30
     assert all_whole(tmp_path)
+
+
+def on_eight_ranks(corpus, folder):
+    """A mesh of tp 2, pp 2 and dp 2."""
+    layout = """--parallelism.tensor_parallel_degree 2 --parallelism.pipeline_parallel_degree 2
+        --parallelism.timeout_seconds 20 --training.deterministic true --checkpoint.async_mode async"""
+    return Run(corpus, folder, layout, world_size=8, steps=40)
+
+
+@pytest.fixture(scope="module")
+def whole(corpus, tmp_path_factory):
+    """A run on eight ranks to which nothing happens."""
+    folder = tmp_path_factory.mktemp("eight") / "whole"
+    with on_eight_ranks(corpus, folder) as run:
+        assert [rank.result(300).returncode for rank in run.ranks] == [0] * 8
+    return folder
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM])
+def test_a_signal_to_one_of_eight_ranks(number, whole, corpus, tmp_path):
+    """All others name the rank that is lost, or all stop; the same command goes on bit for bit."""
+    folder = tmp_path / "run"
+    with on_eight_ranks(corpus, folder) as run:
+        run.wait_for_step(10)
+        run.ranks[5].send_signal(number)
+        begin = time.monotonic()
+        for index, rank in enumerate(run.ranks):
+            if number == signal.SIGTERM:
+                assert rank.result(300).returncode == 0
+            elif index != 5:
+                code, _, err = rank.result(300)
+                assert code == 2
+                assert re.search(f"rank 5 {LOST}", sentence(err)), (index, err)
+        assert time.monotonic() - begin < 20 + 60
+    assert 10 <= len(records(folder)) < 40
+    assert all_whole(folder)
+    with on_eight_ranks(corpus, folder) as again:
+        assert [rank.result(300).returncode for rank in again.ranks] == [0] * 8
+    assert records(folder) == records(whole)
+    torch.testing.assert_close(tensors(latest(folder)), tensors(latest(whole)), rtol=0, atol=0)

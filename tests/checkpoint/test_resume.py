@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.checkpoint.conftest import GLOBAL_BATCH, LOSS_FREE, arguments, records, stopped_at_step_4, train
+from tests.checkpoint.conftest import GLOBAL_BATCH, LOSS_FREE, arguments, records, stopped_at_step, train
 from torchlmoe.checkpoint.folders import published
 from torchlmoe.checkpoint.writer import CheckpointWriter
 from torchlmoe.config.load import load_config
@@ -33,7 +33,7 @@ def test_same_ranks_go_on_bit_for_bit(async_mode, corpus, tmp_path, monkeypatch,
     monkeypatch.setattr(CheckpointWriter, "write_data", slowly)
     extra = f"{GLOBAL_BATCH} --checkpoint.async_mode {async_mode} --metrics.tensorboard true --metrics.plot true"
     train(corpus, tmp_path / "whole", extra)
-    folder = stopped_at_step_4(tmp_path / "whole", tmp_path / "again")
+    folder = stopped_at_step(4, tmp_path / "whole", tmp_path / "again")
     metrics = folder / "metrics.jsonl"
     # Lines that are no records, and the row that was being written when the run was killed.
     metrics.write_text('3\n{"loss": 1}\n{"step": "2"}\n' + metrics.read_text() + '{"step": 9, "los')
@@ -152,7 +152,7 @@ def test_another_model_or_order_of_data_is_refused(single, corpus, tmp_path):
 
 
 def test_what_may_change(single, corpus, tmp_path):
-    folder = stopped_at_step_4(single, tmp_path / "run")
+    folder = stopped_at_step(4, single, tmp_path / "run")
     extra = "--training.steps 6 --optimizer.lr 1e-4 --training.local_batch_size 2 --model.backend reference"
     trainer = train(corpus, folder, f"{LOSS_FREE} {extra}")
     assert [record["step"] for record in trainer.log.records] == list(range(1, 7))
@@ -166,6 +166,6 @@ def test_random_numbers_hang_on_seed_step_and_rank_only(single, corpus, tmp_path
         trainer.train()
         return drawn
 
-    whole, rest = draws(tmp_path / "new"), draws(stopped_at_step_4(single, tmp_path / "run"))
+    whole, rest = draws(tmp_path / "new"), draws(stopped_at_step(4, single, tmp_path / "run"))
     assert len(set(whole)) == len(whole) == 8 * 4
     assert rest == whole[4 * 4 :]

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from torchlmoe.feed_forwards.moe import MoE
 from torchlmoe.layers.sequence import SequenceLayout
+from torchlmoe.routing.router import _top
 
 DIM, BATCH, LENGTH = 8, 2, 13
 SMALL = {"num_experts": 6, "top_k": 2, "expert_dim": 4}
@@ -57,6 +58,15 @@ def test_equals_token_by_token(router_std):
     expected, _ = token_by_token(moe, x)
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
     assert_same_gradients(moe, x, y, expected, torch.randn_like(y))
+
+
+def test_float32_chooses_as_a_stable_sort():
+    """Of equal scores the first, with zeros of both signs, infinite scores and those that are no numbers."""
+    factor_T1 = torch.tensor([0.5, -0.0, 1e-42, torch.inf]).repeat(50)[:, None]
+    score_TE = torch.randint(-3, 4, (200, 9)) * factor_T1
+    assert score_TE.isnan().any()
+    expected_TK = score_TE.sort(dim=-1, descending=True, stable=True).indices[:, :5]
+    assert torch.equal(_top(score_TE, 5), expected_TK)
 
 
 @pytest.mark.parametrize("capacity_factor", [0.3, 0.8, 1.0, 6.0])

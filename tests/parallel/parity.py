@@ -1,5 +1,6 @@
 """Trains one small model under many layouts of gloo processes and compares each run with that of one process."""
 
+import faulthandler
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from tests.conftest import run_on_ranks
+from tests.conftest import SECONDS_OF_A_HANG, run_on_ranks
 from torchlmoe.config.load import load_config
 from torchlmoe.training.trainer import Trainer
 
@@ -52,6 +53,7 @@ def train_layouts(jobs, corpus: Path, folder: Path, steps: int, float32: tuple[s
         for name, flags in variants.items():
             arguments = [*SETTINGS, *data, *flags.split(), *layout_flags.split(), "--training.steps", str(steps)]
             for dtype in ("float64", "float32") if float32 is None or name in float32 else ("float64",):
+                faulthandler.dump_traceback_later(SECONDS_OF_A_HANG, exit=True)  # of this run, not of all together
                 run = folder / layout / (name if dtype == "float64" else f"{name}_float32")
                 more = ["--job.dump_folder", str(run), "--training.dtype", dtype]
                 if dtype == "float32":  # whose norm of gradients has fewer digits than what is compared
@@ -85,7 +87,7 @@ def _gradients_of_the_next_step(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 @dataclass(frozen=True)
 class Differences:
-    """Between a run and that of one process, relative and at most over all steps.
+    """Between a run and that of one process, relative and at most over all steps. Less than 1e-12 counts as none.
 
     loss: of training and validation losses and balance losses. loads_equal: whether every layer's load and drops are.
     first_gradients: by run (in float64, and with the ending _float32 in float32) of any parameter of the first step,

@@ -78,6 +78,9 @@ class Checkpointer:
         self.fixed |= fixed_of_run(config, global_batch_size, store)
         self.store, self.order = store, (config.training.seq_len, global_batch_size, config.training.seed)
         self.files = {"config.toml": to_toml(config).encode(), "tokenizer.json": tokenizer.content}
+        # To make a group is to wait for the address of each rank, until the timeout if one has ended since they joined.
+        # A collective of the group that there is tells at once.
+        dist.all_reduce(torch.zeros(1, device=next(model.parameters()).device))
         # Of its own: a save in the background must not take turns with the step's collectives.
         self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.parallelism.timeout_seconds))
         # Plain copies, on a CPU too, where the next step writes into the very tensors that are being saved.
@@ -166,6 +169,11 @@ class Checkpointer:
             except CheckpointException as error:
                 self._pending.set_exception(error)
             self.wait()
+
+    def beside(self) -> str:
+        """What is saved in the background, as the end of a sentence about what else goes on; "" if nothing is."""
+        pending = self._pending
+        return "" if pending is None or pending.done() else f", while step {self._saving_step} is saved"
 
     def wait(self) -> None:
         """Returns when all is on disk."""

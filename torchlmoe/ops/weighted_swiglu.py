@@ -37,11 +37,19 @@ def _blocks(gate_up: Tensor) -> Iterator[slice]:
 
 @custom_op("torchlmoe::weighted_swiglu")
 def _forward(gate_up: Tensor, weight: Tensor) -> Tensor:
-    out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+    out, dtype = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2), _dtype(gate_up, weight)
     for rows in _blocks(gate_up):
-        gate, up = gate_up[rows].chunk(2, -1)
-        torch.ops.aten.silu(gate, out=out[rows]).mul_(up).mul_(weight[rows, None])
+        gate, up = gate_up[rows].to(dtype).chunk(2, -1)
+        hidden = out[rows] if out.dtype is dtype else torch.empty_like(gate)
+        torch.ops.aten.silu(gate, out=hidden).mul_(up).mul_(weight[rows, None])
+        if out.dtype is not dtype:
+            out[rows] = hidden
     return out
+
+
+def _dtype(gate_up: Tensor, weight: Tensor) -> torch.dtype:
+    """In which a block is computed: low precisions are rounded once, which is exacter and, on a CPU, faster."""
+    return torch.promote_types(gate_up.dtype, weight.dtype)
 
 
 @_forward.register_fake
@@ -53,15 +61,23 @@ def _(gate_up, weight):
 def _backward(grad: Tensor, gate_up: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     grad_gate_up = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
     grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    dtype = _dtype(gate_up, weight)
+    one = weight.new_ones((), dtype=dtype)
     for rows in _blocks(gate_up):
-        gate, up = gate_up[rows].chunk(2, -1)
-        grad_gate, grad_up = grad_gate_up[rows].chunk(2, -1)
-        scale = weight[rows, None]
-        flow = torch.ops.aten.silu(gate).mul_(grad[rows])
-        torch.sum(flow * up, -1, dtype=weight.dtype, out=grad_weight[rows])
-        torch.mul(flow, scale, out=grad_up)
-        torch.mul(grad[rows], up, out=flow).mul_(scale)
-        torch.ops.aten.silu_backward(flow, gate, grad_input=grad_gate)
+        gate, up = gate_up[rows].to(dtype).chunk(2, -1)
+        flow, scale = grad[rows].to(dtype), weight[rows, None]
+        result = grad_gate_up[rows] if gate_up.dtype is dtype else torch.empty_like(gate_up[rows], dtype=dtype)
+        grad_gate, grad_up = result.chunk(2, -1)
+        sigmoid = gate.sigmoid()
+        silu = gate * sigmoid
+        flow_silu = flow * silu
+        torch.sum(torch.mul(flow_silu, up, out=grad_up), -1, dtype=weight.dtype, out=grad_weight[rows])
+        torch.mul(flow_silu, scale, out=grad_up)
+        flow_up = torch.mul(flow, up, out=flow_silu).mul_(scale)
+        # d silu = silu + sigmoid * (1 - silu): one exponential for it and silu itself.
+        torch.mul(flow_up, torch.lerp(silu, one, sigmoid, out=sigmoid), out=grad_gate)
+        if gate_up.dtype is not dtype:
+            grad_gate_up[rows] = result
     return grad_gate_up, grad_weight
 
 

@@ -6,37 +6,79 @@ from contextlib import contextmanager
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-# What gloo says, in plain RuntimeErrors.
-_TIMED_OUT = ("Timed out waiting", "timeout")
-_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
+from torchlmoe.parallel.heartbeat import Heartbeat
+
+# What gloo says in plain RuntimeErrors, of collectives and of what goes from one rank to another.
+_LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Connection refused",
+    "Connection timed out",  # by TCP: a node no longer answers
+    "Broken pipe",
+    "No route to host",
+    "Socket closed",
+    "connectFullMesh failed",
+)
+# The second is that of any operation after one with the same rank that timed out.
+_TIMED_OUT = ("Timed out waiting", "Application timeout caused pair closure")
+# What NCCL's watchdog and the store say, as DistError.
+_TIMED_OUT_OF_TORCH = ("timeout", "timed out", "timing out")
 
 
 @contextmanager
-def collective_failures(where: str, timeout_seconds: float) -> Iterator[None]:
+def collective_failures(heartbeat: Heartbeat, timeout_seconds: float) -> Iterator[None]:
     """Turns the failure of a collective within it into ConnectionError or TimeoutError, of one sentence each.
 
-    where: what was going on, as "step 12". timeout_seconds: of the process groups.
+    The sentence names the rank that is lost or late, and what it was last seen at, as far as its reports tell. Any
+    other error within is reported to the other ranks, which then fail and name this one.
+
+    timeout_seconds: of the process groups.
     """
     try:
         yield
-    except RuntimeError as error:
-        text = str(error)
-        of_ranks = isinstance(error, dist.DistError)
-        if any(part in text for part in _TIMED_OUT) and (of_ranks or "gloo" in text):
-            raise TimeoutError(
-                f"A collective operation of {where} did not end within parallelism.timeout_seconds = "
-                f"{timeout_seconds:g}: a rank hangs or is far behind; what was saved before is whole, and the same "
-                "command continues from it."
-            ) from error
-        if of_ranks or any(part in text for part in _LOST):
-            raise ConnectionError(
-                f"Another rank ended during {where}: its own message or the launcher's says why; what was saved before "
-                "is whole, and the same command continues from it."
-            ) from error
-        raise
+    except Exception as error:
+        own = _without_wrapping(error)
+        if (kind := _kind_of_failure(own)) is None:
+            heartbeat.end(own)
+            if own is error:
+                raise
+            raise own from None
+        cause = heartbeat.cause() or "which rank it is cannot be told, see the ranks' own messages or the launcher's"
+        happened = (
+            f"A collective operation of {heartbeat.where} did not end within parallelism.timeout_seconds = "
+            f"{timeout_seconds:g}"
+            if kind is TimeoutError
+            else f"Another rank ended during {heartbeat.where}"
+        )
+        raise kind(
+            f"{happened}: {cause}; what was saved before is whole, and the same command continues from it."
+        ) from error
 
 
 def cause_of(error: CheckpointException) -> Exception:
     """The first rank's own error behind a failed save or load."""
     cause, _ = error.failures[min(error.failures)]
     return cause if isinstance(cause, Exception) else RuntimeError(str(cause))
+
+
+def _kind_of_failure(error: Exception) -> type[ConnectionError] | type[TimeoutError] | None:
+    """None for what is no failure of a collective."""
+    text, of_torch = str(error), isinstance(error, dist.DistError)
+    if not isinstance(error, RuntimeError):
+        return None
+    if any(part in text for part in _LOST):
+        return ConnectionError
+    if any(part in text for part in _TIMED_OUT):
+        return TimeoutError
+    if of_torch and any(part in text.lower() for part in _TIMED_OUT_OF_TORCH):
+        return TimeoutError
+    return ConnectionError if of_torch else None
+
+
+def _without_wrapping(error: Exception) -> Exception:
+    """An error within a pipeline's stage, which torch wraps in a RuntimeError that prints all of the stage's inputs."""
+    while (
+        type(error) is RuntimeError and "failed to run" in str(error).lower() and isinstance(error.__cause__, Exception)
+    ):
+        error = error.__cause__
+    return error

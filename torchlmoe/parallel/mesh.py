@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -37,19 +38,45 @@ def world_size_of_launch() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def start_process_group(device: torch.device, timeout_seconds: float = 300.0) -> None:
+class Launch(NamedTuple):
+    """This process among those of the run. store: one that all ranks share."""
+
+    store: dist.Store
+    rank: int
+    world_size: int
+
+
+def join_launch(timeout_seconds: float = 300.0) -> Launch:
+    """Meets the other ranks in their store, by the variables that torchrun sets; a plain process has one of its own.
+
+    timeout_seconds: of the store, and to wait for the rank that serves it.
+    """
+    if dist.is_initialized():
+        assert dist.group.WORLD is not None
+        return Launch(dist.group.WORLD.get_group_store(), dist.get_rank(), dist.get_world_size())
+    if "WORLD_SIZE" not in os.environ:
+        return Launch(dist.HashStore(), 0, 1)
+    timeout = timedelta(seconds=timeout_seconds)
+    launch = Launch(*next(dist.rendezvous("env://", timeout=timeout)))
+    launch.store.set_timeout(timeout)
+    return launch
+
+
+def start_process_group(device: torch.device, timeout_seconds: float = 300.0, launch: Launch | None = None) -> None:
     """gloo on CPU, NCCL on CUDA; a plain process gets a group of its own.
 
-    timeout_seconds: after which a collective has failed.
+    timeout_seconds: after which a collective has failed. launch: as of `join_launch`, if that was done before.
     """
     if dist.is_initialized():
         return
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    timeout = timedelta(seconds=timeout_seconds)
-    if "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+    store, rank, world_size = launch or join_launch(timeout_seconds)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        timeout=timedelta(seconds=timeout_seconds),
+        store=dist.PrefixStore("default_pg", store),
+        rank=rank,
+        world_size=world_size,
+    )
 
 
 def build_mesh(degrees: Parallelism, device_type: str) -> DeviceMesh:

@@ -133,7 +133,7 @@ class LoadBalance(nn.Module):
         if self.aux_loss_weight:
             aux_loss = self.aux_loss_weight * self._switch_loss(routing, counted_T, sequence)
         if self.z_loss_weight:
-            z_loss = self.z_loss_weight * routing.logits_TE.logsumexp(-1).square().masked_fill(~counted_T, 0).mean()
+            z_loss = self.z_loss_weight * _counted(routing.logits_TE.logsumexp(-1).square(), sequence).mean()
         losses = torch.stack([aux_loss, z_loss])
         weighted = losses.detach().double() * sequence.share.loss_weight
         count_E = _count(routing.expert_TK, counted_T, self.num_experts, torch.float64)
@@ -141,7 +141,7 @@ class LoadBalance(nn.Module):
         return _InjectAndCount.apply(x, losses, self.counters, counted, sequence.share.loss_weight)
 
     def _switch_loss(self, routing: Routing, counted_T: Tensor, sequence: SequenceLayout) -> Tensor:
-        probability_TE, expert_TK = routing.probability_TE.masked_fill(~counted_T[:, None], 0), routing.expert_TK
+        probability_TE, expert_TK = _counted(routing.probability_TE, sequence), routing.expert_TK
         if self.last_counts is not None:
             fraction_E = self.last_counts.to(probability_TE.dtype) / self.last_counts.sum().clamp(min=1)
             # The microbatch's own mean: times loss_weight and summed over the step, it is the whole mean.
@@ -162,6 +162,14 @@ class LoadBalance(nn.Module):
         fraction_TE = (counts_RE / counts_RE.sum(-1, keepdim=True).clamp(min=1))[row_T]
         # Rows are of one length: the mean over tokens is that over the rows' means, and a span's share of it a span's.
         return self.num_experts * (fraction_TE * probability_TE).sum(-1).mean()
+
+
+def _counted(x: Tensor, sequence: SequenceLayout) -> Tensor:
+    """x [T] or [T, E], zero where a token is padding."""
+    if sequence.share.counted is None:
+        return x
+    padding_T = ~sequence.counted_T()
+    return x.masked_fill(padding_T.view(-1, *[1] * (x.dim() - 1)), 0)
 
 
 def _count(choice_TK: Tensor, counted_T: Tensor, num_bins: int, dtype: torch.dtype) -> Tensor:

@@ -57,8 +57,10 @@ class Slots:
 @custom_op("torchlmoe::sort_slots")
 def _sort(expert_TK: Tensor, num_experts: int, alignment: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns choice_M, slot_TK, offset_E and padding_M (empty with alignment 1) of `Slots`."""
-    expert_M, choice_M = expert_TK.flatten().sort(stable=True)
-    experts = torch.arange(num_experts, device=expert_M.device)
+    # A CPU sorts digit by digit, and 32 bits have half as many.
+    expert_M = expert_TK.flatten().int() if expert_TK.device.type == "cpu" else expert_TK.flatten()
+    expert_M, choice_M = expert_M.sort(stable=True)
+    experts = torch.arange(num_experts, dtype=expert_M.dtype, device=expert_M.device)
     end_E = torch.searchsorted(expert_M, experts, right=True)
     slot_M = torch.arange(choice_M.shape[0], device=choice_M.device)
     if alignment > 1:

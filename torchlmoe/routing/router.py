@@ -117,7 +117,24 @@ def _top(score: Tensor, k: int) -> Tensor:
 
     One operation to torch, so that recompute can keep the choice and never draws it again.
     """
+    if score.device.type == "cpu" and score.dtype is torch.float32:
+        return _top_by_keys(score, k)
     return score.sort(dim=-1, descending=True, stable=True).indices[..., :k].contiguous()
+
+
+def _top_by_keys(score: Tensor, k: int) -> Tensor:
+    """The same of float32, in a third of the time of a CPU's sort.
+
+    The upper half of a 64-bit key is the score, as a whole number of the same order; the lower half is how many places
+    there are after its own. No two keys are equal, so whatever finds the k largest finds the same.
+    """
+    last = score.shape[-1] - 1
+    bits = (score + 0.0).view(torch.int32)  # -0.0, which equals 0.0, becomes it
+    order = bits ^ (bits >> 31 & 0x7FFFFFFF)  # of negative numbers the larger magnitude is the smaller
+    order.masked_fill_(score.isnan(), 0x7FFFFFFF)  # above all numbers, as for a sort
+    places_after = torch.arange(last, -1, -1, device=score.device)
+    key = order.long().bitwise_left_shift_(32).bitwise_or_(places_after)
+    return last - (key.topk(k).values & 0xFFFFFFFF)
 
 
 @_top.register_fake

@@ -95,13 +95,7 @@ class PipelineStep:
         """The sum of the microbatches' losses, float64; zero on ranks without the last stage."""
         losses: list[Tensor] = []
         inputs = {key: torch.cat([batch[key] for batch in batches]) for key in ("tokens", "document_bounds", "labels")}
-        try:
-            schedule(**inputs, **options, target=inputs["labels"], losses=losses, return_outputs=False)
-        except RuntimeError as error:
-            # A stage wraps what fails in it in a report of all its inputs.
-            while isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
-                error = error.__cause__  # type: ignore[assignment]
-            raise error from None
+        schedule(**inputs, **options, target=inputs["labels"], losses=losses, return_outputs=False)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         for loss in losses:
             loss_sum += loss.detach()

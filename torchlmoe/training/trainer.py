@@ -30,7 +30,8 @@ from torchlmoe.files import failures_to_write
 from torchlmoe.layers.cross_entropy import IGNORE_INDEX
 from torchlmoe.model.decoder import Decoder, count_parameters
 from torchlmoe.parallel.failures import collective_failures
-from torchlmoe.parallel.mesh import choose_device, start_process_group, world_size_of_launch
+from torchlmoe.parallel.heartbeat import Heartbeat
+from torchlmoe.parallel.mesh import choose_device, join_launch, start_process_group, world_size_of_launch
 from torchlmoe.parallel.parallelize import build_model, whole_model
 from torchlmoe.parallel.ranks import Ranks
 from torchlmoe.parallel.stages import describe_stages
@@ -74,9 +75,15 @@ class Trainer:
         folder = Path(config.job.dump_folder)
         if os.environ.get("RANK", "0") == "0":
             resources.callback(_lock(folder).release)
-        with collective_failures("start-up", config.parallelism.timeout_seconds):
-            start_process_group(self.device, config.parallelism.timeout_seconds)
-            self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        timeout = config.parallelism.timeout_seconds
+        self.heartbeat = resources.enter_context(Heartbeat())
+        with collective_failures(self.heartbeat, timeout):
+            launch = join_launch(timeout)
+            self.rank, self.world_size = launch.rank, launch.world_size
+            # Ahead of NCCL's watchdog.
+            patience = max(timeout / 2, timeout - 10) if self.device.type == "cuda" else None
+            self.heartbeat.start(*launch, patience)
+            start_process_group(self.device, timeout, launch)
             if config.training.deterministic:
                 torch.use_deterministic_algorithms(True)
                 torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a debugging aid that costs time
@@ -113,7 +120,8 @@ class Trainer:
                 vocab_size=vocab_size,
                 global_batch_size=self.global_batch_size,
             )
-        with collective_failures("loading the checkpoint", config.parallelism.timeout_seconds):
+            self.heartbeat.beside = self.checkpointer.beside
+            self.heartbeat.at("loading the checkpoint")
             self.progress = self.checkpointer.load()
         self.stop_request, self.stopping = StopRequest(), False
         self.stamp = folder / "finished"  # there once all steps are done and logged
@@ -199,31 +207,34 @@ class Trainer:
 
     def _run(self) -> None:
         settings, steps = self.config.metrics, self.config.training.steps
-        timeout = self.config.parallelism.timeout_seconds
         tokens_per_step = self.global_batch_size * self.config.training.seq_len
         timed_steps, begin = 0, time.perf_counter()
-        with self.stop_request:
-            with collective_failures(f"step {self.progress.step}", timeout):
-                if self._was_cut_off():
-                    self._validate_and_log()
+        timeout = self.config.parallelism.timeout_seconds
+        # The signal by which a launcher ends the ranks that are left does not cut off what they have to say.
+        with self.stop_request, collective_failures(self.heartbeat, timeout):
+            if self._was_cut_off():
+                self._validate_and_log()
             while self.progress.step < steps and not self.stopping:
                 step = self.progress.step + 1
-                with collective_failures(f"step {step}", timeout):
-                    totals, grad_norm, lr = self.train_step(step - 1)
-                    self.profiler.step()
-                    timed_steps += 1
-                    self.progress.record = {}
-                    if step in (1, steps) or step % settings.log_freq == 0 or self._validates(step):
-                        speed = timed_steps * tokens_per_step / (time.perf_counter() - begin)
-                        self.progress.record = self._record(step, totals, grad_norm, lr, speed)
-                    paused = time.perf_counter()
-                    # Before the validation, whose end is not needed to go on.
-                    self.checkpointer.after_step(self.progress, last=step == steps or self.stopping)
-                    begin += time.perf_counter() - paused
-                    if self.progress.record:
-                        self._validate_and_log()
-                        timed_steps, begin = 0, time.perf_counter()
+                totals, grad_norm, lr = self.train_step(step - 1)
+                self.profiler.step()
+                timed_steps += 1
+                self.progress.record = {}
+                if step in (1, steps) or step % settings.log_freq == 0 or self._validates(step):
+                    speed = timed_steps * tokens_per_step / (time.perf_counter() - begin)
+                    self.progress.record = self._record(step, totals, grad_norm, lr, speed)
+                paused = time.perf_counter()
+                # Before the validation, whose end is not needed to go on.
+                self._save_if_due(last=step == steps or self.stopping)
+                begin += time.perf_counter() - paused
+                if self.progress.record:
+                    self._validate_and_log()
+                    timed_steps, begin = 0, time.perf_counter()
         self._end()
+
+    def _save_if_due(self, *, last: bool) -> None:
+        self.heartbeat.at("saving", self.progress.step)
+        self.checkpointer.after_step(self.progress, last=last)
 
     def _validates(self, step: int) -> bool:
         last = step == self.config.training.steps
@@ -241,6 +252,7 @@ class Trainer:
         figures: dict[str, float] | None = {}
         if self._validates(self.progress.step):
             assert self.validation_store is not None
+            self.heartbeat.at("validation", self.progress.step)
             figures = validate(
                 self.step,
                 self.validation_store,
@@ -253,7 +265,7 @@ class Trainer:
             )
         if figures is None:
             self.stopping = True
-            self.checkpointer.after_step(self.progress, last=True)
+            self._save_if_due(last=True)
         else:
             self.log.log(self.progress.record | figures)
 
@@ -267,7 +279,8 @@ class Trainer:
 
     def train_step(self, index: int) -> tuple[torch.Tensor, torch.Tensor, float]:
         """Step `index` (from 0); returns the summed figures (see `_totals`), gradient norm and learning rate."""
-        training = self.config.training
+        training, step = self.config.training, index + 1
+        self.heartbeat.at("data", step)
         # Whatever a step draws hangs on nothing before it, so that a run which goes on has no state to restore.
         torch.manual_seed(
             int(np.random.SeedSequence((training.seed, index, self.rank)).generate_state(1, np.uint64)[0])
@@ -277,20 +290,24 @@ class Trainer:
         num_tokens = self.ranks.total_of_rows(num_tokens)
         factor = lr_factor(index, training.steps, self.config.lr_scheduler)
         set_lr(self.optimizer, factor)
-        totals = self._totals(self.step.forward_backward(batches, num_tokens))
+        self.heartbeat.at("forward and backward", step)
+        loss_sum = self.step.forward_backward(batches, num_tokens)
+        self.heartbeat.at("gradient norm", step)
+        totals = self._totals(loss_sum)
         grad_norm = clip_gradients(self.model, training.max_norm, self.step.counted_elsewhere)
         # The CPU's one look at the step, before anything moves.
         loss_value, num_stops, norm = torch.stack([*totals[:2], grad_norm.to(totals.dtype)]).tolist()
         self.stopping = num_stops > 0
         if math.isfinite(loss_value) and math.isfinite(norm):
+            self.heartbeat.at("optimizer", step)
             self.optimizer.step()
             counted = self.counters.by_layer(totals[2:])
             for name, layer in self.model.routed_layers().items():
                 layer.end_step(counted[name]["counts"].long())
         else:
-            self._skip_or_stop(index + 1, loss_value, norm)
+            self._skip_or_stop(step, loss_value, norm)
         self.optimizer.zero_grad()
-        self.progress.step = index + 1
+        self.progress.step = step
         return totals, grad_norm, factor * self.config.optimizer.lr
 
     def _skip_or_stop(self, step: int, loss: float, grad_norm: float) -> None:
