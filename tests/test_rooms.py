@@ -22,8 +22,9 @@ ROOMS = [
     ["parallel"],
     ["checkpoint", "inference"],
     ["training"],
+    ["planning"],
     ["command", "config_loader", "settings_reference", "vendoring"],
-    ["export", "generate", "import_model", "prepare", "vendor"],
+    ["export", "generate", "import_model", "plan", "prepare", "vendor"],
 ]
 # Rooms that need no other package, and no other room.
 TORCH_ALONE = ("styles", "kernels")

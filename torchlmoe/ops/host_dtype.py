@@ -1,11 +1,31 @@
 """What the host's CPU can multiply natively."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
+from torch import Tensor
 
 logger = logging.getLogger(__name__)
+_stands_for_gpu = False
+
+
+def on_cpu(x: Tensor) -> bool:
+    """Whether a CPU is to compute with x."""
+    return x.device.type == "cpu" and not _stands_for_gpu
+
+
+@contextmanager
+def as_on_gpu() -> Iterator[None]:
+    """Within it, CPU tensors without values are laid out as a GPU's would be; for planning without one."""
+    global _stands_for_gpu
+    _stands_for_gpu = True
+    try:
+        yield
+    finally:
+        _stands_for_gpu = False
 
 
 @torch.compiler.assume_constant_result

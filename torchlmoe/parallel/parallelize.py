@@ -86,9 +86,14 @@ def fill(model: Decoder, config: Config, ranks: Ranks, device: torch.device) -> 
     """Gives a shaped model storage and every rank its slices of the same initial weights."""
     model.to_empty(device=device)
     model.init_weights(config.training.seed)
+    return ready(model, config, ranks)
+
+
+def ready(model: Decoder, config: Config, ranks: Ranks) -> Decoder:
+    """A model with storage and initial weights as it computes: who writes a parameter must not write to its cast."""
     dtype = getattr(torch, config.training.dtype)
     if ranks.world_size == 1 and dtype != _master_dtype(dtype):
-        compute_in(dtype, model)  # only now: who writes a parameter must not write to its cast
+        compute_in(dtype, model)
     read_islands(model)
     return model
 

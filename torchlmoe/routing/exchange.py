@@ -6,7 +6,8 @@ messages arrive. A slot's routing weight travels with it, 4 or 8 bytes beside th
 to the expert's hidden activation, as without parallelism; applied at home, every output would be kept for the backward.
 
 How many rows go where is exchanged once per layer and microbatch and kept on the host: recompute takes the numbers that
-it finds there. That is the one time a GPU is waited for.
+it finds there. That is the one time a GPU is waited for. Where tensors have no values, in a FakeTensorMode, all experts
+get as many rows.
 
 Legend: P ranks, E experts, M slots of this rank, R rows that arrive, D width.
 """
@@ -20,7 +21,7 @@ from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-from torchlmoe.ops.operation import custom_op
+from torchlmoe.ops.operation import custom_op, has_values
 from torchlmoe.routing.dispatch import Slots, gather_slots, reorder_choices, sum_slots
 
 
@@ -49,14 +50,24 @@ class Exchange:
         """x [M, D], weight [M] sorted by expert without padding, offset [E] int32 where each expert's run ends."""
         count_E = offset_E.diff(prepend=offset_E.new_zeros(1)).long()
         counts = exchange_counts(count_E, self.mesh.size(), self.mesh.get_group().group_name)
-        sent, received = (side.sum(-1).tolist() for side in counts.unbind())
-        for number in (*sent, *received):
-            torch._check_is_size(number)
+        if has_values(counts):
+            sent, received = (side.sum(-1).tolist() for side in counts.unbind())
+            for number in (*sent, *received):
+                torch._check_is_size(number)
+        else:
+            sent, received = self._even(len(x_MD))
         experts = torch.arange(self.num_local).repeat(self.mesh.size())
-        expert_R = experts.repeat_interleave(counts[1].flatten()).to(x_MD.device, non_blocking=True)
+        expert_R = experts.repeat_interleave(counts[1].flatten(), output_size=sum(received))
+        expert_R = expert_R.to(x_MD.device, non_blocking=True)
         x_RD = all_to_all_single_autograd(x_MD, received, sent, self.mesh)
         weight_R = all_to_all_single_autograd(weight_M, received, sent, self.mesh)
         return Arrived(x_RD, weight_R, expert_R, sent, received)
+
+    def _even(self, num_slots: int) -> tuple[list[int], list[int]]:
+        """Rows to and from each rank where every rank has `num_slots` and no expert is chosen more than others."""
+        each, rest = divmod(num_slots, self.mesh.size())
+        sent = [each + (other < rest) for other in range(self.mesh.size())]
+        return sent, [sent[self.mesh.get_local_rank()]] * self.mesh.size()
 
     def sort(self, arrived: Arrived, alignment: int) -> tuple[Tensor, Tensor, Slots]:
         """What the experts take: x and weight sorted by local expert, and the order in which they are then."""

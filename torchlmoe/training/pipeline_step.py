@@ -27,7 +27,10 @@ logging.getLogger("torch.distributed.pipelining").setLevel(logging.CRITICAL)
 
 
 class PipelineStep:
-    """A `Step` for a model with a `pipeline`."""
+    """A `Step` for a model with a `pipeline`.
+
+    pipeline_stages, schedule: of training, as torch has them.
+    """
 
     def __init__(self, model: Decoder, config: Config, ranks: Ranks, device: torch.device):
         assert isinstance(model.pipeline, Pipeline)
@@ -40,17 +43,17 @@ class PipelineStep:
         self.share = rows / whole
         seq_len, dtype = config.training.seq_len, getattr(torch, config.training.dtype)
         self._num_tokens = torch.ones((), device=device)
-        self._training = self._schedule(
+        self.pipeline_stages, self.schedule = self._schedule(
             whole // (rows * ranks.num_row_places), rows * seq_len, dtype, lambda nll, labels: nll / self._num_tokens
         )
         # Of its own, since schedules set their stages up anew whenever they turn from training to evaluation.
-        self._evaluation = self._schedule(
+        _, self._evaluation = self._schedule(
             self.batches_at_once, validation_batch_size(config) * seq_len, dtype, lambda nll, labels: nll
         )
 
     def _schedule(
         self, num_microbatches: int, num_tokens: int, dtype: torch.dtype, loss: Callable[[Tensor, Tensor], Tensor]
-    ) -> Any:
+    ) -> tuple[list[PipelineStage], Any]:
         stages = []
         for stage in self.stages:
             taken, returned = stage.examples(num_tokens, dtype)
@@ -68,14 +71,14 @@ class PipelineStep:
             )
         # The loss has been divided already.
         if self.is_interleaved:
-            return ScheduleInterleaved1F1B(stages, num_microbatches, loss, scale_grads=False)  # type: ignore[arg-type]
-        return Schedule1F1B(stages[0], num_microbatches, loss, scale_grads=False)
+            return stages, ScheduleInterleaved1F1B(stages, num_microbatches, loss, scale_grads=False)  # type: ignore[arg-type]
+        return stages, Schedule1F1B(stages[0], num_microbatches, loss, scale_grads=False)
 
     def forward_backward(self, batches: Sequence[Any], num_tokens: Tensor) -> Tensor:
         self._num_tokens = num_tokens
         for stage in self.stages:
             stage.train()
-        loss = self._run(self._training.step, batches, loss_weight=self.share)
+        loss = self._run(self.schedule.step, batches, loss_weight=self.share)
         sum_island_gradients(self.model)
         self.shared.sum_gradients(self.model)
         return loss

@@ -1,0 +1,180 @@
+"""A plan: what a layout needs and how long a step takes, of every distinct rank."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from torchlmoe.config.batch import batch_sizes, check_degrees, ranks_of_rows
+from torchlmoe.config.settings import Config
+from torchlmoe.model.decoder import count_parameters
+from torchlmoe.parallel.parallelize import whole_model
+from torchlmoe.planning.communication import Message
+from torchlmoe.planning.gpus import GPU
+from torchlmoe.planning.rank import Part, RankTrace, trace_rank
+from torchlmoe.planning.roofline import Machine
+from torchlmoe.planning.schedule import makespan
+
+# Of a GPU's memory: the rest is for its context, the buffers of NCCL, and what is free but in pieces.
+USABLE_FRACTION = 0.9
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Degrees by axis: pp, dp_replicate, dp_shard, cp, tp and, of them borrowed, ep."""
+
+    degrees: Mapping[str, int]
+
+    @classmethod
+    def of(cls, config: Config, world_size: int) -> "Layout":
+        """Raises ConfigError for degrees that do not fit the number of ranks."""
+        check_degrees(config, world_size)
+        given = config.parallelism
+        others = {
+            "pp": given.pipeline_parallel_degree,
+            "dp_replicate": given.data_parallel_replicate_degree,
+            "cp": given.context_parallel_degree,
+            "tp": given.tensor_parallel_degree,
+        }
+        shard = world_size // prod(others.values())
+        degrees = {"pp": others["pp"], "dp_replicate": others["dp_replicate"], "dp_shard": shard}
+        return cls({**degrees, "cp": others["cp"], "tp": others["tp"], "ep": given.expert_parallel_degree})
+
+    def __str__(self) -> str:
+        return " ".join(f"{axis} {degree}" for axis, degree in self.degrees.items())
+
+    @property
+    def strides(self) -> dict[str, int]:
+        """From a rank to its next neighbour on an axis. On joined axes the last one's."""
+        sizes = self.degrees
+        strides = {"tp": 1, "cp_tp": 1, "ep": 1, "world": 1, "efsdp": sizes["ep"], "cp": sizes["tp"]}
+        strides["dp_shard_cp"] = sizes["tp"]
+        strides["dp_shard"] = sizes["tp"] * sizes["cp"]
+        strides["dp_replicate"] = strides["dp_shard"] * sizes["dp_shard"]
+        strides["pp"] = strides["dp_replicate"] * sizes["dp_replicate"]
+        return strides
+
+    def rank_of_stage(self, stage: int) -> int:
+        """The rank that stands for all of a stage: among the first data ranks, the last span, which sees most keys."""
+        return stage * self.strides["pp"] + (self.degrees["cp"] - 1) * self.degrees["tp"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `report` shows. traces: of one rank for each place along pp. flops_per_rank: of the rank that computes most,
+    in a step, what is recomputed included. mfu: model FLOPs over the peak. fits: whether every rank's peak is at most
+    `USABLE_FRACTION` of its memory; reason: why, in one sentence.
+    """
+
+    world_size: int
+    layout: Layout
+    gpu: str
+    parameters: int
+    active_parameters: int
+    flops_per_rank: int
+    tokens_per_step: int
+    seconds_per_step: float
+    mfu: float
+    bubble_fraction: float
+    fits: bool
+    reason: str
+    traces: list[RankTrace]
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of the rank that needs most."""
+        return max(trace.peak_bytes for trace in self.traces)
+
+    def communication(self) -> list[tuple[str, str, int, int]]:
+        """Axis, collective, how many in a step and their bytes: of the rank that has most of them."""
+        found: dict[tuple[str, str], tuple[int, int]] = {}
+        for trace in self.traces:
+            of_rank: dict[tuple[str, str], tuple[int, int]] = {}
+            for message, count in trace.total_messages().items():
+                key = (message.axis, message.collective)
+                before = of_rank.get(key, (0, 0))
+                of_rank[key] = (before[0] + count, before[1] + count * message.num_bytes)
+            for key, figures in of_rank.items():
+                found[key] = max(found.get(key, (0, 0)), figures, key=lambda pair: pair[1])
+        return [(*key, *figures) for key, figures in sorted(found.items())]
+
+
+def make_plan(config: Config, vocab_size: int, world_size: int, gpu: GPU, gpu_name: str, ranks_per_node: int) -> Plan:
+    """Of a layout of `world_size` ranks. Raises ValueError where model, batch and degrees do not fit together."""
+    layout = Layout.of(config, world_size)
+    whole = whole_model(config, vocab_size, world_size)
+    traces = [
+        trace_rank(config, vocab_size, layout.rank_of_stage(stage), world_size, on_gpu=gpu_name != "cpu")
+        for stage in range(layout.degrees["pp"])
+    ]
+    machine = Machine(gpu, ranks_per_node, layout.strides)
+    seconds, bubble = _step_seconds(traces, machine)
+    _, rows = batch_sizes(config.training, world_size // ranks_of_rows(config))
+    tokens = rows * config.training.seq_len
+    model_flops = 3 * whole.flops_per_token(config.training.seq_len) * tokens  # backward costs two forwards
+    rate = gpu.matmul_rate(getattr(torch, config.training.dtype))
+    peak, room = max(trace.peak_bytes for trace in traces), USABLE_FRACTION * gpu.memory_bytes
+    fits = peak <= room
+    return Plan(
+        world_size=world_size,
+        layout=layout,
+        gpu=gpu_name,
+        parameters=count_parameters(whole),
+        active_parameters=count_parameters(whole, active=True),
+        flops_per_rank=max(trace.flops() for trace in traces),
+        tokens_per_step=tokens,
+        seconds_per_step=seconds,
+        mfu=model_flops / (seconds * rate * world_size),
+        bubble_fraction=bubble,
+        fits=fits,
+        reason=f"the peak of {peak / 2**30:.2f} GiB is {'within' if fits else 'more than'} {room / 2**30:.2f} GiB, "
+        f"{USABLE_FRACTION:.0%} of the memory of {gpu_name}",
+        traces=traces,
+    )
+
+
+def _step_seconds(traces: list[RankTrace], machine: Machine) -> tuple[float, float]:
+    """Seconds of a step, and of its pipeline the part in which ranks wait."""
+    once = [_once_seconds(trace, machine) for trace in traces]
+    if len(traces) == 1:
+        trace = traces[0]
+        return once[0] + sum(
+            _part_seconds(trace, part, machine) * trace.weight(part)
+            for part in trace.parts()
+            if part.kind in ("forward", "backward")
+        ), 0.0
+    of_stage = {
+        (part.kind, part.stage): _part_seconds(trace, part, machine)
+        for trace in traces
+        for part in trace.parts()
+        if part.kind in ("forward", "backward") and part.microbatch == trace.typical(part.kind)
+    }
+    sends = [message for trace in traces for message in trace.total_messages() if message.collective == "send"]
+    transfer = max((machine.seconds_to_send(message) for message in sends if message.axis == "pp"), default=0.0)
+    assert traces[0].order is not None
+    end, bubble = makespan(traces[0].order, lambda kind, stage: of_stage[kind, stage], transfer)
+    # What is gathered before the first microbatch and reduced after the last one is not hidden by a typical one.
+    return end + max(once), bubble
+
+
+def _once_seconds(trace: RankTrace, machine: Machine) -> float:
+    """Of what a step does once: the update, sums of gradients, and in a pipeline what FSDP gathers and reduces."""
+    seconds = 0.0
+    for part in trace.parts():
+        messages = trace.messages.get(part, Counter[Message]())
+        if part.kind in ("step", "update"):
+            seconds += machine.computing(trace.tasks.get(part, Counter()))
+            seconds += machine.sending(messages, fsdp=False) + machine.sending(messages, fsdp=True)
+        elif trace.order is not None and part.microbatch != trace.typical(part.kind):
+            computing = machine.computing(trace.tasks.get(part, Counter()))
+            seconds += max(0.0, machine.sending(messages, fsdp=True) - computing)
+    return seconds
+
+
+def _part_seconds(trace: RankTrace, part: Part, machine: Machine) -> float:
+    messages = trace.messages.get(part, Counter[Message]())
+    computing = machine.computing(trace.tasks.get(part, Counter()))
+    exposed = max(0.0, machine.sending(messages, fsdp=True) - computing)
+    return computing + exposed + machine.sending(messages, fsdp=False)

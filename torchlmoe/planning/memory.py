@@ -1,0 +1,81 @@
+"""What is allocated at each moment of a computation, by the lifetimes of its tensors' storages."""
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Set
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+
+class Memory:
+    """Bytes of every storage that has been seen, from then until it is freed. Tensors may be real, fake or on meta.
+
+    What a kernel allocates and frees within itself is not seen.
+    """
+
+    def __init__(self) -> None:
+        self._number_of: dict[int, int] = {}  # by the address of a storage that lives
+        self._bytes: list[int] = []  # by number: its size now, zero once it is freed
+        self._changes: list[tuple[int, int]] = []  # (number, bytes more or less), in order
+
+    def see(self, tensor: Tensor) -> int:
+        """Notes the tensor's storage, and returns its number."""
+        return self._see_storage(tensor.untyped_storage())
+
+    def numbers(self, tensors: Iterable[Tensor]) -> Set[int]:
+        """Of the storages of tensors, local parts of DTensors."""
+        return {self.see(part) for tensor in tensors for part in local_parts(tensor)}
+
+    def bytes_of(self, tensors: Iterable[Tensor]) -> int:
+        """Of all their storages together, each counted once."""
+        return sum(self._bytes[number] for number in self.numbers(tensors))
+
+    def peak(self, without: Set[int] = frozenset()) -> int:
+        """The most that lived at once, of all but some storages."""
+        now = most = 0
+        for number, change in self._changes:
+            if number not in without:
+                now += change
+                most = max(most, now)
+        return most
+
+    @contextmanager
+    def following_resizes(self) -> Iterator[None]:
+        """Within it, a storage may be resized in place, as FSDP frees gathered parameters."""
+        resize: Callable[..., Any] = torch.UntypedStorage.resize_
+
+        def followed(storage: torch.UntypedStorage, size: int) -> Any:
+            resized = resize(storage, size)
+            self._see_storage(storage)
+            return resized
+
+        torch.UntypedStorage.resize_ = followed  # type: ignore[method-assign,assignment]
+        try:
+            yield
+        finally:
+            torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
+
+    def _see_storage(self, storage: torch.UntypedStorage) -> int:
+        address, size = storage._cdata, storage.nbytes()
+        number = self._number_of.get(address)
+        if number is None:
+            number = self._number_of[address] = len(self._bytes)
+            self._bytes.append(0)
+            weakref.finalize(storage, self._freed, address, number).atexit = False
+        if size != self._bytes[number]:
+            self._changes.append((number, size - self._bytes[number]))
+            self._bytes[number] = size
+        return number
+
+    def _freed(self, address: int, number: int) -> None:
+        del self._number_of[address]
+        self._changes.append((number, -self._bytes[number]))
+        self._bytes[number] = 0
+
+
+def local_parts(tensor: Tensor) -> list[Tensor]:
+    """This rank's plain tensors of which `tensor` is made."""
+    return [tensor.to_local()] if isinstance(tensor, DTensor) else [tensor]

@@ -1,0 +1,58 @@
+"""When a pipeline's ranks work and wait: its schedule's own order of actions, run with the time that each takes."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch.distributed.pipelining.schedules import _Action, _ComputationType
+
+_KINDS = {_ComputationType.FORWARD: "forward", _ComputationType.FULL_BACKWARD: "backward"}
+
+
+class _Chunk(NamedTuple):
+    """The "forward" or "backward" of one microbatch through a stage."""
+
+    kind: str
+    stage: int
+    microbatch: int
+
+    def needs(self, last: int) -> "_Chunk | None":
+        """What has to be done with the same microbatch before. last: the last stage."""
+        if self.kind == "forward":
+            return self._replace(stage=self.stage - 1) if self.stage else None
+        return self._replace(stage=self.stage + 1) if self.stage < last else self._replace(kind="forward")
+
+
+def makespan(
+    order: Mapping[int, Sequence[Any]], seconds: Callable[[str, int], float], transfer: float
+) -> tuple[float, float]:
+    """Seconds from the first action to the last, and the mean over ranks of the part of it in which they wait.
+
+    order: by rank, the actions of a schedule of torch.distributed.pipelining. seconds(kind, stage): of the "forward" or
+    "backward" of one microbatch through a stage. transfer: seconds until the next stage has what a stage has made.
+    """
+    to_do = {rank: list(_chunks(actions)) for rank, actions in order.items()}
+    last = max(chunk.stage for chunks in to_do.values() for chunk in chunks)
+    ended: dict[_Chunk, float] = {}
+    clock, busy = dict.fromkeys(to_do, 0.0), dict.fromkeys(to_do, 0.0)
+    while any(to_do.values()):
+        before = len(ended)
+        for rank, chunks in to_do.items():
+            while chunks and ((needed := chunks[0].needs(last)) is None or needed in ended):
+                chunk = chunks.pop(0)
+                ready = 0.0 if needed is None else ended[needed] + transfer * (needed.stage != chunk.stage)
+                clock[rank] = ended[chunk] = max(clock[rank], ready) + seconds(chunk.kind, chunk.stage)
+                busy[rank] += seconds(chunk.kind, chunk.stage)
+        assert len(ended) > before, "the order waits for itself"
+    end = max(clock.values())
+    return end, 1 - sum(busy.values()) / len(busy) / end
+
+
+def _chunks(actions: Sequence[_Action | None]) -> Iterator[_Chunk]:
+    """What a rank computes, in order. Each stage takes its microbatches in order, and so they are counted here: torch
+    2.13 numbers those of a 1F1B's last rank from 1."""
+    so_far: Counter[tuple[str, int]] = Counter()
+    for action in actions:
+        if action is not None and (kind := _KINDS.get(action.computation_type)) is not None:
+            yield _Chunk(kind, action.stage_index, so_far[kind, action.stage_index])
+            so_far[kind, action.stage_index] += 1
