@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from torchlmoe.ops.host_dtype import cpu_lacks_bfloat16, on_cpu
+from torchlmoe.ops.host_dtype import cpu_lacks_bfloat16
 from torchlmoe.styles.heads import LeaveHeads, SumHeads
 
 
@@ -57,7 +57,7 @@ class RowLinear(Linear):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`; where the CPU would take scalar code, the product runs in float32 and is rounded."""
-    if x.dtype is torch.bfloat16 and on_cpu(x) and cpu_lacks_bfloat16():
+    if x.dtype is torch.bfloat16 and x.device.type == "cpu" and cpu_lacks_bfloat16():
         y = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
         return y.to(torch.bfloat16)
     return F.linear(x, weight, bias)

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from torchlmoe.ops.host_dtype import cpu_lacks_bfloat16, on_cpu
+from torchlmoe.ops import host_dtype
+from torchlmoe.ops.host_dtype import cpu_lacks_bfloat16
 from torchlmoe.ops.operation import custom_op, operation
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,8 @@ def run_alignment(x: Tensor) -> int:
 
     A CPU compiles its bfloat16 products for each number of rows it meets, which costs more than some rows of padding.
     """
-    return 32 if on_cpu(x) and _product_dtype(x) is torch.bfloat16 else 1
+    of_cpu = x.device.type == "cpu" and not host_dtype.stands_for_gpu
+    return 32 if of_cpu and _product_dtype(x) is torch.bfloat16 else 1
 
 
 def _native(dtype: torch.dtype, num_rows: int, *widths: int) -> bool:
@@ -82,7 +84,7 @@ def _groups(offsets_E: Tensor, num_rows: int) -> list[tuple[int, int]]:
 
 def _product_dtype(x: Tensor) -> torch.dtype:
     """float32 where this CPU would take scalar code for bfloat16."""
-    scalar = x.dtype is torch.bfloat16 and on_cpu(x) and cpu_lacks_bfloat16()
+    scalar = x.dtype is torch.bfloat16 and x.device.type == "cpu" and cpu_lacks_bfloat16()
     return torch.float32 if scalar else x.dtype
 
 

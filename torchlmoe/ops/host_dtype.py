@@ -1,37 +1,18 @@
 """What the host's CPU can multiply natively."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 
 import torch
-from torch import Tensor
 
 logger = logging.getLogger(__name__)
-_stands_for_gpu = False
-
-
-def on_cpu(x: Tensor) -> bool:
-    """Whether a CPU is to compute with x."""
-    return x.device.type == "cpu" and not _stands_for_gpu
-
-
-@contextmanager
-def as_on_gpu() -> Iterator[None]:
-    """Within it, CPU tensors without values are laid out as a GPU's would be; for planning without one."""
-    global _stands_for_gpu
-    _stands_for_gpu = True
-    try:
-        yield
-    finally:
-        _stands_for_gpu = False
+stands_for_gpu = False  # where a GPU is planned for without one
 
 
 @torch.compiler.assume_constant_result
 def cpu_lacks_bfloat16() -> bool:
     """Whether this CPU has no bfloat16 matrix instructions; says so once. A constant to torch.compile."""
-    return _cpu_lacks_bfloat16()
+    return not stands_for_gpu and _cpu_lacks_bfloat16()
 
 
 @cache

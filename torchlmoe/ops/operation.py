@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 
@@ -68,14 +67,6 @@ def _refuse_transforms(name: str, has_reference: bool, tensors: list[Tensor]) ->
             )
 
 
-def has_values(x: Tensor) -> bool:
-    """Whether values can be read from x: False in a FakeTensorMode, where sizes that depend on them must be assumed.
-
-    `torch.compile` reads values as symbols.
-    """
-    return torch.compiler.is_compiling() or not isinstance(x, FakeTensor)
-
-
 def data_dependent_size(estimate: Callable[[], int]) -> int:
     """For the fake implementation of an operation: a size that depends on values.
 
@@ -86,12 +77,6 @@ def data_dependent_size(estimate: Callable[[], int]) -> int:
         return torch.library.get_ctx().new_dynamic_size()  # type: ignore[return-value]  # a SymInt
     except RuntimeError:
         return estimate()
-
-
-def equal_documents(length: int, cu_seqlens: Tensor) -> tuple[int, ...]:
-    """Bounds of as many documents as cu_seqlens tells of, all of about one length: for where it has no values."""
-    num_documents = max(1, cu_seqlens.shape[0] - 1)
-    return tuple(length * document // num_documents for document in range(num_documents + 1))
 
 
 def size_by_documents(
@@ -107,6 +92,7 @@ def size_by_documents(
     def estimate() -> int:
         if cu_seqlens is None:
             return count(None)
-        return count(equal_documents(v.shape[1], cu_seqlens))
+        length, num_documents = v.shape[1], max(1, cu_seqlens.shape[0] - 1)
+        return count(tuple(length * document // num_documents for document in range(num_documents + 1)))
 
     return data_dependent_size(estimate)

@@ -23,7 +23,8 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.utils.flop_counter import register_flop_formula
 
 from torchlmoe.ops.checks import check_bounds, check_bounds_at_hand, num_documents
-from torchlmoe.ops.operation import custom_op, equal_documents, has_values, operation
+from torchlmoe.ops.fake_values import equal_documents, has_values
+from torchlmoe.ops.operation import custom_op, operation
 
 _PAGE = 256  # longer documents are padded to a multiple of it, shorter ones to a power of two
 
@@ -118,7 +119,7 @@ def _span(q: Tensor, num_keys: int, cu_seqlens: Tensor | None, window: int | Non
     if cu_seqlens is None:
         bounds, first_key, end = tuple(length * row for row in range(num_rows + 1)), 0, length
     else:
-        places = cu_seqlens.tolist() if has_values(cu_seqlens) else list(equal_documents(num_keys, cu_seqlens))
+        places = cu_seqlens.tolist() if has_values(cu_seqlens) else equal_documents(num_keys, cu_seqlens)
         check_bounds(places, num_keys)
         bounds = tuple(min(max(place - query_start, 0), length) for place in places)
         after = bisect_right(places, query_start)

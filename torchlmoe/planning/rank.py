@@ -13,14 +13,13 @@ from torch import Tensor
 from torchlmoe.config.batch import batch_sizes, num_stages
 from torchlmoe.config.settings import Config
 from torchlmoe.model.decoder import Decoder
-from torchlmoe.ops.host_dtype import as_on_gpu
 from torchlmoe.parallel.parallelize import ready, shape
 from torchlmoe.parallel.ranks import Ranks
 from torchlmoe.planning.communication import Message
 from torchlmoe.planning.memory import local_parts
 from torchlmoe.planning.trace import Trace
 from torchlmoe.planning.work import Task
-from torchlmoe.planning.world import fake_rank
+from torchlmoe.planning.world import as_on_gpu, fake_rank
 from torchlmoe.training.optimizer import build_optimizer, clip_gradients
 from torchlmoe.training.pipeline_step import PipelineStep
 from torchlmoe.training.step import Step, build_step

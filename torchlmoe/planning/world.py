@@ -12,6 +12,18 @@ from torch.distributed.pipelining.schedules import _PipelineSchedule
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from torchlmoe.ops import host_dtype
+
+
+@contextmanager
+def as_on_gpu() -> Iterator[None]:
+    """Within it, a CPU's tensors are laid out, and their products done, as a GPU's would be."""
+    host_dtype.stands_for_gpu = True
+    try:
+        yield
+    finally:
+        host_dtype.stands_for_gpu = False
+
 
 @contextmanager
 def fake_rank(rank: int, world_size: int) -> Iterator[FakeTensorMode]:

@@ -21,7 +21,8 @@ from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-from torchlmoe.ops.operation import custom_op, has_values
+from torchlmoe.ops.fake_values import has_values
+from torchlmoe.ops.operation import custom_op
 from torchlmoe.routing.dispatch import Slots, gather_slots, reorder_choices, sum_slots
 
 
