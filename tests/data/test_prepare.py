@@ -192,14 +192,14 @@ def race(dataset, cache_dir, barrier, results):
     logging.getLogger().addHandler(handler)
     logging.getLogger().setLevel(logging.INFO)
     builds = []
-    really_build = prepare_module._Build._build
+    really_build = prepare_module._Build._tokenize
 
     def slow_build(build):
         builds.append(1)
         time.sleep(1)  # long enough for the others to come upon the lock
         really_build(build)
 
-    prepare_module._Build._build = slow_build
+    prepare_module._Build._tokenize = slow_build
     tokenizer = load_tokenizer("embedded")
     barrier.wait(timeout=60)
     store = prepare(dataset, "train", tokenizer=tokenizer, cache_dir=cache_dir, validation_fraction=0)
