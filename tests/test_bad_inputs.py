@@ -94,7 +94,7 @@ CASES = {
     "--data.dataset {place}/fake.parquet": "fake.parquet cannot be read",
     "--data.dataset {place}/torn.parquet": "torn.parquet cannot be read",
     "--data.dataset {place}/book.txt": "give a data.validation_dataset, set validation.enable = false, or",
-    "--data.dataset {place}/mismatch.bin --validation.enable false": "mismatch.idx does not match mismatch.bin: it counts",
+    "--data.dataset {place}/mismatch.bin --validation.enable false": "mismatch.idx does not match mismatch.bin: it",
     "--data.num_writers 2 --data.writer 2": "data.writer = 2 is none of the data.num_writers = 2 writers",
     "--data.mixture [{{dataset='a',weight=-1.0}}]": "data.mixture.0.weight = -1.0 is not valid",
     "--data.mixture [{{dataset='a',weight=0.0}}]": "data.mixture has sources with weight = 0 alone: give at least one",
