@@ -83,7 +83,7 @@ def test_skipped_steps_are_counted_through_a_checkpoint(corpus, tmp_path):
 
 
 def tokens_file(trainer):
-    return trainer.loader.store.folder / "tokens_00000.bin"
+    return trainer.loader.order.sources[0].store.folder / "tokens_00000.bin"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -139,7 +140,7 @@ def test_modules_without_a_role_are_refused():
 
 def test_a_loss_without_a_split_vocabulary_is_refused():
     model = build_on_meta(load_config([]), 50)
-    model.head.loss = lambda hidden, weight, labels, chunk_size: hidden.sum()
+    model.spec = replace(model.spec, loss=lambda hidden, weight, labels, chunk_size: hidden.sum())
     with pytest.raises(ValueError, match=r"which the loss that training.loss names cannot"):
         tensor_parallel_plan(model, 3)
 
