@@ -178,7 +178,7 @@ def test_a_damaged_store_is_reported(build):
 
 def test_progress_is_logged(build, caplog, monkeypatch):
     monkeypatch.setattr("torchlmoe.data.progress.LOG_INTERVAL_SECONDS", 0)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="torchlmoe"):
         store = build()
     assert len(caplog.messages) == 3  # after a batch, a piece and at the end
     assert f"{store.num_documents} documents, 0.0 MB of text, {store.num_tokens:,} tokens" in caplog.messages[-1]

@@ -158,7 +158,7 @@ def test_processes_make_the_same(build, small_pieces, monkeypatch, caplog):
     """Real processes, which do not see what this test has patched but the pieces: so whole shards."""
     monkeypatch.setattr(tokenizing, "CHARACTERS_PER_SHARD", 2**30)
     monkeypatch.setattr("torchlmoe.data.progress.LOG_INTERVAL_SECONDS", 0)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="torchlmoe"):
         two = build("two", workers=2, validation_fraction=0.3)
     assert "counted the documents of" in caplog.text
     assert "% done, about" in caplog.text
