@@ -2,6 +2,7 @@
 
 import faulthandler
 import json
+import logging
 import os
 import resource
 from contextlib import contextmanager, suppress
@@ -34,6 +35,15 @@ SECONDS_OF_A_HANG = 1200  # after which a rank prints where it is and ends
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Groups of processes first: a long test that starts last would leave the other cores without work."""
     items.sort(key=lambda item: "parallel" not in item.path.parts and "checkpoint" not in item.path.parts)
+
+
+@pytest.fixture(autouse=True)
+def level_of_our_logger():
+    """A program sets it for its process, which other tests share."""
+    logger = logging.getLogger("torchlmoe")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")
