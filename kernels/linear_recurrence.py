@@ -43,7 +43,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-160.0)  # exp2 of it is zero: a gate of -inf becomes this, so that sums are finite
 
 
-# What the matrices [C, C] of a chunk are: the scores of what q or e reads of what k or b (where it is not k) writes.
+# Indices of a chunk's score matrices [C, C]. Rows are readers (q or e), columns are writers (k, or b if it is not k).
 QK = tl.constexpr(0)  # P = <q, k>
 INVERSE = tl.constexpr(1)  # T = (I + strict <e, b>)^-1
 QB = tl.constexpr(2)
@@ -67,7 +67,7 @@ class Terms(NamedTuple):
     v: Any
     g: Any  # log decay
     e: Any  # erased: e itself, or the factor of b that it is
-    b: Any  # what is written to erase, where it is not k
+    b: Any  # erase_key of the operation; None if it is k
     h: Any  # log decay of the values
     u: Any  # bonus, [heads, K]
 

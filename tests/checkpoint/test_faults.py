@@ -273,7 +273,7 @@ def whole(corpus, tmp_path_factory):
 @pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM])
 def test_a_signal_to_one_of_eight_ranks(number, whole, corpus, tmp_path):
-    """All others name the rank that is lost, or all stop; the same command goes on bit for bit."""
+    """The others name the lost rank, or all ranks stop. The same command then resumes bit for bit."""
     folder = tmp_path / "run"
     with on_eight_ranks(corpus, folder) as run:
         run.wait_for_step(10)
