@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -86,7 +87,7 @@ def prefixed(table: Iterable[Rule], theirs: str, ours: str) -> list[Rule]:
     return [rule.renamed(theirs.__add__, ours.__add__) for rule in table]
 
 
-def convert(tensors: Mapping[str, Tensor], table: Iterable[Rule], reverse: bool = False) -> dict[str, Tensor]:
+def convert(tensors: Mapping[str, Tensor], table: Iterable[Rule], *, reverse: bool = False) -> dict[str, Tensor]:
     """Tensors by their names in the other format -> tensors by their names here; with `reverse` the other way.
 
     The tensors may be of any dtype and device, meta included, and may share memory with the result.
@@ -94,24 +95,48 @@ def convert(tensors: Mapping[str, Tensor], table: Iterable[Rule], reverse: bool 
     Raises ValueError with one sentence that names a tensor that is missing, that no rule or more than one rule takes,
     that two rules give, or whose shape or dtype does not fit. Names are checked before any tensor is made.
     """
-    numbers = _numbers_by_pattern(tensors)
+    result: dict[str, Tensor] = {}
+    for conversion in conversions(tensors, table, reverse=reverse):
+        result.update(conversion([tensors[name] for name in conversion.sources]))
+    return result
+
+
+class Conversion(NamedTuple):
+    """One rule, applied in one direction to the tensors `sources`, which gives the tensors `targets`."""
+
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
+    run: Callable[[Sequence[Tensor]], list[Tensor]]
+
+    def __call__(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The targets, from the sources in their order. Raises ValueError as `convert` does."""
+        return dict(zip(self.targets, self.run(tensors), strict=True))
+
+
+def conversions(names: Collection[str], table: Iterable[Rule], *, reverse: bool = False) -> list[Conversion]:
+    """What `convert` does to tensors of these names, one step after another.
+
+    Raises ValueError as `convert` does, but for shapes and dtypes.
+    """
+    numbers = _numbers_by_pattern(names)
     rules = [each for rule in table for each in _numbered(rule, numbers, reverse)]
-    sources = [rule.ours if reverse else rule.theirs for rule in rules]
-    targets = [rule.theirs if reverse else rule.ours for rule in rules]
-    for wanted, given in zip(sources, targets, strict=True):
-        for name in wanted:
-            if name not in tensors:
-                raise ValueError(f"{name} is missing, which {_few(given)} must be made from: add it or drop its rule.")
-    taken = _once("take", sources)
-    _once("give", targets)
-    left = [name for name in tensors if name not in taken]
+    found = [
+        Conversion(rule.ours, rule.theirs, rule.backward)
+        if reverse
+        else Conversion(rule.theirs, rule.ours, rule.forward)
+        for rule in rules
+    ]
+    for conversion in found:
+        for name in conversion.sources:
+            if name not in names:
+                targets = _few(conversion.targets)
+                raise ValueError(f"{name} is missing, which {targets} must be made from: add it or drop its rule.")
+    taken = _once("take", (conversion.sources for conversion in found))
+    _once("give", (conversion.targets for conversion in found))
+    left = [name for name in names if name not in taken]
     if left:
         raise ValueError(f"No rule takes {_few(left)}: add a rule to the table, or leave out what is not wanted.")
-    result: dict[str, Tensor] = {}
-    for rule, wanted, given in zip(rules, sources, targets, strict=True):
-        run = rule.backward if reverse else rule.forward
-        result.update(zip(given, run([tensors[name] for name in wanted]), strict=True))
-    return result
+    return found
 
 
 def _numbers_by_pattern(names: Iterable[str]) -> dict[str, list[str]]:

@@ -1,0 +1,164 @@
+"""What a family of models in transformers is: its settings and its weights, both ways.
+
+    family = FAMILIES["qwen3_next"]                  # torchlmoe.interop.families
+    tables = family.settings(config_json, place)     # [model] and [moe] of torchlmoe
+    content = family.config(model)                   # the keys of config.json
+    table = family.rules(model)                      # of weights
+
+A family's file gives three functions. `read` takes the keys of a config.json and returns tables of settings, `write`
+is its inverse on a model, and `block_rules` gives the rules of one block's weights. Models are on the meta device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any
+
+from torchlmoe.interop.keys import Keys
+from torchlmoe.interop.rules import Rule, prefixed
+from torchlmoe.layers.rope_scaling import RopeScaling
+from torchlmoe.mixers import MIXERS
+from torchlmoe.model.block import Block
+from torchlmoe.model.decoder import Decoder
+from torchlmoe.model.spec import Residual
+
+_PLAIN = (bool, int, float, str, tuple, list, dict, type(None), FunctionType, Residual, RopeScaling)
+# Attributes that may differ between two modules which compute the same from tokens: how they are drawn, trained, run.
+_WITHOUT_EFFECT = {
+    "backend", "bias_update_rate", "capacity_factor", "counter_sizes", "init_std", "loss_chunk_size",
+    "places_in_common", "training",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Names:
+    """What a family calls the parts around its layers."""
+
+    embedding: str = "model.embed_tokens.weight"
+    layers: str = "model.layers"
+    norm: str = "model.norm.weight"
+    head: str = "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class Family:
+    """A `model_type` of transformers.
+
+    architecture: transformers' class of the whole model. read: the keys of config.json -> tables of settings. write: a
+    model -> keys of config.json. block_rules: one block's weights, by names within the layer (theirs) and
+    within the block (ours); it is also told whether the experts are separate, as in most files, or stacked, as in
+    transformers' modules. separate_experts: which of both transformers writes.
+    left_out: beginnings of the names of tensors that have no place here, such as those of multi-token prediction.
+    """
+
+    model_type: str
+    architecture: str
+    read: Callable[[Keys], dict[str, Any]]
+    write: Callable[[Decoder], dict[str, Any]]
+    block_rules: Callable[[Block, bool], list[Rule]]
+    names: Names = Names()
+    separate_experts: bool = True
+    left_out: tuple[str, ...] = ()
+
+    def settings(self, content: Mapping[str, Any], place: str) -> dict[str, Any]:
+        """Tables `model` and `moe` for a config.json. Raises ValueError for a key that has no counterpart."""
+        keys = Keys(content, place)
+        tables = self.read(keys)
+        keys.integer("vocab_size", least=2)
+        keys.finish()
+        return tables
+
+    def config(self, model: Decoder) -> dict[str, Any]:
+        """The keys of config.json for a model. Raises ValueError if it has a mixer that the family lacks."""
+        frame = {
+            "model_type": self.model_type,
+            "architectures": [self.architecture],
+            "vocab_size": model.spec.vocab_size,
+        }
+        return frame | self.write(model)
+
+    def rules(self, model: Decoder, separate_experts: bool | None = None) -> list[Rule]:
+        """Rules for all weights of a model; separate_experts as transformers writes them if None."""
+        separate = self.separate_experts if separate_experts is None else separate_experts
+        names = self.names
+        table = [Rule(names.embedding, "embedding.weight"), Rule(names.norm, "head.norm.weight")]
+        if model.head.projection is not None:
+            table.append(Rule(names.head, "head.projection.weight"))
+        for index, block in model.blocks.items():
+            assert isinstance(block, Block)
+            table += prefixed(self.block_rules(block, separate), f"{names.layers}.{index}.", f"blocks.{index}.")
+        return table
+
+
+def model_tables(kinds: Mapping[str, dict[str, Any]], letters: Sequence[str], **model: Any) -> dict[str, Any]:
+    """Tables `model` and `moe`, from each letter's table and the letter of each layer.
+
+    Where all layers of experts have the same options, these become the table `moe`.
+    """
+    period = next(p for p in range(1, len(letters) + 1) if all(x == letters[i % p] for i, x in enumerate(letters)))
+    used = {letter: dict(kinds[letter]) for letter in dict.fromkeys(letters)}
+    experts = [table for table in used.values() if table.get("mlp", "moe") == "moe"]
+    moe = experts[0].get("mlp_options", {}) if experts else {}
+    if all(table.get("mlp_options", {}) == moe for table in experts):
+        for table in experts:
+            table.pop("mlp_options", None)
+    else:
+        moe = {}
+    pattern = "".join(letters[:period])
+    return {"model": {"layer_pattern": pattern, "num_layers": len(letters), "layers": used, **model}, "moe": moe}
+
+
+def mixers_of(model: Decoder, model_type: str, *known: str) -> list[Any]:
+    """The first mixer of each of the known kinds; None for a kind that the model lacks.
+
+    Raises ValueError for a block whose mixer is of another kind.
+    """
+    kinds = [MIXERS[name] for name in known]
+    first: dict[type, Any] = {}
+    for index, block in model.blocks.items():
+        kind = type(block.mixer)
+        if block.mixer is not None and kind not in kinds:
+            raise ValueError(
+                f"Block {index} has the mixer {_name_of(kind)}; {model_type} has {' and '.join(known)} alone: choose "
+                "another --format."
+            )
+        first.setdefault(kind, block.mixer)
+    return [first.get(kind) for kind in kinds]
+
+
+def check_equal(model: Decoder, again: Decoder, model_type: str) -> None:
+    """Checks that two models on the meta device compute the same, the second made from what the first's config.json says.
+
+    Raises ValueError naming the first part that config.json cannot hold.
+    """
+    ours, theirs = _description(model), _description(again)
+    for name in (*ours, *theirs):
+        if ours.get(name) != theirs.get(name):
+            raise ValueError(
+                f"{name} is {_text(ours.get(name))}, for which {model_type} has no counterpart (it has "
+                f"{_text(theirs.get(name))}): choose another --format."
+            )
+
+
+def _description(model: Decoder) -> dict[str, Any]:
+    """Every class, plain attribute and parameter's shape by name, but for those that change nothing in what is computed."""
+    found: dict[str, Any] = {}
+    for path, module in model.named_modules():
+        if path.endswith("load_balance"):
+            continue
+        found[path or "The model"] = type(module)
+        for name, value in vars(module).items():
+            if isinstance(value, _PLAIN) and not name.startswith("_") and name not in _WITHOUT_EFFECT:
+                found[f"{path}.{name}"] = value
+    return found | {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def _text(value: Any) -> str:
+    return _name_of(value) if isinstance(value, type) else str(value)
+
+
+def _name_of(kind: type) -> str:
+    names = [name for name, mixer in MIXERS.items() if mixer is kind]
+    return names[0] if names else kind.__name__
