@@ -69,8 +69,6 @@ def test_experts_without_gate(options):
     expected, _ = token_by_token(moe, x)
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
     assert_same_gradients(moe, x, y, expected, torch.randn_like(y))
-    bfloat16, given, sequence = make(torch.bfloat16, activation="relu2", balance="none", **options)
-    torch.testing.assert_close(bfloat16(given, sequence=sequence).double(), y, rtol=0.1, atol=0.02)
 
 
 @pytest.mark.parametrize("router_std", [0.0, 0.3, 30.0])

@@ -56,7 +56,7 @@ OTHER_BLOCKS = {
     --model.layers.N.mlp_options.activation relu2 --model.layers.P.mixer attention --model.layers.P.norm_placement post
     --moe.activation relu2 --moe.latent_dim 12 --moe.num_shared_experts 1 --model.zero_centered_norm true
     --model.embedding_multiplier 12.0 --model.logit_divisor 6.0 --optimizer.name muon
-    --activation_checkpoint.mode selective --compile.enable true"""
+    --activation_checkpoint.mode selective"""
 }
 COMPILED = {"compiled": f"{TWO_BLOCKS} --compile.enable true"}
 

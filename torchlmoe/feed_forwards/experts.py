@@ -51,7 +51,8 @@ class Experts(nn.Module):
 
     def forward(self, x_MD: Tensor, weight_M: Tensor, offset_E: Tensor) -> Tensor:
         if self.has_gate:
-            hidden_MF = weighted_swiglu(self.matmul(x_MD, self.gate_up_proj, offset_E), weight_M)
+            gate_up_MF = self.matmul(x_MD, self.gate_up_proj, offset_E)
+            hidden_MF = weighted_swiglu(gate_up_MF, weight_M)
         else:
             hidden_MF = weighted_relu2(self.matmul(x_MD, self.up_proj, offset_E), weight_M)
         return self.matmul(hidden_MF, self.down_proj, offset_E)
