@@ -124,6 +124,21 @@ def test_zero_centered_norms():
     assert not any(x.any() for name, x in fresh.state_dict().items() if name.endswith("norm.weight"))
 
 
+def test_layer_norms():
+    """Those of blocks and head, with weight and bias."""
+    model = build("--model.layer_pattern", "N", "--model.num_layers", "1", "--model.norm", "layer")
+    block, sequence, tokens = model.blocks["0"], SequenceLayout.of_rows(2, 5), torch.arange(10).view(2, 5)
+
+    def normed(x, norm):
+        centered = x - x.mean(-1, keepdim=True)
+        return centered / (centered.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight + norm.bias
+
+    x = model.embedding.weight[tokens]
+    x = x + block.mixer(normed(x, block.mixer_norm), sequence=sequence)
+    x = x + block.feed_forward(normed(x, block.feed_forward_norm), sequence=sequence)
+    torch.testing.assert_close(model(tokens), normed(x, model.head.norm) @ model.head.projection.weight.mT)
+
+
 def test_what_does_not_fit_is_refused():
     letter = "model.layers.L"
     refused = {
@@ -135,6 +150,7 @@ def test_what_does_not_fit_is_refused():
         f"--{letter}.mlp_branch_weight 0.0": "mlp_branch_weight = 0.0 is not valid",
         f"--{letter}.mixer none --{letter}.conv_size 4": "conv_size is not a setting",
         "--model.logit_divisor 0.0": "model.logit_divisor = 0.0 is not valid",
+        "--model.norm layer --model.zero_centered_norm true": "zero_centered_norm = true has no effect with model.norm",
         "--moe.activation gelu": "moe.activation = 'gelu' is not valid: it should be 'swiglu' or 'relu2'",
         f"--{letter}.mlp dense --{letter}.mlp_options.activation gelu": "activation = 'gelu' is not valid",
     }

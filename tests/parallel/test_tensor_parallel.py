@@ -67,7 +67,7 @@ def test_equals_one_process(corpus, tmp_path):
             "heads": ({name: EVERY_MIXER[name] for name in map("pure_{}".format, KINDS)}, f"{HEADS} 2"),
             "other_heads": (OTHER_BLOCKS, f"{HEADS} 2 --parallelism.expert_parallel_degree 2"),
             "other_spans": (OTHER_BLOCKS, f"{SPANS} 2"),
-            "other_stages": (OTHER_BLOCKS, "--parallelism.pipeline_parallel_degree 2"),
+            "other_stages": (OTHER_BLOCKS, "--parallelism.pipeline_parallel_degree 2 --training.local_batch_size 1"),
         },
         4: {
             "more_heads": (ON_FOUR, f"{HEADS} 4"),

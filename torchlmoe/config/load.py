@@ -37,6 +37,7 @@ DEFAULT_LAYERS = {"L": {"mixer": "gated_deltanet", "mlp": "moe"}, "N": {"mixer":
 # Settings that do nothing but with others: name -> (the other one, its value, a letter in it or its least number).
 _NEEDS: dict[str, tuple[str, Any]] = {
     "model.mixer": ("model.layer_pattern", "L"),
+    "model.zero_centered_norm": ("model.norm", "rms"),
     "moe.aux_loss_weight": ("moe.balance", "aux_loss"),
     "moe.aux_loss_scope": ("moe.balance", "aux_loss"),
     "moe.bias_update_rate": ("moe.balance", "loss_free"),

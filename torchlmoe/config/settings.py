@@ -63,6 +63,10 @@ class Model(Table):
     num_heads: Annotated[int, Field(ge=1, description="Heads of every mixer that does not say otherwise.")] = 4
     mlp_dim: Annotated[int | None, Field(ge=1, description="Width of dense MLPs; by their activation if unset.")] = None
     rope_base: Annotated[float, Field(gt=1, le=1e12, description="Base of the rotary wavelengths.")] = 10_000.0
+    norm: Annotated[
+        Literal["rms", "layer"],
+        Field(description="Norm of blocks and head: RMS, or layer norm with a bias (RWKV). Those in mixers stay."),
+    ] = "rms"
     norm_eps: NormEps = 1e-6
     zero_centered_norm: ZeroCenteredNorm = False
     init_std: InitStd = 0.02
@@ -400,6 +404,7 @@ class Config(Table):
             vocab_size=vocab_size,
             dim=model.dim,
             blocks=tuple(of_letter[letter] for letter in letters),
+            norm_kind=model.norm,
             norm_eps=model.norm_eps,
             zero_centered_norm=model.zero_centered_norm,
             init_std=model.init_std,

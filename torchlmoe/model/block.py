@@ -6,7 +6,6 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from torchlmoe.feed_forwards.base import FeedForward
-from torchlmoe.layers.norms import RMSNorm
 from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.mixers.base import Mixer
 from torchlmoe.model.spec import ModelSpec, Residual
@@ -62,14 +61,14 @@ class Block(nn.Module):
             x = self._join(x, branch, self.feed_forward_norm, *weights)
         return x if shared is None else (x, shared)
 
-    def _enter(self, x: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+    def _enter(self, x: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
         """The stream, and what the branch is given."""
         if self.residual.norm_placement == "post":
             return x, x
         normed = norm(x)
         return (normed if self.residual.norm_placement == "stream" else x), normed
 
-    def _join(self, x: Tensor, branch: Tensor, norm: RMSNorm, stream_weight: float, branch_weight: float) -> Tensor:
+    def _join(self, x: Tensor, branch: Tensor, norm: nn.Module, stream_weight: float, branch_weight: float) -> Tensor:
         if self.residual.norm_placement == "post":
             branch = norm(branch)
         # A product with one would cost a pass over the tensor.

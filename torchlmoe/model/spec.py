@@ -9,6 +9,7 @@ from torch import Tensor
 
 from torchlmoe.feed_forwards.base import FeedForward
 from torchlmoe.layers.cross_entropy import linear_cross_entropy
+from torchlmoe.layers.group_norms import LayerNorm
 from torchlmoe.layers.norms import RMSNorm
 from torchlmoe.mixers.base import Mixer
 
@@ -60,13 +61,15 @@ class BlockSpec:
 class ModelSpec:
     """The model around its blocks.
 
-    zero_centered_norm: whether the norms of blocks and head hold offsets from one. embedding_multiplier: of the
-    embeddings. logit_divisor: of the logits. loss: what training minimises, see `torchlmoe.layers.losses`.
+    norm_kind: of the norms of blocks and head. zero_centered_norm: whether RMS norms there hold offsets from one.
+    embedding_multiplier: of the embeddings. logit_divisor: of the logits. loss: what training minimises, see
+    `torchlmoe.layers.losses`.
     """
 
     vocab_size: int
     dim: int
     blocks: tuple[BlockSpec, ...]
+    norm_kind: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-6
     zero_centered_norm: bool = False
     init_std: float = 0.02
@@ -76,6 +79,8 @@ class ModelSpec:
     loss_chunk_size: int = 512
     loss: Callable[..., Tensor] = linear_cross_entropy
 
-    def norm(self) -> RMSNorm:
+    def norm(self) -> RMSNorm | LayerNorm:
         """A new norm of the residual stream."""
+        if self.norm_kind == "layer":
+            return LayerNorm(self.dim, self.norm_eps)
         return RMSNorm(self.dim, self.norm_eps, zero_centered=self.zero_centered_norm)
