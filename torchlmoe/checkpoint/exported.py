@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 import torchlmoe
 from torchlmoe.checkpoint.manifest import NAME, describe, sync_folder, verify, write_manifest
 from torchlmoe.checkpoint.state import model_state
+from torchlmoe.checkpoint.transformers_folder import is_transformers
 from torchlmoe.config.load import ConfigError, config_from, to_dict
 from torchlmoe.config.settings import Config
 from torchlmoe.data.tokenizer import Tokenizer
@@ -42,7 +43,7 @@ class _Content(BaseModel):
 
 
 def is_exported(folder: Path) -> bool:
-    return (folder / CONFIG).is_file() and any(folder.glob("model*.safetensors"))
+    return (folder / CONFIG).is_file() and any(folder.glob("model*.safetensors")) and not is_transformers(folder)
 
 
 def write_exported(folder: Path, model: Decoder, config: Config, tokenizer: Tokenizer, *, max_shard_bytes: int) -> None:

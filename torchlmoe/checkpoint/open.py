@@ -1,15 +1,21 @@
 """Opens a trained model, from a checkpoint of a run or from an exported folder."""
 
 import logging
+from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from torchlmoe.checkpoint.companions import read_companions
 from torchlmoe.checkpoint.exported import config_of_file, is_exported, read_exported
 from torchlmoe.checkpoint.folders import is_published, published
 from torchlmoe.checkpoint.manifest import NAME, verify
 from torchlmoe.checkpoint.run_record import differences, fixed_of_model, read_run
 from torchlmoe.checkpoint.state import check_tensors, load_tensors, model_state, saved_tensors
+from torchlmoe.checkpoint.tensor_files import TensorFolder
+from torchlmoe.checkpoint.transformers_folder import TransformersFolder, is_transformers
 from torchlmoe.config.settings import Config
 from torchlmoe.data.tokenizer import Tokenizer
 from torchlmoe.files import expanded, read_toml
@@ -23,8 +29,8 @@ def open_model(
 ) -> tuple[Decoder, Config, Tokenizer]:
     """The whole model on one device, in eval mode, with the settings and the tokenizer it was trained with.
 
-    folder: one checkpoint (step-...), the folder of a run or of its checkpoints (the latest is taken), or what
-        torchlmoe.export wrote.
+    folder: one checkpoint (step-...), the folder of a run or of its checkpoints (the latest is taken), what
+        torchlmoe.export wrote, or what transformers' save_pretrained wrote of a family in `interop.families`.
     dtype: of the parameters; as saved if None. Modules marked `float32_island` stay in at least float32.
     A run that saves and prunes may remove its newest checkpoint while it is read. The then newest is read instead.
     Raises ValueError, naming the file, where something is missing or damaged.
@@ -43,47 +49,97 @@ def open_model(
             logger.info(f"{chosen} was removed while it was read: taking the newest again.")
 
 
+def open_folder(folder: Path) -> "SavedFolder | TransformersFolder":
+    """What `open_model` opens, without its weights. Raises ValueError as it does."""
+    chosen = resolve(folder)
+    return TransformersFolder(chosen) if is_transformers(chosen) else SavedFolder(chosen)
+
+
 def _open(folder: Path, dtype: torch.dtype | None, device: torch.device | str) -> tuple[Decoder, Config, Tokenizer]:
-    others: tuple[str, ...] = ()
-    if is_exported(folder):
-        config, tokenizer, vocab_size = read_exported(folder)
-        prefix = ""
-    else:
-        config, tokenizer, vocab_size = _read_checkpoint(folder)
-        prefix, others = "model.", ("optimizer.",)
-    if vocab_size < tokenizer.vocab_size:
-        raise ValueError(
-            f"{folder} gives a vocabulary of {vocab_size} to a tokenizer of {tokenizer.vocab_size} tokens."
-        )
-
-    def is_other(name: str) -> bool:
-        return name.startswith(others)
-
-    # All that follows takes memory and time by the settings, so that these are first held against the files.
-    saved = saved_tensors(folder)
-    start = f"{prefix}blocks."
-    num_blocks = len({name.removeprefix(start).partition(".")[0] for name in saved if name.startswith(start)})
-    if num_blocks != config.model.num_layers:
-        raise ValueError(
-            f"{folder} holds {num_blocks} blocks, but the settings give model.num_layers = {config.model.num_layers}: "
-            "it is of another architecture."
-        )
-    if dtype is None:
-        embedding = saved.get(f"{prefix}embedding.weight")
-        floating = embedding is not None and embedding.properties.dtype.is_floating_point
-        dtype = embedding.properties.dtype if embedding is not None and floating else torch.float32
-    try:
-        model = build_on_meta(config, vocab_size).to(dtype)
-    except (RuntimeError, TypeError, OverflowError) as error:
-        raise ValueError(f"The settings in {folder} give no model that can be built: {error}.") from error
+    opened = open_folder(folder)
+    model = opened.model.to(opened.dtype if dtype is None else dtype)
     for module in model.modules():
         if getattr(module, "float32_island", False):
-            module.to(torch.promote_types(dtype, torch.float32))
-    check_tensors(model_state(model, prefix), saved, folder, is_other=is_other)
+            module.to(torch.promote_types(opened.dtype if dtype is None else dtype, torch.float32))
+    opened.check()
     model.to_empty(device=device)
     model.init_weights(0)  # for the buffers that are not saved
-    load_tensors(model_state(model, prefix), folder, is_other=is_other)
-    return model.eval(), config, tokenizer
+    opened.load()
+    return model.eval(), opened.config, opened.tokenizer
+
+
+class SavedFolder:
+    """A checkpoint or an export, opened without its weights.
+
+    Attributes: config, tokenizer, vocab_size; dtype, of the embedding; model, on the meta device.
+    Raises ValueError with one sentence where something is missing, damaged or contradicts itself.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        if is_exported(folder):
+            self.config, self.tokenizer, self.vocab_size = read_exported(folder)
+            self.prefix = ""
+        else:
+            self.config, self.tokenizer, self.vocab_size = _read_checkpoint(folder)
+            self.prefix = "model."
+        if self.vocab_size < self.tokenizer.vocab_size:
+            raise ValueError(
+                f"{folder} gives a vocabulary of {self.vocab_size} to a tokenizer of {self.tokenizer.vocab_size} "
+                "tokens."
+            )
+        # All that follows takes memory and time by the settings, so that these are first held against the files.
+        self._saved = saved_tensors(folder)
+        start = f"{self.prefix}blocks."
+        num_blocks = len({name.removeprefix(start).partition(".")[0] for name in self._saved if name.startswith(start)})
+        if num_blocks != self.config.model.num_layers:
+            raise ValueError(
+                f"{folder} holds {num_blocks} blocks, but the settings give model.num_layers = "
+                f"{self.config.model.num_layers}: it is of another architecture."
+            )
+        embedding = self._saved.get(f"{self.prefix}embedding.weight")
+        floating = embedding is not None and embedding.properties.dtype.is_floating_point
+        self.dtype = embedding.properties.dtype if embedding is not None and floating else torch.float32
+        try:
+            self.model = build_on_meta(self.config, self.vocab_size)
+        except (RuntimeError, TypeError, OverflowError) as error:
+            raise ValueError(f"The settings in {folder} give no model that can be built: {error}.") from error
+
+    def check(self) -> None:
+        """Raises ValueError for a tensor that is missing, too much, or of another shape than the model's."""
+        check_tensors(model_state(self.model, self.prefix), self._saved, self.folder, is_other=self._is_other)
+
+    def load(self) -> None:
+        """Fills the model, which has storage by now."""
+        load_tensors(model_state(self.model, self.prefix), self.folder, is_other=self._is_other)
+
+    def _is_other(self, name: str) -> bool:
+        return bool(self.prefix) and name.startswith("optimizer.")
+
+    @cached_property
+    def _source(self) -> TensorFolder:
+        return TensorFolder(self.folder)
+
+    def meta(self) -> dict[str, Tensor]:
+        """The tensors of the model as they are saved, on the meta device, by their names in the model."""
+        return {name: self._source.meta([f"{self.prefix}{name}"])[0] for name in self.model.state_dict()}
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each of these."""
+        return {name: tensor.nbytes for name, tensor in self.meta().items()}
+
+    def read(self, names: Iterable[str]) -> list[Tensor]:
+        """Tensors by their names in the model."""
+        return self._source.read(f"{self.prefix}{name}" for name in names)
+
+    def tensors(self) -> Iterator[dict[str, Tensor]]:
+        """All of them, one at a time."""
+        return ({name: self.read([name])[0]} for name in self.model.state_dict())
+
+    def companions(self) -> dict[str, bytes]:
+        """The files beside the weights, by name, of a model that came from elsewhere."""
+        return {"tokenizer.json": self.tokenizer.content, **read_companions(self.folder.parent.parent)}
 
 
 def _read_checkpoint(folder: Path) -> tuple[Config, Tokenizer, int]:
@@ -106,7 +162,7 @@ def _read_checkpoint(folder: Path) -> tuple[Config, Tokenizer, int]:
 
 def resolve(folder: Path) -> Path:
     """The checkpoint or exported folder that is meant. Raises ValueError where there is none."""
-    if (folder / NAME).is_file() or is_published(folder) or is_exported(folder):
+    if (folder / NAME).is_file() or is_published(folder) or is_exported(folder) or is_transformers(folder):
         return folder
     for root in (folder, folder / "checkpoints"):
         if available := published(root):

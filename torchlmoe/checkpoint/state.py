@@ -9,32 +9,19 @@ Sharded tensors are DTensors, which know their place in the whole.
 import warnings
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Annotated
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
 
-from torchlmoe.files import complaint, open_regular
+from torchlmoe.checkpoint.headers import read_header, unreadable
 from torchlmoe.parallel.failures import cause_of
 
 _FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
-_DTYPES = ("F16", "BF16", "F32", "F64", "I64", "I32", "I16", "I8", "U8", "BOOL")  # as safetensors writes them
-
-
-class _Place(BaseModel):
-    """Where in a tensor a file's piece begins, as torch.distributed.checkpoint writes it."""
-
-    model_config = ConfigDict(strict=True)
-    saved_offsets: list[Annotated[int, Field(ge=0, lt=2**61)]]
-
-
-_PLACES = TypeAdapter(dict[str, _Place])
 
 
 def model_state(model: nn.Module, prefix: str = "model.") -> dict[str, Tensor]:
@@ -89,15 +76,16 @@ class _Reader(dcp.HuggingFaceStorageReader):
 
     def __init__(self, folder: Path):
         super().__init__(str(folder))
-        kinds: dict[str, tuple[str, int]] = {}
+        kinds: dict[str, tuple[torch.dtype, int]] = {}
         for path in sorted(folder.glob("*.safetensors")):
-            for name, kind in _check_header(path).items():
+            for name, piece in read_header(path).items():
+                kind = (piece.dtype, len(piece.shape))
                 if kinds.setdefault(name, kind) != kind:
                     raise ValueError(f"{path} is damaged: its piece of {name!r} does not fit those of other files.")
         try:
             self._metadata = super().read_metadata()
         except (SafetensorError, RuntimeError) as error:
-            raise _unreadable(folder, error) from error
+            raise unreadable(folder, error) from error
         self.tensors: dict[str, TensorStorageMetadata] = self._metadata.state_dict_metadata  # type: ignore[assignment]
 
     def read_metadata(self) -> Metadata:
@@ -167,36 +155,7 @@ def load_tensors(
             warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed.checkpoint")
             dcp.load(state, storage_reader=reader, process_group=group, no_dist=group is None)
     except CheckpointException as error:
-        raise _unreadable(folder, cause_of(error)) from error
-
-
-def _check_header(path: Path) -> dict[str, tuple[str, int]]:
-    """Dtype and number of dimensions of a file's tensors. Raises ValueError for a header that torch cannot read."""
-    open_regular(path).close()
-    try:
-        with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
-            tensors = {name: (piece.get_dtype(), piece.get_shape()) for name, piece in slices.items()}
-            info = (file.metadata() or {}).get("DCP_SHARDING_INFO")
-            places = _PLACES.validate_json(info) if info else None
-    except (SafetensorError, RuntimeError) as error:
-        raise _unreadable(path, error) from error
-    except ValidationError as error:
-        raise ValueError(f"{path} is damaged: in its DCP_SHARDING_INFO {complaint(error)}.") from None
-    for name, (dtype, shape) in tensors.items():
-        if dtype not in _DTYPES:
-            raise ValueError(f"{path} holds {name!r} of dtype {dtype}; what is read is {', '.join(_DTYPES)}.")
-        known = places is None or (name in places and len(places[name].saved_offsets) == len(shape))
-        if not known or max(shape, default=0) >= 2**61:
-            raise ValueError(f"{path} is damaged: it does not say what part of {name!r} it holds.")
-    return {name: (dtype, len(shape)) for name, (dtype, shape) in tensors.items()}
-
-
-def _unreadable(path: Path, error: Exception) -> Exception:
-    """What to raise in place of the errors of safetensors, and of torch where it maps a file that is gone."""
-    if isinstance(error, SafetensorError) or (isinstance(error, RuntimeError) and "unable to" in str(error)):
-        return ValueError(f"{path} is damaged or gone: {str(error).partition(chr(10))[0]}.")
-    return error
+        raise unreadable(folder, cause_of(error)) from error
 
 
 def _tiles(tensor: TensorStorageMetadata) -> bool:

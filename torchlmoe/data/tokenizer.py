@@ -111,6 +111,25 @@ class Tokenizer:
         return len(text[:end].encode())
 
 
+def token_of_id(path: Path, index: int) -> str:
+    """The token with an id in a tokenizer.json. Raises ValueError if there is none."""
+    try:
+        token = tokenizers.Tokenizer.from_file(str(path)).id_to_token(index)
+    except Exception as error:  # whatever `tokenizers` raises
+        raise ValueError(f"{path} is not a tokenizer.json that this version of `tokenizers` reads: {error}.") from error
+    if token is None:
+        raise ValueError(f"{path} has no token with the id {index}, which is to end documents.")
+    return token
+
+
+def number_tokenizer(vocab_size: int, end_id: int) -> Tokenizer:
+    """Token ids as text: "17 3" is the tokens 17 and 3. For a model that came without a tokenizer."""
+    model = tokenizers.models.WordLevel({str(index): index for index in range(vocab_size)})
+    numbers = tokenizers.Tokenizer(model)
+    numbers.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return Tokenizer(Path("tokenizer.json"), str(end_id), numbers.to_str().encode())
+
+
 def load_tokenizer(name_or_path: str | Path, end_token: str | None = None) -> Tokenizer:
     """The tokenizer "embedded" (byte-level BPE, 4096 tokens), or a tokenizer.json, or one in a folder.
 

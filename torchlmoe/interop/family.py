@@ -20,7 +20,6 @@ from torchlmoe.interop.keys import Keys
 from torchlmoe.interop.rules import Rule, prefixed
 from torchlmoe.layers.rope_scaling import RopeScaling
 from torchlmoe.mixers import MIXERS
-from torchlmoe.model.block import Block
 from torchlmoe.model.decoder import Decoder
 from torchlmoe.model.spec import Residual
 
@@ -57,7 +56,7 @@ class Family:
     architecture: str
     read: Callable[[Keys], dict[str, Any]]
     write: Callable[[Decoder], dict[str, Any]]
-    block_rules: Callable[[Block, bool], list[Rule]]
+    block_rules: Callable[[Any, bool], list[Rule]]
     names: Names = Names()
     separate_experts: bool = True
     left_out: tuple[str, ...] = ()
@@ -87,7 +86,6 @@ class Family:
         if model.head.projection is not None:
             table.append(Rule(names.head, "head.projection.weight"))
         for index, block in model.blocks.items():
-            assert isinstance(block, Block)
             table += prefixed(self.block_rules(block, separate), f"{names.layers}.{index}.", f"blocks.{index}.")
         return table
 
@@ -110,6 +108,11 @@ def model_tables(kinds: Mapping[str, dict[str, Any]], letters: Sequence[str], **
     return {"model": {"layer_pattern": pattern, "num_layers": len(letters), "layers": used, **model}, "moe": moe}
 
 
+def blocks_of(model: Decoder) -> list[Any]:
+    """Its blocks in order."""
+    return list(model.blocks.values())
+
+
 def mixers_of(model: Decoder, model_type: str, *known: str) -> list[Any]:
     """The first mixer of each of the known kinds; None for a kind that the model lacks.
 
@@ -129,7 +132,7 @@ def mixers_of(model: Decoder, model_type: str, *known: str) -> list[Any]:
 
 
 def check_equal(model: Decoder, again: Decoder, model_type: str) -> None:
-    """Checks that two models on the meta device compute the same, the second made from what the first's config.json says.
+    """Checks that two models on the meta device compute the same. The second was made from the first's config.json.
 
     Raises ValueError naming the first part that config.json cannot hold.
     """
@@ -143,7 +146,7 @@ def check_equal(model: Decoder, again: Decoder, model_type: str) -> None:
 
 
 def _description(model: Decoder) -> dict[str, Any]:
-    """Every class, plain attribute and parameter's shape by name, but for those that change nothing in what is computed."""
+    """Every class, plain attribute and parameter's shape by name, but for attributes without effect on the output."""
     found: dict[str, Any] = {}
     for path, module in model.named_modules():
         if path.endswith("load_balance"):

@@ -13,7 +13,7 @@ WITHOUT_EFFECT = frozenset(
     is_encoder_decoder label2id max_position_embeddings model_type output_attentions output_hidden_states
     output_router_logits pad_token_id problem_type rescale_prenorm_residual return_dict sep_token_id
     tokenizer_class torch_dtype transformers_version use_cache use_return_dict
-    """.split()  # noqa: SIM905
+    """.split()
 )
 _REQUIRED: Any = object()
 

@@ -1,9 +1,60 @@
-"""The MoE layer of Mixtral in transformers and in its files."""
+"""Mixtral in transformers: MixtralForCausalLM."""
+
+from __future__ import annotations
+
+from typing import Any
 
 from torchlmoe.interop import moe
+from torchlmoe.interop.family import Family, blocks_of, mixers_of, model_tables
+from torchlmoe.interop.keys import Keys
 from torchlmoe.interop.rules import Rule
+from torchlmoe.interop.softmax import (
+    attention_rules,
+    layer_rules,
+    read_attention,
+    read_model,
+    write_attention,
+    write_model,
+)
+from torchlmoe.model.decoder import Decoder
+
+
+def read(keys: Keys) -> dict[str, Any]:
+    keys.only("router_jitter_noise", 0.0)
+    experts = {
+        "num_experts": keys.integer("num_local_experts"),
+        "top_k": keys.integer("num_experts_per_tok"),
+        "expert_dim": keys.integer("intermediate_size"),
+        "aux_loss_weight": keys.number("router_aux_loss_coef", 0.0),
+    }
+    attention = read_attention(keys, base=1e6, sliding_window=keys.integer("sliding_window", None))
+    layer = {**attention, "mlp": "moe", "mlp_options": experts}
+    return model_tables({"N": layer}, "N" * keys.integer("num_hidden_layers"), **read_model(keys, norm_eps=1e-5))
+
+
+def write(model: Decoder) -> dict[str, Any]:
+    (attention,) = mixers_of(model, "mixtral", "attention")
+    layer = blocks_of(model)[0].feed_forward
+    return {
+        **write_model(model),
+        **write_attention(attention),
+        "sliding_window": attention.sliding_window,
+        "num_local_experts": layer.num_experts,
+        "num_experts_per_tok": layer.top_k,
+        "intermediate_size": layer.experts.down_proj.shape[-1],
+        "router_aux_loss_coef": layer.load_balance.aux_loss_weight,
+    }
 
 
 def moe_rules(*, separate_experts: int | None = None) -> list[Rule]:
     """MixtralSparseMoeBlock <-> `MoE`. As `moe.moe_rules` says."""
     return moe.moe_rules(separate_experts=separate_experts, expert_names=moe.NUMBERED)
+
+
+def block_rules(block: Any, separate_experts: bool) -> list[Rule]:
+    experts = moe_rules(separate_experts=block.feed_forward.num_experts if separate_experts else None)
+    name = "block_sparse_moe" if separate_experts else "mlp"
+    return layer_rules(attention_rules(block.mixer), experts, feed_forward_name=name)
+
+
+FAMILY = Family("mixtral", "MixtralForCausalLM", read, write, block_rules)

@@ -1,7 +1,78 @@
-"""The mixers of Qwen3-Next in transformers: Gated DeltaNet and gated attention. Its MoE layer is that of Qwen2-MoE."""
+"""Qwen3-Next in transformers: Qwen3NextForCausalLM. Its layers of experts are those of Qwen2-MoE."""
 
+from __future__ import annotations
+
+from typing import Any
+
+from torchlmoe.interop.family import Family, blocks_of, mixers_of, model_tables
+from torchlmoe.interop.keys import Keys
+from torchlmoe.interop.qwen2_moe import feed_forward_rules, read_feed_forwards, write_feed_forwards
 from torchlmoe.interop.rules import Rule
+from torchlmoe.interop.softmax import layer_rules, read_attention, read_model, write_attention, write_model
 from torchlmoe.interop.steps import Flatten, Split
+from torchlmoe.mixers.attention import Attention
+from torchlmoe.mixers.gated_deltanet import GatedDeltaNet
+from torchlmoe.model.decoder import Decoder
+
+LAYERS = {"linear_attention": "L", "full_attention": "N"}
+
+
+def read_deltanet(keys: Keys) -> dict[str, Any]:
+    """A letter's mixer and its options."""
+    key_dim, value_dim = keys.integer("linear_key_head_dim"), keys.integer("linear_value_head_dim")
+    return {
+        "mixer": "gated_deltanet",
+        "num_heads": keys.integer("linear_num_value_heads"),
+        "num_key_heads": keys.integer("linear_num_key_heads"),
+        "head_dim": key_dim,
+        "expand_v": value_dim / key_dim,
+        "conv_size": keys.integer("linear_conv_kernel_dim"),
+    }
+
+
+def write_deltanet(mixer: GatedDeltaNet) -> dict[str, Any]:
+    """The inverse of `read_deltanet`."""
+    return {
+        "linear_num_value_heads": mixer.num_heads,
+        "linear_num_key_heads": mixer.num_key_heads,
+        "linear_key_head_dim": mixer.key_dim,
+        "linear_value_head_dim": mixer.value_dim,
+        "linear_conv_kernel_dim": mixer.q_conv.weight.shape[-1],
+    }
+
+
+def read(keys: Keys) -> dict[str, Any]:
+    sparse, experts, dense = read_feed_forwards(keys, normalize=True)
+    every = keys.integer("full_attention_interval", 4)
+    default = ["linear_attention" if (index + 1) % every else "full_attention" for index in range(len(sparse))]
+    letters = keys.choices("layer_types", len(sparse), LAYERS, default)
+    keys.only("attention_bias", False)
+    deltanet = read_deltanet(keys)
+    attention = read_attention(keys, fraction=0.25, qk_norm=True, output_gate=True)
+    kinds = {
+        "L": {**deltanet, **experts},
+        "N": {**attention, **experts},
+        "D": {**deltanet, **dense},
+        "E": {**attention, **dense},
+    }
+    letters = [
+        letter if is_sparse else {"L": "D", "N": "E"}[letter] for letter, is_sparse in zip(letters, sparse, strict=True)
+    ]
+    return model_tables(kinds, letters, zero_centered_norm=True, **read_model(keys))
+
+
+def write(model: Decoder) -> dict[str, Any]:
+    deltanet, attention = mixers_of(model, "qwen3_next", "gated_deltanet", "attention")
+    return {
+        **write_model(model),
+        **write_feed_forwards(model),
+        "layer_types": [
+            "full_attention" if isinstance(block.mixer, Attention) else "linear_attention"
+            for block in blocks_of(model)
+        ],
+        **write_deltanet(deltanet),
+        **write_attention(attention, fraction=True),
+    }
 
 
 def gated_deltanet_rules(
@@ -42,3 +113,18 @@ def gated_attention_rules(*, num_heads: int, head_dim: int) -> list[Rule]:
         Rule("q_norm.weight", "q_norm.weight"),
         Rule("k_norm.weight", "k_norm.weight"),
     ]
+
+
+def block_rules(block: Any, separate_experts: bool) -> list[Rule]:
+    feed_forward, mixer = feed_forward_rules(block.feed_forward, separate_experts), block.mixer
+    if isinstance(mixer, Attention):
+        table = gated_attention_rules(num_heads=mixer.num_heads, head_dim=mixer.head_dim)
+        return layer_rules(table, feed_forward)
+    assert isinstance(mixer, GatedDeltaNet)
+    sizes = dict(num_heads=mixer.num_heads, num_key_heads=mixer.num_key_heads, key_dim=mixer.key_dim)
+    conv_size = mixer.q_conv.weight.shape[-1]
+    table = gated_deltanet_rules(**sizes, value_dim=mixer.value_dim, conv_size=conv_size)
+    return layer_rules(table, feed_forward, mixer_name="linear_attn")
+
+
+FAMILY = Family("qwen3_next", "Qwen3NextForCausalLM", read, write, block_rules, left_out=("mtp.",))

@@ -1,0 +1,32 @@
+"""Files that travel with a model as they are, in a folder of the run that starts from it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torchlmoe.files import MAX_JSON_BYTES, failures_to_write, read_small
+
+FOLDER = "import"
+CONFIG, GENERATION = "config.json", "generation_config.json"
+NAMES = (
+    CONFIG, GENERATION, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt", "tokenizer.model",
+)  # fmt: skip
+
+
+def find_companions(folder: Path) -> dict[str, bytes]:
+    """Those in a folder, by name."""
+    return {name: read_small(folder / name, MAX_JSON_BYTES) for name in NAMES if (folder / name).is_file()}
+
+
+def read_companions(run: Path) -> dict[str, bytes]:
+    """Those of a run's folder; none if its model is not from elsewhere."""
+    return find_companions(run / FOLDER)
+
+
+def write_companions(run: Path, files: Mapping[str, bytes]) -> None:
+    """Into a run's folder."""
+    folder = run / FOLDER
+    with failures_to_write("The files beside the weights", folder, "make room, or give another --output"):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            (folder / name).write_bytes(content)

@@ -1,0 +1,146 @@
+"""Tensors in folders of safetensors files, read and written a few at a time: no model is in memory as a whole."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from torchlmoe.checkpoint.headers import Piece, read_header
+from torchlmoe.files import read_json
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class _Index(BaseModel):
+    model_config = ConfigDict(strict=True)
+    weight_map: Annotated[dict[str, str], Field(min_length=1)]
+
+
+class TensorFolder:
+    """The tensors of a folder, by name; only headers are read before `read`.
+
+    files: those of the folder to look at; all *.safetensors if None.
+    Raises ValueError naming a file that is missing, damaged, or does not fit the others.
+    """
+
+    def __init__(self, folder: Path, files: Sequence[Path] | None = None):
+        self.folder = folder
+        self.pieces: dict[str, list[Piece]] = defaultdict(list)
+        for path in sorted(folder.glob("*.safetensors")) if files is None else files:
+            for name, piece in read_header(path).items():
+                self.pieces[name].append(piece)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(map(max, zip(*(piece.ends for piece in self.pieces[name]), strict=True)))
+
+    def meta(self, names: Iterable[str]) -> list[Tensor]:
+        """Tensors of the same shapes and dtypes on the meta device."""
+        return [torch.empty(self.shape(name), dtype=self.pieces[name][0].dtype, device="meta") for name in names]
+
+    def read(self, names: Iterable[str]) -> list[Tensor]:
+        """The tensors of these names, each file opened once and closed again: an open one counts as memory."""
+        names = list(names)
+        places: dict[Path, list[tuple[str, Piece]]] = defaultdict(list)
+        for name in names:
+            for piece in self.pieces[name]:
+                places[piece.file].append((name, piece))
+        found: dict[str, Tensor] = {}
+        for path, parts in places.items():
+            with safe_open(path, framework="pt") as file:
+                for name, piece in parts:
+                    tensor = file.get_tensor(name)
+                    if len(self.pieces[name]) == 1:
+                        found[name] = tensor.clone()  # which does not hold the file
+                        continue
+                    whole = found.setdefault(name, tensor.new_empty(self.shape(name)))
+                    whole[tuple(map(slice, piece.offsets, piece.ends))] = tensor
+        return [found[name] for name in names]
+
+
+def files_of_index(folder: Path) -> list[Path]:
+    """The files that hold a model as transformers writes it: one, or those that the index names.
+
+    Raises ValueError where one is missing, lies elsewhere, or lacks a tensor that the index says it holds.
+    """
+    if not (folder / INDEX).exists():
+        if not (folder / SINGLE).is_file():
+            raise ValueError(f"{folder} has neither {SINGLE} nor {INDEX}: download the safetensors files of the model.")
+        return [folder / SINGLE]
+    weight_map = read_json(folder / INDEX, TypeAdapter(_Index)).weight_map
+    for name in sorted(set(weight_map.values())):
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise ValueError(f"{folder / INDEX} names the file {name!r}, which is not one of its folder: correct it.")
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder / name} is missing, which {INDEX} names: download it.")
+    files = [folder / name for name in sorted(set(weight_map.values()))]
+    found = TensorFolder(folder, files)
+    for name, file in weight_map.items():
+        if name not in found.pieces or found.pieces[name][0].file.name != file:
+            raise ValueError(f"{folder / file} lacks {name!r}, which {INDEX} says is there: download both again.")
+    return files
+
+
+def write_shards(
+    folder: Path, sizes: Mapping[str, int], tensors: Iterator[dict[str, Tensor]], max_shard_bytes: int
+) -> None:
+    """Writes tensors as they come into files of at most that size, or of one tensor, and an index if there are several.
+
+    sizes: the bytes of each tensor, in the order in which they come. No more than a file's tensors are held at once.
+    Raises OSError, before anything is written, where the disk has too little room.
+    """
+    free, needed = shutil.disk_usage(folder).free, sum(sizes.values())
+    if needed > free:
+        raise OSError(f"{needed / 2**30:.2f} GiB are needed, and {free / 2**30:.2f} GiB are free")
+    shards = _planned(sizes, max_shard_bytes)
+    names = [SINGLE] if len(shards) == 1 else _numbered(len(shards))
+    waiting: dict[str, Tensor] = {}
+    for name, shard in zip(names, shards, strict=True):
+        while not shard <= waiting.keys():
+            waiting.update({key: tensor.contiguous() for key, tensor in next(tensors).items()})
+        content = {key: waiting.pop(key) for key in sorted(shard)}
+        save_file(content, folder / name, metadata={"format": "pt"})
+        del content
+    if len(shards) > 1:
+        weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+        index = {"metadata": {"total_size": needed}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def with_progress(
+    what: str, sizes: Mapping[str, int], tensors: Iterable[dict[str, Tensor]]
+) -> Iterator[dict[str, Tensor]]:
+    """The tensors, with a bar on standard error that shows how many of their bytes have come."""
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(what, total=sum(sizes.values()))
+        for each in tensors:
+            yield each
+            progress.advance(task, sum(sizes[name] for name in each))
+
+
+def _planned(sizes: Mapping[str, int], max_shard_bytes: int) -> list[set[str]]:
+    shards: list[set[str]] = [set()]
+    room = max_shard_bytes
+    for name, size in sizes.items():
+        if size > room and shards[-1]:
+            shards.append(set())
+            room = max_shard_bytes
+        shards[-1].add(name)
+        room -= size
+    return shards
+
+
+def _numbered(number: int) -> list[str]:
+    return [f"model-{index:05d}-of-{number:05d}.safetensors" for index in range(1, number + 1)]

@@ -1,0 +1,157 @@
+"""A folder of transformers as a model of ours: settings, tokenizer, and weights converted a few at a time."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+from torch import Tensor
+
+from torchlmoe.checkpoint.companions import CONFIG, GENERATION, find_companions
+from torchlmoe.checkpoint.tensor_files import TensorFolder, files_of_index
+from torchlmoe.config.load import ConfigError, config_from
+from torchlmoe.config.settings import Config
+from torchlmoe.data.tokenizer import Tokenizer, number_tokenizer, token_of_id
+from torchlmoe.files import read_json
+from torchlmoe.interop.families import FAMILIES
+from torchlmoe.interop.family import Family
+from torchlmoe.interop.rules import Conversion, conversions
+from torchlmoe.model.decoder import build_on_meta
+
+logger = logging.getLogger(__name__)
+_JSON: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
+
+
+def is_transformers(folder: Path) -> bool:
+    """Whether config.json names a model_type that is not ours."""
+    if not (folder / CONFIG).is_file():
+        return False
+    try:
+        return read_json(folder / CONFIG, _JSON).get("model_type", "torchlmoe") != "torchlmoe"
+    except ValueError:
+        return False
+
+
+class TransformersFolder:
+    """Opened without its weights, of which only headers are read.
+
+    Attributes: config, tokenizer, vocab_size; model, ours on the meta device; conversions, which give its state.
+    Raises ValueError with one sentence for a folder that is damaged, of an unknown family, or with an option or a
+    tensor that has no counterpart here.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        content = read_json(folder / CONFIG, _JSON)
+        self.family = family_of(content, folder / CONFIG)
+        tables = self.family.settings(content, str(folder / CONFIG))
+        self._source = TensorFolder(folder, files_of_index(folder))
+        self.vocab_size = content["vocab_size"]
+        self.tokenizer = _tokenizer(folder, content, self.vocab_size)
+        self.dtype = most_common_dtype(self._source, self._source.pieces)
+        half = self.dtype in (torch.float16, torch.bfloat16)
+        training = {"dtype": "bfloat16" if half else str(self.dtype).removeprefix("torch.")}
+        tables |= {"training": training, "data": {"end_token": self.tokenizer.end_token}}
+        try:
+            self.config: Config = config_from([tables])
+        except ConfigError as error:
+            raise ValueError(f"{folder / CONFIG} cannot be used: {error}") from error
+        self.model = build_on_meta(self.config, self.vocab_size)
+        self.conversions = self._conversions()
+        self.sizes = self._checked_sizes()
+
+    def _conversions(self) -> list[Conversion]:
+        names, family = self._source.pieces, self.family
+        left_out = [*family.left_out, *([family.names.head] if self.model.head.projection is None else [])]
+        taken = [name for name in names if not name.startswith(tuple(left_out)) and not name.endswith(".inv_freq")]
+        if len(taken) < len(names):
+            others = [name for name in names if name not in set(taken)]
+            logger.info(f"Left out: {len(others)} tensors that have no place in the model, such as {others[0]}.")
+        separate = any(".experts.0." in name for name in taken)
+        try:
+            return conversions(taken, family.rules(self.model, separate))
+        except ValueError as error:
+            raise ValueError(f"{self.folder}: {error}") from error
+
+    def _checked_sizes(self) -> dict[str, int]:
+        """Bytes of each tensor of ours, in the order of the conversions. All shapes are checked against the model's."""
+        sizes: dict[str, int] = {}
+        wanted = self.model.state_dict()
+        for conversion in self.conversions:
+            try:
+                made = conversion(self._source.meta(conversion.sources))
+            except ValueError as error:
+                raise ValueError(f"{self.folder}: {error}") from error
+            for name, tensor in made.items():
+                if name not in wanted or tensor.shape != wanted[name].shape:
+                    shape = list(wanted[name].shape) if name in wanted else "none"
+                    raise ValueError(
+                        f"{self.folder}: {conversion.sources[0]} gives a {name} of shape {list(tensor.shape)}, but "
+                        f"{CONFIG} asks for {shape}: they are not of one model."
+                    )
+                sizes[name] = tensor.numel() * tensor.element_size()
+        for name in wanted:
+            if name not in sizes:
+                raise ValueError(f"{self.folder} has no tensor for {name}, which {CONFIG} asks for: it is incomplete.")
+        return sizes
+
+    def check(self) -> None:
+        """All is checked as the folder is opened."""
+
+    @torch.no_grad()
+    def load(self) -> None:
+        """Fills the model, which has storage by now."""
+        state = self.model.state_dict()
+        for tensors in self.tensors():
+            for name, tensor in tensors.items():
+                state[name].copy_(tensor)
+
+    def tensors(self) -> Iterator[dict[str, Tensor]]:
+        """Our tensors by name, a few at a time."""
+        for conversion in self.conversions:
+            yield conversion(self._source.read(conversion.sources))
+
+    def companions(self) -> dict[str, bytes]:
+        """The files beside the weights, by name."""
+        return {"tokenizer.json": self.tokenizer.content, **find_companions(self.folder)}
+
+
+def family_of(content: dict[str, Any], place: Path) -> Family:
+    """Raises ValueError for a config.json of a family that is not supported, or of quantized weights."""
+    kind = content.get("model_type")
+    if kind not in [*FAMILIES]:
+        raise ValueError(
+            f"{place} has model_type = {kind!r}, which cannot be imported; supported are {', '.join(sorted(FAMILIES))}."
+        )
+    return FAMILIES[kind]
+
+
+def _tokenizer(folder: Path, content: dict[str, Any], vocab_size: int) -> Tokenizer:
+    """The folder's, with the end token that its settings name; one of numbers if it has none."""
+    generation = read_json(folder / GENERATION, _JSON) if (folder / GENERATION).is_file() else {}
+    ids = next((each["eos_token_id"] for each in (generation, content) if each.get("eos_token_id") is not None), None)
+    end_id = ids[0] if isinstance(ids, list) and ids else ids
+    if not (folder / "tokenizer.json").is_file():
+        if (folder / "tokenizer.model").is_file():
+            raise ValueError(
+                f"{folder} has tokenizer.model but no tokenizer.json: save the tokenizer again with transformers' "
+                "AutoTokenizer."
+            )
+        logger.warning(f"{folder} has no tokenizer.json: texts are token ids, as in '17 3 256'.")
+        return number_tokenizer(vocab_size, end_id if isinstance(end_id, int) else vocab_size - 1)
+    path = folder / "tokenizer.json"
+    return Tokenizer(path, token_of_id(path, end_id) if isinstance(end_id, int) else None)
+
+
+def most_common_dtype(tensors: TensorFolder, names: Iterable[str]) -> torch.dtype:
+    """That of most elements."""
+    counts: Counter[torch.dtype] = Counter()
+    for name in names:
+        counts[tensors.pieces[name][0].dtype] += math.prod(tensors.shape(name))
+    return counts.most_common(1)[0][0]

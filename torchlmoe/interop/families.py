@@ -1,0 +1,7 @@
+"""The families that can be imported and exported, by transformers' `model_type`."""
+
+from torchlmoe.interop import llama, mixtral, olmoe, qwen2_moe, qwen3, qwen3_moe, qwen3_next
+from torchlmoe.interop.family import Family
+
+_MODULES = (llama, mixtral, olmoe, qwen2_moe, qwen3, qwen3_moe, qwen3_next)
+FAMILIES: dict[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in _MODULES}
