@@ -13,13 +13,14 @@ from pydantic import AfterValidator, ConfigDict, Field
 from torchlmoe.feed_forwards import FEED_FORWARDS, NONE
 from torchlmoe.files import expanded
 from torchlmoe.layers.losses import LOSSES
+from torchlmoe.layers.rope_scaling import RopeScalingTable
 from torchlmoe.mixers import MIXERS
 from torchlmoe.model.spec import BlockSpec, ModelSpec
 from torchlmoe.ops.linear_recurrence import Backend
 from torchlmoe.options import Configurable, InitStd, NormEps
 
 # What a mixer, or a feed-forward layer, takes from [model] unless its letter says otherwise.
-MODEL_WIDE = ("num_heads", "norm_eps", "init_std", "backend", "rope_base")
+MODEL_WIDE = ("num_heads", "norm_eps", "init_std", "backend", "rope_base", "rope_scaling")
 FEED_FORWARD_WIDE = ("mlp_dim", "norm_eps", "init_std")
 # Of a setting that is a local path, or may be one.
 PATH = AfterValidator(lambda path: None if path is None else expanded(path))
@@ -62,6 +63,7 @@ class Model(Table):
     num_heads: Annotated[int, Field(ge=1, description="Heads of every mixer that does not say otherwise.")] = 4
     mlp_dim: Annotated[int | None, Field(ge=1, description="Width of dense MLPs; 8/3 of dim if unset.")] = None
     rope_base: Annotated[float, Field(gt=1, le=1e12, description="Base of the rotary wavelengths.")] = 10_000.0
+    rope_scaling: RopeScalingTable = None
     norm_eps: NormEps = 1e-6
     init_std: InitStd = 0.02
     tie_embeddings: Annotated[bool, Field(description="Share the embedding with the output head.")] = False
