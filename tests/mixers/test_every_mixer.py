@@ -16,6 +16,7 @@ from torchlmoe.mixers.base import Place
 from torchlmoe.mixers.mom import OWN_PROJECTIONS
 from torchlmoe.routing.router import Router
 
+SCALED = dict(factor=4.0, original_max_position_embeddings=64)
 # id -> (mixer, its settings beyond dim = 32 and, where it has heads, num_heads = 4)
 CASES = {
     "bla": ("bla", {}),
@@ -26,6 +27,7 @@ CASES = {
     "hgrn2": ("hgrn2", dict(expand_k=0.5)),
     "mamba2": ("mamba2", dict(state_dim=8)),
     "mamba2_groups": ("mamba2", dict(state_dim=6, num_groups=2, expand_v=1.0, min_step=0.01, max_step=0.5)),
+    "mamba2_biases": ("mamba2", dict(state_dim=6, num_groups=2, head_dim=5, conv_bias=False, proj_bias=True)),
     "rwkv6": ("rwkv6", dict(mix_rank=4, decay_rank=6)),
     "rwkv7": ("rwkv7", dict(decay_rank=4, gate_rank=6)),
     "gateloop": ("gateloop", {}),
@@ -40,6 +42,7 @@ CASES = {
     "gated_deltanet_shared_keys": ("gated_deltanet", dict(num_key_heads=2, head_dim=6, expand_v=2.0, conv_size=2)),
     "kda": ("kda", {}),
     "kda_shared_keys": ("kda", dict(num_key_heads=2, head_dim=6, expand_v=2.0, gate_rank=4)),
+    "kda_bounded": ("kda", dict(full_rank_decay=True, full_rank_gate=True, decay_lower_bound=-5.0)),
     "gsa": ("gsa", {}),
     "gsa_sizes": ("gsa", dict(expand_k=0.5, expand_v=1.5, num_slots=6, gate_normalizer=2.0)),
     "mom": ("mom", {}),
@@ -49,6 +52,7 @@ CASES = {
     "s4_linear": ("s4", dict(state_dim=6, initialization="linear")),
     "mamba": ("mamba", {}),
     "mamba_sizes": ("mamba", dict(expand=1.5, state_dim=3, step_rank=5, conv_size=2)),
+    "mamba_biases": ("mamba", dict(state_dim=3, conv_bias=False, proj_bias=True)),
     "ttt": ("ttt", dict(mini_batch_size=4)),
     "titans": ("titans", dict(mini_batch_size=4)),
     "attention": ("attention", {}),
@@ -62,6 +66,36 @@ CASES = {
         dict(kv_rank=12, head_dim=10, rotary_fraction=0.0, shared_key_dim=4, sliding_window=4),
     ),
     "attention_no_rotary": ("attention", dict(rotary_fraction=0.0)),
+    "attention_biases": (
+        "attention",
+        dict(
+            num_kv_heads=2,
+            qkv_bias=True,
+            output_bias=True,
+            output_gate="per_head",
+            softmax_scale=0.7,
+            sliding_window=6,
+            rope_scaling=dict(type="yarn", **SCALED, mscale=0.7, mscale_all_dim=2.0),
+        ),
+    ),
+    "attention_latent_biases": (
+        "attention",
+        dict(
+            kv_rank=12,
+            q_rank=10,
+            rotary_fraction=0.5,
+            qkv_bias=True,
+            output_bias=True,
+            output_gate="per_head",
+            softmax_scale=0.7,
+            rope_scaling=dict(type="yarn", **SCALED, mscale_all_dim=2.0),
+        ),
+    ),
+    "attention_norm_of_all_heads": (
+        "attention",
+        dict(num_kv_heads=2, head_dim=6, qk_norm="all_heads", rope_scaling=dict(type="llama3", **SCALED)),
+    ),
+    "retention_scaled": ("retention", dict(head_dim=6, rope_scaling=dict(type="linear", factor=4.0))),
 }
 # A mixture of memories over each mixer that can have one, for what memories could break.
 MIXTURES = {
@@ -238,8 +272,9 @@ def test_flops_of_projections(case):
         mixer(x, sequence=SequenceLayout.of_rows(1, 64))
     linear = sum(2 * m.weight.numel() for m in mixer.modules() if isinstance(m, (torch.nn.Linear, Router)))
     counted = counter.get_flop_counts()["Global"]
-    assert counted[torch.ops.aten.mm] == 64 * linear
-    across_tokens = sum(flops for operation, flops in counted.items() if operation != torch.ops.aten.mm)
+    products = (torch.ops.aten.mm, torch.ops.aten.addmm)  # without and with a bias
+    assert sum(counted.get(product, 0) for product in products) == 64 * linear
+    across_tokens = sum(flops for operation, flops in counted.items() if operation not in products)
     said = 64 * (mixer.flops_per_token(64) - linear)
     if "attention" in case:  # torch counts the whole square, twice what a causal token sees
         window = CASES[case][1].get("sliding_window")
@@ -253,9 +288,9 @@ def test_flops_of_projections(case):
 @pytest.mark.parametrize("case", CASES)
 def test_settings_reach_the_constructor(case):
     name, options = CASES[case]
-    inner = options.get("inner_options", {})
-    flat = {key: value for key, value in options.items() if key != "inner_options"}
-    flat |= {f"inner_options.{key}": value for key, value in inner.items()}
+    flat = {}
+    for key, value in options.items():
+        flat |= {f"{key}.{name}": of_it for name, of_it in value.items()} if isinstance(value, dict) else {key: value}
     config = load_config(
         ["--model.mixer", name, *(f"--model.layers.L.{key}={str(value).lower()}" for key, value in flat.items())]
     )

@@ -10,11 +10,22 @@ import pytest
 import torch
 
 from tests.mixers.test_every_mixer import CASES, MIXTURES, PACKED, build, inputs
+from torchlmoe.layers.linear import RowLinear
 from torchlmoe.mixers.base import Mixer
 
 PARTS = 2
 # A norm over all heads, inputs of the state space from all channels, or a gate after the output projection.
-SUMS_OVER_HEADS = ("lightning", "hgrn2", "gsa", "ttt", "mamba", "s4", "mom_lightning", "mom_hgrn2")
+SUMS_OVER_HEADS = (
+    "lightning",
+    "hgrn2",
+    "gsa",
+    "ttt",
+    "mamba",
+    "s4",
+    "mom_lightning",
+    "mom_hgrn2",
+    "attention_norm_of_all_heads",
+)
 # One group of heads, which no part of them can have a part of.
 ONE_GROUP = ("mamba2", "mom_mamba2_single")
 
@@ -28,6 +39,8 @@ def part_of(mixer, index):
             if name in module.head_dims:
                 own = parameter.detach().chunk(PARTS, module.head_dims[name])[index]
                 setattr(module, name, torch.nn.Parameter(own.clone()))
+            elif isinstance(module, RowLinear) and name == "bias":  # which the sum has once
+                module.bias = torch.nn.Parameter(parameter.detach() / PARTS)
     return part
 
 

@@ -104,7 +104,13 @@ def run_mixer(mixer, x, sequence, grad):
 
 
 LATENT = dict(kv_rank=16, q_rank=16, shared_key_dim=4, value_dim=5, rotary_fraction=0.5)
+ROPE = dict(type="yarn", factor=4.0, original_max_position_embeddings=16)
+BIASES = dict(qkv_bias=True, output_bias=True, output_gate="per_head", softmax_scale=0.7)
 MIXERS = [LATENT, LATENT | {"sliding_window": 15}, dict(num_kv_heads=3, output_gate=True, qk_norm=True)]
+MIXERS += [
+    LATENT | BIASES | {"rope_scaling": ROPE | {"mscale_all_dim": 2.0}},
+    dict(num_kv_heads=3, qk_norm="all_heads", rope_scaling=ROPE, **BIASES),
+]
 
 
 def spans_equal_single(mesh):

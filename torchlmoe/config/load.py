@@ -24,6 +24,7 @@ from torchlmoe.data.readers import READERS
 from torchlmoe.feed_forwards import FEED_FORWARDS, NONE
 from torchlmoe.files import complaint, expanded, is_unicode, read_toml, toml_value
 from torchlmoe.layers.losses import LOSSES, OF_THE_HEAD
+from torchlmoe.layers.rope_scaling import ROPE_SCALINGS
 from torchlmoe.mixers import MIXERS
 from torchlmoe.model.spec import Residual
 from torchlmoe.optim import OPTIMIZERS
@@ -315,12 +316,27 @@ def _check_mixer(config: Config, prefix: str, mixer: str, options: dict[str, Any
     types = {} if mixer == NONE else MIXERS[mixer].settings()
     given = {name: getattr(config.model, name) for name in MODEL_WIDE if name in types} | options
     checked = _check_options(prefix, types, given, (*_OF_LETTER, *Residual.settings()))
+    _check_rope_scaling(prefix, options.get("rope_scaling"))
     if "inner_options" in types:  # the mixer holds another one
         if checked.inner not in MIXERS:
             raise ConfigError(
                 f"{prefix}.inner = {toml_value(checked.inner)} is unknown{_nearest(checked.inner, MIXERS)}."
             )
         _check_mixer(config, f"{prefix}.inner_options", checked.inner, checked.inner_options or {})
+
+
+def _check_rope_scaling(prefix: str, table: dict[str, Any] | None) -> None:
+    if table is None:
+        return
+    kind = table.get("type")
+    if kind not in [*ROPE_SCALINGS]:
+        raise ConfigError(
+            f"{prefix}.rope_scaling.type = {toml_value(kind)} is unknown{_nearest(str(kind), ROPE_SCALINGS)}."
+            if "type" in table
+            else f"{prefix}.rope_scaling.type is missing; choose one of {', '.join(ROPE_SCALINGS)}."
+        )
+    numbers = {name: value for name, value in table.items() if name != "type"}
+    _check_options(f"{prefix}.rope_scaling", keyword_settings(ROPE_SCALINGS[kind]), numbers)
 
 
 def _check_feed_forward(config: Config, prefix: str, mlp: str, options: Any) -> None:
@@ -333,6 +349,7 @@ def _check_feed_forward(config: Config, prefix: str, mlp: str, options: Any) -> 
 
 def _check_registered(config: Config) -> None:
     """What is named by a registry's entry, and the options of that entry."""
+    _check_rope_scaling("model", config.model.rope_scaling)
     for name, registry in (("training.loss", LOSSES), ("optimizer.name", OPTIMIZERS)):
         value = setting(config, name)
         if value not in registry:

@@ -13,6 +13,7 @@ from torchlmoe.data.readers import READERS
 from torchlmoe.feed_forwards import FEED_FORWARDS
 from torchlmoe.files import toml_value
 from torchlmoe.layers.losses import LOSSES, OF_THE_HEAD
+from torchlmoe.layers.rope_scaling import ROPE_SCALINGS
 from torchlmoe.mixers import MIXERS
 from torchlmoe.model.spec import Residual
 from torchlmoe.optim import OPTIMIZERS
@@ -51,6 +52,10 @@ def sections() -> Iterator[tuple[str, list[Setting]]]:
         if mlp != "moe":  # whose settings are those of [moe]
             settings = _options(f"{letter}.mlp_options", layer.settings(), ("norm_eps", "init_std"))
             yield f"[{letter}.mlp_options] with mlp = {mlp!r}", settings
+    for name, scaling in ROPE_SCALINGS.items():
+        if name != "default":
+            numbers = _options("model.rope_scaling", keyword_settings(scaling), ())
+            yield f"[model.rope_scaling] with type = {name!r}", numbers
     for table, key, registry, known in (
         ("training.loss_options", "training.loss", LOSSES, OF_THE_HEAD),
         ("optimizer.options", "optimizer.name", OPTIMIZERS, tuple(get_type_hints(Optimizer))),
@@ -71,7 +76,7 @@ def _setting(name: str, annotation: Any, default: Any) -> Setting:
     if get_origin(inner) in (Union, UnionType) and get_origin(inner.__args__[0]) is Literal:
         inner = inner.__args__[0]  # may be unset
     if get_origin(inner) is Literal:
-        kind = " | ".join(map(str, inner.__args__))
+        kind = " | ".join(str(value).lower() if isinstance(value, bool) else str(value) for value in inner.__args__)
     elif get_origin(inner) is list and is_dataclass(inner.__args__[0]):
         kind = "list of tables"
     else:

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, ConfigDict, Field
 from torchlmoe.feed_forwards import FEED_FORWARDS, NONE
 from torchlmoe.files import expanded
 from torchlmoe.layers.losses import LOSSES
+from torchlmoe.layers.rope_scaling import RopeScalingTable
 from torchlmoe.mixers import MIXERS
 from torchlmoe.mixers.attention import ZeroCenteredNorm
 from torchlmoe.model.spec import BlockSpec, ModelSpec, Residual
@@ -20,7 +21,7 @@ from torchlmoe.ops.linear_recurrence import Backend
 from torchlmoe.options import Configurable, InitStd, NormEps
 
 # What a mixer, or a feed-forward layer, takes from [model] unless its letter says otherwise.
-MODEL_WIDE = ("num_heads", "norm_eps", "zero_centered_norm", "init_std", "backend", "rope_base")
+MODEL_WIDE = ("num_heads", "norm_eps", "zero_centered_norm", "init_std", "backend", "rope_base", "rope_scaling")
 FEED_FORWARD_WIDE = ("mlp_dim", "norm_eps", "init_std")
 # Of a setting that is a local path, or may be one.
 PATH = AfterValidator(lambda path: None if path is None else expanded(path))
@@ -63,6 +64,7 @@ class Model(Table):
     num_heads: Annotated[int, Field(ge=1, description="Heads of every mixer that does not say otherwise.")] = 4
     mlp_dim: Annotated[int | None, Field(ge=1, description="Width of dense MLPs; by their activation if unset.")] = None
     rope_base: Annotated[float, Field(gt=1, le=1e12, description="Base of the rotary wavelengths.")] = 10_000.0
+    rope_scaling: RopeScalingTable = None
     norm: Annotated[
         Literal["rms", "layer"],
         Field(description="Norm of blocks and head: RMS, or layer norm with a bias (RWKV). Those in mixers stay."),

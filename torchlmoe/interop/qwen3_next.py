@@ -67,8 +67,7 @@ def write(model: Decoder) -> dict[str, Any]:
         **write_model(model),
         **write_feed_forwards(model),
         "layer_types": [
-            "full_attention" if isinstance(block.mixer, Attention) else "linear_attention"
-            for block in blocks_of(model)
+            "full_attention" if isinstance(block.mixer, Attention) else "linear_attention" for block in blocks_of(model)
         ],
         **write_deltanet(deltanet),
         **write_attention(attention, fraction=True),

@@ -28,6 +28,17 @@ class GroupRMSNorm(RMSNorm):
         return NormOverHeads(self.num_groups) if self.num_groups % degree else None
 
 
+class AllHeadsRMSNorm(RMSNorm):
+    """RMS norm over the channels of all heads together; ranks may have a head together (arXiv 2409.02060)."""
+
+    def __init__(self, num_heads: int, head_dim: int, eps: float = 1e-6, *, zero_centered: bool = False):
+        super().__init__(num_heads * head_dim, eps, across_heads=True, zero_centered=zero_centered)
+        self.units = num_heads
+
+    def tensor_parallel_style(self, degree: int) -> ParallelStyle:
+        return NormOverHeads(num_copies=max(1, degree // self.units))
+
+
 class LayerNorm(nn.LayerNorm):
     """Layer norm with a weight and a bias per channel (arXiv 1607.06450); across_heads as of `RMSNorm`."""
 

@@ -47,8 +47,8 @@ class RowLinear(Linear):
 
     head_dims = {"weight": 1}
 
-    def __init__(self, in_features: int, out_features: int, to_heads: bool = False):
-        super().__init__(in_features, out_features)
+    def __init__(self, in_features: int, out_features: int, to_heads: bool = False, bias: bool = False):
+        super().__init__(in_features, out_features, bias)
         self.to_heads = to_heads
 
     def tensor_parallel_style(self, degree: int) -> ParallelStyle:

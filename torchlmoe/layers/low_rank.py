@@ -8,14 +8,19 @@ from torchlmoe.layers.linear import ColumnLinear, Linear
 
 
 class LowRank(nn.Module):
-    """x [..., in] -> up(activation(down(x))), [..., out]. All heads share the middle."""
+    """x [..., in] -> up(activation(down(x))), [..., out]. All heads share the middle. bias: of the way down."""
 
     def __init__(
-        self, in_features: int, rank: int, out_features: int, activation: Callable[[Tensor], Tensor] | None = None
+        self,
+        in_features: int,
+        rank: int,
+        out_features: int,
+        activation: Callable[[Tensor], Tensor] | None = None,
+        bias: bool = False,
     ):
         super().__init__()
         self.activation = activation
-        self.down_proj = Linear(in_features, rank)
+        self.down_proj = Linear(in_features, rank, bias)
         self.up_proj = ColumnLinear(rank, out_features)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from torchlmoe.layers.rope_scaling import RopeScaling
+
 
 def check_rotary_dim(rotary_dim: int, what: str) -> None:
     """Raises ValueError if the channels that `what` leaves to turn are not pairs."""
@@ -10,12 +12,17 @@ def check_rotary_dim(rotary_dim: int, what: str) -> None:
         raise ValueError(f"Rotary phases turn pairs of channels; {what} gives {rotary_dim}; make it an even number.")
 
 
-def rotary_phases(positions: Tensor, rotary_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """positions int64 [B, T] -> (cos, sin), each [B, T, 1, rotary_dim / 2] in float64."""
+def rotary_phases(
+    positions: Tensor, rotary_dim: int, base: float, scaling: RopeScaling | None = None
+) -> tuple[Tensor, Tensor]:
+    """positions int64 [B, T] -> (cos, sin), each [B, T, 1, rotary_dim / 2] in float64, times the scaling's factor."""
     # float64: the phase of a late position would lose digits in float32.
     exponent = torch.arange(0, rotary_dim, 2, device=positions.device, dtype=torch.float64) / rotary_dim
-    phase = positions[..., None].double() * base**-exponent
-    return phase.cos()[:, :, None], phase.sin()[:, :, None]
+    frequencies, factor = base**-exponent, 1.0
+    if scaling is not None:
+        frequencies, factor = scaling.frequencies(frequencies, base), scaling.phase_factor
+    phase = positions[..., None].double() * frequencies
+    return factor * phase.cos()[:, :, None], factor * phase.sin()[:, :, None]
 
 
 def rotate(x: Tensor, phases: tuple[Tensor, Tensor]) -> Tensor:

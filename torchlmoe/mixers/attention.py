@@ -1,10 +1,11 @@
 """Softmax attention (arXiv 1706.03762): grouped queries (2305.13245), rotary phases (2104.09864) on all, some or none
-of the channels, and, on request, RMS norm of q and k (2302.05442), a sigmoid gate on the output (2505.06708), a
-sliding window (2004.05150), and keys and values from a latent (MLA, 2405.04434) as in DeepSeek-V2 and Kimi-Linear.
+of the channels, and, on request, other rotary wavelengths for longer documents, RMS norm of q and k (2302.05442), a
+sigmoid gate on the output (2505.06708), a sliding window (2004.05150), biases, and keys and values from a latent (MLA,
+2405.04434) as in DeepSeek-V2 and Kimi-Linear.
 """
 
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -12,9 +13,11 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.distributed.tensor.parallel import ParallelStyle
 
+from torchlmoe.layers.group_norms import AllHeadsRMSNorm
 from torchlmoe.layers.linear import ColumnLinear, RowLinear
 from torchlmoe.layers.low_rank import LowRank
 from torchlmoe.layers.norms import RMSNorm
+from torchlmoe.layers.rope_scaling import RopeScalingTable, rope_scaling_of
 from torchlmoe.layers.rotary import check_rotary_dim, rotary_phases, rotate
 from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.mixers.base import Mixer, split_heads
@@ -56,8 +59,22 @@ class Attention(Mixer):
             float, Field(ge=0, le=1, description="Share of each head's channels that rotary phases turn; 0 for none.")
         ] = 1.0,
         rope_base: Annotated[float, Field(gt=1, le=1e12, description="Base of the rotary wavelengths.")] = 10_000.0,
-        qk_norm: Annotated[bool, Field(description="RMS norm on each head of q and k.")] = False,
-        output_gate: Annotated[bool, Field(description="Multiply the output by a sigmoid gate of the input.")] = False,
+        rope_scaling: RopeScalingTable = None,
+        softmax_scale: Annotated[
+            float | None, Field(gt=0, le=1e6, description="Scale of scores; 1 / sqrt(head_dim) if unset.")
+        ] = None,
+        qkv_bias: Annotated[
+            bool, Field(description="Biases on q, k and v; with kv_rank or q_rank on the way into the latent.")
+        ] = False,
+        output_bias: Annotated[bool, Field(description="A bias on the output projection.")] = False,
+        qk_norm: Annotated[
+            Literal[False, True, "all_heads"],
+            Field(description="RMS norm of q and k: none, on each head, or on the channels of all heads together."),
+        ] = False,
+        output_gate: Annotated[
+            Literal[False, True, "per_head"],
+            Field(description="Multiply the output by a sigmoid gate of the input, of each channel or of each head."),
+        ] = False,
         sliding_window: Annotated[
             int | None, Field(ge=1, description="Tokens that a token sees, itself included; all if unset.")
         ] = None,
@@ -95,15 +112,19 @@ class Attention(Mixer):
         self.rotary_dim = round(self.head_dim * rotary_fraction)
         check_rotary_dim(self.rotary_dim, f"rotary_fraction = {rotary_fraction} of head_dim = {self.head_dim}")
         self.rope_base, self.sliding_window = rope_base, sliding_window
+        self.rope_scaling = rope_scaling_of(rope_scaling)
+        self.softmax_scale = self.rope_scaling.softmax_factor * (
+            self.head_dim**-0.5 if softmax_scale is None else softmax_scale
+        )
         if q_rank is None:
-            self.q_proj: nn.Module = ColumnLinear(dim, num_heads * self.head_dim)
+            self.q_proj: nn.Module = ColumnLinear(dim, num_heads * self.head_dim, qkv_bias and kv_rank is None)
         else:
-            self.q_proj = LowRank(dim, q_rank, num_heads * self.head_dim, RMSNorm(q_rank, norm_eps))
+            self.q_proj = LowRank(dim, q_rank, num_heads * self.head_dim, RMSNorm(q_rank, norm_eps), qkv_bias)
         self.value_dim = value_dim or self.head_dim
         self.latent: LatentKeyValues | None = None
         if kv_rank is None:
-            self.k_proj = ColumnLinear(dim, num_kv_heads * self.head_dim, units=num_kv_heads)
-            self.v_proj = ColumnLinear(dim, num_kv_heads * self.head_dim, units=num_kv_heads)
+            self.k_proj = ColumnLinear(dim, num_kv_heads * self.head_dim, qkv_bias, units=num_kv_heads)
+            self.v_proj = ColumnLinear(dim, num_kv_heads * self.head_dim, qkv_bias, units=num_kv_heads)
         else:
             shared_dim = self.rotary_dim if shared_key_dim is None else shared_key_dim
             if not max(1, self.rotary_dim) <= shared_dim < self.head_dim:
@@ -116,39 +137,51 @@ class Attention(Mixer):
             self.latent = LatentKeyValues(
                 dim, num_heads, kv_rank,
                 key_dim=self.head_dim, shared_dim=shared_dim, value_dim=self.value_dim, norm_eps=norm_eps,
+                bias=qkv_bias,
             )  # fmt: skip
-        self.q_norm, self.k_norm = (
-            RMSNorm(self.head_dim, norm_eps, zero_centered=zero_centered_norm) if qk_norm else nn.Identity()
-            for _ in range(2)
-        )
+        self.qk_norm, self.zero_centered_norm = qk_norm, zero_centered_norm
+        self.q_norm, self.k_norm = (self._norm(number, norm_eps) for number in (num_heads, num_kv_heads))
         self.inner = InnerAttention(num_heads)
-        self.gate_proj = ColumnLinear(dim, num_heads * self.value_dim) if output_gate else None
-        self.o_proj = RowLinear(num_heads * self.value_dim, dim)
+        gate_dim = 1 if output_gate == "per_head" else self.value_dim
+        self.gate_proj = ColumnLinear(dim, num_heads * gate_dim) if output_gate else None
+        self.o_proj = RowLinear(num_heads * self.value_dim, dim, bias=output_bias)
+
+    def _norm(self, num_heads: int, eps: float) -> nn.Module:
+        if not self.qk_norm:
+            return nn.Identity()
+        if self.qk_norm == "all_heads":
+            return AllHeadsRMSNorm(num_heads, self.head_dim, eps, zero_centered=self.zero_centered_norm)
+        return RMSNorm(self.head_dim, eps, zero_centered=self.zero_centered_norm)
 
     def forward(self, x: Tensor, *, sequence: SequenceLayout, cache: TensorDict | None = None) -> Tensor:
         turn = self._rotation(sequence.positions)
-        q = turn(self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim))))
+        q = turn(self._heads(self.q_norm, self.q_proj(x)))
         attend = self._attend if self.latent is None else self._attend_latent
-        o = attend(x, q, turn, sequence, cache).flatten(2)
+        o = attend(x, q, turn, sequence, cache)
         if self.gate_proj is not None:
-            o = o * self.gate_proj(x).sigmoid()
-        return self.o_proj(o)
+            o = o * self.gate_proj(x).sigmoid().unflatten(-1, (o.shape[2], -1))
+        return self.o_proj(o.flatten(2))
+
+    def _heads(self, norm: nn.Module, x: Tensor) -> Tensor:
+        """x [B, T, heads * head_dim] -> normed, [B, T, heads, head_dim]."""
+        heads = (-1, self.head_dim)
+        return norm(x).unflatten(-1, heads) if self.qk_norm == "all_heads" else norm(x.unflatten(-1, heads))
 
     def _rotation(self, positions: Tensor) -> Rotation:
         if not self.rotary_dim:
             return lambda heads: heads
-        phases = rotary_phases(positions, self.rotary_dim, self.rope_base)
+        phases = rotary_phases(positions, self.rotary_dim, self.rope_base, self.rope_scaling)
         return lambda heads: rotate(heads, phases)
 
     def _attend(
         self, x: Tensor, q: Tensor, turn: Rotation, sequence: SequenceLayout, cache: TensorDict | None
     ) -> Tensor:
-        k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.k_proj, self.v_proj))
-        k = turn(self.k_norm(k))
+        k, v = turn(self._heads(self.k_norm, self.k_proj(x))), self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+        options = dict(window=self.sliding_window, scale=self.softmax_scale)
         if cache is None:
-            return self.inner(q, k, v, cu_seqlens=sequence.cu_seqlens, window=self.sliding_window)
+            return self.inner(q, k, v, cu_seqlens=sequence.cu_seqlens, **options)
         k, v = self._keep(cache, sequence.positions, k=k, v=v)
-        return cached_attention(q, k, v, sequence.positions, window=self.sliding_window)
+        return cached_attention(q, k, v, sequence.positions, **options)
 
     def _attend_latent(
         self, x: Tensor, q: Tensor, turn: Rotation, sequence: SequenceLayout, cache: TensorDict | None
@@ -156,12 +189,13 @@ class Attention(Mixer):
         assert self.latent is not None
         latent, k = self.latent(x)
         k = turn(k)
+        options = dict(window=self.sliding_window, scale=self.softmax_scale)
         if cache is None:
             k, v = self.latent.expand(latent, k)
-            o = self.inner(q, k, v, cu_seqlens=sequence.cu_seqlens, window=self.sliding_window)
+            o = self.inner(q, k, v, cu_seqlens=sequence.cu_seqlens, **options)
             return o[..., : self.value_dim]
         (kept,) = self._keep(cache, sequence.positions, latent=torch.cat([k, latent[:, :, None]], -1))
-        o = cached_attention(self.latent.to_latent(q), kept, kept, sequence.positions, window=self.sliding_window)
+        o = cached_attention(self.latent.to_latent(q), kept, kept, sequence.positions, **options)
         return self.latent.from_latent(o)
 
     def _keep(self, cache: TensorDict, positions: Tensor, **new: Tensor) -> list[Tensor]:

@@ -9,7 +9,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from torchlmoe.layers.initialization import normal_
+from torchlmoe.layers.initialization import constant_, normal_
 from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.options import Configurable
 
@@ -97,6 +97,8 @@ def _draw_children(module: nn.Module, std: float) -> None:
     for child in module.children():
         if isinstance(child, nn.Linear):
             normal_(child.weight, std)
+            if child.bias is not None:
+                constant_(child.bias, 0.0)
         elif callable(init_weights := getattr(child, "init_weights", None)):
             init_weights()  # and no deeper: another mixer has drawn what it holds as it wants it
         else:

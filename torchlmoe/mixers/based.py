@@ -15,6 +15,7 @@ from torchlmoe.layers.feature_maps import taylor_features
 from torchlmoe.layers.normalized_recurrence import recur_normalized
 from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.mixers.recurrent import RecurrentMixer
+from torchlmoe.mixers.widths import NumHeads, width_of_heads
 from torchlmoe.options import NormEps
 
 
@@ -23,12 +24,16 @@ class Based(RecurrentMixer):
         self,
         dim: int,
         *,
-        num_heads: Annotated[int, Field(ge=1, description="Heads.")],
+        num_heads: NumHeads,
+        head_dim: Annotated[
+            int | None, Field(ge=1, description="Width of a value head; dim / num_heads if unset.")
+        ] = None,
         feature_dim: Annotated[int, Field(ge=1, description="Width of a query or key before its feature map.")] = 16,
         norm_eps: NormEps = 1e-6,
         **options,
     ):
-        super().__init__(dim, num_heads * feature_dim, dim, num_heads=num_heads, **options)
+        width = width_of_heads(dim, num_heads, head_dim)
+        super().__init__(dim, num_heads * feature_dim, width, num_heads=num_heads, **options)
         self.feature_dim, self.normalizer_eps = feature_dim, norm_eps
         self.key_dim = 1 + feature_dim + feature_dim * (feature_dim + 1) // 2
         self.value_dim += 1  # the sum of the weights

@@ -16,6 +16,7 @@ from torchlmoe.layers.norms import RMSNorm
 from torchlmoe.layers.recurrence import recur
 from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.mixers.recurrent import RecurrentMixer
+from torchlmoe.mixers.widths import HeadDim, NumHeads, width_of_heads
 from torchlmoe.options import NormEps
 
 FEATURE_MAPS = {
@@ -32,6 +33,8 @@ class BasicLinearAttention(RecurrentMixer):
         self,
         dim: int,
         *,
+        num_heads: NumHeads,
+        head_dim: HeadDim = None,
         feature_map: Annotated[
             Literal["identity", "elu", "relu", "silu", "softmax"], Field(description="phi, applied to q and k.")
         ] = "silu",
@@ -44,7 +47,8 @@ class BasicLinearAttention(RecurrentMixer):
                 f"normalizer = true divides by a sum that feature_map = {feature_map!r} can make zero or negative; "
                 "use 'elu', 'relu' or 'softmax'."
             )
-        super().__init__(dim, dim, dim, **options)
+        width = width_of_heads(dim, num_heads, head_dim)
+        super().__init__(dim, width, width, num_heads=num_heads, **options)
         self.feature_map, self.normalizer, self.norm_eps = feature_map, normalizer, norm_eps
         self.norm = RMSNorm(self.value_dim, norm_eps)
         self.value_dim += normalizer  # the sum of the weights

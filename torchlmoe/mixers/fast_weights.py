@@ -18,6 +18,7 @@ from torchlmoe.layers.linear import ColumnLinear
 from torchlmoe.layers.online_gradient import OnlineGradient
 from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.mixers.recurrent import RecurrentMixer
+from torchlmoe.mixers.widths import HeadDim, NumHeads, width_of_heads
 from torchlmoe.ops.online_gradient import online_gradient_flops_per_token
 from torchlmoe.options import NormEps
 
@@ -65,6 +66,8 @@ class FastWeightMixer(RecurrentMixer):
         self,
         dim: int,
         *,
+        num_heads: NumHeads,
+        head_dim: HeadDim = None,
         mini_batch_size: Annotated[
             int, Field(ge=1, description="Tokens whose gradients are taken at the same weights.")
         ] = 16,
@@ -72,7 +75,8 @@ class FastWeightMixer(RecurrentMixer):
         norm_eps: NormEps = 1e-6,
         **options,
     ):
-        super().__init__(dim, dim, dim, recurrence=OnlineGradient, **options)
+        width = width_of_heads(dim, num_heads, head_dim)
+        super().__init__(dim, width, width, recurrence=OnlineGradient, num_heads=num_heads, **options)
         self.mini_batch_size, self.max_learning_rate, self.norm_eps = mini_batch_size, max_learning_rate, norm_eps
         self.learning_rate_proj = ColumnLinear(dim, self.num_heads)
         self.fast_weights = FastWeights(self.num_heads, self.key_dim, self.has_bias, self.start_std)

@@ -24,7 +24,8 @@ from torchlmoe.layers.recurrence import LinearRecurrence, recur
 from torchlmoe.layers.rotary import check_rotary_dim, rotate
 from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.mixers.base import scaled_width
-from torchlmoe.mixers.recurrent import ExpandK, ExpandV, RecurrentMixer
+from torchlmoe.mixers.recurrent import RecurrentMixer
+from torchlmoe.mixers.widths import ExpandK, ExpandV, HeadDim, NumHeads, width_of_heads
 from torchlmoe.ops.linear_recurrence import recurrence_flops_per_token
 from torchlmoe.options import NormEps
 
@@ -33,11 +34,20 @@ class GateLoop(RecurrentMixer):
     decays = True
 
     def __init__(
-        self, dim: int, *, expand_k: ExpandK = 1.0, expand_v: ExpandV = 1.0, norm_eps: NormEps = 1e-6, **options
+        self,
+        dim: int,
+        *,
+        num_heads: NumHeads,
+        head_dim: HeadDim = None,
+        expand_k: ExpandK = 1.0,
+        expand_v: ExpandV = 1.0,
+        norm_eps: NormEps = 1e-6,
+        **options,
     ):
-        key_width, value_width = scaled_width(dim, expand_k), scaled_width(dim, expand_v)
-        super().__init__(dim, key_width, value_width, **options)
-        check_rotary_dim(self.key_dim, f"dim * expand_k = {key_width} in num_heads = {self.num_heads} heads")
+        width = width_of_heads(dim, num_heads, head_dim)
+        key_width, value_width = scaled_width(width, expand_k), scaled_width(width, expand_v)
+        super().__init__(dim, key_width, value_width, num_heads=num_heads, **options)
+        check_rotary_dim(self.key_dim, f"a width of {key_width} in num_heads = {num_heads} heads")
         self.decay_proj = ColumnLinear(dim, key_width // 2)
         self.decay = LogSigmoidDecay(key_width // 2)
         self.phase_proj = ColumnLinear(dim, key_width // 2)

@@ -24,7 +24,8 @@ from torchlmoe.layers.norms import RMSNorm
 from torchlmoe.layers.recurrence import LinearRecurrence, recur
 from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.mixers.base import scaled_width
-from torchlmoe.mixers.recurrent import ExpandK, ExpandV, RecurrentMixer
+from torchlmoe.mixers.recurrent import RecurrentMixer
+from torchlmoe.mixers.widths import ExpandK, ExpandV, HeadDim, NumHeads, width_of_heads
 from torchlmoe.ops.elementwise_recurrence import elementwise_flops_per_token
 from torchlmoe.options import NormEps
 
@@ -36,6 +37,8 @@ class GatedFastWeights(RecurrentMixer):
         self,
         dim: int,
         *,
+        num_heads: NumHeads,
+        head_dim: HeadDim = None,
         expand_k: ExpandK = 1.0,
         expand_v: ExpandV = 1.0,
         gate: Annotated[Literal["rank_one", "full"], Field(description="The gate on the state.")] = "rank_one",
@@ -45,11 +48,12 @@ class GatedFastWeights(RecurrentMixer):
         norm_eps: NormEps = 1e-6,
         **options,
     ):
-        key_width, value_width = scaled_width(dim, expand_k), scaled_width(dim, expand_v)
+        width = width_of_heads(dim, num_heads, head_dim)
+        key_width, value_width = scaled_width(width, expand_k), scaled_width(width, expand_v)
         if gate != "full" and gate_rank is not None:
             raise ValueError(f"gate_rank = {gate_rank} belongs to gate = 'full'; leave it out with gate = {gate!r}.")
         kind = ElementwiseRecurrence if gate == "full" else LinearRecurrence
-        super().__init__(dim, key_width, value_width, recurrence=kind, **options)
+        super().__init__(dim, key_width, value_width, recurrence=kind, num_heads=num_heads, **options)
         self.gate = gate
         if gate == "full":
             self.gate_proj = LowRank(dim, gate_rank or 16, key_width * self.value_dim)

@@ -17,7 +17,8 @@ from torchlmoe.layers.norms import GatedRMSNorm
 from torchlmoe.layers.recurrence import recur
 from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.mixers.base import scaled_width
-from torchlmoe.mixers.recurrent import ExpandK, ExpandV, RecurrentMixer
+from torchlmoe.mixers.recurrent import RecurrentMixer
+from torchlmoe.mixers.widths import ExpandK, ExpandV, HeadDim, NumHeads, width_of_heads
 from torchlmoe.options import NormEps
 
 
@@ -28,6 +29,8 @@ class GatedLinearAttention(RecurrentMixer):
         self,
         dim: int,
         *,
+        num_heads: NumHeads,
+        head_dim: HeadDim = None,
         expand_k: ExpandK = 0.5,
         expand_v: ExpandV = 1.0,
         gate_rank: Annotated[int, Field(ge=1, description="Rank of the decay's projection.")] = 16,
@@ -35,8 +38,9 @@ class GatedLinearAttention(RecurrentMixer):
         norm_eps: NormEps = 1e-6,
         **options,
     ):
-        key_width, value_width = scaled_width(dim, expand_k), scaled_width(dim, expand_v)
-        super().__init__(dim, key_width, value_width, **options)
+        width = width_of_heads(dim, num_heads, head_dim)
+        key_width, value_width = scaled_width(width, expand_k), scaled_width(width, expand_v)
+        super().__init__(dim, key_width, value_width, num_heads=num_heads, **options)
         self.decay_proj = LowRank(dim, gate_rank, key_width)
         self.decay = LogSigmoidDecay(key_width, gate_normalizer)
         self.gate_proj = ColumnLinear(dim, value_width)

@@ -22,7 +22,8 @@ from torchlmoe.layers.norms import RMSNorm
 from torchlmoe.layers.recurrence import LinearRecurrence, recur
 from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.mixers.base import scaled_width
-from torchlmoe.mixers.recurrent import ExpandK, ExpandV, RecurrentMixer
+from torchlmoe.mixers.recurrent import RecurrentMixer
+from torchlmoe.mixers.widths import ExpandK, ExpandV, HeadDim, NumHeads, width_of_heads
 from torchlmoe.ops.linear_recurrence import recurrence_flops_per_token
 from torchlmoe.options import NormEps
 
@@ -34,6 +35,8 @@ class GatedSlotAttention(RecurrentMixer):
         self,
         dim: int,
         *,
+        num_heads: NumHeads,
+        head_dim: HeadDim = None,
         expand_k: ExpandK = 1.0,
         expand_v: ExpandV = 1.0,
         num_slots: Annotated[
@@ -43,8 +46,9 @@ class GatedSlotAttention(RecurrentMixer):
         norm_eps: NormEps = 1e-6,
         **options,
     ):
-        value_width = scaled_width(dim, expand_v)
-        super().__init__(dim, scaled_width(dim, expand_k), value_width, **options)
+        width = width_of_heads(dim, num_heads, head_dim)
+        key_width, value_width = scaled_width(width, expand_k), scaled_width(width, expand_v)
+        super().__init__(dim, key_width, value_width, num_heads=num_heads, **options)
         self.head_dim, self.key_dim = self.key_dim, num_slots or self.key_dim  # the second pass's keys are the slots
         self.slot_proj = ColumnLinear(dim, self.num_heads * self.key_dim)
         self.decay = LogSigmoidDecay(self.num_heads * self.key_dim, gate_normalizer)

@@ -17,7 +17,8 @@ from torchlmoe.layers.norms import RMSNorm
 from torchlmoe.layers.recurrence import recur
 from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.mixers.base import scaled_width
-from torchlmoe.mixers.recurrent import ExpandK, RecurrentMixer
+from torchlmoe.mixers.recurrent import RecurrentMixer
+from torchlmoe.mixers.widths import ExpandK, HeadDim, NumHeads, width_of_heads
 from torchlmoe.options import NormEps
 
 
@@ -45,9 +46,19 @@ class LowerBounds(nn.Module):
 class HGRN2(RecurrentMixer):
     decays = True
 
-    def __init__(self, dim: int, *, expand_k: ExpandK = 1.0, norm_eps: NormEps = 1e-6, **options):
-        super().__init__(dim, scaled_width(dim, expand_k), dim, **options)
-        self.norm = RMSNorm(dim, norm_eps, across_heads=True)
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_heads: NumHeads,
+        head_dim: HeadDim = None,
+        expand_k: ExpandK = 1.0,
+        norm_eps: NormEps = 1e-6,
+        **options,
+    ):
+        width = width_of_heads(dim, num_heads, head_dim)
+        super().__init__(dim, scaled_width(width, expand_k), width, num_heads=num_heads, **options)
+        self.norm = RMSNorm(width, norm_eps, across_heads=True)
 
     def common(self, num_layers: int) -> LowerBounds:
         return LowerBounds(num_layers, self.num_heads * self.key_dim)

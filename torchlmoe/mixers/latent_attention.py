@@ -16,16 +16,28 @@ from torchlmoe.layers.norms import RMSNorm
 
 
 class LatentKeyValues(nn.Module):
-    """x [B, T, dim] -> latent [B, T, rank] and the shared part of the keys [B, T, 1, shared_dim]."""
+    """x [B, T, dim] -> latent [B, T, rank] and the shared part of the keys [B, T, 1, shared_dim].
+
+    bias: whether the two projections of x have one.
+    """
 
     def __init__(
-        self, dim: int, num_heads: int, rank: int, *, key_dim: int, shared_dim: int, value_dim: int, norm_eps: float
+        self,
+        dim: int,
+        num_heads: int,
+        rank: int,
+        *,
+        key_dim: int,
+        shared_dim: int,
+        value_dim: int,
+        norm_eps: float,
+        bias: bool = False,
     ):
         super().__init__()
         self.rank = rank
         self.key_dim, self.shared_dim, self.value_dim = key_dim, shared_dim, value_dim
-        self.shared_key_proj = Linear(dim, shared_dim)
-        self.down_proj = Linear(dim, rank)
+        self.shared_key_proj = Linear(dim, shared_dim, bias)
+        self.down_proj = Linear(dim, rank, bias)
         self.norm = RMSNorm(rank, norm_eps)
         self.up_proj = ColumnLinear(rank, num_heads * (key_dim - shared_dim + value_dim))
 
@@ -41,9 +53,7 @@ class LatentKeyValues(nn.Module):
     def to_latent(self, q: Tensor) -> Tensor:
         """q [B, T, heads, key_dim] -> [B, T, heads, shared_dim + rank], to meet what decoding keeps of each token."""
         shared, own = q.split([self.shared_dim, self.key_dim - self.shared_dim], -1)
-        q = torch.cat([shared, torch.einsum("bthk,hkr->bthr", own, self._up_weights()[0])], -1)
-        # Attention will divide by the root of the wider q's width.
-        return q * (q.shape[-1] / self.key_dim) ** 0.5
+        return torch.cat([shared, torch.einsum("bthk,hkr->bthr", own, self._up_weights()[0])], -1)
 
     def from_latent(self, o: Tensor) -> Tensor:
         """Attention to what decoding keeps, [B, T, heads, shared_dim + rank] -> [B, T, heads, value_dim]."""

@@ -17,19 +17,30 @@ from torchlmoe.layers.recurrence import recur
 from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.mixers.base import Place
 from torchlmoe.mixers.recurrent import RecurrentMixer
+from torchlmoe.mixers.widths import HeadDim, NumHeads, width_of_heads
 from torchlmoe.options import NormEps
 
 
 class LightningAttention(RecurrentMixer):
     decays = True
 
-    def __init__(self, dim: int, place: Place | None = None, *, norm_eps: NormEps = 1e-6, **options):
-        super().__init__(dim, dim, dim, **options)
+    def __init__(
+        self,
+        dim: int,
+        place: Place | None = None,
+        *,
+        num_heads: NumHeads,
+        head_dim: HeadDim = None,
+        norm_eps: NormEps = 1e-6,
+        **options,
+    ):
+        width = width_of_heads(dim, num_heads, head_dim)
+        super().__init__(dim, width, width, num_heads=num_heads, **options)
         place = place or Place()
         # As published, with a little of the decay left in the last layer.
         self.factor = 1 - place.index / (place.num_layers - 1 + 1e-5) + 1e-5
-        self.gate_proj = ColumnLinear(dim, dim)
-        self.norm = GatedRMSNorm(dim, norm_eps, torch.sigmoid, across_heads=True)
+        self.gate_proj = ColumnLinear(dim, width)
+        self.norm = GatedRMSNorm(width, norm_eps, torch.sigmoid, across_heads=True)
 
     def forward(self, x: Tensor, *, sequence: SequenceLayout, cache: TensorDict | None = None) -> Tensor:
         q, k, v = (F.silu(heads) for heads in self.project(x, sequence=sequence))

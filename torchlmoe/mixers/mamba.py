@@ -68,6 +68,10 @@ class Mamba(Mixer):
             int | None, Field(ge=1, description="Rank of the step's projection; dim / 16 if unset.")
         ] = None,
         conv_size: Annotated[int, Field(ge=1, description="Tokens that the short convolution sees.")] = 4,
+        conv_bias: Annotated[bool, Field(description="A bias on the short convolution.")] = True,
+        proj_bias: Annotated[
+            bool, Field(description="Biases on the projections of x, of z and of the output.")
+        ] = False,
         backend: Backend = "auto",
         init_std: InitStd = 0.02,
     ):
@@ -77,15 +81,15 @@ class Mamba(Mixer):
             raise ValueError(f"expand = {expand} of dim = {dim} gives no channels; make it at least {1 / dim}.")
         self.channels = self.units = channels
         self.state_dim, self.init_std = state_dim, init_std
-        self.x_proj = ColumnLinear(dim, channels)
-        self.gate_proj = ColumnLinear(dim, channels)
-        self.x_conv = ShortConvolution(channels, conv_size, bias=True)
+        self.x_proj = ColumnLinear(dim, channels, proj_bias)
+        self.gate_proj = ColumnLinear(dim, channels, proj_bias)
+        self.x_conv = ShortConvolution(channels, conv_size, conv_bias)
         self.step_B_C_proj = RowLinear(channels, self.step_rank + 2 * state_dim, to_heads=True)
         self.step_proj = ColumnLinear(self.step_rank, channels)
         self.decay = SelectiveDecay(channels, state_dim)
         self.recurrence = ElementwiseRecurrence(backend)
         self.D = nn.Parameter(torch.empty(channels))
-        self.o_proj = RowLinear(channels, dim)
+        self.o_proj = RowLinear(channels, dim, bias=proj_bias)
 
     def init_weights(self) -> None:
         super().init_weights()

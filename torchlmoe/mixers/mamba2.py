@@ -22,7 +22,8 @@ from torchlmoe.layers.linear import ColumnLinear
 from torchlmoe.layers.recurrence import recur
 from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.mixers.base import scaled_width
-from torchlmoe.mixers.recurrent import ConvolvedMixer, ExpandV
+from torchlmoe.mixers.recurrent import ConvolvedMixer
+from torchlmoe.mixers.widths import ExpandV, HeadDim, NumHeads, width_of_heads
 from torchlmoe.options import NormEps
 
 
@@ -34,20 +35,27 @@ class Mamba2(ConvolvedMixer):
         self,
         dim: int,
         *,
+        num_heads: NumHeads,
+        head_dim: HeadDim = None,
         num_groups: Annotated[int, Field(ge=1, description="Groups of heads that share B and C.")] = 1,
         state_dim: Annotated[int, Field(ge=1, description="Width of B and C.")] = 128,
         expand_v: ExpandV = 2.0,
         min_step: Annotated[float, Field(ge=0, le=1000, description="Least dt.")] = 0.0,
         max_step: Annotated[float | None, Field(ge=1e-6, le=1000, description="Largest dt; no limit if unset.")] = None,
+        conv_bias: Annotated[bool, Field(description="Biases on the short convolutions.")] = True,
+        proj_bias: Annotated[bool, Field(description="Biases on the projections into heads and out of them.")] = False,
         norm_eps: NormEps = 1e-6,
         **options,
     ):
         if max_step is not None and max_step < min_step:
             raise ValueError(f"max_step = {max_step} must not be below min_step = {min_step}.")
-        value_width = scaled_width(dim, expand_v)
-        super().__init__(dim, num_groups * state_dim, value_width, num_groups, conv_bias=True, **options)
-        self.gate_proj = ColumnLinear(dim, value_width)
-        self.dt_proj = ColumnLinear(dim, self.num_heads)
+        value_width = scaled_width(width_of_heads(dim, num_heads, head_dim), expand_v)
+        super().__init__(
+            dim, num_groups * state_dim, value_width, num_groups, conv_bias,
+            num_heads=num_heads, proj_bias=proj_bias, **options,
+        )  # fmt: skip
+        self.gate_proj = ColumnLinear(dim, value_width, proj_bias)
+        self.dt_proj = ColumnLinear(dim, num_heads, proj_bias)
         self.decay = DecayGate(self.num_heads, rates=(1.0, 16.0), step_limits=(min_step, max_step))
         self.D = nn.Parameter(torch.empty(self.num_heads))
         self.norm = GroupRMSNorm(value_width, num_groups, norm_eps)

@@ -19,6 +19,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from torchlmoe.layers.recurrence import LinearRecurrence
+from torchlmoe.layers.rope_scaling import RopeScalingTable
 from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.layers.short_convolution import ShortConvolution
 from torchlmoe.mixers.base import Mixer, Place
@@ -61,6 +62,7 @@ class MixtureOfMemories(RoutedLayer, Mixer):
         rope_base: Annotated[
             float, Field(gt=1, le=1e12, description="The inner mixer's, if it has phases.")
         ] = 10_000.0,
+        rope_scaling: RopeScalingTable = None,
         norm_eps: NormEps = 1e-6,
         backend: Backend = "auto",
         init_std: InitStd = 0.02,
@@ -79,7 +81,10 @@ class MixtureOfMemories(RoutedLayer, Mixer):
             num_memories, aux_loss_weight=aux_loss_weight, aux_loss_scope="sequence", z_loss_weight=0.0
         )
         settings = MIXERS[inner].settings()
-        common = dict(num_heads=num_heads, rope_base=rope_base, norm_eps=norm_eps, backend=backend, init_std=init_std)
+        common = dict(
+            num_heads=num_heads, rope_base=rope_base, rope_scaling=rope_scaling, norm_eps=norm_eps, backend=backend,
+            init_std=init_std,
+        )  # fmt: skip
         options = {name: value for name, value in common.items() if name in settings} | (inner_options or {})
         built = MIXERS[inner].at(place, dim, **options)
         num_recurrences = sum(isinstance(module, LinearRecurrence) for module in built.modules())

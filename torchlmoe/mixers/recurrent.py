@@ -16,9 +16,6 @@ from torchlmoe.mixers.base import Mixer, recurrent_state, split_heads
 from torchlmoe.ops.linear_recurrence import Backend, recurrence_flops_per_token
 from torchlmoe.options import InitStd
 
-ExpandK = Annotated[float, Field(ge=0.01, le=100, description="Width of all keys together, as a multiple of dim.")]
-ExpandV = Annotated[float, Field(ge=0.01, le=100, description="Width of all values together, as a multiple of dim.")]
-
 
 class RecurrentMixer(Mixer):
     """Heads of q, k and v by projection, one recurrence with a state [key_dim, value_dim] per head, output projection.
@@ -39,6 +36,7 @@ class RecurrentMixer(Mixer):
         value_width: int,
         num_key_heads: int | None = None,
         recurrence: Callable[[str], nn.Module] = LinearRecurrence,
+        proj_bias: bool = False,
         *,
         num_heads: Annotated[int, Field(ge=1, description="Heads; where keys are shared, value heads.")],
         backend: Backend = "auto",
@@ -50,15 +48,15 @@ class RecurrentMixer(Mixer):
             raise ValueError(f"num_heads = {num_heads} must be a multiple of num_key_heads = {num_key_heads}.")
         self.num_heads = self.units = num_heads
         self.num_key_heads, self.init_std = num_key_heads, init_std
-        self.key_dim = split_heads(key_width, num_key_heads, "dim" if key_width == dim else "dim * expand_k")
-        self.value_dim = split_heads(value_width, num_heads, "dim" if value_width == dim else "dim * expand_v")
+        self.key_dim = split_heads(key_width, num_key_heads, "dim" if key_width == dim else "the width of all keys")
+        self.value_dim = split_heads(value_width, num_heads, "dim" if value_width == dim else "the width of all values")
         self.head_widths = (self.key_dim, self.value_dim)  # as projected, whatever a feature map makes of them
-        self.q_proj = ColumnLinear(dim, key_width, units=num_key_heads)
+        self.q_proj = ColumnLinear(dim, key_width, proj_bias, units=num_key_heads)
         if not self.shares_qk:
-            self.k_proj = ColumnLinear(dim, key_width, units=num_key_heads)
-        self.v_proj = ColumnLinear(dim, value_width)
+            self.k_proj = ColumnLinear(dim, key_width, proj_bias, units=num_key_heads)
+        self.v_proj = ColumnLinear(dim, value_width, proj_bias)
         self.backend, self.recurrence = backend, recurrence(backend)
-        self.o_proj = RowLinear(value_width, dim)
+        self.o_proj = RowLinear(value_width, dim, bias=proj_bias)
 
     def init_cache(
         self, batch_size: int, max_length: int, dtype: torch.dtype, device: torch.device | None = None

@@ -14,10 +14,12 @@ from torch import Tensor
 from torchlmoe.layers.linear import ColumnLinear
 from torchlmoe.layers.norms import GatedRMSNorm
 from torchlmoe.layers.recurrence import recur
+from torchlmoe.layers.rope_scaling import RopeScalingTable, rope_scaling_of
 from torchlmoe.layers.rotary import check_rotary_dim, rotary_phases, rotate
 from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.mixers.base import scaled_width
-from torchlmoe.mixers.recurrent import ExpandV, RecurrentMixer
+from torchlmoe.mixers.recurrent import RecurrentMixer
+from torchlmoe.mixers.widths import ExpandV, HeadDim, NumHeads, width_of_heads
 from torchlmoe.options import NormEps
 
 
@@ -28,22 +30,26 @@ class Retention(RecurrentMixer):
         self,
         dim: int,
         *,
+        num_heads: NumHeads,
+        head_dim: HeadDim = None,
         expand_v: ExpandV = 2.0,
         rope_base: Annotated[float, Field(gt=1, le=1e12, description="Base of the rotary wavelengths.")] = 10_000.0,
+        rope_scaling: RopeScalingTable = None,
         norm_eps: NormEps = 1e-6,
         **options,
     ):
-        value_width = scaled_width(dim, expand_v)
-        super().__init__(dim, dim, value_width, **options)
-        check_rotary_dim(self.key_dim, f"dim = {dim} in num_heads = {self.num_heads} heads")
-        self.rope_base = rope_base
+        width = width_of_heads(dim, num_heads, head_dim)
+        value_width = scaled_width(width, expand_v)
+        super().__init__(dim, width, value_width, num_heads=num_heads, **options)
+        check_rotary_dim(self.key_dim, f"a width of {width} in num_heads = {num_heads} heads")
+        self.rope_base, self.rope_scaling = rope_base, rope_scaling_of(rope_scaling)
         self.gate_proj = ColumnLinear(dim, value_width)
         self.norm = GatedRMSNorm(self.value_dim, norm_eps)
 
     def forward(self, x: Tensor, *, sequence: SequenceLayout, cache: TensorDict | None = None) -> Tensor:
         q, k, v = self.project(x, sequence=sequence)
         positions = sequence.project(lambda _: sequence.positions, x)
-        phases = rotary_phases(positions, self.key_dim, self.rope_base)
+        phases = rotary_phases(positions, self.key_dim, self.rope_base, self.rope_scaling)
         o = recur(
             self.recurrence,
             rotate(q, phases),

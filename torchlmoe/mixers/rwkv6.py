@@ -25,6 +25,7 @@ from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.layers.token_shift import TokenMix, TokenShift
 from torchlmoe.mixers.base import Place
 from torchlmoe.mixers.recurrent import RecurrentMixer
+from torchlmoe.mixers.widths import HeadDim, NumHeads, width_of_heads
 
 
 class RWKV6(RecurrentMixer):
@@ -36,11 +37,14 @@ class RWKV6(RecurrentMixer):
         dim: int,
         place: Place = Place(),  # noqa: B008
         *,
+        num_heads: NumHeads,
+        head_dim: HeadDim = None,
         mix_rank: Annotated[int, Field(ge=1, description="Rank of what weighs a token and its predecessor.")] = 32,
         decay_rank: Annotated[int, Field(ge=1, description="Rank of the decay's projection.")] = 64,
         **options,
     ):
-        super().__init__(dim, dim, dim, **options)
+        width = width_of_heads(dim, num_heads, head_dim)
+        super().__init__(dim, width, width, num_heads=num_heads, **options)
         self.depth = place.index / max(place.num_layers - 1, 1)  # from 0 to 1
         late = 1 - place.index / place.num_layers  # from 1 in the first layer to almost 0
         powers = {"r": late / 2, "k": late, "v": late, "g": late / 2, "w": late}
@@ -51,10 +55,10 @@ class RWKV6(RecurrentMixer):
         self.mix = nn.ModuleDict(
             {name: TokenMix(dim, power, 0.3 * self.depth if name == "v" else 0.0) for name, power in powers.items()}
         )
-        self.gate_proj = ColumnLinear(dim, dim)
-        self.decay_proj = LowRank(dim, decay_rank, dim, torch.tanh)
-        self.decay = BiasedDecay(dim, "exp")
-        self.bonus = nn.Parameter(torch.empty(dim))
+        self.gate_proj = ColumnLinear(dim, width)
+        self.decay_proj = LowRank(dim, decay_rank, width, torch.tanh)
+        self.decay = BiasedDecay(width, "exp")
+        self.bonus = nn.Parameter(torch.empty(width))
         self.norm = HeadNorm(self.num_heads, self.value_dim, eps=1e-5 * self.value_dim)
 
     def init_weights(self) -> None:

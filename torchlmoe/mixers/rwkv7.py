@@ -29,6 +29,7 @@ from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.layers.token_shift import TokenMix, TokenShift
 from torchlmoe.mixers.base import Place
 from torchlmoe.mixers.recurrent import RecurrentMixer
+from torchlmoe.mixers.widths import HeadDim, NumHeads, width_of_heads
 
 Rank = Annotated[int | None, Field(ge=1, description="Rank of a low-rank projection; grows with sqrt(dim) if unset.")]
 
@@ -42,32 +43,35 @@ class RWKV7(RecurrentMixer):
         dim: int,
         place: Place = Place(),  # noqa: B008
         *,
+        num_heads: NumHeads,
+        head_dim: HeadDim = None,
         decay_rank: Rank = None,
         rate_rank: Rank = None,
         value_rank: Rank = None,
         gate_rank: Rank = None,
         **options,
     ):
-        super().__init__(dim, dim, dim, **options)
+        width = width_of_heads(dim, num_heads, head_dim)
+        super().__init__(dim, width, width, num_heads=num_heads, **options)
 
         def rank(given: int | None, factor: float) -> int:
             return given or max(32, 32 * round(factor * dim**0.5 / 32))
 
-        self.place, self.shared_width = place, dim
+        self.place, self.shared_width = place, width
         late = 1 - place.index / place.num_layers  # from 1 in the first layer to almost 0
         powers = {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}
         self.token_shift = TokenShift(dim)
         self.mix = nn.ModuleDict({name: TokenMix(dim, power * late) for name, power in powers.items()})
-        self.decay_proj = LowRank(dim, rank(decay_rank, 2.5), dim, torch.tanh)
-        self.decay = BiasedDecay(dim, "sigmoid", rate=math.exp(-0.5))
-        self.rate_proj = LowRank(dim, rank(rate_rank, 2.5), dim)
-        self.rate_bias = nn.Parameter(torch.empty(dim))
-        self.first_value_proj = None if place.first else LowRank(dim, rank(value_rank, 1.7), dim)
-        self.first_value_bias = None if place.first else nn.Parameter(torch.empty(dim))
-        self.gate_proj = LowRank(dim, rank(gate_rank, 5.0), dim, torch.sigmoid)
-        self.erase_scale = nn.Parameter(torch.empty(dim))  # xi
-        self.rate_share = nn.Parameter(torch.empty(dim))  # alpha
-        self.bonus = nn.Parameter(torch.empty(dim))  # rho
+        self.decay_proj = LowRank(dim, rank(decay_rank, 2.5), width, torch.tanh)
+        self.decay = BiasedDecay(width, "sigmoid", rate=math.exp(-0.5))
+        self.rate_proj = LowRank(dim, rank(rate_rank, 2.5), width)
+        self.rate_bias = nn.Parameter(torch.empty(width))
+        self.first_value_proj = None if place.first else LowRank(dim, rank(value_rank, 1.7), width)
+        self.first_value_bias = None if place.first else nn.Parameter(torch.empty(width))
+        self.gate_proj = LowRank(dim, rank(gate_rank, 5.0), width, torch.sigmoid)
+        self.erase_scale = nn.Parameter(torch.empty(width))  # xi
+        self.rate_share = nn.Parameter(torch.empty(width))  # alpha
+        self.bonus = nn.Parameter(torch.empty(width))  # rho
         self.norm = HeadNorm(self.num_heads, self.value_dim, eps=1e-5 * self.value_dim)
 
     def init_weights(self) -> None:

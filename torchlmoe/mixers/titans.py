@@ -34,7 +34,7 @@ class Titans(FastWeightMixer, ConvolvedMixer):
         self.momentum = LogSigmoidDecay(self.num_heads)
         self.forget_proj = ColumnLinear(dim, self.num_heads)
         self.decay = LogSigmoidDecay(self.num_heads)
-        self.gate_proj = ColumnLinear(dim, dim)
+        self.gate_proj = ColumnLinear(dim, self.num_heads * self.value_dim)
         self.norm = GatedRMSNorm(self.value_dim, norm_eps)
 
     def init_weights(self) -> None:

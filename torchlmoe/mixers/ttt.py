@@ -66,13 +66,14 @@ class TTT(FastWeightMixer):
         **options,
     ):
         super().__init__(dim, norm_eps=norm_eps, **options)
-        check_rotary_dim(self.key_dim, f"dim = {dim} in num_heads = {self.num_heads} heads")
+        width = self.num_heads * self.key_dim
+        check_rotary_dim(self.key_dim, f"a width of {width} in num_heads = {self.num_heads} heads")
         self.rope_base = rope_base
-        self.q_conv = ShortConvolution(dim, conv_size, bias=True, activation=False)
-        self.k_conv = ShortConvolution(dim, conv_size, bias=True, activation=False)
+        self.q_conv = ShortConvolution(width, conv_size, bias=True, activation=False)
+        self.k_conv = ShortConvolution(width, conv_size, bias=True, activation=False)
         self.step_size = StepSize(self.num_heads, self.mini_batch_size)
-        self.gate_proj = ColumnLinear(dim, dim)
-        self.norm = LayerNorm(dim, norm_eps, across_heads=True)
+        self.gate_proj = ColumnLinear(dim, width)
+        self.norm = LayerNorm(width, norm_eps, across_heads=True)
 
     def forward(self, x: Tensor, *, sequence: SequenceLayout, cache: TensorDict | None = None) -> Tensor:
         caches = {} if cache is None else cache

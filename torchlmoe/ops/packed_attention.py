@@ -38,28 +38,32 @@ def packed_attention(
     cu_seqlens: Tensor | None = None,
     window: int | None = None,
     query_start: int = 0,
+    scale: float | None = None,
 ) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v over the earlier tokens of the same document.
+    """softmax(scale * q k^T) v over the earlier tokens of the same document.
 
     q [B, S, H, D]; k, v [B, T, G, D], G a divisor of H. cu_seqlens: int32 [N + 1] bounds of documents in one row
     (B = 1, of T tokens), empty ones allowed. window: how many tokens, itself included, a token sees; all unless given.
-    query_start: the place in its row of the first query, where S is less than T. Returns o like q.
-    A NaN or an infinity in v also reaches earlier tokens of its document, through products with zero. Raises ValueError
-    for bounds that do not rise from 0 to T.
+    query_start: the place in its row of the first query, where S is less than T. scale: 1 / sqrt(D) unless given.
+    Returns o like q. A NaN or an infinity in v also reaches earlier tokens of its document, through products with zero.
+    Raises ValueError for bounds that do not rise from 0 to T.
     """
     if cu_seqlens is not None:
         num_documents(k, cu_seqlens)
         check_bounds_at_hand(cu_seqlens, k.shape[1])
     length = q.shape[1]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     if length == 0 or (cu_seqlens is None and k.shape[1] == length):
         mask = None if window is None or window >= length else _visible(length, length, 0, window, q.device)
-        return _sdpa(q, k, v, mask)
+        return _sdpa(q, k, v, mask, scale)
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-        return _varlen(q, k, v, cu_seqlens, window, query_start)
-    return _forward(q, k, v, cu_seqlens, window, query_start)[0]
+        return _varlen(q, k, v, cu_seqlens, window, query_start, scale)
+    return _forward(q, k, v, cu_seqlens, window, query_start, scale)[0]
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, window: int | None, query_start: int) -> Tensor:
+def _varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, window: int | None, query_start: int, scale: float
+) -> Tensor:
     """By torch's own operation on packed documents, flash attention, in which a document's last query meets its last
     key."""
     first_key = 0 if window is None else max(0, query_start - window + 1)
@@ -73,28 +77,37 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, window: 
         k_bounds = cu_seqlens.clamp(first_key, query_end) - first_key
     span = (-1 if window is None else window - 1, 0)
     lengths = (q.shape[1], query_end - first_key)
-    o = varlen_attn(q.flatten(0, 1), k, v, q_bounds, k_bounds, *lengths, window_size=span, enable_gqa=True)
+    options = dict(scale=scale, window_size=span, enable_gqa=True)
+    o = varlen_attn(q.flatten(0, 1), k, v, q_bounds, k_bounds, *lengths, **options)
     assert isinstance(o, Tensor)
     return o.reshape(q.shape)
 
 
-def cached_attention(q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor, *, window: int | None = None) -> Tensor:
+def cached_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_positions: Tensor,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+) -> Tensor:
     """Attention of new tokens to a cache. q [B, T, H, D]; k, v [B, S, G, D]: place s holds the token of position s.
 
     query_positions: int64 [B, T]; a query sees the places up to its own position, at most `window` of them.
+    scale: 1 / sqrt(D) unless given.
     """
     distance = query_positions[:, :, None] - torch.arange(k.shape[1], device=k.device)
     mask = distance >= 0
     if window is not None:
         mask = mask & (distance < window)
-    return _sdpa(q, k, v, mask[:, None])
+    return _sdpa(q, k, v, mask[:, None], scale)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
     """Causal without a mask. q, k, v [B, T or S, heads, D] -> [B, T, H, D]."""
-    o = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=mask is None, enable_gqa=True
-    )
+    options = dict(attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True)
+    o = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), **options)
     return o.transpose(1, 2)
 
 
@@ -198,39 +211,49 @@ def _past(q: Tensor, k: Tensor, span: _Span, window: int | None, query_start: in
     return past, torch.where(seen, 0.0, -torch.inf).to(q.dtype).repeat(q.shape[2] // k.shape[2], 1)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool) -> tuple[Tensor, Tensor]:
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """q [documents, H, S, D]; k, v [documents, H, T, D] -> o, and the logarithm of each softmax's sum
     [documents, H, S]. causal: without a bias, which then says all."""
     if _has_kernels(q):
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias)
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, causal, attn_mask=bias, scale=scale
+        )
     dtype = torch.promote_types(q.dtype, torch.float32)
-    scores = _scores(q, k, bias, dtype)
+    scores = _scores(q, k, bias, dtype, scale)
     logsumexp = scores.logsumexp(-1)
     return (scores - logsumexp[..., None]).exp().to(v.dtype) @ v, logsumexp
 
 
 def _attend_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, logsumexp: Tensor, bias: Tensor | None, causal: bool
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    logsumexp: Tensor,
+    bias: Tensor | None,
+    causal: bool,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """o and logsumexp may be those of a softmax over more keys, of which k are some."""
     if _has_kernels(q):
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, q, k, v, o, logsumexp, 0.0, causal, attn_mask=bias
+            grad, q, k, v, o, logsumexp, 0.0, causal, attn_mask=bias, scale=scale
         )
-    weight = (_scores(q, k, bias, logsumexp.dtype) - logsumexp[..., None]).exp()
+    weight = (_scores(q, k, bias, logsumexp.dtype, scale) - logsumexp[..., None]).exp()
     grad_weight = (grad @ v.mT).to(weight.dtype)
-    grad_scores = (weight * (grad_weight - (grad * o).sum(-1, keepdim=True)) * q.shape[-1] ** -0.5).to(q.dtype)
+    grad_scores = (weight * (grad_weight - (grad * o).sum(-1, keepdim=True)) * scale).to(q.dtype)
     return grad_scores @ k, grad_scores.mT @ q, weight.to(v.dtype).mT @ grad
 
 
-def _scores(q: Tensor, k: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    scores = (q @ k.mT).to(dtype) * q.shape[-1] ** -0.5
+def _scores(q: Tensor, k: Tensor, bias: Tensor | None, dtype: torch.dtype, scale: float) -> Tensor:
+    scores = (q @ k.mT).to(dtype) * scale
     return scores if bias is None else scores + bias
 
 
 @custom_op("torchlmoe::packed_attention")
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, window: int | None, query_start: int
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, window: int | None, query_start: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Returns o [B, S, H, D] and the logarithm of each softmax's sum [B, S, H] for the backward."""
     num_rows, length, num_heads = q.shape[:3]
@@ -241,12 +264,12 @@ def _forward(
     for tokens in batches:
         q_part, k_part, v_part = (_take(x, tokens, num_heads) for x in (q, k_own, v_own))
         bias = _bias(q_part, window)
-        parts.append(_attend(q_part, k_part, v_part, bias, bias is None))
+        parts.append(_attend(q_part, k_part, v_part, bias, bias is None, scale))
     o, logsumexp = (_put(list(part), place, num_rows, num_heads) for part in zip(*parts, strict=True))
     if n := span.num_queries:
         past, bias = _past(q, k, span, window, query_start)
         q_n, k_past, v_past = _share(q[:, :n], k.shape[2]), k[:, past].transpose(1, 2), v[:, past].transpose(1, 2)
-        o_past, sum_past = (_unshare(x, n) for x in _attend(q_n, k_past, v_past, bias, False))
+        o_past, sum_past = (_unshare(x, n) for x in _attend(q_n, k_past, v_past, bias, False, scale))
         total = torch.logaddexp(logsumexp[:, :n], sum_past)
         own_weight, past_weight = ((x - total).exp()[..., None] for x in (logsumexp[:, :n], sum_past))
         o[:, :n] = own_weight * o[:, :n] + past_weight * o_past
@@ -255,7 +278,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _(q, k, v, cu_seqlens, window, query_start):
+def _(q, k, v, cu_seqlens, window, query_start, scale):
     dtype = torch.promote_types(q.dtype, torch.float32)
     return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:3], dtype=dtype)
 
@@ -271,6 +294,7 @@ def _backward(
     cu_seqlens: Tensor | None,
     window: int | None,
     query_start: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     num_rows, length, num_heads = q.shape[:3]
     span = _span(q, k.shape[1], cu_seqlens, window, query_start)
@@ -287,7 +311,8 @@ def _backward(
             _take(x, tokens, num_heads) for x in (grad, q, k[:, own], v[:, own], o, logsumexp)
         )
         grad_part, bias = grad_part.where(real, 0), _bias(q_part, window)
-        parts.append(_attend_backward(grad_part, q_part, k_part, v_part, o_part, sum_part, bias, bias is None))
+        inputs = (grad_part, q_part, k_part, v_part, o_part, sum_part)
+        parts.append(_attend_backward(*inputs, bias, bias is None, scale))
     grad_q, grad_k, grad_v = (
         _put(list(part), place, num_rows, x.shape[2])
         for part, x in zip(zip(*parts, strict=True), (q, k, v), strict=True)
@@ -300,26 +325,26 @@ def _backward(
         past, bias = _past(q, k, span, window, query_start)
         grad_n, q_n, o_n, sum_n = (_share(x[:, :n], k.shape[2]) for x in (grad, q, o, logsumexp))
         k_past, v_past = k[:, past].transpose(1, 2), v[:, past].transpose(1, 2)
-        grad_q_n, grad_k, grad_v = _attend_backward(grad_n, q_n, k_past, v_past, o_n, sum_n, bias, False)
+        grad_q_n, grad_k, grad_v = _attend_backward(grad_n, q_n, k_past, v_past, o_n, sum_n, bias, False, scale)
         grad_q[:, :n] += _unshare(grad_q_n, n)
         all_k[:, past], all_v[:, past] = grad_k.transpose(1, 2), grad_v.transpose(1, 2)
     return grad_q, all_k, all_v
 
 
 @_backward.register_fake
-def _(grad, q, k, v, o, logsumexp, cu_seqlens, window, query_start):
+def _(grad, q, k, v, o, logsumexp, cu_seqlens, window, query_start, scale):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))  # type: ignore[return-value]
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, cu_seqlens, ctx.window, ctx.query_start = inputs
+    q, k, v, cu_seqlens, *ctx.options = inputs
     ctx.save_for_backward(q, k, v, *output, cu_seqlens)
     ctx.mark_non_differentiable(output[1])
 
 
 def _autograd(ctx, grad, _):
     q, k, v, o, logsumexp, cu_seqlens = ctx.saved_tensors
-    return (*_backward(grad, q, k, v, o, logsumexp, cu_seqlens, ctx.window, ctx.query_start), None, None, None)
+    return (*_backward(grad, q, k, v, o, logsumexp, cu_seqlens, *ctx.options), None, None, None, None)
 
 
 torch.library.register_autograd("torchlmoe::packed_attention", _autograd, setup_context=_setup_context)
@@ -334,10 +359,10 @@ def _flops(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, window: int | None, 
 
 
 @register_flop_formula(torch.ops.torchlmoe.packed_attention, get_raw=True)
-def _forward_flops(q, k, v, cu_seqlens, window, query_start, **kwargs) -> int:
+def _forward_flops(q, k, v, cu_seqlens, window, query_start, scale, **kwargs) -> int:
     return _flops(q, k, cu_seqlens, window, query_start)
 
 
 @register_flop_formula(torch.ops.torchlmoe.packed_attention_backward, get_raw=True)
-def _backward_flops(grad, q, k, v, o, logsumexp, cu_seqlens, window, query_start, **kwargs) -> int:
+def _backward_flops(grad, q, k, v, o, logsumexp, cu_seqlens, window, query_start, scale, **kwargs) -> int:
     return 5 * _flops(q, k, cu_seqlens, window, query_start) // 2

@@ -42,8 +42,12 @@ def total(x: Tensor, mesh: DeviceMesh) -> Tensor:
     return summed.to_local(grad_placements=[Partial()])
 
 
-def total_of_group(x: Tensor, mesh: DeviceMesh, num_groups: int) -> Tensor:
-    """`total` over the ranks of this rank's group, of `num_groups` equal ones in order: one collective for all."""
+def total_of_group(x: Tensor, mesh: DeviceMesh, num_groups: int, num_copies: int = 1) -> Tensor:
+    """`total` over the ranks of this rank's group, of `num_groups` equal ones in order: one collective for all.
+
+    num_copies: how many ranks of a group bring each term.
+    """
+    x = x if num_copies == 1 else x / num_copies
     group = mesh.get_local_rank() * num_groups // mesh.size()
     places = [x if index == group else torch.zeros_like(x) for index in range(num_groups)]
     return total(torch.stack(places), mesh)[group]
@@ -91,6 +95,7 @@ class LeaveHeads(ParallelStyle):
     """For a projection out of heads: its output is that of all heads, for the rank's own tokens."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        module.terms_of_sum = device_mesh.size()  # type: ignore[assignment]
         module.register_forward_hook(partial(_scatter_output, device_mesh))
         return module
 
@@ -99,6 +104,7 @@ class SumHeads(ParallelStyle):
     """For a projection out of heads whose result goes back into them: its output is that of all heads on every rank."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        module.terms_of_sum = device_mesh.size()  # type: ignore[assignment]
         module.register_forward_hook(partial(_total_output, device_mesh))
         return module
 
@@ -106,14 +112,16 @@ class SumHeads(ParallelStyle):
 class NormOverHeads(ParallelStyle):
     """For a norm with an attribute `total`, which adds up over the ranks that have the other channels.
 
-    num_groups: of channels that are normed apart, if they span ranks.
+    num_groups: of channels that are normed apart, if they span ranks. num_copies: how many ranks have each channel, if
+    ranks share a head.
     """
 
-    def __init__(self, num_groups: int = 1):
-        self.num_groups = num_groups
+    def __init__(self, num_groups: int = 1, num_copies: int = 1):
+        self.num_groups, self.num_copies = num_groups, num_copies
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        module.total = partial(total_of_group, mesh=device_mesh, num_groups=self.num_groups)  # type: ignore[assignment]
+        options = dict(num_groups=self.num_groups, num_copies=self.num_copies)
+        module.total = partial(total_of_group, mesh=device_mesh, **options)  # type: ignore[assignment,arg-type]
         return module
 
 
@@ -138,12 +146,16 @@ def read_local_parts(model: nn.Module) -> None:
     for module in model.modules():
         parts = getattr(module, "parts_of_heads", ())
         if parts:
-            module.__class__ = _reading_parts(type(module), parts)  # type: ignore[arg-type]  # classes are hashable
+            terms = getattr(module, "terms_of_sum", 1)
+            module.__class__ = _reading_parts(type(module), parts, terms)  # type: ignore[arg-type]  # classes are hashable
 
 
 @cache
-def _reading_parts(kind: type, parts: Sequence[tuple]) -> type:
-    """One class for all modules of a kind, so that equal blocks stay equal to `torch.compile`."""
+def _reading_parts(kind: type, parts: Sequence[tuple], terms: int) -> type:
+    """One class for all modules of a kind, so that equal blocks stay equal to `torch.compile`.
+
+    terms: how many ranks' outputs are summed. Each of them adds that part of a bias, so that the sum has it once.
+    """
 
     def reading(name: str, dim: int = 0, index: int = 0, number: int = 1) -> property:
         def read(self: nn.Module) -> Tensor:
@@ -152,6 +164,8 @@ def _reading_parts(kind: type, parts: Sequence[tuple]) -> type:
                 return parameter  # type: ignore[return-value]
             gradients = [Partial() if place.is_replicate() else place for place in parameter.placements]
             part = parameter.to_local(grad_placements=gradients)
+            if terms > 1 and name == "bias":
+                return part / terms
             if number == 1:
                 return part
             width = part.shape[dim] // number

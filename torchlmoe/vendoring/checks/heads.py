@@ -12,13 +12,14 @@ from torchlmoe.vendoring.checks.ranks import NUMBERS_OF_RANKS, on_ranks, span_of
 
 
 class Projection(nn.Module):
-    def __init__(self, out_features: int, in_features: int, seed: int):
+    def __init__(self, out_features: int, in_features: int, seed: int, bias: bool = False):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         self.weight = nn.Parameter(torch.randn(out_features, in_features, dtype=torch.float64, generator=generator))
+        self.bias = nn.Parameter(torch.linspace(-1, 2, out_features, dtype=torch.float64)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        return F.linear(x, self.weight, self.bias)
 
 
 class NormOfAll(nn.Module):
@@ -37,12 +38,12 @@ class NormOfAll(nn.Module):
 
 
 class Layer(nn.Module):
-    """Into 6 channels, a norm of all of them, out and in again, and out."""
+    """Into 6 channels, a norm of all of them, out and in again, and out, with biases on what all heads are summed in."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.into, self.norm, self.between = Projection(6, 4, 1), NormOfAll(), Projection(4, 6, 2)
-        self.again, self.out = Projection(6, 4, 3), Projection(4, 6, 4)
+        self.into, self.norm, self.between = Projection(6, 4, 1), NormOfAll(), Projection(4, 6, 2, bias=True)
+        self.again, self.out = Projection(6, 4, 3), Projection(4, 6, 4, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(self.again(self.between(self.norm(self.into(x))).sin()).tanh())
@@ -66,9 +67,10 @@ def check_heads(mesh: DeviceMesh) -> None:
     torch.testing.assert_close(found, span_of(expected, mesh), rtol=1e-9, atol=1e-11)
     assert given.grad is not None
     torch.testing.assert_close(part.grad, span_of(given.grad, mesh), rtol=1e-9, atol=1e-11)
-    for name in dims:
-        gradient = layer.get_submodule(name)._parameters["weight"].grad.full_tensor()  # type: ignore[union-attr]
-        torch.testing.assert_close(gradient, whole.get_parameter(f"{name}.weight").grad, rtol=1e-9, atol=1e-11)
+    for name, parameter in whole.named_parameters():
+        module, _, key = name.rpartition(".")
+        gradient = layer.get_submodule(module)._parameters[key].grad.full_tensor()  # type: ignore[union-attr]
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("world_size", NUMBERS_OF_RANKS)
