@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -17,7 +18,10 @@ from torchlmoe.checkpoint import open_model
 from torchlmoe.checkpoint.exported import write_exported
 from torchlmoe.checkpoint.folders import published
 from torchlmoe.checkpoint.manifest import NAME, describe, write_manifest
-from torchlmoe.config.load import load_config
+from torchlmoe.checkpoint.run_record import Progress, fixed_of_model, write_run
+from torchlmoe.checkpoint.state import model_state
+from torchlmoe.checkpoint.writer import CheckpointWriter
+from torchlmoe.config.load import load_config, to_toml
 from torchlmoe.data.tokenizer import load_tokenizer
 from torchlmoe.model.decoder import Decoder, build_on_meta
 
@@ -36,7 +40,15 @@ def place(tmp_path_factory) -> Path:
     model = build_on_meta(config, tokenizer.vocab_size).to_empty(device="cpu")
     model.init_weights(seed=0)
     write_exported(place / "exported", model, config, tokenizer, max_shard_bytes=1 << 30)
-    import_model.main(["--model", str(place / "exported"), "--output", str(place / "run")])
+    model, config, tokenizer = open_model(place / "exported")
+    fixed = fixed_of_model(config, tokenizer, model.embedding.num_embeddings)
+    files = {
+        "run.json": write_run(Progress(), fixed),
+        "config.toml": to_toml(config).encode(),
+        "tokenizer.json": tokenizer.content,
+    }
+    writer = CheckpointWriter(place / "run/checkpoints", 0, files, keep_latest_k=1)
+    dcp.save(model_state(model), storage_writer=writer, no_dist=True)
     return place
 
 

@@ -51,8 +51,8 @@ def test_open_says_what_is_missing(single, tmp_path):
     (tmp_path / "model/manifest.json").unlink()
     with pytest.raises(ValueError, match="but the settings give"):
         open_model(tmp_path / "model")
-    (tmp_path / "model/config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(ValueError, match="model_type = 'llama' is not valid: it should be 'torchlmoe'"):
+    (tmp_path / "model/config.json").write_text('{"model_type": "llamba"}')
+    with pytest.raises(ValueError, match="model_type = 'llamba', which cannot be imported; supported are llama, "):
         open_model(tmp_path / "model")
     weights = tmp_path / "model/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])

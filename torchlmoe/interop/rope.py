@@ -26,8 +26,8 @@ def read_rope(keys: Keys, *, base: float = 10_000.0, fraction: float = 1.0) -> d
             f"{keys.place} has rope_type = {kind!r}, which has no counterpart in torchlmoe; supported are "
             f"{', '.join(ROPE_SCALINGS)}."
         )
-    if kind in ("yarn", "llama3"):
-        given.setdefault("original_max_position_embeddings", keys.integer("max_position_embeddings"))
+    if kind in ("yarn", "llama3") and "original_max_position_embeddings" not in given:
+        given["original_max_position_embeddings"] = keys.integer("max_position_embeddings")
     scaling = None if kind == "default" else {"type": kind, **given}
     return {"rope_base": float(base), "rotary_fraction": float(fraction), "rope_scaling": scaling}
 

@@ -19,6 +19,7 @@ Factor = Annotated[float, Field(ge=1, le=1e6, description="How much longer docum
 FirstLength = Annotated[int, Field(ge=1, le=2**40, description="Length of documents in the first training.")]
 
 
+@dataclass(frozen=True)
 class RopeScaling:
     """No scaling: the base class of the others."""
 

@@ -1,0 +1,91 @@
+"""Tiny models of transformers with random weights, and what of them and of ours must be equal."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+SIZES = dict(
+    vocab_size=64, hidden_size=32, intermediate_size=24, num_hidden_layers=4, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=16, pad_token_id=0, bos_token_id=1, eos_token_id=2, max_position_embeddings=128,
+)  # fmt: skip
+
+
+def their_model(model_type: str, **options):
+    """A model of transformers in float64, all of whose parameters and buffers are random, those of norms too."""
+    config = AutoConfig.for_model(model_type, attn_implementation="eager", experts_implementation="eager", **options)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
+    perturb(model)
+    return model
+
+
+@torch.no_grad()
+def perturb(model) -> None:
+    generator = torch.Generator().manual_seed(0)
+    state = {**dict(model.named_parameters()), **{n: b for n, b in model.named_buffers() if "e_score" in n}}
+    for tensor in state.values():
+        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+        if tensor.ndim == 1 or (tensor == tensor.flatten()[0]).all():  # of norms, gates and biases
+            tensor.add_(0.2 * noise)
+        else:
+            tensor.copy_(0.8 * noise / tensor.shape[-1] ** 0.5)
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+SOFTMAX = SIZES
+EXPERTS = SIZES | dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=12)
+DELTANET = dict(
+    linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=12,
+    linear_conv_kernel_dim=4, layer_types=["linear_attention", "full_attention"] * 2,
+)  # fmt: skip
+CASES = {
+    "llama": ("llama", SOFTMAX),
+    "llama_tied_biased_scaled": (
+        "llama",
+        SOFTMAX
+        | dict(
+            tie_word_embeddings=True,
+            attention_bias=True,
+            rope_parameters=dict(
+                rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                original_max_position_embeddings=16,
+            ),
+        ),
+    ),
+    "qwen3": ("qwen3", SOFTMAX),
+    "qwen3_windows": (
+        "qwen3",
+        SOFTMAX | dict(sliding_window=5, use_sliding_window=True, max_window_layers=2, attention_bias=True),
+    ),
+    "mixtral": ("mixtral", SOFTMAX | dict(num_local_experts=6, num_experts_per_tok=2)),
+    "mixtral_window": (
+        "mixtral",
+        SOFTMAX | dict(num_local_experts=4, num_experts_per_tok=3, sliding_window=6, tie_word_embeddings=True),
+    ),
+    "qwen3_moe": ("qwen3_moe", EXPERTS | dict(norm_topk_prob=True)),
+    "qwen3_moe_dense_layers": ("qwen3_moe", EXPERTS | dict(mlp_only_layers=[0], decoder_sparse_step=2)),
+    "qwen2_moe": ("qwen2_moe", EXPERTS | dict(shared_expert_intermediate_size=20)),
+    "qwen2_moe_dense_layers": (
+        "qwen2_moe", EXPERTS | dict(shared_expert_intermediate_size=20, mlp_only_layers=[1], qkv_bias=False)
+    ),
+    "olmoe": ("olmoe", SOFTMAX | dict(num_experts=6, num_experts_per_tok=2, head_dim=8)),
+    "olmoe_renormalized": (
+        "olmoe", SOFTMAX | dict(num_experts=4, num_experts_per_tok=3, head_dim=8, norm_topk_prob=True)
+    ),
+    "qwen3_next": ("qwen3_next", EXPERTS | DELTANET | dict(shared_expert_intermediate_size=20)),
+    "qwen3_next_unusual": (
+        "qwen3_next",
+        EXPERTS
+        | DELTANET
+        | dict(
+            shared_expert_intermediate_size=8, linear_num_key_heads=4, norm_topk_prob=False, mlp_only_layers=[0, 3],
+            tie_word_embeddings=True,
+            rope_parameters=dict(rope_type="default", rope_theta=1e6, partial_rotary_factor=0.5),
+            layer_types=["full_attention", "linear_attention", "linear_attention", "full_attention"],
+        ),
+    ),
+}  # fmt: skip
