@@ -8,7 +8,6 @@ import atexit
 import itertools
 import json
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from torchlmoe.parallel.mesh import is_store_of_launcher
 from torchlmoe.parallel.verdict import ENDED, FAILED, RUNNING, Report, judge
 
 logger = logging.getLogger(__name__)
@@ -75,13 +75,9 @@ class Heartbeat:
         if world_size == 1:
             return
         self.rank, self.world_size = rank, world_size
-        # Rank 0 has it in its process unless the launcher has it.
-        self._is_launchers = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
-        # The launcher's store is that of all attempts. Rank 0's is new in each, and a launcher that was started again
-        # counts attempts from 0, unlike those of other nodes.
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if self._is_launchers else "0"
+        self._is_launchers = is_store_of_launcher()  # otherwise rank 0 has it in its process
         self._patience = patience
-        self._original, self._prefix = store, f"heartbeat/{attempt}/{next(_number)}"
+        self._original, self._prefix = store, f"heartbeat/{next(_number)}"
         self._connect()
         self._write()
         # Daemon threads that are in C++ while the interpreter shuts down abort the process.
