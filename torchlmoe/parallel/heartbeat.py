@@ -255,4 +255,4 @@ class Heartbeat:
     def _without_store(self) -> str:
         who = "the launcher of the first node" if self._is_launchers else "rank 0"
         serves = f"{who}, whose process serves the store in which ranks report"
-        return f"{serves}, ended or hangs; this rank was in {self.where}"
+        return f"{serves}, ended, hangs or is cut off; this rank was in {self.where}"
