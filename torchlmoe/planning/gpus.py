@@ -1,9 +1,14 @@
 """GPUs by name: memory and rates, from their makers' data sheets; and this CPU, measured."""
 
+import os
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 
 from torchlmoe.training.peak import peak_flops
 
@@ -15,6 +20,8 @@ GIB = 2**30
 class GPU:
     """memory_bytes: that a program can use. Rates of dense matrix products in FLOP/s, of its memory and of its links in
     bytes/s, one way: `link` to the others of a node, `network` its part of a node's connection to other nodes.
+    seconds_to_start: an operation, from Python; seconds_of_message: before its first byte. overlaps: whether messages
+    travel while the device computes; on a CPU they take its cores.
     """
 
     memory_bytes: int
@@ -24,6 +31,9 @@ class GPU:
     memory_rate: float
     link: float
     network: float
+    seconds_to_start: float = 5e-6
+    seconds_of_message: float = 20e-6
+    overlaps: bool = True
 
     def matmul_rate(self, dtype: torch.dtype) -> float:
         """FLOP/s of matrix products in `dtype`."""
@@ -61,30 +71,78 @@ def gpu_named(name: str, ranks_per_node: int) -> GPU:
 
 
 def _this_cpu(ranks: int) -> GPU:
-    """What each of `ranks` processes has that share this machine. Messages are copied, in and out of a socket."""
-    cpu, pages = torch.device("cpu"), 0
-    with open("/proc/meminfo") as file:
-        pages = next(int(line.split()[1]) for line in file if line.startswith("MemTotal")) * 1024
-    float32, bfloat16 = (peak_flops(cpu, dtype) or 0.0 for dtype in (torch.float32, torch.bfloat16))
-    memory_rate = _copy_rate()
+    """What each of `ranks` processes has that share this machine: its cores, and so its rates and times."""
+    cpu = torch.device("cpu")
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    cores = os.cpu_count() or 1
+    part = max(1.0, cores / torch.get_num_threads()) / ranks  # of what this process reaches with its threads
+    float32, bfloat16 = ((peak_flops(cpu, dtype) or 0.0) * part for dtype in (torch.float32, torch.bfloat16))
+    seconds, rate = _gloo()
+    wait = max(1.0, ranks / cores)  # for a core
     return GPU(
-        pages // ranks,
-        bfloat16 / ranks,
-        bfloat16 / ranks,
-        float32 / ranks,
-        memory_rate / ranks,
-        memory_rate / 4 / ranks,
-        memory_rate / 4 / ranks,
+        memory_bytes=memory // ranks,
+        bfloat16=bfloat16,
+        float8=bfloat16,
+        float32=float32,
+        memory_rate=_copy_rate() / ranks,
+        link=rate / ranks,
+        network=rate / ranks,
+        seconds_to_start=wait * _seconds_of_operation(),
+        seconds_of_message=wait * seconds,
+        overlaps=False,
     )
 
 
 def _copy_rate() -> float:
-    """Bytes/s that are read and written where a large tensor is copied."""
+    """Bytes/s that are read and written when a large tensor is copied."""
     source = torch.ones(2**24)
     target = torch.empty_like(source)
-    best = float("inf")
-    for _ in range(5):
+    return 2 * source.nbytes / _least_seconds(lambda: target.copy_(source), 5)
+
+
+def _seconds_of_operation() -> float:
+    """Of an operation on few numbers, with its part of autograd's work."""
+    x = torch.ones(16, requires_grad=True)
+
+    def chain() -> None:
+        y = x
+        for _ in range(50):
+            y = y * x
+        y.sum().backward()
+
+    return _least_seconds(chain, 10) / 200  # each product is two more in the backward, and a sum
+
+
+def _gloo() -> tuple[float, float]:
+    """Seconds of a message between two ranks, and bytes/s of large ones, of both ranks together.
+
+    The ranks are threads, which gloo takes for processes: messages go through a socket.
+    """
+    store, num_ranks = dist.HashStore(), 2
+
+    def join(rank: int) -> dist.ProcessGroup:
+        return dist.ProcessGroupGloo(store, rank, num_ranks, timedelta(seconds=60))  # type: ignore[return-value]
+
+    with ThreadPoolExecutor(num_ranks) as threads:
+        groups = list(threads.map(join, range(num_ranks)))
+
+        def gather(numbers: int, repeats: int) -> float:
+            whole = [[torch.empty(numbers) for _ in range(num_ranks)] for _ in range(num_ranks)]
+            own = torch.ones(numbers)
+
+            def of_rank(rank: int) -> float:
+                return _least_seconds(lambda: groups[rank].allgather([whole[rank]], [own]).wait(), repeats)
+
+            return max(threads.map(of_rank, range(num_ranks)))
+
+        large = 2**22
+        return gather(16, 50), num_ranks * 4 * large / gather(large, 5)
+
+
+def _least_seconds(run: Callable[[], object], repeats: int) -> float:
+    least = float("inf")
+    for _ in range(repeats):
         begin = time.perf_counter()
-        target.copy_(source)
-        best = min(best, time.perf_counter() - begin)
-    return 2 * source.nbytes / best
+        run()
+        least = min(least, time.perf_counter() - begin)
+    return least

@@ -169,12 +169,11 @@ def _once_seconds(trace: RankTrace, machine: Machine) -> float:
             seconds += machine.sending(messages, fsdp=False) + machine.sending(messages, fsdp=True)
         elif trace.order is not None and part.microbatch != trace.typical(part.kind):
             computing = machine.computing(trace.tasks.get(part, Counter()))
-            seconds += max(0.0, machine.sending(messages, fsdp=True) - computing)
+            seconds += machine.beside(computing, messages)
     return seconds
 
 
 def _part_seconds(trace: RankTrace, part: Part, machine: Machine) -> float:
     messages = trace.messages.get(part, Counter[Message]())
     computing = machine.computing(trace.tasks.get(part, Counter()))
-    exposed = max(0.0, machine.sending(messages, fsdp=True) - computing)
-    return computing + exposed + machine.sending(messages, fsdp=False)
+    return computing + machine.beside(computing, messages) + machine.sending(messages, fsdp=False)
