@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="that are timed; default %(default)s")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "planner.json")
     flags = parser.parse_args()
+    mp.set_forkserver_preload(["benchmarks.planner"])  # or each process would import torch
     gpu = gpu_named("cpu", WORLD_SIZE)
     rows = []
     for name in LAYOUTS:

@@ -9,6 +9,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from torchlmoe.training.peak import peak_flops
 
@@ -20,8 +21,9 @@ GIB = 2**30
 class GPU:
     """memory_bytes: that a program can use. Rates of dense matrix products in FLOP/s, of its memory and of its links in
     bytes/s, one way: `link` to the others of a node, `network` its part of a node's connection to other nodes.
-    seconds_to_start: an operation, from Python; seconds_of_message: before its first byte. overlaps: whether messages
-    travel while the device computes; on a CPU they take its cores.
+    reduced_rate: that of an all-reduce's bytes over that of others. seconds_to_start: an operation, from Python;
+    seconds_of_message: before its first byte. overlaps: whether messages travel while the device computes; on a CPU
+    they take its cores.
     """
 
     memory_bytes: int
@@ -31,6 +33,7 @@ class GPU:
     memory_rate: float
     link: float
     network: float
+    reduced_rate: float = 1.0
     seconds_to_start: float = 5e-6
     seconds_of_message: float = 20e-6
     overlaps: bool = True
@@ -77,7 +80,7 @@ def _this_cpu(ranks: int) -> GPU:
     cores = os.cpu_count() or 1
     part = max(1.0, cores / torch.get_num_threads()) / ranks  # of what this process reaches with its threads
     float32, bfloat16 = ((peak_flops(cpu, dtype) or 0.0) * part for dtype in (torch.float32, torch.bfloat16))
-    seconds, rate = _gloo()
+    seconds, rate, reduced_rate = _gloo()
     wait = max(1.0, ranks / cores)  # for a core
     return GPU(
         memory_bytes=memory // ranks,
@@ -87,6 +90,7 @@ def _this_cpu(ranks: int) -> GPU:
         memory_rate=_copy_rate() / ranks,
         link=rate / ranks,
         network=rate / ranks,
+        reduced_rate=reduced_rate,
         seconds_to_start=wait * _seconds_of_operation(),
         seconds_of_message=wait * seconds,
         overlaps=False,
@@ -113,30 +117,32 @@ def _seconds_of_operation() -> float:
     return _least_seconds(chain, 10) / 200  # each product is two more in the backward, and a sum
 
 
-def _gloo() -> tuple[float, float]:
-    """Seconds of a message between two ranks, and bytes/s of large ones, of both ranks together.
+def _gloo() -> tuple[float, float, float]:
+    """Seconds of a small message between two ranks; bytes/s of large ones, of both ranks together; `GPU.reduced_rate`.
 
-    The ranks are threads, which gloo takes for processes: messages go through a socket.
+    The ranks are threads, which gloo takes for processes: messages go through a socket. It adds on the way what is
+    reduced, and copies what is gathered: their rates differ.
     """
-    store, num_ranks = dist.HashStore(), 2
+    store, large = dist.HashStore(), 2**19
 
     def join(rank: int) -> dist.ProcessGroup:
-        return dist.ProcessGroupGloo(store, rank, num_ranks, timedelta(seconds=60))  # type: ignore[return-value]
+        return dist.ProcessGroupGloo(store, rank, 2, timedelta(seconds=60))  # type: ignore[return-value]
 
-    with ThreadPoolExecutor(num_ranks) as threads:
-        groups = list(threads.map(join, range(num_ranks)))
+    with ThreadPoolExecutor(2) as threads:
+        groups = list(threads.map(join, range(2)))
 
-        def gather(numbers: int, repeats: int) -> float:
-            whole = [[torch.empty(numbers) for _ in range(num_ranks)] for _ in range(num_ranks)]
-            own = torch.ones(numbers)
-
+        def least(send: Callable[[dist.ProcessGroup, Tensor, Tensor], dist.Work], numbers: int, repeats: int) -> float:
             def of_rank(rank: int) -> float:
-                return _least_seconds(lambda: groups[rank].allgather([whole[rank]], [own]).wait(), repeats)
+                part, whole = torch.ones(numbers), torch.zeros(2 * numbers)
+                return _least_seconds(lambda: send(groups[rank], part, whole).wait(), repeats)
 
-            return max(threads.map(of_rank, range(num_ranks)))
+            return max(threads.map(of_rank, range(2)))
 
-        large = 2**22
-        return gather(16, 50), num_ranks * 4 * large / gather(large, 5)
+        small = least(lambda group, part, whole: group.allreduce([part]), 16, 50)
+        gathering = least(lambda group, part, whole: group._allgather_base(whole, part), large, 30)
+        reducing = least(lambda group, part, whole: group.allreduce([whole]), large, 30)
+    # A rank of two sends its half of what is gathered, and of what is reduced as much as there is.
+    return small, 2 * 4 * large / gathering, 2 * gathering / reducing
 
 
 def _least_seconds(run: Callable[[], object], repeats: int) -> float:

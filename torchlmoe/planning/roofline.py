@@ -46,7 +46,7 @@ class Machine:
     def seconds_to_send(self, message: Message) -> float:
         n, num_bytes = message.num_ranks, float(message.num_bytes)
         if message.collective != "send":
-            num_bytes *= (n - 1) / n * (2 if message.collective == "all_reduce" else 1)
+            num_bytes *= (n - 1) / n * (2 / self.gpu.reduced_rate if message.collective == "all_reduce" else 1)
         within = self.strides.get(message.axis, 1) * n <= self.ranks_per_node
         rate = self.gpu.link if within else self.gpu.network
         return self.gpu.seconds_of_message + num_bytes / (rate * LINK_FRACTION)
