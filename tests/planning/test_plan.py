@@ -176,6 +176,11 @@ RECIPES = Path(__file__).parents[2] / "train_configs"
     ],
 )
 def test_recipes_fit_gpus_of_80_gb(recipe, world_size):
-    config = load_config(["--job.config_file", os.fspath(RECIPES / f"{recipe}.toml")])
+    """With a margin, and as the first lines of the recipe say."""
+    file = RECIPES / f"{recipe}.toml"
+    config = load_config(["--job.config_file", os.fspath(file)])
     plan = make_plan(config, config.model.vocab_size, world_size, GPUS["h100"], "h100", 8)
     assert plan.fits, plan.reason
+    said = file.read_text().partition("[job]")[0]
+    assert f" {plan.peak_bytes / 2**30:.1f} GiB" in said
+    assert f" {plan.mfu:.0%}" in said
