@@ -1,7 +1,7 @@
 """Predicted and measured times of six layouts of the debug model on 8 gloo processes: python -m benchmarks.planner
 
 The planner predicts for this CPU, whose rates it measures before. Processes share its cores, so each figure is the
-least of several steps. benchmarks/results/planner.json has the figures.
+least of several steps. Figures go to benchmarks/results/planner.json.
 """
 
 import argparse

@@ -155,6 +155,8 @@ def _step_seconds(traces: list[RankTrace], machine: Machine) -> tuple[float, flo
     transfer = max((machine.seconds_to_send(message) for message in sends if message.axis == "pp"), default=0.0)
     assert traces[0].order is not None
     end, bubble = makespan(traces[0].order, lambda kind, stage: of_stage[kind, stage], transfer)
+    if not machine.gpu.overlaps:
+        end *= 1 - bubble  # ranks share cores: one that waits leaves its part of them to others
     # What is gathered before the first microbatch and reduced after the last one is not hidden by a typical one.
     return end + max(once), bubble
 
