@@ -129,19 +129,8 @@ def test_ends_as_a_program_with_one_sentence(tmp_path):
 def test_says_why_a_run_does_not_fit(capsys, tmp_path):
     """The embedding and the head alone are 76 GiB of float32."""
     file = tmp_path / "plan.json"
-    main(
-        [
-            *SMALL,
-            "--world-size",
-            "1",
-            "--model.vocab_size",
-            "320000000",
-            "--training.global_batch_size",
-            "2",
-            "--json",
-            str(file),
-        ]
-    )
+    large = ["--model.vocab_size", "10000000", "--model.dim", "1024", "--training.global_batch_size", "2"]
+    main([*SMALL, *large, "--world-size", "1", "--json", str(file)])
     assert "does not fit: the peak of " in (printed := capsys.readouterr().out)
     assert " GiB is more than 72.00 GiB, 90% of the memory of h100" in printed
     assert json.loads(file.read_text())["fits"] is False
