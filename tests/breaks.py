@@ -319,6 +319,34 @@ BREAKS = [
         "[: stop - position]",
         "tests/data",
     ),
+    Break(
+        "a plan without the buffers that a schedule holds for every microbatch",
+        "torchlmoe/planning/rank.py",
+        "trace.activation_bytes += held + rest",
+        "trace.activation_bytes += rest",
+        "tests/planning/test_parts.py",
+    ),
+    Break(
+        "what is reduced over ranks planned at half of its bytes",
+        "torchlmoe/planning/communication.py",
+        "num_bytes = sum(x.numel() * x.element_size() for",
+        "num_bytes = sum(x.numel() * x.element_size() // (1 + collective.startswith('reduce')) for",
+        "tests/planning/test_parts.py::test_fsdp_sends_each_parameter_twice_and_its_gradient_once",
+    ),
+    Break(
+        "Muon moves each part of an expert's matrix on its own",
+        "torchlmoe/optim/muon.py",
+        "return not place.is_replicate() and place.dim >= x.dim() - 2",
+        "return not place.is_replicate() and place.dim >= x.dim() - 2 and x.dim() == 2",
+        "tests/parallel/test_expert_parallel.py::test_fewer_experts_than_ranks_that_share_them",
+    ),
+    Break(
+        "rows that experts send back in a recompute never waited for",
+        "torchlmoe/routing/exchange.py",
+        "y_MD.trigger_wait()",
+        "pass",
+        "tests/parallel/test_expert_parallel.py::test_every_message_is_waited_for",
+    ),
 ]
 
 
