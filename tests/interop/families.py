@@ -1,7 +1,10 @@
 """Tiny models of transformers with random weights, and what of them and of ours must be equal."""
 
+import sys
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -30,6 +33,24 @@ def perturb(model) -> None:
             tensor.add_(0.2 * noise)
         else:
             tensor.copy_(0.8 * noise / tensor.shape[-1] ** 0.5)
+
+
+class _Doubled:
+    """`torch` for a module of transformers, whose float32 is float64."""
+
+    float32 = torch.float64
+
+    def __getattr__(self, name: str):
+        return getattr(torch, name)
+
+
+@contextmanager
+def all_in_float64(model):
+    """Has a model of transformers compute in float64 what it computes in float32 whatever its dtype is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules[type(model).__module__], "torch", _Doubled())
+        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        yield
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
