@@ -173,11 +173,12 @@ class Attention(Mixer):
         self, x: Tensor, q: Tensor, turn: Rotation, sequence: SequenceLayout, cache: TensorDict | None
     ) -> Tensor:
         k, v = turn(self._heads(self.k_norm, self.k_proj(x))), self.v_proj(x).unflatten(-1, (-1, self.head_dim))
-        options = dict(window=self.sliding_window, scale=self.softmax_scale)
         if cache is None:
-            return self.inner(q, k, v, cu_seqlens=sequence.cu_seqlens, **options)
+            return self.inner(
+                q, k, v, cu_seqlens=sequence.cu_seqlens, window=self.sliding_window, scale=self.softmax_scale
+            )
         k, v = self._keep(cache, sequence.positions, k=k, v=v)
-        return cached_attention(q, k, v, sequence.positions, **options)
+        return cached_attention(q, k, v, sequence.positions, window=self.sliding_window, scale=self.softmax_scale)
 
     def _attend_latent(
         self, x: Tensor, q: Tensor, turn: Rotation, sequence: SequenceLayout, cache: TensorDict | None
@@ -185,13 +186,21 @@ class Attention(Mixer):
         assert self.latent is not None
         latent, k = self.latent(x)
         k = turn(k)
-        options = dict(window=self.sliding_window, scale=self.softmax_scale)
         if cache is None:
             k, v = self.latent.expand(latent, k)
-            o = self.inner(q, k, v, cu_seqlens=sequence.cu_seqlens, **options)
+            o = self.inner(
+                q, k, v, cu_seqlens=sequence.cu_seqlens, window=self.sliding_window, scale=self.softmax_scale
+            )
             return o[..., : self.value_dim]
         (kept,) = self._keep(cache, sequence.positions, latent=torch.cat([k, latent[:, :, None]], -1))
-        o = cached_attention(self.latent.to_latent(q), kept, kept, sequence.positions, **options)
+        o = cached_attention(
+            self.latent.to_latent(q),
+            kept,
+            kept,
+            sequence.positions,
+            window=self.sliding_window,
+            scale=self.softmax_scale,
+        )
         return self.latent.from_latent(o)
 
     def _keep(self, cache: TensorDict, positions: Tensor, **new: Tensor) -> list[Tensor]:
