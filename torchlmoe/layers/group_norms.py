@@ -31,8 +31,8 @@ class GroupRMSNorm(RMSNorm):
 class AllHeadsRMSNorm(RMSNorm):
     """RMS norm over the channels of all heads together; ranks may have a head together (arXiv 2409.02060)."""
 
-    def __init__(self, num_heads: int, head_dim: int, eps: float = 1e-6):
-        super().__init__(num_heads * head_dim, eps, across_heads=True)
+    def __init__(self, num_heads: int, head_dim: int, eps: float = 1e-6, *, zero_centered: bool = False):
+        super().__init__(num_heads * head_dim, eps, across_heads=True, zero_centered=zero_centered)
         self.units = num_heads
 
     def tensor_parallel_style(self, degree: int) -> ParallelStyle:

@@ -27,6 +27,9 @@ from torchlmoe.options import InitStd, NormEps
 from torchlmoe.styles.attention import AttentionSequenceParallel
 
 Rotation = Callable[[Tensor], Tensor]
+ZeroCenteredNorm = Annotated[
+    bool, Field(description="Weights of the norms of blocks, head, q and k are offsets from one (Qwen3-Next).")
+]
 
 
 class InnerAttention(nn.Module):
@@ -90,6 +93,7 @@ class Attention(Mixer):
             int | None, Field(ge=1, description="With kv_rank: width of a value head; head_dim if unset.")
         ] = None,
         norm_eps: NormEps = 1e-6,
+        zero_centered_norm: ZeroCenteredNorm = False,
         init_std: InitStd = 0.02,
     ):
         super().__init__()
@@ -136,18 +140,20 @@ class Attention(Mixer):
                 bias=qkv_bias,
             )  # fmt: skip
         self.qk_norm = qk_norm
-        self.q_norm, self.k_norm = (self._norm(number, norm_eps) for number in (num_heads, num_kv_heads))
+        self.q_norm, self.k_norm = (
+            self._norm(number, norm_eps, zero_centered_norm) for number in (num_heads, num_kv_heads)
+        )
         self.inner = InnerAttention(num_heads)
         gate_dim = 1 if output_gate == "per_head" else self.value_dim
         self.gate_proj = ColumnLinear(dim, num_heads * gate_dim) if output_gate else None
         self.o_proj = RowLinear(num_heads * self.value_dim, dim, bias=output_bias)
 
-    def _norm(self, num_heads: int, eps: float) -> nn.Module:
+    def _norm(self, num_heads: int, eps: float, zero_centered: bool) -> nn.Module:
         if not self.qk_norm:
             return nn.Identity()
         if self.qk_norm == "all_heads":
-            return AllHeadsRMSNorm(num_heads, self.head_dim, eps)
-        return RMSNorm(self.head_dim, eps)
+            return AllHeadsRMSNorm(num_heads, self.head_dim, eps, zero_centered=zero_centered)
+        return RMSNorm(self.head_dim, eps, zero_centered=zero_centered)
 
     def forward(self, x: Tensor, *, sequence: SequenceLayout, cache: TensorDict | None = None) -> Tensor:
         turn = self._rotation(sequence.positions)
