@@ -35,7 +35,7 @@ BIASES = " ".join(
     f"--model.layers.%s.{option}"
     for option in ("qkv_bias=true", "output_bias=true", "output_gate=per_head", "softmax_scale=0.4", ROPE)
 )
-ATTENTION_OPTIONS = f"--model.layers.L.qk_norm=all_heads {BIASES.replace('%s', 'L')}"
+ATTENTION_OPTIONS = f"--model.layers.L.qk_norm=all_heads --model.zero_centered_norm=true {BIASES.replace('%s', 'L')}"
 # KDA and latent attention.
 OPTIONS = (
     f"{ROWS} --model.layer_pattern LN --model.num_layers 2 --model.mixer kda --model.layers.L.full_rank_decay true "

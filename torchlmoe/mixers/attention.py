@@ -61,7 +61,7 @@ class Attention(Mixer):
         rope_base: Annotated[float, Field(gt=1, le=1e12, description="Base of the rotary wavelengths.")] = 10_000.0,
         rope_scaling: RopeScalingTable = None,
         softmax_scale: Annotated[
-            float | None, Field(gt=0, le=1e6, description="Scale of scores; 1 / sqrt(head_dim) if unset.")
+            float | None, Field(ge=1e-6, le=1e6, description="Scale of scores; 1 / sqrt(head_dim) if unset.")
         ] = None,
         qkv_bias: Annotated[
             bool, Field(description="Biases on q, k and v; with kv_rank or q_rank on the way into the latent.")
@@ -113,9 +113,9 @@ class Attention(Mixer):
         check_rotary_dim(self.rotary_dim, f"rotary_fraction = {rotary_fraction} of head_dim = {self.head_dim}")
         self.rope_base, self.sliding_window = rope_base, sliding_window
         self.rope_scaling = rope_scaling_of(rope_scaling)
-        self.softmax_scale = self.rope_scaling.softmax_factor * (
-            self.head_dim**-0.5 if softmax_scale is None else softmax_scale
-        )
+        self.softmax_scale = self.head_dim**-0.5 if softmax_scale is None else softmax_scale
+        if self.rotary_dim:
+            self.softmax_scale *= self.rope_scaling.softmax_factor
         if q_rank is None:
             self.q_proj: nn.Module = ColumnLinear(dim, num_heads * self.head_dim, qkv_bias and kv_rank is None)
         else:
