@@ -176,6 +176,7 @@ IDLE = {
     ],
     "--model.mlp_dim 8": ["model.mlp_dim"],
     "--model.mlp_dim 8 --model.layers.L.mlp dense": [],
+    "--model.layer_pattern L --model.rope_scaling.type default": ["model.rope_scaling"],
     "--model.mixer s4 --model.layer_pattern L --model.num_heads 5 --model.rope_base 5.0": [
         "model.num_heads",
         "model.rope_base",
@@ -203,11 +204,16 @@ def test_recipes_have_no_idle_settings(recipe):
 
 
 def test_every_number_has_limits():
-    """On both sides: neither too small nor too large for float32. Zero is a limit for what zero switches off."""
+    """On both sides: neither too small nor too large for float32. Zero is a limit for what zero switches off.
+
+    A number below zero has limits as its amount has.
+    """
     for _, settings in sections():
         for setting in settings:
             if setting.kind.startswith("float "):
                 lower, upper = setting.kind.removeprefix("float ").split(", ")
+                if upper.startswith("<= -"):
+                    lower, upper = f">= {upper[4:]}", f"<= {lower[4:]}"
                 assert lower in (">= 0", "> 1") or (lower.startswith(">= ") and float(lower[3:]) >= 1e-20), setting
                 assert upper == "< 1" or float(upper.removeprefix("<= ")) <= 1e12, setting
 

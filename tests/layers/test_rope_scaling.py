@@ -10,6 +10,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from torchlmoe.config.load import load_config
 from torchlmoe.layers.rope_scaling import rope_scaling_of
 from torchlmoe.layers.rotary import rotary_phases
+from torchlmoe.mixers.attention import Attention
 
 LENGTH = dict(original_max_position_embeddings=128)
 TABLES = {
@@ -45,6 +46,13 @@ def test_softmax_factor():
     """Of DeepSeek-V2 and V3: the square of m(mscale_all_dim)."""
     for case, expected in (("yarn", 1.0), ("yarn_of_deepseek", (1 + 0.13 * math.log(40)) ** 2), ("linear", 1.0)):
         assert rope_scaling_of({"type": case.partition("_")[0], **TABLES[case]}).softmax_factor == expected
+
+
+def test_attention_without_phases_is_as_without_scaling():
+    for fraction, factor in ((0.0, 1.0), (1.0, (1 + 0.13 * math.log(40)) ** 2)):
+        table = {"type": "yarn", **TABLES["yarn_of_deepseek"]}
+        mixer = Attention(32, num_heads=4, rotary_fraction=fraction, softmax_scale=0.5, rope_scaling=table)
+        assert mixer.softmax_scale == 0.5 * factor
 
 
 def test_default_is_none():

@@ -93,7 +93,13 @@ CASES = {
     ),
     "attention_norm_of_all_heads": (
         "attention",
-        dict(num_kv_heads=2, head_dim=6, qk_norm="all_heads", rope_scaling=dict(type="llama3", **SCALED)),
+        dict(
+            num_kv_heads=2,
+            head_dim=6,
+            qk_norm="all_heads",
+            zero_centered_norm=True,
+            rope_scaling=dict(type="llama3", **SCALED),
+        ),
     ),
     "retention_scaled": ("retention", dict(head_dim=6, rope_scaling=dict(type="linear", factor=4.0))),
 }
@@ -333,6 +339,12 @@ def test_impossible_sizes_are_refused():
         MIXERS["attention"](32, num_heads=4, kv_rank=8)
     with pytest.raises(ValueError, match="value_dim = 9 must not be above head_dim = 8"):
         MIXERS["attention"](32, num_heads=4, kv_rank=8, rotary_fraction=0.5, value_dim=9)
+    with pytest.raises(ValueError, match="qk_norm cannot be combined with kv_rank = 8"):
+        MIXERS["attention"](32, num_heads=4, kv_rank=8, rotary_fraction=0.5, qk_norm="all_heads")
+    with pytest.raises(ValueError, match="rope_scaling has type = 'nope'; choose one of default, linear"):
+        MIXERS["attention"](32, num_heads=4, rope_scaling={"type": "nope"})
+    with pytest.raises(ValueError, match="gate_rank = 4 has no effect with full_rank_decay and full_rank_gate"):
+        MIXERS["kda"](32, num_heads=4, gate_rank=4, full_rank_decay=True, full_rank_gate=True)
     with pytest.raises(ValueError, match="value_dim belongs to latent attention"):
         MIXERS["attention"](32, num_heads=4, value_dim=4)
     for name in ("gateloop", "retention"):

@@ -25,11 +25,11 @@ def make(length, heads, groups, dtype=torch.float64):
     return [torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype).requires_grad_() for shape in shapes]
 
 
-def document_by_document(q, k, v, bounds, window):
+def document_by_document(q, k, v, bounds, window, scale=None):
     k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))
     outputs = []
     for start, end in pairwise(bounds):
-        scores = torch.einsum("thd,shd->hts", q[0, start:end], k[0, start:end]) / q.shape[-1] ** 0.5
+        scores = torch.einsum("thd,shd->hts", q[0, start:end], k[0, start:end]) * (scale or q.shape[-1] ** -0.5)
         place = torch.arange(end - start)
         distance = place[:, None] - place
         hidden = (distance < 0) | (distance >= (window or end))
@@ -46,10 +46,11 @@ def test_equals_a_softmax_over_each_document(name, window, by_formula, monkeypat
     if by_formula:
         monkeypatch.setattr(module, "_has_kernels", lambda q: False)
     bounds = BOUNDS[name]
-    for groups in (4, 2, 1):
+    for groups, scale in ((4, None), (2, 0.9), (1, None)):
         leaves = make(bounds[-1], 4, groups)
-        o = packed_attention(*leaves, cu_seqlens=torch.tensor(bounds, dtype=torch.int32), window=window)
-        expected = document_by_document(*leaves, bounds, window)
+        cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+        o = packed_attention(*leaves, cu_seqlens=cu_seqlens, window=window, scale=scale)
+        expected = document_by_document(*leaves, bounds, window, scale)
         grad = torch.randn(o.shape, dtype=o.dtype, generator=torch.Generator().manual_seed(1))
         torch.testing.assert_close(o, expected, rtol=1e-12, atol=1e-12)
         found, wanted = (torch.autograd.grad(y, leaves, grad) for y in (o, expected))
@@ -73,7 +74,7 @@ def test_lower_precision(dtype, tolerance, by_formula, monkeypatch):
         assert (found.double() - wanted).norm() <= tolerance * wanted.norm()
 
 
-def as_flash(q, k, v, q_bounds, k_bounds, max_q, max_k, *, window_size, enable_gqa):
+def as_flash(q, k, v, q_bounds, k_bounds, max_q, max_k, *, scale, window_size, enable_gqa):
     """What flash attention computes of documents whose last query meets their last key, one after another."""
     assert enable_gqa
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
@@ -84,14 +85,14 @@ def as_flash(q, k, v, q_bounds, k_bounds, max_q, max_k, *, window_size, enable_g
         assert num_keys <= max_k
         distance = torch.arange(num_keys - num_queries, num_keys)[:, None] - torch.arange(num_keys)
         hidden = (distance < 0) | ((distance > window_size[0]) & (window_size[0] >= 0))
-        scores = torch.einsum("thd,shd->hts", q[q_start:q_end], k[k_start:k_end]) / q.shape[-1] ** 0.5
+        scores = torch.einsum("thd,shd->hts", q[q_start:q_end], k[k_start:k_end]) * scale
         weight = scores.masked_fill(hidden, -torch.inf).softmax(-1)
         outputs.append(torch.einsum("hts,shd->thd", weight, v[k_start:k_end]))
     return torch.cat(outputs)
 
 
-def by_flash(q, k, v, *, cu_seqlens=None, window=None, query_start=0):
-    return module._varlen(q, k, v, cu_seqlens, window, query_start)
+def by_flash(q, k, v, *, cu_seqlens=None, window=None, query_start=0, scale):
+    return module._varlen(q, k, v, cu_seqlens, window, query_start, scale)
 
 
 @pytest.mark.parametrize("by", ["kernels", "formula", "flash"])
@@ -106,12 +107,9 @@ def test_a_span_of_queries(name, window, by, monkeypatch):
     cuts = sorted({0, 1, 4, 10, 20, 38, bounds[-1] - 1, bounds[-1]} & set(range(bounds[-1] + 1)))
     for groups in (4, 2, 1):
         leaves = q, k, v = make(bounds[-1], 4, groups)
-        cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
-        spans = [
-            attend(q[:, start:end], k, v, cu_seqlens=cu_seqlens, window=window, query_start=start)
-            for start, end in pairwise(cuts)
-        ]
-        expected = document_by_document(*leaves, bounds, window)
+        options = dict(cu_seqlens=torch.tensor(bounds, dtype=torch.int32), window=window, scale=0.9)
+        spans = [attend(q[:, start:end], k, v, **options, query_start=start) for start, end in pairwise(cuts)]
+        expected = document_by_document(*leaves, bounds, window, scale=0.9)
         o = torch.cat(spans, 1)
         torch.testing.assert_close(o, expected, rtol=1e-12, atol=1e-12)
         grad = torch.randn(o.shape, dtype=o.dtype, generator=torch.Generator().manual_seed(1))
@@ -127,9 +125,10 @@ def test_a_span_of_queries_of_each_row(window, by, monkeypatch):
     attend = by_flash if by == "flash" else packed_attention
     leaves = q, k, v = [x.detach().view(2, 30, *x.shape[2:]).requires_grad_() for x in make(60, 4, 2)]
     spans = [
-        attend(q[:, start:end], k, v, window=window, query_start=start) for start, end in pairwise([0, 7, 8, 20, 30])
+        attend(q[:, start:end], k, v, window=window, query_start=start, scale=0.9)
+        for start, end in pairwise([0, 7, 8, 20, 30])
     ]
-    rows = [document_by_document(*(x[row : row + 1] for x in leaves), [0, 30], window) for row in range(2)]
+    rows = [document_by_document(*(x[row : row + 1] for x in leaves), [0, 30], window, 0.9) for row in range(2)]
     o, expected = torch.cat(spans, 1), torch.cat(rows)
     torch.testing.assert_close(o, expected, rtol=1e-12, atol=1e-12)
     grad = torch.randn(o.shape, dtype=o.dtype, generator=torch.Generator().manual_seed(1))
@@ -157,7 +156,7 @@ def test_registration(length, query_start):
     q, k, v = make(60, 4, 2)
     q = q.detach()[:, query_start : query_start + length].requires_grad_()
     cu_seqlens = torch.tensor(BOUNDS["many"], dtype=torch.int32)
-    torch.library.opcheck(module._forward, (q, k, v, cu_seqlens, 5, query_start))
+    torch.library.opcheck(module._forward, (q, k, v, cu_seqlens, 5, query_start, 0.9))
 
 
 def test_flops_of_a_span_are_those_of_what_it_sees():

@@ -35,13 +35,14 @@ BIASES = " ".join(
     f"--model.layers.%s.{option}"
     for option in ("qkv_bias=true", "output_bias=true", "output_gate=per_head", "softmax_scale=0.4", ROPE)
 )
-ATTENTION_OPTIONS = f"--model.layers.L.qk_norm=all_heads {BIASES.replace('%s', 'L')}"
+ATTENTION_OPTIONS = f"--model.layers.L.qk_norm=all_heads --model.zero_centered_norm=true {BIASES.replace('%s', 'L')}"
 # KDA and latent attention.
 OPTIONS = (
     f"{ROWS} --model.layer_pattern LN --model.num_layers 2 --model.mixer kda --model.layers.L.full_rank_decay true "
     "--model.layers.L.decay_lower_bound=-5 --model.layers.L.head_dim 6 --model.layers.N.kv_rank 12 "
     f"--model.layers.N.q_rank 10 --model.layers.N.rotary_fraction 0.5 {BIASES.replace('%s', 'N')}"
 )
+ON_TWO = {**{name: EVERY_MIXER[name] for name in map("pure_{}".format, KINDS)}, "options": OPTIONS}
 # Keys that ranks share, groups of which each has some; sums over heads; memories that are counted once.
 ON_FOUR = {
     "shared_keys": f"{ONE_BLOCK} --model.layers.L.num_key_heads 2",
@@ -77,10 +78,7 @@ COMPILED = {"compiled": f"{TWO_BLOCKS} --compile.enable true"}
 def test_equals_one_process(corpus, tmp_path):
     layouts = {
         2: {
-            "heads": (
-                {name: EVERY_MIXER[name] for name in map("pure_{}".format, KINDS)} | {"options": OPTIONS},
-                f"{HEADS} 2",
-            ),
+            "heads": (ON_TWO, f"{HEADS} 2"),
             "other_heads": (OTHER_BLOCKS, f"{HEADS} 2 --parallelism.expert_parallel_degree 2"),
             "other_spans": (OTHER_BLOCKS, f"{SPANS} 2"),
             "other_stages": (OTHER_BLOCKS, "--parallelism.pipeline_parallel_degree 2 --training.local_batch_size 1"),

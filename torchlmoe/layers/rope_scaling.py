@@ -51,8 +51,10 @@ class Llama3(RopeScaling):
 
     factor: Factor
     original_max_position_embeddings: FirstLength
-    low_freq_factor: Annotated[float, Field(gt=0, le=1e6, description="Turns in that length: fewer are scaled.")] = 1.0
-    high_freq_factor: Annotated[float, Field(gt=0, le=1e6, description="Turns in that length: more are kept.")] = 4.0
+    low_freq_factor: Annotated[float, Field(ge=1e-6, le=1e6, description="Turns in that length: fewer are scaled.")] = (
+        1.0
+    )
+    high_freq_factor: Annotated[float, Field(ge=1e-6, le=1e6, description="Pairs with more turns are kept.")] = 4.0
 
     def __post_init__(self) -> None:
         _check_order("low_freq_factor", self.low_freq_factor, "high_freq_factor", self.high_freq_factor)
@@ -73,17 +75,17 @@ class Yarn(RopeScaling):
 
     factor: Factor
     original_max_position_embeddings: FirstLength
-    beta_fast: Annotated[float, Field(gt=0, le=1e6, description="Turns in that length: more are kept.")] = 32.0
-    beta_slow: Annotated[float, Field(gt=0, le=1e6, description="Turns in that length: fewer are scaled.")] = 1.0
+    beta_fast: Annotated[float, Field(ge=1e-6, le=1e6, description="Pairs with more turns are kept.")] = 32.0
+    beta_slow: Annotated[float, Field(ge=1e-6, le=1e6, description="Pairs with fewer turns are scaled.")] = 1.0
     truncate: Annotated[bool, Field(description="Begin and end the blend between two at whole pairs.")] = True
     attention_factor: Annotated[
-        float | None, Field(gt=0, le=1e6, description="On cos and sin; from factor and mscale if unset.")
+        float | None, Field(ge=1e-6, le=1e6, description="On cos and sin; from factor and mscale if unset.")
     ] = None
     mscale: Annotated[
-        float | None, Field(gt=0, le=100, description="With mscale_all_dim: of the factor on cos and sin.")
+        float | None, Field(ge=1e-6, le=100, description="With mscale_all_dim: of the factor on cos and sin.")
     ] = None
     mscale_all_dim: Annotated[
-        float | None, Field(gt=0, le=100, description="Of the factor on the scale of softmax, none if unset.")
+        float | None, Field(ge=1e-6, le=100, description="Of the factor on the scale of softmax, none if unset.")
     ] = None
 
     def __post_init__(self) -> None:

@@ -61,7 +61,7 @@ class Attention(Mixer):
         rope_base: Annotated[float, Field(gt=1, le=1e12, description="Base of the rotary wavelengths.")] = 10_000.0,
         rope_scaling: RopeScalingTable = None,
         softmax_scale: Annotated[
-            float | None, Field(gt=0, le=1e6, description="Scale of scores; 1 / sqrt(head_dim) if unset.")
+            float | None, Field(ge=1e-6, le=1e6, description="Scale of scores; 1 / sqrt(head_dim) if unset.")
         ] = None,
         qkv_bias: Annotated[
             bool, Field(description="Biases on q, k and v; with kv_rank or q_rank on the way into the latent.")
@@ -113,9 +113,9 @@ class Attention(Mixer):
         check_rotary_dim(self.rotary_dim, f"rotary_fraction = {rotary_fraction} of head_dim = {self.head_dim}")
         self.rope_base, self.sliding_window = rope_base, sliding_window
         self.rope_scaling = rope_scaling_of(rope_scaling)
-        self.softmax_scale = self.rope_scaling.softmax_factor * (
-            self.head_dim**-0.5 if softmax_scale is None else softmax_scale
-        )
+        self.softmax_scale = self.head_dim**-0.5 if softmax_scale is None else softmax_scale
+        if self.rotary_dim:
+            self.softmax_scale *= self.rope_scaling.softmax_factor
         if q_rank is None:
             self.q_proj: nn.Module = ColumnLinear(dim, num_heads * self.head_dim, qkv_bias and kv_rank is None)
         else:
@@ -139,19 +139,21 @@ class Attention(Mixer):
                 key_dim=self.head_dim, shared_dim=shared_dim, value_dim=self.value_dim, norm_eps=norm_eps,
                 bias=qkv_bias,
             )  # fmt: skip
-        self.qk_norm, self.zero_centered_norm = qk_norm, zero_centered_norm
-        self.q_norm, self.k_norm = (self._norm(number, norm_eps) for number in (num_heads, num_kv_heads))
+        self.qk_norm = qk_norm
+        self.q_norm, self.k_norm = (
+            self._norm(number, norm_eps, zero_centered_norm) for number in (num_heads, num_kv_heads)
+        )
         self.inner = InnerAttention(num_heads)
         gate_dim = 1 if output_gate == "per_head" else self.value_dim
         self.gate_proj = ColumnLinear(dim, num_heads * gate_dim) if output_gate else None
         self.o_proj = RowLinear(num_heads * self.value_dim, dim, bias=output_bias)
 
-    def _norm(self, num_heads: int, eps: float) -> nn.Module:
+    def _norm(self, num_heads: int, eps: float, zero_centered: bool) -> nn.Module:
         if not self.qk_norm:
             return nn.Identity()
         if self.qk_norm == "all_heads":
-            return AllHeadsRMSNorm(num_heads, self.head_dim, eps, zero_centered=self.zero_centered_norm)
-        return RMSNorm(self.head_dim, eps, zero_centered=self.zero_centered_norm)
+            return AllHeadsRMSNorm(num_heads, self.head_dim, eps, zero_centered=zero_centered)
+        return RMSNorm(self.head_dim, eps, zero_centered=zero_centered)
 
     def forward(self, x: Tensor, *, sequence: SequenceLayout, cache: TensorDict | None = None) -> Tensor:
         turn = self._rotation(sequence.positions)
@@ -177,11 +179,12 @@ class Attention(Mixer):
         self, x: Tensor, q: Tensor, turn: Rotation, sequence: SequenceLayout, cache: TensorDict | None
     ) -> Tensor:
         k, v = turn(self._heads(self.k_norm, self.k_proj(x))), self.v_proj(x).unflatten(-1, (-1, self.head_dim))
-        options = dict(window=self.sliding_window, scale=self.softmax_scale)
         if cache is None:
-            return self.inner(q, k, v, cu_seqlens=sequence.cu_seqlens, **options)
+            return self.inner(
+                q, k, v, cu_seqlens=sequence.cu_seqlens, window=self.sliding_window, scale=self.softmax_scale
+            )
         k, v = self._keep(cache, sequence.positions, k=k, v=v)
-        return cached_attention(q, k, v, sequence.positions, **options)
+        return cached_attention(q, k, v, sequence.positions, window=self.sliding_window, scale=self.softmax_scale)
 
     def _attend_latent(
         self, x: Tensor, q: Tensor, turn: Rotation, sequence: SequenceLayout, cache: TensorDict | None
@@ -189,13 +192,21 @@ class Attention(Mixer):
         assert self.latent is not None
         latent, k = self.latent(x)
         k = turn(k)
-        options = dict(window=self.sliding_window, scale=self.softmax_scale)
         if cache is None:
             k, v = self.latent.expand(latent, k)
-            o = self.inner(q, k, v, cu_seqlens=sequence.cu_seqlens, **options)
+            o = self.inner(
+                q, k, v, cu_seqlens=sequence.cu_seqlens, window=self.sliding_window, scale=self.softmax_scale
+            )
             return o[..., : self.value_dim]
         (kept,) = self._keep(cache, sequence.positions, latent=torch.cat([k, latent[:, :, None]], -1))
-        o = cached_attention(self.latent.to_latent(q), kept, kept, sequence.positions, **options)
+        o = cached_attention(
+            self.latent.to_latent(q),
+            kept,
+            kept,
+            sequence.positions,
+            window=self.sliding_window,
+            scale=self.softmax_scale,
+        )
         return self.latent.from_latent(o)
 
     def _keep(self, cache: TensorDict, positions: Tensor, **new: Tensor) -> list[Tensor]:

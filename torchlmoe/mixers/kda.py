@@ -41,7 +41,7 @@ class KimiDeltaAttention(DeltaNet):
         full_rank_gate: Annotated[bool, Field(description="Project the gate by one matrix.")] = False,
         decay_lower_bound: Annotated[
             float | None,
-            Field(ge=-1000, lt=0, description="Least log decay, by a sigmoid; no bound if unset."),
+            Field(ge=-1000, le=-1e-6, description="Least log decay, by a sigmoid; no bound if unset."),
         ] = None,
         norm_eps: NormEps = 1e-6,
         **options,

@@ -77,8 +77,8 @@ def _varlen(
         k_bounds = cu_seqlens.clamp(first_key, query_end) - first_key
     span = (-1 if window is None else window - 1, 0)
     lengths = (q.shape[1], query_end - first_key)
-    options = dict(scale=scale, window_size=span, enable_gqa=True)
-    o = varlen_attn(q.flatten(0, 1), k, v, q_bounds, k_bounds, *lengths, **options)
+    q_rows = q.flatten(0, 1)
+    o = varlen_attn(q_rows, k, v, q_bounds, k_bounds, *lengths, scale=scale, window_size=span, enable_gqa=True)
     assert isinstance(o, Tensor)
     return o.reshape(q.shape)
 
@@ -106,8 +106,9 @@ def cached_attention(
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
     """Causal without a mask. q, k, v [B, T or S, heads, D] -> [B, T, H, D]."""
-    options = dict(attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True)
-    o = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), **options)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    causal = mask is None
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=True)
     return o.transpose(1, 2)
 
 

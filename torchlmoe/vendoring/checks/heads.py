@@ -38,7 +38,7 @@ class NormOfAll(nn.Module):
 
 
 class Layer(nn.Module):
-    """Into 6 channels, a norm of all of them, out and in again, and out, with biases on sums over heads."""
+    """Into 6 channels, a norm of all of them, out and in again, and out, with a bias on each sum over heads."""
 
     def __init__(self) -> None:
         super().__init__()
