@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from torchlmoe.config.load import load_config
-from torchlmoe.inference import generate as generation
+from torchlmoe.inference import cache as caches
 from torchlmoe.inference.generate import generate, generate_stepwise
 from torchlmoe.inference.sampling import Sampling
 from torchlmoe.mixers import MIXERS
@@ -37,7 +37,7 @@ def assert_greedy(model, prompt, continuation):
 @pytest.mark.parametrize("pattern", ["L", "LN"])
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_greedy_tokens_are_those_of_the_whole_forward_pass(mixer, pattern, monkeypatch):
-    monkeypatch.setattr(generation, "PIECE", 16)
+    monkeypatch.setattr(caches, "PIECE", 16)
     model = build("--model.layer_pattern", pattern, "--model.mixer", mixer)
     continuations = generate(model, prompts(), max_new_tokens=128)
     for prompt, continuation in zip(prompts(), continuations, strict=True):
