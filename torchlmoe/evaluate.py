@@ -1,4 +1,4 @@
-"""Evaluates a trained model: python -m torchlmoe.evaluate --checkpoint DIR (--tasks a,b | --text FILE ...) [--output FILE]
+"""Evaluates a trained model: python -m torchlmoe.evaluate --checkpoint DIR (--tasks a,b | --text FILE) [--output FILE]
 
 --tasks runs tasks of lm-eval, --text measures bits per byte and perplexity of files. Results are printed as tables and,
 with --output, written as JSON: `results` and what else lm-eval writes, and `text`, by file.
@@ -8,7 +8,6 @@ import argparse
 import json
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from torchlmoe.command import FlagParser, run
@@ -27,7 +26,7 @@ def main(arguments: list[str]) -> None:
     dtype = None if flags.dtype is None else getattr(torch, flags.dtype)
     model, config, tokenizer = open_model(flags.checkpoint, dtype=dtype, device=choose_device(flags.device))
     found: dict[str, Any] = {}
-    refused = []
+    refused: list[str] = []
     if flags.tasks:
         from lm_eval.utils import make_table
 

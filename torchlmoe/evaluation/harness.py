@@ -84,8 +84,8 @@ class HarnessModel(TemplateLM):
         for owner, found in zip(owners, self._score(windows, "texts", disable_tqdm), strict=True):
             parts[owner].append(found[0])
         sums = list(map(fsum, parts))
-        for request, found in zip(requests, sums, strict=True):
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, found)
+        for request, total in zip(requests, sums, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return sums
 
     def _loglikelihood_tokens(
@@ -98,9 +98,7 @@ class HarnessModel(TemplateLM):
             cut.append(Request(tuple(context[-room:]), tuple(continuation)))
         num_cut = sum(len(given[1]) > len(request.context) for given, request in zip(requests, cut, strict=True))
         if num_cut:
-            logger.warning(
-                f"{num_cut} of {len(cut)} requests have more than {self.max_length} tokens: cut on the left."
-            )
+            logger.warning(f"{num_cut} of {len(cut)} requests have more than {self.max_length} tokens and are cut.")
         found = self._score(cut, "log-likelihoods", disable_tqdm)
         for (strings, _, _), answer in zip(requests, found, strict=True):
             self.cache_hook.add_partial("loglikelihood", strings, answer)

@@ -14,6 +14,7 @@ slice of a cache shares its memory, so `cache[2:4]` can be read on alone.
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -84,7 +85,8 @@ def copy_rows(
         if kept != list(old.shape[1:]) and longest > kept[0]:
             raise ValueError(f"A row of {longest} tokens does not fit into a cache of max_length = {kept[0]}.")
         # What lies behind a row's tokens is overwritten before it is read.
-        new[(target_index, *map(slice, kept))] = old[(source_index, *map(slice, kept))].to(new)
+        places = [slice(size) for size in kept]
+        new[(target_index, *places)] = old[(source_index, *places)].to(new)
 
 
 def resized(cache: TensorDict, model: Decoder, max_length: int) -> TensorDict:
@@ -164,7 +166,7 @@ def growing(model: Decoder) -> set[str]:
     return {name for name in one if one[name].shape != two[name].shape}
 
 
-def _flat(cache: TensorDict) -> dict[str, Tensor]:
+def _flat(cache: Any) -> dict[str, Tensor]:
     """By name, complex numbers as pairs of real ones, since safetensors has no complex128."""
     return {
         ".".join(_parts(name)): torch.view_as_real(tensor) if tensor.is_complex() else tensor
@@ -191,5 +193,5 @@ def _digest(tensors: dict[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
