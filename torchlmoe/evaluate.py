@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> None:
         found |= evaluate_tasks(
             harness_model,
             flags.tasks,
-            include_path=None if flags.include_path is None else str(flags.include_path),
+            include_paths=list(map(str, flags.include_path)),
             num_fewshot=flags.num_fewshot,
             limit=flags.limit,
         )
@@ -68,10 +68,11 @@ def main(arguments: list[str]) -> None:
 def _check(flags: argparse.Namespace) -> None:
     if not flags.tasks and not flags.text:
         raise ValueError("There is nothing to evaluate; give --tasks NAME,NAME or --text FILE.")
-    if flags.include_path is not None and not flags.tasks:
+    if flags.include_path and not flags.tasks:
         raise ValueError("--include-path is where --tasks are looked for; give --tasks too.")
-    if flags.include_path is not None and not flags.include_path.is_dir():
-        raise ValueError(f"--include-path {flags.include_path} is not a folder; give one with YAML files of tasks.")
+    for path in flags.include_path:
+        if not path.is_dir():
+            raise ValueError(f"--include-path {path} is not a folder; give one with YAML files of tasks.")
     for name in ("batch_size", "max_length"):
         if (value := getattr(flags, name)) is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1.")
@@ -120,7 +121,13 @@ def _parser() -> argparse.ArgumentParser:
         help="a run's folder, one of its checkpoints, or an exported model",
     )
     add("--tasks", metavar="NAME,NAME", type=_names, default=[], help="tasks or groups of lm-eval")
-    parser.add_path("--include-path", metavar="DIR", help="a folder with YAML files of more tasks")
+    parser.add_path(
+        "--include-path",
+        metavar="DIR",
+        action="append",
+        default=[],
+        help="a folder with YAML files of more tasks; may be repeated",
+    )
     parser.add_path("--text", metavar="FILE", nargs="+", action="extend", default=[], help="files to measure")
     parser.add_path("--output", metavar="FILE.json", help="where to write the results")
     add("--num-fewshot", metavar="N", type=int, help="examples before each question; the task's own number if unset")

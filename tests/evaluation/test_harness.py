@@ -3,12 +3,12 @@ the scores of lm-eval's own wrapper of a transformers model of equal weights."""
 
 import json
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
+import lm_eval
 import pytest
 import torch
-
-pytest.importorskip("lm_eval")
 
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
@@ -173,7 +173,10 @@ def test_tasks_of_local_files_and_the_stock_hellaswag(folder, model, tokenizer, 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     names = "local_choice,local_generation,hellaswag"
-    main([f"--checkpoint={folder}", f"--tasks={names}", f"--include-path={tasks}", "--output=out.json"])
+    # The folder of the stock task alone: to read the names of all of them takes ten seconds.
+    stock = Path(lm_eval.__file__).parent / "tasks" / "hellaswag"
+    paths = [f"--include-path={path}" for path in (tasks, stock)]
+    main([f"--checkpoint={folder}", f"--tasks={names}", *paths, "--output=out.json"])
     printed = capsys.readouterr().out
     written = json.loads((tmp_path / "out.json").read_text())
     right = 0
@@ -188,22 +191,30 @@ def test_tasks_of_local_files_and_the_stock_hellaswag(folder, model, tokenizer, 
     assert all(re.search(rf"\|{name} *\|", printed) for name in names.split(","))
 
 
-def test_tasks_that_cannot_be_had(folder, tasks, monkeypatch):
-    with pytest.raises(ValueError, match="There is no task nothing, nowhere; see `lm-eval ls tasks`") as error:
-        main([f"--checkpoint={folder}", "--tasks=nothing,local_choice,nowhere", f"--include-path={tasks}"])
-    (tasks / "gone.yaml").write_text((tasks / "choice.yaml").read_text().replace("local_choice", "gone").replace("json", "no/where"))  # fmt: skip # noqa: E501
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(
-        ValueError, match=r"The data of the tasks gone cannot be had .*without a network start"
-    ) as error:
+def test_data_that_cannot_be_had(folder, tasks, monkeypatch):
+    text = (tasks / "choice.yaml").read_text()
+    (tasks / "gone.yaml").write_text(text.replace("local_choice", "gone").replace("questions.jsonl", "nowhere.jsonl"))
+    with pytest.raises(ValueError, match=r"data of the tasks gone cannot be had .*without a network start") as error:
         main([f"--checkpoint={folder}", "--tasks=gone", f"--include-path={tasks}"])
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.long
+def test_names_of_stock_tasks(folder, tasks, monkeypatch):
+    """Unknown ones, and the paper's without a network."""
+    with pytest.raises(ValueError, match="There is no task nothing, nowhere; see `lm-eval ls tasks`"):
+        main([f"--checkpoint={folder}", "--tasks=nothing,piqa,nowhere", f"--include-path={tasks}"])
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name in ("piqa", "winogrande", "arc_easy", "arc_challenge", "mmlu_anatomy"):
+        with pytest.raises(ValueError, match=f"data of the tasks {name} cannot be had"):
+            main([f"--checkpoint={folder}", f"--tasks={name}"])
+
+
 def test_equal_weights_get_the_scores_of_lm_evals_own_wrapper(tokenizer):
     """A Mixtral of transformers and its weights here, log-likelihoods, rolling ones and generations."""
-    from lm_eval.models.huggingface import HFLM  # here, as it needs accelerate, and the rest does not
+    pytest.importorskip("accelerate")  # which the wrapper imports, and lm-eval does not bring
+    from lm_eval.models.huggingface import HFLM
 
     torch.manual_seed(0)
     theirs = MixtralForCausalLM(

@@ -152,12 +152,35 @@ def test_refusals(prompts, max_new_tokens, message):
 
 
 @pytest.mark.parametrize("mixer", ["gated_deltanet", "attention"])
-def test_a_compiled_model_generates_the_same(mixer):
+def test_a_compiled_step_generates_the_same_and_is_compiled_once(mixer, monkeypatch):
+    """Not once a position; a second time when the number of rows changes, for any number."""
     torch._dynamo.reset()
     model = build("--model.layer_pattern", "L", "--model.mixer", mixer, "--model.num_layers", "1")
-    expected = generate(model, prompts()[:2], max_new_tokens=4)
-    model.next_logits = torch.compile(model.next_logits, backend="eager")
-    assert generate(model, prompts()[:2], max_new_tokens=4) == expected
+    ends = [12, 3, 12, 6, 9]
+
+    def run(**options):
+        taken = [0] * 5
+
+        def has_ended(row, token):
+            taken[row] += 1
+            return taken[row] == ends[row]
+
+        return generate(model, prompts(), max_new_tokens=12, has_ended=has_ended, **options)
+
+    expected = run()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: original(function, backend=backend, fullgraph=True))
+    assert run(compile=True) == expected
+    assert 1 <= len(graphs) <= 3
+    num_graphs = len(graphs)
+    assert run(compile=True) == expected
+    assert len(graphs) == num_graphs
 
 
 def test_a_tokenizer_with_more_tokens_than_rows_is_refused():

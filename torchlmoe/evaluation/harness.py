@@ -195,17 +195,19 @@ def evaluate_tasks(
     model: HarnessModel,
     names: Sequence[str],
     *,
-    include_path: str | None = None,
+    include_paths: Sequence[str] = (),
     num_fewshot: int | None = None,
     limit: float | None = None,
 ) -> dict[str, Any]:
     """What lm-eval finds for tasks or groups of these names: `results` and the rest of what it writes, without samples.
 
-    include_path: a folder with YAML files of more tasks. num_fewshot: examples before each question; the tasks' own if
+    include_paths: folders with YAML files of more tasks. num_fewshot: examples before each question; the tasks' own if
     None. limit: documents of each task, or their share below 1. Raises ValueError for names that there are not and for
     data that cannot be had.
     """
-    manager = _Tasks(include_path=include_path)
+    manager = _Tasks(include_path=list(include_paths), include_defaults=False)
+    if not set(names) <= set(manager.all_subtasks):
+        manager = _Tasks(include_path=list(include_paths))  # which takes seconds: there are thousands of files
     if unknown := [name for name in names if name not in manager.all_tasks]:
         raise ValueError(f"There is no task {', '.join(unknown)}; see `lm-eval ls tasks`, or give --include-path DIR.")
     results = simple_evaluate(
