@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import lm_eval
 import pytest
 import torch
-
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
 from torchlmoe.config.load import load_config

@@ -1,14 +1,12 @@
 """The cache of many rows: reset, copied, forked, resized, saved; prompts that share what they begin with; memory."""
 
 import re
-import weakref
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from benchmarks.peak_bytes import PeakBytes
 from tests.inference.test_generate import build
 from torchlmoe.inference import cache as caches
 from torchlmoe.inference import prefill
@@ -132,31 +130,6 @@ def test_every_prompt_ends_one_run_and_runs_spell_the_prompts():
         assert [spelled[index] for index in range(9)] == prompts
 
 
-class PeakBytes(TorchDispatchMode):
-    """The most bytes that tensors made under it hold at once."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.most = 0
-        self.known: set[int] = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if storage.data_ptr() not in self.known:
-                    self.known.add(storage.data_ptr())
-                    self.now += storage.nbytes()
-                    self.most = max(self.most, self.now)
-                    weakref.finalize(storage, self.free, storage.data_ptr(), storage.nbytes())
-        return result
-
-    def free(self, pointer, size):
-        self.known.discard(pointer)
-        self.now -= size
-
-
 @pytest.mark.parametrize("mixer", ["gated_deltanet", "mamba", "ttt", "rwkv7"])
 @torch.no_grad()
 def test_prefill_of_any_length_takes_the_same_memory(mixer, monkeypatch):
@@ -166,8 +139,7 @@ def test_prefill_of_any_length_takes_the_same_memory(mixer, monkeypatch):
     peaks = []
     for length in (256, 1024):
         text, cache = tokens(1, length), new_cache(model, 1, length)
-        with PeakBytes() as peak:
-            peak.known.add(text.untyped_storage().data_ptr())  # what is read may grow
+        with PeakBytes(given=[text]) as peak:  # what is read may grow
             read(model, cache, text)
         peaks.append(peak.most)
     assert peaks[0] > 10_000
