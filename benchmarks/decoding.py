@@ -1,6 +1,6 @@
 """Time and memory of a decoding step by position, linear models beside softmax: python -m benchmarks.decoding
 
-The sizes are those of the debug recipe, with each of the mixers in all blocks, LLLN, and softmax attention in all blocks.
+The sizes are those of the debug recipe: each of the mixers in all blocks, its hybrid LLLN, softmax in all blocks.
 A position's cost does not depend on what the cache holds, so it is filled with random numbers rather than by reading
 so many tokens. Positions take turns, step by step, and ratios are of medians. Memory is that of the cache and of the
 most that a step makes beside it. A second table compares the compiled step of the debug model with eager.
