@@ -85,7 +85,7 @@ def copy_rows(
         if kept != list(old.shape[1:]) and longest > kept[0]:
             raise ValueError(f"A row of {longest} tokens does not fit into a cache of max_length = {kept[0]}.")
         # What lies behind a row's tokens is overwritten before it is read.
-        places = [slice(size) for size in kept]
+        places: list[Any] = [slice(size) for size in kept]
         new[(target_index, *places)] = old[(source_index, *places)].to(new)
 
 
