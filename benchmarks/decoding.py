@@ -16,6 +16,7 @@ from benchmarks.peak_bytes import PeakBytes
 from benchmarks.report import arguments, interleaved_seconds, show
 from torchlmoe.config.load import load_config
 from torchlmoe.inference.cache import LENGTH, new_cache
+from torchlmoe.inference.compiled import compile_step
 from torchlmoe.mixers import MIXERS
 from torchlmoe.model.decoder import Decoder, build_on_meta
 
@@ -77,7 +78,7 @@ def by_position(name: str, model: Decoder, positions: list[int], rows: int, repe
 
 def compiled_beside_eager(model: Decoder, rows: int, repeats: int) -> list[dict[str, Any]]:
     eager, compiled = (Step(model, 256, rows, max_length=640) for _ in range(2))
-    compiled.next_logits = torch.compile(model.next_logits)
+    compiled.next_logits = compile_step(model.next_logits)
     seconds = interleaved_seconds({"eager": eager, "compiled": compiled}, repeats=repeats, warmups=3)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     return [

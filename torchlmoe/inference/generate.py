@@ -11,6 +11,7 @@ import torch
 from tensordict import TensorDict
 
 from torchlmoe.inference.cache import LENGTH, copy_rows
+from torchlmoe.inference.compiled import compile_step
 from torchlmoe.inference.prefill import read_prompts
 from torchlmoe.inference.sampling import Sampling, draw, next_token_distribution
 from torchlmoe.model.decoder import Decoder
@@ -59,7 +60,7 @@ def generate_stepwise(
         )
     _check(prompts, max_new_tokens, vocab_size)
     model.eval()
-    next_logits = torch.compile(model.next_logits) if compile else model.next_logits
+    next_logits = compile_step(model.next_logits) if compile else model.next_logits
     sampling = sampling or Sampling(temperature=0)
     device = model.embedding.weight.device
     generator = torch.Generator(device).manual_seed(seed)
