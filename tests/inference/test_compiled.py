@@ -23,6 +23,7 @@ def cases(dtype):
             (draw(2, length, 3), draw(3, 4), None, flag) for length, flag in ((9, True), (2, False), (1, True))
         ],
         "weighted_swiglu": [(draw(7, 8), draw(7).float())],
+        "grouped_matmul": [(draw(4, 8), draw(5, 16, 8), torch.tensor([0, 2, 2, 3, 4], dtype=torch.int32))],
         "top_indices": [(draw(7, 6), 3), (ties, 2), (ties, 5)],
         "sort_slots": [(experts, 5, 1), (experts[:1], 5, 1)],
         "gather_slots": [(draw(7, 3), token_M, slots[1])],
@@ -46,6 +47,8 @@ def test_what_has_no_plain_form_stays_closed():
     x = torch.zeros(1, 4, 3)
     assert forms["causal_conv"](x, torch.zeros(3, 2), torch.tensor([0, 2, 4]), True) is NotImplemented
     assert forms["sort_slots"](torch.zeros(2, 2, dtype=torch.int64), 4, 8) is NotImplemented
+    many = torch.zeros(6, 8), torch.zeros(5, 16, 8), torch.tensor([6] * 5, dtype=torch.int32)
+    assert forms["grouped_matmul"](*many) is NotImplemented
     assert forms["gather_slots"](x.to("meta")[0], None, None) is NotImplemented
 
 

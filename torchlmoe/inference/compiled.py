@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import torchlmoe.ops.causal_conv
+import torchlmoe.ops.grouped_matmul
 import torchlmoe.ops.weighted_swiglu
 import torchlmoe.routing.dispatch
 import torchlmoe.routing.router  # noqa: F401  (these define the operations)
@@ -28,7 +29,7 @@ def backend(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[...,
     from torch._inductor.compile_fx import compile_fx  # the one place that needs these two
     from torch._inductor.decomposition import select_decomp_table
 
-    return compile_fx(graph, inputs, decompositions={**select_decomp_table(), **opened()})  # type: ignore[arg-type]
+    return compile_fx(graph, inputs, decompositions={**select_decomp_table(), **opened()})  # type: ignore[arg-type,return-value]
 
 
 def opened() -> dict[Any, Callable[..., Any]]:
@@ -37,6 +38,7 @@ def opened() -> dict[Any, Callable[..., Any]]:
     return {
         operations.causal_conv.default: _causal_conv,
         operations.weighted_swiglu.default: _weighted_swiglu,
+        operations.grouped_matmul.default: _grouped_matmul,
         operations.top_indices.default: _top_indices,
         operations.sort_slots.default: _sort_slots,
         operations.gather_slots.default: _gather_slots,
@@ -69,6 +71,18 @@ def _causal_conv(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None, activatio
 def _weighted_swiglu(gate_up: Tensor, weight: Tensor) -> Tensor:
     gate, up = gate_up.to(torch.promote_types(gate_up.dtype, weight.dtype)).chunk(2, -1)
     return (F.silu(gate) * up * weight[:, None]).to(gate_up.dtype)
+
+
+@_on_cpu
+def _grouped_matmul(x_MD: Tensor, weight_EFD: Tensor, offsets_E: Tensor) -> Any:
+    """Each row by its own expert's matrix, if there are fewer rows than experts: a group at a time would visit all."""
+    num_rows = x_MD.shape[0]
+    if type(num_rows) is not int or num_rows > weight_EFD.shape[0]:
+        return NotImplemented
+    rows = torch.arange(num_rows, dtype=offsets_E.dtype, device=x_MD.device)
+    weight_MFD = weight_EFD[torch.searchsorted(offsets_E, rows, right=True)]
+    dtype = _at_least_float32(x_MD)
+    return torch.bmm(weight_MFD.to(dtype), x_MD.to(dtype)[..., None])[..., 0].to(x_MD.dtype)
 
 
 @_on_cpu
