@@ -28,7 +28,7 @@ def requests():
     found = [Request(tokens(length), tokens(more)) for length, more in [(1, 1), (40, 3), (7, 60), (1, 90)]]
     found += [Request(question, tokens(length)) for length in (1, 1, 1, 4, 4, 9)]
     whole = question + tokens(8)
-    found += [Request(whole[:cut], whole[cut:]) for cut in (20, 30, 37)]  # one input, cut in several places
+    found += [Request(whole[:cut], whole[cut:]) for cut in (30, 20, 37)]  # one input, cut in several places
     return [*found, found[1], Request(question, ())]
 
 
