@@ -1,5 +1,6 @@
 """python -m torchlmoe.generate on an exported model: text, order of prompts, files, bad input."""
 
+import json
 import re
 import subprocess
 import sys
@@ -83,10 +84,32 @@ def test_prompt_from_standard_input_streams_to_a_pipe(folder):
     assert printed.count("\n") == 1
 
 
+def test_json_and_stop_strings(capsys, folder):
+    """One object per prompt, in their order; why it stopped, and nothing of the stop string."""
+    texts = ["It is a truth", "Ωmega 🙂"]
+    prompts = [f"--prompt={text}" for text in texts]
+    whole = [json.loads(line) for line in output(capsys, folder, *prompts, *GREEDY, "--json").splitlines()]
+    assert [row["prompt"] for row in whole] == texts
+    assert [(row["num_tokens"], row["finish_reason"]) for row in whole] == [(20, "length")] * 2
+    stop = whole[1]["text"][4:9]
+    cut = [
+        json.loads(line)
+        for line in output(capsys, folder, *prompts, *GREEDY, "--json", f"--stop={stop}", "--stop=\x01").splitlines()
+    ]
+    assert cut[1]["text"] == whole[1]["text"][: whole[1]["text"].find(stop)]
+    assert cut[1]["finish_reason"] == "stop"
+    assert cut[1]["num_tokens"] < 20
+    assert cut[0] == whole[0]
+    printed = output(capsys, folder, *prompts, *GREEDY, f"--stop={stop}")
+    assert printed == "\n---\n".join(row["prompt"] + row["text"] for row in cut) + "\n"
+
+
 BAD = {
     "": "There is no prompt",
     "--prompt=": "A prompt is empty",
     "--prompt \udcff": "--prompt '\\udcff' is not UTF-8 text.",
+    "--prompt x --stop=": "A stop string is empty",
+    "--prompt x --stop \udcff": "--stop '\\udcff' is not UTF-8 text.",
     "--prompt x --temperature -1": "temperature = -1.0 must be 0",
     "--prompt x --temperature warm": "argument --temperature: invalid float value: 'warm' (see --help).",
     "--prompt x --top-k 0": "top_k = 0 must be at least 1",

@@ -21,10 +21,10 @@ ROOMS = [
     ["config"],
     ["parallel"],
     ["checkpoint", "inference"],
-    ["training"],
+    ["evaluation", "training"],
     ["planning"],
     ["command", "config_loader", "settings_reference", "vendoring"],
-    ["export", "generate", "import_model", "plan", "prepare", "vendor"],
+    ["evaluate", "export", "generate", "import_model", "plan", "prepare", "vendor"],
 ]
 # Rooms that need no other package, and no other room.
 TORCH_ALONE = ("styles", "kernels")

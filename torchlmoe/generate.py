@@ -1,16 +1,22 @@
 """Continues text with a trained model: python -m torchlmoe.generate --checkpoint DIR --prompt "..." [--prompt ...]
 
 Prompts are continued together. Each is written to standard output with its continuation, one after another with a line
-of three hyphens between, as the tokens come.
+of three hyphens between, as the tokens come; or, with --json, as one JSON object per line.
 """
 
 import argparse
+import json
 import sys
+from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torchlmoe.command import FlagParser, run
 from torchlmoe.files import is_unicode
+
+if TYPE_CHECKING:
+    from torchlmoe.inference.text_stream import Row
 
 MAX_PROMPT_BYTES = 2**30
 
@@ -18,6 +24,10 @@ MAX_PROMPT_BYTES = 2**30
 def main(arguments: list[str]) -> None:
     flags = _parser().parse_args(arguments)
     prompts = [*map(_utf8, flags.prompt), *map(_read, flags.prompt_file)]
+    if bad := [stop for stop in flags.stop if not is_unicode(stop)]:
+        raise ValueError(f"--stop {bad[0]!a} is not UTF-8 text.")
+    if "" in flags.stop:
+        raise ValueError("A stop string is empty; give at least one character.")
     if not all(prompts):
         raise ValueError("A prompt is empty; give it at least one character.")
     if not prompts:
@@ -26,9 +36,8 @@ def main(arguments: list[str]) -> None:
     import torch
 
     from torchlmoe.checkpoint import open_model
-    from torchlmoe.inference.generate import generate_stepwise
     from torchlmoe.inference.sampling import Sampling
-    from torchlmoe.inference.text_stream import stream_in_order
+    from torchlmoe.inference.text_stream import Row, continue_rows, stream_in_order
     from torchlmoe.parallel.mesh import choose_device
 
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.repetition_penalty)
@@ -36,22 +45,48 @@ def main(arguments: list[str]) -> None:
     model, _, tokenizer = open_model(flags.checkpoint, dtype=dtype, device=choose_device(flags.device))
     # As in training, a document begins with the end token.
     prompt_ids = [[tokenizer.end_id, *ids] for ids in tokenizer.encode_batch(prompts)]
-    steps = generate_stepwise(
+    rows = [Row(tokenizer, ids, flags.stop) for ids in prompt_ids]
+    steps = continue_rows(
         model,
+        rows,
         prompt_ids,
         max_new_tokens=flags.max_new_tokens,
         end_id=tokenizer.end_id,
         vocab_size=tokenizer.vocab_size,
         sampling=sampling,
         seed=flags.seed,
+        compile=flags.compile,
     )
+    if flags.json:
+        _print_json(prompts, rows, steps)
+    else:
+        _print_text(stream_in_order(rows, steps))
+
+
+def _print_text(pieces: Iterable[tuple[int, str]]) -> None:
     shown = 0
-    for row, text in stream_in_order(tokenizer, prompt_ids, steps):
+    for row, text in pieces:
         if row != shown:
             print("\n---")
             shown = row
         print(text, end="", flush=True)
     print()
+
+
+def _print_json(prompts: list[str], rows: "list[Row]", steps: Iterable[object]) -> None:
+    """One line per prompt, in their order, each as soon as it and those before it have ended."""
+    printed = 0
+    for _ in steps:
+        while printed < len(rows) and rows[printed].finish_reason:
+            row = rows[printed]
+            completion = {
+                "prompt": prompts[printed],
+                "text": row.text,
+                "num_tokens": row.num_tokens,
+                "finish_reason": row.finish_reason,
+            }
+            print(json.dumps(completion, ensure_ascii=False), flush=True)
+            printed += 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -100,6 +135,15 @@ def _parser() -> argparse.ArgumentParser:
         default=1.0,
         help="above 1, what was there is less likely; default %(default)s",
     )
+    add(
+        "--stop",
+        metavar="TEXT",
+        action="append",
+        default=[],
+        help="end a continuation before this text; may be repeated",
+    )
+    add("--json", action="store_true", help="print one JSON object per prompt: prompt, text, num_tokens, finish_reason")
+    add("--compile", action="store_true", help="compile the step: slow to start, pays off over many tokens")
     add("--seed", metavar="N", type=int, default=0, help="of the draws; default %(default)s")
     add("--dtype", choices=["float32", "bfloat16", "float64"], help="of the weights; as saved if unset")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to run; default auto")

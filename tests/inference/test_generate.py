@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from torchlmoe.config.load import load_config
-from torchlmoe.inference import generate as generation
+from torchlmoe.inference import cache as caches
+from torchlmoe.inference import compiled
 from torchlmoe.inference.generate import generate, generate_stepwise
 from torchlmoe.inference.sampling import Sampling
 from torchlmoe.mixers import MIXERS
@@ -37,7 +38,7 @@ def assert_greedy(model, prompt, continuation):
 @pytest.mark.parametrize("pattern", ["L", "LN"])
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_greedy_tokens_are_those_of_the_whole_forward_pass(mixer, pattern, monkeypatch):
-    monkeypatch.setattr(generation, "PIECE", 16)
+    monkeypatch.setattr(caches, "PIECE", 16)
     model = build("--model.layer_pattern", pattern, "--model.mixer", mixer)
     continuations = generate(model, prompts(), max_new_tokens=128)
     for prompt, continuation in zip(prompts(), continuations, strict=True):
@@ -152,12 +153,34 @@ def test_refusals(prompts, max_new_tokens, message):
 
 
 @pytest.mark.parametrize("mixer", ["gated_deltanet", "attention"])
-def test_a_compiled_model_generates_the_same(mixer):
+def test_a_compiled_step_generates_the_same_and_is_compiled_once(mixer, monkeypatch):
+    """Not once a position; a second time when the number of rows changes, for any number."""
     torch._dynamo.reset()
     model = build("--model.layer_pattern", "L", "--model.mixer", mixer, "--model.num_layers", "1")
-    expected = generate(model, prompts()[:2], max_new_tokens=4)
-    model.next_logits = torch.compile(model.next_logits, backend="eager")
-    assert generate(model, prompts()[:2], max_new_tokens=4) == expected
+    ends = [12, 3, 12, 6, 9]
+
+    def run(**options):
+        taken = [0] * 5
+
+        def has_ended(row, token):
+            taken[row] += 1
+            return taken[row] == ends[row]
+
+        return generate(model, prompts(), max_new_tokens=12, has_ended=has_ended, **options)
+
+    expected = run()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(compiled, "backend", backend)
+    assert run(compile=True) == expected
+    assert 1 <= len(graphs) <= 3
+    num_graphs = len(graphs)
+    assert run(compile=True) == expected
+    assert len(graphs) == num_graphs
 
 
 def test_a_tokenizer_with_more_tokens_than_rows_is_refused():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.generation import logits_process as theirs
 
-from torchlmoe.inference.sampling import Sampling, next_token_distribution
+from torchlmoe.inference.sampling import Sampling, draw, next_token_distribution
 
 
 def logits():
@@ -60,3 +60,14 @@ def test_logits_that_are_not_finite_are_refused():
 def test_refusals(settings, message):
     with pytest.raises(ValueError, match=message):
         Sampling(**settings)
+
+
+def test_draws_follow_the_distribution():
+    """Every token with the share of numbers that its probability is; never one of probability zero."""
+    probability = torch.tensor([[0.0, 0.25, 0.0, 0.5, 0.25, 0.0]], dtype=torch.float64)
+    numbers = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    drawn = draw(probability.expand(1000, -1), numbers)
+    assert torch.bincount(drawn, minlength=6).tolist() == [0, 250, 0, 500, 250, 0]
+    edges = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    for scale in (1.0, 1 + 2**-50):  # a sum that rounding has moved
+        assert draw(probability.expand(2, -1) * scale, edges).tolist() == [1, 4]

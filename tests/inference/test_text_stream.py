@@ -8,7 +8,8 @@ from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models
 
 from torchlmoe.data.tokenizer import load_tokenizer
-from torchlmoe.inference.text_stream import TextStream, stream_in_order
+from torchlmoe.inference.stop_strings import StopStrings
+from torchlmoe.inference.text_stream import Row, TextStream, stream_in_order
 
 TEXT = "naïve — “café” 日本語 🙂👩‍👩‍👧 Ωmega"
 
@@ -71,20 +72,73 @@ def test_an_unfinished_character_comes_last(tokenizer):
     assert stream.close() == "\ufffd"
 
 
+def steps_of(rows, continuations):
+    """As of `continue_rows`, with these tokens."""
+    longest = max(map(len, continuations), default=0)
+    for step in range(longest):
+        for row, tokens in zip(rows, continuations, strict=True):
+            if step < len(tokens):
+                row.push(tokens[step])
+            else:
+                row.close(longest)
+        yield
+    for row in rows:
+        row.close(longest)
+    yield
+
+
 def test_rows_come_one_after_another(tokenizer):
-    prompts = tokenizer.encode_batch(["One", "Two 🙂", "Three"])
+    rows = [Row(tokenizer, prompt) for prompt in tokenizer.encode_batch(["One", "Two 🙂", "Three"])]
     continuations = tokenizer.encode_batch([" 日本", "", " and so on, a good deal longer"])
-    longest = max(map(len, continuations))
-    steps = list(zip(*(row + [None] * (longest - len(row)) for row in continuations), strict=True))
-    found = list(stream_in_order(tokenizer, prompts, steps))
+    found = list(stream_in_order(rows, steps_of(rows, continuations)))
     assert found[0] == (0, "One")
     assert [row for row, _ in found] == sorted(row for row, _ in found)
     texts = ["".join(text for index, text in found if index == row) for row in range(3)]
     assert texts == ["One 日本", "Two 🙂", "Three and so on, a good deal longer"]
     # The last row is shown as it grows, not at the end.
-    assert sum(row == 2 for row, _ in found) > longest - len(continuations[0])
+    assert sum(row == 2 for row, _ in found) > max(map(len, continuations)) - len(continuations[0])
 
 
 def test_the_prompt_is_there_before_the_first_step(tokenizer):
-    prompts = tokenizer.encode_batch(["One"])
-    assert next(stream_in_order(tokenizer, prompts, iter(()))) == (0, "One")
+    (prompt,) = tokenizer.encode_batch(["One"])
+    assert next(stream_in_order([Row(tokenizer, prompt)], iter(()))) == (0, "One")
+
+
+TEXTS = ["naïve — “café” stop here", "日本語 🙂👩‍👩‍👧 STOP", "ababababac and so on", "aaaaab", "END", "no stop at all"]
+STOPS = ["stop", "語 🙂", "ababac", "aaab", "END", "E", " so", "👩‍👧", "é”", "\n", "STOP here", "b"]
+
+
+def test_a_stop_string_is_cut_exactly_and_never_shown(tokenizer, byte_fallback):
+    """However tokens split it: merged tokens, single bytes; one stop string, or several of which the first counts."""
+    draw = random.Random(0)
+    found = 0
+    for text in TEXTS:
+        (merged,) = tokenizer.encode_batch([text])
+        spelled = [2 + byte for byte in text.encode()]
+        for ids, reader in ((merged, tokenizer), (spelled, byte_fallback)):
+            whole = reader.decode(ids)
+            for stops in [[], *([stop] for stop in STOPS), *(draw.sample(STOPS, 3) for _ in range(10))]:
+                row, shown = Row(reader, [], stops), [""]
+                for token in ids:
+                    ended = row.push(token)
+                    shown.append(row.text)
+                    if ended:
+                        break
+                row.close(1000)
+                places = [whole.find(stop) for stop in stops if stop in whole]
+                assert row.text == (whole[: min(places)] if places else whole)
+                assert row.finish_reason == ("stop" if places else "end")
+                assert all(row.text.startswith(text) for text in shown)
+                found += bool(places)
+    assert found > 50
+
+
+def test_an_overlapping_start_is_held_back_and_then_shown():
+    stops = StopStrings(["aab"])
+    assert [stops.push(letter) for letter in "aaaac"] == ["", "", "a", "a", "aac"]
+    assert not stops.found
+    assert [stops.push(letter) for letter in "xaab and more"[:5]] == ["x", "", "", "", ""]
+    assert stops.found
+    assert stops.close() == ""
+    with pytest.raises(ValueError, match="A stop string is empty"):
+        StopStrings(["a", ""])

@@ -1,21 +1,20 @@
 """Continues prompts token by token, from recurrent states and key-value caches.
 
-Prompts of one length are read together into their rows of the cache, PIECE tokens at a time; those of another length
-apart from them, because padding would enter the recurrent states. From then on all rows go together, one token a step,
-each at its own position. The blocks with a recurrence hold the same memory however far that is.
+Prompts are read by `inference/prefill.py`, unpadded, what they share once. From then on all rows go together, one token
+a step, each at its own position; a row that ends leaves the batch. The blocks with a recurrence hold the same memory
+however far that is.
 """
 
-from collections.abc import Iterator, Sequence
-from itertools import groupby
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from tensordict import TensorDict
-from torch import Tensor
 
-from torchlmoe.inference.sampling import Sampling, next_token_distribution
+from torchlmoe.inference.cache import LENGTH, copy_rows
+from torchlmoe.inference.compiled import compile_step
+from torchlmoe.inference.prefill import read_prompts
+from torchlmoe.inference.sampling import Sampling, draw, next_token_distribution
 from torchlmoe.model.decoder import Decoder
-
-PIECE = 512  # bounds the activations and the attention mask of a long prompt
 
 
 def generate(model: Decoder, prompts: Sequence[Sequence[int]], **options) -> list[list[int]]:
@@ -38,14 +37,18 @@ def generate_stepwise(
     vocab_size: int | None = None,
     sampling: Sampling | None = None,
     seed: int = 0,
+    has_ended: Callable[[int, int], bool] | None = None,
+    compile: bool = False,
 ) -> Iterator[list[int | None]]:
     """Yields step by step the next token of each prompt, None for those that have ended, until all have.
 
     model: put into evaluation mode, where experts drop nothing and count nothing.
     prompts: token ids, of any lengths; the first of a document is the end token, as in training.
-    end_id: the token that ends a row, and is not part of it; None to go on to max_new_tokens.
-    vocab_size: ids that the tokenizer has, where the embedding has more rows: the others are never chosen.
+    end_id: the token that ends a row, and is not part of it; None to continue to max_new_tokens.
+    vocab_size: ids that the tokenizer has, if the embedding has more rows: the others are never chosen.
     sampling: greedy unless given. seed: of its draws; one seed gives the same tokens for the same prompts.
+    has_ended: called with the number of a prompt and its next token; True ends the row with this token.
+    compile: compile the step, which takes minutes once and pays off over many tokens.
 
     Raises ValueError for prompts without tokens or with ids that there are not, and for max_new_tokens < 1.
     """
@@ -57,47 +60,54 @@ def generate_stepwise(
         )
     _check(prompts, max_new_tokens, vocab_size)
     model.eval()
+    next_logits = compile_step(model.next_logits) if compile else model.next_logits
     sampling = sampling or Sampling(temperature=0)
     device = model.embedding.weight.device
     generator = torch.Generator(device).manual_seed(seed)
-    # Sorted by length, so that prompts of one length are a slice of the cache.
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    lengths = torch.tensor([len(prompts[index]) for index in order], device=device)
-    cache = model.init_cache(len(order), int(lengths[-1]) + max_new_tokens)
-    seen = torch.zeros(len(order), vocab_size, dtype=torch.bool, device=device)
-    logits_of_groups, start = [], 0
-    for _, group in groupby(order, key=lambda index: len(prompts[index])):
-        tokens = torch.tensor([list(prompts[index]) for index in group], device=device)
-        rows = slice(start, start + len(tokens))
-        seen[rows].scatter_(1, tokens, True)
-        logits_of_groups.append(_read_prompts(model, tokens, cache[rows]))
-        start = rows.stop
-    logits = torch.cat(logits_of_groups)
+    cache, logits = read_prompts(model, prompts, max(map(len, prompts)) + max_new_tokens)
+    seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
+    for row, prompt in zip(seen, prompts, strict=True):
+        row[torch.tensor(prompt, device=device)] = True
     if end_id is not None:
         seen[:, end_id] = False  # it begins every document; to end one is no repetition
 
-    ended = [False] * len(order)
+    live = list(range(len(prompts)))  # the prompt of each row of the cache
     for step in range(max_new_tokens):
-        if step:
-            logits = model.next_logits(tokens, lengths[:, None] + step - 1, cache)
         distribution = next_token_distribution(logits[:, :vocab_size], sampling, seen)
-        tokens = torch.multinomial(distribution, 1, generator=generator)
+        # A number for every prompt, so that a row draws the same whenever others end.
+        uniform = torch.rand(len(prompts), dtype=torch.float64, device=device, generator=generator)
+        tokens = draw(distribution, uniform[live])[:, None]
         seen.scatter_(1, tokens, True)
-        chosen: list[int | None] = [None] * len(order)
-        for row, token in enumerate(tokens[:, 0].tolist()):
-            ended[row] = ended[row] or token == end_id
-            chosen[order[row]] = None if ended[row] else token
-        if all(ended):
+        chosen: list[int | None] = [None] * len(prompts)
+        kept = []
+        for row, (index, token) in enumerate(zip(live, tokens[:, 0].tolist(), strict=True)):
+            if token == end_id:
+                continue
+            chosen[index] = token
+            if has_ended is None or not has_ended(index, token):
+                kept.append(row)
+        if any(token is not None for token in chosen):
+            yield chosen
+        if not kept:
             return
-        yield chosen
+        if len(kept) < len(live):
+            cache, order = _without_others(cache, kept)
+            live = [live[row] for row in order]
+            tokens, seen = tokens[order], seen[order]
+        if step + 1 < max_new_tokens:
+            logits = next_logits(tokens, cache[LENGTH][:, None], cache)
+            cache[LENGTH].add_(1)
 
 
-def _read_prompts(model: Decoder, tokens: Tensor, cache: TensorDict) -> Tensor:
-    """tokens int64 [B, T] -> logits [B, V] of the last, read from position 0."""
-    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-    for piece, places in zip(tokens.split(PIECE, 1), positions.split(PIECE, 1), strict=True):
-        logits = model.next_logits(piece, places, cache)
-    return logits
+def _without_others(cache: TensorDict, kept: list[int]) -> tuple[TensorDict, list[int]]:
+    """A cache of these rows alone, in the memory of `cache`, and which row each was: the last ones fill the gaps."""
+    order = list(range(len(kept)))
+    gaps = sorted(set(order) - set(kept))
+    moved = [row for row in kept if row >= len(kept)]
+    for gap, row in zip(gaps, moved, strict=True):
+        order[gap] = row
+    copy_rows(cache, moved, cache, gaps)
+    return cache[: len(kept)], order
 
 
 def _check(prompts: Sequence[Sequence[int]], max_new_tokens: int, vocab_size: int) -> None:

@@ -68,3 +68,13 @@ def next_token_distribution(logits_BV: Tensor, sampling: Sampling, seen_BV: Tens
         probability_BV = torch.zeros_like(probability_BV).scatter_(1, order_BV, sorted_BV)
         probability_BV = probability_BV / probability_BV.sum(1, keepdim=True)
     return probability_BV
+
+
+def draw(probability_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """A token of each row, int64 [B]: the first whose cumulative probability is above a number from [0, 1).
+
+    probability_BV, uniform_B: float64. One number per row, so that a row's token does not depend on the other rows.
+    """
+    cumulative_BV = probability_BV.cumsum(1)
+    cumulative_BV = cumulative_BV / cumulative_BV[:, -1:]  # ends with 1, which no number reaches
+    return torch.searchsorted(cumulative_BV, uniform_B[:, None], right=True)[:, 0]

@@ -3,6 +3,9 @@
 from collections.abc import Iterable, Iterator, Sequence
 
 from torchlmoe.data.tokenizer import Tokenizer
+from torchlmoe.inference.generate import generate_stepwise
+from torchlmoe.inference.stop_strings import StopStrings
+from torchlmoe.model.decoder import Decoder
 
 UNFINISHED = "\ufffd"  # what bytes decode to that are no character, or not yet
 
@@ -41,26 +44,66 @@ class TextStream:
         return self.tokenizer.decode(self.ids)[len(self.shown) :]
 
 
-def stream_in_order(
-    tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], steps: Iterable[Sequence[int | None]]
-) -> Iterator[tuple[int, str]]:
+class Row:
+    """A prompt and the text that continues it, as the tokens come.
+
+    prompt: its token ids. stop: stop strings, of the continuation alone.
+
+    Attributes: `prompt_text`; `text`, the continuation so far that may be shown; `num_tokens`, of the continuation;
+    `finish_reason`: "stop" (a stop string came), "end" (the end token) or "length", once the row is closed.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str] = ()):
+        self._stream, self._stop = TextStream(tokenizer), StopStrings(stop)
+        self.prompt_text = "".join(map(self._stream.push, prompt))
+        self.text, self.num_tokens, self.finish_reason = "", 0, ""
+
+    def push(self, token: int) -> bool:
+        """Takes the next token; returns whether it brought a stop string to its end."""
+        self.num_tokens += 1
+        self.text += self._stop.push(self._stream.push(token))
+        return self._stop.found
+
+    def close(self, max_new_tokens: int) -> None:
+        """The row has ended: shows what was held back. Does nothing the second time."""
+        if self.finish_reason:
+            return
+        self.text += self._stop.push(self._stream.close()) + self._stop.close()
+        self.finish_reason = "stop" if self._stop.found else "length" if self.num_tokens == max_new_tokens else "end"
+
+
+def continue_rows(
+    model: Decoder, rows: Sequence[Row], prompts: Sequence[Sequence[int]], *, max_new_tokens: int, **options
+) -> Iterator[None]:
+    """Generates, and yields after each step; `rows` then have their texts so far. Options as of `generate_stepwise`."""
+
+    def has_ended(row: int, token: int) -> bool:
+        return rows[row].push(token)
+
+    steps = generate_stepwise(model, prompts, max_new_tokens=max_new_tokens, has_ended=has_ended, **options)
+    for step in steps:
+        for row, token in zip(rows, step, strict=True):
+            if token is None:
+                row.close(max_new_tokens)
+        yield
+    for row in rows:
+        row.close(max_new_tokens)
+    yield
+
+
+def stream_in_order(rows: Sequence[Row], steps: Iterable[object]) -> Iterator[tuple[int, str]]:
     """Yields (row, new text): each prompt with its continuation, the rows one after another.
 
-    steps: next tokens of all rows, None for ended ones. A row is yielded as it grows, once those before it have ended.
+    steps: as of `continue_rows`. A row is yielded as it grows, once those before it have ended.
     """
-    texts = [TextStream(tokenizer) for _ in prompts]
-    waiting = ["".join(map(text.push, prompt)) for text, prompt in zip(texts, prompts, strict=True)]
-    row = 0
-    yield row, waiting[row]
-    waiting[row] = ""
-    for step in steps:
-        for index, token in enumerate(step):
-            if token is not None:
-                waiting[index] += texts[index].push(token)
-        while step[row] is None and row + 1 < len(prompts):
-            yield row, waiting[row] + texts[row].close()
-            row += 1
-        yield row, waiting[row]
-        waiting[row] = ""
-    for index in range(row, len(prompts)):
-        yield index, waiting[index] + texts[index].close()
+    row, shown = 0, 0
+    yield row, rows[row].prompt_text
+    for _ in steps:
+        while True:
+            text = rows[row].text
+            yield row, text[shown:]
+            shown = len(text)
+            if not rows[row].finish_reason or row + 1 == len(rows):
+                break
+            row, shown = row + 1, 0
+            yield row, rows[row].prompt_text

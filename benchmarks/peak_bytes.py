@@ -1,0 +1,36 @@
+"""The memory of tensors alone, exact to the byte and the same on every run."""
+
+import weakref
+from collections.abc import Iterable
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class PeakBytes(TorchDispatchMode):
+    """The most bytes that tensors made under it hold at once, `most`, on any device.
+
+    given: tensors that were there before and are not counted.
+    """
+
+    def __init__(self, given: Iterable[Tensor] = ()):
+        super().__init__()
+        self.now = self.most = 0
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in given}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in self.known:
+                    self.known.add(storage.data_ptr())
+                    self.now += storage.nbytes()
+                    self.most = max(self.most, self.now)
+                    weakref.finalize(storage, self.free, storage.data_ptr(), storage.nbytes())
+        return result
+
+    def free(self, pointer: int, size: int) -> None:
+        self.known.discard(pointer)
+        self.now -= size

@@ -1,0 +1,264 @@
+"""The model under lm-eval: log-likelihoods by hand, a local multiple-choice task, generation, the stock hellaswag, and
+the scores of lm-eval's own wrapper of a transformers model of equal weights."""
+
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import lm_eval
+import pytest
+import torch
+from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+
+from torchlmoe.config.load import load_config
+from torchlmoe.evaluate import main
+from torchlmoe.evaluation.harness import HarnessModel
+from torchlmoe.inference.generate import generate
+from torchlmoe.interop import mixtral
+from torchlmoe.interop.rules import Rule, convert, prefixed
+from torchlmoe.model.decoder import build_on_meta
+
+QUESTIONS = [
+    ("The whale is", [" a fish", " a mammal"], 1),
+    ("It is a truth ", ["universally acknowledged", "that"], 0),
+    ("Call me", [" Ishmael", " late", "."], 0),
+]
+LONG = "It is a truth universally acknowledged, that a single man in possession of a good fortune must be in want. " * 4
+
+
+def asked(*requests):
+    return [SimpleNamespace(args=request) for request in requests]
+
+
+def by_hand(model, tokenizer, context, continuation):
+    row = tokenizer.encode_batch([context + continuation])[0] if isinstance(context, str) else context + continuation
+    start = len(tokenizer.encode_batch([context.rstrip()])[0]) if isinstance(context, str) else len(context)
+    with torch.no_grad():
+        logits = model(torch.tensor([row]))[0, start - 1 : -1]
+    return float(logits.log_softmax(-1).gather(1, torch.tensor(row[start:])[:, None]).sum())
+
+
+@pytest.fixture
+def harness(model, tokenizer):
+    return HarnessModel(model, tokenizer, max_length=64)
+
+
+def test_log_likelihoods_are_those_computed_by_hand(harness, model, tokenizer):
+    """Trailing spaces of a context go to the continuation; an empty context is the end token."""
+    pairs = [(context, answer) for context, answers, _ in QUESTIONS for answer in answers]
+    found = harness.loglikelihood(asked(*pairs, ("", "Call me")), disable_tqdm=True)
+    for (context, answer), (log_likelihood, _) in zip(pairs, found, strict=False):
+        assert log_likelihood == pytest.approx(by_hand(model, tokenizer, context, answer), abs=1e-9)
+    ids = tokenizer.encode_batch(["Call me"])[0]
+    assert found[-1][0] == pytest.approx(by_hand(model, tokenizer, [tokenizer.end_id], ids), abs=1e-9)
+    begun = HarnessModel(model, tokenizer, max_length=64, begin_with_end=True)
+    ((log_likelihood, _),) = begun.loglikelihood(asked(("Call me", " Ishmael")), disable_tqdm=True)
+    context, answer = ([tokenizer.end_id, *ids], tokenizer.encode_batch(["Call me Ishmael"])[0][len(ids) :])
+    assert log_likelihood == pytest.approx(by_hand(model, tokenizer, context, answer), abs=1e-9)
+
+
+def test_long_contexts_lose_tokens_on_the_left_and_texts_are_windows(harness, model, tokenizer):
+    ids, answer = tokenizer.encode_batch([LONG, LONG + " End"])
+    answer = answer[len(ids) :]
+    assert len(ids) > 64
+    ((log_likelihood, _),) = harness.loglikelihood(asked((LONG.rstrip(), " End")), disable_tqdm=True)
+    ids = tokenizer.encode_batch([LONG.rstrip()])[0]
+    answer = tokenizer.encode_batch([LONG.rstrip() + " End"])[0][len(ids) :]
+    kept = ids[-(65 - len(answer)) :]
+    assert log_likelihood == pytest.approx(by_hand(model, tokenizer, kept, answer), abs=1e-9)
+
+    (rolling, empty) = harness.loglikelihood_rolling(asked((LONG,), ("",)), disable_tqdm=True)
+    assert empty == 0
+    row = [tokenizer.end_id, *tokenizer.encode_batch([LONG])[0]]
+    # The last window has a whole length of context, as of lm-eval, but begins where what it scores does, less one.
+    expected = sum(
+        by_hand(model, tokenizer, row[start : start + 1], row[start + 1 : start + 65])
+        for start in range(0, len(row) - 1, 64)
+        if start + 64 < len(row)
+    )
+    last = (len(row) - 2) // 64 * 64
+    tail = row[last + 1 :]
+    context = row[len(row) - 1 - 64 : last + 1]
+    assert rolling == pytest.approx(expected + by_hand(model, tokenizer, context, tail), abs=1e-9)
+
+
+def test_generations_end_at_stop_strings(harness, model, tokenizer):
+    contexts = ["The whale", "It is a truth", ""]
+    greedy = {"until": ["\n\n\n"], "max_gen_toks": 12}
+    texts = harness.generate_until(asked(*((context, greedy) for context in contexts)), disable_tqdm=True)
+    ids = [tokenizer.encode_batch([context])[0] or [tokenizer.end_id] for context in contexts]
+    whole = [
+        tokenizer.decode(prompt + more)[len(context) :]
+        for context, prompt, more in zip(
+            contexts, ids, generate(model, ids, max_new_tokens=12, end_id=tokenizer.end_id), strict=True
+        )
+    ]
+    assert texts == whole
+    stop = whole[0][3:6]
+    (cut, drawn, again) = harness.generate_until(
+        asked(
+            (contexts[0], {"until": stop, "max_gen_toks": 12}),
+            (contexts[0], {"until": [], "max_gen_toks": 12, "do_sample": True, "temperature": 5.0, "top_k": 50}),
+            (contexts[0], {"until": [], "max_new_tokens": 3, "do_sample": False, "temperature": 5.0}),
+        ),
+        disable_tqdm=True,
+    )
+    assert cut == whole[0][: whole[0].find(stop)]
+    assert drawn != whole[0]
+    assert whole[0].startswith(again)
+    with pytest.raises(ValueError, match="generation with num_beams; what is served is until"):
+        harness.generate_until(asked(("a", {"until": [], "num_beams": 3})))
+    with pytest.raises(ValueError, match="up to 64 tokens, which leaves no room for a prompt"):
+        harness.generate_until(asked(("a", {"until": [], "max_gen_toks": 64})))
+
+
+@pytest.fixture
+def tasks(tmp_path):
+    """A multiple-choice task and one of generation on local files."""
+    lines = [{"question": question, "choices": choices, "answer": answer} for question, choices, answer in QUESTIONS]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = f"""dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {tmp_path}/questions.jsonl
+test_split: test
+doc_to_text: "{{{{question}}}}"
+metadata:
+  version: 1.0
+"""
+    (tmp_path / "choice.yaml").write_text(
+        f"""task: local_choice
+output_type: multiple_choice
+doc_to_target: answer
+doc_to_choice: choices
+target_delimiter: ""
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+{data}"""
+    )
+    (tmp_path / "generation.yaml").write_text(
+        f"""task: local_generation
+output_type: generate_until
+doc_to_target: "{{{{choices[answer]}}}}"
+generation_kwargs:
+  until: ["."]
+  max_gen_toks: 4
+metric_list:
+  - metric: exact_match
+    aggregation: mean
+    higher_is_better: true
+{data}"""
+    )
+    return tmp_path
+
+
+def test_tasks_of_local_files_and_the_stock_hellaswag(folder, model, tokenizer, tasks, tmp_path, monkeypatch, capsys):
+    """By the program, as a table and as JSON; accuracies are those by hand."""
+    hellaswag = tmp_path / "Rowan" / "hellaswag"
+    hellaswag.mkdir(parents=True)
+    lines = [
+        {
+            "ind": index, "activity_label": "Whaling", "ctx_a": "He rows.", "ctx_b": "the whale", "ctx": "He rows. the",
+            "endings": [" sinks.", " sings [title] aloud.", " is far.", " dives."], "source_id": f"a~{index}",
+            "split": "val", "split_type": "indomain", "label": str(index % 4),
+        }
+        for index in range(4)
+    ]  # fmt: skip
+    for split in ("train", "validation"):
+        (hellaswag / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    names = "local_choice,local_generation,hellaswag"
+    # The folder of the stock task alone: to read the names of all of them takes ten seconds.
+    stock = Path(lm_eval.__file__).parent / "tasks" / "hellaswag"
+    paths = [f"--include-path={path}" for path in (tasks, stock)]
+    main([f"--checkpoint={folder}", f"--tasks={names}", *paths, "--output=out.json"])
+    printed = capsys.readouterr().out
+    written = json.loads((tmp_path / "out.json").read_text())
+    right = 0
+    for question, choices, answer in QUESTIONS:
+        values = [by_hand(model, tokenizer, question, choice) for choice in choices]
+        right += values.index(max(values)) == answer
+    results = written["results"]
+    assert results["local_choice"]["acc,none"] == pytest.approx(right / 3)
+    assert results["local_generation"]["exact_match,none"] == 0
+    assert results["hellaswag"]["acc,none"] == 0.25  # one answer to four equal questions with four labels
+    assert written["n-samples"]["hellaswag"]["effective"] == 4
+    assert all(re.search(rf"\|{name} *\|", printed) for name in names.split(","))
+
+
+def test_data_that_cannot_be_had(folder, tasks, monkeypatch):
+    text = (tasks / "choice.yaml").read_text()
+    (tasks / "gone.yaml").write_text(text.replace("local_choice", "gone").replace("questions.jsonl", "nowhere.jsonl"))
+    with pytest.raises(ValueError, match=r"data of the tasks gone cannot be had .*without a network start") as error:
+        main([f"--checkpoint={folder}", "--tasks=gone", f"--include-path={tasks}"])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.long
+def test_names_of_stock_tasks(folder, tasks, monkeypatch):
+    """Unknown ones, and the paper's without a network."""
+    with pytest.raises(ValueError, match="There is no task nothing, nowhere; see `lm-eval ls tasks`"):
+        main([f"--checkpoint={folder}", "--tasks=nothing,piqa,nowhere", f"--include-path={tasks}"])
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name in ("piqa", "winogrande", "arc_easy", "arc_challenge", "mmlu_anatomy"):
+        with pytest.raises(ValueError, match=f"data of the tasks {name} cannot be had"):
+            main([f"--checkpoint={folder}", f"--tasks={name}"])
+
+
+def test_equal_weights_get_the_scores_of_lm_evals_own_wrapper(tokenizer):
+    """A Mixtral of transformers and its weights here, log-likelihoods, rolling ones and generations."""
+    pytest.importorskip("accelerate")  # which the wrapper imports, and lm-eval does not bring
+    from lm_eval.models.huggingface import HFLM
+
+    torch.manual_seed(0)
+    theirs = MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=24, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+            max_position_embeddings=64, rope_theta=10_000.0, initializer_range=0.3, rms_norm_eps=1e-6,
+            experts_implementation="eager", bos_token_id=tokenizer.end_id, eos_token_id=tokenizer.end_id,
+        )
+    ).double().eval()  # fmt: skip
+    fast = PreTrainedTokenizerFast(
+        tokenizer_file=str(tokenizer.path), eos_token=tokenizer.end_token, pad_token=tokenizer.end_token
+    )
+    wrapper = HFLM(pretrained=theirs, tokenizer=fast, batch_size=2, max_length=64, device="cpu", dtype=torch.float64)
+    ours = HarnessModel(imported(theirs, tokenizer), tokenizer, max_length=64)
+    pairs = [(context, answer) for context, answers, _ in QUESTIONS for answer in answers]
+    pairs += [("", "Call me"), (LONG, "End"), (LONG.rstrip(), " in the end")]
+    requests = asked(*pairs)
+    expected = wrapper.loglikelihood(requests, disable_tqdm=True)
+    for found, wanted in zip(ours.loglikelihood(requests, disable_tqdm=True), expected, strict=True):
+        assert found == pytest.approx(wanted, abs=1e-5)
+    texts = asked((LONG,), ("Call me Ishmael",))
+    assert ours.loglikelihood_rolling(texts, disable_tqdm=True) == pytest.approx(
+        wrapper.loglikelihood_rolling(texts, disable_tqdm=True), abs=1e-5
+    )
+    generations = asked(*((text, {"until": ["\n\n"], "max_gen_toks": 10}) for text in ("The whale", "Call me", LONG)))
+    assert ours.generate_until(generations, disable_tqdm=True) == wrapper.generate_until(generations, disable_tqdm=True)
+
+
+def imported(theirs, tokenizer):
+    """The decoder of the same weights, by the rules of interop."""
+    config = load_config(
+        "--model.dim 32 --model.num_layers 2 --model.layer_pattern N --model.num_heads 4 "
+        "--model.layers.N.num_kv_heads 2 --moe.num_experts 4 --moe.top_k 2 --moe.expert_dim 24".split()
+    )
+    model = build_on_meta(config, tokenizer.vocab_size).double().to_empty(device="cpu")
+    model.init_weights(seed=0)
+    ends = {"model.embed_tokens": "embedding", "model.norm": "head.norm", "lm_head": "head.projection"}
+    norms = {"input_layernorm": "mixer_norm", "post_attention_layernorm": "feed_forward_norm"}
+    attention = {f"self_attn.{letter}_proj": f"mixer.{letter}_proj" for letter in "qkvo"}
+    layer = [Rule(f"{old}.weight", f"{new}.weight") for old, new in (norms | attention).items()]
+    layer += prefixed(mixtral.moe_rules(), "mlp.", "feed_forward.")
+    table = [Rule(f"{old}.weight", f"{new}.weight") for old, new in ends.items()]
+    table += prefixed(layer, "model.layers.*.", "blocks.*.")
+    missing, unexpected = model.load_state_dict(convert(theirs.state_dict(), table), strict=False)
+    assert not unexpected
+    assert not any("weight" in name or "proj" in name for name in missing)
+    return model.eval()

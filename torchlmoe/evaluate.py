@@ -1,0 +1,151 @@
+"""Evaluates a trained model: python -m torchlmoe.evaluate --checkpoint DIR (--tasks a,b | --text FILE) [--output FILE]
+
+--tasks runs tasks of lm-eval, --text measures bits per byte and perplexity of files. Results are printed as tables and,
+with --output, written as JSON: `results` and what else lm-eval writes, and `text`, by file.
+"""
+
+import argparse
+import json
+import sys
+from importlib.util import find_spec
+from typing import Any
+
+from torchlmoe.command import FlagParser, run
+from torchlmoe.files import failures_to_write
+
+
+def main(arguments: list[str]) -> None:
+    flags = _parser().parse_args(arguments)
+    _check(flags)
+    # Imported here, so that --help and a mistyped flag answer at once.
+    import torch
+
+    from torchlmoe.checkpoint import open_model
+    from torchlmoe.parallel.mesh import choose_device
+
+    dtype = None if flags.dtype is None else getattr(torch, flags.dtype)
+    model, config, tokenizer = open_model(flags.checkpoint, dtype=dtype, device=choose_device(flags.device))
+    found: dict[str, Any] = {}
+    refused: list[str] = []
+    if flags.tasks:
+        from lm_eval.utils import make_table
+
+        from torchlmoe.evaluation.harness import HarnessModel, evaluate_tasks
+
+        harness_model = HarnessModel(
+            model,
+            tokenizer,
+            max_length=flags.max_length or config.training.seq_len,
+            rows_at_once=flags.batch_size,
+            begin_with_end=flags.begin_with_end,
+            seed=flags.seed,
+        )
+        found |= evaluate_tasks(
+            harness_model,
+            flags.tasks,
+            include_paths=list(map(str, flags.include_path)),
+            num_fewshot=flags.num_fewshot,
+            limit=flags.limit,
+        )
+        print(make_table(found))
+        if found.get("groups"):
+            print(make_table(found, "groups"))
+    if flags.text:
+        from torchlmoe.evaluation.texts import evaluate_texts
+
+        found["text"], refused = evaluate_texts(
+            model, tokenizer, flags.text, max_length=flags.max_length, trained_length=config.training.seq_len
+        )
+        _print_texts(found["text"])
+    if flags.output is not None:
+        with failures_to_write("The results", flags.output, "make room, or give another --output"):
+            flags.output.write_text(json.dumps(found, indent=2, ensure_ascii=False, default=_plain) + "\n")
+    if refused:
+        others = f" ({len(refused) - 1} more files have no figure either)" * (len(refused) > 1)
+        raise ValueError(refused[0] + others)
+
+
+def _check(flags: argparse.Namespace) -> None:
+    if not flags.tasks and not flags.text:
+        raise ValueError("There is nothing to evaluate; give --tasks NAME,NAME or --text FILE.")
+    if flags.include_path and not flags.tasks:
+        raise ValueError("--include-path is where --tasks are looked for; give --tasks too.")
+    for path in flags.include_path:
+        if not path.is_dir():
+            raise ValueError(f"--include-path {path} is not a folder; give one with YAML files of tasks.")
+    for name in ("batch_size", "max_length"):
+        if (value := getattr(flags, name)) is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1.")
+    if flags.num_fewshot is not None and flags.num_fewshot < 0:
+        raise ValueError(f"--num-fewshot {flags.num_fewshot} must be at least 0.")
+    if flags.limit is not None and not flags.limit > 0:
+        raise ValueError(f"--limit {flags.limit} must be above 0: a number of documents, or a share below 1.")
+    if flags.output is not None and not flags.output.parent.is_dir():
+        raise ValueError(f"--output {flags.output} is in a folder that is missing; make it first.")
+    if flags.output is not None and flags.output.is_dir():
+        raise ValueError(f"--output {flags.output} is a folder; give the name of a file.")
+    if flags.tasks and find_spec("lm_eval") is None:
+        raise ValueError("--tasks needs lm-eval, which is not installed: pip install 'torchlmoe[eval]'.")
+
+
+def _print_texts(texts: dict[str, dict[str, Any]]) -> None:
+    width = max(map(len, texts))
+    print(f"{'file':{width}}  {'bits/byte':>10}  {'perplexity':>11}  {'bytes':>12}  {'tokens':>12}")
+    for name, row in texts.items():
+        if "error" in row:
+            print(f"{name:{width}}  {row['error']}")
+        else:
+            figures = f"{row['bits_per_byte']:10.4f}  {row['perplexity']:11.4f}"
+            print(f"{name:{width}}  {figures}  {row['num_bytes']:12,}  {row['num_tokens']:12,}")
+    sys.stdout.flush()
+
+
+def _plain(value: object) -> object:
+    """What JSON has no form for, as lm-eval writes it."""
+    from lm_eval.utils import handle_non_serializable
+
+    return handle_non_serializable(value)
+
+
+def _names(text: str) -> list[str]:
+    return [name for part in text.split(",") if (name := part.strip())]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = FlagParser(prog="python -m torchlmoe.evaluate", description=__doc__.splitlines()[0].partition(":")[0])
+    add = parser.add_argument
+    parser.add_path(
+        "--checkpoint",
+        metavar="DIR",
+        required=True,
+        help="a run's folder, one of its checkpoints, or an exported model",
+    )
+    add("--tasks", metavar="NAME,NAME", type=_names, default=[], help="tasks or groups of lm-eval")
+    parser.add_path(
+        "--include-path",
+        metavar="DIR",
+        action="append",
+        default=[],
+        help="a folder with YAML files of more tasks; may be repeated",
+    )
+    parser.add_path("--text", metavar="FILE", nargs="+", action="extend", default=[], help="files to measure")
+    parser.add_path("--output", metavar="FILE.json", help="where to write the results")
+    add("--num-fewshot", metavar="N", type=int, help="examples before each question; the task's own number if unset")
+    add("--limit", metavar="N", type=float, help="documents of each task, or their share below 1; all if unset")
+    add(
+        "--max-length",
+        metavar="N",
+        type=int,
+        help="tokens that the model sees at most; training.seq_len if unset, but a text as a whole if no block's "
+        "memory grows with it",
+    )
+    add("--begin-with-end", action="store_true", help="begin every context with the end token, as in training")
+    add("--batch-size", metavar="N", type=int, default=16, help="rows that generate together; default %(default)s")
+    add("--seed", metavar="N", type=int, default=0, help="of drawn tokens; default %(default)s")
+    add("--dtype", choices=["float32", "bfloat16", "float64"], help="of the weights; as saved if unset")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to run; default auto")
+    return parser
+
+
+if __name__ == "__main__":
+    run(main)

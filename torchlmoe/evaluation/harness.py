@@ -1,0 +1,222 @@
+"""A model as lm-eval (lm-evaluation-harness) asks for it, and its tasks.
+
+What is asked is what lm-eval's own wrapper of transformers (`HFLM`) asks, so that equal weights get equal scores:
+no token stands before a context, unless `begin_with_end` puts the end token there, with which documents in training
+begin; an empty context is the end token; spaces at the end of a context belong to the continuation; what is longer than
+`max_length` loses tokens on the left; a text as a whole is scored in windows of `max_length`.
+"""
+
+import json
+import logging
+from collections.abc import Sequence
+from math import fsum
+from typing import Any
+
+import datasets
+from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+
+from torchlmoe.data.tokenizer import Tokenizer
+from torchlmoe.evaluation.scores import TOKENS_AT_ONCE, Request, score
+from torchlmoe.inference.sampling import Sampling
+from torchlmoe.inference.text_stream import Row, continue_rows
+from torchlmoe.model.decoder import Decoder
+
+logger = logging.getLogger(__name__)
+MAX_NEW_TOKENS = 256  # of a generation whose task does not say
+OURS = ("temperature", "top_k", "top_p", "repetition_penalty")  # of the arguments of a generation
+
+
+class HarnessModel(TemplateLM):
+    """model: in evaluation mode. max_length: tokens that the model sees at most, context and continuation together.
+
+    tokens_at_once: in one forward pass that scores. rows_at_once: that generate together. begin_with_end: begin every
+    context with the end token. seed: of drawn tokens.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        tokenizer: Tokenizer,
+        *,
+        max_length: int,
+        tokens_at_once: int = TOKENS_AT_ONCE,
+        rows_at_once: int = 16,
+        begin_with_end: bool = False,
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.model, self.text_tokenizer, self.max_length = model, tokenizer, max_length
+        self.tokens_at_once, self.rows_at_once = tokens_at_once, rows_at_once
+        self.begin_with_end, self.seed = begin_with_end, seed
+        self._device = model.embedding.weight.device
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.text_tokenizer.end_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.text_tokenizer.fingerprint
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
+        """Token ids; with the end token before them if `begin_with_end`, unless add_special_tokens is False."""
+        begins = self.begin_with_end and add_special_tokens is not False
+        return [self.eot_token_id] * begins + self.text_tokenizer.encode_batch([string])[0]
+
+    def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Of whole strings, each beginning with the end token."""
+        windows: list[Request] = []
+        owners: list[int] = []
+        for owner, request in enumerate(requests):
+            (text,) = request.args
+            tokens = self.tok_encode(text, add_special_tokens=False)
+            for window in get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1):
+                context, continuation = make_disjoint_window(window)
+                windows.append(Request(tuple(context), tuple(continuation)))
+                owners.append(owner)
+        parts: list[list[float]] = [[] for _ in requests]
+        for owner, found in zip(owners, self._score(windows, "texts", disable_tqdm), strict=True):
+            parts[owner].append(found[0])
+        sums = list(map(fsum, parts))
+        for request, total in zip(requests, sums, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return sums
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **kwargs
+    ) -> list[tuple[float, bool]]:
+        cut = []
+        for _, context, continuation in requests:
+            # The last token is not read.
+            room = max(1, self.max_length + 1 - len(continuation))
+            cut.append(Request(tuple(context[-room:]), tuple(continuation)))
+        num_cut = sum(len(given[1]) > len(request.context) for given, request in zip(requests, cut, strict=True))
+        if num_cut:
+            logger.warning(f"{num_cut} of {len(cut)} requests have more than {self.max_length} tokens and are cut.")
+        found = self._score(cut, "log-likelihoods", disable_tqdm)
+        for (strings, _, _), answer in zip(requests, found, strict=True):
+            self.cache_hook.add_partial("loglikelihood", strings, answer)
+        return found
+
+    def _score(self, requests: list[Request], what: str, disable_tqdm: bool) -> list[tuple[float, bool]]:
+        with tqdm(total=len(requests), desc=what, disable=disable_tqdm or None) as bar:
+            scores = score(
+                self.model,
+                requests,
+                vocab_size=self.text_tokenizer.vocab_size,
+                tokens_at_once=self.tokens_at_once,
+                done=bar.update,
+            )
+        return [(found.log_likelihood, found.is_greedy) for found in scores]
+
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Continuations up to a stop string, the end token or `max_gen_toks`; requests of equal arguments together."""
+        groups: dict[str, list[int]] = {}
+        for index, request in enumerate(requests):
+            groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
+        texts = [""] * len(requests)
+        with tqdm(total=len(requests), desc="generations", disable=disable_tqdm or None) as bar:
+            for group in groups.values():
+                arguments = requests[group[0]].args[1]
+                stop, max_new_tokens, sampling = _generation(arguments)
+                if max_new_tokens >= self.max_length:
+                    raise ValueError(
+                        f"A task generates up to {max_new_tokens} tokens, which leaves no room for a prompt within "
+                        f"max_length = {self.max_length}; give a larger --max-length."
+                    )
+                room = self.max_length - max_new_tokens
+                prompts = {
+                    index: (self.tok_encode(requests[index].args[0]) or [self.prefix_token_id])[-room:]
+                    for index in group
+                }
+                # The longest first: what memory does not suffice for fails at once.
+                order = sorted(group, key=lambda index: -len(prompts[index]))
+                for start in range(0, len(order), self.rows_at_once):
+                    batch = order[start : start + self.rows_at_once]
+                    rows = [Row(self.text_tokenizer, prompts[index], stop) for index in batch]
+                    for _ in continue_rows(
+                        self.model,
+                        rows,
+                        [prompts[index] for index in batch],
+                        max_new_tokens=max_new_tokens,
+                        end_id=self.eot_token_id,
+                        vocab_size=self.text_tokenizer.vocab_size,
+                        sampling=sampling,
+                        seed=self.seed + start,
+                    ):
+                        pass
+                    for index, row in zip(batch, rows, strict=True):
+                        texts[index] = row.text
+                        self.cache_hook.add_partial("generate_until", requests[index].args, row.text)
+                    bar.update(len(batch))
+        return texts
+
+
+def _generation(arguments: dict[str, Any]) -> tuple[list[str], int, Sampling]:
+    """Stop strings, the most new tokens and the sampling that a task's `generation_kwargs` mean."""
+    given = dict(normalize_gen_kwargs(arguments, MAX_NEW_TOKENS))
+    stop = [text for text in given.pop("until") if text]
+    max_new_tokens, do_sample = given.pop("max_gen_toks"), given.pop("do_sample")
+    if unknown := given.keys() - set(OURS):
+        raise ValueError(
+            f"A task asks for a generation with {', '.join(sorted(unknown))}; what is served is until, max_gen_toks, "
+            f"do_sample, {', '.join(OURS)}."
+        )
+    options = {name: value for name, value in given.items() if value is not None}
+    if not do_sample:
+        options |= {"temperature": 0.0}
+    elif not options.get("temperature"):
+        options |= {"temperature": 1.0}
+    return stop, max_new_tokens, Sampling(**options)
+
+
+class _Tasks(TaskManager):
+    """Tasks by name, whose data may fail to come."""
+
+    def load(self, task_list):
+        try:
+            return super().load(task_list)
+        except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+            reason = " ".join(str(error).split())[:300].rstrip(".")
+            raise ValueError(
+                f"The data of the tasks {', '.join(map(str, task_list))} cannot be had ({reason}); without a network "
+                "start from a folder that holds them by the name they have on the hub, as "
+                "Rowan/hellaswag/validation.jsonl, or give tasks with local files by --include-path."
+            ) from error
+
+
+def evaluate_tasks(
+    model: HarnessModel,
+    names: Sequence[str],
+    *,
+    include_paths: Sequence[str] = (),
+    num_fewshot: int | None = None,
+    limit: float | None = None,
+) -> dict[str, Any]:
+    """What lm-eval finds for tasks or groups of these names: `results` and the rest of what it writes, without samples.
+
+    include_paths: folders with YAML files of more tasks. num_fewshot: examples before each question; the tasks' own if
+    None. limit: documents of each task, or their share below 1. Raises ValueError for names that there are not and for
+    data that cannot be had.
+    """
+    manager = _Tasks(include_path=list(include_paths), include_defaults=False)
+    if not set(names) <= set(manager.all_subtasks):
+        manager = _Tasks(include_path=list(include_paths))  # which takes seconds: there are thousands of files
+    if unknown := [name for name in names if name not in manager.all_tasks]:
+        raise ValueError(f"There is no task {', '.join(unknown)}; see `lm-eval ls tasks`, or give --include-path DIR.")
+    results = simple_evaluate(
+        model=model,
+        tasks=list(names),
+        num_fewshot=num_fewshot,
+        limit=limit,
+        task_manager=manager,
+        log_samples=False,
+        bootstrap_iters=1000,
+    )
+    return dict(results)

@@ -1,0 +1,151 @@
+"""Log-likelihoods of continuations, many at a time and without padding.
+
+Requests are packed into rows as documents are in training. Requests that share a long context, as the answers to a
+question after many examples do, read it once and continue from copies of its state.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchlmoe.inference.cache import new_cache, read_pieces
+from torchlmoe.model.batch import describe
+from torchlmoe.model.decoder import Decoder
+
+TOKENS_AT_ONCE = 4096  # in a packed row
+MIN_SAVED = 1024  # tokens that reading a context once must save, since it costs calls of its own
+LOGITS_AT_ONCE = 2**24
+Tokens = tuple[int, ...]
+
+
+class Request(NamedTuple):
+    """Token ids; the context has at least one, since something must predict the first of the continuation."""
+
+    context: Tokens
+    continuation: Tokens
+
+    @property
+    def read(self) -> Tokens:
+        """What the model reads: all but the last token."""
+        return (*self.context, *self.continuation[:-1])
+
+
+class Score(NamedTuple):
+    """log_likelihood: natural, a float64 sum. is_greedy: whether each token is the likeliest one."""
+
+    log_likelihood: float
+    is_greedy: bool
+
+
+@torch.inference_mode()
+def score(
+    model: Decoder,
+    requests: Sequence[Request],
+    *,
+    vocab_size: int | None = None,
+    tokens_at_once: int = TOKENS_AT_ONCE,
+    done: Callable[[int], object] = lambda number: None,
+) -> list[Score]:
+    """The score of each request; an empty continuation has log-likelihood 0.
+
+    model: in evaluation mode. vocab_size: ids that the tokenizer has; other rows of the embedding get no probability.
+    tokens_at_once: in a packed row; a request that is longer is a row of its own. done: called with the number of
+    requests that have been scored since it was called last.
+
+    Raises ValueError for a request without a context, and FloatingPointError if logits are not finite.
+    """
+    if not all(request.context for request in requests):
+        raise ValueError("A request has an empty context; begin it with the end token.")
+    times = Counter(requests)
+    scores = {request: Score(0.0, True) for request in times if not request.continuation}
+    done(sum(times[request] for request in scores))
+    # Each input is read once: answers of one token differ in what is not read, as do equal requests.
+    of_input: dict[Tokens, list[Request]] = {}
+    for request in times:
+        if request.continuation:
+            of_input.setdefault(request.read, []).append(request)
+    for read, start, x in _read_all(model, list(of_input), _shared_contexts(of_input), tokens_at_once):
+        for request in of_input[read]:
+            scores[request] = _score(model, x[len(request.context) - 1 - start :], request.continuation, vocab_size)
+            done(times[request])
+    return [scores[request] for request in requests]
+
+
+def token_log_likelihoods(
+    model: Decoder, x: Tensor, targets: Tensor, vocab_size: int | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """What the head makes of x [T, dim]: for targets int64 [T], piece by piece, their log-likelihoods, float64, and the
+    likeliest tokens."""
+    size = max(1, LOGITS_AT_ONCE // model.spec.vocab_size)
+    for piece, wanted in zip(x.split(size), targets.split(size), strict=True):
+        logits = model.run_head(piece[None])[0, :, :vocab_size].double()
+        if not logits.isfinite().all():
+            raise FloatingPointError(
+                "The model's logits are not finite: its weights are damaged or its dtype is too narrow."
+            )
+        yield logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0], logits.argmax(-1)
+
+
+def _score(model: Decoder, x: Tensor, continuation: Tokens, vocab_size: int | None) -> Score:
+    targets = torch.tensor(continuation, device=x.device)
+    pieces = list(token_log_likelihoods(model, x, targets, vocab_size))
+    log_likelihood = torch.cat([piece for piece, _ in pieces]).sum()
+    return Score(float(log_likelihood), torch.equal(torch.cat([likeliest for _, likeliest in pieces]), targets))
+
+
+def _shared_contexts(of_input: dict[Tokens, list[Request]]) -> dict[Tokens, list[Tokens]]:
+    """The contexts that are worth reading once, each with its inputs."""
+    inputs_of: dict[Tokens, list[Tokens]] = {}
+    for read, alike in of_input.items():
+        # The shortest, as equal inputs may be cut in several places.
+        inputs_of.setdefault(min((request.context for request in alike), key=len), []).append(read)
+    return {context: inputs for context, inputs in inputs_of.items() if (len(inputs) - 1) * len(context) >= MIN_SAVED}
+
+
+def _read_all(
+    model: Decoder, inputs: list[Tokens], shared: dict[Tokens, list[Tokens]], tokens_at_once: int
+) -> Iterator[tuple[Tokens, int, Tensor]]:
+    """Yields inputs in some order, each with what the head takes, [T - start, dim], from a place `start` on."""
+    for context, continued in shared.items():
+        yield from _read_after(model, context, continued)
+    rest = set(inputs).difference(*shared.values())
+    row: list[Tokens] = []
+    # The longest first: what memory does not suffice for fails at once.
+    for read in sorted(rest, key=lambda read: (-len(read), read)):
+        if row and sum(map(len, row)) + len(read) > tokens_at_once:
+            yield from _read_packed(model, row)
+            row = []
+        row.append(read)
+    if row:
+        yield from _read_packed(model, row)
+
+
+def _read_packed(model: Decoder, row: list[Tokens]) -> Iterator[tuple[Tokens, int, Tensor]]:
+    device, lengths = model.embedding.weight.device, [len(read) for read in row]
+    tokens = torch.tensor([[token for read in row for token in read]], device=device)
+    bounds = torch.tensor([0, *lengths], device=device).cumsum(0).int()[None]
+    microbatch = describe(tokens, bounds, None, None, model.span, tells_padding=False)
+    x, _ = model.run_blocks(model.embedding(microbatch.tokens), microbatch.sequence)
+    for read, part in zip(row, x[0].split(lengths), strict=True):
+        yield read, 0, part
+
+
+def _read_after(model: Decoder, context: Tokens, continued: list[Tokens]) -> Iterator[tuple[Tokens, int, Tensor]]:
+    """As `_read_all`, of inputs that begin with `context`: those of one length together, from copies of its state."""
+    device = model.embedding.weight.device
+    cache = new_cache(model, 1, max(map(len, continued)))
+    for x in read_pieces(model, cache, torch.tensor([context], device=device)):
+        last = x[:, -1:]
+    for length, group in groupby(sorted(continued, key=len), key=len):
+        inputs = list(group)
+        parts = [last.expand(len(inputs), -1, -1)]
+        if length > len(context):
+            tokens = torch.tensor([read[len(context) :] for read in inputs], device=device)
+            forked = cache[torch.zeros(len(inputs), dtype=torch.int64, device=device)]
+            parts += read_pieces(model, forked, tokens)
+        for read, x in zip(inputs, torch.cat(parts, 1), strict=True):
+            yield read, len(context) - 1, x

@@ -1,0 +1,91 @@
+"""Reads prompts into a cache: what several of them begin with once, the rest in groups of one length.
+
+Padding would enter the recurrent states, so there is none. The prompts are a tree, whose nodes are the runs of tokens
+that the same prompts share. Nodes of one depth and length are read together, each row after its parent's state.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+
+import numpy as np
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from torchlmoe.inference.cache import copy_rows, new_cache, read
+from torchlmoe.model.decoder import Decoder
+
+MIN_SHARED = 32  # tokens that a shared run has at least, since each run costs a call of its own
+
+
+@dataclass
+class Run:
+    """Tokens from `start` to `end` of a prompt that begins with them. ending: the prompts that end there, by number;
+    parts: the runs that come after it."""
+
+    prompt: int
+    start: int
+    end: int
+    ending: list[int]
+    parts: list["Run"]
+
+
+def read_prompts(model: Decoder, prompts: Sequence[Sequence[int]], max_length: int) -> tuple[TensorDict, Tensor]:
+    """A cache of one row per prompt, as of `new_cache`, and the logits [prompts, V] of each one's last token."""
+    cache = new_cache(model, len(prompts), max_length)
+    device = model.embedding.weight.device
+    logits: dict[int, Tensor] = {}
+
+    def read_runs(runs: list[Run], rows: TensorDict, parents: list[int]) -> None:
+        """parents: the row, of `rows`, after which each run comes."""
+
+        def length(pair: tuple[Run, int]) -> int:
+            return pair[0].end - pair[0].start
+
+        for _, group in groupby(sorted(zip(runs, parents, strict=True), key=length), key=length):
+            alike, after = map(list, zip(*group, strict=True))
+            read_here = new_cache(model, len(alike), max(run.end for run in alike))
+            copy_rows(rows, after, read_here, range(len(alike)))
+            tokens = torch.tensor([list(prompts[run.prompt][run.start : run.end]) for run in alike], device=device)
+            last = read(model, read_here, tokens)
+            ending = {prompt: row for row, run in enumerate(alike) for prompt in run.ending}
+            copy_rows(read_here, list(ending.values()), cache, list(ending))
+            logits.update((prompt, last[row]) for prompt, row in ending.items())
+            parts = [(part, row) for row, run in enumerate(alike) for part in run.parts]
+            if parts:
+                read_runs([part for part, _ in parts], read_here, [row for _, row in parts])
+
+    runs = shared_runs(prompts)
+    read_runs(runs, new_cache(model, 1, 0), [0] * len(runs))
+    return cache, torch.stack([logits[index] for index in range(len(prompts))])
+
+
+def shared_runs(prompts: Sequence[Sequence[int]]) -> list[Run]:
+    """The tree: every prompt, cut where others that begin alike part from it, if they share MIN_SHARED tokens."""
+    order = sorted(range(len(prompts)), key=lambda index: list(prompts[index]))
+    arrays = [np.array(prompts[index], dtype=np.int64) for index in order]
+    common = [_common(a, b) for a, b in pairwise(arrays)]  # tokens that each shares with the next
+
+    def runs(first: int, end: int, start: int) -> Iterator[Run]:
+        while first < end:
+            shared = stop = len(arrays[first])
+            count = 1
+            for other in range(first + 1, end):
+                shared = min(shared, common[other - 1])
+                if shared - start < MIN_SHARED:
+                    break
+                count, stop = other - first + 1, shared
+            ending = sum(len(array) == stop for array in arrays[first : first + count])  # in order, they come first
+            parts = list(runs(first + ending, first + count, stop))
+            yield Run(order[first], start, stop, order[first : first + ending], parts)
+            first += count
+
+    return list(runs(0, len(order), 0))
+
+
+def _common(a: np.ndarray, b: np.ndarray) -> int:
+    """How many tokens two prompts begin with alike."""
+    length = min(len(a), len(b))
+    different = np.flatnonzero(a[:length] != b[:length])
+    return int(different[0]) if len(different) else length

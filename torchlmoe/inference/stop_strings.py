@@ -1,0 +1,37 @@
+"""Texts that end a continuation: found however tokens split them, and never shown, not even in part."""
+
+from collections.abc import Sequence
+
+
+class StopStrings:
+    """Passes a text on until a stop string begins in it. `push` and `close` return what may be shown.
+
+    strings: the stop strings; none passes everything on. The one that begins first counts, as soon as one is whole.
+    `found` says whether one has come; what comes after it is dropped. Raises ValueError for an empty string.
+    """
+
+    def __init__(self, strings: Sequence[str] = ()):
+        if "" in strings:
+            raise ValueError("A stop string is empty; give at least one character.")
+        self.strings, self.found, self.held = tuple(strings), False, ""
+
+    def push(self, text: str) -> str:
+        """What of the text so far is new and cannot be part of a stop string."""
+        if self.found:
+            return ""
+        self.held += text
+        places = [place for string in self.strings if (place := self.held.find(string)) >= 0]
+        self.found = bool(places)
+        end = min(places) if places else len(self.held) - self._begun()
+        shown, self.held = self.held[:end], self.held[end:]
+        return shown
+
+    def close(self) -> str:
+        """What was held back, if no stop string came of it."""
+        return "" if self.found else self.held
+
+    def _begun(self) -> int:
+        """The length of the longest end of the held text that begins a stop string."""
+        longest = min(len(self.held), max(map(len, self.strings), default=1) - 1)
+        ends = (self.held[-length:] for length in range(longest, 0, -1))
+        return next((len(end) for end in ends if any(string.startswith(end) for string in self.strings)), 0)
