@@ -142,6 +142,10 @@ class TokenStore:
         inside = starts[first:last] - start
         return np.insert(self._stored(start - first, stop - last), inside - np.arange(len(inside)), self.end_id)
 
+    def own_labels(self, start: int, stop: int) -> np.ndarray | None:
+        """int64 labels of tokens [start, stop), cut off at the end; None if they are the next tokens, as in text."""
+        return None
+
     def _stored(self, start: int, stop: int) -> np.ndarray:
         """int64 tokens [start, stop) of the shards."""
         out = np.empty(stop - start, dtype=np.int64)
