@@ -68,8 +68,8 @@ def plan_of(rates, steps=64):
 
 
 def curve(trial, round_, values, steps):
-    """A loss whose best rate is 0.02, and 0.04 in short runs; above 0.03 a full run does not end."""
-    best = 0.02 if steps == 64 else 0.04
+    """A loss whose best rate is 0.02, and 0.03 in short runs; above 0.03 a full run fails."""
+    best = 0.02 if steps == 64 else 0.03
     rate = float(values["optimizer.lr"])
     if rate > 0.03 and steps == 64:
         return Outcome(trial, round_, steps, values, None, "error: not finite", 0.0)
@@ -176,6 +176,34 @@ def test_a_file_of_another_search_is_kept(tmp_path):
         tune.main([*SMALL, "--output", str(tmp_path / "found"), "--tune.optimizer.lr", "1e-3,2e-3"])
 
 
+def test_what_is_written(tmp_path, monkeypatch):
+    """The files of a whole search whose runs are made up, cut off after three of them and resumed."""
+    output, limit = tmp_path / "found.json", [3]
+
+    def run(self, *of_run):
+        limit[0] -= 1
+        if limit[0] < 0:
+            raise ValueError("A run ended with exit code -9.")
+        return curve(*of_run)
+
+    monkeypatch.setattr(Runs, "__call__", run)
+    arguments = [*SMALL, "--training.steps", "64", "--output", str(output), "--optimizer.lr", "1e-3"]
+    arguments += ["--tune.optimizer.lr", "x64"]
+    with pytest.raises(ValueError, match="exit code -9"):
+        tune.main(arguments)
+    assert runs_done(output) == 3
+    assert "best" not in json.loads(output.read_text())
+    limit[0] = 16
+    tune.main(arguments)
+    assert limit[0] == 0  # 13 + 4 + 2 in all
+    assert json.loads(output.read_text())["best"]["values"] == {"optimizer.lr": "0.016"}
+    found = load_config(["--job.config_file", str(output.with_suffix(".toml"))])
+    assert found.optimizer.lr == 0.016
+    assert found.data.dataset == "recall:parity"
+    assert output.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
+    tune.main(arguments)  # finished: nothing is run again
+
+
 def start(output, *arguments):
     command = [sys.executable, "-m", "torchlmoe.tune", *SMALL, *arguments, "--output", str(output)]
     return subprocess.Popen(
@@ -196,6 +224,7 @@ def kill_after(process, output, number):
     process.wait()
 
 
+@pytest.mark.long
 def test_a_search_with_runs_is_killed_and_resumed(tmp_path):
     """Two rates at two lengths; the files are there, and the best settings load."""
     output = tmp_path / "found.json"

@@ -52,7 +52,7 @@ def search(
     plan: Plan,
     done: list[Outcome],
     run: Callable[[int, int, Values, int], Outcome],
-    write: Callable[[list[Outcome]], None],
+    write: Callable[[list[Outcome]], object],
     *,
     processes: int,
     say: Callable[[str], None],
@@ -83,7 +83,10 @@ def search(
             (each for each in of_round if each.val_loss is not None), key=lambda each: (each.val_loss, each.trial)
         )
         if not good:
-            raise ValueError(f"All runs of round {round_ + 1} failed, the first of them so: {of_round[0].error}")
+            raise ValueError(
+                f"All runs of round {round_ + 1} failed, the first of them so: {of_round[0].error} Try other "
+                "values, or keep more of them (--keep 2)."
+            )
         left = [outcome.trial for outcome in good[: max(2, math.ceil(len(left) / plan.keep))]]
     return good[0]
 

@@ -2,18 +2,19 @@
 
 import json
 import math
+import multiprocessing
 import os
 import shutil
-import subprocess
-import sys
 import threading
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from queue import SimpleQueue
 
 import torch
 
 from torchlmoe.config.settings import Config
+from torchlmoe.tuning.child import start
 from torchlmoe.tuning.halving import Outcome
 from torchlmoe.tuning.trials import Values
 
@@ -31,7 +32,7 @@ class Runs:
         self._places: SimpleQueue[int] = SimpleQueue()
         for place in range(processes):
             self._places.put(place)
-        self._running: set[subprocess.Popen] = set()
+        self._running: set[BaseProcess] = set()
         self._lock, self._stopped = threading.Lock(), False
 
     def __call__(self, trial: int, round_: int, values: Values, steps: int) -> Outcome:
@@ -76,26 +77,22 @@ class Runs:
     def _train(self, folder: Path, values: Values, steps: int, place: int) -> str | None:
         """Runs it to its end; returns the sentence of a run that failed."""
         folder.mkdir(parents=True, exist_ok=True)
-        environment = dict(os.environ)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // self.processes)))
-        if (gpus := torch.cuda.device_count()) > 1 and "CUDA_VISIBLE_DEVICES" not in environment:
-            environment["CUDA_VISIBLE_DEVICES"] = str(place % gpus)
-        command = [sys.executable, "-m", "torchlmoe.tuning.child", *self.flags(folder, values, steps)]
+        gpus = 0 if "CUDA_VISIBLE_DEVICES" in os.environ else torch.cuda.device_count()
         printed = folder / "printed.txt"
-        with printed.open("ab") as output:
-            with self._lock:
-                if self._stopped:
-                    raise ValueError("The search was stopped; the same command resumes it.")
-                process = subprocess.Popen(
-                    command, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, env=environment
-                )
-                self._running.add(process)
-            code = process.wait()
-            with self._lock:
-                self._running.discard(process)
-            assert process.stdin is not None
-            process.stdin.close()
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torchlmoe.tuning.child"])
+        threads, gpu = max(1, cores // self.processes), place % gpus if gpus > 1 else None
+        process = context.Process(target=start, args=(self.flags(folder, values, steps), str(printed), threads, gpu))
+        with self._lock:
+            if self._stopped:
+                raise ValueError("The search was stopped; the same command resumes it.")
+            process.start()
+            self._running.add(process)
+        process.join()
+        with self._lock:
+            self._running.discard(process)
+        code = process.exitcode
         if code == 0 and (folder / "finished").exists():
             return None
         lines = printed.read_text(errors="replace").splitlines()
