@@ -19,9 +19,10 @@ from torchlmoe.tuning.runs import Runs
 from torchlmoe.tuning.trials import Range, at_edge, choices, trials
 
 RATES = [f"{0.001 * 2.0**power:.6g}" for power in range(-6, 7)]
-SMALL = """--model.dim 32 --model.num_layers 1 --model.layer_pattern L --model.layers.L.mlp dense --model.num_heads 2
---training.seq_len 32 --training.global_batch_size 4 --training.device cpu --metrics.log_freq 1000
---data.dataset recall:parity --data.reader_options.length 32 --data.reader_options.validation_documents 64""".split()
+MODEL = """--model.dim 32 --model.num_layers 1 --model.layer_pattern L --model.layers.L.mlp dense --model.num_heads 2
+--training.seq_len 32 --training.global_batch_size 4 --training.device cpu --metrics.log_freq 1000""".split()
+PARITY = "--data.dataset recall:parity --data.reader_options.length 32 --data.reader_options.validation_documents 64"
+SMALL = [*MODEL, *PARITY.split()]
 
 
 def test_lists_ranges_and_multiples():
@@ -205,7 +206,7 @@ def test_what_is_written(tmp_path, monkeypatch):
 
 
 def start(output, *arguments):
-    command = [sys.executable, "-m", "torchlmoe.tune", *SMALL, *arguments, "--output", str(output)]
+    command = [sys.executable, "-m", "torchlmoe.tune", *MODEL, *arguments, "--output", str(output)]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -228,7 +229,7 @@ def kill_after(process, output, number):
 def test_a_search_with_runs_is_killed_and_resumed(tmp_path):
     """Two rates at two lengths; the files are there, and the best settings load."""
     output = tmp_path / "found.json"
-    flags = "--training.steps 8 --rounds 2 --keep 2 --tune.optimizer.lr 1e-3,1e-2".split()
+    flags = f"{PARITY} --training.steps 8 --rounds 2 --keep 2 --tune.optimizer.lr 1e-3,1e-2".split()
     first = start(output, *flags)
     kill_after(first, output, 1)
     printed, _ = (second := start(output, *flags)).communicate()
