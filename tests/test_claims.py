@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.claims import page, record
 from benchmarks.claims.page import CHECKS, draw
-from benchmarks.claims.record import fill, mean_and_error, path_of, ratio_and_error
+from benchmarks.claims.record import fill, mean_and_error, median_and_error, path_of, ratio_and_error
 from benchmarks.claims.table import CLAIMS, HELD, NOT_HELD, UNDECIDED, verdict
 
 MACHINE = {"gpu": None, "cpu": "a CPU", "torch": "2.0", "threads": 2, "date": "2026-01-02T00:00:00"}
@@ -70,9 +70,12 @@ def test_a_rule_holds_on_all_of_a_range_or_not():
 def test_errors():
     assert mean_and_error([1.0, 3.0]) == (2.0, pytest.approx(2.0))
     assert mean_and_error([1.0])[1] == float("inf")
-    ratio, error = ratio_and_error([9.0, 11.0], [4.0, 6.0])
+    assert median_and_error([1.0, 2.0, 3.0, 100.0, 2.5]) == (2.5, pytest.approx(49.5))
+    many = [float(number) for number in range(100)] + [1e9]
+    assert median_and_error(many) == (50.0, pytest.approx(10.0, abs=1))
+    ratio, error = ratio_and_error([9.0, 10.0, 11.0], [4.0, 5.0, 6.0])
     assert ratio == 2
-    assert error == pytest.approx(2 * (0.2**2 + 0.4**2) ** 0.5)
+    assert error == pytest.approx(2 * (0.1**2 + 0.2**2) ** 0.5)
 
 
 @pytest.mark.parametrize(

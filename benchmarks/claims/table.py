@@ -1,7 +1,8 @@
 """What is claimed, at which sizes it is checked, and the rule for a verdict: all stated before anything is run.
 
-A figure's error is two standard errors of its mean over repeats or seeds. A rule is checked on the ends of that range:
-"held" if it holds on all of it, "not held" if it fails on all of it, and else "not decidable at this size".
+A figure's error is two standard errors of its mean over seeds; of times, the 95% range of the median. A rule is checked
+on the ends of that range: "held" if it holds on all of it, "not held" if it fails on all of it, and else "not decidable
+at this size".
 """
 
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ CLAIMS = {
             "settings": {**MODEL, **SPARSE, "model.vocab_size": 4096},
             "mixers": [*MIXERS, "attention"],
             "positions": [1024, 4096, 16384, 65536, 131072],
-            "repeats": 60,
+            "repeats": 100,
             "most_ratio": 1.05,
             "least_softmax_ratio": 2.0,
         },
