@@ -63,6 +63,7 @@ def mixed(unit, gain=0.1, spread=0.001):
 def test_a_rule_holds_on_all_of_a_range_or_not():
     assert verdict([(1.0, 0.1, 0.8), (2.0, 0.0, 2.0)]) == HELD
     assert verdict([(1.0, 0.3, 0.8), (2.0, 0.0, 2.0)]) == UNDECIDED
+    assert verdict([(0.7, 0.3, 0.8), (2.0, 0.0, 2.0)]) == UNDECIDED
     assert verdict([(1.0, 0.3, 0.8), (1.0, 0.1, 2.0)]) == NOT_HELD
     assert verdict([(1.0, float("inf"), 0.8)]) == UNDECIDED
 

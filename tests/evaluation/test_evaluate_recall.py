@@ -8,6 +8,7 @@ import torch
 from tests.recall_answers import ANSWERED
 from torchlmoe.config.load import load_config
 from torchlmoe.data.recall.store import RecallStore
+from torchlmoe.evaluation import recall
 from torchlmoe.evaluation.recall import RECALL, evaluate_recall, trained_options
 from torchlmoe.layers.cross_entropy import IGNORE_INDEX
 from torchlmoe.model.decoder import build_on_meta
@@ -96,6 +97,29 @@ def test_generation_agrees_with_likelihood(task, vocab_size):
     assert by_generation["exact_match"] == by_likelihood["last_exact_match"]
     assert 0 < by_generation["exact_match"] < 1
     assert by_generation["num_questions"] == 40
+
+
+def test_generation_continues_the_tokens_before_an_answer(monkeypatch):
+    """Of every second document the last digit is generated wrong."""
+    store = RecallStore("phonebook", "test", num_entries=3, length=40, validation_documents=6)
+    numbers = iter(range(6))
+
+    def generate(model, prompts, *, max_new_tokens):
+        assert max_new_tokens == 4
+        written = []
+        for number, prompt in zip(numbers, prompts, strict=False):
+            document = store.document(number)
+            assert prompt == document.tokens[:-4].tolist()
+            answer = document.tokens[-4:].tolist()
+            written.append([*answer[:3], answer[3] + number % 2])
+        return written
+
+    monkeypatch.setattr(recall, "generate", generate)
+    points = {"phonebook": [{"num_entries": 3, "length": 40}]}
+    arguments = dict(points=points, num_documents=6, batch_size=6, by="generation")
+    (point,) = evaluate_recall(Knowing("phonebook", 64), ["phonebook"], **arguments)["phonebook"]["points"]
+    assert point["exact_match"] == 0.5
+    assert point["token_accuracy"] == 7 / 8
 
 
 def test_the_models_end_token_takes_the_place_of_the_tasks():
