@@ -108,7 +108,9 @@ def test_modules_take_it(device, monkeypatch):
     """On a GPU all norms run this operation and get what they get on a CPU."""
     modules = [
         norms.RMSNorm(8),
+        norms.RMSNorm(8, zero_centered=True),
         norms.GatedRMSNorm(8),
+        norms.GatedRMSNorm(8, zero_centered=True),
         norms.GatedRMSNorm(8, activation=torch.sigmoid),
         norms.GatedRMSNorm(8, activation=torch.tanh),
         group_norms.GroupRMSNorm(8, 2),
@@ -130,4 +132,4 @@ def test_modules_take_it(device, monkeypatch):
         "torchlmoe.kernels.gated_rms_norm.gated_rms_norm", lambda *args: (calls.append(args[-1]), operation(*args))[1]
     )
     torch.testing.assert_close(run(device), expected)
-    assert calls == ["none", "none", "silu", "sigmoid", "none", "none"]
+    assert calls == ["none", "none", "none", "silu", "silu", "sigmoid", "none", "none"]

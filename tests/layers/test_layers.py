@@ -9,7 +9,7 @@ from torchlmoe.layers.cross_entropy import linear_cross_entropy
 from torchlmoe.layers.decay_gate import DecayGate
 from torchlmoe.layers.feature_maps import pair_products, taylor_features
 from torchlmoe.layers.group_norms import GroupRMSNorm
-from torchlmoe.layers.norms import l2_norm, rms_norm
+from torchlmoe.layers.norms import RMSNorm, l2_norm, rms_norm
 from torchlmoe.layers.rotary import rotary_phases, rotate
 from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.layers.token_shift import TokenShift
@@ -43,6 +43,25 @@ def test_norms():
     (gradient,) = torch.autograd.grad(l2_norm(zero).sum(), zero)
     assert torch.isfinite(gradient).all()
     assert torch.autograd.gradcheck(lambda x: rms_norm(x, None, 1e-6), [randn(2, 6)])
+
+
+def test_weights_that_are_offsets_from_one():
+    """In bfloat16 too no digit of an offset is lost to the one."""
+    x, offset = randn(3, 5, 16), (randn(16, seed=1).detach() / 512).bfloat16()
+    expected = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * (1 + offset.double())
+    norm = RMSNorm(16, zero_centered=True).double()
+    norm.init_weights()
+    assert not norm.weight.any()
+    norm.weight.data.copy_(offset)
+    assert_same(norm(x), expected, [x])
+    (found,) = torch.autograd.grad(norm(x).sum(), norm.weight)
+    torch.testing.assert_close(found, (expected / (1 + offset.double())).sum((0, 1)))
+    norm.bfloat16()
+    ones = torch.ones(1, 16)  # float32 activations show what a bfloat16 sum would lose
+    torch.testing.assert_close(norm(ones)[0], 1 + offset.float(), rtol=1e-6, atol=0)
+    norm.total = lambda x: x
+    torch.testing.assert_close(norm(ones)[0], 1 + offset.float(), rtol=1e-6, atol=0)
+    assert norm(ones.bfloat16()).dtype is torch.bfloat16
 
 
 def test_norms_accumulate_in_float32():

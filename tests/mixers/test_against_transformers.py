@@ -106,7 +106,7 @@ def test_gated_attention():
     ours = drawn(
         MIXERS["attention"](
             48, num_heads=4, num_kv_heads=2, head_dim=16, rotary_fraction=0.25, qk_norm=True, output_gate=True,
-            init_std=0.2,
+            zero_centered_norm=True, init_std=0.2,
         )
     )  # fmt: skip
     load(theirs, ours, qwen3_next.gated_attention_rules(num_heads=4, head_dim=16))

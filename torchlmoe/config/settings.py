@@ -14,12 +14,13 @@ from torchlmoe.feed_forwards import FEED_FORWARDS, NONE
 from torchlmoe.files import expanded
 from torchlmoe.layers.losses import LOSSES
 from torchlmoe.mixers import MIXERS
+from torchlmoe.mixers.attention import ZeroCenteredNorm
 from torchlmoe.model.spec import BlockSpec, ModelSpec
 from torchlmoe.ops.linear_recurrence import Backend
 from torchlmoe.options import Configurable, InitStd, NormEps
 
 # What a mixer, or a feed-forward layer, takes from [model] unless its letter says otherwise.
-MODEL_WIDE = ("num_heads", "norm_eps", "init_std", "backend", "rope_base")
+MODEL_WIDE = ("num_heads", "norm_eps", "zero_centered_norm", "init_std", "backend", "rope_base")
 FEED_FORWARD_WIDE = ("mlp_dim", "norm_eps", "init_std")
 # Of a setting that is a local path, or may be one.
 PATH = AfterValidator(lambda path: None if path is None else expanded(path))
@@ -63,6 +64,7 @@ class Model(Table):
     mlp_dim: Annotated[int | None, Field(ge=1, description="Width of dense MLPs; 8/3 of dim if unset.")] = None
     rope_base: Annotated[float, Field(gt=1, le=1e12, description="Base of the rotary wavelengths.")] = 10_000.0
     norm_eps: NormEps = 1e-6
+    zero_centered_norm: ZeroCenteredNorm = False
     init_std: InitStd = 0.02
     tie_embeddings: Annotated[bool, Field(description="Share the embedding with the output head.")] = False
     loss_chunk_size: Annotated[int, Field(ge=1, description="Tokens whose logits are held at once.")] = 512
@@ -389,6 +391,7 @@ class Config(Table):
             dim=model.dim,
             blocks=tuple(of_letter[letter] for letter in letters),
             norm_eps=model.norm_eps,
+            zero_centered_norm=model.zero_centered_norm,
             init_std=model.init_std,
             tie_embeddings=model.tie_embeddings,
             loss_chunk_size=model.loss_chunk_size,

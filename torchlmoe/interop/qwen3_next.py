@@ -1,7 +1,7 @@
 """The mixers of Qwen3-Next in transformers: Gated DeltaNet and gated attention. Its MoE layer is that of Qwen2-MoE."""
 
 from torchlmoe.interop.rules import Rule
-from torchlmoe.interop.steps import Add, Flatten, Split
+from torchlmoe.interop.steps import Flatten, Split
 
 
 def gated_deltanet_rules(
@@ -32,14 +32,13 @@ def gated_deltanet_rules(
 
 
 def gated_attention_rules(*, num_heads: int, head_dim: int) -> list[Rule]:
-    """Qwen3NextAttention <-> `attention` with qk_norm and output_gate."""
+    """Qwen3NextAttention <-> `attention` with qk_norm, output_gate and zero_centered_norm."""
     return [
         # Theirs projects, for each head, q and then its gate.
         Rule("q_proj.weight", ["q_proj.weight", "gate_proj.weight"], Split((head_dim, head_dim), groups=num_heads)),
         Rule("k_proj.weight", "k_proj.weight"),
         Rule("v_proj.weight", "v_proj.weight"),
         Rule("o_proj.weight", "o_proj.weight"),
-        # The weights of its norms are offsets from one.
-        Rule("q_norm.weight", "q_norm.weight", Add(1.0)),
-        Rule("k_norm.weight", "k_norm.weight", Add(1.0)),
+        Rule("q_norm.weight", "q_norm.weight"),
+        Rule("k_norm.weight", "k_norm.weight"),
     ]

@@ -74,50 +74,48 @@ class RMSNorm(nn.Module):
     """RMS norm with a weight per channel (arXiv 1910.07467).
 
     across_heads: whether the channels are those of all heads, of which a rank may have a part; else heads share the
-        weight.
+        weight. zero_centered: the weight holds offsets from one (Gemma, Qwen3-Next), added up in at least float32.
     """
 
-    def __init__(self, dim: int, eps: float = 1e-6, *, across_heads: bool = False):
+    def __init__(self, dim: int, eps: float = 1e-6, *, across_heads: bool = False, zero_centered: bool = False):
         super().__init__()
-        self.width, self.eps = dim, eps
+        self.width, self.eps, self.zero_centered = dim, eps, zero_centered
         self.head_dims = {"weight": 0} if across_heads else {}
         self.total: Total = None
         self.weight = nn.Parameter(torch.empty(dim))
 
     def init_weights(self) -> None:
-        constant_(self.weight, 1.0)
+        constant_(self.weight, 0.0 if self.zero_centered else 1.0)
+
+    def scale(self) -> Tensor:
+        """What the channels are multiplied by."""
+        weight = self.weight
+        return weight.to(torch.promote_types(weight.dtype, torch.float32)) + 1 if self.zero_centered else weight
 
     def forward(self, x: Tensor) -> Tensor:
         if self.total is not None:
             return self._norm_of_parts(x)
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.scale(), self.eps)
 
     def _norm_of_parts(self, x: Tensor) -> Tensor:
         """x holds a part of the channels, and `total` adds up over the ranks that have the others."""
         assert self.total is not None
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         mean = self.total(wide.square().sum(-1, keepdim=True)) / self.width
-        return (wide * (mean + self.eps).rsqrt() * self.weight).to(x.dtype)
+        return (wide * (mean + self.eps).rsqrt() * self.scale()).to(x.dtype)
 
     def tensor_parallel_style(self, degree: int) -> ParallelStyle | None:
         return NormOverHeads() if self.head_dims else None
 
 
 class GatedRMSNorm(RMSNorm):
-    """RMS norm times SiLU, or another function, of a gate: x, gate [..., dim] -> [..., dim]."""
+    """RMS norm times SiLU, or another function, of a gate: x, gate [..., dim] -> [..., dim]; options of `RMSNorm`."""
 
-    def __init__(
-        self,
-        dim: int,
-        eps: float = 1e-6,
-        activation: Callable[[Tensor], Tensor] = F.silu,
-        *,
-        across_heads: bool = False,
-    ):
-        super().__init__(dim, eps, across_heads=across_heads)
+    def __init__(self, dim: int, eps: float = 1e-6, activation: Callable[[Tensor], Tensor] = F.silu, **options: bool):
+        super().__init__(dim, eps, **options)
         self.activation = activation
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
         if self.total is None and self.activation in _GATES and kernels_serve("auto", x):
-            return scale_to_unit(x, self.weight, 1.0 / x.shape[-1], self.eps, gate, _GATES[self.activation])
+            return scale_to_unit(x, self.scale(), 1.0 / x.shape[-1], self.eps, gate, _GATES[self.activation])
         return super().forward(x) * self.activation(gate)

@@ -24,6 +24,9 @@ from torchlmoe.options import InitStd, NormEps
 from torchlmoe.styles.attention import AttentionSequenceParallel
 
 Rotation = Callable[[Tensor], Tensor]
+ZeroCenteredNorm = Annotated[
+    bool, Field(description="Weights of the norms of blocks, head, q and k are offsets from one (Qwen3-Next).")
+]
 
 
 class InnerAttention(nn.Module):
@@ -73,6 +76,7 @@ class Attention(Mixer):
             int | None, Field(ge=1, description="With kv_rank: width of a value head; head_dim if unset.")
         ] = None,
         norm_eps: NormEps = 1e-6,
+        zero_centered_norm: ZeroCenteredNorm = False,
         init_std: InitStd = 0.02,
     ):
         super().__init__()
@@ -113,8 +117,10 @@ class Attention(Mixer):
                 dim, num_heads, kv_rank,
                 key_dim=self.head_dim, shared_dim=shared_dim, value_dim=self.value_dim, norm_eps=norm_eps,
             )  # fmt: skip
-        self.q_norm = RMSNorm(self.head_dim, norm_eps) if qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(self.head_dim, norm_eps) if qk_norm else nn.Identity()
+        self.q_norm, self.k_norm = (
+            RMSNorm(self.head_dim, norm_eps, zero_centered=zero_centered_norm) if qk_norm else nn.Identity()
+            for _ in range(2)
+        )
         self.inner = InnerAttention(num_heads)
         self.gate_proj = ColumnLinear(dim, num_heads * self.value_dim) if output_gate else None
         self.o_proj = RowLinear(num_heads * self.value_dim, dim)

@@ -6,9 +6,9 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from torchlmoe.feed_forwards.base import FeedForward
-from torchlmoe.layers.norms import RMSNorm
 from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.mixers.base import Mixer
+from torchlmoe.model.spec import ModelSpec
 
 
 class Block(nn.Module):
@@ -18,11 +18,11 @@ class Block(nn.Module):
         mixer.
     """
 
-    def __init__(self, dim: int, mixer: Mixer, feed_forward: FeedForward | None, norm_eps: float):
+    def __init__(self, spec: ModelSpec, mixer: Mixer, feed_forward: FeedForward | None):
         super().__init__()
-        self.mixer_norm = RMSNorm(dim, norm_eps)
+        self.mixer_norm = spec.norm()
         self.mixer = mixer
-        self.feed_forward_norm = None if feed_forward is None else RMSNorm(dim, norm_eps)
+        self.feed_forward_norm = None if feed_forward is None else spec.norm()
         self.feed_forward = feed_forward
 
     def forward(

@@ -70,7 +70,7 @@ class Decoder(nn.Module):
             if block.feed_forward is not None:
                 feed_forward = block.feed_forward(spec.dim, **block.feed_forward_options)
             # A dict, so that a pipeline stage which holds some blocks keeps their names.
-            self.blocks[str(index)] = Block(spec.dim, mixer, feed_forward, spec.norm_eps)
+            self.blocks[str(index)] = Block(spec, mixer, feed_forward)
         self.head = Head(spec)
         self.counter_sizes = {name: layer.load_balance.num_experts for name, layer in self.routed_layers().items()}
 

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torchlmoe.layers.cross_entropy import linear_cross_entropy
 from torchlmoe.layers.initialization import normal_
 from torchlmoe.layers.linear import ColumnLinear, linear
-from torchlmoe.layers.norms import RMSNorm
 from torchlmoe.model.spec import ModelSpec
 from torchlmoe.styles.vocabulary import VocabularyPart
 
@@ -40,7 +39,7 @@ class Head(nn.Module):
         self.init_std, self.loss_chunk_size = spec.init_std, spec.loss_chunk_size
         self.loss: Callable[..., Tensor] = spec.loss
         self.vocabulary: VocabularyPart | None = None  # where ranks have parts of it
-        self.norm = RMSNorm(spec.dim, spec.norm_eps)
+        self.norm = spec.norm()
         self.projection = None if spec.tie_embeddings else ColumnLinear(spec.dim, spec.vocab_size)
 
     def init_weights(self) -> None:
