@@ -104,7 +104,7 @@ def validation_text_bytes(store: TokenStore, *, seq_len: int, batch_size: int, m
     counted from its labels, which takes a byte-level tokenizer that leaves the text as it is: ValueError otherwise.
     """
     num_labels = num_validation_rows(store, seq_len, batch_size, max_batches) * seq_len
-    if num_labels >= store.num_tokens or store.text_bytes == 0:
+    if num_labels >= store.num_tokens or not store.is_text:
         return store.text_bytes
     if store.token_bytes is None:
         raise ValueError(

@@ -82,9 +82,11 @@ class StoreIndex:
 class TokenStore:
     """A finished store, opened for reading; the attributes of StoreIndex are its own.
 
-    token_bytes: uint16 [vocab_size] or None.
+    token_bytes: uint16 [vocab_size] or None. is_text: whether the tokens stand for text, which has bits per byte.
     Raises ValueError where a file is missing or does not have the size that the index gives, also while reading.
     """
+
+    is_text = True
 
     def __init__(self, folder: Path):
         self.folder = folder

@@ -65,4 +65,4 @@ def validate(
             say(f"validating: row {rows:,} of {num_rows:,}, eta {duration(left)}")
     loss_sum, tokens = ranks.total(ranks.own_loss(nll)).item(), ranks.total_of_rows(num_tokens).item()
     figures = {"val_loss": loss_sum / tokens}
-    return figures | ({"val_bits_per_byte": loss_sum / math.log(2) / num_bytes} if num_bytes else {})
+    return figures | ({"val_bits_per_byte": loss_sum / math.log(2) / num_bytes} if store.is_text else {})

@@ -30,6 +30,8 @@ class RecallStore(TokenStore):
     Raises ValueError for options that do not go together.
     """
 
+    is_text = False
+
     def __init__(
         self,
         task: str,
