@@ -107,7 +107,8 @@ def test_fewer_steps_shorten_the_warmup_of_an_earlier_source(tmp_path, caplog):
 # What has an effect whatever other settings are, or is refused by the layer that it is for.
 ALWAYS = {
     "job": "config_file dump_folder custom_modules print_config debug",
-    "model": "name flavor layer_pattern vocab_size dim num_layers norm_eps init_std tie_embeddings loss_chunk_size "
+    "model": "name flavor layer_pattern vocab_size dim num_layers norm norm_eps init_std tie_embeddings "
+    "loss_chunk_size embedding_multiplier logit_divisor "
     "layers",
     "data": "dataset reader_options tokenizer end_token text_column train_split validation_split max_tokens cache_dir "
     "num_prefetch mixture num_workers num_writers",

@@ -37,8 +37,16 @@ def token_by_token(moe, x, capacity=math.inf):
             if served[e] > capacity:
                 dropped += 1
                 continue
-            gate, up = (moe.experts.gate_up_proj[e] @ token).chunk(2)
-            row = row + weight * (moe.experts.down_proj[e] @ (F.silu(gate) * up))
+            given = token if moe.to_latent is None else moe.to_latent.weight @ token
+            if moe.experts.has_gate:
+                gate, up = (moe.experts.gate_up_proj[e] @ given).chunk(2)
+                y = moe.experts.down_proj[e] @ (F.silu(gate) * up)
+            else:
+                y = moe.experts.down_proj[e] @ (moe.experts.up_proj[e] @ given).clamp(min=0).square()
+            row = row + weight * (y if moe.from_latent is None else moe.from_latent.weight @ y)
+        if not moe.experts.has_gate and moe.shared_expert is not None:
+            hidden = (moe.shared_expert.up_proj.weight @ token).clamp(min=0).square()
+            row = row + moe.shared_expert.down_proj.weight @ hidden
         rows.append(row)
     return torch.stack(rows).view_as(x), dropped
 
@@ -48,6 +56,19 @@ def assert_same_gradients(moe, x, y, expected, grad):
     found = torch.autograd.grad(y, leaves, grad)
     wanted = torch.autograd.grad(expected, leaves, grad)
     torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("options", [{}, {"latent_dim": 5}, {"num_shared_experts": 2}])
+def test_experts_without_gate(options):
+    """relu(up)^2, the shared expert's too; with a latent width alone the routed ones are narrower."""
+    moe, x, sequence = make(activation="relu2", balance="none", **options)
+    width = options.get("latent_dim", DIM)
+    shapes = {name: list(stack.shape) for name, stack in moe.experts.named_parameters()}
+    assert shapes == {"up_proj": [6, 4, width], "down_proj": [6, width, 4]}
+    y = moe(x, sequence=sequence)
+    expected, _ = token_by_token(moe, x)
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    assert_same_gradients(moe, x, y, expected, torch.randn_like(y))
 
 
 @pytest.mark.parametrize("router_std", [0.0, 0.3, 30.0])

@@ -20,6 +20,7 @@ from torchlmoe.ops.chunk_layout import MOST_SLOTS_PER_TOKEN, chunk_plans
 from torchlmoe.ops.grouped_matmul import grouped_matmul
 from torchlmoe.ops.packed_attention import packed_attention
 from torchlmoe.ops.time_invariant import CHUNK_SIZE
+from torchlmoe.ops.weighted_relu2 import weighted_relu2
 from torchlmoe.ops.weighted_swiglu import weighted_swiglu
 from torchlmoe.routing.dispatch import Slots, gather_slots, permute_slots, reorder_choices, sum_slots
 
@@ -108,6 +109,7 @@ SLOTS = Slots.sorted_by_expert(torch.tensor([[1, 0], [0, 1], [1, 0]]), 2)
 OTHERS = {
     "grouped_matmul": lambda x: grouped_matmul(x, torch.ones(1, 4, 4), torch.tensor([6], dtype=torch.int32)),
     "weighted_swiglu": lambda x: weighted_swiglu(x, torch.ones(6)),
+    "weighted_relu2": lambda x: weighted_relu2(x, torch.ones(6)),
     "gather_slots": lambda x: gather_slots(x[:3], SLOTS),
     "sum_slots": lambda x: sum_slots(x, SLOTS),
     "permute_slots": lambda x: permute_slots(x, SLOTS, SLOTS),

@@ -47,12 +47,28 @@ WHOLE_MODELS = {
     "selective": f"{SIX_ROWS} --model.mixer kda --moe.aux_loss_scope global_batch "
     "--activation_checkpoint.mode selective",
 }
+# Blocks of one part, every placement of norms and every multiplier, and layers without a gate.
+OTHER_BLOCKS = {
+    "other_blocks": f"""{ROWS} --model.layer_pattern MFNP --model.layers.M.mixer mamba2 --model.layers.M.mlp none
+    --model.layers.M.mixer_branch_weight 0.22 --model.layers.F.mixer none --model.layers.F.norm_placement post
+    --model.layers.N.norm_placement stream --model.layers.N.mixer_stream_weight 1.5
+    --model.layers.N.mlp_branch_weight 0.75 --model.layers.N.qk_norm true --model.layers.N.mlp dense
+    --model.layers.N.mlp_options.activation relu2 --model.layers.P.mixer attention --model.layers.P.norm_placement post
+    --moe.activation relu2 --moe.latent_dim 12 --moe.num_shared_experts 1 --model.zero_centered_norm true
+    --model.embedding_multiplier 12.0 --model.logit_divisor 6.0 --optimizer.name muon
+    --activation_checkpoint.mode selective"""
+}
 COMPILED = {"compiled": f"{TWO_BLOCKS} --compile.enable true"}
 
 
 def test_equals_one_process(corpus, tmp_path):
     layouts = {
-        2: {"heads": ({name: EVERY_MIXER[name] for name in map("pure_{}".format, KINDS)}, f"{HEADS} 2")},
+        2: {
+            "heads": ({name: EVERY_MIXER[name] for name in map("pure_{}".format, KINDS)}, f"{HEADS} 2"),
+            "other_heads": (OTHER_BLOCKS, f"{HEADS} 2 --parallelism.expert_parallel_degree 2"),
+            "other_spans": (OTHER_BLOCKS, f"{SPANS} 2"),
+            "other_stages": (OTHER_BLOCKS, "--parallelism.pipeline_parallel_degree 2 --training.local_batch_size 1"),
+        },
         4: {
             "more_heads": (ON_FOUR, f"{HEADS} 4"),
             "heads_and_rows": (WHOLE_MODELS, f"{HEADS} 2"),

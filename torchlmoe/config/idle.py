@@ -12,6 +12,7 @@ from torchlmoe.config.load import config_from, setting
 from torchlmoe.config.settings import Config, MoE
 from torchlmoe.data.local_files import TOKENS
 from torchlmoe.data.recall.store import PREFIX
+from torchlmoe.feed_forwards import NONE
 from torchlmoe.mixers import MIXERS
 
 Need = tuple[str, Callable[[Config], bool]]  # in words, and whether it is met
@@ -25,7 +26,7 @@ def _blocks_with(mlp: str) -> Need:
 
 def _mixer_with(option: str) -> Need:
     return f"a block whose mixer has {option}", lambda config: any(
-        option in MIXERS[table["mixer"]].settings() for table in _in_use(config)
+        option in MIXERS[table["mixer"]].settings() for table in _in_use(config) if table["mixer"] != NONE
     )
 
 

@@ -27,6 +27,7 @@ from torchlmoe.feed_forwards import FEED_FORWARDS, NONE
 from torchlmoe.files import complaint, expanded, is_unicode, read_toml, toml_value
 from torchlmoe.layers.losses import LOSSES, OF_THE_HEAD
 from torchlmoe.mixers import MIXERS
+from torchlmoe.model.spec import Residual
 from torchlmoe.optim import OPTIMIZERS
 from torchlmoe.options import keyword_settings
 
@@ -38,6 +39,7 @@ DEFAULT_LAYERS = {"L": {"mixer": "gated_deltanet", "mlp": "moe"}, "N": {"mixer":
 # Settings that do nothing but with others: name -> (the other one, its value, a letter in it or its least number).
 _NEEDS: dict[str, tuple[str, Any]] = {
     "model.mixer": ("model.layer_pattern", "L"),
+    "model.zero_centered_norm": ("model.norm", "rms"),
     "moe.aux_loss_weight": ("moe.balance", "aux_loss"),
     "moe.aux_loss_scope": ("moe.balance", "aux_loss"),
     "moe.bias_update_rate": ("moe.balance", "loss_free"),
@@ -287,13 +289,20 @@ def _check_layers(config: Config) -> None:
         mixer, mlp = table.get("mixer"), table.get("mlp", "moe")
         if mixer is None:
             raise ConfigError(f"{prefix}.mixer is missing; choose one of {', '.join(MIXERS)}.")
-        if mixer not in [*MIXERS]:
+        if mixer not in [*MIXERS, NONE]:
             raise ConfigError(f"{prefix}.mixer = {toml_value(mixer)} is unknown{_nearest(str(mixer), MIXERS)}.")
         if mlp not in [*FEED_FORWARDS, NONE]:
             raise ConfigError(
                 f"{prefix}.mlp = {toml_value(mlp)} is unknown; choose from {', '.join([*FEED_FORWARDS, NONE])}."
             )
-        options = {name: value for name, value in table.items() if name not in _OF_LETTER}
+        if mixer == mlp == NONE:
+            raise ConfigError(f"[{prefix}] has neither a mixer nor an mlp; give it one of the two.")
+        of_block = {name: value for name, value in table.items() if name in Residual.settings()}
+        _check_options(prefix, Residual.settings(), of_block)
+        for part, kind in (("mixer", mixer), ("mlp", mlp)):
+            if kind == NONE and (idle := [name for name in of_block if name.startswith(part)]):
+                raise ConfigError(f"{prefix}.{idle[0]} has no effect with {part} = 'none'; leave it unset.")
+        options = {name: value for name, value in table.items() if name not in {*_OF_LETTER, *of_block}}
         _check_mixer(config, prefix, mixer, options)
         _check_feed_forward(config, prefix, mlp, table.get("mlp_options", {}))
     for letter in config.model.layer_pattern:
@@ -305,9 +314,9 @@ def _check_layers(config: Config) -> None:
 
 
 def _check_mixer(config: Config, prefix: str, mixer: str, options: dict[str, Any]) -> None:
-    types = MIXERS[mixer].settings()
+    types = {} if mixer == NONE else MIXERS[mixer].settings()
     given = {name: getattr(config.model, name) for name in MODEL_WIDE if name in types} | options
-    checked = _check_options(prefix, types, given, _OF_LETTER)
+    checked = _check_options(prefix, types, given, (*_OF_LETTER, *Residual.settings()))
     if "inner_options" in types:  # the mixer holds another one
         if checked.inner not in MIXERS:
             raise ConfigError(

@@ -16,6 +16,7 @@ from torchlmoe.feed_forwards import FEED_FORWARDS
 from torchlmoe.files import toml_value
 from torchlmoe.layers.losses import LOSSES, OF_THE_HEAD
 from torchlmoe.mixers import MIXERS
+from torchlmoe.model.spec import Residual
 from torchlmoe.optim import OPTIMIZERS
 from torchlmoe.options import keyword_settings
 
@@ -45,6 +46,7 @@ def sections() -> Iterator[tuple[str, list[Setting]]]:
         hints = get_type_hints(type(table), include_extras=True)
         yield f"[{name}]", [_setting(f"{name}.{key}", hint, getattr(table, key)) for key, hint in hints.items()]
     letter = "model.layers.<letter>"
+    yield f"[{letter}] with any mixer and mlp", _options(letter, Residual.settings(), ())
     for mixer, kind in MIXERS.items():
         yield f"[{letter}] with mixer = {mixer!r}", _options(letter, kind.settings(), MODEL_WIDE)
     for mlp, layer in FEED_FORWARDS.items():

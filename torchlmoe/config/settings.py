@@ -15,7 +15,7 @@ from torchlmoe.files import expanded
 from torchlmoe.layers.losses import LOSSES
 from torchlmoe.mixers import MIXERS
 from torchlmoe.mixers.attention import ZeroCenteredNorm
-from torchlmoe.model.spec import BlockSpec, ModelSpec
+from torchlmoe.model.spec import BlockSpec, ModelSpec, Residual
 from torchlmoe.ops.linear_recurrence import Backend
 from torchlmoe.options import Configurable, InitStd, NormEps
 
@@ -61,18 +61,28 @@ class Model(Table):
     dim: Annotated[int, Field(ge=1, le=1_000_000, description="Width of the residual stream.")] = 256
     num_layers: Annotated[int, Field(ge=1, le=10_000, description="Blocks.")] = 4
     num_heads: Annotated[int, Field(ge=1, description="Heads of every mixer that does not say otherwise.")] = 4
-    mlp_dim: Annotated[int | None, Field(ge=1, description="Width of dense MLPs; 8/3 of dim if unset.")] = None
+    mlp_dim: Annotated[int | None, Field(ge=1, description="Width of dense MLPs; by their activation if unset.")] = None
     rope_base: Annotated[float, Field(gt=1, le=1e12, description="Base of the rotary wavelengths.")] = 10_000.0
+    norm: Annotated[
+        Literal["rms", "layer"],
+        Field(description="Norm of blocks and head: RMS, or layer norm with a bias (RWKV). Those in mixers stay."),
+    ] = "rms"
     norm_eps: NormEps = 1e-6
     zero_centered_norm: ZeroCenteredNorm = False
     init_std: InitStd = 0.02
     tie_embeddings: Annotated[bool, Field(description="Share the embedding with the output head.")] = False
+    embedding_multiplier: Annotated[
+        float, Field(ge=1e-6, le=1e6, description="Multiplies the embeddings (Granite).")
+    ] = 1.0
+    logit_divisor: Annotated[
+        float, Field(ge=1e-6, le=1e6, description="Divides the logits (Granite's logits_scaling).")
+    ] = 1.0
     loss_chunk_size: Annotated[int, Field(ge=1, description="Tokens whose logits are held at once.")] = 512
     layers: Annotated[
         dict[str, dict[str, Any]],
         Field(
-            description="Per letter: mixer, mlp (moe | dense | none), the mixer's own settings, and in mlp_options "
-            "those of the feed-forward layer."
+            description="Per letter: mixer (one of them or none), mlp (moe | dense | none), how they join the residual "
+            "stream, the mixer's own settings, and in mlp_options those of the feed-forward layer."
         ),
     ] = field(default_factory=dict)
 
@@ -371,15 +381,19 @@ class Config(Table):
     def block_spec(self, letter: str) -> BlockSpec:
         """What the blocks of a letter are made of, with every option that their layers' constructors take."""
         table = dict(self.model.layers[letter])
-        mixer, mlp = MIXERS[table.pop("mixer")], table.pop("mlp", "moe")
-        own = table.pop("mlp_options", {})
-        mixer_options = _defaults(mixer) | self._model_wide(mixer, MODEL_WIDE) | table
-        if mlp == NONE:
-            return BlockSpec(letter, mixer, mixer_options)
-        feed_forward = FEED_FORWARDS[mlp]
-        of_table = asdict(self.moe) if mlp == "moe" else {}
-        options = _defaults(feed_forward) | self._model_wide(feed_forward, FEED_FORWARD_WIDE) | of_table | own
-        return BlockSpec(letter, mixer, mixer_options, feed_forward, options)
+        named, mlp, own = table.pop("mixer"), table.pop("mlp", "moe"), table.pop("mlp_options", {})
+        residual = Residual(**{name: table.pop(name) for name in Residual.settings() if name in table})
+        mixer = feed_forward = None
+        mixer_options: dict[str, Any] = {}
+        options: dict[str, Any] = {}
+        if named != NONE:
+            mixer = MIXERS[named]
+            mixer_options = _defaults(mixer) | self._model_wide(mixer, MODEL_WIDE) | table
+        if mlp != NONE:
+            feed_forward = FEED_FORWARDS[mlp]
+            of_table = asdict(self.moe) if mlp == "moe" else {}
+            options = _defaults(feed_forward) | self._model_wide(feed_forward, FEED_FORWARD_WIDE) | of_table | own
+        return BlockSpec(letter, mixer, mixer_options, feed_forward, options, residual)
 
     def spec(self, vocab_size: int) -> ModelSpec:
         """The model that these settings describe."""
@@ -390,10 +404,13 @@ class Config(Table):
             vocab_size=vocab_size,
             dim=model.dim,
             blocks=tuple(of_letter[letter] for letter in letters),
+            norm_kind=model.norm,
             norm_eps=model.norm_eps,
             zero_centered_norm=model.zero_centered_norm,
             init_std=model.init_std,
             tie_embeddings=model.tie_embeddings,
+            embedding_multiplier=model.embedding_multiplier,
+            logit_divisor=model.logit_divisor,
             loss_chunk_size=model.loss_chunk_size,
             loss=partial(LOSSES[self.training.loss], **self.training.loss_options),
         )

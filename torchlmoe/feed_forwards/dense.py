@@ -1,4 +1,4 @@
-"""The dense feed-forward layer: one SwiGLU MLP for every token (arXiv 2002.05202)."""
+"""The dense feed-forward layer: one MLP for every token."""
 
 from typing import Annotated
 
@@ -6,7 +6,7 @@ from pydantic import Field
 from torch import Tensor
 
 from torchlmoe.feed_forwards.base import FeedForward
-from torchlmoe.layers.mlp import MLP
+from torchlmoe.layers.mlp import MLP, Activation
 from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.options import InitStd
 
@@ -16,11 +16,16 @@ class Dense(MLP, FeedForward):
         self,
         dim: int,
         *,
-        mlp_dim: Annotated[int | None, Field(ge=1, description="Hidden width; 8/3 of dim if unset.")] = None,
+        mlp_dim: Annotated[
+            int | None, Field(ge=1, description="Hidden width; if unset 8/3 of dim, or 4 times dim without a gate.")
+        ] = None,
+        activation: Activation = "swiglu",
         init_std: InitStd = 0.02,
     ):
+        self.check_choices(activation=activation)
         # 8/3 keeps the parameters of a SwiGLU those of a plain MLP of width 4.
-        super().__init__(dim, mlp_dim or 16 * max(1, round(dim * 8 / 3 / 16)), init_std=init_std)
+        width = 16 * max(1, round(dim * 8 / 3 / 16)) if activation == "swiglu" else 4 * dim
+        super().__init__(dim, mlp_dim or width, activation=activation, init_std=init_std)
 
     def forward(self, x: Tensor, *, sequence: SequenceLayout) -> Tensor:  # type: ignore[override]
         return super().forward(x)

@@ -21,7 +21,7 @@ from torchlmoe.feed_forwards.base import FeedForward
 from torchlmoe.feed_forwards.experts import Experts
 from torchlmoe.layers.initialization import normal_
 from torchlmoe.layers.linear import Linear
-from torchlmoe.layers.mlp import MLP
+from torchlmoe.layers.mlp import MLP, Activation
 from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.ops.grouped_matmul import run_alignment
 from torchlmoe.options import InitStd
@@ -32,7 +32,7 @@ from torchlmoe.routing.router import Router
 
 
 class MoE(RoutedLayer, FeedForward):
-    """x [B, T, dim] -> like x: routed SwiGLU experts, and shared ones that every token passes.
+    """x [B, T, dim] -> like x: routed experts, and shared ones that every token passes.
 
     With a capacity an expert serves at most ceil(factor * top_k * T / num_experts) tokens of a microbatch, the first
     ones in token order, as in Switch; the choices beyond get weight zero and are counted. The other weights of the
@@ -50,6 +50,11 @@ class MoE(RoutedLayer, FeedForward):
         num_experts: Annotated[int, Field(ge=1, description="Routed experts.")] = 16,
         top_k: Annotated[int, Field(ge=1, description="Experts that a token is sent to.")] = 4,
         expert_dim: Annotated[int, Field(ge=1, description="Hidden width of an expert.")] = 128,
+        activation: Activation = "swiglu",
+        latent_dim: Annotated[
+            int | None,
+            Field(ge=1, description="Width that tokens have in routed experts (Nemotron-3); the model's if unset."),
+        ] = None,
         num_shared_experts: Annotated[int, Field(ge=0, description="Experts that every token passes.")] = 0,
         shared_expert_dim: Annotated[
             int | None,
@@ -89,8 +94,9 @@ class MoE(RoutedLayer, FeedForward):
     ):
         super().__init__()
         self.check_choices(
-            score_function=score_function, group_score=group_score, balance=balance, aux_loss_scope=aux_loss_scope
-        )
+            score_function=score_function, group_score=group_score, balance=balance, aux_loss_scope=aux_loss_scope,
+            activation=activation,
+        )  # fmt: skip
         _check_groups(num_experts, top_k, num_expert_groups, num_limited_groups, group_score)
         shared_dim = num_shared_experts * expert_dim if shared_expert_dim is None else shared_expert_dim
         if shared_expert_gate and shared_dim == 0:
@@ -120,7 +126,10 @@ class MoE(RoutedLayer, FeedForward):
             with_bias=balance == "loss_free",
             init_std=init_std,
         )
-        self.experts = Experts(dim, expert_dim, num_experts, init_std=init_std)
+        width = latent_dim or dim
+        self.experts = Experts(width, expert_dim, num_experts, activation=activation, init_std=init_std)
+        self.to_latent = None if latent_dim is None else Linear(dim, latent_dim)
+        self.from_latent = None if latent_dim is None else Linear(latent_dim, dim)
         self.load_balance = LoadBalance(
             num_experts,
             aux_loss_weight=aux_loss_weight if balance == "aux_loss" else 0.0,
@@ -128,7 +137,7 @@ class MoE(RoutedLayer, FeedForward):
             z_loss_weight=z_loss_weight,
         )
         self.exchange: Exchange | None = None  # where ranks have parts of the experts
-        self.shared_expert = MLP(dim, shared_dim, init_std=init_std) if shared_dim else None
+        self.shared_expert = MLP(dim, shared_dim, activation=activation, init_std=init_std) if shared_dim else None
         self.shared_expert_gate = Linear(dim, 1) if shared_expert_gate else None
 
     def init_weights(self) -> None:
@@ -137,8 +146,9 @@ class MoE(RoutedLayer, FeedForward):
         self.load_balance.init_weights()
         if self.shared_expert is not None:
             self.shared_expert.init_weights()
-        if self.shared_expert_gate is not None:
-            normal_(self.shared_expert_gate.weight, self.init_std)
+        for layer in (self.shared_expert_gate, self.to_latent, self.from_latent):
+            if layer is not None:
+                normal_(layer.weight, self.init_std)
 
     def forward(self, x: Tensor, *, sequence: SequenceLayout) -> Tensor:
         x_TD = x.flatten(0, 1)
@@ -151,7 +161,8 @@ class MoE(RoutedLayer, FeedForward):
             weight_TK, dropped = weight_TK.masked_fill(beyond_TK, 0.0), beyond_TK.sum()
         if self.training and sequence.share.loss_weight and torch.is_grad_enabled():
             weight_TK = self.load_balance(weight_TK, routing, dropped, sequence)
-        x_MD, weight_M = gather_slots(x_TD, slots), reorder_choices(weight_TK, slots)
+        given_TD = x_TD if self.to_latent is None else self.to_latent(x_TD)
+        x_MD, weight_M = gather_slots(given_TD, slots), reorder_choices(weight_TK, slots)
         if self.exchange is None:
             shared = self._shared(x)
             y_MD = self.experts(x_MD, weight_M, slots.offset_E)
@@ -161,7 +172,8 @@ class MoE(RoutedLayer, FeedForward):
             x_MD, weight_M, arrived = self.exchange.sort(arriving, alignment)
             y_MD = self.experts(x_MD, weight_M, arrived.offset_E)
             y_MD = self.exchange.send_back(y_MD, arrived, arriving)
-        y = sum_slots(y_MD, slots).view_as(x)
+        y_TD = sum_slots(y_MD, slots)
+        y = (y_TD if self.from_latent is None else self.from_latent(y_TD)).view_as(x)
         return y if shared is None else y + shared
 
     def _shared(self, x: Tensor) -> Tensor | None:
@@ -204,8 +216,8 @@ class MoE(RoutedLayer, FeedForward):
         flops = self.router.flops_per_token() + self.top_k * self.experts.flops_per_row()
         if self.shared_expert is not None:
             flops += self.shared_expert.flops_per_token()
-        if self.shared_expert_gate is not None:
-            flops += 2 * self.shared_expert_gate.weight.numel()
+        for layer in (self.shared_expert_gate, self.to_latent, self.from_latent):
+            flops += 0 if layer is None else 2 * layer.weight.numel()
         return flops
 
     def idle_parameters(self) -> int:

@@ -1,4 +1,4 @@
-"""One block of the decoder: x + mixer(norm(x)), then x + feed_forward(norm(x))."""
+"""One block of the decoder: a mixer and then a feed-forward layer, or one of the two alone, with a norm for each."""
 
 from typing import Any
 
@@ -8,22 +8,32 @@ from torch import Tensor, nn
 from torchlmoe.feed_forwards.base import FeedForward
 from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.mixers.base import Mixer
-from torchlmoe.model.spec import ModelSpec
+from torchlmoe.model.spec import ModelSpec, Residual
 
 
 class Block(nn.Module):
     """x [B, T, dim] -> like x, and with `shared` a pair of both (see `Mixer.shared_width`).
 
-    feed_forward: None for a block that is a mixer alone. common: what its letter's layers have in common, for the
-        mixer.
+    mixer, feed_forward: None for a block without one. residual: how their outputs join the stream. common: what its
+    letter's layers have in common, for the mixer. Raises ValueError for a block with neither.
     """
 
-    def __init__(self, spec: ModelSpec, mixer: Mixer, feed_forward: FeedForward | None):
+    def __init__(
+        self, spec: ModelSpec, mixer: Mixer | None, feed_forward: FeedForward | None, residual: Residual | None = None
+    ):
         super().__init__()
-        self.mixer_norm = spec.norm()
+        if mixer is None and feed_forward is None:
+            raise ValueError("A block needs a mixer, a feed-forward layer or both; it has neither.")
+        self.residual = residual or Residual()
+        self.mixer_norm = None if mixer is None else spec.norm()
         self.mixer = mixer
         self.feed_forward_norm = None if feed_forward is None else spec.norm()
         self.feed_forward = feed_forward
+
+    @property
+    def shared_width(self) -> int:
+        """See `Mixer.shared_width`."""
+        return 0 if self.mixer is None else self.mixer.shared_width
 
     def forward(
         self,
@@ -34,16 +44,37 @@ class Block(nn.Module):
         shared: Tensor | None = None,
         common: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        handed: dict[str, Any] = {} if common is None else {"common": common}
-        mixed = self.mixer_norm(x)
-        if shared is not None and self.mixer.shared_width:
-            mixed, shared = self.mixer(mixed, sequence=sequence, cache=cache, shared=shared, **handed)
-        else:
-            mixed = self.mixer(mixed, sequence=sequence, cache=cache, **handed)
-        x = x + mixed
-        if self.feed_forward_norm is not None and self.feed_forward is not None:
-            x = x + self.feed_forward(self.feed_forward_norm(x), sequence=sequence)
+        residual = self.residual
+        if self.mixer is not None and self.mixer_norm is not None:
+            x, given = self._enter(x, self.mixer_norm)
+            handed: dict[str, Any] = {} if common is None else {"common": common}
+            if shared is not None and self.mixer.shared_width:
+                branch, shared = self.mixer(given, sequence=sequence, cache=cache, shared=shared, **handed)
+            else:
+                branch = self.mixer(given, sequence=sequence, cache=cache, **handed)
+            weights = residual.mixer_stream_weight, residual.mixer_branch_weight
+            x = self._join(x, branch, self.mixer_norm, *weights)
+        if self.feed_forward is not None and self.feed_forward_norm is not None:
+            x, given = self._enter(x, self.feed_forward_norm)
+            branch = self.feed_forward(given, sequence=sequence)
+            weights = residual.mlp_stream_weight, residual.mlp_branch_weight
+            x = self._join(x, branch, self.feed_forward_norm, *weights)
         return x if shared is None else (x, shared)
+
+    def _enter(self, x: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
+        """The stream, and what the branch is given."""
+        if self.residual.norm_placement == "post":
+            return x, x
+        normed = norm(x)
+        return (normed if self.residual.norm_placement == "stream" else x), normed
+
+    def _join(self, x: Tensor, branch: Tensor, norm: nn.Module, stream_weight: float, branch_weight: float) -> Tensor:
+        if self.residual.norm_placement == "post":
+            branch = norm(branch)
+        # A product with one would cost a pass over the tensor.
+        return (x if stream_weight == 1 else x * stream_weight) + (
+            branch if branch_weight == 1 else branch * branch_weight
+        )
 
     def init_weights(self) -> None:
         for module in self.children():
@@ -51,5 +82,5 @@ class Block(nn.Module):
 
     def flops_per_token(self, seq_len: int) -> int:
         """Forward FLOPs of one token."""
-        feed_forward = 0 if self.feed_forward is None else self.feed_forward.flops_per_token()
-        return self.mixer.flops_per_token(seq_len) + feed_forward
+        mixer = 0 if self.mixer is None else self.mixer.flops_per_token(seq_len)
+        return mixer + (0 if self.feed_forward is None else self.feed_forward.flops_per_token())

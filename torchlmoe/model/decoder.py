@@ -57,20 +57,22 @@ class Decoder(nn.Module):
         }
         seen: set[type[Mixer]] = set()
         for index, block in enumerate(spec.blocks):
-            place = Place(index, len(letters), first=block.mixer not in seen)
-            seen.add(block.mixer)
-            mixer = block.mixer.at(place, spec.dim, **block.mixer_options)
-            self.shared_width = max(self.shared_width, mixer.shared_width)
-            if (
-                self.places_in_common[str(index)][1] == 0
-                and (common := mixer.common(letters.count(block.letter))) is not None
-            ):
-                self.common[block.letter] = common
+            mixer = None
+            if block.mixer is not None:
+                place = Place(index, len(letters), first=block.mixer not in seen)
+                seen.add(block.mixer)
+                mixer = block.mixer.at(place, spec.dim, **block.mixer_options)
+                self.shared_width = max(self.shared_width, mixer.shared_width)
+                if (
+                    self.places_in_common[str(index)][1] == 0
+                    and (common := mixer.common(letters.count(block.letter))) is not None
+                ):
+                    self.common[block.letter] = common
             feed_forward = None
             if block.feed_forward is not None:
                 feed_forward = block.feed_forward(spec.dim, **block.feed_forward_options)
             # A dict, so that a pipeline stage which holds some blocks keeps their names.
-            self.blocks[str(index)] = Block(spec, mixer, feed_forward)
+            self.blocks[str(index)] = Block(spec, mixer, feed_forward, block.residual)
         self.head = Head(spec)
         self.counter_sizes = {name: layer.load_balance.num_experts for name, layer in self.routed_layers().items()}
 
@@ -123,9 +125,14 @@ class Decoder(nn.Module):
         [1, B * T / ranks, V], of its span of the rows laid back to back.
         """
         microbatch = describe(tokens, document_bounds, labels, loss_weight, self.span, tells_padding=self.training)
-        x, _ = self.run_blocks(self.embedding(microbatch.tokens), microbatch.sequence)
+        x, _ = self.run_blocks(self.embed(microbatch.tokens), microbatch.sequence)
         output = self.run_head(x, microbatch.labels)
         return output if labels is not None or not self.span.is_whole else output.view(*tokens.shape, -1)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """tokens int64 [B, T] -> what the first block takes, [B, T, dim]."""
+        x, multiplier = self.embedding(tokens), self.spec.embedding_multiplier
+        return x if multiplier == 1 else x * multiplier
 
     def run_blocks(
         self,
@@ -147,7 +154,7 @@ class Decoder(nn.Module):
             letter, place = self.places_in_common[index]
             context = dict(
                 sequence=sequence,
-                cache=None if cache is None else cache[index],
+                cache=None if cache is None else cache.get(index, None),
                 common=common[letter][place] if letter in common else None,
             )
             if shared is None:
@@ -159,7 +166,7 @@ class Decoder(nn.Module):
     @property
     def shares(self) -> bool:
         """Whether a block's mixer hands a tensor on to those of later blocks."""
-        return any(block.mixer.shared_width for block in self.blocks.values())  # type: ignore[union-attr]
+        return any(block.shared_width for block in self.blocks.values())  # type: ignore[union-attr]
 
     def run_head(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """Logits of x [B, T, dim], or the loss of labels, as of `Head`."""
@@ -172,7 +179,7 @@ class Decoder(nn.Module):
         cache: from `init_cache`, brought up to date in place.
         """
         sequence = SequenceLayout(positions, share=MicrobatchShare(loss_weight=0.0))
-        x, _ = self.run_blocks(self.embedding(tokens), sequence, cache)
+        x, _ = self.run_blocks(self.embed(tokens), sequence, cache)
         return self.run_head(x[:, -1:])[:, 0]
 
     def init_cache(
@@ -188,7 +195,11 @@ class Decoder(nn.Module):
         """
         weight = self.embedding.weight
         rows = (batch_size, max_length, dtype or weight.dtype, device or weight.device)
-        caches = {index: block.mixer.init_cache(*rows) for index, block in self.blocks.items()}  # type: ignore[operator,union-attr]
+        caches = {
+            index: block.mixer.init_cache(*rows)  # type: ignore[operator,union-attr]
+            for index, block in self.blocks.items()
+            if block.mixer is not None
+        }
         return TensorDict(caches, batch_size=[batch_size])
 
     def routed_layers(self) -> dict[str, RoutedLayer]:

@@ -38,6 +38,7 @@ class Head(nn.Module):
         super().__init__()
         self.init_std, self.loss_chunk_size = spec.init_std, spec.loss_chunk_size
         self.loss: Callable[..., Tensor] = spec.loss
+        self.logit_divisor = spec.logit_divisor
         self.vocabulary: VocabularyPart | None = None  # where ranks have parts of it
         self.norm = spec.norm()
         self.projection = None if spec.tie_embeddings else ColumnLinear(spec.dim, spec.vocab_size)
@@ -50,6 +51,8 @@ class Head(nn.Module):
     def forward(self, x: Tensor, labels: Tensor | None = None, tied_weight: Tensor | None = None) -> Tensor:
         """x [B, T, dim]; labels int64 [B, T], -100 where a token does not count -> logits [B, T, V] or a scalar sum."""
         x = self.norm(x)
+        if self.logit_divisor != 1:  # of the projection's input, so that every loss sees the logits that it should
+            x = x / self.logit_divisor
         weight = tied_weight if self.projection is None else self.projection.weight
         assert weight is not None
         if labels is None:

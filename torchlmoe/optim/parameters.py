@@ -31,8 +31,8 @@ class Parameters:
             if isinstance(module, nn.Linear):
                 matrices.append(parameters[f"{name}.weight"])
             elif isinstance(module, Experts):
-                matrices.append(parameters[f"{name}.down_proj"])
-                fused.append(parameters[f"{name}.gate_up_proj"])
+                for stack, _ in module.named_parameters():
+                    (fused if stack == "gate_up_proj" else matrices).append(parameters[f"{name}.{stack}"])
         return cls([parameter for parameter in parameters.values() if parameter.requires_grad], matrices, fused)
 
     def groups(self, weight_decay: float, without: Sequence[Tensor] = ()) -> list[dict[str, Any]]:

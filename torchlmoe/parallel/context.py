@@ -22,6 +22,8 @@ def context_parallel_plans(model: Decoder, settings: Parallelism, span: int) -> 
     plans = {}
     for index, block in model.blocks.items():
         mixer, (letter, _) = block.mixer, model.places_in_common[index]
+        if mixer is None:
+            continue  # a feed-forward layer works token by token
         lsm, attention = settings.lsm_context_parallel, settings.attention_context_parallel
         plan = mixer.context_parallel_plan(lsm=lsm, attention=attention)  # type: ignore[operator,union-attr]
         if not plan:

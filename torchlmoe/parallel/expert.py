@@ -32,5 +32,6 @@ def apply_expert_parallel(model: Decoder, ranks: Ranks) -> None:
         layer = block.feed_forward
         if not isinstance(layer, MoE):
             continue
-        HeadParameters(dict.fromkeys(("gate_up_proj", "down_proj"), 0))._apply(layer.experts, mesh)
+        stacks = [name for name, _ in layer.experts.named_parameters()]
+        HeadParameters(dict.fromkeys(stacks, 0))._apply(layer.experts, mesh)
         layer.exchange = Exchange(mesh, layer.num_experts)

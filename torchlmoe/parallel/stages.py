@@ -49,7 +49,7 @@ class Stage(nn.Module):
     ) -> Tensor | tuple[Tensor, ...]:
         part = self.part
         microbatch = describe(tokens, document_bounds, labels, loss_weight, part.span, tells_padding=self.training)
-        x = part.embedding(microbatch.tokens) if part.is_first else received[0]
+        x = part.embed(microbatch.tokens) if part.is_first else received[0]
         shared = received[1] if self.place.takes_shared else None
         x, shared = part.run_blocks(x, microbatch.sequence, shared=shared)
         if part.is_last:
@@ -86,7 +86,7 @@ class Pipeline:
 
 def cut(model: Decoder, bounds: Sequence[int], rank: int, num_ranks: int) -> Decoder:
     """What rank `rank` of `num_ranks` along `pp` has of a model, with a `pipeline`. bounds: of `stage_bounds`."""
-    sharing = [int(index) for index, block in model.blocks.items() if block.mixer.shared_width]  # type: ignore[union-attr]
+    sharing = [int(index) for index, block in model.blocks.items() if block.shared_width]
 
     def crosses(bound: int) -> bool:
         return bool(sharing) and sharing[0] < bound <= sharing[-1]

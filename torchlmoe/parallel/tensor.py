@@ -69,7 +69,8 @@ def tensor_parallel_plan(model: Decoder, degree: int) -> Plan:
         if hasattr(module, "tensor_parallel_style") and (style := module.tensor_parallel_style(degree)) is not None:  # type: ignore[operator]
             plan.append((name, style))
     for index, block in model.blocks.items():
-        plan.append((f"blocks.{index}.mixer", EnterHeads()))
+        if block.mixer is not None:
+            plan.append((f"blocks.{index}.mixer", EnterHeads()))
         plan += [(f"blocks.{index}.{name}", EnterHeads()) for name in _entrances("feed_forward", block.feed_forward)]  # type: ignore[arg-type]
     if "vocabulary" not in signature(model.spec.loss).parameters:
         raise ValueError(
