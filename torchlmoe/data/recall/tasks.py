@@ -44,7 +44,7 @@ def mqar(
         int | None, Field(ge=1, description="Draw the number of pairs from here to num_pairs; num_pairs if unset.")
     ] = None,
     power: Annotated[
-        float, Field(gt=0, le=1, description="The smaller, the nearer questions are to the pairs.")
+        float, Field(ge=1e-6, le=1, description="The smaller, the nearer questions are to the pairs.")
     ] = 0.01,
     vocab_size: VocabSize = 256,
 ) -> Document:
