@@ -16,7 +16,7 @@ from torchlmoe.files import failures_to_write
 
 def main(arguments: list[str]) -> None:
     flags, settings = _parser().parse_known_args(arguments)
-    for name in ("world_size", "gpus_per_node"):
+    for name in ("world_size", "gpus_per_node", "traces"):
         if getattr(flags, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(flags, name)} must be at least 1.")
     config = load_config(settings)
@@ -32,7 +32,10 @@ def main(arguments: list[str]) -> None:
     vocab_size = config.model.vocab_size or load_tokenizer_of(config.data).vocab_size
     asked = (config, vocab_size, flags.world_size, gpu, flags.gpu, flags.gpus_per_node)
     if flags.search:
-        ranked = search(*asked, tell=lambda plan: print(as_line(plan), file=sys.stderr, flush=True))
+        ranked, legal = search(
+            *asked, tell=lambda plan: print(as_line(plan), file=sys.stderr, flush=True), num_traced=flags.traces
+        )
+        print(f"{len(ranked):,} of {legal:,} layouts were traced; by their estimates, the others are slower")
         print("\n".join(as_line(plan) for plan in ranked))
         written: Any = [as_json(plan) for plan in ranked]
     else:
@@ -50,7 +53,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--world-size", metavar="N", type=int, required=True, help="ranks, one for each GPU")
     add("--gpu", metavar="NAME", default="h100", help="a100, h100, h200, b200, mi300x, or cpu; default %(default)s")
     add("--gpus-per-node", metavar="N", type=int, default=8, help="ranks with the fast link; default %(default)s")
-    add("--search", action="store_true", help="rank all layouts of N ranks by predicted time, those that fit first")
+    add("--search", action="store_true", help="rank the layouts of N ranks by predicted time, those that fit first")
+    add("--traces", metavar="N", type=int, default=16, help="layouts that --search traces at most; default %(default)s")
     parser.add_path("--json", metavar="FILE", help="also write the plan, or with --search a list of them, as JSON")
     return parser
 

@@ -5,6 +5,7 @@ import logging
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -15,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.conftest import PRELOADED
-from torchlmoe.data import local_files, tokenizing
+from torchlmoe.data import local_files, tokenizing, writers
 from torchlmoe.data import prepare as prepare_module
 from torchlmoe.data.corpus import open_corpus
 from torchlmoe.data.parts import Parts
@@ -48,8 +49,8 @@ def dataset(tmp_path):
 
 @pytest.fixture
 def build(dataset, tokenizer, tmp_path):
-    def build(place, *, workers=1, writers=1, writer=0, **options):
-        effort = Effort(workers, writers, writer)
+    def build(place, *, workers=1, writers=1, writer=0, timeout=600, **options):
+        effort = Effort(workers, writers, writer, timeout)
         defaults = {"dataset": dataset, "split": "train", "validation_fraction": 0, "tokenizer": tokenizer}
         return prepare(cache_dir=tmp_path / place, effort=effort, **{**defaults, **options})
 
@@ -129,7 +130,7 @@ def is_held_out(number, fraction):
 
 
 def build_without_waiting(build, *arguments, **options):
-    def give_up(build, until, what):
+    def give_up(build, until, has, what):
         if not until():
             raise TimeoutError
 
@@ -140,7 +141,7 @@ def build_without_waiting(build, *arguments, **options):
         return build(*arguments, **options)
 
 
-def count_for_the_others(build, until, what):
+def count_for_the_others(build, until, has, what):
     for piece in range(len(build.job.reading.pieces)):
         if "counts" in what and build.parts.count(piece) is None:
             tokenizing.count_documents(build.job, piece)
@@ -260,6 +261,41 @@ def test_the_leftover_of_a_finished_store_is_removed(build, tmp_path):
 def test_a_writer_that_is_none_is_refused(build):
     with pytest.raises(ValueError, match=r"data\.writer = 3 is none of the data\.num_writers = 3 writers"):
         build("a", writers=3, writer=3)
+
+
+def test_a_writer_that_is_lost_is_named(build, small_pieces, tmp_path, monkeypatch):
+    monkeypatch.setattr(writers, "SECONDS_BETWEEN_SIGNS", 0.1)
+    monkeypatch.setattr(prepare_module, "SECONDS_BETWEEN_LOOKS", 0.02)
+    for what, held_out in (("counts", 0.3), ("shares", 0)):
+        place, options = tmp_path / what, dict(writers=4, timeout=1, validation_fraction=held_out)
+        with pytest.raises(TimeoutError, match=rf"^The {what} of writers 0, 1, 2 of corpus-train-\w+ are missing, .*"):
+            build(place, writer=3, **options)
+        (parts,) = place.glob("*.parts")
+        with writers.SignOfLife(parts, 0), pytest.raises(TimeoutError) as error:  # 0 is slow, and not to blame
+            build(place, writer=2, **options)
+        assert re.fullmatch(
+            rf"The {what} of writers? 1(, 3)? of corpus-train-\w+ are missing, without a sign of life for "
+            r"data\.writer_timeout_seconds = 1: start the command again on all hosts, with a lower data\.num_writers "
+            r"\(now 4\) if there are fewer; it continues from what is finished\.",
+            str(error.value),
+        )
+        assert content(build(place, writers=1, validation_fraction=held_out)) == content(
+            build("alone", validation_fraction=held_out)
+        )
+        assert not litter(place)
+
+
+def test_a_sign_that_changes_in_time_is_a_sign(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(writers.time, "monotonic", lambda: clock[0])
+    watch, sign = writers.Watch(tmp_path, 10), tmp_path / "writer-3.alive"
+    assert watch.lost([3, 4]) == []
+    for clock[0], text, lost in ((9, None, []), (9.5, "1", []), (10, "1", [4]), (19.4, "1", [4]), (19.5, "1", [3, 4])):
+        if text is not None:
+            sign.write_text(text)
+        assert watch.lost([3, 4]) == lost
+    sign.write_text("2")  # started again
+    assert watch.lost([3, 4]) == [4]
 
 
 def build_small(dataset, folder, workers):

@@ -1,14 +1,18 @@
 """Experts spread over 2, 3 and 4 gloo processes, which have other rows, spans or pieces: as on one process."""
 
+import os
 from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import _get_work_registry_size
 
 from tests.conftest import run_on_ranks
 from tests.parallel.parity import SETTINGS, assert_layouts_equal_one_process
+from torchlmoe.checkpoint import open_model
 from torchlmoe.config.load import load_config
+from torchlmoe.feed_forwards.experts import Experts
 from torchlmoe.parallel.mesh import start_process_group
 from torchlmoe.parallel.parallelize import build_model
 from torchlmoe.parallel.ranks import Ranks
@@ -54,6 +58,52 @@ def test_equals_one_process(corpus, tmp_path):
         },
     }
     assert_layouts_equal_one_process(layouts, corpus, tmp_path, steps=2, float32=())
+
+
+def test_fewer_experts_than_ranks_that_share_them(corpus, tmp_path):
+    """FSDP cuts their matrices, which Muon moves as a whole, and checkpoints are those of one process."""
+    few = f"{BLOCKS} --moe.num_experts 2 --training.global_batch_size 4 --checkpoint.enable true"
+    muon = {"muon": f"{few} --optimizer.name muon"}
+    layouts = {4: {"rows": (muon | {"adamw": few}, ""), "rows_and_pieces": (muon, f"{HEADS} 2 {EXPERTS} 2")}}
+    assert_layouts_equal_one_process(layouts, corpus, tmp_path, steps=2, float32=(), setup=assert_matrices_are_cut)
+    for layout in layouts[4]:
+        (found, *_), (expected, *_) = open_model(tmp_path / layout / "muon"), open_model(tmp_path / "whole" / "muon")
+        for name, parameter in expected.named_parameters():
+            torch.testing.assert_close(found.get_parameter(name), parameter, rtol=1e-6, atol=1e-9)
+
+
+def assert_matrices_are_cut() -> None:
+    """On every process, that models trained from then on have no rank without a part of every expert."""
+    if int(os.environ["WORLD_SIZE"]) == 1:
+        return
+    build = build_model
+
+    def checked(*args):
+        model = build(*args)
+        for module in model.modules():
+            if isinstance(module, Experts):
+                assert {place.dim for place in module._parameters["down_proj"].placements if place.is_shard()} >= {1}
+        return model
+
+    patch("torchlmoe.training.trainer.build_model", checked).start()
+
+
+def count_unfinished_messages() -> None:
+    """Messages that nobody waits for stay in torch's registry, and hold the graph of their block."""
+    tokens = torch.zeros(1, 32, dtype=torch.int64)
+    for mode in ("none", "selective", "full"):
+        flags = f"{BLOCKS} {EXPERTS} 2 --training.global_batch_size 2 --activation_checkpoint.mode {mode}".split()
+        config = load_config([*SETTINGS, *flags])
+        start_process_group(torch.device("cpu"))
+        ranks = Ranks(config.parallelism, "cpu")
+        model = build_model(config, 64, ranks, torch.device("cpu"))
+        before = _get_work_registry_size()
+        model(tokens, None, tokens).sum().backward()
+        assert _get_work_registry_size() == before, mode
+
+
+def test_every_message_is_waited_for():
+    run_on_ranks(2, count_unfinished_messages)
 
 
 @pytest.mark.long

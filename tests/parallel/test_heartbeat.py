@@ -61,6 +61,11 @@ FAULTS = {
     "own error": (fail, 2, f"rank 2 ended in {HERE}: No space left on device; what was saved"),
     "own error, serves": (fail, 0, f"rank 0 ended in {HERE}: No space left on device; what was saved"),
     "killed, serves": (kill, 0, f"rank 0, whose process serves the store .*; this rank was in {HERE}; what was saved"),
+    "stopped, serves": (
+        stop,
+        0,
+        f"timeout_seconds = 2: rank 0, whose process serves the store .*; this rank was in {HERE}; what was saved",
+    ),
     "late": (
         sleep,
         2,
@@ -78,7 +83,8 @@ FAULTS = {
 def run_with(fault: str, rank: int, port: int, folder: Path, served: bool) -> None:
     """One rank of a run in which something happens to one of them; what it says goes to a file."""
     os.environ.update(RANK=f"{rank}", WORLD_SIZE=f"{WORLD_SIZE}", MASTER_ADDR="localhost", MASTER_PORT=f"{port}")
-    os.environ.update(TORCHELASTIC_USE_AGENT_STORE=f"{served}", TORCHELASTIC_RESTART_COUNT="0")
+    # Launchers of nodes may count attempts differently.
+    os.environ.update(TORCHELASTIC_USE_AGENT_STORE=f"{served}", TORCHELASTIC_RESTART_COUNT="0" if served else f"{rank}")
     torch.set_num_threads(1)
     heartbeat.INTERVAL = INTERVAL
     try:

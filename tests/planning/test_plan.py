@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.programs import run_program
 from torchlmoe.config.load import load_config
+from torchlmoe.parallel import data
 from torchlmoe.plan import main
 from torchlmoe.planning.gpus import GPUS
 from torchlmoe.planning.layout import make_plan
-from torchlmoe.planning.schedule import makespan
 from torchlmoe.planning.search import legal_layouts
 
 SMALL = """--model.layer_pattern LN --model.dim 32 --model.num_layers 2 --model.num_heads 2 --moe.num_experts 4
@@ -95,19 +96,6 @@ def test_the_layouts_of_four_ranks():
     assert all(4 // (pipeline * replicas) % expert == 0 for pipeline, replicas, _, _, expert in layouts)
 
 
-def test_the_bubble_of_1f1b():
-    """With equal stages it is (P - 1) / (P - 1 + M), whatever a backward takes (arXiv 2104.04473)."""
-    from types import SimpleNamespace
-
-    from torch.distributed.pipelining.schedules import Schedule1F1B
-
-    ranks, microbatches = 4, 8
-    order = Schedule1F1B._get_pipeline_order(SimpleNamespace(_num_stages=ranks, _n_microbatches=microbatches))  # type: ignore[arg-type]
-    seconds, bubble = makespan(order, lambda kind, stage: 1.0 if kind == "forward" else 2.0, transfer=0.0)
-    assert seconds == pytest.approx(3.0 * (microbatches + ranks - 1))
-    assert bubble == pytest.approx((ranks - 1) / (ranks - 1 + microbatches))
-
-
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
@@ -124,6 +112,45 @@ def test_refuses_in_one_sentence(flags, sentence):
         main([*SMALL, "--world-size", "4", *flags])
 
 
+def test_ends_as_a_program_with_one_sentence(tmp_path):
+    def ends(number: int, flags: list[str], sentence: str) -> None:
+        result = run_program(main, [*SMALL, "--world-size", "4", *flags], tmp_path / str(number))
+        assert result.returncode == 2
+        assert result.stdout == ""
+        assert sentence in result.stderr
+        assert len(result.stderr.splitlines()) == 1, result.stderr
+
+    ends(0, ["--parallelism.tensor_parallel_degree", "3"], "tensor_parallel_degree = 3 does not divide the 4 ranks")
+    ends(1, ["--model.num_heads", "1", "--parallelism.tensor_parallel_degree", "2"], "tensor_parallel_degree = 2")
+    ends(2, ["--gpu", "abacus"], "--gpu abacus is not known; choose from")
+    ends(3, ["--job.config_file", "train_configs/none.toml"], "train_configs/none.toml")
+
+
+def test_says_why_a_run_does_not_fit(capsys, tmp_path):
+    """The embedding and the head alone are 76 GiB of float32."""
+    file = tmp_path / "plan.json"
+    large = ["--model.vocab_size", "10000000", "--model.dim", "1024", "--training.global_batch_size", "2"]
+    main([*SMALL, *large, "--world-size", "1", "--json", str(file)])
+    assert "does not fit: the peak of " in (printed := capsys.readouterr().out)
+    assert " GiB is more than 72.00 GiB, 90% of the memory of h100" in printed
+    assert json.loads(file.read_text())["fits"] is False
+
+
+def test_experts_cut_by_their_width_are_gathered_without_padding(monkeypatch):
+    """Two experts on eight ranks: FSDP pads them to eight, unless their matrices are cut."""
+    config = load_config([*SMALL, "--parallelism.expert_parallel_degree", "2", "--training.global_batch_size", "32"])
+
+    def gathered() -> int:
+        plan = make_plan(config, 64, 16, GPUS["h100"], "h100", 8)
+        return next(
+            num_bytes for axis, kind, _, num_bytes in plan.communication() if (axis, kind) == ("efsdp", "all_gather")
+        )
+
+    cut = gathered()
+    monkeypatch.setattr(data, "_dim_of_experts", lambda parameter, degree: 0)
+    assert gathered() == 4 * cut
+
+
 RECIPES = Path(__file__).parents[2] / "train_configs"
 
 
@@ -138,6 +165,11 @@ RECIPES = Path(__file__).parents[2] / "train_configs"
     ],
 )
 def test_recipes_fit_gpus_of_80_gb(recipe, world_size):
-    config = load_config(["--job.config_file", os.fspath(RECIPES / f"{recipe}.toml")])
+    """With a margin, and as the first lines of the recipe say."""
+    file = RECIPES / f"{recipe}.toml"
+    config = load_config(["--job.config_file", os.fspath(file)])
     plan = make_plan(config, config.model.vocab_size, world_size, GPUS["h100"], "h100", 8)
     assert plan.fits, plan.reason
+    said = file.read_text().partition("[job]")[0]
+    assert f" {plan.peak_bytes / 2**30:.1f} GiB" in said
+    assert f" {plan.mfu:.0%}" in said

@@ -53,6 +53,7 @@ _NEEDS: dict[str, tuple[str, Any]] = {
     "profiling.memory_snapshot": ("profiling.enable", True),
     "checkpoint.load_step": ("checkpoint.enable", True),
     "data.writer": ("data.num_writers", 2),
+    "data.writer_timeout_seconds": ("data.num_writers", 2),
     "parallelism.lsm_context_parallel": ("parallelism.context_parallel_degree", 2),
     "parallelism.attention_context_parallel": ("parallelism.context_parallel_degree", 2),
     "parallelism.pipeline_parallel_schedule": ("parallelism.pipeline_parallel_degree", 2),

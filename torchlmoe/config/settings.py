@@ -175,6 +175,10 @@ class Data(Table):
         int | None,
         Field(ge=0, description="Which of them this is, from 0; unset: GROUP_RANK of torchrun, SLURM_NODEID, or 0."),
     ] = None
+    writer_timeout_seconds: Annotated[
+        float,
+        Field(ge=1, le=2_592_000, description="After so long without a sign of life another of them is lost."),
+    ] = 600.0
 
 
 @dataclass

@@ -22,6 +22,7 @@ from typing import Any
 
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
+from torchlmoe.data import writers
 from torchlmoe.data.corpus import Corpus, open_corpus
 from torchlmoe.data.parts import Parts, ShardFacts, replace
 from torchlmoe.data.progress import Task, TokenizationProgress
@@ -46,13 +47,14 @@ class Effort:
     """Who tokenizes.
 
     num_workers: processes on this host; all of its cores if None. num_writers: hosts that share the folder and the
-    work; writer: which of them this is.
+    work; writer: which of them this is. timeout: seconds without a sign of life after which another one is lost.
     Raises ValueError for a writer that is not one of them.
     """
 
     num_workers: int | None = None
     num_writers: int = 1
     writer: int = 0
+    timeout: float = 600.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.writer < self.num_writers:
@@ -86,7 +88,7 @@ def prepare(
     max_tokens: stop there, within a document if need be; end tokens count. None takes all.
     effort: who builds it; by default this process and as many as there are cores.
     options: those of corpus.open_corpus. Documents without text are left out.
-    Raises ValueError where the dataset is not there or has no text.
+    Raises ValueError where the dataset is not there or has no text, and TimeoutError where another writer is lost.
     """
     if max_tokens is not None and max_tokens < 2:
         raise ValueError(f"max_tokens = {max_tokens} leaves no text to read: give at least 2.")
@@ -142,20 +144,23 @@ class _Build:
         return TokenStore(self.folder)
 
     def _build(self) -> None:
-        share = self.folder
-        if self.effort.num_writers > 1:
-            share = self.folder.with_name(f"{self.folder.name}.writer-{self.effort.writer}")
-        with _lock(share):
-            if not self.folder.exists():
-                self.parts.create()
-                self._tokenize()
-                if share == self.folder:
-                    self._publish()
-        if share != self.folder:
-            self._wait(lambda: not self._missing(), "the shares of other writers")
+        if self.effort.num_writers == 1:
             with _lock(self.folder):
                 if not self.folder.exists():
+                    self.parts.create()
+                    self._tokenize()
                     self._publish()
+            return
+        with _lock(self.folder.with_name(f"{self.folder.name}.writer-{self.effort.writer}")):
+            if self.folder.exists():
+                return
+            self.parts.create()
+            with writers.SignOfLife(self.parts.folder, self.effort.writer):
+                self._tokenize()
+                self._wait(self._is_whole, self.parts.is_done, "shares")
+                with _lock(self.folder):
+                    if not self.folder.exists():
+                        self._publish()
 
     def _tokenize(self) -> None:
         """This writer's pieces."""
@@ -167,7 +172,7 @@ class _Build:
                 if self.job.counts:
                     uncounted = [Task(piece, only_count=True) for piece in own if self.parts.count(piece) is None]
                     self._do(iter(uncounted), len(uncounted), progress)
-                    self._wait(self._all_counted, "the counts of other writers")
+                    self._wait(self._all_counted, self._is_counted, "counts")
                 self._do(self._tasks(own), len(sizes), progress)
         except ValueError:
             if effort.num_writers == 1:  # once mended it is another corpus, which will not go on from here
@@ -222,23 +227,42 @@ class _Build:
                 do_task(self.job, task, progress.add)
                 progress.finish(task)
 
+    def _is_counted(self, piece: int) -> bool:
+        return self.parts.count(piece) is not None
+
     def _all_counted(self) -> bool:
-        return all(self.parts.count(piece) is not None for piece in range(len(self.job.reading.pieces)))
+        return all(map(self._is_counted, range(len(self.job.reading.pieces))))
 
-    def _missing(self) -> bool:
-        """Whether a piece that is wanted is not there, in a store that is not there either."""
+    def _is_whole(self) -> bool:
+        """Whether every piece that is wanted is there, or the store itself."""
         if self.folder.exists() or self._has_enough():
-            return False
+            return True
         num_pieces = len(self.job.reading.pieces)
-        return sum(1 for _ in self._done_in_order(num_pieces)) < num_pieces
+        return sum(1 for _ in self._done_in_order(num_pieces)) == num_pieces
 
-    def _wait(self, until: Callable[[], bool], what: str) -> None:
-        last_said = time.monotonic()
+    def _wait(self, until: Callable[[], bool], has: Callable[[int], bool], what: str) -> None:
+        """until: whether all is there. has: whether that of a piece is. Raises TimeoutError as `prepare` does."""
+        effort = self.effort
+        watch = writers.Watch(self.parts.folder, effort.timeout)
+        last_said = last_looked = time.monotonic()
         while not until():
-            if time.monotonic() - last_said > SECONDS_BETWEEN_LINES:
-                last_said = time.monotonic()
-                logger.info(f"Waiting for {what} of {self.folder.name}.")
             time.sleep(SECONDS_BETWEEN_LOOKS)
+            now = time.monotonic()
+            if now - last_looked < writers.SECONDS_BETWEEN_SIGNS:
+                continue
+            last_looked = now
+            pieces = range(len(self.job.reading.pieces))
+            missing = sorted({piece % effort.num_writers for piece in pieces if not has(piece)})
+            if (lost := watch.lost(missing)) and not until():
+                raise TimeoutError(
+                    f"The {what} of {_writers(lost)} of {self.folder.name} are missing, without a sign of life for "
+                    f"data.writer_timeout_seconds = {effort.timeout:g}: start the command again on all hosts, with a "
+                    f"lower data.num_writers (now {effort.num_writers}) if there are fewer; it continues from what is "
+                    "finished."
+                )
+            if now - last_said > SECONDS_BETWEEN_LINES:
+                last_said = now
+                logger.info(f"Waiting for the {what} of {_writers(missing)} of {self.folder.name}.")
 
     def _publish(self) -> None:
         dtype = token_dtype(self.tokenizer.vocab_size)
@@ -271,6 +295,12 @@ class _Build:
             text_bytes=sum(each.text_bytes for each in facts),
             token_bytes=self.tokenizer.token_bytes() if all(each.has_token_bytes for each in facts) else None,
         )
+
+
+def _writers(numbers: list[int]) -> str:
+    """In words, with a limit to what a sentence bears."""
+    shown = ", ".join(map(str, numbers[:8])) + f" and {len(numbers) - 8} more" * (len(numbers) > 8)
+    return f"{'writer' if len(numbers) == 1 else 'writers'} {shown}"
 
 
 def _lock(folder: Path) -> AcquireReturnProxy:

@@ -51,14 +51,18 @@ def fill_(parameter: Tensor, draw: Callable[[Tensor, torch.Generator | None], ob
     local.copy_(own_part(whole, parameter))
 
 
-def own_part(whole: Tensor, parameter: Tensor) -> Tensor:
-    """Of `whole`, which every rank has alike, what this rank's part of a sharded parameter corresponds to."""
+def own_part(whole: Tensor, parameter: Tensor, first_dim: int = 0) -> Tensor:
+    """Of `whole`, which every rank has alike, what this rank's part of a sharded parameter corresponds to.
+
+    first_dim: along dimensions before it, `whole` is cut already.
+    """
     if not isinstance(parameter, DTensor):
         return whole
     # The last axis cuts first: FSDP shards, along its axes, what tensor or expert parallelism has left.
     for axis in reversed(range(parameter.device_mesh.ndim)):
         placement = parameter.placements[axis]
-        if not placement.is_replicate():  # Shard, or the strided one that FSDP makes of a dim that is cut already
+        # Shard, or the strided one that FSDP makes of a dim that is cut already
+        if not placement.is_replicate() and placement.dim >= first_dim:  # type: ignore[attr-defined]
             parts = whole.chunk(parameter.device_mesh.size(axis), placement.dim)  # type: ignore[attr-defined]
             rank = parameter.device_mesh.get_local_rank(axis)
             whole = parts[rank] if rank < len(parts) else whole.narrow(placement.dim, 0, 0)  # type: ignore[attr-defined]

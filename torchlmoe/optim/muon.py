@@ -10,7 +10,7 @@ fused into one weight count apart. All else (embeddings, router, vectors) moves 
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Placement, Replicate
 
 from torchlmoe.layers.initialization import own_part
 from torchlmoe.ops.host_dtype import cpu_lacks_bfloat16
@@ -26,7 +26,8 @@ class Muon(torch.optim.AdamW):
     momentum, num_iterations: of Muon.
 
     A sharded weight (DTensor) is gathered for its step and every rank keeps its own part, so that the number of ranks
-    does not change a run; a stack sharded between its matrices needs no communication.
+    does not change a run. A stack is gathered only along the axes that cut its matrices: sharded between them, it needs
+    no communication.
     """
 
     def __init__(self, groups: list[dict], *, momentum: float = 0.95, num_iterations: int = 5, **adamw):
@@ -88,13 +89,17 @@ def orthogonalize(x_NMK: Tensor, num_iterations: int = 5) -> Tensor:
 
 
 def _whole_matrices(update: Tensor) -> Tensor:
-    """Gathered where a shard cuts matrices, this rank's own ones where it does not."""
+    """This rank's matrices, gathered along the axes of its mesh that cut them."""
     if not isinstance(update, DTensor):
         return update
-    cut = any(not place.is_replicate() and place.dim >= update.dim() - 2 for place in update.placements)  # type: ignore[attr-defined]
-    return update.full_tensor() if cut else update.to_local()
+    whole = [Replicate() if _cuts_matrices(place, update) else place for place in update.placements]
+    return update.redistribute(placements=whole).to_local()
 
 
 def _own_part(update: Tensor, parameter: Tensor) -> Tensor:
-    """A plain tensor like the rank's part of the parameter."""
-    return own_part(update, parameter) if update.shape == parameter.shape else update
+    """A plain tensor like the rank's part of the parameter, of whole matrices as of `_whole_matrices`."""
+    return own_part(update, parameter, first_dim=parameter.dim() - 2)
+
+
+def _cuts_matrices(place: Placement, x: Tensor) -> bool:
+    return not place.is_replicate() and place.dim >= x.dim() - 2  # type: ignore[attr-defined]

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 
 from torchlmoe.feed_forwards.experts import Experts
 from torchlmoe.model.decoder import Decoder
@@ -32,7 +33,7 @@ def apply_fsdp(model: Decoder, roots: Sequence[nn.Module], ranks: Ranks, dtype: 
 
     is_whole = model in roots
     reshard = None if is_whole else False  # None: after forward, but for the root
-    place = _placing_experts(model, ranks) if ranks.spreads_experts else None
+    place = _placing_experts(model, ranks)
     common = replicate(model.common.modules(), ranks)
     for block in model.blocks.values():
         islands = replicate(float32_islands(block), ranks) if casts_down else None
@@ -59,17 +60,35 @@ def apply_fsdp(model: Decoder, roots: Sequence[nn.Module], ranks: Ranks, dtype: 
 
 
 def _placing_experts(model: Decoder, ranks: Ranks) -> Callable[[nn.Parameter], Any]:
-    """Which ranks a parameter is sharded over: those of the group around it, but for experts, which live elsewhere.
+    """How a parameter is sharded: along its first dimension, over the ranks of the group around it, but for experts.
 
-    Experts are no group of their own, whose hooks would cut a compiled block in pieces.
+    They may live on other ranks. Experts are no group of their own, whose hooks would cut a compiled block in pieces.
     """
+    mesh = ranks.expert_parameters
+    degree = mesh.size(mesh.ndim - 1)
+    dims = {
+        id(parameter): _dim_of_experts(parameter, degree)
+        for module in model.modules()
+        if isinstance(module, Experts)
+        for parameter in module.parameters()
+    }
+    if not ranks.spreads_experts:
+        return lambda parameter: Shard(dims.get(id(parameter), 0))
     # Here, since torch 2.11, which trains on one GPU, may lack it.
     from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
 
-    mesh = ranks.expert_parameters
     where = FSDPMeshInfo(mesh, 0) if mesh.ndim == 1 else HSDPMeshInfo(mesh, 1, 0)
-    experts = {
-        id(parameter) for module in model.modules() if isinstance(module, Experts) for parameter in module.parameters()
-    }
-    placed = ShardPlacementResult(None, where)
-    return lambda parameter: placed if id(parameter) in experts else None
+    placed = {dim: ShardPlacementResult(Shard(dim), where) for dim in set(dims.values())}
+    return lambda parameter: placed[dims[id(parameter)]] if id(parameter) in dims else None
+
+
+def _dim_of_experts(parameter: nn.Parameter, degree: int) -> int:
+    """Along which a rank's experts [E, m, n] are sharded over `degree` ranks.
+
+    Between experts, if each rank gets one. FSDP pads fewer experts to one for each rank, and every rank would gather
+    the padding. Then each expert's matrix is cut, along a dimension that the ranks divide.
+    """
+    shape = (parameter.to_local() if isinstance(parameter, DTensor) else parameter).shape
+    if shape[0] >= degree:
+        return 0
+    return next((dim for dim in (1, 2) if shape[dim] % degree == 0), 0)

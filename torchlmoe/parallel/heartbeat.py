@@ -8,24 +8,27 @@ import atexit
 import itertools
 import json
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from torchlmoe.parallel.mesh import is_store_of_launcher
 from torchlmoe.parallel.verdict import ENDED, FAILED, RUNNING, Report, judge
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 INTERVAL = 1.0  # seconds between two reports of a rank
 BEATS_TO_WAIT = 3.5  # in which a rank that is not lost reports again
-_SECONDS_OF_A_REQUEST = 5.0
+_SECONDS_OF_A_REQUEST = 5.0  # and twice as many until a store that answers nothing is given up
 
 _VERDICT = "verdict"
 # Heartbeats of this process so far: the n-th of one rank belongs to the n-th of the others, and not to one before.
@@ -57,7 +60,7 @@ class Heartbeat:
         self._store: Any = None
         self._thread: threading.Thread | None = None
         self._verdict: str | None = None
-        self._beat, self._is_gone = 0, False
+        self._beat, self._is_late, self._is_gone = 0, False, False
         self._patience: float | None = None
         self._watched: _Pause | None = None
         self._writing, self._stopped = threading.Lock(), threading.Event()
@@ -72,11 +75,9 @@ class Heartbeat:
         if world_size == 1:
             return
         self.rank, self.world_size = rank, world_size
-        # Rank 0 has it in its process unless the launcher has it.
-        self._is_launchers = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self._is_launchers = is_store_of_launcher()  # otherwise rank 0 has it in its process
         self._patience = patience
-        self._original, self._prefix = store, f"heartbeat/{attempt}/{next(_number)}"
+        self._original, self._prefix = store, f"heartbeat/{next(_number)}"
         self._connect()
         self._write()
         # Daemon threads that are in C++ while the interpreter shuts down abort the process.
@@ -153,25 +154,48 @@ class Heartbeat:
     def _run(self) -> None:
         while not self._stopped.wait(INTERVAL):
             try:
+                if self._is_late:  # A late answer would be taken for that of the next request.
+                    self._ask(self._connect)
+                    self._is_late = False
                 self._write()
                 self._look()
                 self._watch()
-            except dist.DistStoreError:  # A late answer would be taken for that of the next request.
-                self._connect()
+            except dist.DistStoreError:
+                self._is_late = True
             except RuntimeError:  # The store is gone, which a collective that fails will tell.
                 self._is_gone = True
                 return
+
+    def _ask(self, request: Callable[[], T]) -> T:
+        """request() of the store. Raises DistStoreError where the store does not answer in time.
+
+        The time limit of a store is none where its host is cut off or its process stands still: some requests have no
+        limit, and after one that has torch asks to be let go, and waits for that answer without a limit.
+        """
+        answer = Future[T]()
+
+        def ask() -> None:
+            try:
+                answer.set_result(request())
+            except Exception as error:
+                answer.set_exception(error)
+
+        threading.Thread(target=ask, name="heartbeat request", daemon=True).start()
+        try:
+            return answer.result(2 * _SECONDS_OF_A_REQUEST)
+        except FutureTimeoutError:
+            raise dist.DistStoreError("The store does not answer.") from None
 
     def _write(self) -> None:
         with self._writing:
             self._beat += 1
             report = Report(self._beat, self._moves, self.where, self._state)
-            self._store.set(f"{self.rank}", json.dumps(report))
+            self._ask(lambda: self._store.set(f"{self.rank}", json.dumps(report)))
 
     def _look(self) -> None:
         """Keeps what another rank has concluded, which outlasts the store."""
-        if self._verdict is None and self._store.check([_VERDICT]):
-            self._verdict = self._store.get(_VERDICT).decode()
+        if self._verdict is None and self._ask(lambda: self._store.check([_VERDICT])):
+            self._verdict = self._ask(lambda: self._store.get(_VERDICT)).decode()
 
     def _watch(self) -> None:
         if self._watched is None or self._watched.moves != self._moves:
@@ -193,7 +217,7 @@ class Heartbeat:
 
     def _publish(self, verdict: str) -> None:
         """Takes the first rank's verdict for all."""
-        self._verdict = self._store.compare_set(_VERDICT, "", verdict).decode()
+        self._verdict = self._ask(lambda: self._store.compare_set(_VERDICT, "", verdict)).decode()
 
     def _let_others_read(self) -> None:
         """Keeps the store that this process serves until the threads of all ranks have looked."""
@@ -213,6 +237,9 @@ class Heartbeat:
 
     def _read(self) -> list[Report | None]:
         """The reports of all ranks; None of a rank that has written none."""
+        return self._ask(self._read_at_once)
+
+    def _read_at_once(self) -> list[Report | None]:
         keys = [f"{rank}" for rank in range(self.world_size)]
         if not self._store.check(keys):  # some rank has not started
             keys = [key for key in keys if self._store.check([key])]
@@ -228,4 +255,4 @@ class Heartbeat:
     def _without_store(self) -> str:
         who = "the launcher of the first node" if self._is_launchers else "rank 0"
         serves = f"{who}, whose process serves the store in which ranks report"
-        return f"{serves}, ended or hangs; this rank was in {self.where}"
+        return f"{serves}, ended, hangs or is cut off; this rank was in {self.where}"

@@ -57,9 +57,18 @@ def join_launch(timeout_seconds: float = 300.0) -> Launch:
     if "WORLD_SIZE" not in os.environ:
         return Launch(dist.HashStore(), 0, 1)
     timeout = timedelta(seconds=timeout_seconds)
-    launch = Launch(*next(dist.rendezvous("env://", timeout=timeout)))
-    launch.store.set_timeout(timeout)
-    return launch
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    if is_store_of_launcher():
+        # It is that of all attempts: a rank that torchrun has started again would take addresses of the one before.
+        # Rank 0's own is new in each attempt, which launchers of several nodes may count differently.
+        store = dist.PrefixStore(f"attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return Launch(store, rank, world_size)
+
+
+def is_store_of_launcher() -> bool:
+    """Whether the launcher serves the store in which ranks meet; otherwise rank 0 does."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
 
 
 def start_process_group(device: torch.device, timeout_seconds: float = 300.0, launch: Launch | None = None) -> None:

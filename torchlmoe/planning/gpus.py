@@ -1,9 +1,15 @@
 """GPUs by name: memory and rates, from their makers' data sheets; and this CPU, measured."""
 
+import os
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from torchlmoe.training.peak import peak_flops
 
@@ -15,6 +21,9 @@ GIB = 2**30
 class GPU:
     """memory_bytes: that a program can use. Rates of dense matrix products in FLOP/s, of its memory and of its links in
     bytes/s, one way: `link` to the others of a node, `network` its part of a node's connection to other nodes.
+    reduced_rate: that of an all-reduce's bytes over that of others. seconds_to_start: an operation, from Python;
+    seconds_of_message: before its first byte. overlaps: whether messages travel while the device computes; on a CPU
+    they take its cores.
     """
 
     memory_bytes: int
@@ -24,6 +33,10 @@ class GPU:
     memory_rate: float
     link: float
     network: float
+    reduced_rate: float = 1.0
+    seconds_to_start: float = 5e-6
+    seconds_of_message: float = 20e-6
+    overlaps: bool = True
 
     def matmul_rate(self, dtype: torch.dtype) -> float:
         """FLOP/s of matrix products in `dtype`."""
@@ -61,30 +74,81 @@ def gpu_named(name: str, ranks_per_node: int) -> GPU:
 
 
 def _this_cpu(ranks: int) -> GPU:
-    """What each of `ranks` processes has that share this machine. Messages are copied, in and out of a socket."""
-    cpu, pages = torch.device("cpu"), 0
-    with open("/proc/meminfo") as file:
-        pages = next(int(line.split()[1]) for line in file if line.startswith("MemTotal")) * 1024
-    float32, bfloat16 = (peak_flops(cpu, dtype) or 0.0 for dtype in (torch.float32, torch.bfloat16))
-    memory_rate = _copy_rate()
+    """What each of `ranks` processes has that share this machine: its cores, and so its rates and times."""
+    cpu = torch.device("cpu")
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    cores = os.cpu_count() or 1
+    part = max(1.0, cores / torch.get_num_threads()) / ranks  # of what this process reaches with its threads
+    float32, bfloat16 = ((peak_flops(cpu, dtype) or 0.0) * part for dtype in (torch.float32, torch.bfloat16))
+    seconds, rate, reduced_rate = _gloo()
+    wait = max(1.0, ranks / cores)  # for a core
     return GPU(
-        pages // ranks,
-        bfloat16 / ranks,
-        bfloat16 / ranks,
-        float32 / ranks,
-        memory_rate / ranks,
-        memory_rate / 4 / ranks,
-        memory_rate / 4 / ranks,
+        memory_bytes=memory // ranks,
+        bfloat16=bfloat16,
+        float8=bfloat16,
+        float32=float32,
+        memory_rate=_copy_rate() / ranks,
+        link=rate / ranks,
+        network=rate / ranks,
+        reduced_rate=reduced_rate,
+        seconds_to_start=wait * _seconds_of_operation(),
+        seconds_of_message=wait * seconds,
+        overlaps=False,
     )
 
 
 def _copy_rate() -> float:
-    """Bytes/s that are read and written where a large tensor is copied."""
+    """Bytes/s that are read and written when a large tensor is copied."""
     source = torch.ones(2**24)
     target = torch.empty_like(source)
-    best = float("inf")
-    for _ in range(5):
+    return 2 * source.nbytes / _least_seconds(lambda: target.copy_(source), 5)
+
+
+def _seconds_of_operation() -> float:
+    """Of an operation on few numbers, with its part of autograd's work."""
+    x = torch.ones(16, requires_grad=True)
+
+    def chain() -> None:
+        y = x
+        for _ in range(50):
+            y = y * x
+        y.sum().backward()
+
+    return _least_seconds(chain, 10) / 200  # each product is two more in the backward, and a sum
+
+
+def _gloo() -> tuple[float, float, float]:
+    """Seconds of a small message between two ranks; bytes/s of large ones, of both ranks together; `GPU.reduced_rate`.
+
+    The ranks are threads, which gloo takes for processes: messages go through a socket. It adds on the way what is
+    reduced, and copies what is gathered: their rates differ.
+    """
+    store, large = dist.HashStore(), 2**19
+
+    def join(rank: int) -> dist.ProcessGroup:
+        return dist.ProcessGroupGloo(store, rank, 2, timedelta(seconds=60))  # type: ignore[return-value]
+
+    with ThreadPoolExecutor(2) as threads:
+        groups = list(threads.map(join, range(2)))
+
+        def least(send: Callable[[dist.ProcessGroup, Tensor, Tensor], dist.Work], numbers: int, repeats: int) -> float:
+            def of_rank(rank: int) -> float:
+                part, whole = torch.ones(numbers), torch.zeros(2 * numbers)
+                return _least_seconds(lambda: send(groups[rank], part, whole).wait(), repeats)
+
+            return max(threads.map(of_rank, range(2)))
+
+        small = least(lambda group, part, whole: group.allreduce([part]), 16, 50)
+        gathering = least(lambda group, part, whole: group._allgather_base(whole, part), large, 30)
+        reducing = least(lambda group, part, whole: group.allreduce([whole]), large, 30)
+    # A rank of two sends its half of what is gathered, and of what is reduced as much as there is.
+    return small, 2 * 4 * large / gathering, 2 * gathering / reducing
+
+
+def _least_seconds(run: Callable[[], object], repeats: int) -> float:
+    least = float("inf")
+    for _ in range(repeats):
         begin = time.perf_counter()
-        target.copy_(source)
-        best = min(best, time.perf_counter() - begin)
-    return 2 * source.nbytes / best
+        run()
+        least = min(least, time.perf_counter() - begin)
+    return least

@@ -155,6 +155,8 @@ def _step_seconds(traces: list[RankTrace], machine: Machine) -> tuple[float, flo
     transfer = max((machine.seconds_to_send(message) for message in sends if message.axis == "pp"), default=0.0)
     assert traces[0].order is not None
     end, bubble = makespan(traces[0].order, lambda kind, stage: of_stage[kind, stage], transfer)
+    if not machine.gpu.overlaps:
+        end *= 1 - bubble  # ranks share cores: one that waits leaves its part of them to others
     # What is gathered before the first microbatch and reduced after the last one is not hidden by a typical one.
     return end + max(once), bubble
 
@@ -169,12 +171,11 @@ def _once_seconds(trace: RankTrace, machine: Machine) -> float:
             seconds += machine.sending(messages, fsdp=False) + machine.sending(messages, fsdp=True)
         elif trace.order is not None and part.microbatch != trace.typical(part.kind):
             computing = machine.computing(trace.tasks.get(part, Counter()))
-            seconds += max(0.0, machine.sending(messages, fsdp=True) - computing)
+            seconds += machine.beside(computing, messages)
     return seconds
 
 
 def _part_seconds(trace: RankTrace, part: Part, machine: Machine) -> float:
     messages = trace.messages.get(part, Counter[Message]())
     computing = machine.computing(trace.tasks.get(part, Counter()))
-    exposed = max(0.0, machine.sending(messages, fsdp=True) - computing)
-    return computing + exposed + machine.sending(messages, fsdp=False)
+    return computing + machine.beside(computing, messages) + machine.sending(messages, fsdp=False)

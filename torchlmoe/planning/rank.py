@@ -106,13 +106,17 @@ def trace_rank(config: Config, vocab_size: int, rank: int, world_size: int, *, o
             ready(model, config, ranks)
             rows, whole = batch_sizes(config.training, ranks.num_row_places)
             microbatches = whole // (rows * ranks.num_row_places)
-            step, order, traced = build_step(model, config, ranks, CPU), None, min(microbatches, 2)
+            step, order, traced, held = build_step(model, config, ranks, CPU), None, min(microbatches, 2), 0
             if isinstance(step, PipelineStep):
                 order = step.schedule.pipeline_order
                 config, traced = _shortened(config, ranks, microbatches)
+                held = _held_by_schedule(step, config, microbatches, traced)
                 step = build_step(model, config, ranks, CPU)
             batches = [example_batch(rows, config.training.seq_len) for _ in range(traced)]
             trace = trace_step(model, step, config, batches, ranks)
+    rest = (microbatches - traced) * size_of(batches[0].values())
+    trace.activation_bytes += held + rest
+    trace.peak_bytes += held + rest
     trace.microbatches, trace.traced, trace.order = microbatches, traced, order
     return trace
 
@@ -160,14 +164,33 @@ def size_of(tensors: Iterable[Tensor]) -> int:
 
 
 def _shortened(config: Config, ranks: Ranks, microbatches: int) -> tuple[Config, int]:
-    """Settings of a step of as few microbatches as make the pipeline as full as it gets, and their number."""
+    """Settings of a step of as few microbatches as make the pipeline as full as it gets, and their number.
+
+    One more than there are stages: the first stage holds gradients of a microbatch, and still as many activations.
+    """
     of_round = 1
     if config.parallelism.pipeline_parallel_schedule == "Interleaved1F1B":
         of_round = microbatches // (microbatches // ranks["pp"].size())
-    number = min(microbatches, -(-num_stages(config) // of_round) * of_round)
+    number = min(microbatches, -(-(num_stages(config) + 1) // of_round) * of_round)
     rows, _ = batch_sizes(config.training, ranks.num_row_places)
     training = replace(config.training, local_batch_size=rows, global_batch_size=number * rows * ranks.num_row_places)
     return replace(config, training=training), number
+
+
+def _held_by_schedule(step: PipelineStep, config: Config, microbatches: int, traced: int) -> int:
+    """Bytes that torch's schedules hold for the microbatches of a step, beyond what a trace of `traced` of them shows.
+
+    There is a buffer for each tensor that a stage receives, of each microbatch. An interleaved schedule waits for what
+    it sends at the end of the step. Until then real messages hold the tensors; those of a fake group hold nothing.
+    """
+    rows, _ = batch_sizes(config.training, step.ranks.num_row_places)
+    travels = 0
+    for stage in step.stages:
+        taken, returned = stage.examples(rows * config.training.seq_len, getattr(torch, config.training.dtype))
+        is_first, is_last = stage.place.index == 0, stage.place.index == step.num_stages - 1
+        travels += (not is_first) * size_of(taken) + (not is_last) * size_of(returned)
+    cat_of_batches = (microbatches - traced) * size_of(example_batch(rows, config.training.seq_len).values())
+    return travels * (microbatches - traced + step.is_interleaved * microbatches) + cat_of_batches
 
 
 @contextmanager

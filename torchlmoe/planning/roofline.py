@@ -7,7 +7,7 @@ What is assumed, beside a device's rates (gpus.py):
 - a ring collective over n ranks sends (n - 1) / n of its bytes, an all-reduce twice as much; an all-to-all as a ring;
 - an axis whose ranks are spread over more than one node moves its bytes at the network's rate;
 - what FSDP gathers and reduces runs beside the computation, and takes time only so far as it takes longer; all other
-  messages are waited for.
+  messages are waited for, and all are if the device computes them itself (a CPU).
 """
 
 from collections import Counter
@@ -24,8 +24,6 @@ PRODUCT_FRACTION = (
 OTHER_FRACTION = 0.25  # in recurrences and attention
 MEMORY_FRACTION = 0.8
 LINK_FRACTION = 0.8
-SECONDS_TO_START = 5e-6  # an operation, from Python
-SECONDS_OF_MESSAGE = 20e-6  # before its first byte
 FSDP_AXES = ("dp_replicate", "dp_shard", "dp_shard_cp", "efsdp")
 
 
@@ -43,15 +41,20 @@ class Machine:
         fraction = PRODUCT_FRACTION if task.is_product else OTHER_FRACTION
         computing = task.flops / (self.gpu.matmul_rate(task.dtype) * fraction)
         moving = task.num_bytes / (self.gpu.memory_rate * MEMORY_FRACTION)
-        return max(computing, moving, SECONDS_TO_START)
+        return max(computing, moving, self.gpu.seconds_to_start)
 
     def seconds_to_send(self, message: Message) -> float:
         n, num_bytes = message.num_ranks, float(message.num_bytes)
         if message.collective != "send":
-            num_bytes *= (n - 1) / n * (2 if message.collective == "all_reduce" else 1)
+            num_bytes *= (n - 1) / n * (2 / self.gpu.reduced_rate if message.collective == "all_reduce" else 1)
         within = self.strides.get(message.axis, 1) * n <= self.ranks_per_node
         rate = self.gpu.link if within else self.gpu.network
-        return SECONDS_OF_MESSAGE + num_bytes / (rate * LINK_FRACTION)
+        return self.gpu.seconds_of_message + num_bytes / (rate * LINK_FRACTION)
+
+    def beside(self, computing: float, messages: Counter[Message]) -> float:
+        """Seconds that FSDP's messages take longer than the computation that they run beside."""
+        sending = self.sending(messages, fsdp=True)
+        return max(0.0, sending - computing) if self.gpu.overlaps else sending
 
     def computing(self, tasks: Counter[Task]) -> float:
         return sum(self.seconds_of(task) * count for task, count in tasks.items())

@@ -1,13 +1,14 @@
-"""All layouts of a number of ranks that a model and its batch allow, and their plans from the fastest on."""
+"""The fastest layouts of a number of ranks that a model and its batch allow: all are estimated, the best are traced."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from torchlmoe.config.batch import check_degrees
+from torchlmoe.config.batch import check_degrees, ranks_of_rows
 from torchlmoe.config.settings import Config, Parallelism
 from torchlmoe.parallel.parallelize import whole_model
+from torchlmoe.planning.estimate import Sizes, estimate
 from torchlmoe.planning.gpus import GPU
-from torchlmoe.planning.layout import Plan, make_plan
+from torchlmoe.planning.layout import USABLE_FRACTION, Plan, make_plan
 
 
 def legal_layouts(config: Config, vocab_size: int, world_size: int) -> Iterator[Config]:
@@ -15,14 +16,24 @@ def legal_layouts(config: Config, vocab_size: int, world_size: int) -> Iterator[
 
     What else the settings say (schedule, ways of context parallelism, batch) stays.
     """
+    fits: dict[tuple[str, int, int], bool] = {}  # whole_model judges each axis alone, and a span by the data ranks
     for degrees in _combinations(config.parallelism, world_size):
         layout = replace(config, parallelism=degrees)
         try:
             check_degrees(layout, world_size)
-            whole_model(layout, vocab_size, world_size)
         except ValueError:
             continue
-        yield layout
+        data_ranks = world_size // ranks_of_rows(layout)
+        for axis in ("pipeline", "context", "tensor", "expert"):
+            name = f"{axis}_parallel_degree"
+            key = (axis, degree := getattr(degrees, name), data_ranks if axis == "context" else 0)
+            if key not in fits:
+                alone = replace(_one_of_each(degrees), **{name: degree})
+                fits[key] = _is_legal(replace(config, parallelism=alone), vocab_size, data_ranks * degree)
+            if not fits[key]:
+                break
+        else:
+            yield layout
 
 
 def search(
@@ -33,21 +44,64 @@ def search(
     gpu_name: str,
     ranks_per_node: int,
     tell: Callable[[Plan], None],
-) -> list[Plan]:
-    """Plans of all legal layouts: those that fit by predicted time, then those that do not, by how much they need.
+    num_traced: int = 16,
+) -> tuple[list[Plan], int]:
+    """Plans of the layouts that can be the fastest, and the number of legal layouts.
 
-    tell: is called with each plan as it is made. Raises ValueError where no layout is legal.
+    All legal layouts are put in order by `estimate`. Of those whose state alone fits, the first `num_traced` are
+    traced, or fewer: no layout is traced whose estimate is longer than the time of a traced one that fits. Plans that
+    fit come first, by predicted time; then those that do not, by how much they need.
+
+    tell: is called with each plan as it is made. Raises ValueError if no layout is legal, or no layout's state fits.
     """
-    plans = []
-    for layout in legal_layouts(config, vocab_size, world_size):
-        plans.append(make_plan(layout, vocab_size, world_size, gpu, gpu_name, ranks_per_node))
-        tell(plans[-1])
-    if not plans:
+    legal = list(legal_layouts(config, vocab_size, world_size))
+    if not legal:
         raise ValueError(
             f"--world-size {world_size} has no layout that the model and training.global_batch_size = "
             f"{config.training.global_batch_size} allow; choose another number of ranks or another batch."
         )
-    return sorted(plans, key=lambda plan: (not plan.fits, plan.seconds_per_step if plan.fits else plan.peak_bytes))
+    sizes = Sizes.of(whole_model(legal[0], vocab_size, world_size), config.training.seq_len)
+    estimates = [estimate(layout, sizes, world_size, gpu, ranks_per_node) for layout in legal]
+    possible = [
+        index for index, guess in enumerate(estimates) if guess.peak_bytes <= USABLE_FRACTION * gpu.memory_bytes
+    ]
+    if not possible:
+        least = min(guess.peak_bytes for guess in estimates)
+        raise ValueError(
+            f"--world-size {world_size} is too few: parameters, gradients and the optimizer's state take "
+            f"{least / 2**30:.2f} GiB of each rank or more, and {gpu_name} has {gpu.memory_bytes / 2**30:.2f} GiB; "
+            "choose more ranks."
+        )
+    plans: list[Plan] = []
+    for index in sorted(possible, key=lambda index: estimates[index].seconds)[:num_traced]:
+        fastest = min((plan.seconds_per_step for plan in plans if plan.fits), default=float("inf"))
+        if estimates[index].seconds > fastest:
+            break
+        plans.append(make_plan(legal[index], vocab_size, world_size, gpu, gpu_name, ranks_per_node))
+        tell(plans[-1])
+    in_order = sorted(plans, key=lambda plan: (not plan.fits, plan.seconds_per_step if plan.fits else plan.peak_bytes))
+    return in_order, len(legal)
+
+
+def _is_legal(config: Config, vocab_size: int, world_size: int) -> bool:
+    try:
+        whole_model(config, vocab_size, world_size)
+    except ValueError:
+        return False
+    return True
+
+
+def _one_of_each(given: Parallelism) -> Parallelism:
+    return replace(
+        given,
+        pipeline_parallel_degree=1,
+        data_parallel_replicate_degree=1,
+        data_parallel_shard_degree=-1,
+        context_parallel_degree=1,
+        tensor_parallel_degree=1,
+        expert_parallel_degree=1,
+        pipeline_parallel_split=None,  # one that was given is for another number of stages
+    )
 
 
 def _combinations(given: Parallelism, world_size: int) -> Iterator[Parallelism]:
@@ -57,15 +111,12 @@ def _combinations(given: Parallelism, world_size: int) -> Iterator[Parallelism]:
                 for tensor in _divisors(world_size // pipeline // replicas // context):
                     for expert in _divisors(world_size // pipeline // replicas):
                         yield replace(
-                            given,
+                            _one_of_each(given),
                             pipeline_parallel_degree=pipeline,
                             data_parallel_replicate_degree=replicas,
-                            data_parallel_shard_degree=-1,
                             context_parallel_degree=context,
                             tensor_parallel_degree=tensor,
                             expert_parallel_degree=expert,
-                            # One that was given is for another number of stages.
-                            pipeline_parallel_split=None,
                         )
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed._functional_collectives import all_to_all_single_autograd
+from torch.distributed._functional_collectives import AsyncCollectiveTensor, all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _resolve_process_group
 
@@ -77,7 +77,12 @@ class Exchange:
 
     def send_back(self, y: Tensor, slots: Slots, arrived: Arrived) -> Tensor:
         """The experts' outputs, in the order in which the slots were before `send`: [M, D]."""
-        return all_to_all_single_autograd(sum_slots(y, slots), arrived.sent, arrived.received, self.mesh)
+        y_MD = all_to_all_single_autograd(sum_slots(y, slots), arrived.sent, arrived.received, self.mesh)
+        if isinstance(y_MD, AsyncCollectiveTensor):
+            # Selective recompute sends these rows again, and keeps the result of the operation that reads them. Nothing
+            # would wait for them, and torch's registry would hold them and the block's graph until the process ends.
+            y_MD.trigger_wait()
+        return y_MD
 
 
 @custom_op("torchlmoe::exchange_counts")

@@ -70,7 +70,10 @@ def _store(split: str, data: Data, tokenizer: Tokenizer, **options: Any) -> Toke
         writer = int(os.environ.get("GROUP_RANK") or os.environ.get("SLURM_NODEID") or 0)
     # A host more than there are writers has no share, and waits for theirs as it does for that of another process.
     effort = Effort(
-        data.num_workers, data.num_writers, writer if data.writer is not None else writer % data.num_writers
+        data.num_workers,
+        data.num_writers,
+        writer if data.writer is not None else writer % data.num_writers,
+        data.writer_timeout_seconds,
     )
     cache_dir = data.cache_dir or "~/.cache/torchlmoe"
     return prepare(split=split, tokenizer=tokenizer, cache_dir=cache_dir, effort=effort, **options)

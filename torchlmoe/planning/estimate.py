@@ -1,0 +1,95 @@
+"""A layout's memory and time from sizes alone, without a trace: less than a trace finds, but in much the same order."""
+
+from dataclasses import dataclass
+
+import torch
+
+from torchlmoe.config.batch import batch_sizes, num_stages, ranks_of_rows
+from torchlmoe.config.settings import Config
+from torchlmoe.feed_forwards.experts import Experts
+from torchlmoe.feed_forwards.moe import MoE
+from torchlmoe.model.decoder import Decoder
+from torchlmoe.planning.communication import Message
+from torchlmoe.planning.gpus import GPU
+from torchlmoe.planning.layout import Layout
+from torchlmoe.planning.roofline import PRODUCT_FRACTION, Machine
+
+# Operations of a block, forward and backward. Blocks have more: an estimate must not be above what a trace finds.
+_OPERATIONS_OF_BLOCK = 100
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a model. experts, others: numbers of parameters. top_k: choices of a token, summed over routed layers."""
+
+    dim: int
+    blocks: int
+    experts: int
+    others: int
+    top_k: int
+    flops_per_token: float
+
+    @classmethod
+    def of(cls, model: Decoder, seq_len: int) -> "Sizes":
+        experts = sum(
+            x.numel() for module in model.modules() if isinstance(module, Experts) for x in module.parameters()
+        )
+        routed = [block.feed_forward for block in model.blocks.values() if isinstance(block.feed_forward, MoE)]
+        return cls(
+            dim=model.spec.dim,
+            blocks=len(model.blocks),
+            experts=experts,
+            others=sum(x.numel() for x in model.parameters()) - experts,
+            top_k=sum(layer.router.top_k for layer in routed),
+            flops_per_token=model.flops_per_token(seq_len),
+        )
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """peak_bytes: parameters, gradients and one number of the optimizer each. seconds: of a step."""
+
+    peak_bytes: int
+    seconds: float
+
+
+def estimate(config: Config, sizes: Sizes, world_size: int, gpu: GPU, ranks_per_node: int) -> Estimate:
+    """Counts products at their full rate, FSDP's, tensor and expert parallelism's messages, and the bubble of 1F1B.
+
+    Stages are taken to be equal. Nothing else of a step is counted, recompute neither.
+    """
+    layout = Layout.of(config, world_size)
+    degrees, machine = layout.degrees, Machine(gpu, ranks_per_node, layout.strides)
+    dtype = getattr(torch, config.training.dtype)
+    pipeline, tensor, expert = degrees["pp"], degrees["tp"], degrees["ep"]
+    shard = degrees["dp_shard"] * degrees["cp"]
+    data_ranks = world_size // ranks_of_rows(config)
+    rows, whole = batch_sizes(config.training, data_ranks)
+    microbatches = whole // (rows * data_ranks)
+    tokens = rows * config.training.seq_len // (degrees["cp"] * tensor)  # of a rank, in a microbatch, between blocks
+
+    def send(axis: str, collective: str, ranks: int, num_bytes: float) -> float:
+        return machine.seconds_to_send(Message(axis, collective, ranks, int(num_bytes))) if ranks > 1 else 0.0
+
+    flops = 3 * sizes.flops_per_token * whole * config.training.seq_len / world_size
+    starting = microbatches * sizes.blocks / pipeline * _OPERATIONS_OF_BLOCK * gpu.seconds_to_start
+    computing = max(flops / (gpu.matmul_rate(dtype) * PRODUCT_FRACTION), starting)
+
+    others, experts = sizes.others / (pipeline * tensor), sizes.experts / (pipeline * expert)
+    gathers = 1 if pipeline > 1 else microbatches
+    fsdp = 0.0
+    for axis, ranks, number in (("dp_shard_cp", shard, others), ("efsdp", shard * tensor // expert, experts)):
+        fsdp += gathers * send(axis, "all_gather", ranks, number * dtype.itemsize)
+        fsdp += send(axis, "reduce_scatter", ranks, number * max(4, dtype.itemsize))
+        fsdp += send("dp_replicate", "all_reduce", degrees["dp_replicate"], number * max(4, dtype.itemsize) / ranks)
+
+    activation = tokens * sizes.dim * dtype.itemsize
+    of_heads = 4 * sizes.blocks * send("tp", "all_gather", tensor, activation * tensor)
+    of_experts = 4 * sizes.top_k * send("ep", "all_to_all", expert, activation) if sizes.top_k else 0.0
+    waited = microbatches / pipeline * (of_heads + of_experts)
+
+    chunks = microbatches * (num_stages(config) // pipeline)
+    busy = computing + waited
+    seconds = busy * (1 + (pipeline - 1) / chunks) + (max(0.0, fsdp - computing) if gpu.overlaps else fsdp)
+    state = max(4, dtype.itemsize) * 3 * (sizes.others + sizes.experts) * degrees["dp_replicate"] / world_size
+    return Estimate(int(state), seconds)
