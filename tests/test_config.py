@@ -110,8 +110,7 @@ ALWAYS = {
     "model": "name flavor layer_pattern vocab_size dim num_layers norm norm_eps init_std tie_embeddings "
     "loss_chunk_size embedding_multiplier logit_divisor "
     "layers",
-    "data": "dataset reader_options tokenizer end_token text_column train_split validation_split max_tokens cache_dir "
-    "num_prefetch mixture num_workers num_writers",
+    "data": "dataset reader_options text_column train_split validation_split num_prefetch mixture",
     "training": "steps seq_len local_batch_size global_batch_size seed dtype loss loss_options max_norm "
     "non_finite deterministic device",
     "optimizer": "name options lr beta1 beta2 eps weight_decay",

@@ -21,10 +21,12 @@ ROOMS = [
     ["config"],
     ["parallel"],
     ["checkpoint", "inference"],
-    ["evaluation", "training"],
+    ["evaluation"],
+    ["training"],
     ["planning"],
     ["command", "config_loader", "settings_reference", "vendoring"],
-    ["evaluate", "export", "generate", "import_model", "plan", "prepare", "vendor"],
+    ["tuning"],
+    ["evaluate", "export", "generate", "import_model", "plan", "prepare", "tune", "vendor"],
 ]
 # Rooms that need no other package, and no other room.
 TORCH_ALONE = ("styles", "kernels")

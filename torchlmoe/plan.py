@@ -21,15 +21,15 @@ def main(arguments: list[str]) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(flags, name)} must be at least 1.")
     config = load_config(settings)
     # Imported here, so that --help and a mistyped setting answer at once.
-    from torchlmoe.data.tokenizer import load_tokenizer
     from torchlmoe.planning.gpus import gpu_named
     from torchlmoe.planning.layout import make_plan
     from torchlmoe.planning.report import as_json, as_line, as_table
     from torchlmoe.planning.search import search
+    from torchlmoe.training.data import load_tokenizer_of
 
     logging.getLogger("torchlmoe").setLevel(logging.ERROR)
     gpu = gpu_named(flags.gpu, min(flags.gpus_per_node, flags.world_size))
-    vocab_size = config.model.vocab_size or load_tokenizer(config.data.tokenizer, config.data.end_token).vocab_size
+    vocab_size = config.model.vocab_size or load_tokenizer_of(config.data).vocab_size
     asked = (config, vocab_size, flags.world_size, gpu, flags.gpu, flags.gpus_per_node)
     if flags.search:
         ranked, legal = search(

@@ -9,9 +9,9 @@ import logging
 
 from torchlmoe.command import run
 from torchlmoe.config.load import load_config
+from torchlmoe.config.recall import recall_data
 from torchlmoe.data.store import TokenStore
-from torchlmoe.data.tokenizer import load_tokenizer
-from torchlmoe.training.data import training_sources, validation_store
+from torchlmoe.training.data import load_tokenizer_of, training_sources, validation_store
 
 
 def main(arguments: list[str]) -> None:
@@ -21,7 +21,10 @@ def main(arguments: list[str]) -> None:
     config = load_config(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("torchlmoe").setLevel(logging.INFO)
-    tokenizer = load_tokenizer(config.data.tokenizer, config.data.end_token)
+    task, _, dataset = recall_data(config.data)[0]
+    if task is not None:
+        raise ValueError(f"{dataset} is drawn from a seed as it is read: there is nothing to prepare.")
+    tokenizer = load_tokenizer_of(config.data)
     if config.validation.enable:
         _say("validation", validation_store(config.data, tokenizer))
     for source in training_sources(config.data, tokenizer):

@@ -11,6 +11,7 @@ from typing import Any
 from torchlmoe.config.load import config_from, setting
 from torchlmoe.config.settings import Config, MoE
 from torchlmoe.data.local_files import TOKENS
+from torchlmoe.data.recall.store import PREFIX
 from torchlmoe.feed_forwards import NONE
 from torchlmoe.mixers import MIXERS
 
@@ -45,7 +46,14 @@ def _datasets(config: Config) -> list[str]:
 
 
 def _reads_hub(config: Config) -> bool:
-    return any(name != "embedded" and not Path(name).expanduser().exists() for name in _datasets(config))
+    return any(
+        name != "embedded" and not name.startswith(PREFIX) and not Path(name).expanduser().exists()
+        for name in _datasets(config)
+    )
+
+
+def _reads_text(config: Config) -> bool:
+    return not all(name.startswith(PREFIX) for name in _datasets(config)[bool(config.data.mixture) :])
 
 
 def _reads_tokens(config: Config) -> bool:
@@ -60,6 +68,10 @@ NEEDS: dict[str, Need] = {
     **{f"data.{key}": ("a dataset of the hub", _reads_hub) for key in ("dataset_config", "dataset_revision")},
     "data.token_dtype": ("files of tokens (.bin or .npy)", _reads_tokens),
     "data.validation_fraction": ("no data.validation_dataset", lambda config: config.data.validation_dataset is None),
+    **{
+        f"data.{key}": ("data other than recall tasks", _reads_text)
+        for key in ("tokenizer", "end_token", "max_tokens", "cache_dir", "num_workers", "num_writers")
+    },
     **{f"data.{key}": _enabled("validation") for key in ("validation_dataset", "validation_max_tokens")},
     **{f"validation.{key}": _enabled("validation") for key in ("interval", "max_batches", "local_batch_size")},
     **{f"checkpoint.{key}": _enabled("checkpoint") for key in ("interval", "keep_latest_k", "async_mode")},

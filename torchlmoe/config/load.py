@@ -18,9 +18,11 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError, create_model
 
 from torchlmoe.config.custom import import_modules
 from torchlmoe.config.flavors import FLAVORS
+from torchlmoe.config.recall import recall_data
 from torchlmoe.config.settings import FEED_FORWARD_WIDE, MODEL_WIDE, Config, Optimizer, Training
 from torchlmoe.data.order import check_weights
 from torchlmoe.data.readers import READERS
+from torchlmoe.data.recall.store import RecallStore, recall_settings, recall_task
 from torchlmoe.feed_forwards import FEED_FORWARDS, NONE
 from torchlmoe.files import complaint, expanded, is_unicode, read_toml, toml_value
 from torchlmoe.layers.losses import LOSSES, OF_THE_HEAD
@@ -369,8 +371,37 @@ def _check_registered(config: Config) -> None:
 
 
 def _check_reader(prefix: str, dataset: str, options: dict[str, Any]) -> None:
-    reader = READERS.get(dataset)
-    _check_options(f"{prefix}.reader_options", keyword_settings(reader) if reader else {}, options)
+    try:
+        task = recall_task(dataset)
+        reader = READERS.get(dataset)
+        types = recall_settings(task) if task else keyword_settings(reader) if reader else {}
+        _check_options(f"{prefix}.reader_options", types, options)
+        if task:
+            RecallStore(task, "train", **options)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{prefix}.dataset = {toml_value(dataset)}: {str(error).removesuffix('.')}.") from None
+
+
+def _check_recall(config: Config) -> None:
+    """Tasks of recall have a vocabulary of their own, and a row holds whole documents."""
+    data, seq_len = config.data, config.training.seq_len
+    given = recall_data(data, with_validation=config.validation.enable)
+    if not any(task for task, _, _ in given):
+        return
+    for task, options, dataset in given:
+        if task is None:
+            raise ConfigError(
+                f"{toml_value(dataset)} cannot be read beside a recall task, whose vocabulary is its own; give tasks "
+                'alone ("recall:mqar"), for validation too.'
+            )
+        length = RecallStore(task, "train", **options).length
+        if seq_len % length:
+            raise ConfigError(
+                f"training.seq_len = {seq_len} does not hold whole documents of {toml_value(dataset)}; give a multiple "
+                f"of its reader_options.length = {length}."
+            )
 
 
 def _check_options(
@@ -457,6 +488,7 @@ def _check_mixture(config: Config) -> None:
 def _check_consistency(config: Config) -> None:
     default = Config()
     _check_mixture(config)
+    _check_recall(config)
     profiling, training = config.profiling, config.training
     if 0 < training.max_norm < 1e-9:
         raise ConfigError(

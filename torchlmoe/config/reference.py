@@ -10,6 +10,8 @@ from typing import Any, Literal, Union, get_origin, get_type_hints
 
 from torchlmoe.config.settings import MODEL_WIDE, Config, Optimizer
 from torchlmoe.data.readers import READERS
+from torchlmoe.data.recall.store import PREFIX, recall_settings
+from torchlmoe.data.recall.tasks import TASKS
 from torchlmoe.feed_forwards import FEED_FORWARDS
 from torchlmoe.files import toml_value
 from torchlmoe.layers.losses import LOSSES, OF_THE_HEAD
@@ -64,6 +66,11 @@ def sections() -> Iterator[tuple[str, list[Setting]]]:
         for name, entry in registry.items():
             if name not in ("cross_entropy", "adamw", "muon"):
                 yield f"[{table}] with {key} = {name!r}", _options(table, keyword_settings(entry), known)
+    for task in TASKS:
+        yield (
+            f"[data.reader_options] with data.dataset = '{PREFIX}{task}'",
+            _options("data.reader_options", recall_settings(task), ()),
+        )
 
 
 def _options(table: str, settings: dict[str, tuple[Any, Any]], known: tuple[str, ...]) -> list[Setting]:

@@ -127,12 +127,12 @@ class Data(Table):
         str,
         Field(
             description="embedded, a local file or folder (json, parquet, text, or tokens in .bin or .npy), a reader, "
-            "or a hub id (streamed)."
+            "a recall task (recall:mqar), or a hub id (streamed)."
         ),
         PATH,
     ] = "embedded"
-    reader_options: Annotated[dict[str, Any], Field(description="The reader's own settings.")] = field(
-        default_factory=dict
+    reader_options: Annotated[dict[str, Any], Field(description="The own settings of a reader or recall task.")] = (
+        field(default_factory=dict)
     )
     dataset_config: Annotated[str | None, Field(description="Configuration of a hub dataset.")] = None
     dataset_revision: Annotated[

@@ -100,11 +100,11 @@ def validation_text_bytes(store: TokenStore, *, seq_len: int, batch_size: int, m
     """UTF-8 bytes of text that the labels of `validation_batches` stand for, over all ranks.
 
     Bits per byte is the sum of the labels' negative log likelihoods / ln 2 / bytes, end tokens included.
-    For a whole split they were counted from the text. For a part of one they are counted from its labels,
-    which takes a byte-level tokenizer that leaves the text as it is: ValueError otherwise.
+    0 if the tokens stand for no text. For a whole split they were counted from the text. For a part of one they are
+    counted from its labels, which takes a byte-level tokenizer that leaves the text as it is: ValueError otherwise.
     """
     num_labels = num_validation_rows(store, seq_len, batch_size, max_batches) * seq_len
-    if num_labels >= store.num_tokens:
+    if num_labels >= store.num_tokens or not store.is_text:
         return store.text_bytes
     if store.token_bytes is None:
         raise ValueError(

@@ -56,6 +56,8 @@ def row(store: TokenStore, index: int, seq_len: int, max_docs: int) -> tuple[Ten
     labels_L = np.full(seq_len, IGNORE_INDEX, dtype=np.int64)
     labels_L[:length] = store.end_id
     labels_L[: max(len(stream) - 1, 0)] = stream[1:]
+    if (own := store.own_labels(begin, begin + length)) is not None:
+        labels_L[:length] = own
 
     starts = store.document_starts
     # The end of the last document counts as a start: the filling's.

@@ -82,9 +82,11 @@ class StoreIndex:
 class TokenStore:
     """A finished store, opened for reading; the attributes of StoreIndex are its own.
 
-    token_bytes: uint16 [vocab_size] or None.
+    token_bytes: uint16 [vocab_size] or None. is_text: whether the tokens stand for text, which has bits per byte.
     Raises ValueError where a file is missing or does not have the size that the index gives, also while reading.
     """
+
+    is_text = True
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -141,6 +143,10 @@ class TokenStore:
         first, last = np.searchsorted(starts, [start, stop])
         inside = starts[first:last] - start
         return np.insert(self._stored(start - first, stop - last), inside - np.arange(len(inside)), self.end_id)
+
+    def own_labels(self, start: int, stop: int) -> np.ndarray | None:
+        """int64 labels of tokens [start, stop), cut off at the end; None if they are the next tokens, as in text."""
+        return None
 
     def _stored(self, start: int, stop: int) -> np.ndarray:
         """int64 tokens [start, stop) of the shards."""

@@ -5,11 +5,14 @@ from typing import Any
 
 import torch.distributed as dist
 
+from torchlmoe.config.recall import recall_data, recall_options
 from torchlmoe.config.settings import Data
 from torchlmoe.data.order import Source
 from torchlmoe.data.prepare import Effort, prepare
+from torchlmoe.data.recall.store import RecallStore, recall_task
+from torchlmoe.data.recall.tokenizer import symbol_tokenizer
 from torchlmoe.data.store import TokenStore
-from torchlmoe.data.tokenizer import Tokenizer
+from torchlmoe.data.tokenizer import Tokenizer, load_tokenizer
 
 
 def training_sources(data: Data, tokenizer: Tokenizer) -> list[Source]:
@@ -32,6 +35,14 @@ def training_sources(data: Data, tokenizer: Tokenizer) -> list[Source]:
     return sources
 
 
+def load_tokenizer_of(data: Data) -> Tokenizer:
+    """The tokenizer of a run; that of tasks of recall has a token for each id of the largest vocabulary among them."""
+    given = recall_data(data)
+    if given[0][0] is None:
+        return load_tokenizer(data.tokenizer, data.end_token)
+    return symbol_tokenizer(max(RecallStore(task, "train", **options).vocab_size for task, options, _ in given if task))
+
+
 def validation_store(data: Data, tokenizer: Tokenizer) -> TokenStore:
     return _store("validation", data, tokenizer, max_tokens=data.validation_max_tokens)
 
@@ -49,6 +60,11 @@ def _store(split: str, data: Data, tokenizer: Tokenizer, **options: Any) -> Toke
         reader_options=data.reader_options,
         token_dtype=data.token_dtype,
     )
+    options = of_data | options
+    name = data.validation_dataset if split == "validation" and data.validation_dataset else options["dataset"]
+    if (task := recall_task(name)) is not None:
+        own = options["reader_options"] if name == options["dataset"] else recall_options(data, name)
+        return RecallStore(task, split, **own)
     writer = data.writer
     if writer is None:
         writer = int(os.environ.get("GROUP_RANK") or os.environ.get("SLURM_NODEID") or 0)
@@ -60,7 +76,7 @@ def _store(split: str, data: Data, tokenizer: Tokenizer, **options: Any) -> Toke
         data.writer_timeout_seconds,
     )
     cache_dir = data.cache_dir or "~/.cache/torchlmoe"
-    return prepare(split=split, tokenizer=tokenizer, cache_dir=cache_dir, effort=effort, **{**of_data, **options})
+    return prepare(split=split, tokenizer=tokenizer, cache_dir=cache_dir, effort=effort, **options)
 
 
 def check_same_data(sources: list[Source], validation: TokenStore | None) -> None:

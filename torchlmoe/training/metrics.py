@@ -114,7 +114,8 @@ class MetricsLog:
                 parts.append(f"mfu {100 * record['mfu']:.1f}%")
             parts.append(f"{record['memory_gib']:.2f} GiB")
         if "val_loss" in record:
-            parts.append(f"val_loss {record['val_loss']:.4f}  val_bits_per_byte {record['val_bits_per_byte']:.4f}")
+            names = [name for name in ("val_loss", "val_bits_per_byte") if name in record]
+            parts += [f"{name} {record[name]:.4f}" for name in names]
         if step > self.first_step:
             seconds_per_step = (time.monotonic() - self._started) / (step - self.first_step)
             parts.append(f"eta {duration(seconds_per_step * (self.num_steps - step))}")
@@ -246,7 +247,8 @@ def plot_loss(records: list[dict[str, Any]], path: Path) -> None:
     steps, losses = series("val_loss")
     if steps:
         axis.plot(steps, losses, "o-", color="tab:orange", label="validation loss")
-        text = f"{series('val_bits_per_byte')[1][-1]:.3f} bits per byte"
+        bits_per_byte = series("val_bits_per_byte")[1]
+        text = f"{bits_per_byte[-1]:.3f} bits per byte" if bits_per_byte else f"{losses[-1]:.3f} nats"
         axis.annotate(text, (steps[-1], losses[-1]), (0, -22), textcoords="offset points", ha="right", weight="bold")
     axis.set(xlabel="step", ylabel="loss, nats per token")
     axis.grid(alpha=0.3)

@@ -25,7 +25,7 @@ from torchlmoe.config.settings import Config
 from torchlmoe.data.loader import TrainLoader, validation_text_bytes
 from torchlmoe.data.order import RowOrder, Source
 from torchlmoe.data.store import TokenStore
-from torchlmoe.data.tokenizer import Tokenizer, load_tokenizer
+from torchlmoe.data.tokenizer import Tokenizer
 from torchlmoe.files import failures_to_write
 from torchlmoe.layers.cross_entropy import IGNORE_INDEX
 from torchlmoe.model.decoder import Decoder, count_parameters
@@ -36,7 +36,7 @@ from torchlmoe.parallel.parallelize import build_model, whole_model
 from torchlmoe.parallel.ranks import Ranks
 from torchlmoe.parallel.stages import describe_stages
 from torchlmoe.training.counters import Counters
-from torchlmoe.training.data import check_same_data, training_sources, validation_store
+from torchlmoe.training.data import check_same_data, load_tokenizer_of, training_sources, validation_store
 from torchlmoe.training.host_memory import keep_freed_pages
 from torchlmoe.training.metrics import MetricsLog, memory_gib
 from torchlmoe.training.optimizer import build_optimizer, clip_gradients, set_lr
@@ -145,7 +145,7 @@ class Trainer:
     def _prepare_data(self) -> tuple[list[Source], TokenStore | None, Tokenizer, Decoder]:
         """Training and validation data, the tokenizer, and the whole model on the meta device."""
         data = self.config.data
-        tokenizer = load_tokenizer(data.tokenizer, data.end_token)
+        tokenizer = load_tokenizer_of(data)
         vocab_size = self.config.model.vocab_size or tokenizer.vocab_size
         if vocab_size < tokenizer.vocab_size:
             raise ValueError(

@@ -32,7 +32,8 @@ def validate(
     say: Callable[[str], None],
     asked_to_stop: Callable[[], bool],
 ) -> dict[str, float] | None:
-    """Loss (nats per token) and bits per byte of text, of the whole split or its first `validation.max_batches`.
+    """Loss (nats per token) and, if the data is text, bits per byte, of the whole split or its first
+    `validation.max_batches`.
 
     All ranks call it. say: takes a line now and then about how far it has come.
     asked_to_stop: asked of every rank between batches; if one says so, all of them return None soon after.
@@ -63,4 +64,5 @@ def validate(
             left = (last_said - begin) / rows * (num_rows - rows)
             say(f"validating: row {rows:,} of {num_rows:,}, eta {duration(left)}")
     loss_sum, tokens = ranks.total(ranks.own_loss(nll)).item(), ranks.total_of_rows(num_tokens).item()
-    return {"val_loss": loss_sum / tokens, "val_bits_per_byte": loss_sum / math.log(2) / num_bytes}
+    figures = {"val_loss": loss_sum / tokens}
+    return figures | ({"val_bits_per_byte": loss_sum / math.log(2) / num_bytes} if store.is_text else {})

@@ -1,0 +1,1 @@
+"""The paper's claims, checked small; see __main__."""

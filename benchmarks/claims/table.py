@@ -1,0 +1,142 @@
+"""What is claimed, at which sizes it is checked, and the rule for a verdict: all stated before anything is run.
+
+A figure's error is two standard errors of its mean over seeds; of times, the 95% range of the median. A rule is checked
+on the ends of that range: "held" if it holds on all of it, "not held" if it fails on all of it, and else "not decidable
+at this size".
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+HELD, NOT_HELD, UNDECIDED = "held", "not held", "not decidable at this size"
+MIXERS = ("gated_deltanet", "hgrn2", "mamba2", "gla", "rwkv7", "lightning")
+MODEL = {"model.dim": 128, "model.num_layers": 4, "model.num_heads": 4}
+SPARSE = {"moe.num_experts": 8, "moe.top_k": 2, "moe.expert_dim": 128}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """statement: what the paper says, in words. rule: what decides. sizes: JSON."""
+
+    statement: str
+    rule: str
+    sizes: dict[str, Any]
+
+
+CLAIMS = {
+    "throughput": Claim(
+        "At equal tokens in a step, linear models train as fast on long rows as on short ones; softmax attention does "
+        "not.",
+        "Held if, for every linear mixer, tokens/s at the longest rows over tokens/s at the shortest is at least 0.8, "
+        "and softmax attention's is lower than each of theirs.",
+        {
+            "settings": {**MODEL, **SPARSE, "model.vocab_size": 4096},
+            "mixers": [*MIXERS, "attention"],
+            "rows": [[512, 8], [1024, 4], [2048, 2], [4096, 1]],
+            "repeats": 7,
+            "least_ratio": 0.8,
+        },
+    ),
+    "decoding": Claim(
+        "Time and memory of a decoded token do not grow with the position for linear models; with softmax attention "
+        "both do.",
+        "Held if, for every linear mixer, the cache has as many bytes at the last position as at the first and the "
+        "time of a token is at most 1.05 times as long, and softmax attention's time is at least twice as long.",
+        {
+            "settings": {**MODEL, **SPARSE, "model.vocab_size": 4096},
+            "mixers": [*MIXERS, "attention"],
+            "positions": [1024, 4096, 16384, 65536, 131072],
+            "repeats": 100,
+            "most_ratio": 1.05,
+            "least_softmax_ratio": 2.0,
+        },
+    ),
+    "recall": Claim(
+        "Linear models recall less than softmax attention, by the size of their state; a few softmax blocks make up "
+        "for it.",
+        "Held if, at the largest number of pairs, the largest pure linear model recalls more keys than the smallest, "
+        "and every hybrid's accuracy is at least halfway from the pure linear model's of its width to softmax "
+        "attention's.",
+        {
+            "mixer": "gated_deltanet",
+            "settings": {
+                "model.num_layers": 8,
+                "model.num_heads": 2,
+                "training.steps": 600,
+                "training.global_batch_size": 64,
+                "optimizer.lr": 3e-3,
+                "lr_scheduler.warmup_steps": 30,
+                "lr_scheduler.decay": "linear",
+            },
+            "patterns": {
+                "pure": "LLLLLLLL",
+                "LN": "LNLNLNLN",
+                "LLLN": "LLLNLLLN",
+                "N first": "NLLLLLLL",
+                "N in the middle": "LLLNLLLL",
+                "N last": "LLLLLLLN",
+                "softmax": "NNNNNNNN",
+            },
+            "dims": [32, 64],
+            "pairs": [8, 16],
+            "seeds": [0, 1],
+            "documents": 512,
+        },
+    ),
+    "loss": Claim(
+        "At equal parameters and tokens, pure linear models come close to softmax attention, and hybrids reach it.",
+        "Held if, at both lengths, the best pure linear model's validation loss is at most 2% above softmax "
+        "attention's, and the best hybrid's is at most softmax attention's. Each model has the rate that "
+        "torchlmoe.tune finds for it, and experts of the width that brings its parameters next to softmax attention's.",
+        {
+            "mixers": list(MIXERS),
+            "layouts": {"pure": "LLLL", "hybrid": "LLLN"},
+            "settings": {
+                **MODEL,
+                **SPARSE,
+                "training.steps": 640,
+                "training.seq_len": 512,
+                "training.global_batch_size": 4,
+                "lr_scheduler.warmup_steps": 32,
+                "optimizer.lr": 2e-3,
+            },
+            "tune": "x8",
+            "lengths": [512, 1024],
+            "seeds": [0, 1],
+            "most_above": 0.02,
+        },
+    ),
+    "experts": Claim(
+        "At equal active parameters and tokens, a mixture of experts reaches a lower loss than a dense model.",
+        "Held if the validation loss of the mixture is lower than the dense model's for every mixer.",
+        {
+            "mixers": ["gated_deltanet", "attention"],
+            "settings": {
+                **MODEL,
+                "training.steps": 640,
+                "training.seq_len": 512,
+                "training.global_batch_size": 4,
+                "lr_scheduler.warmup_steps": 32,
+                "optimizer.lr": 2e-3,
+            },
+            "feed_forwards": {
+                "mixture": {"model.layers.L.mlp": "moe", **SPARSE},
+                "dense": {
+                    "model.layers.L.mlp": "dense",
+                    "model.mlp_dim": SPARSE["moe.top_k"] * SPARSE["moe.expert_dim"],
+                },
+            },
+            "seeds": [0, 1, 2],
+        },
+    ),
+}
+
+
+def verdict(checks: list[tuple[float, float, float]]) -> str:
+    """checks: for each, (figure, its error, limit); all figures must be at least their limits.
+
+    Undecided where a range holds its limit, and no other check fails on all of its range.
+    """
+    if any(figure + error < limit for figure, error, limit in checks):
+        return NOT_HELD
+    return HELD if all(figure - error >= limit for figure, error, limit in checks) else UNDECIDED

@@ -1,0 +1,200 @@
+"""The claims about what trained models reach: recall, validation loss, and experts against dense layers.
+
+Every run is a train.py run in a folder under outputs/claims; a run that was killed resumes from its checkpoint.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.claims.record import Unit, mean_and_error, of
+from benchmarks.claims.table import CLAIMS, verdict
+from torchlmoe.checkpoint import open_model
+from torchlmoe.config.load import load_config
+from torchlmoe.evaluation.recall import evaluate_recall
+from torchlmoe.files import read_toml
+from torchlmoe.model.decoder import build_on_meta, count_parameters
+
+WORK = Path("outputs/claims")
+VOCABULARY = 4096  # of the embedded tokenizer
+RUN = {"checkpoint.enable": "true", "metrics.plot": "false", "metrics.tensorboard": "false"}
+
+
+def flags(*settings: dict[str, Any]) -> list[str]:
+    merged = {name: value for each in settings for name, value in each.items()}
+    return [f"--{name}={value}" for name, value in merged.items()]
+
+
+def train(folder: Path, *settings: dict[str, Any]) -> dict[str, Any]:
+    """The last record of a run, which is done, resumed or begun."""
+    if not (folder / "finished").exists():
+        arguments = flags(RUN, *settings, {"job.dump_folder": folder})
+        subprocess.run([sys.executable, "train.py", *arguments], check=True)
+    return json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+def folder_of(claim: str, unit: Unit) -> Path:
+    return WORK / claim / "-".join(str(value).replace(" ", "_") for value in unit.values())
+
+
+class Recall:
+    """Multi-query associative recall of each layout, width and number of pairs, as generated text would be scored."""
+
+    sizes = CLAIMS["recall"].sizes
+    figures = ("accuracy",)
+    across, lines, panel = "pairs", "pattern", "dim"
+
+    def units(self) -> list[Unit]:
+        return [
+            {"pattern": pattern, "dim": dim, "pairs": pairs, "seed": seed}
+            for seed in self.sizes["seeds"]
+            for pairs in self.sizes["pairs"]
+            for dim in self.sizes["dims"]
+            for pattern in self.sizes["patterns"]
+        ]
+
+    def measure(self, unit: Unit) -> dict[str, Any]:
+        length, folder = 8 * unit["pairs"], folder_of("recall", unit)
+        options = {"num_pairs": unit["pairs"], "length": length}
+        train(
+            folder,
+            self.sizes["settings"],
+            {"model.layers.L.mlp": "dense", "model.layers.N.mlp": "dense"},
+            {"model.mixer": self.sizes["mixer"], "model.layer_pattern": self.sizes["patterns"][unit["pattern"]]},
+            {"model.dim": unit["dim"], "training.seed": unit["seed"], "training.seq_len": length},
+            {"data.dataset": "recall:mqar", "validation.interval": self.sizes["settings"]["training.steps"]},
+            {f"data.reader_options.{name}": value for name, value in options.items()},
+        )
+        model, _, _ = open_model(folder)
+        found = evaluate_recall(model, ["mqar"], points={"mqar": [options]}, num_documents=self.sizes["documents"])
+        cache = model.init_cache(1, length).values(include_nested=True, leaves_only=True)
+        state = sum(leaf.numel() * leaf.element_size() for leaf in cache)
+        return {"accuracy": found["mqar"]["exact_match"], "state_bytes": state, "recall": found["mqar"]}
+
+    def verdict(self, rows: list[dict[str, Any]]) -> tuple[str, str]:
+        pairs, dims = max(self.sizes["pairs"]), self.sizes["dims"]
+
+        def accuracy(pattern: str, dim: int) -> tuple[float, float]:
+            return mean_and_error([row["accuracy"] for row in of(rows, pattern=pattern, dim=dim, pairs=pairs)])
+
+        (large, large_error), (small, small_error) = accuracy("pure", max(dims)), accuracy("pure", min(dims))
+        checks = [(large - small, (large_error**2 + small_error**2) ** 0.5, 0.0)]
+        for dim in dims:
+            (pure, pure_error), (softmax, softmax_error) = accuracy("pure", dim), accuracy("softmax", dim)
+            for pattern in self.sizes["patterns"]:
+                if pattern not in ("pure", "softmax"):
+                    hybrid, error = accuracy(pattern, dim)
+                    margin = hybrid - (pure + softmax) / 2
+                    checks.append((margin, (error**2 + (pure_error**2 + softmax_error**2) / 4) ** 0.5, 0.0))
+        return verdict(checks), f"pure, {pairs} pairs: {small:.3f} at width {min(dims)}, {large:.3f} at {max(dims)}"
+
+
+class Loss:
+    """Validation loss of each mixer, pure and hybrid, and of softmax attention, each at its own tuned rate."""
+
+    sizes = CLAIMS["loss"].sizes
+    figures = ("val_loss", "parameters")
+    across, lines, panel = "length", "model", None
+
+    def models(self) -> dict[str, tuple[str, str]]:
+        named = {
+            f"{mixer}, {layout}": (mixer, pattern)
+            for layout, pattern in self.sizes["layouts"].items()
+            for mixer in self.sizes["mixers"]
+        }
+        return {**named, "softmax": ("attention", "LLLL")}
+
+    def units(self) -> list[Unit]:
+        return [
+            {"model": model, "length": length, "seed": seed}
+            for length in self.sizes["lengths"]
+            for model in self.models()
+            for seed in self.sizes["seeds"]
+        ]
+
+    def measure(self, unit: Unit) -> dict[str, Any]:
+        mixer, pattern = self.models()[unit["model"]]
+        rows = self.sizes["settings"]["training.global_batch_size"] * self.sizes["settings"]["training.seq_len"]
+        settings = {
+            **self.sizes["settings"],
+            "model.mixer": mixer,
+            "model.layer_pattern": pattern,
+            "training.seq_len": unit["length"],
+            "training.global_batch_size": rows // unit["length"],
+        }
+        settings["moe.expert_dim"] = self.expert_dim(settings)
+        tuned = folder_of("loss", {"model": unit["model"], "length": unit["length"]}) / "tuned.json"
+        search = ["--tune.optimizer.lr", self.sizes["tune"], "--output", str(tuned)]
+        subprocess.run([sys.executable, "-m", "torchlmoe.tune", *flags(settings), *search], check=True)
+        rate = read_toml(tuned.with_suffix(".toml"))["optimizer"]["lr"]
+        steps = settings["training.steps"]
+        seed = {"training.seed": 1 + unit["seed"], "optimizer.lr": rate, "validation.interval": steps}
+        folder = folder_of("loss", unit)
+        last = train(folder, settings, seed)
+        return {"val_loss": last["val_loss"], "lr": rate, "parameters": _parameters(settings), "last": last}
+
+    def expert_dim(self, settings: dict[str, Any]) -> int:
+        """The width of experts with which a model has about as many parameters as softmax attention."""
+        wanted = _parameters({**settings, "model.mixer": "attention", "model.layer_pattern": "LLLL"})
+        return min(range(64, 193, 4), key=lambda dim: abs(_parameters({**settings, "moe.expert_dim": dim}) - wanted))
+
+    def verdict(self, rows: list[dict[str, Any]]) -> tuple[str, str]:
+        checks, words = [], []
+        for length in self.sizes["lengths"]:
+            losses = {
+                model: mean_and_error([row["val_loss"] for row in of(rows, model=model, length=length)])
+                for model in self.models()
+            }
+            softmax, softmax_error = losses["softmax"]
+            for layout, above in (("pure", self.sizes["most_above"]), ("hybrid", 0.0)):
+                name, (loss, error) = min(
+                    ((name, each) for name, each in losses.items() if name.endswith(layout)), key=lambda item: item[1]
+                )
+                limit = 1 + above
+                checks.append((limit * softmax - loss, (error**2 + (limit * softmax_error) ** 2) ** 0.5, 0.0))
+                words.append(f"{name} {loss:.4f} ± {error:.2g} at {length}")
+            words.append(f"softmax {softmax:.4f} ± {softmax_error:.2g} at {length}")
+        return verdict(checks), "; ".join(words)
+
+
+def _parameters(settings: dict[str, Any]) -> int:
+    return count_parameters(build_on_meta(load_config(flags(settings)), VOCABULARY))
+
+
+class Experts:
+    """Validation loss with a mixture of experts and with a dense layer of as many active parameters."""
+
+    sizes = CLAIMS["experts"].sizes
+    figures = ("val_loss",)
+    across, lines, panel = "mixer", "feed_forward", None
+
+    def units(self) -> list[Unit]:
+        return [
+            {"mixer": mixer, "feed_forward": name, "seed": seed}
+            for seed in self.sizes["seeds"]
+            for mixer in self.sizes["mixers"]
+            for name in self.sizes["feed_forwards"]
+        ]
+
+    def measure(self, unit: Unit) -> dict[str, Any]:
+        last = train(
+            folder_of("experts", unit),
+            self.sizes["settings"],
+            self.sizes["feed_forwards"][unit["feed_forward"]],
+            {"model.mixer": unit["mixer"], "model.layer_pattern": "L", "training.seed": unit["seed"]},
+            {"validation.interval": self.sizes["settings"]["training.steps"]},
+        )
+        return {"val_loss": last["val_loss"], "last": last}
+
+    def verdict(self, rows: list[dict[str, Any]]) -> tuple[str, str]:
+        checks, words = [], []
+        for mixer in self.sizes["mixers"]:
+            (mixture, error), (dense, dense_error) = (
+                mean_and_error([row["val_loss"] for row in of(rows, mixer=mixer, feed_forward=name)])
+                for name in ("mixture", "dense")
+            )
+            checks.append((dense - mixture, (error**2 + dense_error**2) ** 0.5, 0.0))
+            words.append(f"{mixer}: mixture {mixture:.4f} ± {error:.2g}, dense {dense:.4f} ± {dense_error:.2g}")
+        return verdict(checks), "; ".join(words)

@@ -1,0 +1,170 @@
+"""The tasks of data/recall as an evaluation: what a model recalls and tracks, by number of pairs, length and depth."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+
+from torchlmoe.data.recall.store import RecallStore
+from torchlmoe.data.recall.tasks import END, TASKS, Document
+from torchlmoe.inference.generate import generate
+from torchlmoe.layers.cross_entropy import IGNORE_INDEX
+from torchlmoe.model.decoder import Decoder
+from torchlmoe.options import keyword_settings
+
+# What an evaluation varies: the options of each of its points.
+RECALL: dict[str, tuple[dict[str, Any], ...]] = {
+    "mqar": tuple(
+        {"num_pairs": pairs, "length": length} for pairs, length in ((4, 64), (8, 64), (16, 128), (32, 256), (64, 512))
+    ),
+    "selective_copying": tuple({"num_symbols": number, "length": 16 * number} for number in (4, 8, 16)),
+    "needle": tuple({"length": length, "depth": depth} for length in (64, 128, 256) for depth in (0.0, 0.5, 1.0)),
+    "phonebook": tuple({"num_entries": number, "length": 8 * (number + 2)} for number in (4, 8, 16, 32)),
+    "parity": tuple({"length": length} for length in (32, 64, 128, 256)),
+    "s3": tuple({"length": length} for length in (16, 32, 64, 128)),
+    "s5": tuple({"length": length} for length in (16, 32, 64, 128)),
+}
+By = Literal["likelihood", "generation"]
+
+
+@torch.no_grad()
+def evaluate_recall(
+    model: Decoder,
+    names: Sequence[str],
+    *,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    points: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+    by: By = "likelihood",
+    num_documents: int = 128,
+    batch_size: int = 16,
+    seed: int = 0,
+    end_id: int = END,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """The accuracy of each task at each of its points; all of it JSON.
+
+    model: put into evaluation mode.
+    names: of RECALL. options: of each task, for all of its points, as in data.reader_options; vocab_size is the task's
+        default or, if that has more, the model's. points: in place of those of RECALL.
+    by: "likelihood" takes the likeliest token at each label, given the tokens before it. "generation" continues the
+        tokens before each document's last question greedily, which is the same for answers of one token.
+    num_documents: at each point, from a split that is neither trained nor validated on; seed: of it.
+    end_id: the model's end token, which changes places with the task's.
+    progress: takes a line before each point.
+    Returns for each name `by`, `points`, and the means over points of `token_accuracy` (answer tokens) and
+    `exact_match` (questions all of whose tokens are right). Each point has these with standard errors (`_se`, of the
+    mean over documents), `num_documents`, `num_questions`, `num_tokens`, `last_exact_match` (of documents' last
+    questions) and, by likelihood, `nll`, nats per answer token.
+    Raises ValueError for a name that there is not and for options that do not fit.
+    """
+    if by not in get_args(By):
+        raise ValueError(f"by = {by!r} must be one of {', '.join(get_args(By))}.")
+    for name in names:
+        if name not in RECALL:
+            raise ValueError(f"There is no recall task {name!r}; choose from {', '.join(RECALL)}.")
+    if num_documents < 1 or batch_size < 1:
+        raise ValueError(f"num_documents = {num_documents} and batch_size = {batch_size} must be at least 1.")
+    model.eval()
+    results: dict[str, dict[str, Any]] = {}
+    for name in names:
+        figures = []
+        for point in (points or RECALL).get(name, RECALL[name]):
+            if progress is not None:
+                progress(f"{name}: {', '.join(f'{key} {value}' for key, value in point.items())}")
+            given = {"vocab_size": _vocab_size(model, name), **(options or {}).get(name, {}), **point}
+            own = {key: value for key, value in given.items() if key not in ("num_documents", "validation_documents")}
+            store = RecallStore(name, "test", **{**own, "validation_documents": num_documents, "seed": seed})
+            _check_vocabulary(model, store)
+            documents = [_with_end(store.document(number), end_id) for number in range(num_documents)]
+            ask = _by_likelihood if by == "likelihood" else _by_generation
+            figures.append({"options": dict(point)} | ask(model, documents, batch_size))
+        means = {key: float(np.mean([point[key] for point in figures])) for key in ("token_accuracy", "exact_match")}
+        results[name] = {"by": by, **means, "points": figures}
+    return results
+
+
+def trained_options(dataset: str, reader_options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The options for `evaluate_recall` of a model that was trained on `data.dataset` with `data.reader_options`.
+
+    Its length and vocabulary; what a point names itself stays the point's.
+    """
+    task = dataset.removeprefix("recall:")
+    return {task: dict(reader_options)} if task in TASKS and task != dataset else {}
+
+
+def _by_likelihood(model: Decoder, documents: list[Document], batch_size: int) -> dict[str, Any]:
+    device = model.embedding.weight.device
+    right, nll, num_tokens = [], 0.0, 0
+    for first in range(0, len(documents), batch_size):
+        batch = documents[first : first + batch_size]
+        tokens = torch.from_numpy(np.stack([document.tokens for document in batch])).to(device)
+        labels = torch.from_numpy(np.stack([document.labels for document in batch])).to(device)
+        asked = labels != IGNORE_INDEX
+        logits = model(tokens)[asked]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        nll += torch.nn.functional.cross_entropy(logits, labels[asked], reduction="sum").item()
+        hits = torch.zeros_like(asked)
+        hits[asked] = logits.argmax(-1) == labels[asked]
+        num_tokens += int(asked.sum())
+        right += [
+            _by_question(row, document.questions) for row, document in zip(hits.cpu().numpy(), batch, strict=True)
+        ]
+    return _figures(right) | {"nll": nll / num_tokens}
+
+
+def _by_generation(model: Decoder, documents: list[Document], batch_size: int) -> dict[str, Any]:
+    right = []
+    for first in range(0, len(documents), batch_size):
+        prompts, answers = [], []
+        for document in documents[first : first + batch_size]:
+            last = np.flatnonzero(document.questions == document.questions.max())
+            prompts.append(document.tokens[: last[0] + 1].tolist())
+            answers.append(document.labels[last])
+        length = max(map(len, answers))
+        written = generate(model, prompts, max_new_tokens=length)
+        right += [[np.array(row[: len(answer)]) == answer] for row, answer in zip(written, answers, strict=True)]
+    return _figures(right)
+
+
+def _by_question(hits: np.ndarray, questions: np.ndarray) -> list[np.ndarray]:
+    return [hits[questions == number] for number in range(questions.max() + 1)]
+
+
+def _figures(right: list[list[np.ndarray]]) -> dict[str, Any]:
+    """right: by document and question, whether each token of the answer is."""
+    tokens = [np.concatenate(document) for document in right]
+    exact = [np.array([question.all() for question in document]) for document in right]
+    figures: dict[str, Any] = {
+        "num_documents": len(right),
+        "num_questions": sum(map(len, exact)),
+        "num_tokens": sum(map(len, tokens)),
+    }
+    for key, values in (("token_accuracy", tokens), ("exact_match", exact)):
+        # Answers within a document depend on each other: documents are what is drawn.
+        means = np.array([document.mean() for document in values])
+        figures[key] = float(np.concatenate(values).mean())
+        figures[f"{key}_se"] = float(means.std(ddof=1) / len(means) ** 0.5) if len(means) > 1 else None
+    return figures | {"last_exact_match": float(np.mean([document[-1] for document in exact]))}
+
+
+def _vocab_size(model: Decoder, name: str) -> int:
+    return min(keyword_settings(TASKS[name])["vocab_size"][1], model.embedding.num_embeddings)
+
+
+def _check_vocabulary(model: Decoder, store: RecallStore) -> None:
+    if store.vocab_size > model.embedding.num_embeddings:
+        raise ValueError(
+            f"vocab_size = {store.vocab_size} of recall task {store.task!r} is more than the model's "
+            f"{model.embedding.num_embeddings} tokens; give a smaller one."
+        )
+
+
+def _with_end(document: Document, end_id: int) -> Document:
+    """With the end token's id in place of END, and the other way round."""
+    if end_id == END:
+        return document
+    tokens, labels = (
+        np.where(ids == END, end_id, np.where(ids == end_id, END, ids)) for ids in (document.tokens, document.labels)
+    )
+    return document._replace(tokens=tokens, labels=labels)

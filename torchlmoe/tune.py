@@ -1,0 +1,175 @@
+"""Tunes settings of a recipe: python -m torchlmoe.tune --job.config_file X --tune.optimizer.lr a,b,c --output FILE.json
+
+Successive halving: all values in short runs, the best of them in longer ones, the best of those at the recipe's length.
+Other settings are given as to train.py. After --tune.SETTING, a,b,c is a list, lo:hi or lo:hi:log a range that is drawn
+from, and x16 the recipe's own value times powers of two from 1/16 to 16. Killed, the same command resumes. Writes
+FILE.json with every run, FILE.png, and FILE.toml with the best settings.
+"""
+
+import argparse
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from torchlmoe.command import FlagParser, run
+from torchlmoe.config.load import load_config, setting, to_dict, to_toml
+from torchlmoe.config.settings import Config
+from torchlmoe.files import failures_to_write
+from torchlmoe.tuning.halving import Outcome, Plan, as_json, lengths_of, search
+from torchlmoe.tuning.trials import Range, choices, trials
+
+PREFIX = "--tune."
+# What a search sets itself.
+OWN = ("training.steps", "lr_scheduler.warmup_steps", "job.dump_folder", "validation.interval", "validation.enable")
+
+
+def main(arguments: list[str]) -> None:
+    tuned, rest = _tuned(arguments)
+    flags, settings = _parser().parse_known_args(rest)
+    for name, least in (("processes", 1), ("trials", 2), ("rounds", 1), ("keep", 2)):
+        if getattr(flags, name) < least:
+            raise ValueError(f"--{name} {getattr(flags, name)} must be at least {least}.")
+    if flags.output.suffix != ".json":
+        raise ValueError(f"--output {flags.output} must end in .json; the picture and the settings lie beside it.")
+    config = load_config(settings)
+    plan = _plan(flags, settings, config, tuned)
+    with failures_to_write("The search", flags.output, "make room, or name another file"):
+        flags.output.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{flags.output}.lock", timeout=0)
+    try:
+        with lock:
+            _search(flags, settings, config, plan)
+    except Timeout:
+        raise ValueError(f"Another search writes {flags.output}: wait for its end, or name another file.") from None
+
+
+def _search(flags: argparse.Namespace, settings: list[str], config: Config, plan: Plan) -> None:
+    # Imported here, so that --help and a mistyped setting answer at once.
+    from torchlmoe.tuning.picture import draw
+    from torchlmoe.tuning.runs import Runs
+
+    output: Path = flags.output
+    done = _done(output, plan)
+    digest = hashlib.sha256(json.dumps(asdict(plan), sort_keys=True).encode()).hexdigest()[:12]
+    folder = output.with_suffix(".runs") / digest
+    runs = Runs(settings, config, folder, processes=flags.processes, steps=plan.lengths[-1])
+
+    def write(outcomes: list[Outcome], best: Outcome | None = None) -> dict[str, Any]:
+        record = as_json(plan, outcomes, best)
+        beside = output.with_suffix(".json.partial")
+        with failures_to_write("The search", output, "make room; the same command resumes it"):
+            beside.write_text(json.dumps(record, indent=1) + "\n")
+            beside.replace(output)
+        done[:] = outcomes
+        return record
+
+    try:
+        best = search(plan, done, runs, write, processes=flags.processes, say=lambda line: print(line, flush=True))
+    finally:
+        runs.stop()
+    record = write(list(done), best)
+    draw(record, output.with_suffix(".png"))
+    found = load_config([*settings, *(f"--{name}={value}" for name, value in best.values.items())])
+    output.with_suffix(".toml").write_text(to_toml(found))
+    print(
+        f"best: {', '.join(f'{name} = {value}' for name, value in best.values.items())}, val_loss {best.val_loss:.4f}"
+    )
+    print(f"cost: {record['steps']:,} steps, of {record['steps_of_full_sweep']:,} for all values at full length")
+    for name in record["best"]["at_edge"]:
+        print(f"{name} = {best.values[name]} is the smallest or the largest that was tried: widen the search.")
+    print(f"written: {output}, {output.with_suffix('.png').name}, {output.with_suffix('.toml').name}")
+
+
+def _plan(flags: argparse.Namespace, settings: list[str], config: Config, tuned: dict[str, str]) -> Plan:
+    if not tuned:
+        raise ValueError("Nothing is tuned; give --tune.optimizer.lr 1e-3,2e-3,4e-3 or the like, once or more.")
+    if not config.validation.enable:
+        raise ValueError("validation.enable = false leaves nothing to compare runs by; set it to true.")
+    given: dict[str, list[str] | Range] = {}
+    for name, text in tuned.items():
+        if name in OWN:
+            raise ValueError(f"--tune.{name}: a search sets {name} itself; give --{name} for the recipe.")
+        try:
+            own = setting(config, name)
+        except AttributeError:
+            own = None  # in a table of options, or mistyped, which is refused below
+        given[name] = choices(name, text, own)
+    tried = trials(given, flags.trials, flags.seed)
+    if len(tried) < 2:
+        raise ValueError("There is one value of each setting, and nothing to choose from; give several.")
+    for values in tried:
+        load_config([*settings, *(f"--{name}={value}" for name, value in values.items())])
+    resolved = to_dict(config)
+    for name in ("dump_folder", "config_file", "debug", "print_config"):
+        resolved["job"].pop(name, None)
+    lengths = lengths_of(config.training.steps, flags.rounds, flags.keep)
+    if len(set(lengths)) < len(lengths):
+        raise ValueError(
+            f"training.steps = {config.training.steps} is too few for --rounds {flags.rounds} with --keep "
+            f"{flags.keep}; give more steps or fewer rounds."
+        )
+    return Plan(resolved, tried, lengths, flags.keep)
+
+
+def _done(output: Path, plan: Plan) -> list[Outcome]:
+    """The outcomes in a JSON file that this search has begun."""
+    if not output.exists():
+        return []
+    try:
+        record = json.loads(output.read_text())
+        if record["plan"] == json.loads(json.dumps(asdict(plan))):
+            return [Outcome(**each) for each in record["runs"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"{output} is not what a search has written; name another --output, or remove it.") from None
+    raise ValueError(f"{output} is of another search; give its settings again, name another --output, or remove it.")
+
+
+def _tuned(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
+    """The --tune flags by setting, and the arguments that are left."""
+    tuned: dict[str, str] = {}
+    rest, waiting = [], list(arguments)
+    while waiting:
+        argument = waiting.pop(0)
+        if not argument.startswith(PREFIX):
+            rest.append(argument)
+            continue
+        name, equals, text = argument.removeprefix(PREFIX).partition("=")
+        if not equals:
+            if not waiting or waiting[0].startswith("--"):
+                raise ValueError(f"{argument} needs values, such as 1e-3,2e-3.")
+            text = waiting.pop(0)
+        if name in tuned:
+            raise ValueError(f"{PREFIX}{name} is given twice; give all of its values at once.")
+        tuned[name] = text
+    return tuned, rest
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = FlagParser(
+        prog="python -m torchlmoe.tune",
+        description=(__doc__ or "").partition(":")[0],
+        epilog="--tune.SETTING a,b,c tries a list, lo:hi[:log] draws from a range, x16 multiplies the recipe's "
+        "value by 1/16 to 16. All other settings are those of train.py.",
+    )
+    add = parser.add_argument
+    parser.add_path("--output", metavar="FILE.json", required=True, help="every run; .png and .toml lie beside it")
+    add("--processes", metavar="N", type=int, default=1, help="runs at the same time; default %(default)s")
+    add("--rounds", metavar="N", type=int, default=3, help="lengths of runs; default %(default)s")
+    add(
+        "--keep",
+        metavar="N",
+        type=int,
+        default=4,
+        help="one in N trials stays, for N times as long; default %(default)s",
+    )
+    add("--trials", metavar="N", type=int, default=16, help="draws, if there is a range; default %(default)s")
+    add("--seed", metavar="N", type=int, default=0, help="of the draws; default %(default)s")
+    return parser
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,114 @@
+"""Successive halving (arXiv 1502.07943): short runs of all trials, longer ones of the best of them, and so on.
+
+Every run starts from scratch and has the whole schedule of its length, warm-up and decay included, so that the losses
+of a round compare runs that have ended. Runs that are continued at a longer length would have to be compared before
+their decay, which favours low learning rates, or would decay twice. Starting anew costs little, since early rounds are
+short. The last round has at least two runs, because the best rate of a short run may be too high for a long one.
+"""
+
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torchlmoe.tuning.trials import Values, at_edge
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a search does, before any run.
+
+    settings: of the recipe, resolved. tried: the trials. lengths: steps of a run in each round.
+    keep: one in so many trials goes into the next round.
+    """
+
+    settings: dict[str, Any]
+    tried: list[Values]
+    lengths: list[int]
+    keep: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of one run: the trial's number and the round's, its steps, what was set, the last validation loss or the error,
+    and the seconds that it took since it was last started."""
+
+    trial: int
+    round: int
+    steps: int
+    values: Values
+    val_loss: float | None
+    error: str | None
+    seconds: float
+
+
+def lengths_of(steps: int, rounds: int, keep: int) -> list[int]:
+    """Steps in each round: `steps` in the last, and in each before it as much less as there are more trials."""
+    return [math.ceil(steps / keep ** (rounds - 1 - round_)) for round_ in range(rounds)]
+
+
+def search(
+    plan: Plan,
+    done: list[Outcome],
+    run: Callable[[int, int, Values, int], Outcome],
+    write: Callable[[list[Outcome]], object],
+    *,
+    processes: int,
+    say: Callable[[str], None],
+) -> Outcome:
+    """Runs what is not among `done` and returns the best run of the last round.
+
+    run: (trial, round, values, steps) -> its outcome; `processes` of them at a time.
+    write: takes all outcomes after each run.
+    Raises ValueError where all runs of a round failed.
+    """
+    outcomes, left = list(done), list(range(len(plan.tried)))
+    for round_, steps in enumerate(plan.lengths):
+        say(f"round {round_ + 1} of {len(plan.lengths)}: {len(left)} runs of {steps} steps")
+        have = {outcome.trial for outcome in outcomes if outcome.round == round_}
+        executor = ThreadPoolExecutor(processes)
+        try:
+            futures = [
+                executor.submit(run, trial, round_, plan.tried[trial], steps) for trial in left if trial not in have
+            ]
+            for future in as_completed(futures):
+                outcomes.append(future.result())
+                write(outcomes)
+                say(_line(outcomes[-1]))
+        finally:
+            executor.shutdown(wait=False, cancel_futures=True)  # whoever called ends the runs that are left
+        of_round = [outcome for outcome in outcomes if outcome.round == round_]
+        good = sorted(
+            (each for each in of_round if each.val_loss is not None), key=lambda each: (each.val_loss, each.trial)
+        )
+        if not good:
+            raise ValueError(
+                f"All runs of round {round_ + 1} failed, the first of them so: {of_round[0].error} Try other "
+                "values, or keep more of them (--keep 2)."
+            )
+        left = [outcome.trial for outcome in good[: max(2, math.ceil(len(left) / plan.keep))]]
+    return good[0]
+
+
+def as_json(plan: Plan, outcomes: list[Outcome], best: Outcome | None) -> dict[str, Any]:
+    """The plan, the runs in order, their cost and that of a sweep at full length, and the best once it is known."""
+    record: dict[str, Any] = {
+        "plan": asdict(plan),
+        "runs": [asdict(outcome) for outcome in sorted(outcomes, key=lambda each: (each.round, each.trial))],
+        "steps": sum(outcome.steps for outcome in outcomes),
+        "steps_of_full_sweep": plan.lengths[-1] * len(plan.tried),
+    }
+    if best is not None:
+        record["best"] = {
+            "values": best.values,
+            "val_loss": best.val_loss,
+            "at_edge": at_edge(plan.tried, best.values),
+        }
+    return record
+
+
+def _line(outcome: Outcome) -> str:
+    values = ", ".join(f"{name} {value}" for name, value in outcome.values.items())
+    found = f"val_loss {outcome.val_loss:.4f}" if outcome.val_loss is not None else f"failed: {outcome.error}"
+    return f"  {values}: {found}, {outcome.seconds:.0f} s"
