@@ -160,7 +160,7 @@ def test_mixtures(tmp_path):
         ),
         (MIXTURE.replace("weight = 1", "weight = -1"), arguments[2:], r"data\.mixture\.1\.weight = -1 is not valid"),
         ("[{weight = 1}]", arguments[2:], r"data\.mixture\.0\.dataset is missing"),
-        ("[{dataset = 'a', weight = 0}]", arguments[2:], "weight = 0 alone: give at least one of them more"),
+        ("[{dataset = 'a', weight = 0}]", arguments[2:], "only sources with weight = 0: give at least one"),
     ):
         with pytest.raises(ConfigError, match=sentence):
             load_config(["--data.mixture", mixture, *others])
@@ -245,7 +245,7 @@ BAD = {
     f"--model.layers.L.inner_options {'[' * 600}": "model.layers.L.inner_options is not a setting",
     "--parallelism.timeout_seconds 1e30": "it should be less than or equal to 2592000.",
     "--data.text_column \udcff": "data.text_column = '\\udcff' is not valid: it should be UTF-8 without NUL.",
-    "--job.dump_folder=": "job.dump_folder = '' is not valid: it should not be empty (as an unset shell variable is);",
+    "--job.dump_folder=": "job.dump_folder = '' is not valid: it should not be empty (an unset shell variable is);",
     "--job.config_file=": "job.config_file = '' is not valid: it should not be empty",
     "--job.config_file.x 3": "job.config_file = {'x': 3} is not valid: it should be a valid string.",
     "--job.config_file /dev/zero": "job.config_file cannot be used: /dev/zero is not a regular file.",
@@ -300,7 +300,7 @@ BAD = {
     "--model.init_std 1e30": "init_std = 1e+30 is not valid: it should be less than or equal to 10.",
     "--optimizer.eps 1e-300": "optimizer.eps = 1e-300 is not valid: it should be greater than or equal to 1e-20.",
     "--moe.capacity_factor 1e-300": "it should be greater than or equal to 0.01.",
-    "--training.max_norm 1e-300": "training.max_norm = 1e-300 leaves nothing of a gradient; 0 is for no clipping.",
+    "--training.max_norm 1e-300": "training.max_norm = 1e-300 would clip every gradient to zero; 0 is for no clipping.",
     "--lr_scheduler.warmup_steps 30 --training.steps 20": "warmup_steps = 30 is more than training.steps = 20",
     "--lr_scheduler.warmup_steps 1000": "warmup_steps = 1000 is more than training.steps = 100",
     "--checkpoint.load_step 3": "checkpoint.load_step = 3 has no effect with checkpoint.enable = false: it needs true",

@@ -194,7 +194,7 @@ def test_what_comes_with_weights_is_never_run(tmp_path, monkeypatch):
     (tmp_path / "evil_module.py").write_text("import pathlib\npathlib.Path(__file__).with_suffix('.ran').touch()\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(ConfigError, match="what comes with weights is never run"):
+    with pytest.raises(ConfigError, match="code that comes with weights is never run"):
         config_from([{"job": {"custom_modules": ["evil_module"]}}], Path(tmp_path))
     assert not (tmp_path / "evil_module.ran").exists()
     assert "evil_module" not in sys.modules
@@ -203,5 +203,5 @@ def test_what_comes_with_weights_is_never_run(tmp_path, monkeypatch):
 def test_a_name_is_given_once():
     registry = Registry("Mixer", {"gla": MIXERS["gla"]})
     registry.register("gla")(MIXERS["gla"])
-    with pytest.raises(ValueError, match=r"'gla' is there already, from torchlmoe.mixers.gla.GatedLinearAttention"):
+    with pytest.raises(ValueError, match=r"'gla' is already registered by torchlmoe.mixers.gla.GatedLinearAttention"):
         registry.register("gla")(MIXERS["bla"])

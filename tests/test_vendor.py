@@ -209,13 +209,13 @@ def test_bad_requests_are_refused_with_a_sentence(tmp_path):
     taken.mkdir()
     (taken / "file").touch()
     for arguments, message in [
-        (["gated_deltanett", "--output", "x"], "'gated_deltanett' is no mixer.*; the nearest are gated_deltanet, delt"),
-        (["#", "--output", "x"], r"'#' is no mixer, operation, kernel or style of torchlmoe \(--list prints all names"),
+        (["gated_deltanett", "--output", "x"], "'gated_deltanett' is not a mixer.*; the nearest are gated_deltanet,"),
+        (["#", "--output", "x"], r"'#' is not a mixer, operation, kernel or style of torchlmoe \(--list prints"),
         (["moe", "--output", str(tmp_path / "my-moe")], "'my-moe' is not a name that Python can import; choose"),
         (["moe", "--output", str(tmp_path / "class")], "'class' is not a name that Python can import"),
         (["moe", "--output", str(tmp_path / "torch")], "'torch' is the name of another package; choose another"),
-        (["moe", "--output", str(taken)], "taken is there already and not an empty folder; choose another"),
-        (["moe", "--output", str(taken / "file")], "file is there already and not an empty folder; choose another"),
+        (["moe", "--output", str(taken)], "taken exists and is not an empty folder; choose another"),
+        (["moe", "--output", str(taken / "file")], "file exists and is not an empty folder; choose another"),
         (["moe"], "Give a NAME, or several, and --output FOLDER"),
         (["--output", "x"], "Give a NAME, or several, and --output FOLDER"),
     ]:

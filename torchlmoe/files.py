@@ -27,7 +27,7 @@ def expanded(path: str) -> str:
     Raises ValueError, whose text is a predicate as "should not be empty", for what cannot be a path.
     """
     if not path:
-        raise ValueError("should not be empty (as an unset shell variable is); write . for the current folder")
+        raise ValueError("should not be empty (an unset shell variable is); write . for the current folder")
     if "\0" in path:
         raise ValueError("should not hold a NUL character")
     if not is_unicode(path):

@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> None:
         ranked, legal = search(
             *asked, tell=lambda plan: print(as_line(plan), file=sys.stderr, flush=True), num_traced=flags.traces
         )
-        print(f"{len(ranked):,} of {legal:,} layouts were traced; by their estimates, the others are slower")
+        print(f"{len(ranked):,} of {legal:,} layouts were traced; the others have slower estimates")
         print("\n".join(as_line(plan) for plan in ranked))
         written: Any = [as_json(plan) for plan in ranked]
     else:

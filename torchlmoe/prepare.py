@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> None:
     logging.getLogger("torchlmoe").setLevel(logging.INFO)
     task, _, dataset = recall_data(config.data)[0]
     if task is not None:
-        raise ValueError(f"{dataset} is drawn from a seed as it is read: there is nothing to prepare.")
+        raise ValueError(f"{dataset} is drawn from a seed when it is read: there is nothing to prepare.")
     tokenizer = load_tokenizer_of(config.data)
     if config.validation.enable:
         _say("validation", validation_store(config.data, tokenizer))

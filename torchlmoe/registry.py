@@ -22,7 +22,7 @@ class Registry(dict[str, Entry]):
         def add(entry: Entry) -> Entry:
             if name in self and _source(self[name]) != _source(entry):
                 raise ValueError(
-                    f"{self.kind} {name!r} is there already, from {_source(self[name])}; choose another name."
+                    f"{self.kind} {name!r} is already registered by {_source(self[name])}; choose another name."
                 )
             self[name] = entry
             return entry

@@ -34,7 +34,9 @@ def main(arguments: list[str]) -> None:
         if getattr(flags, name) < least:
             raise ValueError(f"--{name} {getattr(flags, name)} must be at least {least}.")
     if flags.output.suffix != ".json":
-        raise ValueError(f"--output {flags.output} must end in .json; the picture and the settings lie beside it.")
+        raise ValueError(
+            f"--output {flags.output} must end in .json; the picture and the settings are written beside it."
+        )
     config = load_config(settings)
     plan = _plan(flags, settings, config, tuned)
     with failures_to_write("The search", flags.output, "make room, or name another file"):
@@ -44,7 +46,7 @@ def main(arguments: list[str]) -> None:
         with lock:
             _search(flags, settings, config, plan)
     except Timeout:
-        raise ValueError(f"Another search writes {flags.output}: wait for its end, or name another file.") from None
+        raise ValueError(f"Another search writes {flags.output}: wait until it ends, or name another file.") from None
 
 
 def _search(flags: argparse.Namespace, settings: list[str], config: Config, plan: Plan) -> None:
@@ -80,19 +82,19 @@ def _search(flags: argparse.Namespace, settings: list[str], config: Config, plan
     )
     print(f"cost: {record['steps']:,} steps, of {record['steps_of_full_sweep']:,} for all values at full length")
     for name in record["best"]["at_edge"]:
-        print(f"{name} = {best.values[name]} is the smallest or the largest that was tried: widen the search.")
+        print(f"{name} = {best.values[name]} is the smallest or largest value tried: widen the search.")
     print(f"written: {output}, {output.with_suffix('.png').name}, {output.with_suffix('.toml').name}")
 
 
 def _plan(flags: argparse.Namespace, settings: list[str], config: Config, tuned: dict[str, str]) -> Plan:
     if not tuned:
-        raise ValueError("Nothing is tuned; give --tune.optimizer.lr 1e-3,2e-3,4e-3 or the like, once or more.")
+        raise ValueError("There is nothing to tune; give --tune.optimizer.lr 1e-3,2e-3,4e-3 or the like, once or more.")
     if not config.validation.enable:
         raise ValueError("validation.enable = false leaves nothing to compare runs by; set it to true.")
     given: dict[str, list[str] | Range] = {}
     for name, text in tuned.items():
         if name in OWN:
-            raise ValueError(f"--tune.{name}: a search sets {name} itself; give --{name} for the recipe.")
+            raise ValueError(f"--tune.{name} cannot be tuned: the search sets {name}; give --{name} for the recipe.")
         try:
             own = setting(config, name)
         except AttributeError:
@@ -100,7 +102,7 @@ def _plan(flags: argparse.Namespace, settings: list[str], config: Config, tuned:
         given[name] = choices(name, text, own)
     tried = trials(given, flags.trials, flags.seed)
     if len(tried) < 2:
-        raise ValueError("There is one value of each setting, and nothing to choose from; give several.")
+        raise ValueError("Each setting has one value, so there is nothing to choose from; give several.")
     for values in tried:
         load_config([*settings, *(f"--{name}={value}" for name, value in values.items())])
     resolved = to_dict(config)
@@ -124,8 +126,10 @@ def _done(output: Path, plan: Plan) -> list[Outcome]:
         if record["plan"] == json.loads(json.dumps(asdict(plan))):
             return [Outcome(**each) for each in record["runs"]]
     except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"{output} is not what a search has written; name another --output, or remove it.") from None
-    raise ValueError(f"{output} is of another search; give its settings again, name another --output, or remove it.")
+        raise ValueError(f"{output} was not written by a search; name another --output, or remove it.") from None
+    raise ValueError(
+        f"{output} belongs to another search; give its settings again, name another --output, or remove it."
+    )
 
 
 def _tuned(arguments: list[str]) -> tuple[dict[str, str], list[str]]:

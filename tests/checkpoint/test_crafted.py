@@ -139,17 +139,17 @@ DEEP = "[" * 100_000
 EXPORTED = {
     "fewer layers": (setting("model", num_layers=2), "holds 3 blocks, but the settings give model.num_layers = 2"),
     "many layers": (setting("model", num_layers=10_000), "holds 3 blocks, but the settings give model.num_layers = 10"),
-    "wide": (setting("model", dim=16_000), r"is of shape .* but the settings give \[4096, 16000\]"),
-    "wide experts": (setting("moe", expert_dim=10**6), "is of shape .* but the settings give"),
-    "no model": (setting("moe", expert_dim=10**18), "give no model that can be built"),
+    "wide": (setting("model", dim=16_000), r"has shape .* but the settings give \[4096, 16000\]"),
+    "wide experts": (setting("moe", expert_dim=10**6), "has shape .* but the settings give"),
+    "no model": (setting("moe", expert_dim=10**18), "cannot be built"),
     "vocabulary": (of_json("config.json", lambda content: content.update(vocab_size=99)), "to a tokenizer of 4096"),
     "fewer parameters": (setting("model", tie_embeddings=True), "holds 'head.projection.weight', which the settings"),
-    "an extra tensor": (extra("zzz"), "holds 'zzz', which the settings give no place"),
+    "an extra tensor": (extra("zzz"), "holds 'zzz', which the settings' model does not have"),
     "a tensor twice": (extra("head.norm.weight"), "head.norm.weight in .* leave out elements or overlap"),
     "another shape": (extra("embedding.weight"), "zzz.safetensors is damaged: its piece of 'embedding.weight'"),
     "integers": (cast(torch.int64), "head.norm.weight is of torch.int64 .* cannot be read as torch.float32"),
-    "float8": (cast(torch.float8_e4m3fn), "of dtype F8_E4M3; what is read is"),
-    "complex": (cast(torch.complex64), "of dtype C64; what is read is"),
+    "float8": (cast(torch.float8_e4m3fn), "of dtype F8_E4M3; supported are"),
+    "complex": (cast(torch.complex64), "of dtype C64; supported are"),
     "no safetensors": (text(WEIGHTS, "\xff" * 99), "model.safetensors is damaged or gone"),
     "no object": (text("config.json", "[]"), "config.json cannot be used: its content = .* should be an object"),
     "a key missing": (of_json("config.json", lambda content: content.pop("end_token")), "end_token is missing"),
@@ -167,7 +167,7 @@ CHECKPOINT = {
     "half a tensor": (of_tensors(half, SHARD), "model.embedding.weight in .* leave out elements or overlap"),
     "no place": (of_tensors(lambda _, places: places.popitem(), SHARD), "does not say what part"),
     "odd places": (of_tensors(lambda _, places: places.update(a=[3]), SHARD), "DCP_SHARDING_INFO a = .3. is not valid"),
-    "an extra tensor": (extra("model.zzz"), "holds 'model.zzz', which the settings give no place"),
+    "an extra tensor": (extra("model.zzz"), "holds 'model.zzz', which the settings' model does not have"),
     "no progress": (text("run.json", "{}"), "run.json cannot be used: progress is missing"),
     "odd progress": (of_json("run.json", lambda content: content["progress"].update(step="3")), "progress.step = '3'"),
     "odd record": (of_json("run.json", lambda content: content["progress"].update(record={"step": 1})), "hold numbers"),
@@ -244,7 +244,7 @@ def test_files_beside_an_export(place, tmp_path, caplog):
     caplog.clear()
     torch.testing.assert_close(open_model(folder)[0].state_dict(), model.state_dict(), rtol=0, atol=0)
     (said,) = (record.getMessage() for record in caplog.records if record.name.startswith("torchlmoe"))
-    assert said.endswith("no manifest.json, as exports of earlier versions: whether it is whole is not checked.")
+    assert said.endswith("no manifest.json, like exports of earlier versions: its files are not checked for damage.")
     pipe(WEIGHTS)(folder)
     with pytest.raises(ValueError, match=r"model\.safetensors is not a regular file"):
         open_model(folder)

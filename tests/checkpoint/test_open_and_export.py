@@ -71,7 +71,7 @@ def test_open_says_what_is_missing(single, tmp_path):
     (tmp_path / "model/config.json").write_text('{"model_type": "torchlmoe"}')
     with pytest.raises(ValueError, match="settings is missing; export the model again"):
         open_model(tmp_path / "model")
-    with pytest.raises(ValueError, match="is there already"):
+    with pytest.raises(ValueError, match="exists already"):
         export.main(["--checkpoint", str(single), "--output", str(tmp_path / "model")])
 
 

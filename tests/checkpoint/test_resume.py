@@ -38,7 +38,7 @@ def test_same_ranks_go_on_bit_for_bit(async_mode, corpus, tmp_path, monkeypatch,
     # Lines that are no records, and the row that was being written when the run was killed.
     metrics.write_text('3\n{"loss": 1}\n{"step": "2"}\n' + metrics.read_text() + '{"step": 9, "los')
     trainer = train(corpus, folder, extra)
-    assert f"Left out: line 3 of {metrics} is no record of a step." in caplog.messages
+    assert f"Ignored: line 3 of {metrics} is not a record of a step." in caplog.messages
     assert trainer.checkpointer.saved_step == 8
     assert records(folder) == records(tmp_path / "whole")
     assert len(trainer.log.records) == 8  # of which the picture is drawn

@@ -135,7 +135,7 @@ def test_links_are_followed(tmp_path, caplog):
         f"{tmp_path}/data: 2 files to train on, 0 to validate on, 1 left out (test.jsonl)."
     ]
     (tmp_path / "data/gone.jsonl").symlink_to("nowhere.jsonl")
-    with pytest.raises(ValueError, match=r"gone\.jsonl is a link to nowhere\.jsonl, which is not there"):
+    with pytest.raises(ValueError, match=r"gone\.jsonl is a link to nowhere\.jsonl, which does not exist"):
         read(tmp_path / "data")
     os.mkfifo(tmp_path / "pipe.jsonl")
     with pytest.raises(ValueError, match=r"pipe\.jsonl is neither a file nor a folder"):
@@ -175,17 +175,17 @@ def test_a_validation_dataset_of_its_own(tmp_path):
 
 def test_missing_and_unreadable(tmp_path):
     for name in ("./nowhere", "/nowhere/at/all", "data/nowhere.jsonl", "~/nowhere/b"):
-        with pytest.raises(ValueError, match=f'data.dataset = "{name}" is not there: give "embedded", a local file'):
+        with pytest.raises(ValueError, match=f'data.dataset = "{name}" does not exist: give "embedded", a local file'):
             open_corpus(name, "train")
-    with pytest.raises(ValueError, match=r'data\.validation_dataset = "\./nowhere" is not there'):
+    with pytest.raises(ValueError, match=r'data\.validation_dataset = "\./nowhere" does not exist'):
         open_corpus("embedded", "validation", validation_dataset="./nowhere")
     with pytest.raises(ValueError, match=r"holds no file that is read: give files that end in \.json"):
         open_corpus(str(tmp_path), "train")
     (tmp_path / "a.csv").write_text("text\nx\n")
-    with pytest.raises(ValueError, match=r"a\.csv is not a file that is read"):
+    with pytest.raises(ValueError, match=r"a\.csv is not a file of a supported kind"):
         open_corpus(str(tmp_path / "a.csv"), "train")
     write(tmp_path / "validation.jsonl")
-    with pytest.raises(ValueError, match="holds validation or test files only"):
+    with pytest.raises(ValueError, match="holds only validation or test files"):
         open_corpus(str(tmp_path), "train")
 
 
@@ -272,6 +272,6 @@ def test_hub_splits_and_errors(monkeypatch):
         raise ConnectionError("no route.")
 
     monkeypatch.setattr(datasets, "get_dataset_split_names", unreachable)
-    message = '"owner/name" is no local path, and asking the hub for it failed: no route'
+    message = '"owner/name" is not a local path, and the request to the hub failed: no route'
     with pytest.raises(ValueError, match=message):
         read("owner/name")

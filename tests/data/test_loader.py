@@ -175,7 +175,7 @@ def test_weights_are_shares_of_their_sum(stores):
     assert order.rows_of_step(4).rows.tolist() == make_order(stores[1]).rows_of_step(4).rows.tolist()
     with pytest.raises(ValueError, match=r"data\.mixture has a source with weight = -1: weights are 0 or more\."):
         make_order(*stores, weights=(1, -1, 1))
-    with pytest.raises(ValueError, match=r"weight = 0 alone: give at least one of them more\."):
+    with pytest.raises(ValueError, match=r"only sources with weight = 0: give at least one of them a larger weight\."):
         make_order(*stores, weights=(0, 0, 0))
 
 

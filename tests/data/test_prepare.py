@@ -152,7 +152,7 @@ def test_a_normalizer_that_rewrites_text_leaves_no_byte_lengths(build, tmp_path)
     store = build(tokenizer=tokenizer)
     assert store.token_bytes is None
     assert store.text_bytes == sum(len(text.encode()) for text in TEXTS)
-    with pytest.raises(ValueError, match="are not known"):
+    with pytest.raises(ValueError, match="are unknown"):
         validation_text_bytes(store, seq_len=16, batch_size=1, max_batches=1)
     # Cut after the 'a' of a decomposed 'ä': whole characters of the text as it was.
     first, third = expected_documents()[0], "Zweites: ä"

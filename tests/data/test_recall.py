@@ -166,8 +166,8 @@ def test_the_tokenizer_writes_numbers():
         ("--data.dataset recall:phonebook --data.reader_options.num_entries 99", "length = 128 is too short"),
         ("--data.dataset recall:phonebook --data.reader_options.vocab_size 8", "has 0 letters, too few for 8 names"),
         ("--data.dataset recall:selective_copying --data.reader_options.num_symbols 40", "length = 64 is too short"),
-        ("--data.dataset recall:mqar --data.validation_dataset embedded", "cannot be read beside a recall task"),
-        ("--data.validation_dataset recall:mqar", "cannot be read beside a recall task"),
+        ("--data.dataset recall:mqar --data.validation_dataset embedded", "cannot be combined with a recall task"),
+        ("--data.validation_dataset recall:mqar", "cannot be combined with a recall task"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(flags, sentence):

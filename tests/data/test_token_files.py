@@ -189,7 +189,7 @@ def broken(name, change):
 REFUSALS = {
     "c_text_document.idx does not match c_text_document.bin: it counts": broken("bin", lambda content: content[:-2]),
     "it is cut short: it announces": broken("idx", lambda content: content[:-9]),
-    "is no index of Megatron-LM: give the one that": broken("idx", lambda content: b"x" + content[1:]),
+    "is not an index of Megatron-LM: give the one that": broken("idx", lambda content: b"x" + content[1:]),
     "has version 2 and type 8: version 1 with": broken("idx", lambda content: content[:9] + b"\x02" + content[10:]),
     "it places its sequences elsewhere": broken("idx", lambda c: c[: 34 + 40 * 4] + b"\x01" + c[34 + 40 * 4 + 1 :]),
     "it has documents that are not all of its": broken("idx", lambda content: content[:-8] + bytes(8)),
@@ -223,10 +223,10 @@ def test_what_is_not_as_it_should_be_is_refused(open_files, documents, tmp_path)
         r"a\.csv\.gz cannot be read: .* give lines that begin with start,end": lines(b"0;4\n"),
         r"a\.bin does not end with the end token '<\|endoftext\|>' \(0\)": first_without_end,
         "has documents with and without the end token": some_without_end,
-        r"has 3 bytes, which are no whole number of tokens of 2 bytes: set data\.token_dtype": (
+        r"has 3 bytes, which is not a multiple of 2 bytes per token: set data\.token_dtype": (
             lambda folder, _: (folder / "a.bin").write_bytes(b"123")
         ),
-        "looks like uint32, read as uint16": lambda folder, ids: flat(ids, [0], "<u4").tofile(folder / "a.bin"),
+        "is read as uint16 but looks like uint32": lambda folder, ids: flat(ids, [0], "<u4").tofile(folder / "a.bin"),
         r"holds float64 of shape \(3, 4\): give one row of uint16 or uint32": (
             lambda folder, _: np.save(folder / "a.npy", np.zeros((3, 4)))
         ),

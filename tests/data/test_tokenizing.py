@@ -259,7 +259,7 @@ def test_the_leftover_of_a_finished_store_is_removed(build, tmp_path):
 
 
 def test_a_writer_that_is_none_is_refused(build):
-    with pytest.raises(ValueError, match=r"data\.writer = 3 is none of the data\.num_writers = 3 writers"):
+    with pytest.raises(ValueError, match=r"data\.writer = 3 must be less than data\.num_writers = 3"):
         build("a", writers=3, writer=3)
 
 

@@ -216,5 +216,5 @@ def test_compiled_whole(device):
 
 def test_refusal():
     inputs = {name: x.detach() for name, x in make_inputs(FORMS["selective"], 1, 4).items()}
-    with pytest.raises(ValueError, match=r"backend = 'triton' does not serve this, since .* float64; use 'chunked'"):
+    with pytest.raises(ValueError, match=r"backend = 'triton' is not available here, since .* float64; use 'chunked'"):
         elementwise_recurrence(**inputs, backend="triton")

@@ -345,7 +345,7 @@ def test_impossible_sizes_are_refused():
         MIXERS["attention"](32, num_heads=4, rope_scaling={"type": "nope"})
     with pytest.raises(ValueError, match="gate_rank = 4 has no effect with full_rank_decay and full_rank_gate"):
         MIXERS["kda"](32, num_heads=4, gate_rank=4, full_rank_decay=True, full_rank_gate=True)
-    with pytest.raises(ValueError, match="value_dim belongs to latent attention"):
+    with pytest.raises(ValueError, match="value_dim needs latent attention"):
         MIXERS["attention"](32, num_heads=4, value_dim=4)
     for name in ("gateloop", "retention"):
         with pytest.raises(ValueError, match="in num_heads = 4 heads gives 5; make it an even number"):
@@ -356,14 +356,14 @@ def test_impossible_sizes_are_refused():
         MIXERS["bla"](32, num_heads=4, normalizer=True)
     with pytest.raises(ValueError, match="feature_dim = 1 must be at least 2"):
         MIXERS["rebased"](32, num_heads=4, feature_dim=1)
-    with pytest.raises(ValueError, match="gate_rank = 4 belongs to gate = 'full'"):
+    with pytest.raises(ValueError, match="gate_rank = 4 needs gate = 'full'"):
         MIXERS["gfw"](32, num_heads=4, gate_rank=4)
     with pytest.raises(ValueError, match="inner = 'nope' is not a mixer; choose from attention"):
         MIXERS["mom"](32, num_heads=4, inner="nope")
     with pytest.raises(ValueError, match="top_k = 5 is more than num_memories = 4"):
         MIXERS["mom"](32, num_heads=4, top_k=5)
     for inner in ("mamba2", "rwkv6", "rwkv7"):
-        with pytest.raises(ValueError, match=f"inner = '{inner}' cannot have keys and values of each memory's own"):
+        with pytest.raises(ValueError, match=f"inner = '{inner}' cannot have separate keys and values for each memory"):
             MIXERS["mom"](32, num_heads=4, inner=inner)
     for inner in ("attention", "gsa", "gateloop", "mom"):
         with pytest.raises(ValueError, match=f"inner = '{inner}' cannot have a mixture of memories"):

@@ -200,9 +200,9 @@ def test_low_precision_inputs():
 
 def test_refusals():
     inputs = {name: x.detach() for name, x in make_inputs(FORMS["selective"], 1, 8).items()}
-    with pytest.raises(ValueError, match=r"backend = 'fast' is not served by .* 'triton' or 'reference'"):
+    with pytest.raises(ValueError, match=r"backend = 'fast' is not supported by .* 'triton' or 'reference'"):
         elementwise_recurrence(**inputs, backend="fast")
-    with pytest.raises(ValueError, match=r"backend = 'triton' does not serve this, since .* float64"):
+    with pytest.raises(ValueError, match=r"backend = 'triton' is not available here, since .* float64"):
         elementwise_recurrence(**inputs, backend="triton")
     with pytest.raises(ValueError, match=r"log_decay has shape \[2, 5\]"):
         elementwise_recurrence(**(inputs | {"log_decay": torch.zeros(2, 5)}))

@@ -16,5 +16,5 @@ def test_auto_says_once_why_tensors_of_two_devices_run_in_plain_pytorch(caplog):
             assert not kernel_backend.kernels_serve("auto", there, None, here)
         assert not kernel_backend.kernels_serve("auto", here)  # on a CPU there is nothing to say
     assert [record.message for record in caplog.records] == [
-        "Plain PyTorch runs here instead of Triton kernels, since some of its tensors are on a GPU and some are not."
+        "Plain PyTorch runs instead of Triton kernels, since some of its tensors are on a GPU and some are not."
     ]

@@ -309,7 +309,7 @@ def test_low_precision_inputs():
 def test_refusals():
     inputs = {name: x.detach() for name, x in make_inputs(TERMS["scalar"], 1, 8).items()}
     bonus = torch.zeros(2, 6, dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"backend = 'triton' does not serve this, since .* float64"):
+    with pytest.raises(ValueError, match=r"backend = 'triton' is not available here, since .* float64"):
         linear_recurrence(**inputs, backend="triton")
     with pytest.raises(ValueError, match="backend = 'fast' is unknown"):
         linear_recurrence(**inputs, backend="fast")

@@ -181,7 +181,7 @@ GONE = "lost (killed, stopped or cut off), last seen in"
         ([OTHER, f"4 11 {FAILED}", ALIVE], "rank 2 is late or stuck, last seen in operation 12"),
         ([OTHER, f"4 13 {ENDED}", f"4 11 {FAILED}"], None),
         ([OTHER, ALIVE, ALIVE], None),
-        ([OTHER, "", ""], "ranks 1 and 2 are not there: not started, or ended before the first report"),
+        ([OTHER, "", ""], "ranks 1 and 2 are missing: not started, or ended before the first report"),
         ([OTHER, *[f"4 3 {RUNNING}"] * 10], f"ranks 1, 2, 3, 4, 5, 6, 7, 8 and 2 more are {GONE} operation 3"),
     ],
 )

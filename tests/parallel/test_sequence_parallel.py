@@ -352,7 +352,7 @@ def refuse():
     q = torch.zeros(1, 4, 1, 2)
     split = parallelize_module(LinearRecurrence(), mesh, LSMSequenceParallel())
     for options, message in (
-        ({"output_final_state": True}, "Initial and final states are not supported along a sequence that is split"),
+        ({"output_final_state": True}, "Initial and final states are not supported if the sequence is split"),
         ({"initial_state": torch.zeros(1, 1, 2, 2)}, "Initial and final states are not supported"),
         ({"cu_seqlens": torch.tensor([0, 4])}, "cu_seqlens, from 0 to 4, must rise from 0 to the 8 tokens"),
     ):

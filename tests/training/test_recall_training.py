@@ -27,7 +27,7 @@ def test_a_run_on_a_recall_task(tmp_path):
     assert abs(records[0]["loss"] - torch.tensor(24.0).log()) < 0.5
     assert "val_bits_per_byte" not in records[-1]
     assert f"val_loss {records[-1]['val_loss']:.4f}" in result.stdout
-    assert "does nothing in this run" not in result.stdout
+    assert "has no effect in this run" not in result.stdout
     assert (folder / "loss_curve.png").exists()
 
     model, config, tokenizer = open_model(folder)
@@ -49,7 +49,7 @@ def test_a_run_on_a_recall_task(tmp_path):
 
 
 def test_other_programs_on_a_recall_task(capsys):
-    with pytest.raises(ValueError, match="recall:mqar is drawn from a seed as it is read: there is nothing to prepare"):
+    with pytest.raises(ValueError, match="recall:mqar is drawn from a seed when it is read: there is nothing to"):
         prepare.main(SMALL)
     plan.main(["--world-size", "1", *SMALL])
     assert "memory" in capsys.readouterr().out.lower()

@@ -34,9 +34,9 @@ def test_lists_ranges_and_multiples():
     for text, own, sentence in (
         ("x16", None, "multiplies the recipe's value, which is None"),
         ("x1", 0.1, "tries one value"),
-        ("2:1", 0.1, "is no range; write lo:hi"),
-        ("1:2:lag", 0.1, "is no range"),
-        ("0:1:log", 0.1, "has no logarithm"),
+        ("2:1", 0.1, "is not a range; write lo:hi"),
+        ("1:2:lag", 0.1, "is not a range"),
+        ("0:1:log", 0.1, "needs a logarithm"),
         ("1,,2", 0.1, "has an empty value"),
     ):
         with pytest.raises(ValueError, match=sentence):
@@ -109,7 +109,7 @@ def test_a_round_in_which_all_fail():
     def failing(trial, round_, values, steps):
         return Outcome(trial, round_, steps, values, None, "error: The loss is not finite.", 0.0)
 
-    with pytest.raises(ValueError, match="All runs of round 1 failed, the first of them so: error: The loss"):
+    with pytest.raises(ValueError, match=r"All runs of round 1 failed\. The first error: error: The loss"):
         search(plan_of(RATES), [], failing, lambda outcomes: None, processes=1, say=lambda line: None)
 
 
@@ -145,12 +145,12 @@ def test_a_run_has_its_own_length_and_folder(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ([], "Nothing is tuned; give --tune.optimizer.lr"),
+        ([], "There is nothing to tune; give --tune.optimizer.lr"),
         (["--tune.optimizer.lr"], "needs values"),
-        (["--tune.optimizer.lr", "1e-3"], "There is one value of each setting"),
+        (["--tune.optimizer.lr", "1e-3"], "Each setting has one value"),
         (["--tune.optimizer.lr", "1,2", "--tune.optimizer.lr", "3"], "is given twice"),
         (["--tune.optimizer.rl", "1,2"], "optimizer.rl is not a setting"),
-        (["--tune.training.steps", "1,2"], "a search sets training.steps itself"),
+        (["--tune.training.steps", "1,2"], "the search sets training.steps"),
         (["--tune.optimizer.lr", "1e-3,-1"], "optimizer.lr"),
         (["--tune.optimizer.lr", "1e-3,1", "--processes", "0"], "--processes 0 must be at least 1"),
         (["--tune.optimizer.lr", "1e-3,1", "--training.steps", "3"], "is too few for --rounds 3 with --keep 4"),
@@ -166,8 +166,8 @@ def test_bad_input(arguments, sentence, tmp_path):
 def test_a_file_of_another_search_is_kept(tmp_path):
     output = tmp_path / "found.json"
     for content, sentence in (
-        (json.dumps({"plan": {}, "runs": []}), "is of another search; give its settings again"),
-        ("{", "is not what a search has written"),
+        (json.dumps({"plan": {}, "runs": []}), "belongs to another search; give its settings again"),
+        ("{", "was not written by a search"),
     ):
         output.write_text(content)
         with pytest.raises(ValueError, match=sentence):

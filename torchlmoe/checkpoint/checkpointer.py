@@ -124,8 +124,8 @@ class Checkpointer:
         load_tensors(state, folder, self.group, is_other=is_other)
         if self.settings.load_step is not None:
             for path in self._agree(lambda: abandon_after(self.root, progress.step), on_first=True):
-                logger.info(f"Set aside, later than checkpoint.load_step: {path}")
-        logger.info(f"Going on from {folder}: {progress.step:,} steps are done.")
+                logger.info(f"Set aside a checkpoint later than checkpoint.load_step: {path}")
+        logger.info(f"Resuming from {folder}: {progress.step:,} steps are done.")
         self.saved_step = progress.step
         return progress
 
@@ -202,7 +202,9 @@ class Checkpointer:
             return None, ""
         last = max(available)
         if step is not None and step < last and load_step_of(available[last]) == step:
-            logger.info(f"checkpoint.load_step = {step} was gone back to before, and {available[last]} came of it.")
+            logger.info(
+                f"checkpoint.load_step = {step} was used before; resuming from {available[last]}, which that run saved."
+            )
             step = last
         step = last if step is None else step
         before = [other for other in available if other < step]

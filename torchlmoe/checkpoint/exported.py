@@ -52,7 +52,7 @@ def write_exported(folder: Path, model: Decoder, config: Config, tokenizer: Toke
     Raises ValueError where it exists, and OSError where it cannot be written, of which nothing stays.
     """
     if folder.exists():
-        raise ValueError(f"{folder} is there already: give another --output, or remove it.")
+        raise ValueError(f"{folder} exists already: give another --output, or remove it.")
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -99,7 +99,7 @@ def read_exported(folder: Path) -> tuple[Config, Tokenizer, int]:
             verify(folder, only=".safetensors")
         else:
             logger.warning(
-                f"{folder} has no {NAME}, as exports of earlier versions: whether it is whole is not checked."
+                f"{folder} has no {NAME}, like exports of earlier versions: its files are not checked for damage."
             )
         content = read_json(folder / CONFIG, TypeAdapter(_Content))
         with open_regular(folder / "tokenizer.json") as file:

@@ -55,10 +55,10 @@ def read_header(path: Path) -> dict[str, Piece]:
     pieces = {}
     for name, (dtype, shape) in tensors.items():
         if dtype not in _DTYPES:
-            raise ValueError(f"{path} holds {name!r} of dtype {dtype}; what is read is {', '.join(_DTYPES)}.")
+            raise ValueError(f"{path} holds {name!r} of dtype {dtype}; supported are {', '.join(_DTYPES)}.")
         known = places is None or (name in places and len(places[name].saved_offsets) == len(shape))
         if not known or max(shape, default=0) >= 2**61:
-            raise ValueError(f"{path} is damaged: it does not say what part of {name!r} it holds.")
+            raise ValueError(f"{path} is damaged: it does not say which part of {name!r} it holds.")
         offsets = [0] * len(shape) if places is None else places[name].saved_offsets
         pieces[name] = Piece(path, tuple(offsets), tuple(shape), _DTYPES[dtype])
     return pieces

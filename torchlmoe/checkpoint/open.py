@@ -46,7 +46,7 @@ def open_model(
         except (ValueError, OSError):
             if chosen.exists() or resolve(given) == chosen:
                 raise
-            logger.info(f"{chosen} was removed while it was read: taking the newest again.")
+            logger.info(f"{chosen} was removed while it was read: opening the newest checkpoint again.")
 
 
 def open_folder(folder: Path) -> "SavedFolder | TransformersFolder":
@@ -95,7 +95,7 @@ class SavedFolder:
         if num_blocks != self.config.model.num_layers:
             raise ValueError(
                 f"{folder} holds {num_blocks} blocks, but the settings give model.num_layers = "
-                f"{self.config.model.num_layers}: it is of another architecture."
+                f"{self.config.model.num_layers}: it belongs to another architecture."
             )
         embedding = self._saved.get(f"{self.prefix}embedding.weight")
         floating = embedding is not None and embedding.properties.dtype.is_floating_point
@@ -103,7 +103,7 @@ class SavedFolder:
         try:
             self.model = build_on_meta(self.config, self.vocab_size)
         except (RuntimeError, TypeError, OverflowError) as error:
-            raise ValueError(f"The settings in {folder} give no model that can be built: {error}.") from error
+            raise ValueError(f"The model of the settings in {folder} cannot be built: {error}.") from error
 
     def check(self) -> None:
         """Raises ValueError for a tensor that is missing, too much, or of another shape than the model's."""
@@ -168,6 +168,6 @@ def resolve(folder: Path) -> Path:
         if available := published(root):
             return available[max(available)]
     raise ValueError(
-        f"{folder} holds no checkpoint: give a folder step-..., the job.dump_folder of a run that saved some, or what "
-        "torchlmoe.export wrote."
+        f"{folder} holds no checkpoint: give a folder step-..., the job.dump_folder of a run that saved one, or a "
+        "folder that torchlmoe.export wrote."
     )

@@ -118,21 +118,21 @@ def check_tensors(
     """
     for name, tensor in wanted.items():
         if name not in saved:
-            raise ValueError(f"{folder} has no tensor {name!r}: it is of another architecture.")
+            raise ValueError(f"{folder} has no tensor {name!r}: it belongs to another architecture.")
         size, dtype = saved[name].size, saved[name].properties.dtype
         if size != tensor.shape:
             raise ValueError(
-                f"{name} is of shape {list(size)} in {folder}, but the settings give "
-                f"{list(tensor.shape)}: it is of another architecture."
+                f"{name} has shape {list(size)} in {folder}, but the settings give "
+                f"{list(tensor.shape)}: it belongs to another architecture."
             )
         if dtype != tensor.dtype and not {dtype, tensor.dtype} <= _FLOATS:
-            raise ValueError(f"{name} is of {dtype} in {folder}, which cannot be read as {tensor.dtype}.")
+            raise ValueError(f"{name} has dtype {dtype} in {folder}, which cannot be read as {tensor.dtype}.")
         if not _tiles(saved[name]):
             raise ValueError(f"{name} in {folder} is damaged: the saved pieces leave out elements or overlap.")
     for name in saved:
         if name not in wanted and not is_other(name):
             raise ValueError(
-                f"{folder} holds {name!r}, which the settings give no place: it is of another architecture."
+                f"{folder} holds {name!r}, which the settings' model does not have: it belongs to another architecture."
             )
 
 

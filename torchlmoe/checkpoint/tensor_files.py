@@ -81,14 +81,14 @@ def files_of_index(folder: Path) -> list[Path]:
     weight_map = read_json(folder / INDEX, TypeAdapter(_Index)).weight_map
     for name in sorted(set(weight_map.values())):
         if Path(name).name != name or name in ("", ".", ".."):
-            raise ValueError(f"{folder / INDEX} names the file {name!r}, which is not one of its folder: correct it.")
+            raise ValueError(f"{folder / INDEX} names the file {name!r}, which is not in the same folder: correct it.")
         if not (folder / name).is_file():
-            raise ValueError(f"{folder / name} is missing, which {INDEX} names: download it.")
+            raise ValueError(f"{folder / name} is missing, but {INDEX} names it: download it.")
     files = [folder / name for name in sorted(set(weight_map.values()))]
     found = TensorFolder(folder, files)
     for name, file in weight_map.items():
         if name not in found.pieces or found.pieces[name][0].file.name != file:
-            raise ValueError(f"{folder / file} lacks {name!r}, which {INDEX} says is there: download both again.")
+            raise ValueError(f"{folder / file} lacks the tensor {name!r} that {INDEX} lists: download both again.")
     return files
 
 

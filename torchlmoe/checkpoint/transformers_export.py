@@ -24,7 +24,7 @@ def write_transformers(opened: SavedFolder, output: Path, model_type: str, *, ma
     Raises ValueError for a model that the family cannot hold, and OSError where the folder cannot be written.
     """
     if output.exists():
-        raise ValueError(f"{output} is there already: give another --output, or remove it.")
+        raise ValueError(f"{output} exists already: give another --output, or remove it.")
     opened.check()
     companions = opened.companions()
     content = _config(opened, FAMILIES[model_type], json.loads(companions.get(CONFIG, b"{}")))

@@ -72,7 +72,7 @@ class TransformersFolder:
         taken = [name for name in names if not name.startswith(tuple(left_out)) and not name.endswith(".inv_freq")]
         if len(taken) < len(names):
             others = [name for name in names if name not in set(taken)]
-            logger.info(f"Left out: {len(others)} tensors that have no place in the model, such as {others[0]}.")
+            logger.info(f"Ignored: {len(others)} tensors that the model does not have, such as {others[0]}.")
         separate = any(".experts.0." in name for name in taken)
         try:
             return conversions(taken, family.rules(self.model, separate))
@@ -93,7 +93,7 @@ class TransformersFolder:
                     shape = list(wanted[name].shape) if name in wanted else "none"
                     raise ValueError(
                         f"{self.folder}: {conversion.sources[0]} gives a {name} of shape {list(tensor.shape)}, but "
-                        f"{CONFIG} asks for {shape}: they are not of one model."
+                        f"{CONFIG} asks for {shape}: they belong to different models."
                     )
                 sizes[name] = tensor.numel() * tensor.element_size()
         for name in wanted:
@@ -143,7 +143,7 @@ def _tokenizer(folder: Path, content: dict[str, Any], vocab_size: int) -> Tokeni
                 f"{folder} has tokenizer.model but no tokenizer.json: save the tokenizer again with transformers' "
                 "AutoTokenizer."
             )
-        logger.warning(f"{folder} has no tokenizer.json: texts are token ids, as in '17 3 256'.")
+        logger.warning(f"{folder} has no tokenizer.json: write texts as token ids, such as '17 3 256'.")
         return number_tokenizer(vocab_size, end_id if isinstance(end_id, int) else vocab_size - 1)
     path = folder / "tokenizer.json"
     return Tokenizer(path, token_of_id(path, end_id) if isinstance(end_id, int) else None)

@@ -20,8 +20,8 @@ def import_modules(names: list[str], forbidden: Path | None = None) -> None:
             sys.path.append(os.getcwd())
         if forbidden is not None and _lies_in(name, forbidden):
             raise ValueError(
-                f"job.custom_modules names {name!r}, which lies in {forbidden}: what comes with weights is never run; "
-                "install the module elsewhere if you trust it."
+                f"job.custom_modules names {name!r}, which lies in {forbidden}: code that comes with weights is never "
+                "run; install the module elsewhere if you trust it."
             )
         try:
             importlib.import_module(name)

@@ -1,6 +1,6 @@
-"""Settings of what is switched off in a run: they do nothing, which is no error, but said.
+"""Finds settings of features that are off in a run. They have no effect, which is logged, not an error.
 
-A setting that contradicts a choice is refused when settings are loaded (`config_loader`).
+A setting that contradicts another one is an error when settings are loaded (`load.py`).
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from torchlmoe.data.recall.store import PREFIX
 from torchlmoe.feed_forwards import NONE
 from torchlmoe.mixers import MIXERS
 
-Need = tuple[str, Callable[[Config], bool]]  # in words, and whether it is met
+Need = tuple[str, Callable[[Config], bool]]  # a description, and a test of whether it is met
 
 
 def _blocks_with(mlp: str) -> Need:
@@ -31,7 +31,7 @@ def _mixer_with(option: str) -> Need:
 
 
 def _in_use(config: Config) -> list[dict[str, Any]]:
-    """The tables of the letters that the model has blocks of."""
+    """Return the tables of the letters that the model uses."""
     pattern, num_layers = config.model.layer_pattern, config.model.num_layers
     return [config.model.layers[letter] for letter in pattern[:num_layers]]
 
@@ -79,7 +79,7 @@ NEEDS: dict[str, Need] = {
 
 
 def idle_settings(config: Config) -> dict[str, str]:
-    """Settings other than the default (or the flavor's) that do nothing here, and what each of them needs."""
+    """Return settings that differ from the default (or the flavor) but have no effect, with what each needs."""
     unset = config_from([{"model": {"flavor": config.model.flavor}}])
     return {
         name: words

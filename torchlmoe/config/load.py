@@ -184,7 +184,7 @@ def _parse_command_line(arguments: list[str]) -> dict[str, Any]:
         for part in path:
             table = table.setdefault(part, {})
             if not isinstance(table, dict):
-                raise ConfigError(f"--{name} goes into {part}, which was given a value; remove one of the two.")
+                raise ConfigError(f"--{name} is a key of {part}, which was given a value; remove one of the two.")
         table[key] = _value(name, text)
     return settings
 
@@ -393,8 +393,8 @@ def _check_recall(config: Config) -> None:
     for task, options, dataset in given:
         if task is None:
             raise ConfigError(
-                f"{toml_value(dataset)} cannot be read beside a recall task, whose vocabulary is its own; give tasks "
-                'alone ("recall:mqar"), for validation too.'
+                f"{toml_value(dataset)} cannot be combined with a recall task, which has its own vocabulary; give "
+                'recall tasks only ("recall:mqar"), for validation too.'
             )
         length = RecallStore(task, "train", **options).length
         if seq_len % length:
@@ -430,7 +430,7 @@ def _check_needs(config: Config, sources: list[dict[str, Any]]) -> None:
         if last_source(other) <= last_source(name):
             raise ConfigError(
                 f"{name} = {toml_value(given)} has no effect with {other} = {toml_value(actual)}: it needs "
-                f"{toml_value(needed)}{' or more' * (type(needed) is int)} there; give that, or leave {key} unset."
+                f"{toml_value(needed)}{' or more' * (type(needed) is int)}; set that, or leave {key} unset."
             )
         setattr(getattr(config, table), key, unset)
 
@@ -492,7 +492,7 @@ def _check_consistency(config: Config) -> None:
     profiling, training = config.profiling, config.training
     if 0 < training.max_norm < 1e-9:
         raise ConfigError(
-            f"training.max_norm = {training.max_norm} leaves nothing of a gradient; 0 is for no clipping."
+            f"training.max_norm = {training.max_norm} would clip every gradient to zero; 0 is for no clipping."
         )
     if profiling.num_steps >= profiling.interval:
         raise ConfigError(

@@ -114,7 +114,7 @@ def markdown() -> str:
     for title, settings in sections():
         lines += ["", f"## {title}", ""]
         if not settings:
-            lines.append("None of its own.")
+            lines.append("No settings.")
             continue
         lines += ["| setting | type | default | meaning |", "|---|---|---|---|"]
         for setting in settings:

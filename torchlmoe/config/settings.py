@@ -1,7 +1,7 @@
 """Every setting: a dataclass per TOML table, a field per key, with its range, unit and meaning.
 
-`load.py` fills them from a flavor, a TOML file and the command line, in this order, and rejects what does
-not fit. What is listed here but not supported yet is refused when it is asked for, never ignored.
+`load.py` fills them from a flavor, a TOML file and the command line, in this order, and rejects values that do
+not fit. A setting that is listed here but not supported yet raises an error when it is given; it is never ignored.
 """
 
 from dataclasses import asdict, dataclass, field, make_dataclass
@@ -20,16 +20,16 @@ from torchlmoe.model.spec import BlockSpec, ModelSpec, Residual
 from torchlmoe.ops.linear_recurrence import Backend
 from torchlmoe.options import Configurable, InitStd, NormEps
 
-# What a mixer, or a feed-forward layer, takes from [model] unless its letter says otherwise.
+# Options that a mixer, or a feed-forward layer, takes from [model] unless its letter sets them.
 MODEL_WIDE = ("num_heads", "norm_eps", "zero_centered_norm", "init_std", "backend", "rope_base", "rope_scaling")
 FEED_FORWARD_WIDE = ("mlp_dim", "norm_eps", "init_std")
-# Of a setting that is a local path, or may be one.
+# Validator of a setting that is, or may be, a local path.
 PATH = AfterValidator(lambda path: None if path is None else expanded(path))
 
 
 @dataclass
 class Table:
-    """Unknown keys are errors, and no value is bent to fit (a string is not a number)."""
+    """Base of all tables: unknown keys are errors, and no value is converted (a string is not a number)."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -37,9 +37,9 @@ class Table:
 @dataclass
 class Job(Table):
     config_file: Annotated[str | None, Field(description="TOML file with settings."), PATH] = None
-    dump_folder: Annotated[str, Field(description="Where all that a run writes goes."), PATH] = "outputs"
+    dump_folder: Annotated[str, Field(description="Folder for a run's files."), PATH] = "outputs"
     custom_modules: Annotated[
-        list[str], Field(description="Python modules to import, which register mixers, losses and the like.")
+        list[str], Field(description="Python modules to import; they may register mixers, losses and readers.")
     ] = field(default_factory=list)
     print_config: Annotated[bool, Field(description="Print the resolved settings as TOML and stop.")] = False
     debug: Annotated[bool, Field(description="Show the whole traceback of an error.")] = False
@@ -49,25 +49,28 @@ class Job(Table):
 class Model(Table):
     name: Annotated[Literal["linear_moe"], Field(description="Architecture family.")] = "linear_moe"
     flavor: Annotated[
-        Literal["debug", "a0.3b_2b", "a1b_7b"], Field(description="Named sizes, below TOML and command line.")
+        Literal["debug", "a0.3b_2b", "a1b_7b"],
+        Field(description="Named set of sizes; TOML file and command line override it."),
     ] = "debug"
     layer_pattern: Annotated[
-        str, Field(pattern="^[A-Za-z]+$", description="One letter a block, repeated to num_layers.")
+        str, Field(pattern="^[A-Za-z]+$", description="One letter per block, repeated up to num_layers.")
     ] = "LLLN"
-    mixer: Annotated[str | None, Field(description="Short for model.layers.L.mixer.")] = None
-    backend: Annotated[Backend, Field(description="How recurrences run.")] = "auto"
+    mixer: Annotated[str | None, Field(description="Shorthand for model.layers.L.mixer.")] = None
+    backend: Annotated[Backend, Field(description="Implementation of recurrences; auto: Triton on a GPU.")] = "auto"
     vocab_size: Annotated[
-        int | None, Field(ge=2, le=2**24, description="Rows of the embedding; the tokenizer's if unset.")
+        int | None, Field(ge=2, le=2**24, description="Rows of the embedding; the tokenizer's size if unset.")
     ] = None
     dim: Annotated[int, Field(ge=1, le=1_000_000, description="Width of the residual stream.")] = 256
-    num_layers: Annotated[int, Field(ge=1, le=10_000, description="Blocks.")] = 4
-    num_heads: Annotated[int, Field(ge=1, description="Heads of every mixer that does not say otherwise.")] = 4
-    mlp_dim: Annotated[int | None, Field(ge=1, description="Width of dense MLPs; by their activation if unset.")] = None
+    num_layers: Annotated[int, Field(ge=1, le=10_000, description="Number of blocks.")] = 4
+    num_heads: Annotated[int, Field(ge=1, description="Heads of a mixer, unless its letter sets them.")] = 4
+    mlp_dim: Annotated[
+        int | None, Field(ge=1, description="Hidden width of dense MLPs; set by activation if unset.")
+    ] = None
     rope_base: Annotated[float, Field(gt=1, le=1e12, description="Base of the rotary wavelengths.")] = 10_000.0
     rope_scaling: RopeScalingTable = None
     norm: Annotated[
         Literal["rms", "layer"],
-        Field(description="Norm of blocks and head: RMS, or layer norm with a bias (RWKV). Those in mixers stay."),
+        Field(description="Norm of blocks and head: RMS, or layer norm with a bias (RWKV). Mixers keep theirs."),
     ] = "rms"
     norm_eps: NormEps = 1e-6
     zero_centered_norm: ZeroCenteredNorm = False
@@ -79,17 +82,17 @@ class Model(Table):
     logit_divisor: Annotated[
         float, Field(ge=1e-6, le=1e6, description="Divides the logits (Granite's logits_scaling).")
     ] = 1.0
-    loss_chunk_size: Annotated[int, Field(ge=1, description="Tokens whose logits are held at once.")] = 512
+    loss_chunk_size: Annotated[int, Field(ge=1, description="Tokens whose logits are in memory at once.")] = 512
     layers: Annotated[
         dict[str, dict[str, Any]],
         Field(
-            description="Per letter: mixer (one of them or none), mlp (moe | dense | none), how they join the residual "
-            "stream, the mixer's own settings, and in mlp_options those of the feed-forward layer."
+            description="Per letter: mixer (a name or none), mlp (moe | dense | none), how they join the residual "
+            "stream, the mixer's settings, and mlp_options, the settings of the feed-forward layer."
         ),
     ] = field(default_factory=dict)
 
 
-# [moe] holds the layer's own keyword arguments, but for what [model] gives to all layers.
+# [moe] holds the layer's keyword arguments, except those that [model] gives to all layers.
 if TYPE_CHECKING:
     MoE = Any
 else:
@@ -102,19 +105,21 @@ else:
 
 @dataclass
 class MixtureSource(Table):
-    """One source of data.mixture; what is not given is as in [data], but for the reader's options."""
+    """One source of data.mixture. A key that is not given has the value of [data], except reader_options."""
 
-    dataset: Annotated[str, Field(description="As data.dataset."), PATH]
-    weight: Annotated[float, Field(ge=0, le=1e12, description="Of its rows among those of all sources.")] = 1.0
-    name: Annotated[str | None, Field(min_length=1, description="In metrics.jsonl; the dataset's own if unset.")] = None
-    dataset_config: Annotated[str | None, Field(description="As data.dataset_config.")] = None
-    dataset_revision: Annotated[str | None, Field(description="As data.dataset_revision.")] = None
-    text_column: Annotated[str | None, Field(description="As data.text_column.")] = None
-    train_split: Annotated[str | None, Field(description="As data.train_split.")] = None
-    reader_options: Annotated[dict[str, Any], Field(description="As data.reader_options.")] = field(
+    dataset: Annotated[str, Field(description="The same as data.dataset."), PATH]
+    weight: Annotated[float, Field(ge=0, le=1e12, description="Share of the rows, relative to the other sources.")] = (
+        1.0
+    )
+    name: Annotated[str | None, Field(min_length=1, description="Name in metrics.jsonl; dataset's if unset.")] = None
+    dataset_config: Annotated[str | None, Field(description="The same as data.dataset_config.")] = None
+    dataset_revision: Annotated[str | None, Field(description="The same as data.dataset_revision.")] = None
+    text_column: Annotated[str | None, Field(description="The same as data.text_column.")] = None
+    train_split: Annotated[str | None, Field(description="The same as data.train_split.")] = None
+    reader_options: Annotated[dict[str, Any], Field(description="The same as data.reader_options.")] = field(
         default_factory=dict
     )
-    max_tokens: Annotated[int | None, Field(ge=2, description="As data.max_tokens.")] = None
+    max_tokens: Annotated[int | None, Field(ge=2, description="The same as data.max_tokens.")] = None
 
     @property
     def label(self) -> str:
@@ -131,19 +136,19 @@ class Data(Table):
         ),
         PATH,
     ] = "embedded"
-    reader_options: Annotated[dict[str, Any], Field(description="The own settings of a reader or recall task.")] = (
-        field(default_factory=dict)
+    reader_options: Annotated[dict[str, Any], Field(description="Settings of the reader or recall task.")] = field(
+        default_factory=dict
     )
     dataset_config: Annotated[str | None, Field(description="Configuration of a hub dataset.")] = None
     dataset_revision: Annotated[
-        str | None, Field(min_length=1, description="Commit, branch or tag of a hub dataset; its newest if unset.")
+        str | None, Field(min_length=1, description="Commit, branch or tag of a hub dataset; the newest if unset.")
     ] = None
     mixture: Annotated[
         list[MixtureSource],
         Field(
             description="Train on several datasets in place of `dataset`: tables with dataset, weight (share of the "
             "rows), name (in metrics.jsonl), reader_options, and dataset_config, dataset_revision, text_column, "
-            "train_split, max_tokens where they differ from those of [data]."
+            "train_split, max_tokens if they differ from those of [data]."
         ),
     ] = field(default_factory=list)
     tokenizer: Annotated[str, Field(description="embedded, or a tokenizer.json or its folder."), PATH] = "embedded"
@@ -151,35 +156,35 @@ class Data(Table):
     text_column: Annotated[str, Field(description="Column that holds the text.")] = "text"
     train_split: Annotated[str, Field(description="Split to train on.")] = "train"
     validation_split: Annotated[str, Field(description="Split to validate on.")] = "validation"
-    validation_dataset: Annotated[str | None, Field(description="Where it comes from; `dataset` if unset."), PATH] = (
-        None
-    )
+    validation_dataset: Annotated[
+        str | None, Field(description="Dataset to validate on; `dataset` if unset."), PATH
+    ] = None
     validation_fraction: Annotated[
-        float, Field(ge=1e-6, lt=1, description="Documents held out where there is no validation split.")
+        float, Field(ge=1e-6, lt=1, description="Share of documents held out if there is no validation split.")
     ] = 0.01
-    max_tokens: Annotated[int | None, Field(ge=2, description="Stop tokenising after so many tokens.")] = None
+    max_tokens: Annotated[int | None, Field(ge=2, description="Stop tokenizing after this many tokens.")] = None
     validation_max_tokens: Annotated[int | None, Field(ge=2, description="The same for the validation split.")] = None
     cache_dir: Annotated[
-        str | None, Field(description="Where tokenised text is kept; ~/.cache/torchlmoe if unset."), PATH
+        str | None, Field(description="Folder for tokenized text; ~/.cache/torchlmoe if unset."), PATH
     ] = None
-    num_prefetch: Annotated[int, Field(ge=1, le=1000, description="Steps that are read ahead.")] = 2
+    num_prefetch: Annotated[int, Field(ge=1, le=1000, description="Steps whose batches are read ahead.")] = 2
     token_dtype: Annotated[
         Literal["uint16", "uint32"] | None,
-        Field(description="Of files of tokens that do not say it; by the size of the vocabulary if unset."),
+        Field(description="Dtype of token files that do not record it; chosen by vocabulary size if unset."),
     ] = None
     num_workers: Annotated[
-        int | None, Field(ge=1, le=4096, description="Processes of a host that tokenize; one per core if unset.")
+        int | None, Field(ge=1, le=4096, description="Processes per host that tokenize; one per core if unset.")
     ] = None
     num_writers: Annotated[
         int, Field(ge=1, le=100_000, description="Hosts that share cache_dir and tokenize together.")
     ] = 1
     writer: Annotated[
         int | None,
-        Field(ge=0, description="Which of them this is, from 0; unset: GROUP_RANK of torchrun, SLURM_NODEID, or 0."),
+        Field(ge=0, description="Index of this host, from 0; unset: GROUP_RANK of torchrun, SLURM_NODEID, or 0."),
     ] = None
     writer_timeout_seconds: Annotated[
         float,
-        Field(ge=1, le=2_592_000, description="After so long without a sign of life another of them is lost."),
+        Field(ge=1, le=2_592_000, description="A host that gives no sign of life for this long is taken for lost."),
     ] = 600.0
 
 
@@ -192,7 +197,7 @@ class Training(Table):
         Field(
             ge=1,
             le=1_000_000,
-            description="Rows a data rank holds at once; its share of the global batch, or 8, if unset.",
+            description="Rows per microbatch of a data rank; its share of the global batch, or 8, if unset.",
         ),
     ] = None
     global_batch_size: Annotated[
@@ -200,40 +205,42 @@ class Training(Table):
         Field(
             ge=1,
             le=1_000_000_000,
-            description="Rows an optimizer step, over all ranks; local_batch_size on each if unset.",
+            description="Rows per optimizer step, over all ranks; local_batch_size per data rank if unset.",
         ),
     ] = None
-    seed: Annotated[int, Field(ge=0, description="Of initialisation and data order.")] = 0
+    seed: Annotated[int, Field(ge=0, description="Seed of initialization and data order.")] = 0
     dtype: Annotated[
         Literal["float32", "bfloat16", "float64"],
-        Field(description="bfloat16 keeps float32 masters; float64 is for proofs of parity."),
+        Field(description="bfloat16 keeps float32 master weights; float64 is for parity tests."),
     ] = "float32"
-    loss: Annotated[str, Field(description="Loss to train with; validation always takes cross_entropy.")] = (
+    loss: Annotated[str, Field(description="Loss to train with; validation always uses cross_entropy.")] = (
         "cross_entropy"
     )
-    loss_options: Annotated[dict[str, Any], Field(description="The loss's own settings.")] = field(default_factory=dict)
+    loss_options: Annotated[dict[str, Any], Field(description="Settings of the loss.")] = field(default_factory=dict)
     max_norm: Annotated[
-        float, Field(ge=0, le=1e9, description="Gradient norm is clipped to it; 0 for no clipping.")
+        float, Field(ge=0, le=1e9, description="Gradient norms above this are clipped to it; 0 for no clipping.")
     ] = 1.0
     non_finite: Annotated[
         Literal["stop", "skip"],
-        Field(description="On a loss or gradient that is not finite: end, or leave the step out."),
+        Field(description="If a loss or gradient is not finite: stop the run, or skip the step."),
     ] = "stop"
-    deterministic: Annotated[bool, Field(description="Only algorithms that repeat bit for bit.")] = False
-    device: Annotated[Literal["auto", "cpu", "cuda"], Field(description="Where to run.")] = "auto"
+    deterministic: Annotated[bool, Field(description="Use deterministic algorithms only.")] = False
+    device: Annotated[Literal["auto", "cpu", "cuda"], Field(description="Device to run on.")] = "auto"
 
 
 @dataclass
 class Optimizer(Table):
     name: Annotated[str, Field(description="Update rule: adamw, or muon for the matrices of the blocks.")] = "adamw"
-    options: Annotated[dict[str, Any], Field(description="Settings that an optimizer of your own has.")] = field(
+    options: Annotated[dict[str, Any], Field(description="Settings of a custom optimizer.")] = field(
         default_factory=dict
     )
     lr: Annotated[float, Field(ge=1e-9, le=100, description="Peak learning rate.")] = 1e-3
     beta1: Annotated[float, Field(ge=0, lt=1, description="Decay of the gradient's mean.")] = 0.9
-    beta2: Annotated[float, Field(ge=0, lt=1, description="Decay of its square's mean.")] = 0.95
+    beta2: Annotated[float, Field(ge=0, lt=1, description="Decay of the squared gradient's mean.")] = 0.95
     eps: Annotated[float, Field(ge=1e-20, le=1, description="Added to the update's denominator.")] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0, le=100, description="Of matrices; vectors have none.")] = 0.1
+    weight_decay: Annotated[float, Field(ge=0, le=100, description="Weight decay of matrices; vectors have none.")] = (
+        0.1
+    )
     matrix_lr: Annotated[
         float | None, Field(ge=1e-9, le=100, description="Muon's peak learning rate; lr if unset.")
     ] = None
@@ -242,24 +249,26 @@ class Optimizer(Table):
 
 @dataclass
 class LRScheduler(Table):
-    warmup_steps: Annotated[int, Field(ge=0, description="Steps of linear rise.")] = 0
+    warmup_steps: Annotated[int, Field(ge=0, description="Steps of linear warmup.")] = 0
     decay: Annotated[
         Literal["cosine", "linear", "wsd"], Field(description="wsd: stable, then linear over the last part.")
     ] = "cosine"
-    min_lr_factor: Annotated[float, Field(ge=0, le=1, description="Last learning rate over the peak.")] = 0.1
-    decay_fraction: Annotated[float, Field(ge=1e-6, le=1, description="wsd: share of the steps that decay.")] = 0.2
+    min_lr_factor: Annotated[float, Field(ge=0, le=1, description="Last learning rate, divided by the peak.")] = 0.1
+    decay_fraction: Annotated[float, Field(ge=1e-6, le=1, description="wsd: share of steps that decay.")] = 0.2
 
 
 @dataclass
 class Checkpoint(Table):
-    enable: Annotated[bool, Field(description="Save, and go on from what was saved.")] = False
-    interval: Annotated[int, Field(ge=1, description="Steps between checkpoints; the last step always is one.")] = 500
-    keep_latest_k: Annotated[int, Field(ge=1, description="Checkpoints that stay; older ones are removed.")] = 2
+    enable: Annotated[bool, Field(description="Save checkpoints, and resume from the latest.")] = False
+    interval: Annotated[int, Field(ge=1, description="Steps between checkpoints; the last step always saves one.")] = (
+        500
+    )
+    keep_latest_k: Annotated[int, Field(ge=1, description="Checkpoints to keep; older ones are removed.")] = 2
     async_mode: Annotated[
-        Literal["disabled", "async"], Field(description="async: a background thread writes while training goes on.")
+        Literal["disabled", "async"], Field(description="async: a background thread writes while training continues.")
     ] = "disabled"
     load_step: Annotated[
-        int | None, Field(ge=0, description="Go back to the checkpoint of this step, once; the latest if unset.")
+        int | None, Field(ge=0, description="Resume from the checkpoint of this step, once; the latest if unset.")
     ] = None
 
 
@@ -268,43 +277,45 @@ class Validation(Table):
     enable: Annotated[bool, Field(description="Validate at intervals and at the end.")] = True
     interval: Annotated[int, Field(ge=1, description="Steps between validations.")] = 1000
     max_batches: Annotated[
-        int | None, Field(ge=1, description="Batches at intervals, over all ranks; all if unset. The last takes all.")
+        int | None, Field(ge=1, description="Batches per validation, over all ranks; all if unset. The last uses all.")
     ] = None
     local_batch_size: Annotated[
-        int | None, Field(ge=1, le=1_000_000, description="Rows at once; training's, or 8, if unset.")
+        int | None, Field(ge=1, le=1_000_000, description="Rows per batch of a data rank; training's, or 8, if unset.")
     ] = None
 
 
 @dataclass
 class Metrics(Table):
-    log_freq: Annotated[int, Field(ge=1, description="Steps between logged steps.")] = 10
+    log_freq: Annotated[int, Field(ge=1, description="Log every so many steps.")] = 10
     tensorboard: Annotated[bool, Field(description="Write TensorBoard files.")] = True
     plot: Annotated[bool, Field(description="Draw loss_curve.png.")] = True
     peak_tflops: Annotated[
         float | None,
-        Field(ge=1e-6, le=1e9, description="A device's peak for MFU, TFLOP/s; known or measured if unset."),
+        Field(ge=1e-6, le=1e9, description="Peak of a device for MFU, in TFLOP/s; looked up or measured if unset."),
     ] = None
 
 
 @dataclass
 class Profiling(Table):
-    enable: Annotated[bool, Field(description="Trace some steps: Chrome traces in <dump_folder>/profile.")] = False
+    enable: Annotated[bool, Field(description="Write Chrome traces of some steps to <dump_folder>/profile.")] = False
     first_step: Annotated[int, Field(ge=2, description="First traced step.")] = 10
     num_steps: Annotated[int, Field(ge=1, description="Steps in a trace.")] = 3
     interval: Annotated[int, Field(ge=2, description="Steps from the start of one trace to the next.")] = 1000
-    memory_snapshot: Annotated[bool, Field(description="With each trace, the CUDA allocator's history.")] = False
+    memory_snapshot: Annotated[bool, Field(description="Also write the CUDA allocator's history with each trace.")] = (
+        False
+    )
 
 
 @dataclass
 class Float8(Table):
-    enable: Annotated[bool, Field(description="Products of the blocks' linear layers in float8 (torchao).")] = False
-    recipe: Annotated[
-        Literal["tensorwise", "rowwise"], Field(description="Whether a tensor or each of its rows has one scale.")
-    ] = "tensorwise"
+    enable: Annotated[bool, Field(description="Compute the blocks' linear layers in float8 (torchao).")] = False
+    recipe: Annotated[Literal["tensorwise", "rowwise"], Field(description="One scale per tensor, or one per row.")] = (
+        "tensorwise"
+    )
     experts: Annotated[
         Literal["none", "mxfp8"],
         Field(
-            description="Products of the routed experts in MXFP8 (torchao's prototype), on GPUs that have it; a CPU "
+            description="Compute the routed experts in MXFP8 (torchao's prototype), on GPUs that support it; a CPU "
             "emulates it. Independent of `enable`."
         ),
     ] = "none"
@@ -312,14 +323,14 @@ class Float8(Table):
 
 @dataclass
 class Compile(Table):
-    enable: Annotated[bool, Field(description="torch.compile of each block.")] = False
+    enable: Annotated[bool, Field(description="Compile each block with torch.compile.")] = False
 
 
 @dataclass
 class ActivationCheckpoint(Table):
     mode: Annotated[
         Literal["none", "selective", "full"],
-        Field(description="What the backward computes again: nothing, all but products and recurrences, or all."),
+        Field(description="What the backward pass recomputes: nothing, all but products and recurrences, or all."),
     ] = "none"
 
 
@@ -328,38 +339,40 @@ class Parallelism(Table):
     data_parallel_replicate_degree: Annotated[int, Field(ge=1, description="Replicas (HSDP).")] = 1
     data_parallel_shard_degree: Annotated[
         int,
-        Field(ge=-1, description="Ranks with other rows that share the parameters (FSDP2); -1 for the rest."),
+        Field(ge=-1, description="Ranks that shard the parameters and have different rows (FSDP2); -1: all others."),
     ] = -1
     tensor_parallel_degree: Annotated[
-        int, Field(ge=1, description="Ranks that share the heads of mixers and the hidden channels of MLPs.")
+        int, Field(ge=1, description="Ranks that split the heads of mixers and the hidden channels of MLPs.")
     ] = 1
-    pipeline_parallel_degree: Annotated[int, Field(ge=1, description="Ranks that have the blocks between them.")] = 1
+    pipeline_parallel_degree: Annotated[int, Field(ge=1, description="Ranks that split the blocks into stages.")] = 1
     pipeline_parallel_schedule: Annotated[
         Literal["1F1B", "Interleaved1F1B"],
-        Field(description="One stage per rank, or several, which keeps ranks busier and sends more."),
+        Field(description="One stage per rank, or several: less idle time, more communication."),
     ] = "1F1B"
     pipeline_parallel_split: Annotated[
         list[int] | None,
-        Field(description="First block of each stage after the first; unset: stages of about the same FLOPs."),
+        Field(description="First block of each stage after the first; unset: stages of about equal FLOPs."),
     ] = None
     expert_parallel_degree: Annotated[
-        int, Field(ge=1, description="Ranks, of those with other tokens, that have the experts between them.")
+        int, Field(ge=1, description="Ranks with different tokens that split the experts.")
     ] = 1
     context_parallel_degree: Annotated[
-        int, Field(ge=1, description="Ranks that share a microbatch's tokens, in contiguous spans.")
+        int, Field(ge=1, description="Ranks that split a microbatch's tokens into contiguous spans.")
     ] = 1
     lsm_context_parallel: Annotated[
         Literal["all_gather", "ring"],
-        Field(description="How states cross spans: all gathered at once (LASP-2), or from neighbour to neighbour."),
+        Field(description="How states reach later spans: one all-gather (LASP-2), or from neighbor to neighbor."),
     ] = "all_gather"
     attention_context_parallel: Annotated[
         Literal["all_gather", "ulysses"],
-        Field(description="Softmax blocks: keys and values of all spans on each rank, or whole rows of some heads."),
+        Field(description="Softmax blocks: gather all keys and values, or trade tokens for heads by all-to-all."),
     ] = "all_gather"
     timeout_seconds: Annotated[
         float,
         Field(
-            ge=0.1, le=2_592_000, description="After so long a collective has failed: a rank hangs or is far behind."
+            ge=0.1,
+            le=2_592_000,
+            description="A collective that takes longer has failed: a rank hangs or is far behind.",
         ),
     ] = 300.0
 
@@ -385,7 +398,7 @@ class Config(Table):
     parallelism: Parallelism = field(default_factory=Parallelism)
 
     def block_spec(self, letter: str) -> BlockSpec:
-        """What the blocks of a letter are made of, with every option that their layers' constructors take."""
+        """Describe the blocks of a letter, with every option of their layers' constructors."""
         table = dict(self.model.layers[letter])
         named, mlp, own = table.pop("mixer"), table.pop("mlp", "moe"), table.pop("mlp_options", {})
         residual = Residual(**{name: table.pop(name) for name in Residual.settings() if name in table})
@@ -402,7 +415,7 @@ class Config(Table):
         return BlockSpec(letter, mixer, mixer_options, feed_forward, options, residual)
 
     def spec(self, vocab_size: int) -> ModelSpec:
-        """The model that these settings describe."""
+        """Return the model that these settings describe."""
         model, pattern = self.model, self.model.layer_pattern
         letters = [pattern[index % len(pattern)] for index in range(model.num_layers)]
         of_letter = {letter: self.block_spec(letter) for letter in letters}

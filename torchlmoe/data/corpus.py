@@ -130,7 +130,7 @@ def open_corpus(
         return _local_corpus(name, split, found, text_column, held_out, token_dtype)
     if _looks_like_a_path(name):
         raise ValueError(
-            f'{setting} = "{name}" is not there: give "embedded", a local file or folder, or the id '
+            f'{setting} = "{name}" does not exist: give "embedded", a local file or folder, or the id '
             "of a dataset on the hub."
         )
     hub = HubSplit(
@@ -161,7 +161,7 @@ def _local_corpus(
     chosen = splits["validation"] if split == "validation" and splits["validation"] else splits["train"]
     held_out = None if splits["validation"] else held_out
     if not chosen:
-        raise ValueError(f"{name} holds validation or test files only: data.dataset needs files to train on.")
+        raise ValueError(f"{name} holds only validation or test files: data.dataset needs files to train on.")
     if any(path.suffix.lower() in TOKENS for path in chosen):
         if split == "validation" and held_out is not None:
             raise ValueError(

@@ -68,7 +68,7 @@ class HubSplit:
         # The library and the HTTP client below it raise many unrelated types for one thing to the user.
         except Exception as error:
             raise ValueError(
-                f'{self.setting} = "{self.name}" is no local path, and asking the hub for it failed: {error} '
+                f'{self.setting} = "{self.name}" is not a local path, and the request to the hub failed: {error} '
                 "Check the name, data.dataset_config, data.dataset_revision and the connection."
             ) from error
         assert commit is not None

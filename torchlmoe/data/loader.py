@@ -108,7 +108,7 @@ def validation_text_bytes(store: TokenStore, *, seq_len: int, batch_size: int, m
         return store.text_bytes
     if store.token_bytes is None:
         raise ValueError(
-            "With this tokenizer the bytes of text in a part of the validation split are not known: "
+            "With this tokenizer the bytes of text in a part of the validation split are unknown: "
             "validate on all of the split, and make it shorter with data.validation_max_tokens."
         )
     # The labels of tokens [0, n) are tokens [1, n + 1).

@@ -111,7 +111,7 @@ def find_files(path: Path, train_split: str, validation_split: str) -> dict[str,
     """
     if path.is_file():
         if _kind(path) not in TABLES | TEXTS | TOKENS:
-            raise ValueError(f"{path} is not a file that is read: give {_readable()}.")
+            raise ValueError(f"{path} is not a file of a supported kind: give {_readable()}.")
         return {"train": [path], "validation": []}
     if not path.is_dir():
         raise ValueError(f"{path} is neither a file nor a folder: give one of them.")
@@ -120,7 +120,7 @@ def find_files(path: Path, train_split: str, validation_split: str) -> dict[str,
     chosen_kinds = next((group for group in kinds if group), set())
     files = {file: parts for file, parts in found.items() if _kind(file) in chosen_kinds}
     if not files:
-        raise ValueError(f"The folder {path} holds no file that is read: give {_readable()}.")
+        raise ValueError(f"The folder {path} holds no file of a supported kind: give {_readable()}.")
 
     names = {"train": (train_split,), "validation": (validation_split, *VALIDATION_NAMES), "test": ("test",)}
     splits: dict[str, list[Path]] = {"train": [], "validation": [], "test": [], "unnamed": []}
@@ -155,7 +155,9 @@ def _walk(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
         elif path.is_file():
             yield path
         elif path.is_symlink():
-            raise ValueError(f"{path} is a link to {os.readlink(path)}, which is not there: mend it or remove it.")
+            raise ValueError(
+                f"{path} is a link to {os.readlink(path)}, which does not exist: correct or remove the link."
+            )
 
 
 def read_files(spans: Iterable[Span], text_column: str) -> Iterator[str]:

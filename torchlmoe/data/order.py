@@ -145,7 +145,7 @@ def check_weights(weights: Sequence[float]) -> None:
         if weight < 0:
             raise ValueError(f"data.mixture has a source with weight = {weight}: weights are 0 or more.")
     if not any(weights):
-        raise ValueError("data.mixture has sources with weight = 0 alone: give at least one of them more.")
+        raise ValueError("data.mixture has only sources with weight = 0: give at least one of them a larger weight.")
 
 
 def _dealt_before(num_rows: int, share: int) -> int:

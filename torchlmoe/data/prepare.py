@@ -59,7 +59,7 @@ class Effort:
     def __post_init__(self) -> None:
         if not 0 <= self.writer < self.num_writers:
             raise ValueError(
-                f"data.writer = {self.writer} is none of the data.num_writers = {self.num_writers} writers, which are "
+                f"data.writer = {self.writer} must be less than data.num_writers = {self.num_writers}: writers are "
                 "numbered from 0."
             )
 

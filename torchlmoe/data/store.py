@@ -119,7 +119,7 @@ class TokenStore:
         try:
             size = path.stat().st_size
         except OSError:
-            raise self._damaged(path, "is gone or cannot be read") from None
+            raise self._damaged(path, "is missing or cannot be read") from None
         if size != expected:
             raise self._damaged(path, f"has {size} bytes in place of the {expected} that index.json gives")
 

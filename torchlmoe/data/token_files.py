@@ -121,11 +121,11 @@ def open_token_file(path: Path, dtype: str, *, is_given: bool = False) -> TokenF
     width = np.dtype(file.dtype).itemsize
     if size == 0 or size != file.offset + file.num_tokens * width:
         raise ValueError(
-            f"{path} has {size:,} bytes, which are no whole number of tokens of {width} bytes: set data.token_dtype, "
+            f"{path} has {size:,} bytes, which is not a multiple of {width} bytes per token: set data.token_dtype, "
             "or give the whole file."
         )
     if file.dtype == "<u2" and not file.offset and not is_given and not file.tokens()[1:4096:2].any() and size > 4:
-        raise ValueError(f"{path} looks like uint32, read as uint16: set data.token_dtype to the one that it is.")
+        raise ValueError(f"{path} is read as uint16 but looks like uint32: set data.token_dtype.")
     return _with_line_index(file)
 
 
@@ -146,7 +146,7 @@ def _with_megatron_index(path: Path, size: int) -> TokenFile:
     index = path.with_suffix(".idx")
     content = np.memmap(index, np.uint8, mode="r") if index.stat().st_size else np.empty(0, np.uint8)
     if len(content) < MEGATRON_HEADER.size or bytes(content[:9]) != MEGATRON_MAGIC:
-        raise ValueError(f"{index} is no index of Megatron-LM: give the one that was written with {path.name}.")
+        raise ValueError(f"{index} is not an index of Megatron-LM: give the one that was written with {path.name}.")
     _, version, code, num_sequences, num_bounds = MEGATRON_HEADER.unpack(bytes(content[: MEGATRON_HEADER.size]))
     if version != 1 or code not in MEGATRON_TYPES:
         raise ValueError(f"{index} has version {version} and type {code}: version 1 with uint16 or int32 is read.")
@@ -163,10 +163,10 @@ def _with_megatron_index(path: Path, size: int) -> TokenFile:
     if firsts[-1] * width != size:
         raise _no_match(index, path, f"counts {firsts[-1]:,} tokens of {width} bytes, but the file has {size:,} bytes")
     if (lengths < 0).any() or (pointers != firsts[:-1] * width).any():
-        raise _no_match(index, path, "places its sequences elsewhere than one behind the other")
+        raise _no_match(index, path, "does not place its sequences one after another")
     whole = num_bounds > 1 and of_documents[0] == 0 and of_documents[-1] == num_sequences
     if not whole or (np.diff(of_documents) < 0).any() or not size:
-        raise _no_match(index, path, "has documents that are not all of its sequences in order")
+        raise _no_match(index, path, "has documents that do not cover its sequences in order")
     return TokenFile(path, dtype, int(firsts[-1]), bounds=np.unique(firsts[of_documents]))
 
 
@@ -182,7 +182,7 @@ def _with_line_index(file: TokenFile) -> TokenFile:
         raise ValueError(f"{index} cannot be read: {error}: give lines that begin with start,end.") from None
     bounds = np.concatenate([[0], stops])
     if (starts != bounds[:-1]).any() or (np.diff(bounds) < 0).any() or bounds[-1] != file.num_tokens:
-        raise _no_match(index, file.path, f"covers {bounds[-1]:,} tokens one behind the other, not {file.num_tokens:,}")
+        raise _no_match(index, file.path, f"covers {bounds[-1]:,} consecutive tokens, not {file.num_tokens:,}")
     return replace(file, bounds=np.unique(bounds))
 
 
@@ -201,12 +201,12 @@ def _end_tokens(files: list[TokenFile], bounds: list[np.ndarray], tokenizer: Tok
         if file.bounds is None and len(files) > 1 and file is not files[-1] and not ended[-1]:
             raise ValueError(
                 f"{file.path} does not end with the end token {tokenizer.end_token!r} ({tokenizer.end_id}): set "
-                "data.tokenizer and data.end_token to those that it was made with."
+                "data.tokenizer and data.end_token to those that it was written with."
             )
     if len(kinds) > 1:
         raise ValueError(
             f"{files[0].path.parent} has documents with and without the end token {tokenizer.end_token!r} "
-            f"({tokenizer.end_id}) at their end: set data.tokenizer and data.end_token to those that it was made with."
+            f"({tokenizer.end_id}) at their end: set data.tokenizer and data.end_token to those of its writer."
         )
     is_one_document = files[-1].bounds is None and kinds == {"none"}  # and no end token in all of it
     return "last" if is_one_document or kinds == {"last"} else "none"

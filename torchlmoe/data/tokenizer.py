@@ -46,7 +46,7 @@ class Tokenizer:
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         if self.vocab_size > MOST_TOKENS:
             raise ValueError(
-                f"{path} has a token with the id {self.vocab_size - 1}; ids up to {MOST_TOKENS - 1} are served."
+                f"{path} has a token with the id {self.vocab_size - 1}; the largest supported id is {MOST_TOKENS - 1}."
             )
         candidates = END_TOKENS if end_token is None else (end_token,)
         found = [token for token in candidates if token in vocabulary]
@@ -118,7 +118,7 @@ def token_of_id(path: Path, index: int) -> str:
     except Exception as error:  # whatever `tokenizers` raises
         raise ValueError(f"{path} is not a tokenizer.json that this version of `tokenizers` reads: {error}.") from error
     if token is None:
-        raise ValueError(f"{path} has no token with the id {index}, which is to end documents.")
+        raise ValueError(f"{path} has no token with the id {index}, which should end documents.")
     return token
 
 
@@ -143,6 +143,6 @@ def load_tokenizer(name_or_path: str | Path, end_token: str | None = None) -> To
     path = path / "tokenizer.json" if path.is_dir() else path
     if not path.is_file():
         raise ValueError(
-            f'data.tokenizer = "{name_or_path}" is not there: give "embedded", a tokenizer.json or a folder.'
+            f'data.tokenizer = "{name_or_path}" does not exist: give "embedded", a tokenizer.json or a folder.'
         )
     return Tokenizer(path, end_token)

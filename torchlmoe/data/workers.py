@@ -90,8 +90,8 @@ class _Worker:
         except (EOFError, BrokenPipeError, pickle.UnpicklingError):
             code = self._process.wait()
             raise OSError(
-                f"A process that tokenized ended with exit code {code}: where memory is short, set a lower "
-                "data.num_workers; what is finished is kept, and the same command continues from it."
+                f"A process that tokenized ended with exit code {code}: if memory is short, set a lower "
+                "data.num_workers; finished parts are kept, and the same command continues from them."
             ) from None
 
     def _send(self, message: object) -> None:

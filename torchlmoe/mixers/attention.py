@@ -102,7 +102,7 @@ class Attention(Mixer):
             raise ValueError(f"{option} cannot be combined with kv_rank = {kv_rank}, whose keys come from a latent.")
         if kv_rank is None and (shared_key_dim is not None or value_dim is not None):
             option = "value_dim" if shared_key_dim is None else "shared_key_dim"
-            raise ValueError(f"{option} belongs to latent attention; give kv_rank too.")
+            raise ValueError(f"{option} needs latent attention; give kv_rank too.")
         num_kv_heads = num_kv_heads or num_heads
         if num_heads % num_kv_heads:
             raise ValueError(f"num_heads = {num_heads} must be a multiple of num_kv_heads = {num_kv_heads}.")

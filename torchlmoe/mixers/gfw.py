@@ -51,7 +51,7 @@ class GatedFastWeights(RecurrentMixer):
         width = width_of_heads(dim, num_heads, head_dim)
         key_width, value_width = scaled_width(width, expand_k), scaled_width(width, expand_v)
         if gate != "full" and gate_rank is not None:
-            raise ValueError(f"gate_rank = {gate_rank} belongs to gate = 'full'; leave it out with gate = {gate!r}.")
+            raise ValueError(f"gate_rank = {gate_rank} needs gate = 'full'; leave it out with gate = {gate!r}.")
         kind = ElementwiseRecurrence if gate == "full" else LinearRecurrence
         super().__init__(dim, key_width, value_width, recurrence=kind, num_heads=num_heads, **options)
         self.gate = gate

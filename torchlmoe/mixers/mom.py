@@ -99,7 +99,7 @@ class MixtureOfMemories(RoutedLayer, Mixer):
             return
         if inner not in OWN_PROJECTIONS:
             raise ValueError(
-                f"inner = {inner!r} cannot have keys and values of each memory's own; set single_kv_proj = true."
+                f"inner = {inner!r} cannot have separate keys and values for each memory; set single_kv_proj = true."
             )
         for name in OWN_PROJECTIONS[inner]:
             shared = getattr(built, name)

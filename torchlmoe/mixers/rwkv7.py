@@ -103,7 +103,7 @@ class RWKV7(RecurrentMixer):
         if self.first_value_proj is None:
             first_value = v
         elif shared is None:
-            raise ValueError("An RWKV-7 layer after the first needs `shared`, the first one's values.")
+            raise ValueError("An RWKV-7 layer after the first needs `shared`, the values of the first layer.")
         else:
             first_value = shared
             share = (self.first_value_proj(x_v) + self.first_value_bias).sigmoid()

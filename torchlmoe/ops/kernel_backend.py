@@ -23,7 +23,7 @@ def kernels_serve(backend: str, *tensors: Tensor | None, refusal: str | None = N
             _say_once(reason)
         return reason is None
     if backend == "triton" and (reason := refusal or _refusal(on_gpu, *tensors)):
-        raise ValueError(f"backend = 'triton' does not serve this, since {reason}; use 'chunked'.")
+        raise ValueError(f"backend = 'triton' is not available here, since {reason}; use 'chunked'.")
     return backend == "triton"
 
 
@@ -56,4 +56,4 @@ def _triton() -> tuple[str | None, bool]:
 
 @cache
 def _say_once(reason: str) -> None:
-    logger.warning(f"Plain PyTorch runs here instead of Triton kernels, since {reason}.")
+    logger.warning(f"Plain PyTorch runs instead of Triton kernels, since {reason}.")

@@ -104,7 +104,7 @@ def check_terms(q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, in
     check_shape("value_log_decay", value_log_decay, (*per_token, value_dim))
     check_shape("bonus", bonus, (num_heads, key_dim))
     if erase_key is not None and erase is None:
-        raise ValueError("erase_key says where to erase, but erase (what to erase) is not given.")
+        raise ValueError("erase_key has no effect without erase; give both, or leave erase_key out.")
     if erase is not None and (value_log_decay is not None or bonus is not None):
         other = "bonus" if bonus is not None else "value_log_decay"
         raise ValueError(f"{other} cannot be combined with erase; give one of the two.")

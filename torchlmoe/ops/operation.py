@@ -63,7 +63,7 @@ def _refuse_transforms(name: str, has_reference: bool, tensors: list[Tensor]) ->
                 else "use reverse-mode autograd, backward() or torch.autograd.grad"
             )
             raise RuntimeError(
-                f"{name} has no forward-mode derivative and serves no torch.func transform (grad, vmap, jvp); {remedy}."
+                f"{name} supports no forward-mode derivative and no torch.func transform (grad, vmap, jvp); {remedy}."
             )
 
 

@@ -6,4 +6,4 @@ def check_backend(backend: str, operation: str = "elementwise_recurrence") -> No
     others = ("triton", "reference") if operation == "elementwise_recurrence" else ("reference",)
     if backend not in ("auto", "chunked", *others):
         served = "', '".join(("auto", "chunked", *others[:-1]))
-        raise ValueError(f"backend = {backend!r} is not served by {operation}; use '{served}' or 'reference'.")
+        raise ValueError(f"backend = {backend!r} is not supported by {operation}; use '{served}' or 'reference'.")

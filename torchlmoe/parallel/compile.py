@@ -25,7 +25,7 @@ def compile_blocks(model: Decoder, device: torch.device) -> None:
         except InvalidCxxCompiler:
             raise ValueError(
                 "compile.enable = true needs a C++ compiler on a CPU, and none is found; install g++ or clang++, or "
-                "leave it at false."
+                "set it to false."
             ) from None
     # All blocks are one function to torch, which would give up at eight kinds.
     limit = _GRAPHS_PER_BLOCK * len(model.blocks)

@@ -27,10 +27,10 @@ _TIMED_OUT_OF_TORCH = ("timeout", "timed out", "timing out")
 
 @contextmanager
 def collective_failures(heartbeat: Heartbeat, timeout_seconds: float) -> Iterator[None]:
-    """Turns the failure of a collective within it into ConnectionError or TimeoutError, of one sentence each.
+    """Convert a failed collective in its body to a ConnectionError or TimeoutError with a message of one sentence.
 
-    The sentence names the rank that is lost or late, and what it was last seen at, as far as its reports tell. Any
-    other error within is reported to the other ranks, which then fail and name this one.
+    The sentence names the rank that is lost or late and its last operation, if its reports show them. Any other
+    error is reported to the other ranks, which then fail and name this one.
 
     timeout_seconds: of the process groups.
     """
@@ -43,7 +43,7 @@ def collective_failures(heartbeat: Heartbeat, timeout_seconds: float) -> Iterato
             if own is error:
                 raise
             raise own from None
-        cause = heartbeat.cause() or "which rank it is cannot be told, see the ranks' own messages or the launcher's"
+        cause = heartbeat.cause() or "which rank it was is unknown, see the messages of the ranks or the launcher"
         happened = (
             f"A collective operation of {heartbeat.where} did not end within parallelism.timeout_seconds = "
             f"{timeout_seconds:g}"
@@ -51,7 +51,7 @@ def collective_failures(heartbeat: Heartbeat, timeout_seconds: float) -> Iterato
             else f"Another rank ended during {heartbeat.where}"
         )
         raise kind(
-            f"{happened}: {cause}; what was saved before is whole, and the same command continues from it."
+            f"{happened}: {cause}; earlier checkpoints are whole, and the same command resumes from the latest."
         ) from error
 
 
@@ -62,7 +62,7 @@ def cause_of(error: CheckpointException) -> Exception:
 
 
 def _kind_of_failure(error: Exception) -> type[ConnectionError] | type[TimeoutError] | None:
-    """None for what is no failure of a collective."""
+    """Return the type of error to raise; None if the error is not a failed collective."""
     text, of_torch = str(error), isinstance(error, dist.DistError)
     if not isinstance(error, RuntimeError):
         return None
@@ -76,7 +76,7 @@ def _kind_of_failure(error: Exception) -> type[ConnectionError] | type[TimeoutEr
 
 
 def _without_wrapping(error: Exception) -> Exception:
-    """An error within a pipeline's stage, which torch wraps in a RuntimeError that prints all of the stage's inputs."""
+    """Unwrap an error of a pipeline stage: torch wraps it in a RuntimeError that prints all inputs of the stage."""
     while (
         type(error) is RuntimeError and "failed to run" in str(error).lower() and isinstance(error.__cause__, Exception)
     ):

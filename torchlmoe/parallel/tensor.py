@@ -62,7 +62,7 @@ def tensor_parallel_plan(model: Decoder, degree: int) -> Plan:
         if head_dims is None:
             raise ValueError(
                 f"parallelism.tensor_parallel_degree = {degree} cannot split {name} ({type(module).__name__}), which "
-                "does not say in head_dims along which dimension heads are laid; give it one, or use degree 1."
+                "does not name in head_dims the dimension of its heads; define head_dims, or use degree 1."
             )
         plan.append((name, HeadParameters(head_dims, getattr(module, "units", None))))
     for name, module in model.named_modules():
@@ -74,8 +74,8 @@ def tensor_parallel_plan(model: Decoder, degree: int) -> Plan:
         plan += [(f"blocks.{index}.{name}", EnterHeads()) for name in _entrances("feed_forward", block.feed_forward)]  # type: ignore[arg-type]
     if "vocabulary" not in signature(model.spec.loss).parameters:
         raise ValueError(
-            f"parallelism.tensor_parallel_degree = {degree} splits the vocabulary, which the loss that training.loss "
-            "names cannot: it takes no `vocabulary` as cross_entropy does; use degree 1."
+            f"parallelism.tensor_parallel_degree = {degree} splits the vocabulary, but the loss of training.loss "
+            "does not take the argument `vocabulary`, as cross_entropy does; use degree 1."
         )
     if hasattr(model, "embedding"):
         plan.append(("embedding", VocabularyEmbedding()))

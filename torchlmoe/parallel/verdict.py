@@ -1,4 +1,4 @@
-"""Who is to blame for a collective that failed, from what each rank last reported."""
+"""Finds the rank that made a collective fail, from the last reports of all ranks."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -6,11 +6,11 @@ from typing import NamedTuple
 # States of a rank. RUNNING may also be lost. FAILED: a collective failed here, so that another rank is the cause.
 RUNNING, FAILED, ENDED = "running", "failed", "ended"
 
-_MOST_NAMED = 8  # ranks in a sentence
+_MOST_NAMED = 8  # ranks that a sentence names
 
 
 class Report(NamedTuple):
-    """beat: rises with each report. moves: how many operations the rank has begun. where: the last of them."""
+    """beat: counts reports. moves: counts operations that the rank has begun. where: names the last of them."""
 
     beat: int
     moves: int
@@ -19,19 +19,19 @@ class Report(NamedTuple):
 
 
 def judge(rank: int, before: Sequence[Report | None], now: Sequence[Report | None]) -> str | None:
-    """Who is to blame that a collective failed on `rank`, as a clause; None where nobody can be singled out.
+    """Return a clause that names the rank which made a collective fail on `rank`; None if it cannot be determined.
 
     before, now: reports of all ranks, some beats apart.
     """
     absent = [other for other, report in enumerate(now) if report is None]
     if absent:
-        return f"{_names(absent)} {_are(absent)} not there: not started, or ended before the first report"
+        return f"{_names(absent)} {_are(absent)} missing: not started, or ended before the first report"
     reports = [report for report in now if report is not None]
     running = [other for other, report in enumerate(reports) if report.state == RUNNING and other != rank]
     lost = [other for other in running if (seen := before[other]) is not None and seen.beat == reports[other].beat]
     if lost:
         return f"{_names(lost)} {_are(lost)} lost (killed, stopped or cut off), last seen in {_places(lost, reports)}"
-    # Of ranks that are behind, some may wait for others; those have failed too by now, since they began earlier.
+    # Some of the ranks that are behind may wait for others. Those have failed by now, since they began earlier.
     moves = min((reports[other].moves for other in running), default=0)
     last = [other for other in running if reports[other].moves == moves]
     if last and moves < reports[rank].moves:
@@ -54,5 +54,5 @@ def _names(ranks: Sequence[int]) -> str:
 
 
 def _places(ranks: Sequence[int], reports: Sequence[Report]) -> str:
-    """Where the ranks are, each place once."""
+    """Join the places where the ranks are, each place once."""
     return " and ".join(dict.fromkeys(reports[rank].where for rank in ranks[:_MOST_NAMED]))

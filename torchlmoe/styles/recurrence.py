@@ -228,7 +228,7 @@ class LSMSequenceParallel(StateStyle):
         **terms,
     ) -> tuple[Tensor, None]:
         if initial_state is not None or output_final_state:
-            raise ValueError("Initial and final states are not supported along a sequence that is split over ranks.")
+            raise ValueError("Initial and final states are not supported if the sequence is split over ranks.")
         span = _span_of(v, cu_seqlens, document_bounds, mesh)
         *factors, state = self.summarize(forward, k, v, span.bounds_of_last(), terms)
         if span.last is not None:
@@ -371,7 +371,7 @@ class StateRing(StateStyle):
         **terms,
     ) -> tuple[Tensor, None]:
         if offset is not None or output_final_state:
-            raise ValueError("Offsets and final states are not supported along a sequence that is split over ranks.")
+            raise ValueError("Offsets and final states are not supported if the sequence is split over ranks.")
         rank, name = mesh.get_local_rank(), mesh.get_group().group_name
         span = _span_of(v, cu_seqlens, None, mesh)
         own = torch.arange(len(initial_state), device=v.device)

@@ -30,7 +30,9 @@ class RunHalo(ParallelStyle):
         if cache is not None:
             raise ValueError("A cache holds whole rows; decode with a model that is not split over the sequence.")
         if memories.document_bounds is None:
-            raise ValueError("A sequence of memories is split over ranks only where documents are packed into one row.")
+            raise ValueError(
+                "A sequence of memories can only be split over ranks if documents are packed into one row."
+            )
         bounds, reach = memories.document_bounds, module.weight.shape[1] - 1
         span = Span.of_documents(bounds, rank, mesh.size(), bounds[-1] // mesh.size(), memories.cu_seqlens)
         assert span.runs is not None

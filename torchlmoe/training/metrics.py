@@ -185,7 +185,7 @@ def _keep_rows(path: Path, last_step: int) -> list[dict[str, Any]]:
             record = json.loads(line)
             past = record["step"] > last_step
         except (ValueError, TypeError, KeyError, RecursionError):  # half written when the run was killed, or not ours
-            logger.warning(f"Left out: line {number} of {path} is no record of a step.")
+            logger.warning(f"Ignored: line {number} of {path} is not a record of a step.")
             continue
         if past:
             break

@@ -23,7 +23,7 @@ class StepProfiler:
             return
         if settings.memory_snapshot and device.type != "cuda":
             raise ValueError(
-                "profiling.memory_snapshot = true needs CUDA, whose allocator keeps a history; leave it at false."
+                "profiling.memory_snapshot = true needs CUDA, whose allocator keeps a history; set it to false."
             )
         folder = dump_folder / "profile"
         folder.mkdir(parents=True, exist_ok=True)

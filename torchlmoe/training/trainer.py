@@ -150,7 +150,7 @@ class Trainer:
         if vocab_size < tokenizer.vocab_size:
             raise ValueError(
                 f"model.vocab_size = {vocab_size} is less than the {tokenizer.vocab_size} tokens of data.tokenizer = "
-                f"{data.tokenizer!r}; leave it unset or raise it."
+                f"{data.tokenizer!r}; raise it or leave it unset."
             )
         # So that what does not fit is refused before all the tokenizing.
         whole = whole_model(self.config, vocab_size, world_size_of_launch())
@@ -185,7 +185,7 @@ class Trainer:
         if modules := self.config.job.custom_modules:
             self.log.say(f"modules: {', '.join(modules)}")
         for name, needed in idle_settings(self.config).items():
-            self.log.say(f"{name} does nothing in this run: it needs {needed}.")
+            self.log.say(f"{name} has no effect in this run: it needs {needed}.")
 
     def train(self) -> dict[str, Any]:
         """Runs the steps that are left, fewer if a signal asks to stop, and returns the last logged record."""
@@ -354,7 +354,7 @@ def _lock(folder: Path) -> FileLock:
         lock.acquire()
     except Timeout:
         raise ValueError(
-            f"Another run writes to {folder}: wait for its end, or set job.dump_folder to a folder of this run's own."
+            f"Another run writes to {folder}: wait until it ends, or set another job.dump_folder."
         ) from None
     return lock
 

@@ -84,7 +84,7 @@ def search(
         )
         if not good:
             raise ValueError(
-                f"All runs of round {round_ + 1} failed, the first of them so: {of_round[0].error} Try other "
+                f"All runs of round {round_ + 1} failed. The first error: {of_round[0].error} Try other "
                 "values, or keep more of them (--keep 2)."
             )
         left = [outcome.trial for outcome in good[: max(2, math.ceil(len(left) / plan.keep))]]

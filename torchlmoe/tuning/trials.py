@@ -53,9 +53,9 @@ def choices(name: str, text: str, own: Any) -> list[str] | Range:
         except ValueError:
             found = None
         if found is None or kind not in ("", "log") or not found.low < found.high < float("inf"):
-            raise ValueError(f"--tune.{name} {text} is no range; write lo:hi or lo:hi:log with lo less than hi.")
+            raise ValueError(f"--tune.{name} {text} is not a range; write lo:hi or lo:hi:log with lo less than hi.")
         if found.log and found.low <= 0:
-            raise ValueError(f"--tune.{name} {text} has no logarithm; begin above 0.")
+            raise ValueError(f"--tune.{name} {text} needs a logarithm; begin above 0.")
         return found
     values = list(dict.fromkeys(part.strip() for part in text.split(",")))
     if not all(values):

@@ -52,7 +52,9 @@ def part_of(name: str) -> Part:
     lowered = {known.lower(): known for known in found}
     nearest = [lowered[match] for match in difflib.get_close_matches(name.lower(), lowered, 3, 0.5)]
     near = f"; the nearest are {', '.join(nearest)}" if nearest else ""
-    raise ValueError(f"{name!r} is no mixer, operation, kernel or style of torchlmoe{near} (--list prints all names).")
+    raise ValueError(
+        f"{name!r} is not a mixer, operation, kernel or style of torchlmoe{near} (--list prints all names)."
+    )
 
 
 def providing(module: str, name: str) -> str:

@@ -98,7 +98,7 @@ def _package_name(folder: Path, requirements: list[str]) -> str:
         reason = "is the name of another package" if name in taken else "is not a name that Python can import"
         raise ValueError(f"--output {folder}: {name!r} {reason}; choose another for the folder.")
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ValueError(f"--output {folder} is there already and not an empty folder; choose another.")
+        raise ValueError(f"--output {folder} exists and is not an empty folder; choose another.")
     parents: list[str] = []
     for parent in folder.parents:
         if not (parent / "__init__.py").is_file():
