@@ -179,7 +179,7 @@ def test_missing_and_unreadable(tmp_path):
             open_corpus(name, "train")
     with pytest.raises(ValueError, match=r'data\.validation_dataset = "\./nowhere" does not exist'):
         open_corpus("embedded", "validation", validation_dataset="./nowhere")
-    with pytest.raises(ValueError, match=r"holds no file that is read: give files that end in \.json"):
+    with pytest.raises(ValueError, match=r"holds no file of a supported kind: give files that end in \.json"):
         open_corpus(str(tmp_path), "train")
     (tmp_path / "a.csv").write_text("text\nx\n")
     with pytest.raises(ValueError, match=r"a\.csv is not a file of a supported kind"):

@@ -191,8 +191,8 @@ REFUSALS = {
     "it is cut short: it announces": broken("idx", lambda content: content[:-9]),
     "is not an index of Megatron-LM: give the one that": broken("idx", lambda content: b"x" + content[1:]),
     "has version 2 and type 8: version 1 with": broken("idx", lambda content: content[:9] + b"\x02" + content[10:]),
-    "it places its sequences elsewhere": broken("idx", lambda c: c[: 34 + 40 * 4] + b"\x01" + c[34 + 40 * 4 + 1 :]),
-    "it has documents that are not all of its": broken("idx", lambda content: content[:-8] + bytes(8)),
+    "it does not place its sequences": broken("idx", lambda c: c[: 34 + 40 * 4] + b"\x01" + c[34 + 40 * 4 + 1 :]),
+    "it has documents that do not cover its": broken("idx", lambda content: content[:-8] + bytes(8)),
 }
 
 
@@ -219,7 +219,7 @@ def test_what_is_not_as_it_should_be_is_refused(open_files, documents, tmp_path)
         write_index(folder / "c.idx", [len(documents[0]), len(documents[1]) + 1], "<u2")
 
     for sentence, write in {
-        r"a\.csv\.gz does not match a\.npy: it covers 9 tokens": lines(b"0,4\n4,9\n"),
+        r"a\.csv\.gz does not match a\.npy: it covers 9 consecutive tokens": lines(b"0,4\n4,9\n"),
         r"a\.csv\.gz cannot be read: .* give lines that begin with start,end": lines(b"0;4\n"),
         r"a\.bin does not end with the end token '<\|endoftext\|>' \(0\)": first_without_end,
         "has documents with and without the end token": some_without_end,

@@ -185,7 +185,7 @@ def test_a_process_that_is_killed_is_said(build, small_pieces, monkeypatch):
         real(worker, task, report)
 
     monkeypatch.setattr(_Worker, "do", kill_first)
-    with pytest.raises(OSError, match=r"ended with exit code -9: .* lower data\.num_workers; what is finished is kept"):
+    with pytest.raises(OSError, match=r"ended with exit code -9: .* lower data\.num_workers; finished parts are kept"):
         build("killed", workers=2)
     monkeypatch.setattr(_Worker, "do", real)
     monkeypatch.setattr(tokenizing, "CHARACTERS_PER_SHARD", 2**30)

@@ -1,4 +1,4 @@
-"""Ground floor: pure functions on tensors."""
+"""Operations: pure functions on tensors, which know no modules."""
 
 from torchlmoe.ops.elementwise_recurrence import (
     elementwise_flops_per_token,

@@ -1,10 +1,10 @@
-"""Depthwise causal convolution over tokens, with SiLU, that does not look across documents.
+"""Depthwise causal convolution over tokens, with SiLU, that keeps documents apart.
 
-    y_t = silu(bias + sum_i w_i x_{t-i})        i = 0 .. width - 1, tokens of earlier documents left out
+    y_t = silu(bias + sum_i w_i x_{t-i})        i = 0 .. width - 1, without tokens of earlier documents
 
-On a GPU this is kernels/causal_conv.py. Elsewhere it is written as shifted multiply-adds on [B, T, channels]: on a CPU
-that is several times faster than `conv1d` with its transposes, forward and backward. One operation to torch; the sum
-before the SiLU is kept for the backward. Sums are in at least float32 and rounded once.
+On a GPU kernels/causal_conv.py computes it. Otherwise it is a sum of shifted multiply-adds on [B, T, channels]: on a
+CPU this is several times faster than `conv1d` with its transposes, forward and backward. It is one operation to
+torch. The sum before the SiLU is kept for the backward. Sums are in at least float32 and rounded once.
 """
 
 import torch
@@ -26,14 +26,14 @@ def causal_conv(
     cu_seqlens: Tensor | None = None,
     activation: bool = True,
 ) -> Tensor:
-    """x [B, T, channels], weight [channels, width] (the last column meets the newest token) -> like x.
+    """x [B, T, channels], weight [channels, width] (the last column multiplies the newest token) -> like x.
 
     bias: [channels]. state: [B, width - 1, channels], the inputs before each row; zero unless given.
     cu_seqlens: int32 [N + 1] bounds of documents packed into one row (B = 1), or None.
     activation: whether SiLU follows.
     Raises ValueError for bounds that do not rise from 0 to T, and for bounds beside several rows or a state.
     """
-    if weight.shape[1] == 1:  # which sees no other token, of whatever document
+    if weight.shape[1] == 1:  # sees no other token, so documents do not matter
         cu_seqlens = None
     if cu_seqlens is not None:
         if state is not None:
@@ -54,8 +54,8 @@ def causal_conv(
 
 
 def _edges(cu_seqlens: Tensor, length: int, reach: int, at_end: bool) -> tuple[Tensor, Tensor]:
-    """The tokens within `reach` of their document's start (or end), and for each how far it is (from 0)."""
-    check_bounds_at_hand(cu_seqlens, length)  # here, too, since a compiled caller could not
+    """Return the tokens within `reach` of their document's start (or end), and the distance of each (from 0)."""
+    check_bounds_at_hand(cu_seqlens, length)  # here too, since a compiled caller could not check
     bounds = cu_seqlens.long()
     lengths = bounds[1:] - bounds[:-1]
     distance = torch.arange(reach, device=bounds.device).expand(len(lengths), -1)
@@ -75,7 +75,7 @@ def _shifted_sum(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None, forward: 
         else:
             y[:, :-shift].addcmul_(x[:, shift:], columns[shift])
     if cu_seqlens is not None and width > 1:
-        # Near a document's edge the sum is taken again, so that not even rounding tells of the neighbour.
+        # Recompute the sum near a document's edge, so that the neighboring document does not even change the rounding.
         tokens, distance = _edges(cu_seqlens, x.shape[1], width - 1, at_end=not forward)
         edge = x[0, tokens] * columns[0]
         for shift in range(1, width):

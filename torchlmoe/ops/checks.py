@@ -1,4 +1,4 @@
-"""What operations ask of their tensors: shapes that fit together, and bounds of documents that are bounds."""
+"""Checks of the arguments of operations: shapes that fit together and valid document bounds."""
 
 from collections.abc import Sequence
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def num_documents(v: Tensor, cu_seqlens: Tensor | None) -> int:
-    """How many v [B, T, ...] holds. Raises ValueError where cu_seqlens is not int32 [N + 1] or there are more rows."""
+    """Count the documents of v [B, T, ...]. Raises ValueError unless cu_seqlens is int32 [N + 1] and B is 1."""
     if cu_seqlens is None:
         return v.shape[0]
-    # Not len(), which makes a constant of a size that torch.export is told is dynamic.
+    # Not len(), which would make a constant of a size that is dynamic under torch.export.
     if v.shape[0] != 1 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0 or cu_seqlens.dtype != torch.int32:
         raise ValueError(
             f"cu_seqlens (shape {list(cu_seqlens.shape)}, {cu_seqlens.dtype}) must be int32 [N + 1], with B = 1 "
@@ -31,7 +31,7 @@ def check_shape(name: str, tensor: Tensor | None, *shapes: tuple[int, ...]) -> N
 
 
 def check_not_empty(k: Tensor, v: Tensor) -> None:
-    """Raises ValueError unless k and v [..., heads, width] have a head and a width at least. They may lack tokens."""
+    """Raises ValueError unless k and v [..., heads, width] have at least one head and one channel. T may be 0."""
     if 0 in (*k.shape[-2:], *v.shape[-2:]):
         raise ValueError(f"k {list(k.shape)} and v {list(v.shape)} must have at least one head, one key and one value.")
 
@@ -47,7 +47,7 @@ def check_bounds(bounds: Sequence[int], length: int, name: str = "cu_seqlens") -
 def check_bounds_at_hand(bounds: Tensor | None, length: int, name: str = "cu_seqlens") -> None:
     """`check_bounds` of a tensor, or of each row of one, for code that does not read the values itself.
 
-    It does not wait for a device: on a GPU it is an assertion of the device's own, which ends the process. Bounds
+    It does not wait for a device: on a GPU it is a device-side assertion, which ends the process. Bounds
     without values, traced or on the meta device, are not checked.
     """
     if type(bounds) is not Tensor or bounds.is_meta or torch.compiler.is_compiling():
@@ -56,7 +56,7 @@ def check_bounds_at_hand(bounds: Tensor | None, length: int, name: str = "cu_seq
         for row in bounds.reshape(-1, bounds.shape[-1]).tolist():
             check_bounds(row, length, name)
         return
-    # Once for all layers that are given them. The attribute lives as long as the tensor does.
+    # Checked once for all layers that receive the tensor: the attribute lives as long as the tensor.
     checked = (length, None if bounds.is_inference() else bounds._version)
     if getattr(bounds, "_rise_to", None) != checked:
         bounds._rise_to = checked  # type: ignore[attr-defined]

@@ -1,14 +1,17 @@
-"""What decay does within a chunk, on the key side or the value side, without a positive exponent anywhere.
+"""Decay between the tokens of a chunk, on the key side or the value side, without positive exponents.
 
-All products of a chunk's tokens are derivatives of one form, in which readers x and writers y meet under scores P:
+All products of a chunk's tokens are derivatives of one form of readers x, writers y and scores P:
 
     sum_ijd P_ij x_id y_jd E_ijd        E_ijd = exp(G_id - G_jd) for j < i, 1 for j = i, 0 for j > i
 
 `pair` is its derivative by P (the scores of x and y), `rows` by x, `columns` by y. G is the inclusive cumulative sum of
-the log decay. What is read before a token's own decay (RWKV6) has the exclusive sum in the place of G_id. The gradient
-of the decay needs none of this: it is had from those of x and y (see `chunked_backward.py`).
+the log decay. A read before the token's own decay (RWKV-6) uses the exclusive sum in place of G_id.
 
-Legend: N chunks times heads, C tokens a chunk, R readers and W writers a token, D width, G groups of equal decay.
+The gradient of the log decay is a sum of terms that `rows` and `columns` compute on the way. `ChannelDecay.gradient`
+returns it together with them, level by level. For a decay per head, `chunked_backward.py` computes it from the
+gradients of x and y and from P.
+
+Legend: N chunks times heads, C tokens per chunk, R readers and W writers per token, D width, G groups of equal decay.
 """
 
 import torch
@@ -16,7 +19,7 @@ from torch import Tensor
 
 
 class Undecayed:
-    """E is one throughout: for scores that are zero above the diagonal already."""
+    """E is one everywhere, for scores that are already zero above the diagonal."""
 
     from_start: Tensor | None = None  # exp of the sum from the chunk's start to each token, [N, C, 1 or D]
     to_end: Tensor | None = None  # from after each token to the chunk's end, [N, C, 1 or D]
@@ -38,7 +41,7 @@ class Undecayed:
         return onto_NCWD
 
     def backward(self, p_NCRCW: Tensor, x_NCRD: Tensor, y_NCWD: Tensor, dx_NCRD: Tensor, dy_NCWD: Tensor) -> None:
-        """`rows` onto dx and `columns` onto dy."""
+        """Add `rows` to dx and `columns` to dy."""
         self.rows(p_NCRCW, y_NCWD, dx_NCRD)
         self.columns(p_NCRCW, x_NCRD, dy_NCWD)
 
@@ -62,9 +65,9 @@ class CausalMask(Undecayed):
 class MatrixDecay(CausalMask):
     """One decay per token and head, or one per head: the matrix of the latter is that of every chunk.
 
-    log_decay_NC: of every chunk, zero at padded tokens; log_decay_GC: of the G chunks whose matrices are those of all,
-    in turn. With reads_before the diagonal is left out: the bonus takes its place. Sums are float64: where gates are
-    extreme the difference of two would lose an ordinary gate's digits.
+    log_decay_NC: of every chunk, zero at padded tokens. log_decay_GC: of G chunks whose matrices repeat for all
+    chunks. With reads_before the diagonal is left out: the bonus replaces it. Sums are float64: with
+    extreme gates the difference of two float32 sums would lose the digits of an ordinary gate.
     A gate of -800 or less, -inf included, lets nothing through in any dtype.
     """
 
@@ -85,9 +88,9 @@ class MatrixDecay(CausalMask):
 class ChannelDecay(Undecayed):
     """One decay per token, head and channel: a chunk of 2^n tokens is halved down to pairs of single tokens.
 
-    Where the later half of a block reads what its earlier half wrote, E factorises at the middle: from there to the
-    reader, and from the writer to there. A block's factors are those of its halves times exp of the other half's sum:
-    nothing is subtracted, and almost all is products.
+    If the reader is in the later half of a block and the writer in the earlier half, E is a product of two factors:
+    from the middle to the reader, and from the writer to the middle. A block's factors are those of its halves times
+    exp of the other half's sum: nothing is subtracted, and most of the work is products.
     """
 
     def __init__(self, log_decay_NCD: Tensor, reads_before: bool):
@@ -97,7 +100,7 @@ class ChannelDecay(Undecayed):
             read *= log_decay_NCD.exp()
         write = torch.ones_like(log_decay_NCD)  # from after the token to its block's end
         total = log_decay_NCD.unsqueeze(2)  # the log decay of every block, [N, blocks, 1, D]
-        # Half a block's size, factors of readers and of writers [N, blocks, size, 1, D].
+        # Size of half a block, and the factors of readers and writers [N, blocks, size, 1, D].
         self.levels: list[tuple[int, Tensor, Tensor]] = []
         size = 1
         while size < length:
@@ -112,7 +115,7 @@ class ChannelDecay(Undecayed):
         self.from_start, self.to_end, self.whole = read, write, total[:, 0, 0].exp()
 
     def _block(self, p_NCRCW: Tensor, size: int) -> Tensor:
-        """The scores at which later halves read earlier ones: a view [N, size, R, size, W, blocks]."""
+        """Return the scores of later halves that read earlier ones: a view [N, size, R, size, W, blocks]."""
         halves = p_NCRCW.unflatten(3, (-1, 2, size)).unflatten(1, (-1, 2, size))
         return halves[:, :, 1].select(5, 0).diagonal(dim1=1, dim2=4)
 
@@ -143,15 +146,15 @@ class ChannelDecay(Undecayed):
         self, p_NCRCW: Tensor | None, x_NCRD: Tensor, y_NCWD: Tensor, dx_NCRD: Tensor, dy_NCWD: Tensor,
         through_ND: Tensor, reads_before: bool,
     ) -> Tensor:  # fmt: skip
-        """`rows` onto dx and `columns` onto dy, and returns the gradient of the log decay [N, C, D].
+        """Add `rows` to dx and `columns` to dy, and return the gradient of the log decay [N, C, D].
 
-        dx comes with what x reads of the chunk's first state, dy with what y adds to its last one, through: what goes
-        from the first to the last. Without readers there is no P.
+        dx holds the reads of x from the chunk's first state, and dy the writes of y to its last state. through: the
+        part that passes from the first state to the last. Without readers there is no P.
         """
         read_NCD, written_NCD = (x_NCRD * dx_NCRD).sum(2), (y_NCWD * dy_NCWD).sum(2)
-        passing = through_ND.unsqueeze(1)  # a block's tokens alike, [N, blocks, D]
+        passing = through_ND.unsqueeze(1)  # the same for all tokens of a block, [N, blocks, D]
         for size, later, earlier in reversed(self.levels):
-            # Both reach to a border of the block, so they pass the whole of the half that lies between.
+            # Both reach to a border of the block, so they pass through the whole half between.
             read, written = _half(read_NCD, size, 1), _half(written_NCD, size, 0)
             passing = torch.stack([passing + read.sum(2), passing + written.sum(2)], 2).flatten(1, 2)
             if p_NCRCW is None:
@@ -176,7 +179,7 @@ def _half(x_NCRD: Tensor, size: int, half: int) -> Tensor:
 
 
 def thin_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """[..., m, k] @ [..., k, n]; for k of a few as multiply-adds, on a CPU several times faster than tiny products."""
+    """[..., m, k] @ [..., k, n]; a small k is computed as multiply-adds, several times faster on a CPU."""
     if a.shape[-1] > 4:
         return torch.matmul(a, b)
     product = a[..., :1] * b[..., :1, :]
@@ -186,7 +189,7 @@ def thin_matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def unit_lower_inverse(lower_NCC: Tensor) -> Tensor:
-    """(I + L)^-1 of the part L below the diagonal, C a power of two: from halves and what stands between them."""
+    """(I + L)^-1 of the part L below the diagonal, C a power of two: from halves and the block between them."""
     inverse = lower_NCC.new_ones(*lower_NCC.shape[:2], 1, 1)  # of the blocks on the diagonal, [N, blocks, size, size]
     for _ in range(lower_NCC.shape[-1].bit_length() - 1):
         size = inverse.shape[-1]

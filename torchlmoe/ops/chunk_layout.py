@@ -1,15 +1,15 @@
-"""Where each token goes when documents are cut into chunks.
+"""Places of tokens when documents are cut into chunks.
 
 Every document is cut into chunks of C tokens, its last one padded. Chunks are ordered by their place in the document
 first and documents from the longest to the shortest, so that the documents which still have a j-th chunk are always
 the first `num_active[j]` ones and the j-th chunks are one contiguous slice: the scan over chunks runs over slices,
-in parallel over documents, and no token is computed that belongs to padding beyond a document's last chunk.
+in parallel over documents, and no padding beyond a document's last chunk is computed.
 
     three documents of 5, 1 and 3 chunks  ->  | a0 c0 b0 | a1 c1 | a2 c2 | a3 | a4 |      num_active = [3, 2, 2, 1, 1]
 
-A slab is a run of such slices: what is computed at a time, few enough chunks to stay in a cache.
+A slab is a run of such slices that is computed at once; its chunks are few enough to stay in a cache.
 
-Among long documents, many that are much shorter than a chunk would be mostly padding. They are laid out apart then, in
+Documents much shorter than a chunk would be mostly padding beside long ones. They are then laid out separately, in
 shorter chunks (`chunk_layouts`).
 """
 
@@ -28,12 +28,12 @@ MOST_SLOTS_PER_TOKEN = 4  # of chunks, padding included
 
 @dataclass(frozen=True)
 class Slab:
-    """Consecutive slices of chunks. Legend: M chunks of this slab, C tokens a chunk, H heads of the chunks."""
+    """Consecutive slices of chunks. Legend: M chunks of this slab, C tokens per chunk, H heads of the chunks."""
 
     num_active: list[int]  # documents that take part in each step of the scan
     tokens_MC: Tensor  # int64: the token at each slot (0 at padded ones)
-    padded_MC: Tensor | None  # bool; None where there is no padding
-    steps: slice | None  # where all rows are whole chunks, the slab's place in each; it takes no indices then
+    padded_MC: Tensor | None  # bool; None without padding
+    steps: slice | None  # if all rows are whole chunks, the slab's place in each row; then no indices are needed
     indices: dict[str, Tensor] = field(default_factory=dict)  # made once, for every layer
 
     def cut(self, x: Tensor, num_heads: int) -> Tensor:
@@ -74,7 +74,7 @@ class Slab:
         return self.indices[key]
 
     def _slots(self, num_heads: int, mask_MC: Tensor) -> Tensor:
-        """Where the mask is set, counted over [M, num_heads, C]."""
+        """Return the indices at which the mask is set, counted over [M, num_heads, C]."""
         return mask_MC[:, None].expand(-1, num_heads, -1).flatten().nonzero()[:, 0]
 
 
@@ -98,7 +98,7 @@ def restore_order(layouts: Sequence[ChunkLayout], x_N: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Plan:
-    """A layout in numbers: what can be counted without tensors."""
+    """A layout in numbers, without tensors."""
 
     order: list[int]  # documents from the longest to the shortest
     starts: list[int]  # of every document
@@ -108,7 +108,7 @@ class Plan:
 
     @property
     def num_first(self) -> int:
-        """Documents with which the slabs begin, all slabs together."""
+        """Number of documents at the start of the slabs, summed over all slabs."""
         return sum(active[0] for active in self.num_active)
 
     @property
@@ -124,10 +124,10 @@ def chunk_plan(
     slab_size: int,
     documents: Sequence[int] | None = None,
 ) -> Plan:
-    """Of `batch_size` rows of `length` tokens, or of the documents that `bounds` bounds in one row.
+    """Plan the layout of `batch_size` rows of `length` tokens, or of the documents with `bounds` in one row.
 
-    A slab has about `slab_size` chunks; the slices of which it is made are not cut.
-    documents: those to lay out, by their place in `bounds`; all unless given.
+    A slab has about `slab_size` chunks; it consists of whole slices.
+    documents: the documents to lay out, by their place in `bounds`; all unless given.
     """
     if bounds is None:
         starts, lengths = [row * length for row in range(batch_size)], [length] * batch_size
@@ -136,7 +136,7 @@ def chunk_plan(
         starts, lengths = list(bounds[:-1]), [end - start for start, end in pairwise(bounds)]
     order = sorted(range(len(starts)) if documents is None else documents, key=lambda document: -lengths[document])
     longest = lengths[order[0]] if order else 0
-    # Short documents take one short chunk. Decay per channel halves chunks, so they are powers of two.
+    # Short documents take one short chunk. Decay per channel halves chunks, so sizes are powers of two.
     chunk_size = min(max_chunk_size, 1 << max(0, longest - 1).bit_length())
 
     num_chunks = [-(-lengths[document] // chunk_size) for document in order]
@@ -189,11 +189,11 @@ def layout_of(plan: Plan, whole_rows: bool, device: torch.device) -> ChunkLayout
     return ChunkLayout(slabs, torch.tensor(plan.order, dtype=torch.int64, device=device))
 
 
-# Made once for all layers of a step, both ways, even where every layer packs its tokens in a way of its own.
+# Made once for the forward and backward of all layers of a step, even if each layer packs its tokens differently.
 @lru_cache(maxsize=64)
 def chunk_layouts(
     batch_size, length, bounds, max_chunk_size: int, slab_size: int, device: torch.device
 ) -> tuple[ChunkLayout, ...]:
-    """Arguments as of `chunk_plans`."""
+    """Arguments are the same as those of `chunk_plans`."""
     plans = chunk_plans(batch_size, length, bounds, max_chunk_size, slab_size)
     return tuple(layout_of(plan, bounds is None and length % plan.chunk_size == 0, device) for plan in plans)

@@ -1,21 +1,22 @@
-"""The recurrence chunk by chunk in plain PyTorch: the path of every CPU, and wherever no kernel serves.
+"""The recurrence chunk by chunk in plain PyTorch: used on CPUs and wherever no kernel is available.
 
-In a chunk with start state S, G and H the inclusive cumulative sums of the key side's and the value side's log decay, a
-token has readers x (q, and e where something is erased) and writers y with values w (k with v; where something is
-erased, b with what takes it out, n). Where b = k, that n is written in the place of v, and k is the only writer:
+Let S be the state at the start of a chunk, and G and H the inclusive cumulative sums of log_decay and
+value_log_decay. A token has readers x and writers y with values w. The readers are q and, with an erase term,
+e = erase. The writers are k with value v and, with an erase term, b = erase_key with value n, which removes the old
+value. If b = k, n is written in place of v, and k is the only writer:
 
     P    = <x, y>                                         scores: see `chunk_decay.py`; strict for e
-    n    = (I + P_eb)^-1 (z - (e * exp G) S)              z = v where b = k, otherwise -P_ek v
+    n    = (I + P_eb)^-1 (z - (e * exp G) S)              z = v if b = k, otherwise -P_ek v
     o_i  = (S^T (q_i * exp G_i)) * exp H_i + sum_j P_ij w_j * exp(H_i - H_j)
     S   <- exp(G_C) S exp(H_C) + sum_j (y_j * exp(G_C - G_j)) (w_j * exp(H_C - H_j))^T
 
 With a bonus u, q reads the state before the token's own decay, and P_ii = sum q_i u k_i.
 
-Only n and S <- ... run one chunk after another (over all documents and heads at once). Everything else is done for a
-slab of chunks at a time, few enough to stay in a cache. The forward hands the first state of every slab to the
-backward (`chunked_backward.py`), which takes a slab again and runs it in mirror image.
+Only n and S <- ... run one chunk after another (over all documents and heads at once). Everything else is computed for
+a slab of chunks at a time, few enough to stay in a cache. The forward keeps the first state of every slab for the
+backward (`chunked_backward.py`), which runs each slab again and then in reverse.
 
-Legend: N chunks of a slab times heads of v, C tokens a chunk, R readers, W writers, K key width, V value width.
+Legend: N chunks of a slab times heads of v, C tokens per chunk, R readers, W writers, K key width, V value width.
 """
 
 from collections.abc import Sequence
@@ -34,7 +35,7 @@ SLAB_TOKENS = 4096  # times heads; 1 MiB for a tensor of 64 channels
 
 @dataclass(frozen=True)
 class Terms:
-    """The arguments of `linear_recurrence` that belong to tokens or heads."""
+    """The arguments of `linear_recurrence` that have a token or head dimension."""
 
     q: Tensor | None
     k: Tensor
@@ -48,12 +49,12 @@ class Terms:
 
 
 def layouts_of(v: Tensor, cu_seqlens: Tensor | None) -> tuple[ChunkLayout, ...]:
-    """The layouts of v's rows or documents, for real tensors. Raises ValueError for bounds that are none."""
+    """The layouts of v's rows or documents, for real tensors. Raises ValueError for invalid bounds."""
     return chunk_layouts(*_layout_key(v, _bounds(cu_seqlens)), v.device)
 
 
 def num_kept(v: Tensor, bounds: tuple[int, ...] | None) -> int:
-    """How many states `chunked_forward` keeps for the backward; v may be without values."""
+    """Number of states that `chunked_forward` keeps for the backward; v may be without values."""
     return v.shape[2] * sum(plan.num_first for plan in chunk_plans(*_layout_key(v, bounds)))
 
 
@@ -68,22 +69,22 @@ def _layout_key(v: Tensor, bounds: tuple[int, ...] | None) -> tuple[int, int, tu
 
 @dataclass
 class Chunks:
-    """A slab's terms, cut into chunks and promoted to at least float32, and what both directions make of them."""
+    """A slab's terms, cut into chunks and promoted to at least float32, with intermediate results."""
 
     slab: Slab
     num_heads: int
     reads: bool
     v_NCV: Tensor
-    x_NCRK: Tensor  # q times scale, then e, those of them that there are (R may be 0)
-    y_NCWK: Tensor  # k, then b, those that write
+    x_NCRK: Tensor  # q times scale, then erase, if present (R may be 0)
+    y_NCWK: Tensor  # k, then erase_key if it is not k
     read_keys_NCRK: Tensor  # x * exp G
     written_keys_NCWK: Tensor  # y * exp(G_C - G)
-    beta_NC: Tensor | None  # where e = beta * b
+    beta_NC: Tensor | None  # if erase is a beta: e = beta * b
     bonus_N1K: Tensor | None
     key_decay: Undecayed
     value_decay: Undecayed
     scores_NCRCW: Tensor
-    inverse_NCC: Tensor | None  # (I + P_eb)^-1, where something is erased
+    inverse_NCC: Tensor | None  # (I + P_eb)^-1, with an erase term
     starts: list[Tensor] = field(default_factory=list)  # each step's first states [n, K, V], from `scan`
     ends: list[Tensor] = field(default_factory=list)
 
@@ -93,12 +94,12 @@ class Chunks:
 
     @property
     def strict(self) -> bool:
-        """Whether the last reader does not read its own token (but by the bonus)."""
+        """Whether the last reader does not read its own token (except by the bonus)."""
         return self.reads_before or self.inverse_NCC is not None
 
     @property
     def writes_v(self) -> bool:
-        """Whether v is written as it is, alone or beside what is taken out."""
+        """Whether v itself is written, alone or together with n."""
         return self.inverse_NCC is None or self.y_NCWK.shape[2] == 2
 
     def values_from_start(self, w_V: Tensor) -> Tensor:
@@ -119,13 +120,13 @@ class Chunks:
         return value.unsqueeze(1) if key is None else key.unsqueeze(2) * value.unsqueeze(1)
 
     def bonus_weight(self) -> Tensor | None:
-        """What q_i reads of k_i v_i^T by the bonus, [N, C, 1]."""
+        """The weight with which q_i reads k_i v_i^T by the bonus, [N, C, 1]."""
         if self.bonus_N1K is None:
             return None
         return (self.x_NCRK[:, :, 0] * self.bonus_N1K * self.y_NCWK[:, :, 0]).sum(-1, keepdim=True)
 
     def steps(self, x_N: Tensor | None) -> list[Any]:
-        """The rows of each step of the scan; None for each where there is none."""
+        """Split x into the rows of each step of the scan; None for each step if x is None."""
         counts = [count * self.num_heads for count in self.slab.num_active]
         return [None] * len(counts) if x_N is None else list(x_N.split(counts))
 
@@ -194,15 +195,15 @@ def decayed(x_NCRD: Tensor, decay_NCD: Tensor | None) -> Tensor:
 
 
 def make_strict(scores_NCRCW: Tensor) -> None:
-    """Clears the diagonal of the last reader: e, or q where its own token is the bonus's."""
+    """Clear the diagonal of the last reader: erase, or q if the bonus reads its own token."""
     scores_NCRCW[:, :, -1].diagonal(dim1=1, dim2=2).zero_()
 
 
 def scan(chunks: Chunks, state: Tensor, finished: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Runs the slab from `state` [documents * heads, K, V] of the documents still going on.
+    """Run the slab from `state` [documents * heads, K, V] of the documents that have not ended.
 
-    Returns their last states and the written values w [N, C, W, V]; leaves each step's states in `chunks`. States of
-    documents that have ended go to `finished`, shortest last.
+    Returns their last states and the written values w [N, C, W, V], and stores each step's states in `chunks`.
+    States of documents that have ended are appended to `finished`, shortest last.
     """
     written_keys, v_NCV = chunks.written_keys_NCWK, chunks.v_NCV
     added = None
@@ -232,14 +233,14 @@ def scan(chunks: Chunks, state: Tensor, finished: list[Tensor]) -> tuple[Tensor,
 
 
 def carry(state: Tensor, whole: Tensor | None, added: Tensor | None) -> Tensor:
-    """The state, or its gradient, past a chunk's decay, with what the chunk adds."""
+    """Return the state, or its gradient, after a chunk's decay and the chunk's additions."""
     if whole is None:
         return state if added is None else state + added
     return state * whole if added is None else torch.addcmul(added, state, whole)
 
 
 def read(chunks: Chunks, w_NCWV: Tensor) -> Tensor:
-    """o [N, C, V] of a slab that has been scanned, but for what the bonus reads."""
+    """Return o [N, C, V] of a scanned slab, without the bonus."""
     o_NCV = chunks.values_from_start(torch.bmm(chunks.read_keys_NCRK[:, :, 0], torch.cat(chunks.starts)))
     return chunks.value_decay.rows(chunks.scores_NCRCW[:, :, :1], w_NCWV, o_NCV.unsqueeze(2)).squeeze(2)
 
@@ -256,10 +257,10 @@ def first_states(terms: Terms, initial_state: Tensor | None, layout: ChunkLayout
 def chunked_forward(
     terms: Terms, initial_state: Tensor | None, layouts: Sequence[ChunkLayout]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """layouts: those of v, from `layouts_of`.
+    """Run the recurrence chunk by chunk. layouts: from `layouts_of(v)`.
 
     Returns o [B, T, H, V] in v's dtype, the final state [documents, H, K, V], and for the backward the first states
-    of every slab. Made of differentiable torch operations throughout, so it can also be traced or differentiated by
+    of every slab. It consists of differentiable torch operations, so it can also be traced or differentiated by
     autograd.
     """
     v = terms.v

@@ -1,10 +1,10 @@
 """The gradient of the chunked recurrence, slab by slab from the last to the first, each slab recomputed from its start.
 
-In the notation of `chunked.py`, with dS the gradient of a chunk's last state and P' that of the scores:
+In the notation of `chunked.py`, with dS the gradient of a chunk's last state and P' the gradient of the scores:
 
     dw   = columns(P_q, do) + (y * exp(G_C - G)) dS * exp(H_C - H)                  (for v and n alike)
     dz   = (I + P_eb)^-T dn
-    dv   = dz where b = k, otherwise dv - P_ek^T dz
+    dv   = dz if b = k, otherwise dv - P_ek^T dz
     P'_q = pair(do, w)          P'_e = -dz w^T, strict          (`pair` and `columns` of the value side's decay)
     dx   = rows(P', y) + exp G * (do * exp H, -dz) S^T
     dy   = columns(P', x) + exp(G_C - G) * (w * exp(H_C - H)) dS^T
@@ -12,10 +12,10 @@ In the notation of `chunked.py`, with dS the gradient of a chunk's last state an
     dg_s = sum_{i>=s} x_i * (dx_i through S) + sum_{j<s} y_j * (dy_j through dS) + sum_{i>=s>j} P'_ij P_ij
            + sum S * exp(G_C) dS exp(H_C)              (dh likewise of do, o and v, dv; per channel level by level)
 
-A decay takes what passes it, term by term: a difference of flows would lose the digits of a gate that lets little
-through.
+The gradient of a decay is summed from the terms that pass through it: a difference of two sums would lose the digits
+of a gate that lets little through.
 
-What is read before a token's own decay counts from the token before it, and the bonus is no part of dg and dh.
+A read before the token's own decay counts from the preceding token. The bonus is not part of dg and dh.
 """
 
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ def chunked_backward(
 ) -> list[Tensor | None]:
     """Gradients of the tensors of `terms`, in their order, and of initial_state, each in its dtype; None for None.
 
-    kept: what `chunked_forward` returned last.
+    kept: the last result of `chunked_forward`.
     """
     num_heads = terms.v.shape[2]
     tensors = {name: x for name in PER_TOKEN if (x := getattr(terms, name)) is not None}
@@ -82,7 +82,7 @@ def chunked_backward(
 def _slab_backward(
     chunks: Chunks, w_NCWV: Tensor, grad_o_NCV: Tensor | None, grad_state: Tensor, last_grad: Tensor
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Gradients of the slab's terms, [N, C, ...] (of the bonus [N, K]), and of the states with which it began."""
+    """Gradients of the slab's terms, [N, C, ...] (of the bonus [N, K]), and of the states at its start."""
     x_NCRK, y_NCWK, scores = chunks.x_NCRK, chunks.y_NCWK, chunks.scores_NCRCW
     key_decay, value_decay = chunks.key_decay, chunks.value_decay
     read_keys, written_keys = chunks.read_keys_NCRK, chunks.written_keys_NCWK
@@ -145,7 +145,7 @@ def _slab_backward(
     k_NCK, grad_k = y_NCWK[:, :, 0], grad_y[:, :, 0]
     weight, bonus_N1K = chunks.bonus_weight(), chunks.bonus_N1K
     if weight is not None and bonus_N1K is not None and grad_o_NCV is not None:
-        # Only now: what the bonus reads has not decayed.
+        # Only after the decay's gradient: the bonus reads before the decay.
         q_NCK = x_NCRK[:, :, 0]
         grad_weight = (grad_o_NCV * chunks.v_NCV).sum(-1, keepdim=True)
         grads["v"] = torch.addcmul(grad_v, weight, grad_o_NCV)
@@ -167,9 +167,9 @@ def _slab_backward(
 def _mirrored_scan(
     chunks: Chunks, grad_w_NCWV: Tensor, grad_added: Tensor | None, grad_state: Tensor, last_grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the slab's first states, of every chunk's last state, and of z (empty where nothing is erased).
+    """Gradients of the slab's first states, of every chunk's last state, and of z (empty without an erase term).
 
-    grad_added: what a chunk's readers add to the gradient of its first state. Documents come in at their last chunk.
+    grad_added: the readers' part of the gradient of a chunk's first state. Documents enter at their last chunk.
     """
     grad_ends, grad_z = [], []
     erases = chunks.inverse_NCC is not None
@@ -190,10 +190,10 @@ def _mirrored_scan(
 
 
 def _passing(from_start: Tensor, to_end: Tensor, through: Tensor, within: Tensor | None, reads_before: bool) -> Tensor:
-    """Sums what passes each token's decay, [N, C].
+    """Sum the terms that pass through each token's decay, [N, C].
 
-    from_start [N, C]: what each token reads of the chunk's first state; to_end [N, C]: what each adds to its last one;
-    through [N]: what goes from the first to the last; within [N, C, C]: what a token reads of another.
+    from_start [N, C]: each token's reads from the chunk's first state; to_end [N, C]: each token's writes to its last
+    state; through [N]: from the first state to the last; within [N, C, C]: reads of one token from another.
     """
     ones = from_start.new_ones(from_start.shape[1], from_start.shape[1])
     written, read = ones.triu(1), ones.tril(-reads_before)  # [j, s] and [i, s]: whether a token is on that side of s

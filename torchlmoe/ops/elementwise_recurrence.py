@@ -1,15 +1,15 @@
-"""The recurrence whose decay is a matrix of its own for every token: S4, Mamba, HGRN, fully gated fast weights.
+"""The recurrence with a separate decay for every element of the state: S4, Mamba, HGRN, fully gated fast weights.
 
     S_t = exp(G_t) * S_{t-1} + k_t v_t^T          o_t = Re(S_t^T q_t)          * elementwise, S and G in R or C^{K x V}
 
-G_t is given whole, or as step_t[v] * G[k, v], or is the same for every token. Mamba's selective scan is one head of
+G_t is given whole, or as step_t[v] * G[k, v], or is constant over tokens. Mamba's selective scan is one head with
 K = the state's width and V = channels, with q = C, k = B, v = dt * x, G = A^T and step = dt. S4 has a head for each
-channel, V = 1, and q, k and G that do not vary. A plain scan h_t = exp(g_t) h_{t-1} + x_t is K = 1 with q = k = 1.
+channel, V = 1, and q, k and G are constant. A plain scan h_t = exp(g_t) h_{t-1} + x_t is K = 1 with q = k = 1.
 
-Where nothing but v varies over tokens, many of them are a convolution: `time_invariant` takes it. All else is scanned:
-tokens are put in the order of their place in their document, documents from the longest to the shortest
-(`chunk_layout` with chunks of one token), so that those of one place are one slice and the scan takes one fused
-multiply-add a place, with no padding. What is as large as a state per token lives for one slab of places at a time; the
+If only v varies over tokens and there are many, the recurrence is a convolution (`time_invariant`). Otherwise it is
+scanned: tokens are sorted by their place in their document, documents from the longest to the shortest
+(`chunk_layout` with chunks of one token). So the tokens of one place are one slice, and the scan takes one fused
+multiply-add per place, without padding. Tensors with a state per token exist for one slab of places at a time; the
 states between slabs are kept, and the backward computes each slab again. No exponent is positive and nothing is
 divided, so gates of any strength keep their digits.
 
@@ -27,8 +27,8 @@ from torchlmoe.ops.scan_backend import check_backend
 from torchlmoe.ops.scan_layout import kept_scan_layout, num_scan_starts
 from torchlmoe.ops.time_invariant import time_invariant_backward, time_invariant_forward
 
-SLAB_STEPS = 32  # places; the state is kept once a slab
-MIN_CONVOLVED = 256  # tokens of a row from which on matrices pay, where nothing but v varies
+SLAB_STEPS = 32  # places; one state is kept per slab
+MIN_CONVOLVED = 256  # from this many tokens in a row on, matrices are faster, if only v varies
 
 
 @operation
@@ -44,10 +44,10 @@ def elementwise_recurrence(
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
-    """Reads and writes a K x V state per head and document whose elements decay each at a rate of its own.
+    """Read and write a K x V state per head and document, with a separate decay for every element.
 
     Args:
-        q, k: [B, T, H, K], or [H, K] where they are the same for every token; real or complex.
+        q, k: [B, T, H, K], or [H, K] if they are constant over tokens; real or complex.
         v: [B, T, H, V], real.
         log_decay: G, natural logarithm, real part <= 0: [B, T, H, K, V], or [H, K, V] for every token; real or complex.
         step: [B, T, H, V], >= 0: a token's log decay is step[v] * log_decay[k, v], with log_decay [H, K, V].
@@ -59,13 +59,13 @@ def elementwise_recurrence(
 
     Returns:
         o [B, T, H, V] in v's dtype, and the final state [N, H, K, V] or None: float32 (float64 for float64 input),
-        complex where log_decay, q or k is.
+        complex if log_decay, q or k is complex.
 
-    If nothing but v varies, a NaN or an infinity also reaches up to 63 earlier tokens of its document, those of its
-    chunk, through products with zero; with "reference" only later ones.
+    If only v varies, a NaN or an infinity also reaches up to 63 earlier tokens of its document, those of its
+    chunk, through products with zero. With "reference" it reaches only later tokens.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit together, or a backend that does not serve them.
+        ValueError: shapes or dtypes that do not fit together, or a backend that does not support them.
     """
     _check(q, k, v, log_decay, step, initial_state, cu_seqlens, backend)
     o, state = _run(q, k, v, log_decay, step, initial_state, cu_seqlens, backend)
@@ -82,7 +82,7 @@ def elementwise_span_summary(
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """The affine map S_out = transition * S_in + state that a span of tokens (or each packed document) is.
+    """Return the affine map S_out = transition * S_in + state of a span of tokens (or of each packed document).
 
     Arguments as in `elementwise_recurrence`; differentiable. Both results are [N, H, K, V] in the state's dtype.
     """
@@ -102,16 +102,16 @@ def elementwise_span_summary(
         total = varying.new_zeros(len(lengths), *varying.shape[1:]).index_add(0, documents, varying)
         if step is not None:
             total = total[:, :, None] * log_decay
-    total = total.masked_fill((lengths == 0)[:, None, None, None], 0)  # no tokens of -inf are none, not NaN
+    total = total.masked_fill((lengths == 0)[:, None, None, None], 0)  # zero tokens of -inf sum to 0, not NaN
     return total.to(state.dtype).exp(), state
 
 
 def elementwise_flops_per_token(
     num_heads: int, key_dim: int, value_dim: int, *, step: bool = False, is_complex: bool = False
 ) -> int:
-    """Forward FLOPs of the recurrence as it is defined (a multiply-add is two, exponentials left out), all heads.
+    """Forward FLOPs per token of the definition (a multiply-add is two, without exponentials), for all heads.
 
-    is_complex: a complex state, key and query, whose product counts six and its real part four.
+    is_complex: the state, key and query are complex; a product counts six, its real part four.
     """
     per_element = (14 + 2 * step) if is_complex else (5 + step)  # decay, write, add, read; step times rate
     return num_heads * key_dim * value_dim * per_element
@@ -211,7 +211,7 @@ def _decay(log_decay: Tensor, step: Tensor | None, tokens: Tensor, dtype: torch.
 
 
 def _by_place(x: Tensor, counts: list[int]) -> list[Tensor]:
-    """Views of a slab's rows, one a place; what does not vary with tokens is every place's."""
+    """Views of a slab's rows, one per place; a tensor that is constant over tokens is the same at every place."""
     return list(x.split(counts)) if x.shape[0] == sum(counts) else [x] * len(counts)
 
 
@@ -234,7 +234,7 @@ def _over_values(state_PHKV: Tensor, v_PHV: Tensor) -> Tensor:
 
 
 def _is_convolution(q: Tensor | None, k: Tensor, v: Tensor, log_decay: Tensor, step: Tensor | None) -> bool:
-    """Whether nothing but v varies over tokens, and there are enough of them (see `time_invariant`)."""
+    """Whether only v varies over tokens, and there are enough tokens (see `time_invariant`)."""
     constant = step is None and log_decay.dim() == 3 and k.dim() == 2 and (q is None or q.dim() == 2)
     return constant and v.shape[1] >= MIN_CONVOLVED
 
@@ -249,7 +249,7 @@ def _forward(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns o, the final state and, for the backward, the state that each slab finds, [rows, H, K, V]."""
+    """Returns o, the final state and, for the backward, the state at the start of each slab, [rows, H, K, V]."""
     if _is_convolution(q, k, v, log_decay, step):
         state = _first_state(q, k, v, log_decay, initial_state, cu_seqlens)
         return *time_invariant_forward(q, k, v, log_decay, state, cu_seqlens), state[:0].clone()
@@ -289,7 +289,7 @@ def _(q, k, v, log_decay, step, initial_state, cu_seqlens):
 def _slab_states(
     k_PHK: Tensor, v_PHV: Tensor, decay: Tensor, first_states: Tensor, counts: list[int]
 ) -> tuple[Tensor, Tensor]:
-    """Each token's state, and what is left in it of the state before, exp(G_t) * S_{t-1}: [P, H, K, V] each."""
+    """Each token's state, and its decayed predecessor exp(G_t) * S_{t-1}: [P, H, K, V] each."""
     states = k_PHK[..., None] * v_PHV[:, :, None]
     decayed = torch.empty_like(states)
     places = zip(states.split(counts), decayed.split(counts), _by_place(decay, counts), strict=True)
@@ -301,15 +301,15 @@ def _slab_states(
 
 
 def _scan_back(grad_states: Tensor, decay: Tensor, counts: list[int], carry: Tensor, grad_final: Tensor) -> Tensor:
-    """Adds to each state's gradient, [P, H, K, V], in place, what comes from the token after it: last place first.
+    """Add to each state's gradient [P, H, K, V], in place, the part from the next token; the last place first.
 
     Args:
-        grad_states: what each token's own output gives its state.
-        carry: what the slab after this one gives the last states of the documents that go on in it.
-        grad_final: of the final states, [N, H, K, V], which the documents that end within the slab take.
+        grad_states: the part from each token's own output.
+        carry: the next slab's gradient of the last states, for documents that continue there.
+        grad_final: of the final states, [N, H, K, V], for documents that end in this slab.
 
     Returns:
-        What this slab gives the states that it starts from.
+        The gradient of the states at the start of the slab.
     """
     by_place = grad_states.split(counts)
     conjugates = _by_place(decay.conj().resolve_conj(), counts)
@@ -328,7 +328,7 @@ def _scan_back(grad_states: Tensor, decay: Tensor, counts: list[int], carry: Ten
 
 
 def _give(grad: Tensor | None, tokens: Tensor, token_dim: int, rows: Tensor) -> None:
-    """Writes the rows of `tokens` into a gradient of token_dim dims; adds up the rows in one without tokens."""
+    """Write the rows of `tokens` into a gradient of token_dim dims; sum them if the gradient has no token dimension."""
     assert grad is not None
     rows = _real_like(rows, grad).to(grad.dtype)
     if grad.dim() == token_dim:
@@ -381,7 +381,7 @@ def _scan_backward(
         else:
             _give(grad_step, tokens, 4, (grad_decay * log_decay.conj()).sum(2))
             _give(grad_log_decay, tokens, 5, grad_decay.mul_(_take(step, tokens, 4, dtype)[:, :, None]))
-    # Documents without tokens hand their final state's gradient on.
+    # A document without tokens passes the gradient of its final state to its initial state.
     grad_initial = torch.cat([carry, grad_final[carry.shape[0] :]])
     return grads, layout.restore_order(grad_initial)
 

@@ -1,4 +1,4 @@
-"""What operations assume of tensors without values, in a FakeTensorMode outside of `torch.compile`, as a plan has."""
+"""Assumptions about tensors without values, in a FakeTensorMode outside `torch.compile`, as in the planner."""
 
 import torch
 from torch import Tensor
@@ -11,6 +11,6 @@ def has_values(x: Tensor) -> bool:
 
 
 def equal_documents(length: int, cu_seqlens: Tensor) -> list[int]:
-    """Bounds of as many documents as cu_seqlens tells of, all of about one length."""
+    """Bounds of as many documents as cu_seqlens has, all of about equal length."""
     num_documents = max(1, cu_seqlens.shape[0] - 1)
     return [length * document // num_documents for document in range(num_documents + 1)]

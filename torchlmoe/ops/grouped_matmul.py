@@ -3,8 +3,8 @@
     y[rows of e] = x[rows of e] @ weight[e]^T          grouped_matmul
     g[rows of e]^T @ x[rows of e]                      its gradient in weight[e], `torchlmoe::grouped_outer`
 
-Both are one operation to torch, and each is the other's derivative, so gradients of any order are made of
-these two. They run on `torch.nn.functional.grouped_mm`, or one group at a time where that does not serve:
+Each of the two is one operation to torch and the derivative of the other, so gradients of any order consist of
+these two. They run on `torch.nn.functional.grouped_mm`, or one group at a time if it does not support the operands:
 float64, and matrices whose rows are not a multiple of 16 bytes.
 
 Legend: M rows, E groups, D input width, F output width.
@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 def grouped_matmul(x_MD: Tensor, weight_EFD: Tensor, offsets_E: Tensor) -> Tensor:
     """x [M, D], weight [E, F, D] (laid out as E `nn.Linear` weights, any strides) -> [M, F] in x's dtype.
 
-    offsets_E: int32, the row at which each group ends; groups may be empty, and the last must end at M: a row
-    past it would belong to no group. Raises ValueError for shapes or dtypes that do not fit together.
+    offsets_E: int32, the row at which each group ends. Groups may be empty, and the last must end at M, so that every
+    row belongs to a group. Raises ValueError for shapes or dtypes that do not fit together.
     """
     if x_MD.dim() != 2 or weight_EFD.dim() != 3 or x_MD.shape[1] != weight_EFD.shape[2]:
         raise ValueError(
@@ -49,9 +49,9 @@ def grouped_matmul(x_MD: Tensor, weight_EFD: Tensor, offsets_E: Tensor) -> Tenso
 
 
 def run_alignment(x: Tensor) -> int:
-    """What the groups' numbers of rows had better be multiples of, for products of rows like x.
+    """Return the number of which the groups' row counts should be multiples, for products of rows like x.
 
-    A CPU compiles its bfloat16 products for each number of rows it meets, which costs more than some rows of padding.
+    A CPU compiles bfloat16 products for each number of rows, which costs more than some rows of padding.
     """
     of_cpu = x.device.type == "cpu" and not host_dtype.stands_for_gpu
     return 32 if of_cpu and _product_dtype(x) is torch.bfloat16 else 1
@@ -83,21 +83,21 @@ def _groups(offsets_E: Tensor, num_rows: int) -> list[tuple[int, int]]:
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:
-    """float32 where this CPU would take scalar code for bfloat16."""
+    """Return float32 if this CPU would run bfloat16 in scalar code, else the dtype of x."""
     scalar = x.dtype is torch.bfloat16 and x.device.type == "cpu" and cpu_lacks_bfloat16()
     return torch.float32 if scalar else x.dtype
 
 
 @custom_op("torchlmoe::grouped_matmul")
 def _matmul(x_MD: Tensor, weight_EFD: Tensor, offsets_E: Tensor) -> Tensor:
-    # Elsewhere than on a CPU a look at the offsets would wait for the device.
+    # Only on a CPU: reading the offsets would wait for a GPU.
     if offsets_E.device.type == "cpu" and offsets_E[-1] != x_MD.shape[0]:
         raise ValueError(
             f"The last group ends at row {int(offsets_E[-1])}, but x has {x_MD.shape[0]} rows: give every "
             "row a group, or cut x."
         )
     dtype = _product_dtype(x_MD)
-    # Of the weight either dim may be the contiguous one (the transposed weight serves the backward).
+    # Either dim of the weight may be the contiguous one (the backward uses the transposed weight).
     x, weight = x_MD.to(dtype).contiguous(), weight_EFD.to(dtype)
     if weight.stride(1) != 1 and weight.stride(2) != 1:
         weight = weight.contiguous()

@@ -1,4 +1,4 @@
-"""What the host's CPU can multiply natively."""
+"""Dtypes that the host's CPU multiplies natively."""
 
 import logging
 from functools import cache
@@ -6,12 +6,12 @@ from functools import cache
 import torch
 
 logger = logging.getLogger(__name__)
-stands_for_gpu = False  # where a GPU is planned for without one
+stands_for_gpu = False  # True if the planner plans for a GPU on a host without one
 
 
 @torch.compiler.assume_constant_result
 def cpu_lacks_bfloat16() -> bool:
-    """Whether this CPU has no bfloat16 matrix instructions; says so once. A constant to torch.compile."""
+    """Whether this CPU has no bfloat16 matrix instructions; logs it once. A constant to torch.compile."""
     return not stands_for_gpu and _cpu_lacks_bfloat16()
 
 

@@ -1,4 +1,4 @@
-"""Where Triton kernels run: on a GPU, not in float64; and on a CPU in Triton's interpreter, if asked for by name."""
+"""Decides whether Triton kernels run: on a GPU except in float64; on a CPU in Triton's interpreter, on request."""
 
 import logging
 from functools import cache
@@ -11,10 +11,10 @@ logger = logging.getLogger(__name__)
 
 
 def kernels_serve(backend: str, *tensors: Tensor | None, refusal: str | None = None) -> bool:
-    """Whether `backend` means the Triton kernels for these tensors; refusal: why they do not serve, if it is known.
+    """Whether `backend` selects the Triton kernels for these tensors.
 
-    "auto" means them wherever they run on a GPU, and says once why it does not where it does not. Raises ValueError for
-    "triton" where they do not run.
+    "auto" uses Triton on a GPU; if the kernels cannot run there, it logs the reason once. Raises ValueError for
+    "triton" if they cannot run. refusal: a reason that the caller knows why they cannot.
     """
     given = [x.is_cuda for x in tensors if x is not None]
     on_gpu = all(given)
@@ -44,7 +44,7 @@ def _refusal(on_gpu: bool, *tensors: Tensor | None) -> str | None:
 
 @torch.compiler.assume_constant_result
 def _triton() -> tuple[str | None, bool]:
-    """What there is not, of all that kernels need, and whether they are interpreted."""
+    """Return what the kernels need but is missing, if anything, and whether they are interpreted."""
     if find_spec("torchlmoe.kernels") is None:
         return "the kernels are not part of this copy (made without --kernels)", False
     if find_spec("triton") is None:

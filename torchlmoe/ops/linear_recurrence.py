@@ -1,9 +1,9 @@
 """The one recurrence behind every linear sequence model: checks, choice of backend, registration with torch.
 
-    S_t = (I - b_t e_t^T) diag(exp g_t) S_{t-1} diag(exp h_t) + k_t v_t^T          o_t = scale * S_t^T q_t
+    S_t = (I - erase_key_t erase_t^T) diag(exp g_t) S_{t-1} diag(exp h_t) + k_t v_t^T          o_t = scale * S_t^T q_t
 
 `linear_recurrence` is one operation to torch (forward and backward are a `torch.library.custom_op` pair), so that
-compile, recompute and FLOP counters see it whole.
+compile, recompute and FLOP counters see it whole. docs/notation.md lists the symbols.
 """
 
 from typing import Literal
@@ -20,7 +20,7 @@ from torchlmoe.ops.operation import custom_op, operation, size_by_documents
 from torchlmoe.ops.reference import reference_recurrence
 
 Backend = Literal["auto", "reference", "chunked", "triton"]
-KERNEL_WIDTH = 256  # of a key that the Triton kernels hold
+KERNEL_WIDTH = 256  # the widest key that the Triton kernels support
 
 
 @operation
@@ -40,32 +40,32 @@ def linear_recurrence(
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
-    """Reads and writes a K x V state per head and document, one token after another.
+    """Read and write a K x V state per head and document, one token after another.
 
     Args:
         q, k: [B, T, H, K].
         v: [B, T, R, V], R a multiple of H; head j of v reads head j // (R / H) of q and k.
         log_decay: g, natural logarithm, <= 0: None, [R], [B, T, R] or [B, T, R, K].
-        erase: [B, T, R], the delta rule's beta (e = beta * b), or [B, T, R, K], e itself.
-        erase_key: b, where it is erased, [B, T, R, K]; k unless given.
-        value_log_decay: [B, T, R, V], decay on the value side; not together with `erase`.
-        bonus: u, [R, K]; o_t reads S_{t-1} + (u * k_t) v_t^T, S_{t-1} not yet decayed; not together with `erase`.
+        erase: [B, T, R, K], or [B, T, R], the delta rule's beta: then `erase` is beta * erase_key.
+        erase_key: [B, T, R, K], the key at which the state is erased; k unless given.
+        value_log_decay: h, [B, T, R, V], <= 0: decay on the value side; not together with `erase`.
+        bonus: u, [R, K]; o_t reads S_{t-1} + (u * k_t) v_t^T, with S_{t-1} before its decay; not together with `erase`.
         scale: multiplies o.
         initial_state: [N, R, K, V] in at least float32; N = B, or the number of packed documents. Zero unless given.
         output_final_state: whether to return the state after the last token.
         cu_seqlens: int32 [N + 1], bounds of documents packed into one row (B = 1) from 0 to T; empty ones allowed.
         backend: "reference" (token by token), "chunked" (plain PyTorch), "triton" (kernels/linear_recurrence.py: K up
             to 256, not in float64, on a GPU or with TRITON_INTERPRET=1; the GPU itself asserts bounds) or "auto":
-            triton where it serves on a GPU, else chunked, or token by token for a single one.
+            triton on a GPU if it supports the arguments, else chunked, or reference for a single token.
 
     Returns:
         o [B, T, R, V] in v's dtype, and the final state [N, R, K, V] in float32 (float64 for float64 input) or None.
 
     A NaN or an infinity also reaches up to 63 earlier tokens of its document, those of its chunk, through products with
-    zero; with "reference" only later ones. It never reaches another document.
+    zero. With "reference" it reaches only later tokens. It never reaches another document.
 
     Raises:
-        ValueError: shapes, dtypes or terms that do not fit together, or that the backend does not serve.
+        ValueError: shapes, dtypes or terms that do not fit together, or that the backend does not support.
     """
     check_terms(q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, initial_state, cu_seqlens)
     o, final_state = run_terms(
@@ -77,11 +77,11 @@ def linear_recurrence(
 def recurrence_flops_per_token(
     num_heads: int, key_dim: int, value_dim: int, *, decay: bool = False, erase: bool = False
 ) -> int:
-    """Forward FLOPs of the recurrence as it is defined, token by token (a multiply-add is two), for all heads.
+    """Forward FLOPs per token of the definition, token by token (a multiply-add is two), for all heads.
 
-    The chunkwise form spends more; these are the ones that count as the model's own.
+    The chunked form needs more, but MFU counts these.
     """
-    per_element = 4 + decay + 4 * erase  # write and read; decay; read what is erased and take it out
+    per_element = 4 + decay + 4 * erase  # write and read; decay; read with erase and subtract
     return num_heads * key_dim * value_dim * per_element
 
 
@@ -118,19 +118,19 @@ def run_terms(
     if backend not in ("auto", "reference", "chunked", "triton"):
         raise ValueError(f"backend = {backend!r} is unknown; use 'auto', 'chunked', 'triton' or 'reference'.")
     for_kernels = terms
-    if log_decay is not None and log_decay.dim() == 1 and v.dtype != torch.float64:  # a layer's constants, in float64
+    if log_decay is not None and log_decay.dim() == 1 and v.dtype != torch.float64:  # constants of a layer, in float64
         for_kernels = (q, k, v, log_decay.to(torch.float32), *terms[4:])
     key_dim, tensors = k.shape[-1], [x for x in for_kernels if isinstance(x, Tensor)]
     too_wide = f"its keys are {key_dim} wide, more than {KERNEL_WIDTH}" if key_dim > KERNEL_WIDTH else None
     if kernels_serve(backend, *tensors, refusal=too_wide):
-        # Only now: when they are imported, Triton decides whether to interpret them.
+        # Imported late: on import Triton decides whether to interpret kernels.
         from torchlmoe.kernels import linear_recurrence_backward as kernels
 
         check_bounds_at_hand(cu_seqlens, v.shape[1])
         return kernels.linear_recurrence(*for_kernels)
-    decodes = backend == "auto" and v.shape[1] == 1  # one step of the definition is the least work
+    decodes = backend == "auto" and v.shape[1] == 1  # one step of the definition is the fastest
     if (backend == "reference" or decodes) and v.shape[0] and v.shape[1]:
-        if cu_seqlens is not None:  # chunked looks at them where it lays out chunks
+        if cu_seqlens is not None:  # chunked checks them when it lays out chunks
             check_bounds(cu_seqlens.tolist(), v.shape[1])
         return reference_recurrence(*terms)
     return _forward(*terms)[:2]
@@ -150,7 +150,7 @@ def _forward(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """o, the final state, and what the backward needs of the forward (see `chunked_forward`)."""
+    """Return o, the final state, and the states kept for the backward (see `chunked_forward`)."""
     terms = Terms(q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, scale)
     return chunked_forward(terms, initial_state, layouts_of(v, cu_seqlens))
 
@@ -181,7 +181,7 @@ def _backward(
     cu_seqlens: Tensor | None,
     kept: Tensor,
 ) -> list[Tensor]:
-    """Gradients of all tensors but cu_seqlens, in order; an operation cannot return None, so empty if absent."""
+    """Gradients of all tensors except cu_seqlens, in order; empty for an absent tensor: an op cannot return None."""
     terms = Terms(q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, scale)
     grads = chunked_backward(grad_o, grad_final, terms, initial_state, layouts_of(v, cu_seqlens), kept)
     return [k.new_empty(0) if grad is None else grad for grad in grads]

@@ -1,7 +1,7 @@
 """`grouped_matmul` in MXFP8 (OCP Microscaling Formats 1.0), through torchao's prototype.
 
-Operands of each product, forward and backward, are e4m3 numbers that share a power of two in 32 neighbours along the
-dimension that is summed over. Weights, results and gradients keep their dtype.
+Operands of each product, forward and backward, are e4m3 numbers; each 32 consecutive numbers along the summed
+dimension share a power of two. Weights, results and gradients keep their dtype.
 """
 
 import inspect
@@ -14,7 +14,7 @@ _NEEDED = {"kernel_preference", "pad_token_groups_for_grouped_mm"}  # arguments 
 
 
 def mxfp8_grouped_matmul(x_MD: Tensor, weight_EFD: Tensor, offsets_E: Tensor) -> Tensor:
-    """As `grouped_matmul`, for D and F that are multiples of 32. Results are rounded to bfloat16. A CPU emulates it."""
+    """Like `grouped_matmul`, for multiples of 32 as D and F. Results are rounded to bfloat16. A CPU emulates it."""
     from torchao.prototype.moe_training import _to_mxfp8_then_scaled_grouped_mm
     from torchao.quantization.quantize_.common import KernelPreference
 
@@ -30,7 +30,7 @@ def mxfp8_grouped_matmul(x_MD: Tensor, weight_EFD: Tensor, offsets_E: Tensor) ->
 
 
 def why_mxfp8_cannot_run(device: torch.device) -> str | None:
-    """What is missing, as "needs ..., but ..."; None where products run."""
+    """Return the missing requirement as "needs ..., but ..."; None if products run."""
     import torchao
 
     try:

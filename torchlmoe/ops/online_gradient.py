@@ -1,22 +1,22 @@
-"""Fast weights that descend an inner loss as they read: TTT (arXiv 2407.04620), Titans (arXiv 2501.00663).
+"""Fast weights trained on an inner loss at every token: TTT (arXiv 2407.04620), Titans (arXiv 2501.00663).
 
     l_t(W) = |LN(W^T k_t) - v_t|^2 / 2                           LN: layer norm with a weight and a bias for each head
     S_t    = exp(m_t) S_{t-1} - lr_t dl_t/dW (W_a)               W_a: W at the start of the mini-batch that t is in
     W_t    = exp(g_t) W_{t-1} + S_t          o_t = W_t^T q_t
 
-The gradient is k_t G_t^T, G_t that of the layer norm's input, so a mini-batch is a few matrix products (the dual form):
-with A and M the sums of g and m since its start, and S and W those that it finds,
+The gradient is k_t G_t^T, with G_t the gradient of the layer norm's input, so a mini-batch is a few matrix products
+(the dual form). With A and M the sums of g and m since its start, and S and W at its start:
 
     P_ts = sum_{r=s..t} exp(A_t - A_r) exp(M_r - M_s)            f_t = sum_{r<=t} exp(A_t - A_r) exp(M_r)
     O    = exp(A) * (Q W) + f * (Q S) - (Q K^T * P * lr) G       W and S after it likewise, with K in place of Q
 
 Without momentum, S is the step alone and P_ts = exp(A_t - A_s). A step scale, a number r_i for each place of a
-mini-batch, weighs what has come of it so far: the token there reads W_a + r_i (W_t - W_a), and what the last one reads
-is what goes on as W.
+mini-batch, weights its change so far: the token there reads W_a + r_i (W_t - W_a). The next mini-batch starts from the
+weights that the last token reads.
 
 Mini-batches run one after another, over all documents and heads at once. They start anew with every document; `offset`
-says how much of a document's first one is past. The forward keeps the state once in a slab of mini-batches, the
-backward differentiates each slab again.
+is the number of tokens of its first mini-batch that were read before. The forward keeps one state per slab of
+mini-batches, and the backward runs and differentiates each slab again.
 
 Legend: B batch, T tokens, H heads, K key width, V value width, N documents, M mini-batches, C slots of a mini-batch.
 """
@@ -35,11 +35,11 @@ from torchlmoe.ops.operation import custom_op, operation, size_by_documents
 from torchlmoe.ops.scan_backend import check_backend
 from torchlmoe.ops.scan_layout import chunk_layout, kept_scan_layout, num_scan_starts
 
-SLAB_STEPS = 16  # mini-batches; the state is kept once a slab
+SLAB_STEPS = 16  # mini-batches; one state is kept per slab
 
 
 class Terms(NamedTuple):
-    """What a document is read with; see `online_gradient`."""
+    """The tensor arguments of `online_gradient`."""
 
     q: Tensor
     k: Tensor
@@ -52,7 +52,7 @@ class Terms(NamedTuple):
     step_scale: Tensor | None = None
 
     def present(self, function: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        """By name, `function` of each term that there is."""
+        """Apply `function` to each term that is not None; returns results by name."""
         return {name: function(x) for name, x in self._asdict().items() if x is not None}
 
 
@@ -76,36 +76,36 @@ def online_gradient(
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
-    """Reads K x V weights per head and document that take a gradient step of the inner loss at every token.
+    """Read K x V weights per head and document, which take a gradient step on the inner loss at every token.
 
     Args:
         q, k: [B, T, H, K].
-        v: [B, T, H, V], what the inner model is to say of k.
+        v: [B, T, H, V], the target of the inner model for input k.
         learning_rate: [B, T, H], >= 0.
         norm_weight, norm_bias: [H, V], of the layer norm in the inner loss.
-        log_decay: g, [B, T, H], finite and <= 0: what W keeps, as a natural logarithm; everything unless given.
-        log_momentum: m, [B, T, H], finite and <= 0: what S keeps; no momentum unless given.
-        step_scale: r, [H or 1, mini_batch_size], >= 0: by place in the mini-batch, what its step so far counts for; one
-            unless given.
+        log_decay: g, [B, T, H], finite and <= 0: natural logarithm of the decay of W; no decay unless given.
+        log_momentum: m, [B, T, H], finite and <= 0: natural logarithm of the decay of S; no momentum unless given.
+        step_scale: r, [H or 1, mini_batch_size], >= 0: the weight of the step so far, by place in the
+            mini-batch; one unless given.
         norm_eps: of the layer norm.
         mini_batch_size: tokens whose gradients are taken at the same weights.
         initial_state: [N, H, 2 or 3, K, V] in at least float32: the weights W_a at which the first mini-batch takes its
             gradients, the weights W so far, and with momentum S; N = B, or the number of packed documents. Zero unless
-            given; where a mini-batch starts, the first two are equal.
+            given. At the start of a mini-batch the first two are equal.
         offset: int [N], tokens of each document's first mini-batch that are part of `initial_state` already.
         output_final_state: whether to return the state after the last token.
         cu_seqlens: int32 [N + 1], bounds of documents packed into one row (B = 1) from 0 to T; empty ones allowed.
         backend: "reference" (token by token), "chunked" (mini-batch by mini-batch) or "auto".
 
     Returns:
-        o [B, T, H, V] in v's dtype, and the final state or None; to go on from it takes the offset (offset + length) %
-        mini_batch_size.
+        o [B, T, H, V] in v's dtype, and the final state or None. To continue from it, pass the offset (offset +
+        length) % mini_batch_size.
 
-    A NaN or an infinity also reaches the earlier tokens of its mini-batch, through products with zero; with "reference"
-    only later ones.
+    A NaN or an infinity also reaches the earlier tokens of its mini-batch, through products with zero; with
+    "reference" it reaches only later tokens.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit together, or a backend that there is not.
+        ValueError: shapes or dtypes that do not fit together, or an unknown backend.
     """
     terms = Terms(q, k, v, learning_rate, norm_weight, norm_bias, log_decay, log_momentum, step_scale)
     _check(terms, mini_batch_size, initial_state, offset, cu_seqlens, backend)
@@ -125,7 +125,7 @@ def online_gradient_flops_per_token(
     momentum: bool = False,
     step_scale: bool = False,
 ) -> int:
-    """Forward FLOPs as it is defined, token by token (a multiply-add is two, the layer norm left out), all heads."""
+    """Forward FLOPs per token of the definition (a multiply-add is two, without the layer norm), for all heads."""
     # W^T k, the gradient, W^T q; decay; S's decay and W + S; W_a^T q.
     per_element = 6 + decay + 2 * momentum + 2 * step_scale
     return num_heads * key_dim * value_dim * per_element
@@ -164,7 +164,7 @@ def _first_state(terms: Terms, initial_state: Tensor | None, cu_seqlens: Tensor 
 
 
 def _bounds(v: Tensor, cu_seqlens: Tensor | None) -> list[int]:
-    """Of the documents, in the tokens of all rows one after another."""
+    """Bounds of the documents in the tokens of all rows, one row after another."""
     if cu_seqlens is None:
         return [row * v.shape[1] for row in range(v.shape[0] + 1)]
     bounds = cu_seqlens.tolist()
@@ -218,13 +218,13 @@ def _reference(
 
 @dataclass
 class _MiniBatches:
-    """Those of a slab: by their place in the document first, documents from the longest to the shortest."""
+    """The mini-batches of a slab, ordered by place in the document, then from the longest document to the shortest."""
 
     counts: list[int]  # documents that have a j-th mini-batch of the slab, for each j
     tokens_MC: Tensor  # the token at each slot, counted over all rows; 0 at empty ones
-    filled_MC: Tensor  # whether there is one
+    filled_MC: Tensor  # whether the slot has a token
     complete_M: Tensor  # whether the mini-batch ends with its last slot
-    first: bool  # whether the slab's first ones may be under way already, W no longer what they started from
+    first: bool  # whether the slab's first mini-batches may have begun earlier, so that W differs from W_a
 
     def take(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """[B, T, H, ...] -> [M, H, C, ...], zero in empty slots."""
@@ -246,7 +246,7 @@ def _mini_batches(
         layout = kept_scan_layout(v, cu_seqlens, size, SLAB_STEPS)
         token_at = None
     else:
-        # As if the tokens that are past stood there, with nothing in their slots.
+        # Tokens that were read before get slots too, but empty ones.
         bounds = _bounds(v, cu_seqlens)
         places, shifted = [], [0]
         for start, end, past in zip(bounds, bounds[1:], offset.tolist(), strict=False):
@@ -274,16 +274,16 @@ def _decays(log: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _descend(slab: _MiniBatches, norm_eps: float, state: Tensor, terms: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """A slab of mini-batches, from the state of the documents that it has; differentiable.
+    """Run a slab of mini-batches from the state of its documents; differentiable.
 
-    terms: those present of `Terms`, [M, H, C, ...] where they vary with tokens. Returns o [M, H, C, V], and the state
+    terms: the present ones of `Terms`, [M, H, C, ...] if they vary with tokens. Returns o [M, H, C, V], and the state
     after the slab or after the document's last mini-batch.
     """
     q, k, v, learning_rate, norm_weight, norm_bias, log_decay, log_momentum, step_scale = Terms(**terms)
     from_start, path = _decays(torch.zeros_like(learning_rate) if log_decay is None else log_decay)
     if log_momentum is not None:
         momentum_from_start, momentum_path = _decays(log_momentum)
-        path = path * slab.filled_MC[:, None, None, :]  # in an empty slot W does not take S up once more
+        path = path * slab.filled_MC[:, None, None, :]  # an empty slot must not add S to W again
         from_momentum = (path @ momentum_from_start[..., None])[..., 0]
         path = path @ momentum_path
         momentum_key = k * (momentum_path[..., -1, :] * learning_rate)[..., None]
@@ -344,13 +344,13 @@ _ARGUMENTS = (
 
 @custom_op("torchlmoe::online_gradient", schema=f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
 def _forward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns o, the final state and, for the backward, the state that each slab finds, [rows, H, 2 or 3, K, V]."""
+    """Returns o, the final state and, for the backward, each slab's first state, [rows, H, 2 or 3, K, V]."""
     terms, (initial_state, norm_eps, mini_batch_size, offset, cu_seqlens) = _split(arguments)
     v = terms.v
     slabs, order_N = _mini_batches(v, cu_seqlens, offset, mini_batch_size)
     state = _first_state(terms, initial_state, cu_seqlens).index_select(0, order_N)
     o = torch.zeros_like(v, memory_format=torch.contiguous_format)
-    final, starts = state.clone(), []  # that of an empty document is what came in
+    final, starts = state.clone(), []  # an empty document keeps its initial state
     for slab in slabs:
         starts.append(state[: slab.counts[0]])
         o_MHCV, state = _descend(slab, norm_eps, starts[-1], _slab_terms(slab, state.dtype, terms))

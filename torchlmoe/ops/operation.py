@@ -1,4 +1,4 @@
-"""How the operations of this package meet the rest of torch: autocast, and derivatives that they do not have."""
+"""Common behavior of this package's operations under autocast and unsupported transforms of torch."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 
 def operation(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps the public function of an operation: it runs as if autocast were off.
+    """Wrap the public function of an operation so that it runs as if autocast were off.
 
     The wrapper raises RuntimeError under `torch.func` transforms and forward-mode derivatives, which custom operations
     do not have, unless the function is called with backend = "reference".
@@ -30,8 +30,8 @@ def operation(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def custom_op(name: str, schema: str | None = None) -> Callable[[Callable[..., Any]], Any]:
-    """As `torch.library.custom_op` without mutated arguments; the body runs as if autocast were off, which matters when
-    `backward()` is called under autocast."""
+    """Like `torch.library.custom_op` without mutated arguments; the body runs as if autocast were off, which matters
+    when `backward()` is called under autocast."""
 
     def register(body: Callable[..., Any]) -> Any:
         @wraps(body)
@@ -70,7 +70,7 @@ def _refuse_transforms(name: str, has_reference: bool, tensors: list[Tensor]) ->
 def data_dependent_size(estimate: Callable[[], int]) -> int:
     """For the fake implementation of an operation: a size that depends on values.
 
-    It is a new symbol under `torch.compile` and `torch.export`, and the estimate where there are no symbols: on the
+    It is a new symbol under `torch.compile` and `torch.export`. Without symbols it is the estimate: on the
     meta device, and in a FakeTensorMode without a shape environment.
     """
     try:
@@ -84,7 +84,7 @@ def size_by_documents(
 ) -> int:
     """For a fake implementation: count(bounds), a size that depends on how v's tokens are cut into documents.
 
-    known: whether it depends on nothing else. Where bounds have no values, the estimate takes equal ones.
+    known: whether it depends on nothing else. If bounds have no values, the estimate assumes equal documents.
     """
     if known and cu_seqlens is None and all(type(size) is int for size in v.shape):
         return count(None)

@@ -1,13 +1,13 @@
 """Causal softmax attention that does not look across packed documents.
 
-Documents are gathered into batches of similar length and padded at the end, where a causal mask already hides the
-padding from every real token. So no mask of the whole row is built, the cost is that of the documents alone, and
-what one document holds cannot reach another even as a rounding error. One operation to torch (forward and backward
-are a `torch.library.custom_op` pair), since the shapes within depend on the documents.
+Documents are gathered into batches of similar length and padded at the end, where the causal mask already hides the
+padding from every real token. So no mask of the whole row is built, the cost depends on the documents only, and
+one document cannot affect another even by a rounding error. It is one operation to torch (forward and backward
+are a `torch.library.custom_op` pair), since the shapes inside depend on the documents.
 
-Queries may be a span of the rows that keys and values are of. Only the document that the span starts in has keys
-before it, and the span's queries see all of those: one more softmax, without causality, joined to that over the span
-by the sums of both (arXiv 2112.05682).
+Queries may be a span of the rows of keys and values. Only the document in which the span starts has keys before the
+span, and the span's queries of this document see all of those: a second softmax, without a causal mask, is combined
+with the softmax over the span by the sums of both (arXiv 2112.05682).
 """
 
 from bisect import bisect_right
@@ -44,7 +44,7 @@ def packed_attention(
 
     q [B, S, H, D]; k, v [B, T, G, D], G a divisor of H. cu_seqlens: int32 [N + 1] bounds of documents in one row
     (B = 1, of T tokens), empty ones allowed. window: how many tokens, itself included, a token sees; all unless given.
-    query_start: the place in its row of the first query, where S is less than T. scale: 1 / sqrt(D) unless given.
+    query_start: the place of the first query in its row, if S is less than T. scale: 1 / sqrt(D) unless given.
     Returns o like q. A NaN or an infinity in v also reaches earlier tokens of its document, through products with zero.
     Raises ValueError for bounds that do not rise from 0 to T.
     """
@@ -64,7 +64,7 @@ def packed_attention(
 def _varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, window: int | None, query_start: int, scale: float
 ) -> Tensor:
-    """By torch's own operation on packed documents, flash attention, in which a document's last query meets its last
+    """Run torch's flash attention on packed documents, which aligns a document's last query with its last
     key."""
     first_key = 0 if window is None else max(0, query_start - window + 1)
     query_end = query_start + q.shape[1]
@@ -92,7 +92,7 @@ def cached_attention(
     window: int | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Attention of new tokens to a cache. q [B, T, H, D]; k, v [B, S, G, D]: place s holds the token of position s.
+    """Attend from new tokens to a cache. q [B, T, H, D]; k, v [B, S, G, D]: place s holds the token of position s.
 
     query_positions: int64 [B, T]; a query sees the places up to its own position, at most `window` of them.
     scale: 1 / sqrt(D) unless given.
@@ -120,8 +120,8 @@ def _visible(num_queries: int, num_keys: int, first_query: int, window: int | No
 
 
 class _Span(NamedTuple):
-    """bounds: of the documents among the queries, all rows' back to back. The first `num_queries` of each row also see
-    the keys `first_key` .. query_start of their document, those before the span."""
+    """bounds: of the queries' documents, with all rows concatenated. The first `num_queries` of each row also see
+    the keys `first_key` .. query_start of their document, which come before the span."""
 
     bounds: tuple[int, ...]
     first_key: int
@@ -145,8 +145,8 @@ def _span(q: Tensor, num_keys: int, cu_seqlens: Tensor | None, window: int | Non
 
 @lru_cache(maxsize=4)
 def _batches(bounds: tuple[int, ...], device: torch.device) -> tuple[list[Tensor], Tensor]:
-    """The tokens of each batch of documents, int64 [documents, padded length], and where among all their slots each
-    token of the row lies, int64 [T]. Made once for all layers of a step, both ways."""
+    """The tokens of each batch of documents, int64 [documents, padded length], and the slot of each
+    token of the row, int64 [T]. Made once for the forward and backward of all layers of a step."""
     groups: dict[int, list[tuple[int, int]]] = defaultdict(list)
     for start, end in zip(bounds, bounds[1:], strict=False):
         if end > start:
@@ -174,14 +174,14 @@ def _take(x: Tensor, tokens: Tensor, num_heads: int) -> Tensor:
 
 
 def _put(parts: list[Tensor], place: Tensor, num_rows: int, num_heads: int) -> Tensor:
-    """The way back; heads that shared a source are summed."""
+    """The inverse of `_take`; heads that shared a source are summed."""
     rows = torch.cat([part.transpose(1, 2).flatten(0, 1) for part in parts]).index_select(0, place)
     rows = rows if rows.shape[1] == num_heads else rows.unflatten(1, (num_heads, -1)).sum(2)
     return rows.unflatten(0, (num_rows, -1))
 
 
 def _share(x: Tensor, num_heads: int) -> Tensor:
-    """[B, n, H, ...] -> [B, num_heads, H / num_heads * n, ...]: queries that share a key's head, as queries of one."""
+    """[B, n, H, ...] -> [B, num_heads, H / num_heads * n, ...]: joins the queries that share a key head."""
     return x.unflatten(2, (num_heads, -1)).movedim(1, 3).flatten(2, 3)
 
 
@@ -190,12 +190,12 @@ def _unshare(x: Tensor, num_queries: int) -> Tensor:
 
 
 def _has_kernels(q: Tensor) -> bool:
-    """Whether torch has kernels that give and take the sums of the softmax; elsewhere the formula serves."""
+    """Whether torch has kernels that return and accept the sums of the softmax; otherwise the formula is computed."""
     return q.device.type == "cpu"
 
 
 def _bias(q: Tensor, window: int | None) -> Tensor | None:
-    """What hides places from a batch q [.., T, D]: zero or -inf [T, T], or None where plain causality serves."""
+    """The mask of a batch q [.., T, D]: zero or -inf [T, T], or None if a causal mask is enough."""
     length = q.shape[-2]
     if _has_kernels(q) and (window is None or window >= length):
         return None
@@ -203,7 +203,7 @@ def _bias(q: Tensor, window: int | None) -> Tensor | None:
 
 
 def _past(q: Tensor, k: Tensor, span: _Span, window: int | None, query_start: int) -> tuple[slice, Tensor | None]:
-    """The places of the keys before the span, and the bias of all queries that share a head; None where all see all."""
+    """The places of the keys before the span, and the bias of all queries that share a head; None if all see all."""
     num_queries, num_keys = span.num_queries, query_start - span.first_key
     past = slice(span.first_key, query_start)
     if window is None or num_keys + num_queries <= window:
@@ -214,7 +214,7 @@ def _past(q: Tensor, k: Tensor, span: _Span, window: int | None, query_start: in
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """q [documents, H, S, D]; k, v [documents, H, T, D] -> o, and the logarithm of each softmax's sum
-    [documents, H, S]. causal: without a bias, which then says all."""
+    [documents, H, S]. causal: only without a bias."""
     if _has_kernels(q):
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, causal, attn_mask=bias, scale=scale
@@ -236,7 +236,7 @@ def _attend_backward(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """o and logsumexp may be those of a softmax over more keys, of which k are some."""
+    """o and logsumexp may belong to a softmax over more keys than k."""
     if _has_kernels(q):
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, q, k, v, o, logsumexp, 0.0, causal, attn_mask=bias, scale=scale
@@ -305,7 +305,7 @@ def _backward(
     inside[place] = True
     parts, start = [], 0
     for tokens in batches:
-        # A padded slot repeats a token, whose gradient must not come in twice.
+        # A padded slot repeats a token, whose gradient must not be added twice.
         real = inside[start : start + tokens.numel()].view(tokens.shape)[:, None, :, None]
         start += tokens.numel()
         grad_part, q_part, k_part, v_part, o_part, sum_part = (
@@ -352,7 +352,7 @@ torch.library.register_autograd("torchlmoe::packed_attention", _autograd, setup_
 
 
 def _flops(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, window: int | None, query_start: int) -> int:
-    """Scores and values over the whole square of each document, as torch counts SDPA, and over all keys before it."""
+    """FLOPs of scores and values over the whole square of each document, as torch counts SDPA, and over past keys."""
     span = _span(q, k.shape[1], cu_seqlens, window, query_start)
     pairs = sum((end - start) ** 2 for start, end in pairwise(span.bounds))
     pairs += len(q) * span.num_queries * (query_start - span.first_key)

@@ -1,6 +1,7 @@
-"""The recurrence token by token: the definition in code, and what every faster form is tested against.
+"""The recurrence token by token: the definition in code. Every faster form is tested against it.
 
-    S_t = (I - b_t e_t^T) D_t S_{t-1} E_t + k_t v_t^T     D_t = diag(exp(log_decay_t)), E_t of value_log_decay
+    S_t = (I - erase_key_t erase_t^T) D_t S_{t-1} E_t + k_t v_t^T
+    D_t = diag(exp(log_decay_t)), E_t = diag(exp(value_log_decay_t))
     o_t = scale * S_t^T q_t                                  with a bonus u: scale * (S_{t-1} + (u * k_t) v_t^T)^T q_t
 
 Legend: B batch, T tokens, H heads of q and k, R heads of v (a multiple of H), K key width, V value width, N documents.
@@ -23,9 +24,9 @@ def reference_recurrence(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Differentiable by autograd, any dtype, any device, one token after another; arguments as in `linear_recurrence`.
+    """Run token by token, differentiable by autograd, in any dtype; arguments as in `linear_recurrence`.
 
-    Returns (o [B, T, R, V] in v's dtype (zeros where q is None), final state [N, R, K, V]).
+    Returns (o [B, T, R, V] in v's dtype (zeros if q is None), final state [N, R, K, V]).
     """
     batch_size, num_tokens, num_heads, value_dim = v.shape
     dtype = torch.promote_types(v.dtype, torch.float32)
@@ -33,7 +34,7 @@ def reference_recurrence(
     k_BTRK = k.to(dtype).repeat_interleave(repeat, 2)
     q_BTRK = None if q is None else q.to(dtype).repeat_interleave(repeat, 2)
     v_BTRV = v.to(dtype)
-    write_BTRK = k_BTRK if erase_key is None else erase_key.to(dtype)  # b
+    write_BTRK = k_BTRK if erase_key is None else erase_key.to(dtype)
     erase_BTRK = None
     if erase is not None:
         erase_BTRK = erase.to(dtype) if erase.dim() == 4 else erase.to(dtype)[..., None] * write_BTRK

@@ -1,8 +1,8 @@
-"""The backends of what is scanned step by step."""
+"""The backends of operations that are scanned step by step."""
 
 
 def check_backend(backend: str, operation: str = "elementwise_recurrence") -> None:
-    """Raises ValueError for a backend that the operation has not."""
+    """Raises ValueError for a backend that the operation does not have."""
     others = ("triton", "reference") if operation == "elementwise_recurrence" else ("reference",)
     if backend not in ("auto", "chunked", *others):
         served = "', '".join(("auto", "chunked", *others[:-1]))

@@ -1,4 +1,4 @@
-"""Chunk layouts for what is scanned step by step: one layout for all documents, its slabs of a number of steps."""
+"""Chunk layouts for scans over steps: one layout for all documents, with slabs of a fixed number of steps."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -11,26 +11,26 @@ from torchlmoe.ops.chunk_layout import ChunkLayout, chunk_plan, layout_of
 
 
 def chunk_layout(batch_size, length, bounds, max_chunk_size: int, slab_size: int, device: torch.device) -> ChunkLayout:
-    """Arguments as of `chunk_plan`."""
+    """Arguments are the same as those of `chunk_plan`."""
     plan = chunk_plan(batch_size, length, bounds, max_chunk_size, slab_size)
     return layout_of(plan, bounds is None and length % plan.chunk_size == 0, device)
 
 
-# Made once for all layers of a step, both ways.
+# Made once for the forward and backward of all layers of a step.
 kept_chunk_layout = lru_cache(maxsize=64)(chunk_layout)
 
 
 def kept_scan_layout(v: Tensor, cu_seqlens: Tensor | None, chunk_size: int, slab_steps: int) -> ChunkLayout:
-    """The layout of v's rows or documents, slabs of about `slab_steps` chunks of as many documents as v has abreast.
+    """Return the layout of v's rows or documents, with slabs of about `slab_steps` chunks per document.
 
-    For real tensors, not for traced ones. Raises ValueError for bounds that are none.
+    For real tensors, not for traced ones. Raises ValueError for invalid bounds.
     """
     bounds = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
     return kept_chunk_layout(*_scan_key(v, bounds, chunk_size, slab_steps), v.device)
 
 
 def num_scan_starts(v: Tensor, bounds: Sequence[int] | None, chunk_size: int, slab_steps: int) -> int:
-    """How many states the slabs of that layout begin with; v may be without values."""
+    """Number of states at the start of that layout's slabs; v may be without values."""
     return chunk_plan(*_scan_key(v, bounds, chunk_size, slab_steps)).num_first
 
 

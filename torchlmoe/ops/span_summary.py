@@ -1,4 +1,4 @@
-"""What a span of tokens does to the state that it receives: the affine map that the linear recurrence is."""
+"""The effect of a span of tokens on the incoming state: the linear recurrence is an affine map of it."""
 
 import torch
 from torch import Tensor
@@ -22,12 +22,12 @@ def span_summary(
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor | tuple[Tensor, Tensor], Tensor]:
-    """The affine map that a span of tokens (or each packed document) is; arguments as in `linear_recurrence`.
+    """Return the affine map of a span of tokens (or of each packed document); arguments as in `linear_recurrence`.
 
     Returns the transition and the state [N, R, K, V], in at least float32 and differentiable. The transition is
         [N, R, K], a diagonal, without an erase term:       S_out = transition[..., None] * S_in + state;
         [N, R, K, K] with one:                              S_out = transition @ S_in + state;
-        a pair of diagonals [N, R, K] and [N, R, V] with a decay on the value side, K + V numbers a head:
+        a pair of diagonals [N, R, K] and [N, R, V] with a decay on the value side, K + V numbers per head:
                                                             S_out = key[..., None] * S_in * value[..., None, :] + state.
     """
     check_terms(k, k, v, log_decay, erase, erase_key, value_log_decay, None, None, cu_seqlens)
@@ -38,7 +38,7 @@ def span_summary(
         if value_log_decay is None:
             return transition, state
         return (transition, _total_decay(value_log_decay, v, value_dim, cu_seqlens)), state
-    # The columns of the state do not mix, so the transition is K more of them: no value, started from the identity.
+    # The columns of the state do not mix, so the transition is computed as K more columns that start from the identity.
     documents, dtype = num_documents(v, cu_seqlens), torch.promote_types(v.dtype, torch.float32)
     identity = torch.eye(key_dim, dtype=dtype, device=v.device).expand(documents, num_heads, -1, -1)
     initial_state = torch.cat([identity.new_zeros(documents, num_heads, key_dim, value_dim), identity], -1)
@@ -64,7 +64,7 @@ def _total_decay(log_decay: Tensor | None, v: Tensor, width: int, cu_seqlens: Te
 def _sum_documents(x: Tensor, cu_seqlens: Tensor) -> Tensor:
     """x [T, ...] -> [N, ...], always in the same order, and the bounds stay on their device.
 
-    A sum of `segment_reduce` is one thread's, token by token: documents are cut in pieces, that none is long.
+    `segment_reduce` computes a sum in one thread, token by token, so documents are cut into short pieces.
     """
     starts = torch.arange(0, len(x), PIECE_LENGTH, device=x.device, dtype=cu_seqlens.dtype)
     bounds = torch.cat([cu_seqlens, starts]).sort().values

@@ -1,14 +1,14 @@
-"""The elementwise recurrence where nothing but v varies over tokens (S4), as products of matrices.
+"""The elementwise recurrence as matrix products, if only v varies over tokens (S4).
 
     o_t = sum_{n<=t} c_n v_{t-n}          c_n = Re(sum_k q_k exp(n G_k) k_k)
 
-is a convolution. In a chunk of C tokens it is a Toeplitz matrix of C taps, and what came before is in the state at the
-chunk's start, which is read, decayed and written by one product each: per channel C + 2 K multiply-adds a token in
-matrix products, where the scan goes through K complex numbers in memory. Powers of exp(G) are products in float64, so
-that no phase n * G loses its digits and no exponent is positive.
+is a convolution. In a chunk of C tokens it is a Toeplitz matrix of C taps. Earlier tokens are summarized by the
+state at the chunk's start, which is read, decayed and written by one product each: per channel C + 2 K multiply-adds
+per token in matrix products, while the scan reads K complex numbers from memory. Powers of exp(G) are products in
+float64, so that no phase n * G loses its digits and no exponent is positive.
 
-A document's last chunk may be short: it is read from its first slot and written up to its last one, so its tokens lie
-at the left of the chunk for the one and at the right for the other; the state decays by as many tokens as there are.
+A document's last chunk may be short. Reading starts at its first slot and writing ends at its last slot, so its tokens
+are at the left of the chunk for reads and at the right for writes. The state decays by the actual number of tokens.
 
 Legend: N documents, M chunks, C slots of a chunk, H heads, K key width, V value width.
 """
@@ -78,7 +78,7 @@ def time_invariant_backward(
 
 
 def _layouts(v: Tensor, cu_seqlens: Tensor | None) -> tuple[ChunkLayout, ...]:
-    """All chunks of a layout are one slab, or none where no document has a token."""
+    """Layouts of one slab each, or of none if no document has a token."""
     bounds = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
     all_chunks = max(1, v.shape[0] * v.shape[1] * num_documents(v, cu_seqlens))
     return chunk_layouts(v.shape[0], v.shape[1], bounds, CHUNK_SIZE, all_chunks, v.device)
@@ -91,7 +91,7 @@ def _cut(slab: Slab, x: Tensor, state: Tensor) -> Tensor:
 
 
 def _paste(slab: Slab, x_HVMC: Tensor, out: Tensor) -> None:
-    """To its places in [B, T, H, V]."""
+    """Write to the places in [B, T, H, V]."""
     slab.paste(x_HVMC.permute(2, 0, 3, 1).flatten(0, 1), out)
 
 

@@ -13,7 +13,7 @@ from torchlmoe.ops.operation import operation
 
 @operation
 def weighted_relu2(up: Tensor, weight: Tensor) -> Tensor:
-    """up [M, F]; weight [M], at least float32 -> [M, F] in up's dtype. Rounded once, and keeps no more than inputs."""
+    """up [M, F]; weight [M], at least float32 -> [M, F] in up's dtype. Rounds once and keeps only its inputs."""
     return _WeightedReLU2.apply(up, weight)
 
 

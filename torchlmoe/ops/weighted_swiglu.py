@@ -1,7 +1,7 @@
 """silu(gate) * up * weight (arXiv 2002.05202), with one weight per row: the hidden layer of an expert.
 
-One operation to torch, which keeps only its inputs for the backward: on a GPU kernels/weighted_swiglu.py, on a CPU
-blocks of rows small enough that intermediate results never leave the cache.
+One operation to torch, which keeps only its inputs for the backward. A GPU runs kernels/weighted_swiglu.py; a CPU
+processes blocks of rows small enough that intermediate results stay in the cache.
 
 Legend: M rows, F hidden width.
 """
@@ -48,7 +48,7 @@ def _forward(gate_up: Tensor, weight: Tensor) -> Tensor:
 
 
 def _dtype(gate_up: Tensor, weight: Tensor) -> torch.dtype:
-    """In which a block is computed: low precisions are rounded once, which is exacter and, on a CPU, faster."""
+    """Dtype of computation: low precisions are rounded once, which is more accurate and, on a CPU, faster."""
     return torch.promote_types(gate_up.dtype, weight.dtype)
 
 
@@ -74,7 +74,7 @@ def _backward(grad: Tensor, gate_up: Tensor, weight: Tensor) -> tuple[Tensor, Te
         torch.sum(torch.mul(flow_silu, up, out=grad_up), -1, dtype=weight.dtype, out=grad_weight[rows])
         torch.mul(flow_silu, scale, out=grad_up)
         flow_up = torch.mul(flow, up, out=flow_silu).mul_(scale)
-        # d silu = silu + sigmoid * (1 - silu): one exponential for it and silu itself.
+        # d silu = silu + sigmoid * (1 - silu): one exponential for both.
         torch.mul(flow_up, torch.lerp(silu, one, sigmoid, out=sigmoid), out=grad_gate)
         if gate_up.dtype is not dtype:
             grad_gate_up[rows] = result
