@@ -1,4 +1,4 @@
-"""Feed-forward layers by the name that the settings use. A block with `none` has no feed-forward layer."""
+"""Feed-forward layers by name. A block with `none` has no feed-forward layer."""
 
 from torchlmoe.feed_forwards.base import FeedForward
 from torchlmoe.feed_forwards.dense import Dense

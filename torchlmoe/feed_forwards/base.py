@@ -1,4 +1,4 @@
-"""What every feed-forward layer of a block is."""
+"""The interface of feed-forward layers."""
 
 from typing import get_args
 
@@ -27,7 +27,7 @@ class FeedForward(Configurable, nn.Module):
         raise TypeError(f"{type(self).__name__} must define flops_per_token().")
 
     def idle_parameters(self) -> int:
-        """Parameters that one token does not meet."""
+        """Number of parameters that a token does not use."""
         return 0
 
     @classmethod

@@ -23,7 +23,7 @@ class Dense(MLP, FeedForward):
         init_std: InitStd = 0.02,
     ):
         self.check_choices(activation=activation)
-        # 8/3 keeps the parameters of a SwiGLU those of a plain MLP of width 4.
+        # With 8/3 a SwiGLU has as many parameters as a plain MLP of width 4.
         width = 16 * max(1, round(dim * 8 / 3 / 16)) if activation == "swiglu" else 4 * dim
         super().__init__(dim, mlp_dim or width, activation=activation, init_std=init_std)
 

@@ -1,7 +1,7 @@
-"""The routed experts: E layers as `layers.mlp.MLP`'s with stacked weights, each over its own run of rows.
+"""The routed experts: E layers like `layers.mlp.MLP` with stacked weights, each over its own run of rows.
 
-A row's routing weight is applied to the hidden activation rather than to the output: the same product, but
-the output [M, D] need not be kept for the backward, and the way back to the tokens is a plain sum.
+A row's routing weight is applied to the hidden activation rather than to the output. The product is the same, but
+the output [M, D] need not be kept for the backward, and the combine is a plain sum.
 
 Legend: M rows sorted by expert, E experts, D width, F hidden width of an expert.
 """
@@ -23,7 +23,7 @@ class Experts(nn.Module):
     expert's run ends; runs may be empty, and the last ends at M.
     """
 
-    head_dims: dict[str, int] = {}  # they are spread by expert
+    head_dims: dict[str, int] = {}  # split by expert, not by head
 
     def __init__(
         self,

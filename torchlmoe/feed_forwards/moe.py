@@ -34,12 +34,13 @@ from torchlmoe.routing.router import Router
 class MoE(RoutedLayer, FeedForward):
     """x [B, T, dim] -> like x: routed experts, and shared ones that every token passes.
 
-    With a capacity an expert serves at most ceil(factor * top_k * T / num_experts) tokens of a microbatch, the first
-    ones in token order, as in Switch; the choices beyond get weight zero and are counted. The other weights of the
-    token stay as they are. Padding is none of the T tokens and takes no room. In evaluation and decoding nothing is
-    dropped: there, what a token gets must not depend on which others are in the batch.
+    With a capacity an expert processes at most ceil(factor * top_k * T / num_experts) tokens of a microbatch, the first
+    ones in token order, as in Switch; further choices get weight zero and are counted. The other weights of the
+    token do not change. Padding does not count among the T tokens and takes no room. In evaluation and decoding
+    nothing is
+    dropped: there, a token's output must not depend on the other tokens of the batch.
 
-    After each optimizer step hand the step's counts to `end_step`. Raises ValueError where settings contradict each
+    After each optimizer step pass the step's counts to `end_step`. Raises ValueError if settings contradict each
     other.
     """
 
@@ -48,47 +49,55 @@ class MoE(RoutedLayer, FeedForward):
         dim: int,
         *,
         num_experts: Annotated[int, Field(ge=1, description="Routed experts.")] = 16,
-        top_k: Annotated[int, Field(ge=1, description="Experts that a token is sent to.")] = 4,
+        top_k: Annotated[int, Field(ge=1, description="Experts per token.")] = 4,
         expert_dim: Annotated[int, Field(ge=1, description="Hidden width of an expert.")] = 128,
         activation: Activation = "swiglu",
         latent_dim: Annotated[
             int | None,
-            Field(ge=1, description="Width that tokens have in routed experts (Nemotron-3); the model's if unset."),
+            Field(ge=1, description="Width of tokens in routed experts (Nemotron-3); model.dim if unset."),
         ] = None,
-        num_shared_experts: Annotated[int, Field(ge=0, description="Experts that every token passes.")] = 0,
+        num_shared_experts: Annotated[int, Field(ge=0, description="Shared experts, which process every token.")] = 0,
         shared_expert_dim: Annotated[
             int | None,
-            Field(ge=1, description="Hidden width of all shared experts; num_shared_experts * expert_dim if unset."),
+            Field(ge=1, description="Total hidden width of shared experts; num_shared_experts * expert_dim if unset."),
         ] = None,
         shared_expert_gate: Annotated[
             bool, Field(description="Sigmoid gate on the shared experts (Qwen2-MoE).")
         ] = False,
         score_function: Annotated[Literal["softmax", "sigmoid"], Field(description="Router scores.")] = "softmax",
-        normalize_top_k: Annotated[bool, Field(description="Chosen weights sum to one.")] = True,
+        normalize_top_k: Annotated[
+            bool, Field(description="Normalize the weights of a token's experts to sum to one.")
+        ] = True,
         num_expert_groups: Annotated[int, Field(ge=1, description="Groups of experts (DeepSeek).")] = 1,
         num_limited_groups: Annotated[int, Field(ge=1, description="Groups that a token may choose from.")] = 1,
         group_score: Annotated[
-            Literal["max", "top2_sum"], Field(description="A group's score: DeepSeek-V2's or DeepSeek-V3's.")
+            Literal["max", "top2_sum"],
+            Field(description="Score of a group, as in DeepSeek-V2 (max) or DeepSeek-V3 (top2_sum)."),
         ] = "max",
         routed_scaling_factor: Annotated[
             float, Field(ge=1e-3, le=1000, description="Multiplies the routed experts' weights.")
         ] = 1.0,
         capacity_factor: Annotated[
             float | None,
-            Field(ge=0.01, le=1000, description="Room per expert over an even share, in training; dropless if unset."),
+            Field(
+                ge=0.01,
+                le=1000,
+                description="Capacity of an expert, relative to an even share, in training; dropless if unset.",
+            ),
         ] = None,
         balance: Annotated[
-            Literal["aux_loss", "loss_free", "none"], Field(description="How load is balanced.")
+            Literal["aux_loss", "loss_free", "none"], Field(description="Method that balances the load of experts.")
         ] = "aux_loss",
         aux_loss_weight: Annotated[float, Field(ge=0, le=1000, description="Weight of the balance loss.")] = 1e-2,
         aux_loss_scope: Annotated[
-            Literal["sequence", "global_batch"], Field(description="Over what the balance loss takes the load.")
+            Literal["sequence", "global_batch"],
+            Field(description="Tokens over which the balance loss computes the load."),
         ] = "sequence",
         z_loss_weight: Annotated[
             float, Field(ge=0, le=1000, description="Weight of the router z-loss (arXiv 2202.08906).")
         ] = 0.0,
         bias_update_rate: Annotated[
-            float, Field(ge=1e-9, le=10, description="Step of the loss-free bias (arXiv 2408.15664).")
+            float, Field(ge=1e-9, le=10, description="Step size of the loss-free bias (arXiv 2408.15664).")
         ] = 1e-3,
         init_std: InitStd = 0.02,
     ):
@@ -136,7 +145,7 @@ class MoE(RoutedLayer, FeedForward):
             aux_loss_scope=aux_loss_scope,
             z_loss_weight=z_loss_weight,
         )
-        self.exchange: Exchange | None = None  # where ranks have parts of the experts
+        self.exchange: Exchange | None = None  # set if the experts are split over ranks
         self.shared_expert = MLP(dim, shared_dim, activation=activation, init_std=init_std) if shared_dim else None
         self.shared_expert_gate = Linear(dim, 1) if shared_expert_gate else None
 
@@ -168,7 +177,7 @@ class MoE(RoutedLayer, FeedForward):
             y_MD = self.experts(x_MD, weight_M, slots.offset_E)
         else:
             arriving = self.exchange.send(x_MD, weight_M, slots.offset_E)
-            shared = self._shared(x)  # while tokens travel
+            shared = self._shared(x)  # while tokens are sent
             x_MD, weight_M, arrived = self.exchange.sort(arriving, alignment)
             y_MD = self.experts(x_MD, weight_M, arrived.offset_E)
             y_MD = self.exchange.send_back(y_MD, arrived, arriving)
@@ -183,7 +192,7 @@ class MoE(RoutedLayer, FeedForward):
         return shared if self.shared_expert_gate is None else self.shared_expert_gate(x).sigmoid() * shared
 
     def _beyond_capacity(self, expert_TK: Tensor, slots: Slots, counted_T: Tensor) -> Tensor:
-        """bool [T, K]: the choices that find their expert full. Padding takes no room and is never dropped.
+        """bool [T, K]: the choices whose expert is full. Padding takes no room and is never dropped.
 
         A choice's place is counted over the whole microbatch, whose earlier tokens may be on other ranks.
         """
@@ -201,13 +210,13 @@ class MoE(RoutedLayer, FeedForward):
 
     @torch.no_grad()
     def end_step(self, counts_E: Tensor) -> None:
-        """Keeps the counts for the "global_batch" loss; with balance "loss_free" moves the bias by one step of arXiv
+        """Keep the counts for the "global_batch" loss; with balance "loss_free" move the bias by one step of arXiv
         2408.15664.
         """
         super().end_step(counts_E)
         bias_E = self.router.expert_bias
         if bias_E is not None:
-            # In whole numbers, so that an expert exactly at the mean stays put: E * (mean - count).
+            # E * (mean - count), in integers, so that the bias of an expert exactly at the mean does not move.
             shortage_E = counts_E.sum() - self.num_experts * counts_E
             bias_E.add_(shortage_E.sign().to(bias_E.dtype), alpha=self.bias_update_rate)
 

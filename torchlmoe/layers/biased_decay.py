@@ -10,7 +10,7 @@ from torchlmoe.layers.decay_gate import decay_gate
 from torchlmoe.layers.initialization import constant_
 from torchlmoe.ops.kernel_backend import kernels_serve
 
-MAX_LOG_RATE = 5.0  # exp(-exp(5)) is 1e-64: nothing is left, and sums of log decays keep the others' digits
+MAX_LOG_RATE = 5.0  # exp(-exp(5)) is 1e-64, practically zero, and sums of log decays keep the digits of the others
 LOG_DECAYS = {  # of x + bias, by the names of the kernel's activations
     "logsigmoid": F.logsigmoid,
     "exp": lambda x: -x.clamp(max=MAX_LOG_RATE).exp(),

@@ -9,8 +9,8 @@ from torchlmoe.layers.decay_gate import DecayGate
 class BoundedDecayGate(DecayGate):
     """x [..., heads * channels] -> lower_bound * sigmoid(exp(A_log) * (x + dt_bias)), [..., heads, channels].
 
-    In at least float32. A_log has an entry per head, dt_bias one per channel, and both start as of `DecayGate`, so that
-    the decay starts near zero. As in Ling-3.0 and GLM-5.3 in transformers.
+    In at least float32. A_log has one entry per head, dt_bias one per channel. Both are initialized as in
+    `DecayGate`, so the decay starts near zero. Equals the gates of Ling-3.0 and GLM-5.3 in transformers.
     """
 
     def __init__(self, num_heads: int, channels: int, lower_bound: float):

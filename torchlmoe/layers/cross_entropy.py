@@ -1,7 +1,7 @@
-"""Output projection and cross entropy in one, a chunk of tokens at a time, so that the logits are never held whole.
+"""Output projection and cross entropy together, for a chunk of tokens at a time: logits never exist as a whole.
 
-With gradients on, each chunk's share of the gradients is taken while its logits are at hand; the backward only
-scales them. So the projection runs once, and no logits are kept or computed again.
+With gradients enabled, each chunk's gradients are computed while its logits exist; the backward only
+scales them. So the projection runs once, and no logits are kept or recomputed.
 """
 
 from typing import Protocol
@@ -15,7 +15,7 @@ IGNORE_INDEX = -100
 
 
 class Vocabulary(Protocol):
-    """What a rank knows of a vocabulary that is split over ranks, as `styles.vocabulary.VocabularyPart`."""
+    """A rank's part of a vocabulary that is split over ranks; see `styles.vocabulary.VocabularyPart`."""
 
     def own(self, token: Tensor, num_rows: int) -> tuple[Tensor, Tensor]: ...
 
@@ -27,10 +27,10 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Sum over tokens of -log softmax(weight h)_label, in at least float32.
 
-    hidden [T, D]; weight [V, D]; labels int64 [T], -100 where a token does not count. chunk_size: tokens whose logits
-    are held at once. Gradients of gradients are not supported.
-    vocabulary: where weight is this rank's rows of it. Then every rank gets the same sum, from three numbers per token,
-    and as gradient of hidden its own rows' part.
+    hidden [T, D]; weight [V, D]; labels int64 [T], -100 for tokens that do not count. chunk_size: tokens whose logits
+    are in memory at once. Gradients of gradients are not supported.
+    vocabulary: given if weight holds this rank's rows only. Then every rank returns the same sum, from three numbers
+    per token, and the gradient of hidden is the part of its rows.
     """
     return _LinearCrossEntropy.apply(hidden, weight, labels, chunk_size, vocabulary)
 
@@ -63,7 +63,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             loss += ((sum_C1.log() - chosen_C1)[:, 0] * counted_C).sum()
             if grad_hidden is None or grad_weight is None:
                 continue
-            # softmax minus one at the label; tokens that do not count have none.
+            # The gradient is softmax, minus one at the label; zero for tokens that do not count.
             logits_CV *= counted_C[:, None] / sum_C1
             here_C1 = counted_C[:, None] if own_C1 is None else counted_C[:, None] & own_C1
             if logits_CV.shape[1]:

@@ -19,14 +19,14 @@ def draw_step(whole: Tensor, low: float, high: float, generator: torch.Generator
 
 @operation
 def decay_gate(*arguments) -> tuple[Tensor, Tensor]:
-    """Arguments and results as of the kernel."""
+    """Arguments and results are those of the kernel."""
     from torchlmoe.kernels import gates as kernels
 
     return kernels.decay_gate(*arguments)
 
 
 class DecayGate(nn.Module):
-    """A step size, and the log decay that it makes, in at least float32 (arXiv 2405.21060, 2412.06464, 2510.26692).
+    """A step size and the resulting log decay, in at least float32 (arXiv 2405.21060, 2412.06464, 2510.26692).
 
         step = softplus(x + dt_bias), clamped to `step_limits`         log_decay = -exp(A_log) * step
 
@@ -34,7 +34,7 @@ class DecayGate(nn.Module):
     and a rate per head, and both results are [..., heads, channels].
     """
 
-    float32_island = True  # its parameters stay float32 where the rest is cast down
+    float32_island = True  # its parameters stay float32 if the rest is cast to bfloat16
     head_dims = {"A_log": 0, "dt_bias": 0}
 
     def __init__(
@@ -56,7 +56,7 @@ class DecayGate(nn.Module):
         fill_(self.dt_bias, lambda whole, generator: draw_step(whole, 1e-3, 1e-1, generator))
 
     def forward(self, x: Tensor, with_step: bool = True) -> tuple[Tensor, Tensor | None]:
-        """The step is None where it is not asked for."""
+        """The step is None if with_step is False."""
         if kernels_serve("auto", x, self.A_log):
             return self._by_kernel(x, with_step)
         dtype = torch.promote_types(self.A_log.dtype, torch.float32)

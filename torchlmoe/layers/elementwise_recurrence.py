@@ -1,4 +1,4 @@
-"""The recurrence that decays element by element as a submodule, so that a context-parallel plan can name it."""
+"""The recurrence with elementwise decay as a submodule, so that a context-parallel plan can name it."""
 
 from functools import partial
 
@@ -11,7 +11,7 @@ from torchlmoe.styles.recurrence import ElementwiseSequenceParallel
 
 
 class ElementwiseRecurrence(nn.Module):
-    """`ops.elementwise_recurrence` with its signature and a backend of its own. Looks across tokens."""
+    """Runs `ops.elementwise_recurrence` with a fixed backend and the same signature. Looks across tokens."""
 
     def __init__(self, backend: str = "auto"):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Polynomial feature maps of queries and keys, whose inner products are polynomials of theirs."""
+"""Polynomial feature maps: inner products of features are polynomials of the inner product q . k."""
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ def taylor_features(x: Tensor) -> Tensor:
 
 
 class _PairProducts(torch.autograd.Function):
-    """Keeps x alone for the backward, where autograd would keep two gathers of it."""
+    """Keeps only x for the backward; autograd would keep two gathers of it."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:

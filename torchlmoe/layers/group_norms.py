@@ -1,4 +1,4 @@
-"""Norms of the heads or groups of channels apart, and layer norm."""
+"""Norms over each head, each group of channels or all heads, and layer norm."""
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ class GroupRMSNorm(RMSNorm):
 
 
 class AllHeadsRMSNorm(RMSNorm):
-    """RMS norm over the channels of all heads together; ranks may have a head together (arXiv 2409.02060)."""
+    """RMS norm over the channels of all heads together; several ranks may hold one head (arXiv 2409.02060)."""
 
     def __init__(self, num_heads: int, head_dim: int, eps: float = 1e-6, *, zero_centered: bool = False):
         super().__init__(num_heads * head_dim, eps, across_heads=True, zero_centered=zero_centered)
@@ -40,7 +40,7 @@ class AllHeadsRMSNorm(RMSNorm):
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer norm with a weight and a bias per channel (arXiv 1607.06450); across_heads as of `RMSNorm`."""
+    """Layer norm with a weight and a bias per channel (arXiv 1607.06450); across_heads: see `RMSNorm`."""
 
     def __init__(self, dim: int, eps: float = 1e-6, *, across_heads: bool = False):
         super().__init__(dim, eps)

@@ -1,11 +1,11 @@
-"""Parameter initialisation that does not depend on how the model is laid out.
+"""Parameter initialization that does not depend on the parallel layout.
 
 Every parameter is drawn whole, from a generator seeded by (seed, the parameter's global name), and a
 sharded parameter keeps its slice of that draw. So one process, FSDP over any number of ranks and a
 pipeline stage that holds only some of the layers all start from the same weights.
 
 Modules write ordinary `init_weights()` methods with the functions below; the decoder opens
-`named_draws(model, seed)` around them. Outside of it (a module used alone) torch's default generator serves.
+`named_draws(model, seed)` around them. Outside of it (a module used alone) they use torch's default generator.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ _generator_of: ContextVar[Callable[[Tensor], torch.Generator | None]] = ContextV
 
 @contextmanager
 def named_draws(model: nn.Module, seed: int) -> Iterator[None]:
-    """Within it, each parameter of `model` is drawn from (seed, its name in `model`)."""
+    """A context in which each parameter of `model` is drawn from (seed, its name in `model`)."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
 
     def generator_of(parameter: Tensor) -> torch.Generator:
@@ -52,16 +52,16 @@ def fill_(parameter: Tensor, draw: Callable[[Tensor, torch.Generator | None], ob
 
 
 def own_part(whole: Tensor, parameter: Tensor, first_dim: int = 0) -> Tensor:
-    """Of `whole`, which every rank has alike, what this rank's part of a sharded parameter corresponds to.
+    """Return the part of `whole`, equal on all ranks, that corresponds to this rank's part of a sharded parameter.
 
-    first_dim: along dimensions before it, `whole` is cut already.
+    first_dim: along dimensions before it, `whole` is already cut.
     """
     if not isinstance(parameter, DTensor):
         return whole
-    # The last axis cuts first: FSDP shards, along its axes, what tensor or expert parallelism has left.
+    # The last mesh axis cuts first: FSDP shards the parts of tensor or expert parallelism.
     for axis in reversed(range(parameter.device_mesh.ndim)):
         placement = parameter.placements[axis]
-        # Shard, or the strided one that FSDP makes of a dim that is cut already
+        # Shard, or _StridedShard, which FSDP uses for a dim that is already cut
         if not placement.is_replicate() and placement.dim >= first_dim:  # type: ignore[attr-defined]
             parts = whole.chunk(parameter.device_mesh.size(axis), placement.dim)  # type: ignore[attr-defined]
             rank = parameter.device_mesh.get_local_rank(axis)
@@ -90,5 +90,5 @@ def orthogonal_(parameter: Tensor, gain: float) -> None:
 
 
 def copy_(parameter: Tensor, values: Tensor) -> None:
-    """The given values, of the parameter's shape. Compute them in a dtype that you name, not in torch's default."""
+    """The given values, of the parameter's shape. Compute them in an explicit dtype, not in torch's default."""
     fill_(parameter, lambda whole, generator: whole.copy_(values))

@@ -1,8 +1,9 @@
-"""`nn.Linear` that stays fast in bfloat16 on a CPU without bfloat16 matrix instructions, and says how it acts on heads.
+"""`nn.Linear` that stays fast in bfloat16 on a CPU without bfloat16 matrix instructions, and declares how it acts on
+heads.
 
-Every module with parameters has `head_dims`: by parameter, the dimension along which heads (or the channels of heads)
-are laid. A parameter that is not named there is shared by all heads. Tensor parallelism is collected from it, so a
-module without `head_dims` is refused there.
+Every module with parameters has `head_dims`: for each parameter, the dimension along which heads (or the channels of
+heads) lie. A parameter that is not named is shared by all heads. The plan of tensor parallelism is collected from
+`head_dims`, so a module without it raises an error there.
 """
 
 import torch
@@ -27,7 +28,7 @@ class Linear(nn.Linear):
 
 
 class ColumnLinear(Linear):
-    """A projection into heads or hidden channels, head after head: they are laid along the rows of its weight.
+    """A projection into heads or hidden channels, head after head, along the rows of its weight.
 
     units: the number of heads or groups, if it differs from the layer's number of heads.
     """
@@ -40,7 +41,7 @@ class ColumnLinear(Linear):
 
 
 class RowLinear(Linear):
-    """A projection out of heads or hidden channels: a rank with some of them computes a part of the sum.
+    """A projection out of heads or hidden channels: a rank that has some of them computes a part of the sum.
 
     to_heads: whether the result goes back into heads, so that a rank needs it for all tokens.
     """
@@ -56,7 +57,7 @@ class RowLinear(Linear):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear`; where the CPU would take scalar code, the product runs in float32 and is rounded."""
+    """`F.linear`; if the CPU would use scalar code, the product runs in float32 and is rounded."""
     if x.dtype is torch.bfloat16 and x.device.type == "cpu" and cpu_lacks_bfloat16():
         y = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
         return y.to(torch.bfloat16)

@@ -1,4 +1,4 @@
-"""A projection into heads through a narrow middle, as the data-dependent gates of linear models have it."""
+"""A low-rank projection into heads, used by the data-dependent gates of linear models."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,8 @@ from torchlmoe.layers.linear import ColumnLinear, Linear
 
 
 class LowRank(nn.Module):
-    """x [..., in] -> up(activation(down(x))), [..., out]. All heads share the middle. bias: of the way down."""
+    """x [..., in] -> up(activation(down(x))), [..., out]. All heads share the low-rank part. bias: of the down
+    projection."""
 
     def __init__(
         self,

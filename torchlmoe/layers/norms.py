@@ -13,14 +13,14 @@ from torchlmoe.ops.kernel_backend import kernels_serve
 from torchlmoe.ops.operation import operation
 from torchlmoe.styles.heads import NormOverHeads
 
-Total = Callable[[Tensor], Tensor] | None  # adds up over the ranks that have the other channels, where there are any
-_GATES: dict[Callable, str] = {F.silu: "silu", torch.sigmoid: "sigmoid"}  # as the kernel calls them
+Total = Callable[[Tensor], Tensor] | None  # sums over the ranks that have the other channels, if there are any
+_GATES: dict[Callable, str] = {F.silu: "silu", torch.sigmoid: "sigmoid"}  # their names in the kernel
 
 
 class _ScaleToUnit(torch.autograd.Function):
-    """x / sqrt(factor * sum(x^2) + eps) * weight over the last dim: the one thing that RMS and L2 norms are.
+    """x / sqrt(factor * sum(x^2) + eps) * weight over the last dim, of which RMS and L2 norms are special cases.
 
-    The weight has the shape of x's last dim, or last two. Keeps x itself, in its own dtype, and one number a row.
+    The weight has the shape of x's last dim, or last two. Keeps x in its dtype and one number per row.
     """
 
     @staticmethod
@@ -52,7 +52,7 @@ class _ScaleToUnit(torch.autograd.Function):
 def scale_to_unit(
     x: Tensor, weight: Tensor | None, factor: float, eps: float, gate: Tensor | None = None, activation: str = "none"
 ) -> Tensor:
-    """With a gate, only where kernels serve."""
+    """A gate is only supported if kernels are available."""
     if kernels_serve("auto", x):
         from torchlmoe.kernels import gated_rms_norm as kernels
 
@@ -73,8 +73,8 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 class RMSNorm(nn.Module):
     """RMS norm with a weight per channel (arXiv 1910.07467).
 
-    across_heads: whether the channels are those of all heads, of which a rank may have a part; else heads share the
-        weight. zero_centered: the weight holds offsets from one (Gemma, Qwen3-Next), added up in at least float32.
+    across_heads: whether the channels are those of all heads, of which a rank may have a part; otherwise heads share
+        the weight. zero_centered: the weight holds offsets from one (Gemma, Qwen3-Next), added in at least float32.
     """
 
     def __init__(self, dim: int, eps: float = 1e-6, *, across_heads: bool = False, zero_centered: bool = False):
@@ -88,7 +88,7 @@ class RMSNorm(nn.Module):
         constant_(self.weight, 0.0 if self.zero_centered else 1.0)
 
     def scale(self) -> Tensor:
-        """What the channels are multiplied by."""
+        """The factor of each channel."""
         weight = self.weight
         return weight.to(torch.promote_types(weight.dtype, torch.float32)) + 1 if self.zero_centered else weight
 
@@ -98,7 +98,7 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.scale(), self.eps)
 
     def _norm_of_parts(self, x: Tensor) -> Tensor:
-        """x holds a part of the channels, and `total` adds up over the ranks that have the others."""
+        """Norm of x if it holds a part of the channels; `total` sums over the ranks that have the others."""
         assert self.total is not None
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         mean = self.total(wide.square().sum(-1, keepdim=True)) / self.width

@@ -9,7 +9,7 @@ from torchlmoe.styles.recurrence import StateRing
 
 
 class OnlineGradient(nn.Module):
-    """`ops.online_gradient` with its signature and a backend of its own. Looks across tokens."""
+    """Runs `ops.online_gradient` with a fixed backend and the same signature. Looks across tokens."""
 
     def __init__(self, backend: str = "auto"):
         super().__init__()
@@ -20,5 +20,5 @@ class OnlineGradient(nn.Module):
         return online_gradient(q, k, v, backend=self.backend, **terms)
 
     def context_parallel_style(self, lsm: str, attention: str) -> ParallelStyle:
-        """Its state is no affine map of the one before, which leaves the ring."""
+        """Always the ring, since the state is not an affine map of its predecessor."""
         return StateRing()

@@ -1,4 +1,5 @@
-"""The linear recurrence as a submodule, so that a context-parallel plan can name it, and how mixers run one."""
+"""The linear recurrence as a submodule, so that a context-parallel plan can name it, and the function by which
+mixers run it."""
 
 from functools import partial
 
@@ -13,7 +14,7 @@ from torchlmoe.styles.recurrence import LSMSequenceParallel
 
 
 class LinearRecurrence(nn.Module):
-    """`ops.linear_recurrence` with its signature and a backend of its own. Looks across tokens."""
+    """Runs `ops.linear_recurrence` with a fixed backend and the same signature. Looks across tokens."""
 
     def __init__(self, backend: str = "auto"):
         super().__init__()
@@ -36,9 +37,9 @@ def recur(
     cache: TensorDict | None,
     **terms,
 ) -> Tensor:
-    """Runs `recurrence` from `cache["state"]` and leaves the last state there; without a cache, from zero.
+    """Run `recurrence` from `cache["state"]` and store the last state there; without a cache, from zero.
 
-    A recurrence with a `recur` of its own, as a mixture of memories has, says itself how it runs.
+    A recurrence that has its own `recur` method, such as that of a mixture of memories, is run by it.
     """
     if hasattr(recurrence, "recur"):
         return recurrence.recur(q, k, v, sequence=sequence, cache=cache, **terms)  # type: ignore[operator]

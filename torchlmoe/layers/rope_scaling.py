@@ -1,7 +1,7 @@
-"""Other rotary wavelengths for documents longer than those that a model was first trained on.
+"""Scaled rotary wavelengths for documents longer than those of the first training.
 
-A scaling gives each pair of channels another frequency, and two factors: on the phases' cos and sin, and on the scale
-of softmax. All in float64. The names of numbers are those of transformers, with whose functions the results agree.
+A scaling changes the frequency of each pair of channels and gives two factors, one for the phases' cos and sin and one
+for the softmax scale. All are float64. Names and results agree with those of transformers.
 """
 
 import math
@@ -15,8 +15,8 @@ from torch import Tensor
 from torchlmoe.options import keyword_settings
 from torchlmoe.registry import Registry
 
-Factor = Annotated[float, Field(ge=1, le=1e6, description="How much longer documents may be.")]
-FirstLength = Annotated[int, Field(ge=1, le=2**40, description="Length of documents in the first training.")]
+Factor = Annotated[float, Field(ge=1, le=1e6, description="Factor by which documents may be longer.")]
+FirstLength = Annotated[int, Field(ge=1, le=2**40, description="Document length of the first training.")]
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,12 @@ class Llama3(RopeScaling):
 
     factor: Factor
     original_max_position_embeddings: FirstLength
-    low_freq_factor: Annotated[float, Field(ge=1e-6, le=1e6, description="Turns in that length: fewer are scaled.")] = (
-        1.0
-    )
-    high_freq_factor: Annotated[float, Field(ge=1e-6, le=1e6, description="Pairs with more turns are kept.")] = 4.0
+    low_freq_factor: Annotated[
+        float, Field(ge=1e-6, le=1e6, description="Pairs with fewer turns in that length are scaled.")
+    ] = 1.0
+    high_freq_factor: Annotated[
+        float, Field(ge=1e-6, le=1e6, description="Pairs with more turns in that length are kept.")
+    ] = 4.0
 
     def __post_init__(self) -> None:
         _check_order("low_freq_factor", self.low_freq_factor, "high_freq_factor", self.high_freq_factor)
@@ -75,17 +77,21 @@ class Yarn(RopeScaling):
 
     factor: Factor
     original_max_position_embeddings: FirstLength
-    beta_fast: Annotated[float, Field(ge=1e-6, le=1e6, description="Pairs with more turns are kept.")] = 32.0
-    beta_slow: Annotated[float, Field(ge=1e-6, le=1e6, description="Pairs with fewer turns are scaled.")] = 1.0
-    truncate: Annotated[bool, Field(description="Begin and end the blend between two at whole pairs.")] = True
+    beta_fast: Annotated[
+        float, Field(ge=1e-6, le=1e6, description="Pairs with more turns in that length are kept.")
+    ] = 32.0
+    beta_slow: Annotated[
+        float, Field(ge=1e-6, le=1e6, description="Pairs with fewer turns in that length are scaled.")
+    ] = 1.0
+    truncate: Annotated[bool, Field(description="Begin and end the blend at whole pairs.")] = True
     attention_factor: Annotated[
-        float | None, Field(ge=1e-6, le=1e6, description="On cos and sin; from factor and mscale if unset.")
+        float | None, Field(ge=1e-6, le=1e6, description="Factor on cos and sin; from factor and mscale if unset.")
     ] = None
     mscale: Annotated[
-        float | None, Field(ge=1e-6, le=100, description="With mscale_all_dim: of the factor on cos and sin.")
+        float | None, Field(ge=1e-6, le=100, description="With mscale_all_dim: sets the factor on cos and sin.")
     ] = None
     mscale_all_dim: Annotated[
-        float | None, Field(ge=1e-6, le=100, description="Of the factor on the scale of softmax, none if unset.")
+        float | None, Field(ge=1e-6, le=100, description="Sets the factor on the softmax scale; no factor if unset.")
     ] = None
 
     def __post_init__(self) -> None:
@@ -123,7 +129,7 @@ class Yarn(RopeScaling):
         return 1 + 0.1 * weight * math.log(self.factor)
 
     def _pair_with(self, turns: float, width: int, base: float) -> float:
-        """The number, not a whole one, of the pair that turns so often in the first length."""
+        """The (fractional) number of the pair that makes this many turns in the first length."""
         return width * math.log(self.original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(base))
 
 
@@ -136,15 +142,15 @@ RopeScalingTable = Annotated[
     dict[str, Any] | None,
     Field(
         description="Rotary wavelengths for longer documents: a table with type (default | linear | llama3 | yarn) and "
-        "that type's numbers; those of rope_base if unset."
+        "that type's numbers; unscaled if unset."
     ),
 ]
 
 
 def rope_scaling_of(table: dict[str, Any] | None) -> RopeScaling:
-    """From a table with `type`, a name in `ROPE_SCALINGS`, and that type's numbers; None for no scaling.
+    """Make a scaling from a table with `type`, a name in `ROPE_SCALINGS`, and that type's numbers; None for no scaling.
 
-    Raises ValueError for an unknown type, and for numbers that the type lacks or does not have.
+    Raises ValueError for an unknown type, and for missing or unknown numbers.
     """
     if table is None:
         return RopeScaling()

@@ -7,7 +7,7 @@ from torchlmoe.layers.rope_scaling import RopeScaling
 
 
 def check_rotary_dim(rotary_dim: int, what: str) -> None:
-    """Raises ValueError if the channels that `what` leaves to turn are not pairs."""
+    """Raises ValueError if the rotary channels that `what` gives are not pairs."""
     if rotary_dim % 2:
         raise ValueError(f"Rotary phases turn pairs of channels; {what} gives {rotary_dim}; make it an even number.")
 
@@ -26,7 +26,7 @@ def rotary_phases(
 
 
 def rotate(x: Tensor, phases: tuple[Tensor, Tensor]) -> Tensor:
-    """x [B, T, H, D] -> like x: channel i turns with channel i + rotary_dim / 2, the others stay as they are."""
+    """x [B, T, H, D] -> like x: channel i turns with channel i + rotary_dim / 2, the others do not change."""
     cos, sin = phases
     dtype = torch.promote_types(x.dtype, torch.float32)
     cos, sin = cos.to(dtype), sin.to(dtype)

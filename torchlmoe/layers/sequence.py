@@ -1,4 +1,4 @@
-"""What a layer is told about the tokens it sees: their places, and where documents begin and end."""
+"""The layout of tokens that every layer receives: their positions, and where documents begin and end."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -11,12 +11,13 @@ from torchlmoe.ops.checks import check_bounds_at_hand
 
 @dataclass(frozen=True)
 class MicrobatchShare:
-    """What the balance of experts needs to know of a microbatch; other layers do not read it.
+    """Properties of a microbatch that the balance of experts needs; other layers do not read it.
 
-    loss_weight: the microbatch's share of the rows of the optimizer step over all ranks; 0 leaves balance losses and
-        load counts out.
-    row_length: tokens in one row of data (with B = 1 the rows of a batch lie back to back).
-    counted: bool [B, T], False for padding, which enters no load, balance loss or capacity; None if there is none.
+    loss_weight: the microbatch's share of the rows of the optimizer step over all ranks; 0 disables balance losses and
+        load counts.
+    row_length: tokens in one row of data (with B = 1 the rows of a batch are concatenated).
+    counted: bool [B, T], False for padding, which does not count in loads, balance losses or capacities; None without
+    padding.
     """
 
     loss_weight: float = 1.0
@@ -29,9 +30,9 @@ class SequenceLayout:
     """Describes x [B, T, dim] to every layer of the model.
 
     positions: int64 [B, T], each token's place in its document.
-    cu_seqlens: int32 [N + 1] bounds of the documents packed into one row (B = 1), empty ones allowed; None where each
+    cu_seqlens: int32 [N + 1] bounds of the documents packed into one row (B = 1), empty ones allowed; None if each
         row is one document.
-    start: the place of the first token in the packed row, of which cu_seqlens tells, where ranks hold spans of it.
+    start: the place of the first token in the whole packed row, if ranks hold spans of it.
     """
 
     positions: Tensor
@@ -43,13 +44,14 @@ class SequenceLayout:
     def of_rows(
         cls, batch_size: int, length: int, device: torch.device | None = None, loss_weight: float = 1.0
     ) -> "SequenceLayout":
-        """Rows that are one document each."""
+        """The layout of rows that are one document each."""
         positions = torch.arange(length, device=device).expand(batch_size, length)
         return cls(positions, share=MicrobatchShare(loss_weight, length))
 
     @classmethod
     def of_packed_rows(cls, document_bounds: Tensor, length: int, loss_weight: float = 1.0) -> "SequenceLayout":
-        """A microbatch's B rows back to back; document_bounds int32 [B, max_docs + 1], filled with `length`.
+        """The layout of a microbatch's B rows, concatenated; document_bounds int32 [B, max_docs + 1], filled with
+        `length`.
 
         Raises ValueError for bounds that do not rise from 0 to `length` in every row (on a GPU the device asserts it).
         """
@@ -66,17 +68,17 @@ class SequenceLayout:
         return cls(positions, cu_seqlens, share=MicrobatchShare(loss_weight, length))
 
     def counted_T(self) -> Tensor:
-        """bool [B * T], of rows laid back to back: `share.counted`, or True throughout."""
+        """bool [B * T], of concatenated rows: `share.counted`, or True everywhere."""
         counted = self.share.counted
         return (torch.ones_like(self.positions, dtype=torch.bool) if counted is None else counted).flatten()
 
     def restarted(self, cached: Tensor) -> Tensor:
-        """What a cache [B, ...] holds, zero in rows that begin a document now."""
+        """The values of a cache [B, ...], set to zero in rows that begin a document now."""
         begins = self.positions[:, 0] == 0
         return cached.masked_fill(begins.view(-1, *[1] * (cached.dim() - 1)), 0)
 
     def project(self, projection: Callable[..., Tensor], x: Tensor) -> Tensor:
-        """projection(x) for what enters a recurrence. A layout that reorders tokens for the recurrence does it here."""
+        """projection(x), as input of a recurrence. A layout that reorders tokens for the recurrence does it here."""
         return projection(x)
 
     def span(self, index: int, num_spans: int) -> "SequenceLayout":

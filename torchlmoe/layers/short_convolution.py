@@ -14,7 +14,7 @@ from torchlmoe.styles.halo import ConvHalo
 class ShortConvolution(nn.Module):
     """Depthwise, `width` tokens, followed by SiLU or nothing: x [B, T, channels] -> like x. Looks across tokens.
 
-    units: as of `ColumnLinear`.
+    units: see `ColumnLinear`.
     """
 
     head_dims = {"weight": 0, "bias": 0}
@@ -41,7 +41,7 @@ class ShortConvolution(nn.Module):
         return y
 
     def convolve(self, x: Tensor, **options: Tensor | None) -> Tensor:
-        """options: `cu_seqlens` or `state`, as of `ops.causal_conv`."""
+        """options: `cu_seqlens` or `state`, see `ops.causal_conv`."""
         return causal_conv(x, self.weight, self.bias, activation=self.activation, **options)
 
     def init_cache(self, batch_size: int, dtype: torch.dtype, device: torch.device | None = None) -> TensorDict:

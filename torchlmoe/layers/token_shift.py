@@ -1,4 +1,4 @@
-"""The token before, as a module with its own decoding cache, and mixtures of the two (arXiv 2305.13048)."""
+"""Token shift as a module with a decoding cache, and mixtures of a token with its predecessor (arXiv 2305.13048)."""
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torchlmoe.styles.halo import TokenShiftHalo
 class TokenMix(nn.Module):
     """x + (previous - x) * weight, weight from 0 to 1 per channel: [B, T, channels] -> like x.
 
-    power, less: at the start the weight of channel i is 1 - (i / channels)^power - less.
+    power, less: the weight of channel i is initialized to 1 - (i / channels)^power - less.
     """
 
     head_dims: dict[str, int] = {}  # of the residual stream's channels

@@ -1,4 +1,4 @@
-"""Sequence mixers by the name that the settings use. To add one: write its file, add its row here and in the tests."""
+"""Sequence mixers by name. To add one: write its file, and add a row here and in the tests."""
 
 from torchlmoe.mixers.attention import Attention
 from torchlmoe.mixers.base import Mixer

@@ -1,5 +1,5 @@
 """Softmax attention (arXiv 1706.03762): grouped queries (2305.13245), rotary phases (2104.09864) on all, some or none
-of the channels, and, on request, other rotary wavelengths for longer documents, RMS norm of q and k (2302.05442), a
+of the channels. Options are scaled rotary wavelengths for longer documents, RMS norm of q and k (2302.05442), a
 sigmoid gate on the output (2505.06708), a sliding window (2004.05150), biases, and keys and values from a latent (MLA,
 2405.04434) as in DeepSeek-V2 and Kimi-Linear.
 """
@@ -33,7 +33,7 @@ ZeroCenteredNorm = Annotated[
 
 
 class InnerAttention(nn.Module):
-    """`packed_attention` as a submodule, so that a sequence-parallel plan can name it. Looks across tokens."""
+    """`packed_attention` as a submodule, so that a context-parallel plan can name it. Looks across tokens."""
 
     def __init__(self, num_heads: int):
         super().__init__()
@@ -43,7 +43,7 @@ class InnerAttention(nn.Module):
         return packed_attention(q, k, v, **options)
 
     def context_parallel_style(self, lsm: str, attention: str) -> ParallelStyle:
-        """attention: "all_gather" or "ulysses", which raises ValueError where heads cannot be spread over ranks."""
+        """attention: "all_gather" or "ulysses", which raises ValueError if heads cannot be split over ranks."""
         return AttentionSequenceParallel(attention, self.num_heads)
 
 
@@ -56,7 +56,7 @@ class Attention(Mixer):
         num_kv_heads: Annotated[int | None, Field(ge=1, description="Key and value heads; num_heads if unset.")] = None,
         head_dim: Annotated[int | None, Field(ge=1, description="Width of a head; dim / num_heads if unset.")] = None,
         rotary_fraction: Annotated[
-            float, Field(ge=0, le=1, description="Share of each head's channels that rotary phases turn; 0 for none.")
+            float, Field(ge=0, le=1, description="Share of each head's channels with rotary phases; 0 for none.")
         ] = 1.0,
         rope_base: Annotated[float, Field(gt=1, le=1e12, description="Base of the rotary wavelengths.")] = 10_000.0,
         rope_scaling: RopeScalingTable = None,
@@ -64,30 +64,30 @@ class Attention(Mixer):
             float | None, Field(ge=1e-6, le=1e6, description="Scale of scores; 1 / sqrt(head_dim) if unset.")
         ] = None,
         qkv_bias: Annotated[
-            bool, Field(description="Biases on q, k and v; with kv_rank or q_rank on the way into the latent.")
+            bool, Field(description="Biases on q, k and v; with kv_rank or q_rank on the down projections.")
         ] = False,
         output_bias: Annotated[bool, Field(description="A bias on the output projection.")] = False,
         qk_norm: Annotated[
             Literal[False, True, "all_heads"],
-            Field(description="RMS norm of q and k: none, on each head, or on the channels of all heads together."),
+            Field(description="RMS norm of q and k: none, over each head, or over the channels of all heads."),
         ] = False,
         output_gate: Annotated[
             Literal[False, True, "per_head"],
-            Field(description="Multiply the output by a sigmoid gate of the input, of each channel or of each head."),
+            Field(description="Multiply the output by a sigmoid gate of the input, per channel or per head."),
         ] = False,
         sliding_window: Annotated[
             int | None, Field(ge=1, description="Tokens that a token sees, itself included; all if unset.")
         ] = None,
         kv_rank: Annotated[
             int | None,
-            Field(ge=1, description="Width of the latent that keys and values are made from (MLA); none if unset."),
+            Field(ge=1, description="Width of the latent of keys and values (MLA); no latent if unset."),
         ] = None,
         q_rank: Annotated[
-            int | None, Field(ge=1, description="Rank of the queries' projection, with a norm inside; full if unset.")
+            int | None, Field(ge=1, description="Rank of the queries' projection, with a norm between; full if unset.")
         ] = None,
         shared_key_dim: Annotated[
             int | None,
-            Field(ge=1, description="With kv_rank: channels of a key that all heads share; the rotary ones if unset."),
+            Field(ge=1, description="With kv_rank: key channels that all heads share; the rotary channels if unset."),
         ] = None,
         value_dim: Annotated[
             int | None, Field(ge=1, description="With kv_rank: width of a value head; head_dim if unset.")
@@ -210,9 +210,9 @@ class Attention(Mixer):
         return self.latent.from_latent(o)
 
     def _keep(self, cache: TensorDict, positions: Tensor, **new: Tensor) -> list[Tensor]:
-        """Writes the new tokens' places of the cache; returns all places filled so far."""
+        """Write new tokens to their places in the cache; return all places filled so far."""
         rows = torch.arange(len(positions), device=positions.device)[:, None]
-        # In a compiled step the mask hides what is not filled: a length that depends on values would end the graph.
+        # In a compiled step the mask hides empty places: a length that depends on values would break the graph.
         filled = None if torch.compiler.is_compiling() else int(positions.max()) + 1
         for name, x in new.items():
             cache[name][rows, positions] = x.to(cache[name].dtype)
@@ -232,6 +232,6 @@ class Attention(Mixer):
         return TensorDict(places, batch_size=[batch_size])
 
     def flops_per_token(self, seq_len: int) -> int:
-        # A token sees half of the sequence on average: scores and values are two products each way.
+        # A token sees half of the sequence on average; scores and values are one product each.
         seen = seq_len / 2 if self.sliding_window is None else min(seq_len / 2, self.sliding_window)
         return self.projection_flops() + int(2 * self.num_heads * (self.head_dim + self.value_dim) * seen)

@@ -1,4 +1,4 @@
-"""What every sequence mixer is: the small protocol that the model, the trainer and the parallel styles rely on."""
+"""The interface of sequence mixers, which the model, the trainer and the parallel styles rely on."""
 
 import inspect
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from torchlmoe.options import Configurable
 
 @dataclass(frozen=True)
 class Place:
-    """Where in the model a layer stands: given to the mixers whose constructor takes a `place`.
+    """The place of a layer in the model, passed to mixers whose constructor takes a `place`.
 
     index: of the block, from 0. num_layers: blocks in the model. first: whether no earlier block has the same mixer.
     """
@@ -32,27 +32,27 @@ class Mixer(Configurable, nn.Module):
     The keyword arguments of a mixer's constructor are its settings in `[model.layers.<letter>]`: annotate each with
     its type and, through `pydantic.Field`, its range and meaning.
 
-    A mixer whose layers hand a tensor on, from the first of them to all later ones, sets `shared_width`: then its
-    forward also takes `shared` [B, T, shared_width] and returns it, its own or the one it was given, beside y. Blocks
-    with other mixers pass it along. One whose layers have parameters in common overrides `common`.
+    A mixer whose first layer passes a tensor to all later ones sets `shared_width`. Then its forward also takes
+    `shared` [B, T, shared_width] and returns (y, shared): the first layer its own tensor, the others the one they
+    received. Blocks with other mixers pass it along. A mixer whose layers share parameters overrides `common`.
 
-    head_dims: of the parameters that the mixer itself holds, as of every module with parameters (`layers.linear`).
+    head_dims: see `layers.linear`, for the parameters that the mixer itself holds.
     """
 
     init_std: float
-    units: int  # how many heads, or channels, its parameters are laid in; `num_heads` of a mixer with heads
+    units: int  # number of heads (or channels) of its parameters; `num_heads` for a mixer with heads
     shared_width: int = 0
     head_dims: dict[str, int] = {}
-    part_of_heads: tuple[int, int] = (0, 1)  # which part of the heads this rank has, and of how many
+    part_of_heads: tuple[int, int] = (0, 1)  # index of this rank's part of the heads, and the number of parts
 
     def forward(self, x: Tensor, *, sequence: SequenceLayout, cache: TensorDict | None = None) -> Tensor:
-        """cache: what `init_cache` returned, brought up to date in place; then each row is one document, and one whose
+        """cache: from `init_cache`, updated in place. With a cache each row is one document, and a row whose
         first position is 0 begins anew, whatever the cache holds.
         """
         raise TypeError(f"{type(self).__name__} must define forward(x, *, sequence, cache=None).")
 
     def init_weights(self) -> None:
-        """Draws the parameters: projections normal with `init_std`, all else by its own `init_weights`."""
+        """Draw the parameters: projections normal with `init_std`, submodules by their own `init_weights`."""
         _draw_children(self, self.init_std)
 
     def init_cache(
@@ -62,8 +62,8 @@ class Mixer(Configurable, nn.Module):
         raise TypeError(f"{type(self).__name__} must define init_cache(batch_size, max_length, dtype, device).")
 
     def common(self, num_layers: int) -> nn.Module | None:
-        """What the `num_layers` layers of a letter have in common in the model: a module of the decoder that, called
-        without arguments, returns an entry for each of them, which its forward takes as `common`. None: nothing.
+        """A module shared by all `num_layers` layers of one letter, or None. It belongs to the decoder; called
+        without arguments it returns one entry per layer, which the layer's forward takes as `common`.
         """
         return None
 
@@ -72,7 +72,7 @@ class Mixer(Configurable, nn.Module):
         raise TypeError(f"{type(self).__name__} must define flops_per_token(seq_len).")
 
     def context_parallel_plan(self, lsm: str = "all_gather", attention: str = "all_gather") -> dict[str, ParallelStyle]:
-        """Styles by submodule: of each one that looks across tokens, its own. Empty where there is none.
+        """Styles by the name of the submodule, for each submodule that looks across tokens. Empty if there is none.
 
         lsm, attention: how recurrences and softmax attention communicate, as in `[parallelism]`.
         """
@@ -84,7 +84,7 @@ class Mixer(Configurable, nn.Module):
 
     @classmethod
     def at(cls, place: Place, dim: int, **options: Any) -> "Mixer":
-        """The mixer, told its place if its constructor takes one."""
+        """Construct the mixer, with its place if the constructor takes one."""
         takes_place = "place" in inspect.signature(cls).parameters
         return cls(dim, **({"place": place} if takes_place else {}), **options)  # type: ignore[call-arg]
 
@@ -100,18 +100,18 @@ def _draw_children(module: nn.Module, std: float) -> None:
             if child.bias is not None:
                 constant_(child.bias, 0.0)
         elif callable(init_weights := getattr(child, "init_weights", None)):
-            init_weights()  # and no deeper: another mixer has drawn what it holds as it wants it
+            init_weights()  # not deeper: an inner mixer draws its own parameters
         else:
             _draw_children(child, std)
 
 
 def scaled_width(dim: int, expand: float) -> int:
-    """The whole number nearest to dim * expand, which seldom is one in floating point."""
+    """The integer nearest to dim * expand."""
     return round(dim * expand)
 
 
 def split_heads(dim: int, num_heads: int, what: str = "dim") -> int:
-    """dim / num_heads, or a sentence that says why not."""
+    """dim / num_heads. Raises ValueError if it is not an integer above 0."""
     if dim == 0 or dim % num_heads:
         raise ValueError(
             f"{what} = {dim} cannot be split into num_heads = {num_heads} heads; make it a multiple of {num_heads}, "

@@ -1,4 +1,4 @@
-"""Based (arXiv 2402.18668): linear attention whose weights are the Taylor expansion of softmax's to second order.
+"""Based (arXiv 2402.18668): linear attention whose weights are the second-order Taylor expansion of softmax weights.
 
     o_t = sum_s w_ts v_s / sum_s w_ts          w_ts = 1 + z + z^2 / 2, z = q_t . k_s / sqrt(feature_dim)
 

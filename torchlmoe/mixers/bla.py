@@ -1,7 +1,7 @@
 """Basic linear attention (BLA): o_t = S_t^T phi(q_t), S_t = S_{t-1} + phi(k_t) v_t^T (arXiv 2006.16236, 2503.05447).
 
-The outputs are normalised per head, by RMS as in arXiv 2210.10340, or by the sum of the attention weights as in the
-first of the papers (`normalizer`), which is a column of ones on v.
+The outputs are normalized per head by RMS, as in arXiv 2210.10340, or with `normalizer` by the sum of the attention
+weights, as in the first of the papers. The sum is computed by a column of ones on v.
 """
 
 from typing import Annotated, Literal

@@ -1,4 +1,4 @@
-"""DeltaNet (arXiv 2406.06484): each write replaces what the state held at its key.
+"""DeltaNet (arXiv 2406.06484): each write replaces the value that the state holds at the token's key.
 
     S_t = (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T       beta_t = sigmoid(W_b x_t), q, k of unit length
     y_t = W_o RMSNorm(S_t^T q_t)
@@ -73,5 +73,5 @@ class DeltaNet(ConvolvedMixer):
         return None
 
     def normalize(self, o: Tensor, x: Tensor) -> Tensor:
-        """o [B, T, heads, V] -> like o; x, the mixer's input, is there for a gate."""
+        """o [B, T, heads, V] -> like o; x is the mixer's input, for a gate."""
         return self.norm(o)

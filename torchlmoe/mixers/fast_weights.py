@@ -1,8 +1,8 @@
-"""What TTT and Titans share: per head, a small model that is trained on the sequence while it reads it.
+"""The common part of TTT and Titans: per head, a small model that is trained on the sequence while it reads it.
 
     f(x; W) = x + LN(W^T x)          W_t: a step down the gradient of |f(k_t; W) - v_t|^2 / 2          o_t = f(q_t; W_t)
 
-The steps are `ops.online_gradient`'s. Where W starts and the layer norm are learned, for each head, like all else.
+`ops.online_gradient` computes the steps. The initial W and the layer norm of each head are learned parameters.
 """
 
 from typing import Annotated
@@ -24,8 +24,8 @@ from torchlmoe.options import NormEps
 
 
 class FastWeights(nn.Module):
-    """Where the weights start, [H, K, V] ([H, K + 1, V] with a bias, its last row), and the layer norm's weight and
-    bias, [H * V], in at least float32.
+    """The initial weights [H, K, V] (with a bias [H, K + 1, V], the bias in the last row) and the layer norm's weight
+    and bias [H * V], in at least float32.
     """
 
     float32_island = True
@@ -55,7 +55,7 @@ class FastWeights(nn.Module):
 
 
 class FastWeightMixer(RecurrentMixer):
-    """Projections and fast weights; a subclass says by class attributes what these have, and gates and normalises."""
+    """Projections and fast weights. A subclass sets options by class attributes, and adds gates and norms."""
 
     has_bias = False
     has_momentum = False
@@ -71,7 +71,9 @@ class FastWeightMixer(RecurrentMixer):
         mini_batch_size: Annotated[
             int, Field(ge=1, description="Tokens whose gradients are taken at the same weights.")
         ] = 16,
-        max_learning_rate: Annotated[float, Field(ge=1e-6, le=100, description="Of the fast weights.")] = 1.0,
+        max_learning_rate: Annotated[
+            float, Field(ge=1e-6, le=100, description="Largest learning rate of the fast weights.")
+        ] = 1.0,
         norm_eps: NormEps = 1e-6,
         **options,
     ):

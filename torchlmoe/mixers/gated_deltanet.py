@@ -3,8 +3,8 @@
     S_t = exp(g_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T       g_t = -exp(A_log) softplus(W_a x_t + dt_bias)
     y_t = W_o (RMSNorm(o_t) * silu(W_g x_t))
 
-All else as in DeltaNet. With `num_key_heads` below `num_heads` several value heads share a key head, as in Qwen3-Next,
-whose layer this equals.
+The rest is as in DeltaNet. With `num_key_heads` below `num_heads` several value heads share a key head, as in
+Qwen3-Next. Equals the layer of Qwen3-Next.
 """
 
 from torch import Tensor

@@ -3,12 +3,12 @@
     S_t = diag(exp(g_t + i theta_t)) S_{t-1} + k_t v_t^T          o_t = Re(conj(S_t)^T q_t)
     g_t = logsigmoid(W_a x_t + b), theta_t = W_p x_t              y_t = W_o (RMSNorm(o_t) * silu(W_g x_t))
 
-Channel i of q and k is the real and channel i + K / 2 the imaginary part of a complex channel. With Phi_t the sum of
-theta over the document up to t, S_t = exp(i Phi_t) S'_t where S'_t decays by exp(g_t) alone and takes
-exp(-i Phi_t) k_t: so q and k are turned by Phi_t, as by rotary phases, and the recurrence is a real one.
+Channel i of q and k is the real part and channel i + K / 2 the imaginary part of a complex channel. Let Phi_t be the
+sum of theta over the document up to t. Then S_t = exp(i Phi_t) S'_t, where S'_t decays by exp(g_t) only and adds
+exp(-i Phi_t) k_t. So q and k are turned by Phi_t, as by rotary phases, and the recurrence is real.
 
-Phi itself is a recurrence, with keys and queries of one: it begins anew at documents, is continued in decoding and can
-be split over ranks as the other one.
+Phi itself is computed by the recurrence, with keys and queries of one, so it restarts at documents, continues in
+decoding and can be split over ranks.
 """
 
 import math
@@ -73,7 +73,7 @@ class GateLoop(RecurrentMixer):
 
     def _phase(self, x: Tensor, sequence: SequenceLayout, cache: TensorDict | None) -> tuple[Tensor, Tensor]:
         """cos and sin of Phi, each [B, T, heads, K / 2] in at least float32."""
-        # The sum is float64: over a long document it would lose its digits in float32, the remainder does not.
+        # The sum is float64: over a long document it would lose digits in float32. Its remainder does not.
         step = self.phase_proj(x).double().unflatten(-1, (-1, self.key_dim // 2))
         one = torch.ones_like(step[:, :, :1, :1])
         phase = recur(self.phase_sum, one, one, step, sequence=sequence, cache=cache).remainder(2 * math.pi)

@@ -4,9 +4,9 @@
     G_t = sigmoid(W_f x_t + b_f) sigmoid(W_z x_t + b_z)^T, of rank one, per head; or with `gate = "full"`
     G_t = sigmoid(W_2 W_1 x_t + b), K x V numbers per head
 
-With rank one the state decays on the key side by the one factor and on the value side by the other. There is no feature
-map. The biases start at 5, for a state that lasts about 75 tokens (150 with a full gate). The norm, per head, is ours:
-the paper starts from trained softmax attention.
+With rank one, one factor decays the state on the key side and the other on the value side. There is no feature
+map. The biases start at 5, so the state lasts about 75 tokens (150 with a full gate). The norm per head is our
+addition: the paper starts from trained softmax attention.
 """
 
 from typing import Annotated, Literal

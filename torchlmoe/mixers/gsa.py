@@ -4,8 +4,8 @@
     V_t = diag(alpha_t) V_{t-1} + (1 - alpha_t) v_t^T          o_t = V_t^T softmax(K_t^T q_t)
     y_t = W_o RMSNorm(silu(o_t))                               q, k, v with SiLU; alpha per head and slot
 
-Two passes of the recurrence: the first, with its decay on the value side, gives every token's scores of the slots,
-which after the softmax are the queries of the second.
+The recurrence runs twice. The first run, with its decay on the value side, computes each token's scores of the slots.
+After the softmax they are the queries of the second run.
 """
 
 from typing import Annotated

@@ -23,11 +23,11 @@ from torchlmoe.options import NormEps
 
 
 class LowerBounds(nn.Module):
-    """-> the bounds of every layer, [num_layers, width] in at least float32, the first's zero."""
+    """-> the bounds of every layer, [num_layers, width] in at least float32; those of the first are zero."""
 
     float32_island = True
 
-    head_dims: dict[str, int] = {}  # rows are layers: a rank takes its heads' part of the result
+    head_dims: dict[str, int] = {}  # rows are layers; a rank uses its heads' part of the result
 
     def __init__(self, num_layers: int, width: int):
         super().__init__()

@@ -8,7 +8,7 @@ The projections of decay and gate have rank `gate_rank`, or are one matrix each.
 
     g_t = lower_bound * sigmoid(exp(A_log) (W_f x_t + dt_bias))
 
-All else as in DeltaNet. Equals the layer of Kimi-Linear, and with these options those of Ling-3.0 and GLM-5.3.
+The rest is as in DeltaNet. Equals the layer of Kimi-Linear, and with these options those of Ling-3.0 and GLM-5.3.
 """
 
 from typing import Annotated
@@ -41,7 +41,7 @@ class KimiDeltaAttention(DeltaNet):
         full_rank_gate: Annotated[bool, Field(description="Project the gate by one matrix.")] = False,
         decay_lower_bound: Annotated[
             float | None,
-            Field(ge=-1000, le=-1e-6, description="Least log decay, by a sigmoid; no bound if unset."),
+            Field(ge=-1000, le=-1e-6, description="Lower bound of the log decay, by a sigmoid; no bound if unset."),
         ] = None,
         norm_eps: NormEps = 1e-6,
         **options,

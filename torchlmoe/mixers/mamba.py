@@ -1,4 +1,4 @@
-"""Mamba (arXiv 2312.00752): a selective state space, whose step and whose ways in and out depend on the token.
+"""Mamba (arXiv 2312.00752): a selective state space, whose step, B and C depend on the token.
 
     h_t[d, n] = exp(dt_t[d] A[d, n]) h_{t-1}[d, n] + dt_t[d] B_t[n] x_t[d]          A = -exp(A_log)
     y_t = W_o ((sum_n C_t[n] h_t[:, n] + D * x_t) * silu(z_t))                       dt = softplus(W_2 W_1 x + dt_bias)

@@ -1,10 +1,10 @@
-"""Mamba-2 (arXiv 2405.21060): a state-space model with one decay per head, which is the linear recurrence with
+"""Mamba-2 (arXiv 2405.21060): a state-space model with one decay per head. It is the linear recurrence with
 
     q = C_t, k = B_t, v = dt_t x_t          S_t = exp(-exp(A_log) dt_t) S_{t-1} + B_t (dt_t x_t)^T
     y_t = W_o RMSNorm((S_t^T C_t + D x_t) * silu(z_t))          dt_t = softplus(W_dt u_t + dt_bias), within limits
 
 x, B and C are projections of the input u that pass a short convolution with SiLU; the heads of a group share B and C.
-The norm is one per group. Equals the layer of transformers' Mamba2, whose input projection is here cut in five.
+There is one norm per group. Equals the layer of transformers' Mamba2, whose input projection is split into five here.
 """
 
 from typing import Annotated

@@ -1,6 +1,6 @@
-"""Several states in place of one (arXiv 2502.13685): tokens packed by memory on the way in, mixed on the way out.
+"""Several states in place of one (arXiv 2502.13685): inputs are packed by memory, and outputs are mixed by token.
 
-Legend: B rows, T tokens, N documents, K memories of a token, S memories in all, M = B * T * K slots.
+Legend: B rows, T tokens, N documents, K memories per token, S memories in total, M = B * T * K slots.
 """
 
 from collections.abc import Callable
@@ -23,13 +23,13 @@ from torchlmoe.styles.run_halo import RunHalo
 
 @dataclass(frozen=True)
 class Memories:
-    """To which memories the tokens go, each memory of each document being one run of packed tokens.
+    """The memories that tokens are routed to. Each memory of each document is one run of packed tokens.
 
     cu_seqlens: int32 [N * S + 1], bounds of the runs, a document's memories one after another; empty ones are common.
     weight_M: the share of each slot's output in its token's, at least float32. shape: (B, T).
-    document_bounds: int32 [N + 1] of the packed row, None where rows are not packed.
-    by_memory: the slots sorted by memory alone, where memories have projections of their own; None where they share
-        them. With projections of their own, what enters the recurrence comes packed (`MemorySequence.project`).
+    document_bounds: int32 [N + 1] of the packed row, None if rows are not packed.
+    by_memory: the slots sorted by memory only, if memories have their own projections; None if they share
+        them. With their own projections, inputs of the recurrence are packed already (`MemorySequence.project`).
     """
 
     slots: Slots
@@ -51,7 +51,7 @@ class Memories:
         own_projections: bool = False,
         alignment: int = 1,
     ) -> "Memories":
-        """memory_TK int64 [B * T, K], distinct in a row; cu_seqlens, start as of `SequenceLayout`, alignment of
+        """memory_TK int64 [B * T, K], distinct in a row; cu_seqlens, start: see `SequenceLayout`; alignment: see
         `Slots`.
         """
         num_tokens = shape[0] * shape[1]
@@ -89,7 +89,7 @@ class MemorySequence(SequenceLayout):
         return cls(sequence.positions, sequence.cu_seqlens, sequence.start, sequence.share, memories)
 
     def project(self, projection: Callable[..., Tensor], x: Tensor) -> Tensor:
-        """projection(x): [1, M, ...] where memories have projections of their own, else [B, T, ...]."""
+        """projection(x): [1, M, ...] if memories have their own projections, else [B, T, ...]."""
         assert self.memories is not None
         if self.memories.by_memory is None:
             return projection(x)
@@ -98,7 +98,7 @@ class MemorySequence(SequenceLayout):
 
 
 class MemoryLinear(nn.Module):
-    """x [B, T, in] -> [1, M, out]: each slot's token by the matrix of its memory, no bias."""
+    """x [B, T, in] -> [1, M, out]: multiplies each slot's token by the matrix of its memory, without a bias."""
 
     head_dims = {"weight": 1}
 
@@ -124,7 +124,7 @@ class MemoryLinear(nn.Module):
 
 
 class RunConvolution(ShortConvolution):
-    """A convolution of packed tokens [1, M, channels], in which each memory of a document is a run of its own."""
+    """A convolution of packed tokens [1, M, channels], in which each memory of a document is a separate run."""
 
     def forward(self, x: Tensor, *, sequence: SequenceLayout, cache: TensorDict | None = None) -> Tensor:
         assert isinstance(sequence, MemorySequence)
@@ -138,14 +138,14 @@ class RunConvolution(ShortConvolution):
         return y
 
     def continue_runs(self, x: Tensor, bounds: Tensor, earlier: Tensor) -> tuple[Tensor, Tensor]:
-        """x [1, M, channels], bounds int32 [runs + 1], and what each run's convolution has seen last.
+        """Convolve x [1, M, channels] with bounds int32 [runs + 1], continuing each run.
 
-        earlier: [runs, width - 1, channels]. Returns y like x, and what it has seen last now.
+        earlier: [runs, width - 1, channels], the last inputs of each run. Returns y like x, and the new last inputs.
         """
         reach, num_runs = self.weight.shape[1] - 1, len(bounds) - 1
         token_M = torch.arange(x.shape[1], dtype=torch.int32, device=x.device)
         place_M = token_M + reach * (1 + torch.searchsorted(bounds[1:].contiguous(), token_M, right=True))
-        # Each run after the inputs that its convolution has seen last.
+        # Put the last inputs of each run before it.
         extended_bounds = bounds + reach * torch.arange(num_runs + 1, dtype=torch.int32, device=x.device)
         window = torch.arange(reach, device=x.device)
         extended = x.new_empty(x.shape[1] + num_runs * reach, x.shape[2])
@@ -155,14 +155,14 @@ class RunConvolution(ShortConvolution):
         return self.convolve(extended[None], cu_seqlens=extended_bounds)[:, place_M], last
 
     def context_parallel_style(self, lsm: str, attention: str) -> ParallelStyle:
-        """A token's predecessors in its run are not those in its row."""
+        """A separate style: a token's predecessors in its run are not those in its row."""
         return RunHalo()
 
 
 class MemoryRecurrence(LinearRecurrence):
     """A recurrence over the runs of `MemorySequence`, whose outputs are mixed by token.
 
-    document_bounds: of the row, where cu_seqlens are the bounds of runs; for the style that splits sequences.
+    document_bounds: of the row, while cu_seqlens are the bounds of runs; used by the context-parallel style.
     """
 
     def forward(
@@ -173,7 +173,7 @@ class MemoryRecurrence(LinearRecurrence):
     def recur(
         self, q: Tensor, k: Tensor, v: Tensor, *, sequence: SequenceLayout, cache: TensorDict | None, **terms
     ) -> Tensor:
-        """As `layers.recurrence.recur`; each memory has a state of its own."""
+        """Like `layers.recurrence.recur`, with one state per memory."""
         assert isinstance(sequence, MemorySequence)
         memories = sequence.memories
         assert memories is not None

@@ -1,13 +1,13 @@
-"""Mixture of memories (arXiv 2502.13685): several states of another mixer's recurrence, of which a token meets a few.
+"""Mixture of memories (arXiv 2502.13685): several states of an inner mixer's recurrence; a token is routed to a few.
 
     p_t = softmax(W x_t), top-k: weights g_t of the chosen memories, made to sum to one if there are several
     M^i_t = the inner mixer's update of M^i_{t-1} for the chosen i, else M^i_{t-1}
     o_t = (sum_i g^i_t M^i_t + M^shared_t)^T q_t
 
-All else is the inner mixer's. Each memory of each document is a run, of the tokens that chose it. Keys and values, and
-the gates that the authors' code counts with them, are projected by matrices of each memory's own, and convolutions see
-a run. With `single_kv_proj` all memories share the projections; then convolutions see the tokens in their own order,
-and the recurrence alone sees runs. The shared memory is one more, which every token goes to with weight one.
+The rest is the inner mixer. Each memory of each document is a run of the tokens routed to it. Each memory has its own
+projections of keys and values, and of the gates that the authors' code counts with them, and convolutions see the runs.
+With `single_kv_proj` all memories share the projections; then convolutions see the tokens in their own order, and only
+the recurrence sees runs. The shared memory is an additional memory for every token, with weight one.
 """
 
 from typing import Annotated, Any
@@ -32,8 +32,8 @@ from torchlmoe.routing.balance import LoadBalance, RoutedLayer
 from torchlmoe.routing.router import Router
 
 _KEYS_AND_VALUES = ("k_proj", "v_proj")
-# By mixer, the projections that each memory has its own of. A mixer that is added here makes all that enters its
-# recurrence by `sequence.project`, and of that nothing goes past the recurrence.
+# By mixer, the projections that each memory has for itself. A mixer that is added here must make all inputs of its
+# recurrence by `sequence.project`, and must not use them elsewhere.
 OWN_PROJECTIONS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("bla", "lightning", "retention", "gla", "hgrn2", "gfw", "based", "rebased"), _KEYS_AND_VALUES),
     **dict.fromkeys(("deltanet", "kda"), (*_KEYS_AND_VALUES, "b_proj")),
@@ -48,19 +48,19 @@ class MixtureOfMemories(RoutedLayer, Mixer):
         place: Place = Place(),  # noqa: B008
         *,
         num_heads: Annotated[int, Field(ge=1, description="Heads of the inner mixer.")],
-        inner: Annotated[str, Field(description="The mixer whose state there are several of.")] = "gated_deltanet",
-        inner_options: Annotated[dict[str, Any] | None, Field(description="The inner mixer's own settings.")] = None,
+        inner: Annotated[str, Field(description="Inner mixer, whose state exists once per memory.")] = "gated_deltanet",
+        inner_options: Annotated[dict[str, Any] | None, Field(description="Settings of the inner mixer.")] = None,
         num_memories: Annotated[int, Field(ge=1, description="Memories that tokens are routed to.")] = 4,
-        top_k: Annotated[int, Field(ge=1, description="Of these, how many a token goes to.")] = 2,
-        shared_memory: Annotated[bool, Field(description="One more memory, for every token.")] = True,
+        top_k: Annotated[int, Field(ge=1, description="Memories that each token is routed to.")] = 2,
+        shared_memory: Annotated[bool, Field(description="Add one memory for all tokens.")] = True,
         single_kv_proj: Annotated[
-            bool, Field(description="The same projections of keys and values for all memories.")
+            bool, Field(description="Share the projections of keys and values between memories.")
         ] = False,
         aux_loss_weight: Annotated[
             float, Field(ge=0, le=1000, description="Weight of the router's balance loss.")
         ] = 1e-2,
         rope_base: Annotated[
-            float, Field(gt=1, le=1e12, description="The inner mixer's, if it has phases.")
+            float, Field(gt=1, le=1e12, description="Base of the rotary wavelengths of the inner mixer, if it has any.")
         ] = 10_000.0,
         rope_scaling: RopeScalingTable = None,
         norm_eps: NormEps = 1e-6,
@@ -68,14 +68,14 @@ class MixtureOfMemories(RoutedLayer, Mixer):
         init_std: InitStd = 0.02,
     ):
         super().__init__()
-        from torchlmoe.mixers import MIXERS  # here, because the table holds this class too
+        from torchlmoe.mixers import MIXERS  # imported here, because the registry holds this class too
 
         if top_k > num_memories:
             raise ValueError(f"top_k = {top_k} is more than num_memories = {num_memories}.")
         if inner not in MIXERS:
             raise ValueError(f"inner = {inner!r} is not a mixer; choose from {', '.join(sorted(MIXERS))}.")
         self.init_std, self.num_memories, self.shared_memory = init_std, num_memories, shared_memory
-        # One weight made to sum to one would be a constant, and the router learn nothing from the task.
+        # A single weight normalized to one would be constant, and the router would learn nothing from the task.
         self.router = Router(dim, num_experts=num_memories, top_k=top_k, normalize_top_k=top_k > 1, init_std=init_std)
         self.load_balance = LoadBalance(
             num_memories, aux_loss_weight=aux_loss_weight, aux_loss_scope="sequence", z_loss_weight=0.0
@@ -119,7 +119,7 @@ class MixtureOfMemories(RoutedLayer, Mixer):
     def forward(
         self, x: Tensor, *, sequence: SequenceLayout, cache: TensorDict | None = None, **handed: Tensor
     ) -> Tensor:
-        """handed: `shared` and `common`, for the inner mixer, which returns the former beside y."""
+        """handed: `shared` and `common`, for the inner mixer, which returns `shared` beside y."""
         routing = self.router(x.flatten(0, 1))
         memory_TK, weight_TK = routing.expert_TK, routing.weight_TK
         if self.training and sequence.share.loss_weight and torch.is_grad_enabled() and cache is None:
@@ -145,7 +145,8 @@ class MixtureOfMemories(RoutedLayer, Mixer):
     def init_cache(
         self, batch_size: int, max_length: int, dtype: torch.dtype, device: torch.device | None = None
     ) -> TensorDict:
-        """The inner mixer's, its state [batch, memories, heads, K, V]; so too inputs of convolutions that see runs."""
+        """The cache of the inner mixer, with a dimension for memories: state [batch, memories, heads, K, V]; the
+        same for inputs of convolutions that see runs."""
         cache = self.inner.init_cache(batch_size, max_length, dtype, device)
 
         def of_each_memory(x: Tensor) -> Tensor:

@@ -2,11 +2,11 @@
 
     o_t = sum_s w_ts v_s / sum_s w_ts          w_ts = (phi(q_t) . phi(k_s))^2 / feature_dim, phi = LayerNorm with affine
 
-The affine part lets the parabola move, so that a weight can be zero. All else as in Based.
+The affine part moves the parabola, so that a weight can be zero. The rest is as in Based.
 
-A weight near zero is what is left of features that cancel: its rounding error is that of features of size one, and
-where all weights of a token are small, as the first tokens of a document may have them, it would be seen. So features
-and their recurrence are in the dtype above x's: float32 for bfloat16, float64 for float32.
+A weight near zero is the remainder of features that cancel, so its rounding error is that of features of size one. If
+all weights of a token are small, as may happen at the start of a document, this error would matter. So features
+and their recurrence use the next wider dtype than x: float32 for bfloat16, float64 for float32.
 """
 
 import torch
@@ -19,7 +19,7 @@ from torchlmoe.layers.group_norms import LayerNorm
 from torchlmoe.mixers.based import Based
 from torchlmoe.options import NormEps
 
-NORMALIZER_EPS = 1e-5  # as the sum of the weights, an inner product of features, is rounded by up to 1e-6 in float32
+NORMALIZER_EPS = 1e-5  # the sum of the weights is rounded by up to 1e-6 in float32
 
 
 def wider(dtype: torch.dtype) -> torch.dtype:
@@ -48,7 +48,7 @@ class ReBased(Based):
     def init_cache(
         self, batch_size: int, max_length: int, dtype: torch.dtype, device: torch.device | None = None
     ) -> TensorDict:
-        """As of `RecurrentMixer`, in the wider dtype."""
+        """The same as in `RecurrentMixer`, in the wider dtype."""
         return super().init_cache(batch_size, max_length, wider(dtype), device)
 
     def features(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the mixers around one linear recurrence share: projections, short convolutions, cache and FLOPs."""
+"""Base of mixers around one linear recurrence: projections, short convolutions, cache and FLOPs."""
 
 from collections.abc import Callable
 from typing import Annotated
@@ -20,9 +20,9 @@ from torchlmoe.options import InitStd
 class RecurrentMixer(Mixer):
     """Heads of q, k and v by projection, one recurrence with a state [key_dim, value_dim] per head, output projection.
 
-    key_width, value_width: of all heads of k and of v together. recurrence: makes it from a backend. A subclass may
-    change key_dim or value_dim where its feature map does, and says by `decays` and `erases` which terms its recurrence
-    has. Its constructor hands on `**options`, so that the keyword arguments here are settings of every such mixer.
+    key_width, value_width: of all heads of k and v together. recurrence: constructs it from a backend. A subclass
+    changes key_dim or value_dim if its feature map does, and sets `decays` and `erases` if its recurrence has these
+    terms. Its constructor passes `**options` on, so that the keyword arguments here are settings of every such mixer.
     """
 
     decays = False
@@ -38,7 +38,7 @@ class RecurrentMixer(Mixer):
         recurrence: Callable[[str], nn.Module] = LinearRecurrence,
         proj_bias: bool = False,
         *,
-        num_heads: Annotated[int, Field(ge=1, description="Heads; where keys are shared, value heads.")],
+        num_heads: Annotated[int, Field(ge=1, description="Heads; value heads if heads share keys.")],
         backend: Backend = "auto",
         init_std: InitStd = 0.02,
     ):
@@ -50,7 +50,7 @@ class RecurrentMixer(Mixer):
         self.num_key_heads, self.init_std = num_key_heads, init_std
         self.key_dim = split_heads(key_width, num_key_heads, "dim" if key_width == dim else "the width of all keys")
         self.value_dim = split_heads(value_width, num_heads, "dim" if value_width == dim else "the width of all values")
-        self.head_widths = (self.key_dim, self.value_dim)  # as projected, whatever a feature map makes of them
+        self.head_widths = (self.key_dim, self.value_dim)  # before a feature map
         self.q_proj = ColumnLinear(dim, key_width, proj_bias, units=num_key_heads)
         if not self.shares_qk:
             self.k_proj = ColumnLinear(dim, key_width, proj_bias, units=num_key_heads)
@@ -86,7 +86,7 @@ class RecurrentMixer(Mixer):
     def project(
         self, x: Tensor, *, sequence: SequenceLayout, cache: TensorDict | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, T, dim] -> q, k [B, T, key heads, K] and v [B, T, heads, V]; packed as `sequence.project` says."""
+        """x [B, T, dim] -> q, k [B, T, key heads, K] and v [B, T, heads, V]; packed if `sequence.project` packs."""
         q, k, v = (sequence.project(projection, x) for projection in (self.q_proj, self.k_proj, self.v_proj))
         return self.split_heads(q, k, v)
 
@@ -97,7 +97,7 @@ class RecurrentMixer(Mixer):
 
     def split_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Each [B, T, width] -> [B, T, heads, width of a head]."""
-        # By width, so that a rank which has a part of the heads splits those it has.
+        # By width, so that a rank with a part of the heads splits the heads that it has.
         key_width, value_width = self.head_widths
         q, k = (x.unflatten(-1, (-1, key_width)) for x in (q, k))
         return q, k, v.unflatten(-1, (-1, value_width))

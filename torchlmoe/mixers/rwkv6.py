@@ -1,11 +1,11 @@
-"""RWKV-6, "Finch" (arXiv 2404.05892): a decay per key channel, and a bonus for the present token.
+"""RWKV-6, "Finch" (arXiv 2404.05892): a decay per key channel, and a bonus for the current token.
 
     o_t = (S_{t-1} + diag(u) k_t v_t^T)^T r_t          S_t = diag(exp g_t) S_{t-1} + k_t v_t^T
     g_t = -exp(w_0 + W_2 tanh(W_1 x^w_t))              y_t = W_o (LayerNorm_per_head(o_t) * silu(W_g x^g_t))
 
-r, k, v, the gate and the decay each have a mixture of the token and its predecessor of their own, whose weights depend
+r, k, v, the gate and the decay each use a separate mixture of the token and its predecessor, whose weights depend
 on both: x^i_t = x_t + d_t * (mu_i + B_i tanh(A_i (x_t + d_t * mu_x))), d_t = x_{t-1} - x_t. Vectors and low-rank
-projections start as in the authors' code, the square ones as the model's others.
+projections are initialized as in the authors' code, square projections as in the rest of the model.
 """
 
 from typing import Annotated
@@ -39,7 +39,7 @@ class RWKV6(RecurrentMixer):
         *,
         num_heads: NumHeads,
         head_dim: HeadDim = None,
-        mix_rank: Annotated[int, Field(ge=1, description="Rank of what weighs a token and its predecessor.")] = 32,
+        mix_rank: Annotated[int, Field(ge=1, description="Rank of the mixture of a token and its predecessor.")] = 32,
         decay_rank: Annotated[int, Field(ge=1, description="Rank of the decay's projection.")] = 64,
         **options,
     ):

@@ -1,4 +1,4 @@
-"""RWKV-7, "Goose" (arXiv 2503.14456): a decay per key channel, and a generalised delta rule.
+"""RWKV-7, "Goose" (arXiv 2503.14456): a decay per key channel, and a generalized delta rule.
 
     S_t = (diag(exp g_t) - (a_t * c_t) c_t^T) S_{t-1} + k_t v_t^T         o_t = S_t^T r_t
     g_t = -exp(-1/2) sigmoid(w_0 + W_2 tanh(W_1 x^w_t))                   a_t = sigmoid(a_0 + A_2 A_1 x^a_t)
@@ -6,9 +6,9 @@
     v_t = v'_t + (v^first_t - v'_t) * sigmoid(v_0 + V_2 V_1 x^v_t)        r_t, k'_t, v'_t linear in x^r_t, x^k_t, x^v_t
     y_t = W_o ((LayerNorm_per_head(o_t) + (r_t . (k_t * rho)) v_t) * G_2 sigmoid(G_1 x^g_t))
 
-x^i_t = x_t + (x_{t-1} - x_t) * mu_i. v^first is v' of the model's first RWKV-7 layer, which hands it on to the others.
-In the terms of the recurrence, a * c is where it is erased and c exp(-g) what, because S is decayed first. Vectors and
-low-rank projections start as in the authors' code, the square ones as the model's others.
+x^i_t = x_t + (x_{t-1} - x_t) * mu_i. v^first is v' of the model's first RWKV-7 layer, which passes it to the others.
+The recurrence has erase_key = a * c and erase = c exp(-g), because it decays S first. Vectors and low-rank
+projections are initialized as in the authors' code, square projections as in the rest of the model.
 """
 
 import math

@@ -4,8 +4,8 @@
     o_t[d]    = 2 Re(sum_n C[d, n] (exp(dt[d] A[d, n]) - 1) / A[d, n] h_t[d, n]) + D[d] x_t[d]
     y_t       = GLU(W gelu(o_t))
 
-which is h' = A h + x held constant over a step of dt. B is one: only its product with C matters. The N state variables
-are conjugate pairs, of which one is kept: the state is complex [dim, N / 2].
+This is h' = A h + x with x held constant over a step of dt. B is one, since only its product with C matters. The N
+state variables are conjugate pairs, of which one is kept: the state is complex [dim, N / 2].
 """
 
 import math
@@ -38,7 +38,7 @@ def hippo_frequencies(state_dim: int) -> Tensor:
 
 
 class DiagonalStateSpace(nn.Module):
-    """Its discrete form: what reads the state, [dim, N / 2], and its log decay, [dim, N / 2, 1], both complex."""
+    """The discrete form: the vector that reads the state, [dim, N / 2], and the log decay, [dim, N / 2, 1], complex."""
 
     float32_island = True
     head_dims = {"A_log": 0, "frequency": 0, "C": 0, "log_step": 0}  # channel after channel
@@ -104,9 +104,9 @@ class S4(Mixer):
 
     def forward(self, x: Tensor, *, sequence: SequenceLayout, cache: TensorDict | None = None) -> Tensor:
         part, num_parts = self.part_of_heads
-        x = x.chunk(num_parts, -1)[part]  # no projection leads into the channels
+        x = x.chunk(num_parts, -1)[part]  # there is no projection into the channels
         q, log_decay = self.state_space()
-        # A head for each channel, whose keys are the state variables and which has one value.
+        # One head per channel: its keys are the state variables, and it has one value.
         o = recur(
             self.recurrence,
             q,

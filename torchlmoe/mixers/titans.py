@@ -4,10 +4,10 @@
     M_t = (1 - alpha_t) M_{t-1} + S_t                                           f(x; M) = x + LN(M^T x)
     y_t = W_o (RMSNorm(f(q_t; M_t)) * silu(W_g x_t))
 
-q, k and v pass a short convolution with SiLU; q and k have unit length. theta_t is max_learning_rate * sigmoid(W x_t);
-eta_t, how much surprise lasts, and 1 - alpha_t, what is not forgotten, are sigmoids of projections, the latter's bias
-starting at 5 for a memory of some 150 tokens. The layer norm and the residual in f are those of TTT, whose mini-batches
-the paper takes over.
+q, k and v pass a short convolution with SiLU; q and k have unit length. theta_t is max_learning_rate * sigmoid(W x_t).
+The momentum eta_t and the retention 1 - alpha_t are sigmoids of projections; the bias of the latter starts at 5, for a
+memory of about 150 tokens. The layer norm and the residual in f are those of TTT, and so are the mini-batches, which
+the paper adopts.
 """
 
 from tensordict import TensorDict

@@ -3,10 +3,10 @@
     W_t = W_a - max(0, 1 / i + c_i) sum_{s=a+1..t} eta_s dl_s/dW (W_a)          l_s(W) = |f(k_s; W) - v_s|^2 / 2
     y_t = W_o (LN(f(q_t; W_t)) * gelu(W_g x_t))                                 f(x; W) = x + LN(W^T x + b)
 
-with W_a the weights that the mini-batch of t starts from and i the place of t in it, from 1: a token reads weights
-that have moved by the mean gradient so far, and the last place's are where the next mini-batch starts. The offset c_i
-of each place is learned. eta_s is max_learning_rate * sigmoid(w x_s + w_0), over the head's width. q and k are one
-projection of x, each through a short convolution of its own and rotated by its place in the mini-batch, as in the
+with W_a the weights at the start of t's mini-batch and i the place of t in it, from 1. A token reads weights that have
+moved by the mean gradient so far, and the next mini-batch starts from the weights of the last place. The offset c_i
+of each place is learned. eta_s is max_learning_rate * sigmoid(w x_s + w_0), divided by the head's width. q and k come
+from one projection of x, with separate short convolutions, and are rotated by the place in the mini-batch, as in the
 authors' layer for the Mamba backbone.
 """
 
@@ -29,7 +29,7 @@ from torchlmoe.options import NormEps
 
 
 class StepSize(nn.Module):
-    """-> the learning rate's bias, [H], and what the step so far counts for at each place of a mini-batch, [1, places]:
+    """-> the learning rate's bias [H], and the weight of the step so far at each place of a mini-batch, [1, places]:
     one over the place, from 1, plus a learned offset, at least 0. Both in at least float32.
     """
 

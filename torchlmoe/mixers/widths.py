@@ -1,4 +1,4 @@
-"""The settings by which mixers around a recurrence say how wide their heads are."""
+"""Settings for the widths of heads in mixers around a recurrence."""
 
 from typing import Annotated
 
@@ -7,7 +7,7 @@ from pydantic import Field
 NumHeads = Annotated[int, Field(ge=1, description="Heads.")]
 HeadDim = Annotated[
     int | None,
-    Field(ge=1, description="Width of a head, before expand_k and expand_v if there are; dim / num_heads if unset."),
+    Field(ge=1, description="Width of a head, before expand_k and expand_v; dim / num_heads if unset."),
 ]
 ExpandK = Annotated[
     float,
@@ -20,5 +20,5 @@ ExpandV = Annotated[
 
 
 def width_of_heads(dim: int, num_heads: int, head_dim: int | None) -> int:
-    """Of all heads together."""
+    """Width of all heads together."""
     return dim if head_dim is None else num_heads * head_dim

@@ -1,4 +1,4 @@
-"""From a microbatch's rows to what the blocks see: which tokens this rank has, and how they are laid out."""
+"""Converts a microbatch's rows to the input of the blocks: this rank's tokens and their layout."""
 
 from dataclasses import dataclass, replace
 
@@ -11,9 +11,9 @@ from torchlmoe.layers.sequence import SequenceLayout
 
 @dataclass(frozen=True)
 class Span:
-    """The index-th of `number` equal parts of every microbatch, which is what a rank has under context parallelism.
+    """A rank's part of every microbatch under context parallelism: the index-th of `number` equal parts.
 
-    pieces: of equal length that a span is cut into between blocks, under tensor parallelism.
+    pieces: number of equal pieces of a span between blocks, under tensor parallelism.
     """
 
     index: int = 0
@@ -22,7 +22,7 @@ class Span:
 
     @property
     def is_whole(self) -> bool:
-        """Whether a rank has all tokens everywhere, so that rows may stay as they are."""
+        """Whether a rank has all tokens everywhere, so that rows need not be concatenated."""
         return self.number * self.pieces == 1
 
 
@@ -44,10 +44,10 @@ def describe(
     *,
     tells_padding: bool,
 ) -> Microbatch:
-    """The rank's part of tokens [B, T]; arguments and errors as of `Decoder.forward`.
+    """Return the rank's part of tokens [B, T]; arguments and errors are those of `Decoder.forward`.
 
-    Without bounds and with all tokens on one rank, rows stay as they are; else they are laid back to back.
-    tells_padding: whether labels tell which tokens are padding.
+    Rows are concatenated, unless there are no bounds and one rank has all tokens.
+    tells_padding: whether labels mark which tokens are padding.
     """
     batch_size, length = tokens.shape
     if loss_weight is None:
@@ -79,7 +79,7 @@ def describe(
 
 
 def counting(sequence: SequenceLayout, labelled: Tensor) -> SequenceLayout:
-    """Tells padding apart: the tokens after a document's last label, of which no part of the loss depends.
+    """Mark padding: the tokens after a document's last label, on which no part of the loss depends.
 
     labelled: bool, as many as there are positions, whether a token has a label. A prompt without labels before an
     answer with labels counts; a document without labels does not.

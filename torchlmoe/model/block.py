@@ -1,4 +1,4 @@
-"""One block of the decoder: a mixer and then a feed-forward layer, or one of the two alone, with a norm for each."""
+"""A block of the decoder: a mixer, then a feed-forward layer, or only one of the two, with a norm for each."""
 
 from typing import Any
 
@@ -14,8 +14,8 @@ from torchlmoe.model.spec import ModelSpec, Residual
 class Block(nn.Module):
     """x [B, T, dim] -> like x, and with `shared` a pair of both (see `Mixer.shared_width`).
 
-    mixer, feed_forward: None for a block without one. residual: how their outputs join the stream. common: what its
-    letter's layers have in common, for the mixer. Raises ValueError for a block with neither.
+    mixer, feed_forward: None for a block without it. residual: how their outputs join the stream. common: the entry of
+    the module that the letter's layers share, for the mixer. Raises ValueError for a block with neither.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Block(nn.Module):
         return x if shared is None else (x, shared)
 
     def _enter(self, x: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
-        """The stream, and what the branch is given."""
+        """Return the stream and the input of the branch."""
         if self.residual.norm_placement == "post":
             return x, x
         normed = norm(x)
@@ -71,7 +71,7 @@ class Block(nn.Module):
     def _join(self, x: Tensor, branch: Tensor, norm: nn.Module, stream_weight: float, branch_weight: float) -> Tensor:
         if self.residual.norm_placement == "post":
             branch = norm(branch)
-        # A product with one would cost a pass over the tensor.
+        # Multiplying by one would cost a pass over the tensor.
         return (x if stream_weight == 1 else x * stream_weight) + (
             branch if branch_weight == 1 else branch * branch_weight
         )

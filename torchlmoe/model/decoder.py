@@ -1,6 +1,6 @@
-"""The language model: embedding, blocks after a pattern of letters, norm, output head with its loss.
+"""The language model: embedding, blocks in a pattern of letters, norm, output head with its loss.
 
-Built on the meta device and then initialised:
+It is built on the meta device and then initialized:
 
     with torch.device("meta"):
         model = Decoder(spec)                                                  # config.spec(vocab_size) makes one
@@ -33,13 +33,13 @@ from torchlmoe.routing.balance import RoutedLayer
 
 
 class Decoder(nn.Module):
-    """Linear-MoE decoder. Raises ValueError where the settings do not fit together.
+    """Linear-MoE decoder. Raises ValueError if the settings do not fit together.
 
     span: which part of a microbatch this rank has; see parallel/context.py.
     is_first, is_last: whether it has the first and the last block; a part of a model (`part`) may lack either.
-    pipeline: of a rank's part under pipeline parallelism, what runs it; see parallel/stages.py.
-    counter_sizes: of every routed layer of the model, by the first part of its figures' names, the number of experts or
-        memories whose load is counted.
+    pipeline: the object that runs a rank's part under pipeline parallelism; see parallel/stages.py.
+    counter_sizes: the number of experts or memories whose load is counted, for every routed layer of the model, by the
+        prefix of its metrics' names.
     """
 
     def __init__(self, spec: ModelSpec):
@@ -71,7 +71,7 @@ class Decoder(nn.Module):
             feed_forward = None
             if block.feed_forward is not None:
                 feed_forward = block.feed_forward(spec.dim, **block.feed_forward_options)
-            # A dict, so that a pipeline stage which holds some blocks keeps their names.
+            # A dict, so that a pipeline stage with some of the blocks keeps their names.
             self.blocks[str(index)] = Block(spec, mixer, feed_forward, block.residual)
         self.head = Head(spec)
         self.counter_sizes = {name: layer.load_balance.num_experts for name, layer in self.routed_layers().items()}
@@ -87,10 +87,10 @@ class Decoder(nn.Module):
         return [module for name, module in self.named_children() if name in ("embedding", "head")]
 
     def part(self, blocks: Iterable[int]) -> "Decoder":
-        """A model of some of the blocks, which shares its modules with this one, under the same names.
+        """Return a model with some of the blocks, which shares its modules with this one, under the same names.
 
-        It has what these blocks need: the embedding if the first is among them, the head if the last is, and with tied
-        embeddings then the embedding, too; and what is common to the layers of their letters.
+        It has the embedding if it has the first block, and the head if it has the last one (with tied embeddings then
+        also the embedding), and the modules that layers of its letters share.
         """
         names = [str(index) for index in blocks]
         letters = {self.places_in_common[name][0] for name in names}
@@ -113,16 +113,18 @@ class Decoder(nn.Module):
         loss_weight: float | None = None,
     ) -> Tensor:
         """tokens int64 [B, T] -> logits [B, T, V], or, with labels int64 [B, T], the summed loss: in
-        evaluation the negative log-likelihood, in training what the settings name.
+        evaluation the negative log-likelihood, in training the loss of the settings.
 
-        document_bounds: int32 [B, max_docs + 1], 0, then where the row's documents end, filled with T; each row is one
-            document if None. Raises ValueError for bounds that do not rise from 0 to T in each row.
-        loss_weight: the microbatch's share of the step's rows, by which the experts' balance losses are weighed as
-            their gradients join the main loss's on the way back; 1 if unset, but 0 (none) without labels.
-        In training, tokens after a document's last label are padding: they enter no load, balance loss or capacity.
+        document_bounds: int32 [B, max_docs + 1]: 0, then the ends of the row's documents, filled with T; each
+            row is one document if None. Raises ValueError for bounds that do not rise from 0 to T in each row.
+        loss_weight: the microbatch's share of the step's rows. It is the weight of the experts' balance
+            losses, whose gradients are added in the backward; 1 if unset, but 0 (no balance losses) without
+            labels.
+        In training, tokens after a document's last label are padding: they do not count in loads, balance
+        losses or capacities.
 
-        Under context parallelism each rank is given all tokens, and returns the sum, or the logits
-        [1, B * T / ranks, V], of its span of the rows laid back to back.
+        Under context parallelism each rank receives all tokens, and returns the sum, or the logits
+        [1, B * T / ranks, V], of its span of the concatenated rows.
         """
         microbatch = describe(tokens, document_bounds, labels, loss_weight, self.span, tells_padding=self.training)
         x, _ = self.run_blocks(self.embed(microbatch.tokens), microbatch.sequence)
@@ -130,7 +132,7 @@ class Decoder(nn.Module):
         return output if labels is not None or not self.span.is_whole else output.view(*tokens.shape, -1)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """tokens int64 [B, T] -> what the first block takes, [B, T, dim]."""
+        """tokens int64 [B, T] -> input of the first block, [B, T, dim]."""
         x, multiplier = self.embedding(tokens), self.spec.embedding_multiplier
         return x if multiplier == 1 else x * multiplier
 
@@ -141,13 +143,14 @@ class Decoder(nn.Module):
         cache: TensorDict | None = None,
         shared: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """From embeddings, or what earlier blocks return, to what the head or later blocks take, like x [B, T, dim].
+        """Run the blocks on x [B, T, dim], from the embedding or earlier blocks; returns the input of the head or
+        later blocks.
 
-        cache: from `init_cache`, updated in place. shared [B, T, shared_width]: see `Mixer.shared_width`; it comes
-            after x, if a block of the model uses it.
+        cache: from `init_cache`, updated in place. shared [B, T, shared_width]: see `Mixer`; it follows
+            x, if a block of the model uses it.
         """
         if shared is None and self.shares:
-            # Where tokens are cut into pieces between blocks, what is shared is of all of the span's.
+            # Between blocks tokens may be cut into pieces, but the shared tensor is that of the whole span.
             shared = x.new_zeros(*sequence.positions.shape, self.shared_width)
         common = {letter: module() for letter, module in self.common.items()}
         for index, block in self.blocks.items():
@@ -165,18 +168,18 @@ class Decoder(nn.Module):
 
     @property
     def shares(self) -> bool:
-        """Whether a block's mixer hands a tensor on to those of later blocks."""
+        """Whether a block's mixer passes a tensor to later blocks."""
         return any(block.shared_width for block in self.blocks.values())  # type: ignore[union-attr]
 
     def run_head(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Logits of x [B, T, dim], or the loss of labels, as of `Head`."""
+        """Logits of x [B, T, dim], or the loss of labels; see `Head`."""
         return self.head(x, labels, self.embedding.weight if self.head.projection is None else None)
 
     def next_logits(self, tokens: Tensor, positions: Tensor, cache: TensorDict) -> Tensor:
-        """What comes after `tokens`, which go on where `cache` ends: logits [B, V] of the last token of each row.
+        """Read `tokens`, which continue the text in `cache`, and return logits [B, V] of the last token of each row.
 
-        tokens, positions: int64 [B, T]; each row is one document, at a place of its own.
-        cache: from `init_cache`, brought up to date in place.
+        tokens, positions: int64 [B, T]; each row is one document at its own position.
+        cache: from `init_cache`, updated in place.
         """
         sequence = SequenceLayout(positions, share=MicrobatchShare(loss_weight=0.0))
         x, _ = self.run_blocks(self.embed(tokens), sequence, cache)
@@ -191,7 +194,7 @@ class Decoder(nn.Module):
     ) -> TensorDict:
         """Decoding state, by block, of `batch_size` rows of at most `max_length` tokens; rows can be sliced.
 
-        Only softmax blocks need memory for each token. dtype and device are the model's unless given.
+        Only softmax blocks need memory for each token. dtype and device are those of the model unless given.
         """
         weight = self.embedding.weight
         rows = (batch_size, max_length, dtype or weight.dtype, device or weight.device)
@@ -203,7 +206,7 @@ class Decoder(nn.Module):
         return TensorDict(caches, batch_size=[batch_size])
 
     def routed_layers(self) -> dict[str, RoutedLayer]:
-        """The layers whose router's load is counted and balanced, by the first part of their figures' names."""
+        """The layers whose router's load is counted and balanced, by the prefix of their metrics' names."""
         layers = {
             f"{kind}/{index}": layer
             for index, block in self.blocks.items()
@@ -222,19 +225,19 @@ class Decoder(nn.Module):
 
 
 class Settings(Protocol):
-    """What has a `spec(vocab_size)`, as `torchlmoe.config.Config` has."""
+    """An object with a method `spec(vocab_size)`, such as `torchlmoe.config.Config`."""
 
     def spec(self, vocab_size: int) -> ModelSpec: ...
 
 
 def build_on_meta(config: Settings, vocab_size: int) -> Decoder:
-    """The model without storage, to be counted, cut, or given a device by `to_empty` and values by `init_weights`."""
+    """Build the model without storage. `to_empty` then gives it a device and `init_weights` its values."""
     with torch.device("meta"):
         return Decoder(config.spec(vocab_size))
 
 
 def count_parameters(model: Decoder, *, active: bool = False, embeddings: bool = True) -> int:
-    """Parameters, of the whole model or of those that one token meets; with or without embedding and output head."""
+    """Number of parameters: all, or those that one token uses; with or without embedding and output head."""
     total = sum(parameter.numel() for parameter in model.parameters())
     if not embeddings:
         outer = (model.embedding, model.head.projection)

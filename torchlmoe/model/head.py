@@ -1,4 +1,4 @@
-"""What stands before and after the blocks: the embedding, and the norm and output projection with its loss."""
+"""The layers before and after the blocks: the embedding, and the norm and output projection with its loss."""
 
 from collections.abc import Callable
 from typing import Any
@@ -29,9 +29,9 @@ class Embedding(nn.Embedding):
 class Head(nn.Module):
     """Final norm and output projection: logits, or with labels the loss, summed over tokens.
 
-    In training the loss is the model's own; in evaluation it is cross entropy, the negative log-likelihood. With tied
-    embeddings there is no projection, and forward is given the embedding's weight: one parameter in one place, as FSDP
-    and the meta device want it.
+    In training the loss is that of the settings; in evaluation it is cross entropy, the negative log-likelihood.
+    With tied embeddings there is no projection, and forward receives the embedding's weight: FSDP and the meta
+    device need a parameter to be registered once.
     """
 
     def __init__(self, spec: ModelSpec):
@@ -39,7 +39,7 @@ class Head(nn.Module):
         self.init_std, self.loss_chunk_size = spec.init_std, spec.loss_chunk_size
         self.loss: Callable[..., Tensor] = spec.loss
         self.logit_divisor = spec.logit_divisor
-        self.vocabulary: VocabularyPart | None = None  # where ranks have parts of it
+        self.vocabulary: VocabularyPart | None = None  # set if ranks have parts of it
         self.norm = spec.norm()
         self.projection = None if spec.tie_embeddings else ColumnLinear(spec.dim, spec.vocab_size)
 
@@ -49,9 +49,9 @@ class Head(nn.Module):
             normal_(self.projection.weight, self.init_std)
 
     def forward(self, x: Tensor, labels: Tensor | None = None, tied_weight: Tensor | None = None) -> Tensor:
-        """x [B, T, dim]; labels int64 [B, T], -100 where a token does not count -> logits [B, T, V] or a scalar sum."""
+        """x [B, T, dim]; labels int64 [B, T], -100 for tokens that do not count -> logits [B, T, V] or a scalar sum."""
         x = self.norm(x)
-        if self.logit_divisor != 1:  # of the projection's input, so that every loss sees the logits that it should
+        if self.logit_divisor != 1:  # divides the projection's input, so that every loss gets the divided logits
             x = x / self.logit_divisor
         weight = tied_weight if self.projection is None else self.projection.weight
         assert weight is not None

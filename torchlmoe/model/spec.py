@@ -1,4 +1,4 @@
-"""What a model is made of, resolved from settings once: the decoder reads nothing else."""
+"""The specification of a model, resolved from settings once: the decoder reads nothing else."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -16,7 +16,7 @@ from torchlmoe.mixers.base import Mixer
 
 @dataclass(frozen=True)
 class Residual:
-    """How a block joins the residual stream x and a branch, its mixer or its feed-forward layer f.
+    """How a block combines the residual stream x and a branch f, its mixer or its feed-forward layer.
 
     With stream weight s and branch weight b, by the place of the norm:
 
@@ -24,30 +24,32 @@ class Residual:
         post     s x + b norm(f(x))           the attention layers of OLMo-hybrid
         stream   s norm(x) + b f(norm(x))     MiniMax
 
-    Granite's residual multiplier is both branch weights.
+    Granite's residual multiplier is the weight of both branches.
     """
 
     norm_placement: Annotated[
         Literal["pre", "post", "stream"],
         Field(description="Norm of a branch's input, of its output (OLMo-hybrid), or of the stream (MiniMax)."),
     ] = "pre"
-    mixer_stream_weight: Annotated[float, Field(ge=1e-6, le=1e6, description="Of the stream that the mixer joins.")] = (
-        1.0
-    )
-    mixer_branch_weight: Annotated[float, Field(ge=1e-6, le=1e6, description="Of the mixer's output.")] = 1.0
-    mlp_stream_weight: Annotated[float, Field(ge=1e-6, le=1e6, description="Of the stream that the MLP joins.")] = 1.0
-    mlp_branch_weight: Annotated[float, Field(ge=1e-6, le=1e6, description="Of the MLP's output.")] = 1.0
+    mixer_stream_weight: Annotated[
+        float, Field(ge=1e-6, le=1e6, description="Weight of the stream that the mixer joins.")
+    ] = 1.0
+    mixer_branch_weight: Annotated[float, Field(ge=1e-6, le=1e6, description="Weight of the mixer's output.")] = 1.0
+    mlp_stream_weight: Annotated[
+        float, Field(ge=1e-6, le=1e6, description="Weight of the stream that the MLP joins.")
+    ] = 1.0
+    mlp_branch_weight: Annotated[float, Field(ge=1e-6, le=1e6, description="Weight of the MLP's output.")] = 1.0
 
     @classmethod
     def settings(cls) -> dict[str, tuple[Any, Any]]:
-        """name -> (type with limits, default), as of `Configurable.settings`."""
+        """name -> (type with limits, default), see `Configurable.settings`."""
         hints = get_type_hints(cls, include_extras=True)
         return {name: (hints[name], default) for name, default in asdict(cls()).items()}
 
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """One block. letter: of the pattern, by which messages name it. mixer, feed_forward: None for a block without."""
+    """One block. letter: its letter in the pattern, for messages. mixer, feed_forward: None for a block without it."""
 
     letter: str
     mixer: type[Mixer] | None
@@ -62,7 +64,7 @@ class ModelSpec:
     """The model around its blocks.
 
     norm_kind: of the norms of blocks and head. zero_centered_norm: whether RMS norms there hold offsets from one.
-    embedding_multiplier: of the embeddings. logit_divisor: of the logits. loss: what training minimises, see
+    embedding_multiplier: of the embeddings. logit_divisor: of the logits. loss: the training loss, see
     `torchlmoe.layers.losses`.
     """
 
