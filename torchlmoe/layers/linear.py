@@ -1,5 +1,4 @@
-"""`nn.Linear` that stays fast in bfloat16 on a CPU without bfloat16 matrix instructions, and declares how it acts on
-heads.
+"""`nn.Linear` that is fast in bfloat16 on CPUs without bfloat16 instructions and declares the dimension of heads.
 
 Every module with parameters has `head_dims`: for each parameter, the dimension along which heads (or the channels of
 heads) lie. A parameter that is not named is shared by all heads. The plan of tensor parallelism is collected from

@@ -1,5 +1,4 @@
-"""The linear recurrence as a submodule, so that a context-parallel plan can name it, and the function by which
-mixers run it."""
+"""The linear recurrence as a submodule, so that a context-parallel plan can name it, and how mixers run it."""
 
 from functools import partial
 

@@ -16,8 +16,7 @@ class MicrobatchShare:
     loss_weight: the microbatch's share of the rows of the optimizer step over all ranks; 0 disables balance losses and
         load counts.
     row_length: tokens in one row of data (with B = 1 the rows of a batch are concatenated).
-    counted: bool [B, T], False for padding, which does not count in loads, balance losses or capacities; None without
-    padding.
+    counted: bool [B, T], False for padding, which no load, balance loss or capacity counts; None without padding.
     """
 
     loss_weight: float = 1.0
@@ -50,8 +49,7 @@ class SequenceLayout:
 
     @classmethod
     def of_packed_rows(cls, document_bounds: Tensor, length: int, loss_weight: float = 1.0) -> "SequenceLayout":
-        """The layout of a microbatch's B rows, concatenated; document_bounds int32 [B, max_docs + 1], filled with
-        `length`.
+        """A microbatch's B rows, concatenated; document_bounds int32 [B, max_docs + 1], filled up with `length`.
 
         Raises ValueError for bounds that do not rise from 0 to `length` in every row (on a GPU the device asserts it).
         """

@@ -7,9 +7,7 @@ All products of a chunk's tokens are derivatives of one form of readers x, write
 `pair` is its derivative by P (the scores of x and y), `rows` by x, `columns` by y. G is the inclusive cumulative sum of
 the log decay. A read before the token's own decay (RWKV-6) uses the exclusive sum in place of G_id.
 
-The gradient of the log decay is a sum of terms that `rows` and `columns` compute on the way. `ChannelDecay.gradient`
-returns it together with them, level by level. For a decay per head, `chunked_backward.py` computes it from the
-gradients of x and y and from P.
+`ChannelDecay.gradient` also returns the gradient of a decay per channel; `chunked_backward.py` has that of the others.
 
 Legend: N chunks times heads, C tokens per chunk, R readers and W writers per token, D width, G groups of equal decay.
 """

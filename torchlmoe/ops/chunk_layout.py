@@ -9,8 +9,7 @@ in parallel over documents, and no padding beyond a document's last chunk is com
 
 A slab is a run of such slices that is computed at once; its chunks are few enough to stay in a cache.
 
-Documents much shorter than a chunk would be mostly padding beside long ones. They are then laid out separately, in
-shorter chunks (`chunk_layouts`).
+Documents much shorter than a chunk would be mostly padding: `chunk_layouts` lays them out in shorter chunks.
 """
 
 from collections.abc import Sequence

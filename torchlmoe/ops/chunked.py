@@ -1,9 +1,8 @@
 """The recurrence chunk by chunk in plain PyTorch: used on CPUs and wherever no kernel is available.
 
-Let S be the state at the start of a chunk, and G and H the inclusive cumulative sums of log_decay and
-value_log_decay. A token has readers x and writers y with values w. The readers are q and, with an erase term,
-e = erase. The writers are k with value v and, with an erase term, b = erase_key with value n, which removes the old
-value. If b = k, n is written in place of v, and k is the only writer:
+Let S be the state at the start of a chunk, and G and H the inclusive cumulative sums of log_decay and value_log_decay.
+A token has readers x: q and, if given, e = erase. It has writers y with values w: k with v and, if erase is given,
+b = erase_key with n, which removes the old value. If b = k, n replaces v, and k is the only writer:
 
     P    = <x, y>                                         scores: see `chunk_decay.py`; strict for e
     n    = (I + P_eb)^-1 (z - (e * exp G) S)              z = v if b = k, otherwise -P_ek v

@@ -1,7 +1,6 @@
 """The recurrence token by token: the definition in code. Every faster form is tested against it.
 
-    S_t = (I - erase_key_t erase_t^T) D_t S_{t-1} E_t + k_t v_t^T
-    D_t = diag(exp(log_decay_t)), E_t = diag(exp(value_log_decay_t))
+    S_t = (I - erase_key_t erase_t^T) diag(exp(log_decay_t)) S_{t-1} diag(exp(value_log_decay_t)) + k_t v_t^T
     o_t = scale * S_t^T q_t                                  with a bonus u: scale * (S_{t-1} + (u * k_t) v_t^T)^T q_t
 
 Legend: B batch, T tokens, H heads of q and k, R heads of v (a multiple of H), K key width, V value width, N documents.
