@@ -73,7 +73,7 @@ class TransformersFolder:
         if len(taken) < len(names):
             others = [name for name in names if name not in set(taken)]
             logger.info(f"Left out: {len(others)} tensors that have no place in the model, such as {others[0]}.")
-        separate = any(".experts.0." in name for name in taken)
+        separate = any(family.file_mark in name for name in taken)
         try:
             return conversions(taken, family.rules(self.model, separate))
         except ValueError as error:
