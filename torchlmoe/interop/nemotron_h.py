@@ -45,6 +45,7 @@ def read(keys: Keys) -> dict[str, Any]:
     attention = {**read_attention(keys), "rotary_fraction": 0.0}
     keys.only("attention_head_dim", attention["head_dim"])
     keys.only("sliding_window")
+    keys.only("tie_word_embeddings", False)  # transformers would not tie them
     kinds: dict[str, dict[str, Any]] = {"M": mamba | {"mlp": "none"}, "A": attention | {"mlp": "none"}}
     keys.only("mlp_hidden_act", "relu2")
     keys.only("mlp_bias", False)
@@ -54,7 +55,7 @@ def read(keys: Keys) -> dict[str, Any]:
     if "E" in letters:
         kinds["E"] = {"mixer": "none", "mlp": "moe", "mlp_options": _read_experts(keys)}
     keys.skip("intermediate_size", *MOE_KEYS.values())
-    # transformers has its own constants for what these say, and one width of shared experts.
+    # What transformers does not read.
     keys.skip("time_step_limit", "attention_bias", "mamba_proj_bias", "n_shared_experts", "norm_eps", "rms_norm_eps")
     keys.skip(
         "chunk_size", "mamba_ssm_cache_dtype", "moe_shared_expert_overlap", "num_logits_to_keep", "time_step_rank",
@@ -97,7 +98,7 @@ def _read_experts(keys: Keys) -> dict[str, Any]:
 def write(model: Decoder) -> dict[str, Any]:
     mamba, attention = mixers_of(model, "nemotron_h", "mamba2", "attention")
     experts, dense = first_feed_forward(model, MoE), first_feed_forward(model, Dense)
-    heads = {"num_attention_heads": 1, "head_dim": 1}
+    heads: dict[str, Any] = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 1}
     if attention is not None:
         heads = write_attention(attention)
         heads["rope_theta"] = heads.pop("rope_parameters")["rope_theta"]  # without effect, but files have it
