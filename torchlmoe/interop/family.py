@@ -142,6 +142,18 @@ def mixers_of(model: Decoder, model_type: str, *known: str) -> list[Any]:
     return [first.get(kind) for kind in kinds]
 
 
+def feed_forward_of(model: Decoder, kind: type, model_type: str) -> Any:
+    """The first feed-forward layer of a kind. Raises ValueError if there is none."""
+    layers = [block.feed_forward for block in blocks_of(model)]
+    found = next((layer for layer in layers if isinstance(layer, kind)), None)
+    if found is None:
+        raise ValueError(
+            f"The model has no {kind.__name__} layer among its feed-forward layers, as {model_type} has: choose "
+            "another --format."
+        )
+    return found
+
+
 def check_equal(model: Decoder, again: Decoder, model_type: str) -> None:
     """Checks that two models on the meta device compute the same. The second was made from the first's config.json.
 
