@@ -18,7 +18,9 @@ SIZES = dict(
 def their_model(model_type: str, **options):
     """A model of transformers in float64, all of whose parameters and buffers are random, those of norms too."""
     config = AutoConfig.for_model(model_type, attn_implementation="eager", experts_implementation="eager", **options)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
     perturb(model)
     return model
 
@@ -38,7 +40,7 @@ def perturb(model) -> None:
 class _Doubled:
     """`torch` for a module of transformers, whose float32 is float64."""
 
-    float32 = torch.float64
+    float32 = float = torch.float64
 
     def __getattr__(self, name: str):
         return getattr(torch, name)
@@ -63,6 +65,11 @@ DELTANET = dict(
     linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=12,
     linear_conv_kernel_dim=4, layer_types=["linear_attention", "full_attention"] * 2,
 )  # fmt: skip
+QWEN3_5_MOE = {
+    name: value
+    for name, value in (EXPERTS | DELTANET | dict(shared_expert_intermediate_size=20)).items()
+    if name != "intermediate_size"
+}
 CASES = {
     "llama": ("llama", SOFTMAX),
     "llama_tied_biased_scaled": (
@@ -107,6 +114,31 @@ CASES = {
             tie_word_embeddings=True,
             rope_parameters=dict(rope_type="default", rope_theta=1e6, partial_rotary_factor=0.5),
             layer_types=["full_attention", "linear_attention", "linear_attention", "full_attention"],
+        ),
+    ),
+    "qwen3_5_text": ("qwen3_5_text", SOFTMAX | DELTANET),
+    "qwen3_5_text_unusual": (
+        "qwen3_5_text",
+        SOFTMAX
+        | DELTANET
+        | dict(
+            num_hidden_layers=3, layer_types=["full_attention", "linear_attention", "linear_attention"],
+            linear_num_key_heads=1, linear_value_head_dim=4, linear_conv_kernel_dim=3, tie_word_embeddings=True,
+            num_key_value_heads=1, rms_norm_eps=1e-5,
+            rope_parameters=dict(
+                rope_type="default", rope_theta=1e6, partial_rotary_factor=0.5, mrope_section=[1, 2, 1],
+                mrope_interleaved=True,
+            ),
+        ),
+    ),
+    "qwen3_5_moe_text": ("qwen3_5_moe_text", QWEN3_5_MOE),
+    "qwen3_5_moe_text_unusual": (
+        "qwen3_5_moe_text",
+        QWEN3_5_MOE
+        | dict(
+            num_hidden_layers=3, layer_types=["linear_attention", "linear_attention", "full_attention"],
+            linear_num_key_heads=4, tie_word_embeddings=True, num_experts=4, num_experts_per_tok=3,
+            shared_expert_intermediate_size=8,
         ),
     ),
 }  # fmt: skip

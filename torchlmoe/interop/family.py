@@ -11,6 +11,7 @@ is its inverse on a model, and `block_rules` gives the rules of one block's weig
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import FunctionType
@@ -50,6 +51,7 @@ class Family:
     within the block (ours); it is also told whether the experts are separate, as in most files, or stacked, as in
     transformers' modules. separate_experts: which of both transformers writes.
     left_out: beginnings of the names of tensors that have no place here, such as those of multi-token prediction.
+    nested: how the names begin with "model." replaced in files of a multimodal model, if there is one.
     """
 
     model_type: str
@@ -60,6 +62,7 @@ class Family:
     names: Names = Names()
     separate_experts: bool = True
     left_out: tuple[str, ...] = ()
+    nested: str | None = None
 
     def settings(self, content: Mapping[str, Any], place: str) -> dict[str, Any]:
         """Tables `model` and `moe` for a config.json. Raises ValueError for a key that has no counterpart."""
@@ -78,8 +81,11 @@ class Family:
         }
         return frame | self.write(model)
 
-    def rules(self, model: Decoder, separate_experts: bool | None = None) -> list[Rule]:
-        """Rules for all weights of a model; separate_experts as transformers writes them if None."""
+    def rules(self, model: Decoder, separate_experts: bool | None = None, nested: bool = False) -> list[Rule]:
+        """Rules for all weights of a model; separate_experts as transformers writes them if None.
+
+        nested: by their names in files of a multimodal model.
+        """
         separate = self.separate_experts if separate_experts is None else separate_experts
         names = self.names
         table = [Rule(names.embedding, "embedding.weight"), Rule(names.norm, "head.norm.weight")]
@@ -87,6 +93,9 @@ class Family:
             table.append(Rule(names.head, "head.projection.weight"))
         for index, block in model.blocks.items():
             table += prefixed(self.block_rules(block, separate), f"{names.layers}.{index}.", f"blocks.{index}.")
+        if nested and self.nested is not None:
+            start = self.nested
+            table = [rule.renamed(lambda name: re.sub(r"^model\.", start, name), str) for rule in table]
         return table
 
 
@@ -129,6 +138,18 @@ def mixers_of(model: Decoder, model_type: str, *known: str) -> list[Any]:
             )
         first.setdefault(kind, block.mixer)
     return [first.get(kind) for kind in kinds]
+
+
+def all_mixers_of(model: Decoder, model_type: str, *known: str) -> list[Any]:
+    """As `mixers_of`. Raises ValueError for a kind that the model lacks, whose sizes config.json must hold."""
+    found = mixers_of(model, model_type, *known)
+    for name, mixer in zip(known, found, strict=True):
+        if mixer is None:
+            raise ValueError(
+                f"The model has no layer with the mixer {name}, whose sizes a config.json of {model_type} must hold: "
+                "choose another --format."
+            )
+    return found
 
 
 def check_equal(model: Decoder, again: Decoder, model_type: str) -> None:
