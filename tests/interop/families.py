@@ -70,6 +70,7 @@ QWEN3_5_MOE = {
     for name, value in (EXPERTS | DELTANET | dict(shared_expert_intermediate_size=20)).items()
     if name != "intermediate_size"
 }
+OLMO_HYBRID = {name: value for name, value in (SIZES | DELTANET).items() if name != "head_dim"}
 CASES = {
     "llama": ("llama", SOFTMAX),
     "llama_tied_biased_scaled": (
@@ -140,5 +141,19 @@ CASES = {
             linear_num_key_heads=4, tie_word_embeddings=True, num_experts=4, num_experts_per_tok=3,
             shared_expert_intermediate_size=8,
         ),
+    ),
+    "olmo_hybrid": ("olmo_hybrid", OLMO_HYBRID),
+    "olmo_hybrid_unusual": (
+        "olmo_hybrid",
+        OLMO_HYBRID
+        | dict(
+            num_hidden_layers=3, layer_types=["full_attention", "linear_attention", "linear_attention"],
+            linear_num_key_heads=1, linear_value_head_dim=8, linear_conv_kernel_dim=3, linear_allow_neg_eigval=False,
+            num_key_value_heads=4, attention_bias=True, tie_word_embeddings=True, rms_norm_eps=1e-4,
+            rope_parameters=dict(rope_type="default", rope_theta=None),
+        ),
+    ),
+    "olmo_hybrid_defaults": (
+        "olmo_hybrid", {k: v for k, v in SIZES.items() if k not in ("head_dim", "num_key_value_heads")}
     ),
 }  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -73,10 +74,9 @@ class TransformersFolder:
         if len(taken) < len(names):
             others = [name for name in names if name not in set(taken)]
             logger.info(f"Left out: {len(others)} tensors that have no place in the model, such as {others[0]}.")
-        separate = any(".experts.0." in name for name in taken)
-        nested = family.nested is not None and any(name.startswith(family.nested) for name in taken)
+        separate = not any(re.search(r"\.experts\.\w+$", name) for name in taken)
         try:
-            return conversions(taken, family.rules(self.model, separate, nested))
+            return conversions(taken, family.rules(self.model, separate, set(taken)))
         except ValueError as error:
             raise ValueError(f"{self.folder}: {error}") from error
 

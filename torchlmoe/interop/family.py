@@ -11,8 +11,7 @@ is its inverse on a model, and `block_rules` gives the rules of one block's weig
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
@@ -49,9 +48,9 @@ class Family:
     architecture: transformers' class of the whole model. read: the keys of config.json -> tables of settings. write: a
     model -> keys of config.json. block_rules: one block's weights, by names within the layer (theirs) and
     within the block (ours); it is also told whether the experts are separate, as in most files, or stacked, as in
-    transformers' modules. separate_experts: which of both transformers writes.
+    transformers' modules, and then gives all names as modules have them. separate_experts: which transformers writes.
     left_out: beginnings of the names of tensors that have no place here, such as those of multi-token prediction.
-    nested: how the names begin with "model." replaced in files of a multimodal model, if there is one.
+    other_names: parts of names, each with what some files have in its place, such as those of multimodal models.
     """
 
     model_type: str
@@ -62,7 +61,7 @@ class Family:
     names: Names = Names()
     separate_experts: bool = True
     left_out: tuple[str, ...] = ()
-    nested: str | None = None
+    other_names: tuple[tuple[str, str], ...] = ()
 
     def settings(self, content: Mapping[str, Any], place: str) -> dict[str, Any]:
         """Tables `model` and `moe` for a config.json. Raises ValueError for a key that has no counterpart."""
@@ -81,10 +80,10 @@ class Family:
         }
         return frame | self.write(model)
 
-    def rules(self, model: Decoder, separate_experts: bool | None = None, nested: bool = False) -> list[Rule]:
+    def rules(self, model: Decoder, separate_experts: bool | None = None, present: Collection[str] = ()) -> list[Rule]:
         """Rules for all weights of a model; separate_experts as transformers writes them if None.
 
-        nested: by their names in files of a multimodal model.
+        present: the names in a folder. A tensor that is there by one of the `other_names` alone is taken by that.
         """
         separate = self.separate_experts if separate_experts is None else separate_experts
         names = self.names
@@ -93,10 +92,12 @@ class Family:
             table.append(Rule(names.head, "head.projection.weight"))
         for index, block in model.blocks.items():
             table += prefixed(self.block_rules(block, separate), f"{names.layers}.{index}.", f"blocks.{index}.")
-        if nested and self.nested is not None:
-            start = self.nested
-            table = [rule.renamed(lambda name: re.sub(r"^model\.", start, name), str) for rule in table]
-        return table
+
+        def name_in_folder(name: str) -> str:
+            others = [name.replace(part, other, 1) for part, other in self.other_names]
+            return next((other for other in [name, *others] if other in present), name)
+
+        return [rule.renamed(name_in_folder, str) for rule in table]
 
 
 def model_tables(kinds: Mapping[str, dict[str, Any]], letters: Sequence[str], **model: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 from torchlmoe.interop.family import Family, model_tables
 from torchlmoe.interop.keys import Keys
 from torchlmoe.interop.qwen2_moe import feed_forward_rules, read_feed_forwards, write_feed_forwards
-from torchlmoe.interop.qwen3_5_text import LEFT_OUT, NESTED, layer_of, read_text
+from torchlmoe.interop.qwen3_5_text import LEFT_OUT, OTHER_NAMES, layer_of, read_text
 from torchlmoe.interop.qwen3_next import read_layer_types, read_mixers, write_mixers
 from torchlmoe.interop.rules import Rule
 from torchlmoe.interop.softmax import write_model
@@ -37,4 +37,6 @@ def block_rules(block: Any, separate_experts: bool) -> list[Rule]:
 
 # What Qwen2-MoE may choose is fixed here: experts in every layer, and weights that add up to one.
 FIXED: dict[str, Any] = {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True}
-FAMILY = Family("qwen3_5_moe_text", "Qwen3_5MoeForCausalLM", read, write, block_rules, left_out=LEFT_OUT, nested=NESTED)
+FAMILY = Family(
+    "qwen3_5_moe_text", "Qwen3_5MoeForCausalLM", read, write, block_rules, left_out=LEFT_OUT, other_names=OTHER_NAMES
+)

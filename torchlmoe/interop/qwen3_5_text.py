@@ -23,7 +23,7 @@ from torchlmoe.mixers.gated_deltanet import GatedDeltaNet
 from torchlmoe.model.decoder import Decoder
 
 LEFT_OUT = ("mtp.", "model.visual.")
-NESTED = "model.language_model."
+OTHER_NAMES = (("model.", "model.language_model."),)
 
 
 def read_text(keys: Keys) -> dict[str, Any]:
@@ -76,4 +76,6 @@ def block_rules(block: Any, separate_experts: bool) -> list[Rule]:
     return layer_of(block.mixer, mlp_rules(block.feed_forward))
 
 
-FAMILY = Family("qwen3_5_text", "Qwen3_5ForCausalLM", read, write, block_rules, left_out=LEFT_OUT, nested=NESTED)
+FAMILY = Family(
+    "qwen3_5_text", "Qwen3_5ForCausalLM", read, write, block_rules, left_out=LEFT_OUT, other_names=OTHER_NAMES
+)
