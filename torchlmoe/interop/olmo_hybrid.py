@@ -127,7 +127,7 @@ def block_rules(block: Any, separate_experts: bool) -> list[Rule]:
         norms, name = ("input_layernorm", "post_attention_layernorm"), "linear_attn"
         table = gated_deltanet_rules(block.mixer, saved=separate_experts)
     if separate_experts:
-        norms = tuple(SAVED_NORMS.get(norm, norm) for norm in norms)
+        norms = SAVED_NORMS.get(norms[0], norms[0]), SAVED_NORMS.get(norms[1], norms[1])
     return [
         Rule(f"{norms[0]}.weight", "mixer_norm.weight"),
         *prefixed(table, f"{name}.", "mixer."),
