@@ -1,6 +1,5 @@
 """Tiny models of transformers with random weights, and what of them and of ours must be equal."""
 
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,7 +17,7 @@ SIZES = dict(
 def their_model(model_type: str, **options):
     """A model of transformers in float64, all of whose parameters and buffers are random, those of norms too."""
     config = AutoConfig.for_model(model_type, attn_implementation="eager", experts_implementation="eager", **options)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), all_in_float64():  # the frequencies of rotary phases too
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
     perturb(model)
@@ -37,20 +36,12 @@ def perturb(model) -> None:
             tensor.copy_(0.8 * noise / tensor.shape[-1] ** 0.5)
 
 
-class _Doubled:
-    """`torch` for a module of transformers, whose float32 is float64."""
-
-    float32 = float = torch.float64
-
-    def __getattr__(self, name: str):
-        return getattr(torch, name)
-
-
 @contextmanager
-def all_in_float64(model):
-    """Has a model of transformers compute in float64 what it computes in float32 whatever its dtype is."""
+def all_in_float64():
+    """Has transformers compute in float64 what it computes in float32 whatever the model's dtype is."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules[type(model).__module__], "torch", _Doubled())
+        for name in ("float32", "float"):
+            patch.setattr(torch, name, torch.float64)
         patch.setattr(torch.Tensor, "float", torch.Tensor.double)
         yield
 

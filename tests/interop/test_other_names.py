@@ -41,7 +41,7 @@ def test_the_language_model_is_taken(outer, inner, tied, tmp_path, caplog):
     ours, config, tokenizer = open_model(tmp_path / "run")
     assert config.model.tie_embeddings == tied
     assert tokenizer.end_id == 2
-    with torch.no_grad(), all_in_float64(theirs):
+    with torch.no_grad(), all_in_float64():
         logits = theirs(input_ids=TOKENS, use_cache=False).logits
         assert (ours(TOKENS) - logits).norm() <= 1e-6 * logits.norm()
 
@@ -54,7 +54,7 @@ def test_the_language_model_is_taken(outer, inner, tied, tmp_path, caplog):
         output_loading_info=True,
     )
     assert not any(report.values()), report
-    with torch.no_grad(), all_in_float64(again):
+    with torch.no_grad(), all_in_float64():
         assert (again(TOKENS, use_cache=False).logits - logits).norm() <= 1e-6 * logits.norm()
 
 

@@ -3,6 +3,8 @@
 from typing import Any
 
 from torchlmoe.interop import (
+    gated_deltanet,
+    gla,
     llama,
     mixtral,
     olmo_hybrid,
@@ -16,7 +18,20 @@ from torchlmoe.interop import (
 )
 from torchlmoe.interop.family import Family
 
-_MODULES = (llama, mixtral, olmo_hybrid, olmoe, qwen2_moe, qwen3, qwen3_5_moe_text, qwen3_5_text, qwen3_moe, qwen3_next)
+_MODULES = (
+    gated_deltanet,
+    gla,
+    llama,
+    mixtral,
+    olmo_hybrid,
+    olmoe,
+    qwen2_moe,
+    qwen3,
+    qwen3_5_moe_text,
+    qwen3_5_text,
+    qwen3_moe,
+    qwen3_next,
+)
 FAMILIES: dict[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in _MODULES}
 # Models of text and images, whose text_config is that of a family. Their language model alone is imported.
 MULTIMODAL = {"qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}

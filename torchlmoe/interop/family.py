@@ -141,15 +141,31 @@ def mixers_of(model: Decoder, model_type: str, *known: str) -> list[Any]:
     return [first.get(kind) for kind in kinds]
 
 
+def required(mixer: Any, name: str, model_type: str) -> Any:
+    """The mixer. Raises ValueError if it is None: a model without one has not all sizes that config.json must hold."""
+    if mixer is None:
+        raise ValueError(
+            f"The model has no layer with the mixer {name}, whose sizes a config.json of {model_type} must hold: "
+            "choose another --format."
+        )
+    return mixer
+
+
 def all_mixers_of(model: Decoder, model_type: str, *known: str) -> list[Any]:
-    """As `mixers_of`. Raises ValueError for a kind that the model lacks, whose sizes config.json must hold."""
+    """As `mixers_of`. Raises ValueError for a kind that the model lacks."""
     found = mixers_of(model, model_type, *known)
-    for name, mixer in zip(known, found, strict=True):
-        if mixer is None:
-            raise ValueError(
-                f"The model has no layer with the mixer {name}, whose sizes a config.json of {model_type} must hold: "
-                "choose another --format."
-            )
+    return [required(mixer, name, model_type) for name, mixer in zip(known, found, strict=True)]
+
+
+def feed_forward_of(model: Decoder, kind: type, model_type: str) -> Any:
+    """The first feed-forward layer of a kind. Raises ValueError if there is none."""
+    layers = [block.feed_forward for block in blocks_of(model)]
+    found = next((layer for layer in layers if isinstance(layer, kind)), None)
+    if found is None:
+        raise ValueError(
+            f"The model has no {kind.__name__} layer among its feed-forward layers, as {model_type} has: choose "
+            "another --format."
+        )
     return found
 
 

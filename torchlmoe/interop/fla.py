@@ -1,11 +1,12 @@
-"""What models of flash-linear-attention have around their mixers: blocks, MLPs, and softmax attention in some layers."""
+"""What models of flash-linear-attention have around their mixers: blocks, MLPs and, in some layers, attention."""
 
 from __future__ import annotations
 
 import string
 from typing import Any
 
-from torchlmoe.interop.family import Names, blocks_of, mixers_of, model_tables, required
+from torchlmoe.feed_forwards.dense import Dense
+from torchlmoe.interop.family import Names, blocks_of, feed_forward_of, mixers_of, model_tables, required
 from torchlmoe.interop.keys import Keys
 from torchlmoe.interop.rules import Rule, prefixed
 from torchlmoe.interop.softmax import attention_rules, mlp_rules
@@ -45,6 +46,8 @@ def _read_attention(keys: Keys, letters: list[str]) -> dict[str, dict[str, Any]]
         for layer in inner.take("layers", kind=list):
             if layer not in range(len(letters)):
                 raise ValueError(f"{inner.place} has layers = {layer}, which must be from 0 to {len(letters) - 1}.")
+            if letters[layer] != "L":
+                raise ValueError(f"{inner.place} has layer {layer} twice.")
             letters[layer] = letter
         heads = inner.integer("num_heads")
         mixers[letter] = {
@@ -65,15 +68,15 @@ def write_model(model: Decoder, model_type: str) -> tuple[Any, dict[str, Any]]:
     return required(mixer, model_type, model_type), {
         "hidden_size": model.spec.dim,
         "num_hidden_layers": len(model.blocks),
-        "intermediate_size": blocks_of(model)[0].feed_forward.units,
+        "intermediate_size": feed_forward_of(model, Dense, model_type).units,
         "norm_eps": model.spec.norm_eps,
         "tie_word_embeddings": model.spec.tie_embeddings,
         "hidden_act": "swish",
-        "attn": _write_attention(model) or None,
+        "attn": _write_attention(model),
     }
 
 
-def _write_attention(model: Decoder) -> list[dict[str, Any]]:
+def _write_attention(model: Decoder) -> dict[str, Any] | list[dict[str, Any]] | None:
     specs: list[dict[str, Any]] = []
     for index, block in enumerate(blocks_of(model)):
         if not isinstance(block.mixer, Attention):
@@ -90,7 +93,7 @@ def _write_attention(model: Decoder) -> list[dict[str, Any]]:
             same[0]["layers"].append(index)
         else:
             specs.append({"layers": [index], **spec})
-    return specs
+    return specs if len(specs) > 1 else specs[0] if specs else None
 
 
 def layer_rules(block: Any, mixer: list[Rule]) -> list[Rule]:

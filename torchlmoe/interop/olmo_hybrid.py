@@ -1,4 +1,4 @@
-"""OLMo-hybrid in transformers: OlmoHybridForCausalLM. Its Gated DeltaNet has a projection for each part."""
+"""OLMo-hybrid in transformers: OlmoHybridForCausalLM. Its Gated DeltaNet is that of flash-linear-attention."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchlmoe.interop.family import Family, all_mixers_of, blocks_of, model_tables
+from torchlmoe.feed_forwards.dense import Dense
+from torchlmoe.interop import gated_deltanet
+from torchlmoe.interop.family import Family, all_mixers_of, feed_forward_of, model_tables
 from torchlmoe.interop.keys import Keys
 from torchlmoe.interop.qwen3_next import LAYERS, convolution_rule, write_deltanet, write_layer_types
 from torchlmoe.interop.rules import Rule, prefixed
@@ -76,7 +78,7 @@ def write(model: Decoder) -> dict[str, Any]:
         **write_layer_types(model),
         **write_deltanet(deltanet),
         "linear_allow_neg_eigval": deltanet.max_beta == 2,
-        "intermediate_size": blocks_of(model)[0].feed_forward.units,
+        "intermediate_size": feed_forward_of(model, Dense, "olmo_hybrid").units,
     }
     if attention.rotary_dim == 0:
         written["rope_parameters"]["rope_theta"] = None
@@ -104,15 +106,7 @@ def gated_deltanet_rules(mixer: GatedDeltaNet, *, saved: bool) -> list[Rule]:
     widths = (mixer.num_key_heads * mixer.key_dim,) * 2 + (mixer.num_heads * mixer.value_dim,)
     one = convolution_rule(*widths, mixer.q_conv.weight.shape[-1])
     three = Rule([f"{name}_conv1d.weight" for name in "qkv"], one.ours, Thirds(), *one.steps)
-    return [
-        *(Rule(f"{name}_proj.weight", f"{name}_proj.weight") for name in "qkvab"),
-        Rule("g_proj.weight", "gate_proj.weight"),
-        Rule("o_proj.weight", "o_proj.weight"),
-        three if saved else one,
-        Rule("A_log", "decay.A_log"),
-        Rule("dt_bias", "decay.dt_bias"),
-        Rule("o_norm.weight", "norm.weight"),
-    ]
+    return gated_deltanet.gated_deltanet_rules([three if saved else one])
 
 
 def block_rules(block: Any, separate_experts: bool) -> list[Rule]:

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torchlmoe.interop.family import Family, blocks_of, model_tables
+from torchlmoe.feed_forwards.dense import Dense
+from torchlmoe.interop.family import Family, feed_forward_of, model_tables
 from torchlmoe.interop.keys import Keys
 from torchlmoe.interop.qwen3_next import (
     convolution_rule,
@@ -44,7 +45,7 @@ def write(model: Decoder) -> dict[str, Any]:
     return {
         **write_model(model),
         **write_mixers(model, "qwen3_5_text"),
-        "intermediate_size": blocks_of(model)[0].feed_forward.units,
+        "intermediate_size": feed_forward_of(model, Dense, "qwen3_5_text").units,
     }
 
 
