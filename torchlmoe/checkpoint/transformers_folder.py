@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -74,7 +73,7 @@ class TransformersFolder:
         if len(taken) < len(names):
             others = [name for name in names if name not in set(taken)]
             logger.info(f"Left out: {len(others)} tensors that have no place in the model, such as {others[0]}.")
-        separate = not any(re.search(r"\.experts\.\w+$", name) for name in taken)
+        separate = any(family.file_mark in name for name in taken)
         try:
             return conversions(taken, family.rules(self.model, separate, set(taken)))
         except ValueError as error:

@@ -3,10 +3,15 @@
 from typing import Any
 
 from torchlmoe.interop import (
+    bamba,
     gated_deltanet,
     gla,
+    granitemoehybrid,
     llama,
+    mamba,
+    mamba2,
     mixtral,
+    nemotron_h,
     olmo_hybrid,
     olmoe,
     qwen2_moe,
@@ -19,10 +24,15 @@ from torchlmoe.interop import (
 from torchlmoe.interop.family import Family
 
 _MODULES = (
+    bamba,
     gated_deltanet,
     gla,
+    granitemoehybrid,
     llama,
+    mamba,
+    mamba2,
     mixtral,
+    nemotron_h,
     olmo_hybrid,
     olmoe,
     qwen2_moe,

@@ -14,8 +14,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import FunctionType
-from typing import Any
+from typing import Any, TypeVar
 
+from torchlmoe.feed_forwards.base import FeedForward
 from torchlmoe.interop.keys import Keys
 from torchlmoe.interop.rules import Rule, prefixed
 from torchlmoe.layers.rope_scaling import RopeScaling
@@ -23,6 +24,7 @@ from torchlmoe.mixers import MIXERS
 from torchlmoe.model.decoder import Decoder
 from torchlmoe.model.spec import Residual
 
+L = TypeVar("L", bound=FeedForward)
 _PLAIN = (bool, int, float, str, tuple, list, dict, type(None), FunctionType, Residual, RopeScaling)
 # Attributes that may differ between two modules which compute the same from tokens: how they are drawn, trained, run.
 _WITHOUT_EFFECT = {
@@ -51,6 +53,8 @@ class Family:
     transformers' modules, and then gives all names as modules have them. separate_experts: which transformers writes.
     left_out: beginnings of the names of tensors that have no place here, such as those of multi-token prediction.
     other_names: parts of names, each with what some files have in its place, such as those of multimodal models.
+    module_names: names in transformers' modules, if those in files are others. file_mark: what some
+    name has in files, and none in modules.
     """
 
     model_type: str
@@ -62,6 +66,8 @@ class Family:
     separate_experts: bool = True
     left_out: tuple[str, ...] = ()
     other_names: tuple[tuple[str, str], ...] = ()
+    module_names: Names | None = None
+    file_mark: str = ".experts.0."
 
     def settings(self, content: Mapping[str, Any], place: str) -> dict[str, Any]:
         """Tables `model` and `moe` for a config.json. Raises ValueError for a key that has no counterpart."""
@@ -86,7 +92,7 @@ class Family:
         present: the names in a folder. A tensor that is there by one of the `other_names` alone is taken by that.
         """
         separate = self.separate_experts if separate_experts is None else separate_experts
-        names = self.names
+        names = self.names if separate or self.module_names is None else self.module_names
         table = [Rule(names.embedding, "embedding.weight"), Rule(names.norm, "head.norm.weight")]
         if model.head.projection is not None:
             table.append(Rule(names.head, "head.projection.weight"))
@@ -121,6 +127,11 @@ def model_tables(kinds: Mapping[str, dict[str, Any]], letters: Sequence[str], **
 def blocks_of(model: Decoder) -> list[Any]:
     """Its blocks in order."""
     return list(model.blocks.values())
+
+
+def first_feed_forward(model: Decoder, kind: type[L]) -> L | None:
+    """The first feed-forward layer of a class, if the model has one."""
+    return next((block.feed_forward for block in blocks_of(model) if isinstance(block.feed_forward, kind)), None)
 
 
 def mixers_of(model: Decoder, model_type: str, *known: str) -> list[Any]:

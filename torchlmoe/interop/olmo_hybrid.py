@@ -133,5 +133,5 @@ def block_rules(block: Any, separate_experts: bool) -> list[Rule]:
 SAVED_NORMS = {"input_layernorm": "attention_layer_norm", "post_attention_layernorm": "feedforward_layer_norm"}
 FAMILY = Family(
     "olmo_hybrid", "OlmoHybridForCausalLM", read, write, block_rules,
-    other_names=tuple((saved, name) for name, saved in SAVED_NORMS.items()),
+    file_mark="q_conv1d.", other_names=tuple((saved, name) for name, saved in SAVED_NORMS.items()),
 )  # fmt: skip
