@@ -17,7 +17,8 @@ SIZES = dict(
 def their_model(model_type: str, **options):
     """A model of transformers in float64, all of whose parameters and buffers are random, those of norms too."""
     config = AutoConfig.for_model(model_type, attn_implementation="eager", experts_implementation="eager", **options)
-    with all_in_float64():  # the frequencies of rotary phases too
+    with torch.random.fork_rng(), all_in_float64():  # the frequencies of rotary phases too
+        torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
     perturb(model)
     return model
@@ -55,6 +56,12 @@ DELTANET = dict(
     linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=12,
     linear_conv_kernel_dim=4, layer_types=["linear_attention", "full_attention"] * 2,
 )  # fmt: skip
+QWEN3_5_MOE = {
+    name: value
+    for name, value in (EXPERTS | DELTANET | dict(shared_expert_intermediate_size=20)).items()
+    if name != "intermediate_size"
+}
+OLMO_HYBRID = {name: value for name, value in (SIZES | DELTANET).items() if name != "head_dim"}
 MAMBA = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4, pad_token_id=0)
 MAMBA2 = MAMBA | dict(num_heads=8, head_dim=8, n_groups=2, chunk_size=8, tie_word_embeddings=True)
 HYBRID = SIZES | dict(
@@ -170,5 +177,44 @@ CASES = {
             rope_parameters=dict(rope_type="default", rope_theta=1e6, partial_rotary_factor=0.5),
             layer_types=["full_attention", "linear_attention", "linear_attention", "full_attention"],
         ),
+    ),
+    "qwen3_5_text": ("qwen3_5_text", SOFTMAX | DELTANET),
+    "qwen3_5_text_unusual": (
+        "qwen3_5_text",
+        SOFTMAX
+        | DELTANET
+        | dict(
+            num_hidden_layers=3, layer_types=["full_attention", "linear_attention", "linear_attention"],
+            linear_num_key_heads=1, linear_value_head_dim=4, linear_conv_kernel_dim=3, tie_word_embeddings=True,
+            num_key_value_heads=1, rms_norm_eps=1e-5,
+            rope_parameters=dict(
+                rope_type="default", rope_theta=1e6, partial_rotary_factor=0.5, mrope_section=[1, 2, 1],
+                mrope_interleaved=True,
+            ),
+        ),
+    ),
+    "qwen3_5_moe_text": ("qwen3_5_moe_text", QWEN3_5_MOE),
+    "qwen3_5_moe_text_unusual": (
+        "qwen3_5_moe_text",
+        QWEN3_5_MOE
+        | dict(
+            num_hidden_layers=3, layer_types=["linear_attention", "linear_attention", "full_attention"],
+            linear_num_key_heads=4, tie_word_embeddings=True, num_experts=4, num_experts_per_tok=3,
+            shared_expert_intermediate_size=8,
+        ),
+    ),
+    "olmo_hybrid": ("olmo_hybrid", OLMO_HYBRID),
+    "olmo_hybrid_unusual": (
+        "olmo_hybrid",
+        OLMO_HYBRID
+        | dict(
+            num_hidden_layers=3, layer_types=["full_attention", "linear_attention", "linear_attention"],
+            linear_num_key_heads=1, linear_value_head_dim=8, linear_conv_kernel_dim=3, linear_allow_neg_eigval=False,
+            num_key_value_heads=4, attention_bias=True, tie_word_embeddings=True, rms_norm_eps=1e-4,
+            rope_parameters=dict(rope_type="default", rope_theta=None),
+        ),
+    ),
+    "olmo_hybrid_defaults": (
+        "olmo_hybrid", {k: v for k, v in SIZES.items() if k not in ("head_dim", "num_key_value_heads")}
     ),
 }  # fmt: skip

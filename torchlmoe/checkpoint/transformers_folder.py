@@ -19,7 +19,7 @@ from torchlmoe.config.load import ConfigError, config_from
 from torchlmoe.config.settings import Config
 from torchlmoe.data.tokenizer import Tokenizer, number_tokenizer, token_of_id
 from torchlmoe.files import read_json
-from torchlmoe.interop.families import FAMILIES
+from torchlmoe.interop.families import FAMILIES, MULTIMODAL, language_config
 from torchlmoe.interop.family import Family
 from torchlmoe.interop.rules import Conversion, conversions
 from torchlmoe.model.decoder import build_on_meta
@@ -48,7 +48,7 @@ class TransformersFolder:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        content = read_json(folder / CONFIG, _JSON)
+        content = language_config(read_json(folder / CONFIG, _JSON))
         self.family = family_of(content, folder / CONFIG)
         tables = self.family.settings(content, str(folder / CONFIG))
         self._source = TensorFolder(folder, files_of_index(folder))
@@ -75,7 +75,7 @@ class TransformersFolder:
             logger.info(f"Left out: {len(others)} tensors that have no place in the model, such as {others[0]}.")
         separate = any(family.file_mark in name for name in taken)
         try:
-            return conversions(taken, family.rules(self.model, separate))
+            return conversions(taken, family.rules(self.model, separate, set(taken)))
         except ValueError as error:
             raise ValueError(f"{self.folder}: {error}") from error
 
@@ -126,9 +126,8 @@ def family_of(content: dict[str, Any], place: Path) -> Family:
     """Raises ValueError for a config.json of a family that is not supported, or of quantized weights."""
     kind = content.get("model_type")
     if kind not in [*FAMILIES]:
-        raise ValueError(
-            f"{place} has model_type = {kind!r}, which cannot be imported; supported are {', '.join(sorted(FAMILIES))}."
-        )
+        supported = ", ".join(sorted([*FAMILIES, *MULTIMODAL]))
+        raise ValueError(f"{place} has model_type = {kind!r}, which cannot be imported; supported are {supported}.")
     return FAMILIES[kind]
 
 

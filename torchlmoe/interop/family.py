@@ -11,7 +11,7 @@ is its inverse on a model, and `block_rules` gives the rules of one block's weig
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, TypeVar
@@ -50,10 +50,11 @@ class Family:
     architecture: transformers' class of the whole model. read: the keys of config.json -> tables of settings. write: a
     model -> keys of config.json. block_rules: one block's weights, by names within the layer (theirs) and
     within the block (ours); it is also told whether the experts are separate, as in most files, or stacked, as in
-    transformers' modules. separate_experts: which of both transformers writes.
+    transformers' modules, and then gives all names as modules have them. separate_experts: which transformers writes.
     left_out: beginnings of the names of tensors that have no place here, such as those of multi-token prediction.
-    module_names: names in transformers' modules, if those in files are others. file_mark: what a name has in a file, of
-    a model with experts, and not in a module.
+    other_names: parts of names, each with what some files have in its place, such as those of multimodal models.
+    module_names: names in transformers' modules, if those in files are others. file_mark: what some
+    name has in files, and none in modules.
     """
 
     model_type: str
@@ -64,6 +65,7 @@ class Family:
     names: Names = Names()
     separate_experts: bool = True
     left_out: tuple[str, ...] = ()
+    other_names: tuple[tuple[str, str], ...] = ()
     module_names: Names | None = None
     file_mark: str = ".experts.0."
 
@@ -84,8 +86,11 @@ class Family:
         }
         return frame | self.write(model)
 
-    def rules(self, model: Decoder, separate_experts: bool | None = None) -> list[Rule]:
-        """Rules for all weights of a model; separate_experts as transformers writes them if None."""
+    def rules(self, model: Decoder, separate_experts: bool | None = None, present: Collection[str] = ()) -> list[Rule]:
+        """Rules for all weights of a model; separate_experts as transformers writes them if None.
+
+        present: the names in a folder. A tensor that is there by one of the `other_names` alone is taken by that.
+        """
         separate = self.separate_experts if separate_experts is None else separate_experts
         names = self.names if separate or self.module_names is None else self.module_names
         table = [Rule(names.embedding, "embedding.weight"), Rule(names.norm, "head.norm.weight")]
@@ -93,7 +98,12 @@ class Family:
             table.append(Rule(names.head, "head.projection.weight"))
         for index, block in model.blocks.items():
             table += prefixed(self.block_rules(block, separate), f"{names.layers}.{index}.", f"blocks.{index}.")
-        return table
+
+        def name_in_folder(name: str) -> str:
+            others = [name.replace(part, other, 1) for part, other in self.other_names]
+            return next((other for other in [name, *others] if other in present), name)
+
+        return [rule.renamed(name_in_folder, str) for rule in table]
 
 
 def model_tables(kinds: Mapping[str, dict[str, Any]], letters: Sequence[str], **model: Any) -> dict[str, Any]:
@@ -140,6 +150,22 @@ def mixers_of(model: Decoder, model_type: str, *known: str) -> list[Any]:
             )
         first.setdefault(kind, block.mixer)
     return [first.get(kind) for kind in kinds]
+
+
+def required(mixer: Any, name: str, model_type: str) -> Any:
+    """The mixer. Raises ValueError if it is None: a model without one has not all sizes that config.json must hold."""
+    if mixer is None:
+        raise ValueError(
+            f"The model has no layer with the mixer {name}, whose sizes a config.json of {model_type} must hold: "
+            "choose another --format."
+        )
+    return mixer
+
+
+def all_mixers_of(model: Decoder, model_type: str, *known: str) -> list[Any]:
+    """As `mixers_of`. Raises ValueError for a kind that the model lacks."""
+    found = mixers_of(model, model_type, *known)
+    return [required(mixer, name, model_type) for name, mixer in zip(known, found, strict=True)]
 
 
 def feed_forward_of(model: Decoder, kind: type, model_type: str) -> Any:
