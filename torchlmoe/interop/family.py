@@ -11,10 +11,13 @@ is its inverse on a model, and `block_rules` gives the rules of one block's weig
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
+
+from torch import Tensor
 
 from torchlmoe.interop.keys import Keys
 from torchlmoe.interop.rules import Rule, prefixed
@@ -49,7 +52,11 @@ class Family:
     model -> keys of config.json. block_rules: one block's weights, by names within the layer (theirs) and
     within the block (ours); it is also told whether the experts are separate, as in most files, or stacked, as in
     transformers' modules. separate_experts: which of both transformers writes.
-    left_out: beginnings of the names of tensors that have no place here, such as those of multi-token prediction.
+    left_out: beginnings of the names of tensors that have no place here, such as those of multi-token prediction;
+    {num_layers} in them stands for the number of layers.
+    older_names: patterns in names of older files, and what stands in their place in those that transformers writes.
+    constants: a model -> tensors of files that follow from its settings, by name, each as a function that makes it.
+    They are written, and left out where a file is read.
     """
 
     model_type: str
@@ -60,6 +67,8 @@ class Family:
     names: Names = Names()
     separate_experts: bool = True
     left_out: tuple[str, ...] = ()
+    older_names: tuple[tuple[str, str], ...] = ()
+    constants: Callable[[Decoder], dict[str, Callable[[], Tensor]]] = lambda model: {}
 
     def settings(self, content: Mapping[str, Any], place: str) -> dict[str, Any]:
         """Tables `model` and `moe` for a config.json. Raises ValueError for a key that has no counterpart."""
@@ -88,6 +97,30 @@ class Family:
         for index, block in model.blocks.items():
             table += prefixed(self.block_rules(block, separate), f"{names.layers}.{index}.", f"blocks.{index}.")
         return table
+
+    def places(self, model: Decoder, names: Collection[str]) -> list[str]:
+        """Those of the names in a file that have a place in the model."""
+        beginnings = [beginning.format(num_layers=len(model.blocks)) for beginning in self.left_out]
+        if model.head.projection is None:
+            beginnings.append(self.names.head)
+        constants = self.constants(model)
+        return [
+            name
+            for name in names
+            if not name.startswith(tuple(beginnings)) and not name.endswith(".inv_freq") and name not in constants
+        ]
+
+    def rules_of_files(self, model: Decoder, names: Collection[str]) -> list[Rule]:
+        """Rules for all weights of a model, by the names that files have for them."""
+        of_experts = [name for name in names if ".experts." in name]
+        separate = any(".experts.0." in name for name in of_experts) if of_experts else None
+        given = {self._present_name(name): name for name in names}
+        return [rule.renamed(lambda name: given.get(name, name), str) for rule in self.rules(model, separate)]
+
+    def _present_name(self, name: str) -> str:
+        for pattern, replacement in self.older_names:
+            name = re.sub(pattern, replacement, name)
+        return name
 
 
 def model_tables(kinds: Mapping[str, dict[str, Any]], letters: Sequence[str], **model: Any) -> dict[str, Any]:
@@ -129,6 +162,18 @@ def mixers_of(model: Decoder, model_type: str, *known: str) -> list[Any]:
             )
         first.setdefault(kind, block.mixer)
     return [first.get(kind) for kind in kinds]
+
+
+def all_mixers_of(model: Decoder, model_type: str, *known: str) -> list[Any]:
+    """As `mixers_of`. Raises ValueError for a kind that the model lacks, whose sizes config.json must hold."""
+    found = mixers_of(model, model_type, *known)
+    for name, mixer in zip(known, found, strict=True):
+        if mixer is None:
+            raise ValueError(
+                f"The model has no layer with the mixer {name}, whose sizes a config.json of {model_type} must hold: "
+                "choose another --format."
+            )
+    return found
 
 
 def check_equal(model: Decoder, again: Decoder, model_type: str) -> None:

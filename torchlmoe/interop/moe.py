@@ -1,10 +1,27 @@
 """What MoE layers of transformers have in common: a router, experts that are stacked or separate, a shared expert."""
 
+from __future__ import annotations
+
+from typing import Any
+
+from torchlmoe.feed_forwards.moe import MoE
 from torchlmoe.interop.rules import Rule
 from torchlmoe.interop.steps import Flatten, Split
 
 NAMED = ("gate_proj", "up_proj", "down_proj")
 NUMBERED = ("w1", "w3", "w2")  # the same three in files of Mixtral, MiniMax and Kimi-Linear
+
+
+def experts_and_dense(model: Any) -> tuple[MoE, Any]:
+    """The first layer of experts of a model, and its first dense layer, None if there is none.
+
+    Raises ValueError for a model without experts.
+    """
+    layers = [block.feed_forward for block in model.blocks.values()]
+    experts = next((layer for layer in layers if isinstance(layer, MoE)), None)
+    if experts is None:
+        raise ValueError("The model has no layer of experts: choose another --format.")
+    return experts, next((layer for layer in layers if layer is not None and not isinstance(layer, MoE)), None)
 
 
 def moe_rules(

@@ -47,10 +47,7 @@ def read_feed_forwards(keys: Keys, *, normalize: bool) -> tuple[list[bool], dict
 def write_feed_forwards(model: Decoder, num_experts: str = "num_experts") -> dict[str, Any]:
     """The inverse of `read_feed_forwards`."""
     layers = [block.feed_forward for block in blocks_of(model)]
-    experts = next((layer for layer in layers if isinstance(layer, MoE)), None)
-    dense = next((layer for layer in layers if not isinstance(layer, MoE)), None)
-    if experts is None:
-        raise ValueError("The model has no layer of experts: choose another --format.")
+    experts, dense = moe.experts_and_dense(model)
     shared = experts.shared_expert
     return {
         "decoder_sparse_step": 1,
