@@ -122,7 +122,8 @@ CASES = {
         "deepseek_v2",
         LATENT
         | dict(
-            n_routed_experts=8, n_group=4, topk_group=2, topk_method="group_limited_greedy", n_shared_experts=1,
+            n_routed_experts=8, n_group=4, topk_group=2, num_experts_per_tok=3, n_shared_experts=1,
+            topk_method="group_limited_greedy",
             routed_scaling_factor=3.0, q_lora_rank=14, v_head_dim=18, attention_bias=True, rope_parameters=YARN,
         ),
     ),
