@@ -1,6 +1,5 @@
 """Tiny models of transformers with random weights, and what of them and of ours must be equal."""
 
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,7 +17,8 @@ SIZES = dict(
 def their_model(model_type: str, **options):
     """A model of transformers in float64, all of whose parameters and buffers are random, those of norms too."""
     config = AutoConfig.for_model(model_type, attn_implementation="eager", experts_implementation="eager", **options)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
+    with all_in_float64():  # the frequencies of rotary phases too
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
     perturb(model)
     return model
 
@@ -35,20 +35,12 @@ def perturb(model) -> None:
             tensor.copy_(0.8 * noise / tensor.shape[-1] ** 0.5)
 
 
-class _Doubled:
-    """`torch` for a module of transformers, whose float32 is float64."""
-
-    float32 = torch.float64
-
-    def __getattr__(self, name: str):
-        return getattr(torch, name)
-
-
 @contextmanager
-def all_in_float64(model):
-    """Has a model of transformers compute in float64 what it computes in float32 whatever its dtype is."""
+def all_in_float64():
+    """Has transformers compute in float64 what it computes in float32 whatever the model's dtype is."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules[type(model).__module__], "torch", _Doubled())
+        for name in ("float32", "float"):
+            patch.setattr(torch, name, torch.float64)
         patch.setattr(torch.Tensor, "float", torch.Tensor.double)
         yield
 
@@ -71,7 +63,77 @@ YARN = dict(
     rope_type="yarn", rope_theta=1e4, factor=8.0, original_max_position_embeddings=16, beta_fast=32, beta_slow=1,
     mscale=0.7, mscale_all_dim=1.2,
 )  # fmt: skip
+MAMBA = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4, pad_token_id=0)
+MAMBA2 = MAMBA | dict(num_heads=8, head_dim=8, n_groups=2, chunk_size=8, tie_word_embeddings=True)
+HYBRID = SIZES | dict(
+    mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=2, mamba_chunk_size=8, head_dim=8
+)  # fmt: skip
+MULTIPLIERS = dict(
+    embedding_multiplier=3.5, residual_multiplier=0.22, attention_multiplier=0.3, logits_scaling=2.5,
+    layer_types=["linear_attention", "full_attention", "linear_attention", "linear_attention"],
+)  # fmt: skip
+NEMOTRON = SIZES | dict(
+    mamba_num_heads=6, mamba_head_dim=8, ssm_state_size=4, n_groups=2, chunk_size=8, n_routed_experts=8,
+    num_experts_per_tok=3, moe_intermediate_size=12, moe_shared_expert_intermediate_size=20, routed_scaling_factor=2.5,
+)  # fmt: skip
 CASES = {
+    "mamba": ("mamba", MAMBA),
+    "mamba_unusual": (
+        "mamba",
+        MAMBA
+        | dict(
+            use_bias=True, use_conv_bias=False, tie_word_embeddings=False, expand=3, conv_kernel=3, time_step_rank=5
+        ),
+    ),
+    "mamba2": ("mamba2", MAMBA2),
+    "mamba2_unusual": (
+        "mamba2",
+        MAMBA2
+        | dict(
+            use_bias=True, use_conv_bias=False, tie_word_embeddings=False, expand=3, num_heads=6, head_dim=16,
+            n_groups=3, conv_kernel=2, time_step_limit=(0.6, 0.9), layer_norm_epsilon=1e-3,
+        ),
+    ),
+    "bamba": ("bamba", HYBRID | dict(attn_layer_indices=[1, 2])),
+    "bamba_unusual": (
+        "bamba",
+        HYBRID
+        | dict(
+            attn_layer_indices=[0], attention_bias=True, mamba_proj_bias=True, mamba_conv_bias=False,
+            tie_word_embeddings=True, time_step_limit=(0.5, 1.5), mamba_expand=1, mamba_n_heads=4, mamba_n_groups=4,
+            rope_parameters=dict(rope_type="linear", factor=4.0, rope_theta=5e5, partial_rotary_factor=0.25),
+        ),
+    ),
+    "granitemoehybrid": (
+        "granitemoehybrid", HYBRID | MULTIPLIERS | dict(num_local_experts=6, shared_intermediate_size=20)
+    ),
+    "granitemoehybrid_rope": (
+        "granitemoehybrid",
+        HYBRID
+        | MULTIPLIERS
+        | dict(
+            num_local_experts=4, num_experts_per_tok=3, shared_intermediate_size=8, position_embedding_type="rope",
+            attention_bias=True, tie_word_embeddings=True, mamba_proj_bias=True, mamba_conv_bias=False,
+            rope_parameters=dict(rope_type="default", rope_theta=100.0), time_step_limit=(0.5, 1.5),
+        ),
+    ),
+    "granitemoehybrid_dense_attention": (
+        "granitemoehybrid",
+        HYBRID
+        | MULTIPLIERS
+        | dict(num_local_experts=0, shared_intermediate_size=20, num_hidden_layers=2, layer_types=["attention"] * 2),
+    ),
+    "nemotron_h": ("nemotron_h", NEMOTRON | dict(layers_block_type=["mamba", "moe", "attention", "mlp", "mamba"])),
+    "nemotron_h_unusual": (
+        "nemotron_h",
+        NEMOTRON
+        | dict(
+            layers_block_type=["moe", "mamba", "attention", "moe"], moe_latent_size=16, n_group=4, topk_group=2,
+            norm_topk_prob=False, use_bias=True, use_conv_bias=False, tie_word_embeddings=False, time_step_min=0.6,
+            expand=7,
+        ),
+    ),
+    "nemotron_h_mlp_alone": ("nemotron_h", NEMOTRON | dict(layers_block_type=["mlp", "linear_attention"])),
     "llama": ("llama", SOFTMAX),
     "llama_tied_biased_scaled": (
         "llama",

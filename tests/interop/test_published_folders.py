@@ -143,7 +143,7 @@ NOT_EXPORTED = {
         "kimi_linear", "qwen3_next", {}, r"Block 0 has the mixer gated_deltanet; kimi_linear has kda and attention"
     ),
     "minimax without lightning attention": ("minimax", "llama", {}, "no layer with the mixer lightning"),
-    "deepseek_v2 without experts": ("deepseek_v2", "llama", {}, "no layer of experts"),
+    "deepseek_v2 without experts": ("deepseek_v2", "llama", {}, "no MoE layer among its feed-forward layers, as deepseek_v2 has"),
 }  # fmt: skip
 
 

@@ -62,11 +62,13 @@ def write_transformers(opened: SavedFolder, output: Path, model_type: str, *, ma
 
 
 def _config(opened: SavedFolder, family: Family, before: dict[str, Any]) -> dict[str, Any]:
-    """config.json. before: that of the folder which the model was imported from, whose ids and the like are kept."""
+    """config.json. before: that of the folder which the model was imported from, whose further keys are kept: all of
+    them were found to have no effect on what the model computes."""
     written = family.config(opened.model)
     again = config_from([family.settings(written, CONFIG)])
     check_equal(opened.model, build_on_meta(again, opened.vocab_size), family.model_type)
-    kept = {name: value for name, value in before.items() if name in WITHOUT_EFFECT}
+    same = before.get("model_type") == family.model_type
+    kept = {name: value for name, value in before.items() if same or name in WITHOUT_EFFECT}
     return {
         "max_position_embeddings": opened.config.training.seq_len,
         "eos_token_id": opened.tokenizer.end_id,

@@ -5,9 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torchlmoe.feed_forwards.dense import Dense
 from torchlmoe.feed_forwards.moe import MoE
 from torchlmoe.interop import moe
-from torchlmoe.interop.family import Family, all_mixers_of, blocks_of, model_tables
+from torchlmoe.interop.family import (
+    Family,
+    all_mixers_of,
+    blocks_of,
+    feed_forward_of,
+    first_feed_forward,
+    model_tables,
+)
 from torchlmoe.interop.keys import Keys
 from torchlmoe.interop.rope import read_rope, write_rope
 from torchlmoe.interop.rules import Rule
@@ -80,14 +88,14 @@ def read_experts(keys: Keys, names: Mapping[str, str]) -> dict[str, Any]:
     return {**{name: keys.integer(key) for name, key in names.items()}, "routed_scaling_factor": scale}
 
 
-def write_experts(layer: MoE, names: Mapping[str, str]) -> dict[str, Any]:
+def write_experts(layer: MoE, names: Mapping[str, str], model_type: str) -> dict[str, Any]:
     """The inverse of `read_experts`."""
     expert_dim = layer.experts.down_proj.shape[-1]
     sizes = {
         "num_experts": layer.num_experts,
         "top_k": layer.top_k,
         "expert_dim": expert_dim,
-        "num_shared_experts": 0 if layer.shared_expert is None else layer.shared_expert.units // expert_dim,
+        "num_shared_experts": moe.shared_units(layer, model_type) // expert_dim,
         "num_expert_groups": layer.router.num_expert_groups,
         "num_limited_groups": layer.router.num_limited_groups,
     }
@@ -110,7 +118,7 @@ def read_layers(keys: Keys, experts: dict[str, Any], **model: Any) -> dict[str, 
 def write_layers(model: Decoder, model_type: str) -> dict[str, Any]:
     """The inverse of `read_layers`, but for experts."""
     (attention,) = all_mixers_of(model, model_type, "attention")
-    experts, dense = moe.experts_and_dense(model)
+    experts, dense = feed_forward_of(model, MoE, model_type), first_feed_forward(model, Dense)
     return {
         **write_model(model),
         **write_latent_attention(attention, model_type),
@@ -134,11 +142,11 @@ def read(keys: Keys) -> dict[str, Any]:
 
 
 def write(model: Decoder) -> dict[str, Any]:
-    experts, _ = moe.experts_and_dense(model)
+    experts = feed_forward_of(model, MoE, "deepseek_v2")
     grouped = experts.router.num_limited_groups < experts.router.num_expert_groups
     return {
         **write_layers(model, "deepseek_v2"),
-        **write_experts(experts, SIZES | GROUPS),
+        **write_experts(experts, SIZES | GROUPS, "deepseek_v2"),
         "topk_method": "group_limited_greedy" if grouped else "greedy",
         "norm_topk_prob": False,
         "aux_loss_alpha": experts.load_balance.aux_loss_weight,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torchlmoe.feed_forwards.moe import MoE
 from torchlmoe.interop.deepseek_v2 import (
     GROUPS,
     SIZES,
@@ -14,9 +15,8 @@ from torchlmoe.interop.deepseek_v2 import (
     write_experts,
     write_layers,
 )
-from torchlmoe.interop.family import Family
+from torchlmoe.interop.family import Family, feed_forward_of
 from torchlmoe.interop.keys import Keys
-from torchlmoe.interop.moe import experts_and_dense
 from torchlmoe.model.decoder import Decoder
 
 
@@ -39,10 +39,10 @@ def read(keys: Keys) -> dict[str, Any]:
 
 
 def write(model: Decoder) -> dict[str, Any]:
-    experts, _ = experts_and_dense(model)
+    experts = feed_forward_of(model, MoE, "deepseek_v3")
     return {
         **write_layers(model, "deepseek_v3"),
-        **write_experts(experts, SIZES | GROUPS),
+        **write_experts(experts, SIZES | GROUPS, "deepseek_v3"),
         "norm_topk_prob": experts.router.normalize_top_k,
         "rope_interleave": True,
         "num_nextn_predict_layers": 0,

@@ -15,10 +15,11 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import FunctionType
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
+from torchlmoe.feed_forwards.base import FeedForward
 from torchlmoe.interop.keys import Keys
 from torchlmoe.interop.rules import Rule, prefixed
 from torchlmoe.layers.rope_scaling import RopeScaling
@@ -26,6 +27,7 @@ from torchlmoe.mixers import MIXERS
 from torchlmoe.model.decoder import Decoder
 from torchlmoe.model.spec import Residual
 
+L = TypeVar("L", bound=FeedForward)
 _PLAIN = (bool, int, float, str, tuple, list, dict, type(None), FunctionType, Residual, RopeScaling)
 # Attributes that may differ between two modules which compute the same from tokens: how they are drawn, trained, run.
 _WITHOUT_EFFECT = {
@@ -57,6 +59,8 @@ class Family:
     older_names: patterns in names of older files, and what stands in their place in those that transformers writes.
     constants: a model -> tensors of files that follow from its settings, by name, each as a function that makes it.
     They are written, and left out where a file is read.
+    module_names: names in transformers' modules, if those in files are others. file_mark: what a name has in a file, of
+    a model with experts, and not in a module.
     """
 
     model_type: str
@@ -69,6 +73,8 @@ class Family:
     left_out: tuple[str, ...] = ()
     older_names: tuple[tuple[str, str], ...] = ()
     constants: Callable[[Decoder], dict[str, Callable[[], Tensor]]] = lambda model: {}
+    module_names: Names | None = None
+    file_mark: str = ".experts.0."
 
     def settings(self, content: Mapping[str, Any], place: str) -> dict[str, Any]:
         """Tables `model` and `moe` for a config.json. Raises ValueError for a key that has no counterpart."""
@@ -90,7 +96,7 @@ class Family:
     def rules(self, model: Decoder, separate_experts: bool | None = None) -> list[Rule]:
         """Rules for all weights of a model; separate_experts as transformers writes them if None."""
         separate = self.separate_experts if separate_experts is None else separate_experts
-        names = self.names
+        names = self.names if separate or self.module_names is None else self.module_names
         table = [Rule(names.embedding, "embedding.weight"), Rule(names.norm, "head.norm.weight")]
         if model.head.projection is not None:
             table.append(Rule(names.head, "head.projection.weight"))
@@ -112,8 +118,7 @@ class Family:
 
     def rules_of_files(self, model: Decoder, names: Collection[str]) -> list[Rule]:
         """Rules for all weights of a model, by the names that files have for them."""
-        of_experts = [name for name in names if ".experts." in name]
-        separate = any(".experts.0." in name for name in of_experts) if of_experts else None
+        separate = any(self.file_mark in name for name in names)
         given = {self._present_name(name): name for name in names}
         return [rule.renamed(lambda name: given.get(name, name), str) for rule in self.rules(model, separate)]
 
@@ -146,6 +151,11 @@ def blocks_of(model: Decoder) -> list[Any]:
     return list(model.blocks.values())
 
 
+def first_feed_forward(model: Decoder, kind: type[L]) -> L | None:
+    """The first feed-forward layer of a class, if the model has one."""
+    return next((block.feed_forward for block in blocks_of(model) if isinstance(block.feed_forward, kind)), None)
+
+
 def mixers_of(model: Decoder, model_type: str, *known: str) -> list[Any]:
     """The first mixer of each of the known kinds; None for a kind that the model lacks.
 
@@ -173,6 +183,18 @@ def all_mixers_of(model: Decoder, model_type: str, *known: str) -> list[Any]:
                 f"The model has no layer with the mixer {name}, whose sizes a config.json of {model_type} must hold: "
                 "choose another --format."
             )
+    return found
+
+
+def feed_forward_of(model: Decoder, kind: type, model_type: str) -> Any:
+    """The first feed-forward layer of a kind. Raises ValueError if there is none."""
+    layers = [block.feed_forward for block in blocks_of(model)]
+    found = next((layer for layer in layers if isinstance(layer, kind)), None)
+    if found is None:
+        raise ValueError(
+            f"The model has no {kind.__name__} layer among its feed-forward layers, as {model_type} has: choose "
+            "another --format."
+        )
     return found
 
 

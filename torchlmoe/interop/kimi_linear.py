@@ -7,11 +7,19 @@ from __future__ import annotations
 
 from typing import Any
 
+from torchlmoe.feed_forwards.dense import Dense
 from torchlmoe.feed_forwards.moe import MoE
 from torchlmoe.interop import deepseek_v2, moe
 from torchlmoe.interop.deepseek_v2 import read_latent_attention, write_experts, write_latent_attention
 from torchlmoe.interop.deepseek_v3 import read_router
-from torchlmoe.interop.family import Family, all_mixers_of, blocks_of, model_tables
+from torchlmoe.interop.family import (
+    Family,
+    all_mixers_of,
+    blocks_of,
+    feed_forward_of,
+    first_feed_forward,
+    model_tables,
+)
 from torchlmoe.interop.keys import Keys
 from torchlmoe.interop.rules import Rule
 from torchlmoe.interop.softmax import layer_rules, mlp_rules, read_model, write_model
@@ -78,7 +86,7 @@ def write(model: Decoder) -> dict[str, Any]:
     kda, attention = all_mixers_of(model, "kimi_linear", "kda", "attention")
     if model.spec.tie_embeddings:
         raise ValueError("The model has tied embeddings, which kimi_linear of transformers cannot have.")
-    experts, dense = moe.experts_and_dense(model)
+    experts, dense = feed_forward_of(model, MoE, "kimi_linear"), first_feed_forward(model, Dense)
     blocks = blocks_of(model)
     return {
         **write_model(model),
@@ -90,7 +98,7 @@ def write(model: Decoder) -> dict[str, Any]:
             "full_attention" if isinstance(block.mixer, Attention) else "linear_attention" for block in blocks
         ],
         "mlp_layer_types": ["sparse" if isinstance(block.feed_forward, MoE) else "dense" for block in blocks],
-        **write_experts(experts, SIZES),
+        **write_experts(experts, SIZES, "kimi_linear"),
         "moe_renormalize": experts.router.normalize_top_k,
         "intermediate_size": experts.experts.down_proj.shape[-1] if dense is None else dense.units,
     }
@@ -164,4 +172,5 @@ FAMILY = Family(
     block_rules,
     # Dense layers are called mlp in the authors' files; transformers renames them with the others as it saves.
     older_names=((r"\.mlp\.", ".block_sparse_moe."),),
+    file_mark=".block_sparse_moe.",
 )

@@ -87,7 +87,7 @@ def write(model: Decoder) -> dict[str, Any]:
         "layer_types": [
             "full_attention" if isinstance(block.mixer, Attention) else "linear_attention" for block in blocks
         ],
-        **write_experts(model),
+        **write_experts(model, "minimax"),
         **factors,
         "block_size": BLOCK,
     }

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from torchlmoe.feed_forwards.moe import MoE
 from torchlmoe.interop import moe
-from torchlmoe.interop.family import Family, mixers_of, model_tables
+from torchlmoe.interop.family import Family, feed_forward_of, mixers_of, model_tables
 from torchlmoe.interop.keys import Keys
 from torchlmoe.interop.rules import Rule
 from torchlmoe.interop.softmax import (
@@ -30,9 +31,9 @@ def read_experts(keys: Keys) -> dict[str, Any]:
     }
 
 
-def write_experts(model: Decoder) -> dict[str, Any]:
+def write_experts(model: Decoder, model_type: str) -> dict[str, Any]:
     """The inverse of `read_experts`."""
-    layer, _ = moe.experts_and_dense(model)
+    layer = feed_forward_of(model, MoE, model_type)
     return {
         "num_local_experts": layer.num_experts,
         "num_experts_per_tok": layer.top_k,
@@ -53,7 +54,7 @@ def write(model: Decoder) -> dict[str, Any]:
         **write_model(model),
         **write_attention(attention),
         "sliding_window": attention.sliding_window,
-        **write_experts(model),
+        **write_experts(model, "mixtral"),
     }
 
 
