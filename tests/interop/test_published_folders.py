@@ -1,19 +1,20 @@
 """Folders as authors publish them, which differ from what transformers saves; and what is refused, by name."""
 
 import json
+import math
 import re
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.interop.families import CASES, tensors_of, their_model
 from torchlmoe.checkpoint import open_model
 from torchlmoe.config.load import config_from
 from torchlmoe.interop.families import FAMILIES
-from torchlmoe.model.decoder import build_on_meta
+from torchlmoe.model.decoder import build_on_meta, count_parameters
 
 TOKENS = torch.randint(3, 64, (2, 24), generator=torch.Generator().manual_seed(1))
 
@@ -107,6 +108,56 @@ def test_tied_embeddings_that_differ_are_refused(tmp_path):
         logits(changed(tmp_path, tensors={"lm_head.weight": embedding + 1e-9}))
 
 
+YARN = dict(type="yarn", factor=40, original_max_position_embeddings=4096, beta_fast=32, beta_slow=1)
+DEEPSEEK = dict(
+    attention_bias=False, attention_dropout=0.0, aux_loss_alpha=0.001, ep_size=1, hidden_act="silu", kv_lora_rank=512,
+    moe_layer_freq=1, pretraining_tp=1, qk_nope_head_dim=128, qk_rope_head_dim=64, rms_norm_eps=1e-6,
+    rope_theta=10000, seq_aux=True, tie_word_embeddings=False, v_head_dim=128,
+)  # fmt: skip
+PUBLISHED = {  # sizes in config.json on the hub, parameters, and mscale
+    "deepseek_v2": (  # V2-Lite
+        DEEPSEEK
+        | dict(
+            vocab_size=102400, hidden_size=2048, intermediate_size=10944, moe_intermediate_size=1408, n_group=1,
+            num_hidden_layers=27, num_attention_heads=16, num_key_value_heads=16, n_shared_experts=2, topk_group=1,
+            n_routed_experts=64, num_experts_per_tok=6, first_k_dense_replace=1, q_lora_rank=None,
+            routed_scaling_factor=1.0, norm_topk_prob=False, scoring_func="softmax", topk_method="greedy",
+            rope_scaling=YARN | dict(mscale=0.707, mscale_all_dim=0.707),
+        ),
+        15.7e9,
+        0.707,
+    ),
+    "deepseek_v3": (
+        DEEPSEEK
+        | dict(
+            vocab_size=129280, hidden_size=7168, intermediate_size=18432, moe_intermediate_size=2048, n_group=8,
+            num_hidden_layers=61, num_attention_heads=128, num_key_value_heads=128, n_shared_experts=1, topk_group=4,
+            n_routed_experts=256, num_experts_per_tok=8, first_k_dense_replace=3, q_lora_rank=1536,
+            routed_scaling_factor=2.5, norm_topk_prob=True, scoring_func="sigmoid", topk_method="noaux_tc",
+            num_nextn_predict_layers=1, rope_scaling=YARN | dict(mscale=1.0, mscale_all_dim=1.0),
+        ),
+        671e9,
+        1.0,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", PUBLISHED)
+def test_config_of_deepseek_as_published(model_type, tmp_path):
+    content, parameters, mscale = PUBLISHED[model_type]
+    content = {"model_type": model_type, **content}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with torch.device("meta"):
+        theirs = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
+    tables = FAMILIES[model_type].settings(content, "config.json")
+    ours = build_on_meta(config_from([tables]), content["vocab_size"])
+    assert count_parameters(ours) == sum(parameter.numel() for parameter in theirs.parameters())
+    assert count_parameters(ours) == pytest.approx(parameters, rel=0.003)
+    scale = ours.blocks["0"].mixer.softmax_scale
+    assert scale == pytest.approx(theirs.model.layers[0].self_attn.scaling, rel=1e-12)
+    assert scale == pytest.approx((0.1 * mscale * math.log(40) + 1) ** 2 / 192**0.5)
+
+
 WITHOUT_COUNTERPART = {
     "deepseek_v2": dict(
         norm_topk_prob=True, topk_method="noaux_tc", mlp_bias=True, num_key_value_heads=2, scoring_func="sigmoid",
@@ -143,7 +194,7 @@ NOT_EXPORTED = {
         "kimi_linear", "qwen3_next", {}, r"Block 0 has the mixer gated_deltanet; kimi_linear has kda and attention"
     ),
     "minimax without lightning attention": ("minimax", "llama", {}, "no layer with the mixer lightning"),
-    "deepseek_v2 without experts": ("deepseek_v2", "llama", {}, "no MoE layer among its feed-forward layers, as deepseek_v2 has"),
+    "deepseek_v2 without experts": ("deepseek_v2", "llama", {}, "no MoE layer among .*, as deepseek_v2 has"),
 }  # fmt: skip
 
 
