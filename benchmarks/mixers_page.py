@@ -67,7 +67,7 @@ def main() -> None:
     lines.append(
         f"Validation bits per byte and speed are of the debug model with about {million:.1f}M parameters (4 blocks, 16 "
         f"experts top-2, the experts' width adjusted to the mixer's size), trained on {tokens:,} tokens of the "
-        "embedded text with AdamW at one learning rate for all, pure (L) and as a hybrid (LLLN) with softmax attention: "
+        "embedded text with AdamW at one learning rate, pure (L) and as a hybrid (LLLN) with softmax attention: "
         f"one thread of {machine['cpu']}, torch {machine['torch']}, float32, two runs at a time. Such a short "
         "run shows how fast mixers start to learn, not how good they become."
     )

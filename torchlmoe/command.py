@@ -1,4 +1,4 @@
-"""How a program of ours ends: an error the user can mend is one sentence and a non-zero exit."""
+"""Runs a program: an error that the user can correct is one sentence and a non-zero exit code."""
 
 import argparse
 import os
@@ -51,7 +51,7 @@ def run(main: Callable[[list[str]], None]) -> None:
         rank = os.environ.get("RANK")
         where = "" if rank is None else f" (rank {rank})"
         print(f"error{where}: {text}", file=sys.stderr, flush=True)
-        # No way back from here to the other ranks: leave at once, so that the launcher stops them.
+        # This rank cannot rejoin the others: exit at once, so that the launcher stops them.
         sys.stdout.flush()
         os._exit(2)
     if dist.is_initialized():

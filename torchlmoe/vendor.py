@@ -1,7 +1,7 @@
-"""Copies parts into a package of your own: python -m torchlmoe.vendor NAME ... --output FOLDER [--kernels] [--styles]
+"""Copies parts into your own package: python -m torchlmoe.vendor NAME ... --output FOLDER [--kernels] [--styles]
 
 NAME is a mixer, `moe`, an operation, a kernel or a parallel style; --list prints all names. FOLDER becomes a package
-that does not import torchlmoe, with exactly the files that NAME needs and a test of its own.
+that does not import torchlmoe, with exactly the files that NAME needs and a test.
 """
 
 from itertools import groupby

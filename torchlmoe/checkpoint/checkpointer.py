@@ -1,4 +1,4 @@
-"""Saves a run at intervals and takes it up again: on as many ranks as there are now, whatever saved it."""
+"""Saves a run at intervals and resumes it: a run saved on N ranks resumes on M."""
 
 import logging
 import shutil
@@ -87,7 +87,7 @@ class Checkpointer:
     def load(self) -> Progress:
         """Fills model and optimizer from the latest checkpoint, or that of checkpoint.load_step; none is step 0.
 
-        A run that has gone on from checkpoint.load_step already, with this setting, is not taken back to it again.
+        If the run has resumed from checkpoint.load_step before with this setting, the latest checkpoint is used.
 
         Raises ValueError naming the file that is damaged, or the setting that is not as it was.
         """
@@ -169,7 +169,7 @@ class Checkpointer:
             self.wait()
 
     def beside(self) -> str:
-        """What is saved in the background, as the end of a sentence about what else goes on; "" if nothing is."""
+        """A clause that names the checkpoint being saved in the background; "" if there is none."""
         pending = self._pending
         return "" if pending is None or pending.done() else f", while step {self._saving_step} is saved"
 
@@ -209,9 +209,9 @@ class Checkpointer:
         step = last if step is None else step
         before = [other for other in available if other < step]
         if before and before[-1] == self.settings.load_step:
-            remedy = f"move {available[step]} away to go on from the one before"
+            remedy = f"move {available[step]} away to resume from the one before"
         elif before:
-            remedy = f"start again with --checkpoint.load_step {before[-1]} to go on from the one before"
+            remedy = f"start again with --checkpoint.load_step {before[-1]} to resume from the one before"
         else:
             remedy = f"there is none before it, so move {self.root} away to start anew"
         return available[step], remedy

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Content(BaseModel):
-    """What is read of config.json."""
+    """The keys of config.json that are read."""
 
     model_config = ConfigDict(strict=True, protected_namespaces=())
     model_type: Literal["torchlmoe"]

@@ -1,4 +1,4 @@
-"""The first checkpoint of a run that starts from a model of elsewhere, written a few tensors at a time."""
+"""The first checkpoint of a run that starts from an imported model, written a few tensors at a time."""
 
 import shutil
 from collections.abc import Iterator, Mapping

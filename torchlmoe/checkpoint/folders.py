@@ -59,7 +59,7 @@ def abandon_after(root: Path, step: int) -> list[Path]:
 
 
 def _free(path: Path) -> Path:
-    """`path`, or where it is there already that with the first number from 2 on that is not."""
+    """`path`, or if it exists `path` with the first free number from 2 on."""
     numbered = (path.with_name(f"{path.name}-{number}") for number in count(2))
     return next(candidate for candidate in chain([path], numbered) if not candidate.exists())
 

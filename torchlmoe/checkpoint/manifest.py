@@ -1,7 +1,7 @@
-"""What proves that a checkpoint is whole: size and sha256 of each file, in a manifest that also proves itself.
+"""The manifest of a checkpoint: size and sha256 of each file, and a checksum of the manifest.
 
-`manifest.json` is written when every other file is on disk. It is JSON in one canonical form and holds the checksum of
-its own content, so that a change of any one byte is found, be it in a file, in the manifest or in its white space.
+`manifest.json` is written when every other file is on disk. It is JSON in one canonical form and holds a checksum of
+its content, so a change of any byte is detected, in a file, in the manifest or in its white space.
 """
 
 import hashlib

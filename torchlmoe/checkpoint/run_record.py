@@ -1,7 +1,7 @@
-"""run.json: what a checkpoint says of the run that saved it, and what must stay so when the run goes on.
+"""run.json: facts about the run that saved a checkpoint, and the settings that must not change on resuming.
 
-Fixed are the architecture, the tokenizer, and what the order of data hangs on. All else may change: steps, learning
-rate, intervals, backends, recomputation, parallel degrees.
+Fixed are the architecture, the tokenizer, and the settings that determine the order of data. Others may change: steps,
+learning rate, intervals, backends, recomputation, parallel degrees.
 """
 
 import json
@@ -42,8 +42,8 @@ class Progress:
     """How far a run has come.
 
     step: optimizer steps done, skipped ones included.
-    record: what is to be logged of that step, before its validation; empty where nothing is. A checkpoint is written
-        before both, so that a run which goes on from it can make up for them.
+    record: the figures to log for that step, before its validation; may be empty. A checkpoint is written
+        before logging and validation, so that a resumed run can do both.
     """
 
     __pydantic_config__ = ConfigDict(strict=True)
@@ -70,7 +70,7 @@ class _Run(BaseModel):
 
 
 def fixed_of_model(config: Config, tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
-    """What the weights stand and fall with: resolved values by the name of their setting, all of them JSON."""
+    """The settings that the weights depend on: resolved values by the name of their setting, all of them JSON."""
     fixed: dict[str, Any] = {}
     pattern = (config.model.layer_pattern * config.model.num_layers)[: config.model.num_layers]
     for letter in sorted(set(pattern)):
@@ -93,7 +93,7 @@ def fixed_of_model(config: Config, tokenizer: Tokenizer, vocab_size: int) -> dic
 
 
 def fixed_of_run(config: Config, order: RowOrder) -> dict[str, Any]:
-    """What the optimizer's state and the order of data hang on, as `fixed_of_model`."""
+    """The settings that the optimizer state and the order of data depend on, like `fixed_of_model`."""
     training = config.training
     # Masters are at least float32: bfloat16 and float32 runs hold the same tensors.
     masters = torch.promote_types(getattr(torch, training.dtype), torch.float32)
@@ -105,7 +105,7 @@ def fixed_of_run(config: Config, order: RowOrder) -> dict[str, Any]:
         "training.global_batch_size": order.global_batch_size,
         "optimizer.name": config.optimizer.name,
     }
-    # Before what is read from it, since it says how to get that again.
+    # Checked first: its message says how to obtain the same data again.
     commits = [store.index.recipe["commit"] for store in stores if "commit" in store.index.recipe]
     if commits:
         fixed["data.dataset_revision"] = ", ".join(commits)
@@ -149,7 +149,7 @@ def differences(saved: dict[str, Any], ours: dict[str, Any], folder: Path) -> It
 def check_same(saved: dict[str, Any], ours: dict[str, Any], folder: Path) -> None:
     """Raises ValueError naming the first fixed setting that is not as in the checkpoint `folder`."""
     for name, clause in differences(saved, ours, folder):
-        # Of the order of data, which is no setting of its own.
+        # The order of data is not a setting.
         of_data = name in ("data.num_tokens", "data.num_documents", "data.content", "data.mixture")
         remedy = "give the same training data and data.max_tokens again" if of_data else "set it to that"
         raise ValueError(f"{clause}: {remedy}, or start a new run in another job.dump_folder.")

@@ -38,7 +38,7 @@ class OptimizerState:
         self.names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Views of what there is by now. Raises ValueError for a state that is not a tensor."""
+        """Views of the existing state. Raises ValueError for a state that is not a tensor."""
         state: dict[str, Tensor] = {}
         for parameter, values in self.optimizer.state.items():
             for key, value in values.items():
@@ -146,7 +146,7 @@ def load_tensors(
     """Fills the tensors in place from a folder of safetensors files, converting floating-point dtypes.
 
     group: all of whose ranks load together; None for this process alone.
-    is_other: as of `check_tensors`. Raises ValueError as it does.
+    is_other: see `check_tensors`, whose errors it raises.
     """
     reader = _Reader(folder)
     check_tensors(state, reader.tensors, folder, is_other=is_other)

@@ -72,7 +72,7 @@ class TransformersFolder:
         taken = family.places(self.model, names)
         if len(taken) < len(names):
             others = [name for name in names if name not in set(taken)]
-            logger.info(f"Ignored: {len(others)} tensors that the model does not have, such as {others[0]}.")
+            logger.info(f"Left out: {len(others)} tensors that have no place in the model, such as {others[0]}.")
         try:
             return conversions(taken, family.rules_of_files(self.model, taken))
         except ValueError as error:

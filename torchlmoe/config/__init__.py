@@ -1,4 +1,4 @@
-"""Settings: what there is (`settings`), how they are read (`load`), and what follows from them (`batch`)."""
+"""Settings: their definitions (`settings`), reading (`load`), and batch sizes (`batch`)."""
 
 from torchlmoe.config.settings import Config
 

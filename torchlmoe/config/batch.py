@@ -1,4 +1,4 @@
-"""Whether the degrees of parallelism fit the ranks and the batch, and how many rows and tokens each rank has."""
+"""Checks that the degrees of parallelism fit the ranks and the batch, and computes rows and tokens per rank."""
 
 from math import prod
 
@@ -139,7 +139,7 @@ def validation_batch_size(config: Config) -> int:
 
 
 def batch_rows(config: Config, world_size: int) -> dict[str, int]:
-    """Rows at once, in training and, if enabled, in validation. ConfigError as of `batch_sizes`."""
+    """Rows at once, in training and, if enabled, in validation. Raises ConfigError like `batch_sizes`."""
     rows, _ = batch_sizes(config.training, world_size // ranks_of_rows(config))
     return {"training": rows} | ({"validation": validation_batch_size(config)} if config.validation.enable else {})
 

@@ -1,4 +1,4 @@
-"""Imports the modules that `job.custom_modules` names, which register mixers, losses and the like of your own."""
+"""Imports the modules that `job.custom_modules` names, which register your own mixers, losses and so on."""
 
 import importlib
 import importlib.util

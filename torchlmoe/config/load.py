@@ -86,7 +86,7 @@ def import_custom_modules(arguments: list[str]) -> None:
 def _sources(arguments: list[str]) -> list[dict[str, Any]]:
     from_command_line = _parse_command_line(arguments)
     config_file = from_command_line.get("job", {}).get("config_file")
-    # What is no text is refused with the other settings.
+    # Values that are not text raise an error later, with the other settings.
     from_file = _read_toml(config_file) if isinstance(config_file, str) else {}
     return [from_file, from_command_line]
 
@@ -385,7 +385,8 @@ def _check_reader(prefix: str, dataset: str, options: dict[str, Any]) -> None:
 
 
 def _check_recall(config: Config) -> None:
-    """Tasks of recall have a vocabulary of their own, and a row holds whole documents."""
+    """Check that recall tasks, which have their own vocabulary, are not mixed with text, and that rows hold whole
+    documents."""
     data, seq_len = config.data, config.training.seq_len
     given = recall_data(data, with_validation=config.validation.enable)
     if not any(task for task, _, _ in given):

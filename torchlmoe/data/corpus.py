@@ -20,11 +20,11 @@ from torchlmoe.data.readers import READERS
 
 
 class Piece(Protocol):
-    """Neighbouring documents of a corpus, which one process reads. It can be sent to another process."""
+    """Consecutive documents of a corpus, which one process reads. It can be sent to another process."""
 
     @property
     def num_bytes(self) -> int:
-        """About as many as will be read; 0 where that is not known."""
+        """Approximate number of bytes to read; 0 if unknown."""
 
     def documents(self) -> Iterator[str]:
         """Their texts, empty ones included."""

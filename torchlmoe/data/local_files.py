@@ -43,7 +43,7 @@ class Span:
 
 @dataclass(frozen=True)
 class FilePiece:
-    """Neighbouring parts of the files of a corpus, which one process reads."""
+    """Consecutive parts of the files of a corpus, which one process reads."""
 
     spans: tuple[Span, ...]
     text_column: str

@@ -1,9 +1,8 @@
 """Which rows each training step reads: a function of the seed and the step alone, over one source of data or a mixture.
 
-Nothing but the step has to be saved: row number `step * global_batch_size + i` of the run is found by arithmetic. Of a
-mixture, rows are dealt out to the sources in turn, so that each has its share of any number of rows to within one row
-per source; then each source's rows are those of its own run, epoch by epoch. An epoch's shuffle is a permutation that
-is computed place by place.
+Only the step has to be saved: row number `step * global_batch_size + i` of the run is computed by arithmetic. The rows
+of a mixture are assigned to the sources in turn, so that each source has its share of any number of rows to within one
+row. Each source has separate epochs. The shuffle of an epoch is a permutation that is computed for each place.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,7 +21,7 @@ UNIT = 2**40
 
 @dataclass(frozen=True)
 class Source:
-    """A store to train on, and the weight of its rows among those of all sources. name: for what is logged."""
+    """A store to train on, and the weight of its rows among those of all sources. name: for logs."""
 
     store: TokenStore
     weight: float = 1.0

@@ -3,10 +3,10 @@
 Row r holds tokens [r L, (r + 1) L) of the store, and the label of a token is the next token of the stream.
 A document is stored as [end, t1 .. tn], so its last token has an end token for a label (the next document's;
 after the last document, one that is not stored): the model learns to stop, and every token of the text is a
-label exactly once, also at row boundaries. A document cut by a row boundary goes on in the next row as a
-document of its own.
+label exactly once, also at row boundaries. If a row boundary cuts a document, the rest is a separate
+document in the next row.
 
-Only the last row can be short. It is filled with end tokens, a document of their own with IGNORE_INDEX for labels.
+Only the last row can be short. It is filled with end tokens, a separate document with IGNORE_INDEX as labels.
 """
 
 import numpy as np

@@ -1,8 +1,8 @@
-"""What is finished of a store that is being built, so that any process can go on with the rest.
+"""The finished parts of a store that is being built, so that any process can continue with the rest.
 
-Beside a store's folder lie `<folder>.partial`, with the shards, and `<folder>.parts`, with what is known of them. A
-piece of the corpus becomes one shard, or several if it is long; of each, `.json` is written last. Nothing of this is in
-the store at its end.
+Beside a store's folder are `<folder>.partial`, with the shards, and `<folder>.parts`, with facts about them. A
+piece of the corpus becomes one shard, or several if it is long; the `.json` of each is written last. The finished
+store contains none of these files.
 """
 
 import json
@@ -52,7 +52,7 @@ class Parts:
             shutil.rmtree(folder, ignore_errors=True)
 
     def of_piece(self, piece: int) -> list[ShardFacts]:
-        """What is finished of a piece, in order."""
+        """The finished shards of a piece, in order."""
         if piece in self._known:
             return self._known[piece]
         found: list[ShardFacts] = []
@@ -80,14 +80,14 @@ class Parts:
         return ShardWriter(self.partial / _file(piece, number), vocab_size=vocab_size, end_id=end_id)
 
     def finish(self, piece: int, number: int, writer: ShardWriter, facts: ShardFacts) -> None:
-        """Its shard first, and then what makes it count."""
+        """Move the shard to its place, then write the file that marks it as valid."""
         writer.finish()
         name = _name(piece, number)
         replace(self.folder / f"{name}.lengths", np.array(writer.lengths, dtype="<i8").tobytes())
         replace(self.folder / f"{name}.json", json.dumps(asdict(facts)).encode())
 
     def forget(self, piece: int) -> None:
-        """So that the piece is tokenized again."""
+        """Discard a piece, so that it is tokenized again."""
         for number in reversed(range(len(self.of_piece(piece)))):
             (self.folder / f"{_name(piece, number)}.json").unlink()
             (self.partial / _file(piece, number)).unlink(missing_ok=True)

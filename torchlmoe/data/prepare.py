@@ -1,7 +1,7 @@
-"""Tokenizes one split of a dataset into a token store, once: later runs and other processes find it there.
+"""Tokenizes one split of a dataset into a token store, once: later runs and other processes reuse it.
 
-The corpus is cut into pieces, which any number of processes on any number of hosts tokenize; what is finished when they
-are killed is kept. The store depends on the pieces alone, and so on nothing but the corpus and the tokenizer.
+The corpus is cut into pieces, which any number of processes on any number of hosts tokenize. If they are killed, the
+finished pieces are kept. The store depends only on the corpus and the tokenizer.
 """
 
 import hashlib
@@ -175,7 +175,7 @@ class _Build:
                     self._wait(self._all_counted, self._is_counted, "counts")
                 self._do(self._tasks(own), len(sizes), progress)
         except ValueError:
-            if effort.num_writers == 1:  # once mended it is another corpus, which will not go on from here
+            if effort.num_writers == 1:  # a corrected corpus is another corpus, which cannot continue from these parts
                 self.parts.remove()
             raise
 

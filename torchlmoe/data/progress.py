@@ -25,7 +25,7 @@ class Task(NamedTuple):
 class TokenizationProgress:
     """Counts documents, UTF-8 bytes of text and tokens within a `with`, and logs the totals at its end.
 
-    sizes: bytes to read of each piece that is to be tokenized, 0 where they are not known.
+    sizes: bytes to read of each piece that is to be tokenized, 0 if unknown.
     max_tokens: after which it stops.
     """
 

@@ -1,9 +1,9 @@
-"""Tokens on disk: memory-mapped shards, the bounds of the documents, and an index that says what is there.
+"""Tokens on disk: memory-mapped shards, the bounds of the documents, and an index of its contents.
 
 A store is a folder of raw little-endian files:
 
     index.json          counts, the shards, and what the store was made from
-    tokens_00000.bin    a shard: documents back to back, each as [end_id, t1 .. tn]; uint16, or uint32 if the vocabulary
+    tokens_00000.bin    a shard: consecutive documents, each as [end_id, t1 .. tn]; uint16, or uint32 if the vocabulary
                         is over 65,536
     documents.bin       int64 [num_documents + 1], where each document starts, and the end of the last
     token_bytes.bin     uint16 [vocab_size], UTF-8 bytes of each token; only where they are exact for this text
@@ -66,7 +66,7 @@ class StoreIndex:
 
     @classmethod
     def from_json(cls, text: str) -> "StoreIndex":
-        """Raises ValueError, TypeError or KeyError for what is no index."""
+        """Raises ValueError, TypeError or KeyError if the text is not a valid index."""
         given: dict[str, Any] = json.loads(text)
         if "shards" in given:
             given["shards"] = [Shard(**shard) for shard in given["shards"]]

@@ -134,7 +134,7 @@ def update_digest(
 
 @contextmanager
 def failures_named(folder: Path) -> Iterator[None]:
-    """Says where it was that something could not be written."""
+    """Names the folder in errors of writing."""
     try:
         yield
     except OSError as error:

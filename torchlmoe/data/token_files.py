@@ -6,8 +6,8 @@ Served are, by what lies beside a file,
                        indexed_dataset.py); documents may end with the end token (--append-eod) or not
     x.npy, x.csv.gz    OLMo-core's and dolma's (OLMo-core, src/olmo_core/data/utils.py): numbers without a header in
                        spite of the name, and lines of start,end,...; documents end with the end token
-    x.bin or x.npy     nanoGPT's (data/openwebtext/prepare.py) and the above without their index: documents are told
-                       apart by the end token; what numpy.save writes, with its header, also is read
+    x.bin or x.npy     nanoGPT's (data/openwebtext/prepare.py) and the above without their index: documents end
+                       with the end token; files of numpy.save, with their header, are read too
 
 A token costs nothing more on disk: a store of them holds where documents start and the identity of it all.
 """

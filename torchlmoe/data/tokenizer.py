@@ -24,7 +24,7 @@ class Tokenizer:
 
     Attributes: `vocab_size` (one past the largest id), `end_token`, `end_id`, `content` (of the file),
     `fingerprint` (its sha256).
-    Raises ValueError for a file that is no tokenizer, and for an end token that the vocabulary lacks.
+    Raises ValueError for a file that is not a valid tokenizer, and for an end token that the vocabulary lacks.
     """
 
     def __init__(self, path: Path, end_token: str | None = None, content: bytes | None = None):

@@ -1,4 +1,4 @@
-"""Tokenizes a piece of a corpus into shards: in this process, or in one of several that are told to."""
+"""Tokenizes a piece of a corpus into shards, in this process or in one of several workers."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -32,7 +32,7 @@ class Job:
 
     @property
     def counts(self) -> bool:
-        """Whether documents of a piece are told apart by their number, which hangs on the pieces before."""
+        """Whether the numbers of documents matter; they depend on the preceding pieces."""
         return bool(self.reading.held_out) and len(self.reading.pieces) > 1
 
 

@@ -1,4 +1,4 @@
-"""Processes that tokenize pieces: each is handed one after another, and ends with the process that started it.
+"""Processes that tokenize pieces: each receives one piece after another, and ends with the process that started it.
 
 python -m torchlmoe.data.workers     what they run: tasks come on standard input, answers go to standard output
 """
@@ -111,7 +111,7 @@ class _Worker:
 
 def _serve() -> None:
     tasks, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints is no answer
+    os.dup2(2, 1)  # output of libraries must not mix with answers
 
     def answer(message: object) -> None:
         pickle.dump(message, answers)

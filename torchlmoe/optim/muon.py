@@ -1,4 +1,4 @@
-"""Muon (Jordan et al. 2024; scaled as in arXiv 2502.16982): a matrix moves along its orthogonalised momentum.
+"""Muon (Jordan et al. 2024; scaled as in arXiv 2502.16982): a matrix moves along its orthogonalized momentum.
 
     M <- mu M + (1 - mu) grad             U = mu M + (1 - mu) grad             (Nesterov)
     W <- (1 - lr wd) W - lr 0.2 sqrt(max(m, n)) orth(U)
@@ -97,7 +97,7 @@ def _whole_matrices(update: Tensor) -> Tensor:
 
 
 def _own_part(update: Tensor, parameter: Tensor) -> Tensor:
-    """A plain tensor like the rank's part of the parameter, of whole matrices as of `_whole_matrices`."""
+    """A plain tensor like the rank's part of the parameter, of whole matrices from `_whole_matrices`."""
     return own_part(update, parameter, first_dim=parameter.dim() - 2)
 
 

@@ -15,9 +15,9 @@ _GRAPHS_PER_BLOCK = 8
 
 
 def compile_blocks(model: Decoder, device: torch.device) -> None:
-    """Blocks run as one graph each from now on, compiled at their first call; equal blocks share theirs.
+    """Make each block run as one graph, compiled at its first call; equal blocks share a graph.
 
-    Hooks (FSDP's) stay outside of the graphs. Raises ValueError where a CPU has no C++ compiler.
+    Hooks (of FSDP) stay outside the graphs. Raises ValueError on a CPU without a C++ compiler.
     """
     if device.type == "cpu":
         try:

@@ -1,7 +1,7 @@
 """Context parallelism: a microbatch is split into contiguous spans of tokens, and ranks exchange what crosses them.
 
-Mixers look across tokens only in submodules that have a parallel style for that (`Mixer.context_parallel_plan`). All
-else in a model works token by token, but for the load of a row of data, which is summed over its spans.
+Mixers look across tokens only in submodules that have a parallel style for it (`Mixer.context_parallel_plan`). The
+rest of a model works token by token, except the load of a row of data, which is summed over its spans.
 """
 
 from dataclasses import replace
@@ -17,7 +17,7 @@ from torchlmoe.styles.halo import Halo
 def context_parallel_plans(model: Decoder, settings: Parallelism, span: int) -> dict[str, dict[str, ParallelStyle]]:
     """By block, the styles of its mixer's submodules.
 
-    span: tokens of the shortest span. Raises ValueError where a mixer cannot be split, or looks further back than that.
+    span: tokens of the shortest span. Raises ValueError if a mixer cannot be split, or looks further back than that.
     """
     plans = {}
     for index, block in model.blocks.items():

@@ -62,7 +62,8 @@ def apply_fsdp(model: Decoder, roots: Sequence[nn.Module], ranks: Ranks, dtype: 
 def _placing_experts(model: Decoder, ranks: Ranks) -> Callable[[nn.Parameter], Any]:
     """How a parameter is sharded: along its first dimension, over the ranks of the group around it, but for experts.
 
-    They may live on other ranks. Experts are no group of their own, whose hooks would cut a compiled block in pieces.
+    They may live on other ranks. Experts are not a separate group, whose hooks would break a compiled block into
+    pieces.
     """
     mesh = ranks.expert_parameters
     degree = mesh.size(mesh.ndim - 1)

@@ -1,4 +1,4 @@
-"""What went wrong among the ranks, in a sentence: one is gone, one hangs, one failed to write or read."""
+"""Explains failures among ranks in one sentence: a rank is lost, hangs, or failed to write or read."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

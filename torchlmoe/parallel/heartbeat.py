@@ -1,7 +1,7 @@
-"""Which rank is lost or late: each rank reports where it is in the store of the launch, for when a collective fails.
+"""Finds which rank is lost or late if a collective fails: each rank reports its operation to the launch's store.
 
-A thread of each rank writes one short report every second, without a collective and without a look at the device.
-Reports are read only after a failure, all of them in one request. Beats are counted, so clocks of nodes do not matter.
+A thread of each rank writes one short report every second, without a collective and without access to the device.
+Reports are read only after a failure, all of them in one request. Reports are counted, so clocks need not agree.
 """
 
 import atexit
@@ -54,7 +54,7 @@ class Heartbeat:
     """
 
     def __init__(self) -> None:
-        self.beside: Callable[[], str] = lambda: ""  # what goes on in the background, to follow `where`
+        self.beside: Callable[[], str] = lambda: ""  # describes work in the background, appended to `where`
         self._moves, self._where, self._state = 0, "start-up", RUNNING
         self._original: Any = None
         self._store: Any = None
@@ -96,7 +96,7 @@ class Heartbeat:
         return self._where + self.beside()
 
     def end(self, error: BaseException) -> None:
-        """Tells the others that this rank ends by an error of its own. Raises nothing."""
+        """Report to the others that this rank ends by an error. Raises nothing."""
         if self._store is None or self._is_gone or self._state != RUNNING:
             return
         text = (str(error).strip() or type(error).__name__).partition("\n")[0].rstrip(".")
@@ -109,7 +109,7 @@ class Heartbeat:
         self._let_others_read()
 
     def cause(self) -> str | None:
-        """Which rank made a collective fail, as a clause without its full stop; None where it cannot be told.
+        """Return a clause that names the rank which made a collective fail; None if it is unknown.
 
         Takes a few seconds: a rank that does not report in the meantime is lost.
         """

@@ -1,9 +1,9 @@
 """Modules outside of FSDP2, whose few parameters are whole on every data rank.
 
-A group of FSDP has one dtype to compute in, and the hooks of a group within a block would cut the block's graph in
-pieces where it is compiled. So in a lower precision, what `float32_island` marks (decay gates, routers) stays outside
-of FSDP. So does what layers have in common: a group has one root, and stages of a pipeline are roots of their own. Each
-rank computes with the whole parameter in its own dtype, and the gradients of a step are summed over ranks at its end,
+An FSDP group computes in one dtype, and the hooks of a group inside a block would break the graph of a compiled block.
+So in a lower precision, modules marked `float32_island` (decay gates, routers) stay outside FSDP. Modules shared by
+several layers stay outside too: a group has one root, and each pipeline stage is a separate root. Each
+rank computes with the whole parameter in its dtype, and the gradients of a step are summed over ranks at its end,
 in one collective.
 """
 

@@ -47,7 +47,7 @@ class Launch(NamedTuple):
 
 
 def join_launch(timeout_seconds: float = 300.0) -> Launch:
-    """Meets the other ranks in their store, by the variables that torchrun sets; a plain process has one of its own.
+    """Join the store of all ranks, by the variables that torchrun sets; a plain process creates a store for itself.
 
     timeout_seconds: of the store, and to wait for the rank that serves it.
     """
@@ -60,8 +60,8 @@ def join_launch(timeout_seconds: float = 300.0) -> Launch:
     store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
     store.set_timeout(timeout)
     if is_store_of_launcher():
-        # It is that of all attempts: a rank that torchrun has started again would take addresses of the one before.
-        # Rank 0's own is new in each attempt, which launchers of several nodes may count differently.
+        # The launcher's store serves all attempts: a restarted rank would read addresses of the preceding attempt.
+        # A store of rank 0 is new in each attempt. Launchers of several nodes may count attempts differently.
         store = dist.PrefixStore(f"attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     return Launch(store, rank, world_size)
 
@@ -72,9 +72,9 @@ def is_store_of_launcher() -> bool:
 
 
 def start_process_group(device: torch.device, timeout_seconds: float = 300.0, launch: Launch | None = None) -> None:
-    """gloo on CPU, NCCL on CUDA; a plain process gets a group of its own.
+    """Start gloo on CPU, NCCL on CUDA; a plain process is a group of one.
 
-    timeout_seconds: after which a collective has failed. launch: as of `join_launch`, if that was done before.
+    timeout_seconds: after which a collective has failed. launch: the result of `join_launch`, if it was called before.
     """
     if dist.is_initialized():
         return
@@ -98,15 +98,15 @@ def build_mesh(degrees: Parallelism, device_type: str) -> DeviceMesh:
 
 
 def parameter_mesh(mesh: DeviceMesh) -> DeviceMesh:
-    """What FSDP works on: dp_shard_cp, the axes dp_shard and cp as one, behind dp_replicate if there are replicas."""
+    """The mesh of FSDP: dp_shard_cp, the flattened axes dp_shard and cp, after dp_replicate if there are replicas."""
     shard = mesh["dp_shard", "cp"]._flatten("dp_shard_cp")
     replicate = mesh["dp_replicate"]
     return DeviceMesh._concatenate([replicate, shard]) if replicate.size() > 1 else shard
 
 
 def expert_mesh(mesh: DeviceMesh, degree: int) -> DeviceMesh:
-    """Axes pp, dp_replicate, efsdp, ep: the ranks of dp_shard, cp and tp in order, of which `degree` neighbours have
-    all experts of a layer between them.
+    """Axes pp, dp_replicate, efsdp, ep: the ranks of dp_shard, cp and tp in order, of which `degree` consecutive ones
+    split all experts of a layer.
     """
     pipeline, replicate = mesh["pp"].size(), mesh["dp_replicate"].size()
     sizes = (pipeline, replicate, mesh.size() // (pipeline * replicate * degree), degree)
@@ -119,6 +119,6 @@ def pieces_mesh(mesh: DeviceMesh) -> DeviceMesh:
 
 
 def set_timeouts(meshes: Iterable[DeviceMesh], seconds: float) -> None:
-    """Of all groups of the meshes, which have the backend's default of many minutes."""
+    """Set the timeout of all groups of the meshes. Subgroups otherwise keep the backend's long default timeout."""
     for group in {group for mesh in meshes for group in mesh.get_all_groups()}:
         _set_pg_timeout(timedelta(seconds=seconds), group)

@@ -7,10 +7,10 @@ from torch import nn
 
 
 def compute_in(dtype: torch.dtype, model: nn.Module) -> None:
-    """Whoever reads a parameter from now on reads a cast to `dtype`; `parameters()` are as they were.
+    """Make every read of a parameter return a cast to `dtype`; `parameters()` do not change.
 
-    Modules marked `float32_island` are left out. Each reading is a new cast, so that casts need not be kept where
-    activations are computed again; gradients reach the parameters in their own dtype. Initialise before.
+    Modules marked `float32_island` are left out. Each read makes a new cast, so casts need not be kept if
+    activations are recomputed. Gradients have the dtype of the parameters. Initialize parameters before.
     """
     for module in model.modules():
         names = tuple(name for name, _ in module.named_parameters(recurse=False))

@@ -49,7 +49,7 @@ _CONTEXTS = {
 def recompute(block: nn.Module, mode: str) -> None:
     """From now on `block` runs its forward again in its backward.
 
-    mode: "selective" keeps the results of products and of our own operations (recurrence, attention, experts) and
+    mode: "selective" keeps the results of products and of our operations (recurrence, attention, experts) and
     recomputes what is cheap; "full" keeps the block's input and which experts were chosen.
     """
     # A partial of the bound forward, not a closure, so that a deep copy of the block runs its own. It is no wrapper

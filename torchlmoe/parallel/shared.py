@@ -1,7 +1,7 @@
-"""Parameters that several stages of a pipeline have: what layers have in common, and tied embeddings.
+"""Parameters that several stages of a pipeline have: modules shared by layers, and tied embeddings.
 
-Each stage computes the gradient of its own use, and the sum of a step's is the parameter's. From equal gradients equal
-optimizers make equal updates, so the copies stay the same.
+Each stage computes the gradient of its use, and the parameter's gradient is their sum. Equal gradients and equal
+optimizers give equal updates, so the copies stay equal.
 """
 
 from collections.abc import Sequence, Set

@@ -1,6 +1,6 @@
 """Tensor parallelism: one walk over the model collects from its modules how each of them is split over heads.
 
-Modules say along which dimension of a parameter heads are laid (`head_dims`), and what they exchange
+Modules name the dimension of each parameter along which heads lie (`head_dims`), and their communication
 (`tensor_parallel_style`). Between blocks every rank has a part of the tokens, on which norms, residuals and routers
 run.
 """
@@ -138,7 +138,7 @@ def _owner(part: nn.Module, name: str) -> nn.Module:
 
 
 def _entrances(name: str, module: nn.Module | None) -> list[str]:
-    """The outermost modules that have a projection into hidden channels of their own."""
+    """The outermost modules that themselves have a projection into hidden channels."""
     if module is None:
         return []
     if any(isinstance(child, ColumnLinear) for child in module.children()):

@@ -92,7 +92,7 @@ class RankTrace:
 
 
 def trace_rank(config: Config, vocab_size: int, rank: int, world_size: int, *, on_gpu: bool = True) -> RankTrace:
-    """The trace of one rank of `world_size`. Errors as of `shape`.
+    """The trace of one rank of `world_size`. Raises the errors of `shape`.
 
     on_gpu: whether tensors stand for those of a GPU; else they are a CPU's. Rows are one document each, and every
     expert is chosen as often as any other. Blocks are not compiled.

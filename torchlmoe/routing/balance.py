@@ -9,13 +9,13 @@ in DeepSeek-V2 (arXiv 2405.04434); the router z-loss (arXiv 2202.08906); and the
 with f_e the fraction of choices that fell on expert e and P_e the mean probability of e. Both are 1 / E for
 each e when balanced, where the auxiliary loss is `aux_loss_weight`. Over the global batch, f_e is that of the last
 whole optimizer step: the present one's is not known before its last microbatch, on whichever rank or pipeline stage,
-has been routed. f_e is a constant to the gradient in any case, and so it needs no communication of its own and does
+has been routed. f_e is a constant to the gradient, so it needs no communication and does
 not depend on how a batch is cut.
 
-The losses never enter the main loss: their gradients are injected on the way back, times the microbatch's
+The losses are not added to the main loss: the backward injects their gradients, times the microbatch's
 share of the step's tokens, so they need no path through the model's outputs or between pipeline stages.
-Counting happens on the way back too, as a gradient that `backward()` gathers in a buffer (`torch.autograd.grad` does
-not): once per microbatch, however often recomputation runs the forward, and not at all in evaluation.
+The backward also counts, as a gradient that `backward()` accumulates in a buffer (`torch.autograd.grad` does
+not): once per microbatch, with or without recompute, and not in evaluation.
 
 Legend: T tokens, K experts per token, E experts, M = T * K slots.
 """
@@ -30,9 +30,9 @@ from torchlmoe.routing.router import Routing
 
 
 class _InjectAndCount(torch.autograd.Function):
-    """Passes `x` through; on the way back `losses` receive `loss_weight` as their gradient, and `counters` `counted`.
+    """Return `x`; in the backward `losses` receive the gradient `loss_weight`, and `counters` the gradient `counted`.
 
-    So autograd adds the counts up over microbatches as it does gradients, and nothing is written in between.
+    So autograd accumulates the counts over microbatches like gradients.
     """
 
     @staticmethod

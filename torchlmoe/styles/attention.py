@@ -1,7 +1,7 @@
-"""Softmax attention over a sequence whose tokens are spread over ranks, as a style for `parallelize_module`.
+"""Softmax attention over a sequence that is split over ranks, as a style for `parallelize_module`.
 
-Each of the P ranks of the mesh holds a contiguous span of the tokens, all spans equally long. Two ways to let a span
-see what comes before it:
+Each of the P ranks of the mesh holds a contiguous span of the tokens, all of equal length. A span sees earlier
+tokens in one of two ways:
 
     all_gather (LASP-2H, arXiv 2502.07563): one all-gather of keys and values, for the queries of the span; one
         reduce-scatter of their gradients.
@@ -9,8 +9,8 @@ see what comes before it:
         back, and the same for the gradients.
 
 With H heads of queries and G of keys, of D numbers, all_gather brings a rank 2 G (P - 1) D numbers for each token of
-its span and ulysses 2 (H + lcm(G, P)) (P - 1) / P D, and as many on the way back: all_gather is for few ranks and few
-heads of keys. It keeps the keys of all tokens in memory, ulysses a P-th of all heads'. The file needs torch alone.
+its span and ulysses 2 (H + lcm(G, P)) (P - 1) / P D, and the same in the backward: all_gather suits few ranks and few
+key heads. It keeps the keys of all tokens in memory, ulysses those of 1 / P of the heads. The file needs only torch.
 """
 
 from functools import partial
@@ -79,7 +79,7 @@ def _to_heads(mesh: DeviceMesh, module: nn.Module, inputs: tuple[Tensor, ...]) -
 
 
 def _to_spans(mesh: DeviceMesh, module: nn.Module, inputs: tuple[Tensor, ...], o: Tensor) -> Tensor:
-    """The way back of o."""
+    """The inverse for o."""
     spans_PBTHD = o.unflatten(1, (mesh.size(), -1)).movedim(1, 0)
     heads_PBTHD = all_to_all_single_autograd(spans_PBTHD.contiguous(), None, None, (mesh, 0))
     return heads_PBTHD.movedim(0, 2).flatten(2, 3)

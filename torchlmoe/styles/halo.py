@@ -1,12 +1,12 @@
-"""Modules that look a few tokens back, on a sequence split over ranks: each gets its left neighbour's last tokens.
+"""Modules that look a few tokens back, on a sequence split over ranks: each gets its left neighbor's last tokens.
 
     parallelize_module(mixer, mesh["cp"], {"q_conv": ConvHalo(), "token_shift": TokenShiftHalo()})
 
-A module of width w runs on w - 1 tokens of the neighbour and its own span, and what it says of the former is dropped.
+A module of width w runs on w - 1 tokens of the neighbor and on its span; the outputs for the former are dropped.
 Rank r of the mesh holds tokens [r * L, (r + 1) * L) of each row; all spans are of one length L. It is one all-to-all in
-either direction, in which a rank talks to its neighbours alone: traffic does not grow with ranks or tokens.
+either direction, in which a rank sends only to its neighbor: traffic does not grow with ranks or tokens.
 
-The file needs torch and no more. It serves any module with `forward(x, *, sequence, cache=None)`, where `sequence` is a
+The file needs only torch. It supports any module with `forward(x, *, sequence, cache=None)`, where `sequence` is a
 dataclass with the fields `positions` and `cu_seqlens`.
 """
 
@@ -85,7 +85,7 @@ class ConvHalo(Halo):
 
 
 class TokenShiftHalo(Halo):
-    """For what looks at the token before, and tells a document's first by position 0."""
+    """For modules that look at the preceding token, and detect the first token of a document by position 0."""
 
     def width(self, module: nn.Module) -> int:
         return 1

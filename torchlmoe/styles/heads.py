@@ -1,15 +1,15 @@
 """Tensor parallelism over heads or hidden channels, as styles for `parallelize_module`.
 
 Each of the P ranks of a mesh has a P-th of the heads, and, between blocks, a contiguous P-th of the tokens (arXiv
-2205.05198). A layer gathers the tokens on its way in, computes its heads' part of the output for all of them, and adds
-the parts up on its way out, each rank keeping the sums of its own tokens. The mirror images of both run backward:
+2205.05198). A layer gathers the tokens at its input, computes its heads' part of the output for all of them, and
+reduce-scatters the output, so that each rank keeps the sums of its own tokens. The backward reverses both:
 
     forward     all-gather of x       ...   reduce-scatter of the output
     backward    reduce-scatter of dx  ...   all-gather of the output's gradient
 
-Between the two, what all heads share is computed on every rank alike, and its gradient on a rank is that of the rank's
-heads: it is summed over ranks where it leaves, with dx or, for a parameter, once per step of its gradient. What the
-layer's mathematics sums over heads is added up by `total`, in both directions. The file needs torch alone.
+Between the two, every rank computes the parts that all heads share, and their gradient on a rank is that of the rank's
+heads. It is summed over ranks together with dx or, for a parameter, once per step. If the layer sums over heads,
+`total` sums over ranks, in both directions. The file needs only torch.
 """
 
 from collections.abc import Sequence

@@ -5,10 +5,10 @@ Each of P ranks holds a span of L tokens. A span acts on the state that it recei
     S_out = A S_in + S_ext         A: a diagonal (decays), K x K (erasing), a diagonal on either side (value decay)
 
 so ranks exchange (A, S_ext) and nothing that grows with the sequence. `all_gather`: one all-gather of all maps forward,
-one reduce-scatter backward; every rank folds those of the spans before its own. `ring`: the state itself goes from
-neighbour to neighbour. Where a state decays only, what it adds to a span's outputs is one product with q: the span runs
-from zero while the maps travel. Where it is erased too, or decays element by element, reading it takes a pass over the
-span in any case, so the one pass starts from it.
+one reduce-scatter backward; every rank combines the maps of earlier spans. `ring`: the state itself is sent from
+neighbor to neighbor. If a state only decays, its contribution to a span's outputs is one product with q: the span runs
+from zero while the maps are sent. With an erase term or elementwise decay, reading the state takes a pass over the
+span, so a single pass starts from it.
 
 Packed documents may straddle any number of ranks. Their bounds are those of the whole row on every rank; a span's map
 is that of its last document, and only its first document receives a state, if it began before.
@@ -21,7 +21,7 @@ The file needs torch alone. `LSMSequenceParallel` serves any module with the for
     parallelize_module(mixer, mesh["cp"], {"recurrence": LSMSequenceParallel()})
 
 Legend: P ranks, B rows, L tokens of a span, N documents, R heads, K key width, V value width, X states that a span
-hands on: one, or one for each row (B) where rows are not packed, or one for each memory of a document.
+passes on: one, or one per row (B) if rows are not packed, or one per memory of a document.
 """
 
 from collections.abc import Callable
@@ -48,7 +48,7 @@ class Span:
         where rows are not packed.
     first, last: int64 [X], the runs of the documents that its first and its last token are in.
     continued_P: whether the document of a span's first token began before. whole_P: whether that of its last token did,
-        so that the state it receives goes on. past: 0-dim or an int, tokens of the first document before the span.
+        so that the received state passes through. past: 0-dim or an int, tokens of the first document before the span.
     """
 
     runs: Tensor | None
@@ -98,7 +98,7 @@ class Span:
 
 
 def all_gather(x: Tensor, mesh: DeviceMesh) -> Tensor:
-    """[...] -> [P, ...], of all ranks. On the way back one reduce-scatter adds up what the ranks made of it."""
+    """[...] -> [P, ...], of all ranks. The backward is one reduce-scatter of the gradients."""
     # The gradient comes without being waited for, which views of it do not do; multiplying it does.
     sharded = DTensor.from_local(x[None] * 1, mesh, [Shard(0)], run_check=False)
     return sharded.redistribute(placements=[Replicate()], async_op=True).to_local(grad_placements=[Partial()])
@@ -108,13 +108,13 @@ def _group(name: str) -> dist.ProcessGroup:
     return _resolve_process_group(name)  # type: ignore[arg-type]  # a str by another name
 
 
-# Copies of this file register operations of their own.
+# Copies of this file register separate operations.
 _NAMESPACE = __name__.replace(".", "_")
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::receive_state", mutates_args=())
 def receive_state(like: Tensor, rank: int, group_name: str) -> Tensor:
-    """What the rank before hands on, a tensor as `like`. On the way back its gradient is sent there."""
+    """Receive the state of the preceding rank, a tensor like `like`. The backward sends its gradient there."""
     received = torch.empty_like(like, memory_format=torch.contiguous_format)
     dist.recv(received, group=_group(group_name), group_src=rank - 1)
     return received
@@ -122,7 +122,7 @@ def receive_state(like: Tensor, rank: int, group_name: str) -> Tensor:
 
 @torch.library.custom_op(f"{_NAMESPACE}::send_state", mutates_args=())
 def send_state(x: Tensor, state: Tensor, rank: int, group_name: str) -> Tensor:
-    """x, once `state` is on its way to the next rank. On the way back the state's gradient comes from there."""
+    """Send `state` to the next rank and return x. The backward receives the state's gradient from there."""
     dist.send(state.contiguous(), group=_group(group_name), group_dst=rank + 1)
     return x.clone()
 
@@ -349,7 +349,7 @@ class ElementwiseSequenceParallel(LSMSequenceParallel):
 
 
 class StateRing(StateStyle):
-    """For a state that is no affine map of itself, as in `OnlineGradient`: handed from rank to rank, one after another.
+    """For a state whose update is not an affine map, as in `OnlineGradient`: passed from rank to rank.
 
     The module takes initial_state [N, ...], of every document of the whole row, and offset [N], how many tokens of its
     first mini-batch are past.
@@ -420,8 +420,8 @@ def summary_by_forward(
 ) -> tuple[Tensor | tuple[Tensor, ...], Tensor]:
     """`torchlmoe.ops.span_summary` for any module with `LinearRecurrence`'s forward.
 
-    Without an erase term the transition is how ones decay that nothing is added to: a column of them for the keys'
-    side, a row for the values'. With one, it is what becomes of the identity.
+    Without an erase term the transition is found by letting ones decay: a column of ones for the key
+    side, a row for the value side. With an erase term, it is found by starting from the identity.
     """
     options = {"cu_seqlens": cu_seqlens, "output_final_state": True}
     num_runs = v.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
@@ -458,7 +458,7 @@ def _add_reading(
 ) -> Tensor:
     """o + scale * exp(H_t) (exp(G_t) q_t) S up to `end`, G and H the sums of the decays since the span began.
 
-    With a bonus the token reads what is there before its own decay.
+    With a bonus the token reads the state before its own decay.
     """
     length = o.shape[1]
 

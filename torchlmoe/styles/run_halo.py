@@ -1,8 +1,8 @@
 """Convolutions over the memories of documents, on a sequence split over ranks.
 
 Each memory of a document is a run of the tokens that chose it, and what a convolution of width w sees before a rank's
-first token of a run may lie any number of ranks to the left. Which inputs a run has seen last composes as states do:
-those of its own, and so many of what it received as are missing. Ranks gather them, w - 1 a memory, and fold.
+first token of a run may lie any number of ranks to the left. The last inputs of a run combine like states: the span's
+own inputs, completed by received ones. Ranks gather w - 1 inputs per memory and combine them.
 """
 
 from functools import partial

@@ -1,4 +1,4 @@
-"""What routed layers count in a step, as one vector laid out for the whole model, whichever layers a rank has."""
+"""The counts of all routed layers in a step, as one vector for the whole model on every rank."""
 
 from typing import Any
 
@@ -18,9 +18,9 @@ class Counters:
         self.sizes = sizes
 
     def pop(self, model: Decoder, device: torch.device) -> Tensor:
-        """What this rank counted since the last call, float64, zero for layers of other ranks; resets it.
+        """Return and reset this rank's counts since the last call, float64, zero for layers of other ranks.
 
-        Counts stay exact in it: they are far below 2^53.
+        Counts stay exact: they are far below 2^53.
         """
         layers = model.routed_layers()
         parts = []
@@ -41,7 +41,7 @@ class Counters:
         }
 
     def figures(self, totals: Tensor) -> dict[str, Any]:
-        """What is logged of it."""
+        """The figures to log."""
         figures: dict[str, Any] = {}
         for name, layer in self.by_layer(totals).items():
             of_layer = {

@@ -1,4 +1,4 @@
-"""The token stores of a run: what its settings ask for, and that all ranks have the same."""
+"""Opens the token stores of a run, and checks that all ranks have the same data."""
 
 import os
 from typing import Any
@@ -16,7 +16,7 @@ from torchlmoe.data.tokenizer import Tokenizer, load_tokenizer
 
 
 def training_sources(data: Data, tokenizer: Tokenizer) -> list[Source]:
-    """The stores of the training data, tokenized if they are not there; of a mixture, those that have a weight."""
+    """The stores of the training data, tokenized if they do not exist; of a mixture, those with a weight above 0."""
     if not data.mixture:
         return [Source(_store("train", data, tokenizer, max_tokens=data.max_tokens))]
     sources = []
@@ -68,7 +68,7 @@ def _store(split: str, data: Data, tokenizer: Tokenizer, **options: Any) -> Toke
     writer = data.writer
     if writer is None:
         writer = int(os.environ.get("GROUP_RANK") or os.environ.get("SLURM_NODEID") or 0)
-    # A host more than there are writers has no share, and waits for theirs as it does for that of another process.
+    # If there are more hosts than writers, the others have no share and wait for the writers.
     effort = Effort(
         data.num_workers,
         data.num_writers,
@@ -80,9 +80,9 @@ def _store(split: str, data: Data, tokenizer: Tokenizer, **options: Any) -> Toke
 
 
 def check_same_data(sources: list[Source], validation: TokenStore | None) -> None:
-    """All ranks call it, before the first step: hosts may have tokenized each for themselves.
+    """Check that all ranks have the same documents. All ranks call it before the first step.
 
-    Raises ValueError, on all of them, where documents differ.
+    Hosts may have tokenized separately. Raises ValueError on all ranks if documents differ.
     """
     stores = [(f"data of {source.name!r}" if len(sources) > 1 else "training data", source.store) for source in sources]
     if validation is not None:
@@ -102,6 +102,6 @@ def check_same_data(sources: list[Source], validation: TokenStore | None) -> Non
 
 
 def _ranks(ranks: list[int]) -> str:
-    """In words, with a limit to what a sentence bears."""
+    """A list of ranks in words, of bounded length."""
     shown = ", ".join(map(str, ranks[:8])) + ", ..." * (len(ranks) > 8)
     return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"

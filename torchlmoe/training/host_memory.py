@@ -1,8 +1,8 @@
-"""Keeps memory that the CPU allocator frees inside the process, for reuse.
+"""Makes the CPU allocator keep freed memory in the process, for reuse.
 
-glibc hands large freed blocks back to the kernel, and every new tensor then pays for zeroed pages again: on a
-CPU that costs elementwise operations a factor of three to five. Training allocates the same sizes step after
-step, so the pages are worth keeping. Other C libraries are left as they are.
+glibc returns large freed blocks to the operating system, so the pages of every new tensor must be zeroed again: on a
+CPU this makes elementwise operations three to five times slower. Training allocates the same sizes in every
+step, so it keeps the pages. Other C libraries are not changed.
 """
 
 import ctypes
@@ -12,7 +12,7 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 
 
 def keep_freed_pages() -> bool:
-    """Returns whether the allocator took the setting (False where the C library is not glibc)."""
+    """Returns whether the allocator accepted the setting (False if the C library is not glibc)."""
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt

@@ -1,4 +1,4 @@
-"""Where a run's figures go: the console, `metrics.jsonl`, TensorBoard and a picture of the loss."""
+"""Writes a run's metrics to the console, `metrics.jsonl`, TensorBoard and a picture of the loss."""
 
 import errno
 import json
@@ -29,8 +29,8 @@ RESUMES = "what was saved before is whole, and the same command continues from i
 class MetricsLog:
     """Written by the first rank; on the others every call does nothing.
 
-    first_step: steps that are done already. A run that goes on keeps its rows up to there, and those past it leave; a
-        new run sets an earlier one's metrics.jsonl aside under its date.
+    first_step: steps done before. A resumed run keeps its rows up to this step and removes later ones; a
+        new run renames the metrics.jsonl of an earlier one to include its date.
     """
 
     def __init__(self, folder: Path, settings: Metrics, *, num_steps: int, active: bool, first_step: int = 0):
@@ -52,13 +52,14 @@ class MetricsLog:
 
     @property
     def last_step(self) -> int:
-        """The last that is logged, 0 where none is; known to the first rank."""
+        """The last logged step, 0 if there is none; only the first rank knows it."""
         return self.records[-1]["step"] if self.records else 0
 
     def log(self, record: dict[str, Any]) -> None:
-        """record: `step` and figures by name; a list goes to metrics.jsonl only, what is not finite nowhere.
+        """record: `step` and figures by name. A list goes to metrics.jsonl only; values that are not finite are
+        dropped.
 
-        Raises OSError, with the remedy, where it cannot be written.
+        Raises OSError, with the remedy, if it cannot be written.
         """
         if not self.active:
             return
@@ -71,7 +72,7 @@ class MetricsLog:
         self.say(self._line(record))
 
     def _restore(self) -> None:
-        """Writes again what was removed during the run. Raises OSError if the folder or the file is another one now."""
+        """Write files again that were removed during the run. Raises OSError if the folder or the file was replaced."""
         if not _is_open(self.path, self._file.fileno()):
             if self.path.exists() or not _is_open(self.folder, self._folder):
                 raise FileNotFoundError(errno.ENOENT, f"{self.path} was removed or replaced during the run")
@@ -122,7 +123,7 @@ class MetricsLog:
         return "  ".join(parts)
 
     def finish(self) -> None:
-        """Checks that the files are all there, and draws the loss."""
+        """Check that all files exist, and draw the loss."""
         if not self.active:
             return
         with failures_to_write("The figures", self.folder, RESUMES):
@@ -134,7 +135,7 @@ class MetricsLog:
             self.say(f"loss curve: {path}")
 
     def close(self) -> None:
-        """Closes the files. What could not be written has been an error before."""
+        """Close the files. Failures to write have raised before."""
         if not self.active:
             return
         os.close(self._folder)
@@ -155,7 +156,7 @@ def _is_open(path: Path, descriptor: int) -> bool:
 class _EventFile:
     """A TensorBoard file, written at once: the thread of torch's SummaryWriter prints a traceback on a full disk.
 
-    first_step: what earlier files of the folder hold from there on is not shown.
+    first_step: records of earlier files from this step on are hidden.
     """
 
     def __init__(self, folder: Path, first_step: int):
@@ -178,7 +179,7 @@ class _EventFile:
 
 
 def _keep_rows(path: Path, last_step: int) -> list[dict[str, Any]]:
-    """Cuts metrics.jsonl down to the rows up to `last_step`, and returns them; warns of lines that are none."""
+    """Cuts metrics.jsonl down to the rows up to `last_step`, and returns them; warns of invalid lines."""
     records: list[dict[str, Any]] = []
     for number, line in enumerate(path.read_text(errors="replace").splitlines() if path.exists() else [], start=1):
         try:

@@ -14,7 +14,7 @@ from torchlmoe.options import keyword_settings
 
 
 def build_optimizer(model: Decoder, settings: Optimizer) -> torch.optim.Optimizer:
-    """The optimizer that the settings name, with those of them that it takes."""
+    """Build the optimizer that the settings name, with the settings that it takes."""
     builder = OPTIMIZERS[settings.name]
     taken = {name: getattr(settings, name) for name in keyword_settings(builder) if hasattr(settings, name)}
     return builder(Parameters.of(model), **taken, **settings.options)
@@ -40,14 +40,14 @@ def clip_gradients(model: nn.Module, max_norm: float, counted_elsewhere: Set[str
     else:
         norm = torch.nn.utils.get_total_norm(gradients)
     if max_norm > 0:
-        # No look at the norm's value, for which the CPU would have to wait.
+        # The norm's value is not read, since the CPU would have to wait for it.
         factor = (max_norm / norm).clamp(max=1.0)
         torch._foreach_mul_([g.to_local() if isinstance(g, DTensor) else g for g in gradients], factor)
     return norm
 
 
 def _norm_over_ranks(gradients: list[torch.Tensor], device: torch.device) -> torch.Tensor:
-    """Of gradients on any meshes over all ranks, float64. What ranks of an axis hold alike counts on the first one."""
+    """Norm of gradients on any meshes over all ranks, float64. Replicas along an axis count on the first rank only."""
     sharded = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
     local = [gradient.to_local() for gradient in sharded if _is_counted(gradient)]
     squares = torch.zeros((), dtype=torch.float64, device=device)

@@ -1,8 +1,9 @@
 """A step through a pipeline, by the schedules of torch.distributed.pipelining.
 
-A pipeline's microbatches are those of gradient accumulation. Each stage is given all of them, since the loader has them
-on every rank; what travels between stages is activations and their gradients alone. Schedules that split the backward
-in two are left out: the counters of routed layers are gradients of a buffer, which such a backward does not compute.
+A pipeline's microbatches are those of gradient accumulation. Each stage receives all of them from the loader of its
+rank; stages send only activations and their gradients. Schedules that split the backward
+in two are not supported: the counters of routed layers are gradients of a buffer, which such a backward does not
+compute.
 """
 
 import logging
@@ -46,7 +47,8 @@ class PipelineStep:
         self.pipeline_stages, self.schedule = self._schedule(
             whole // (rows * ranks.num_row_places), rows * seq_len, dtype, lambda nll, labels: nll / self._num_tokens
         )
-        # Of its own, since schedules set their stages up anew whenever they turn from training to evaluation.
+        # A separate schedule, since schedules set up their stages again whenever they switch from training to
+        # evaluation.
         _, self._evaluation = self._schedule(
             self.batches_at_once, validation_batch_size(config) * seq_len, dtype, lambda nll, labels: nll
         )

@@ -1,4 +1,4 @@
-"""Traces of some training steps (torch.profiler), and what the CUDA allocator did up to then."""
+"""Traces of some training steps (torch.profiler), and the history of the CUDA allocator."""
 
 import warnings
 from pathlib import Path

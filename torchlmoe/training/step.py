@@ -1,4 +1,4 @@
-"""What the trainer knows of how a model computes its losses and gradients."""
+"""The interface by which the trainer computes losses and gradients of a model."""
 
 from collections.abc import Sequence, Set
 from typing import Any, Protocol

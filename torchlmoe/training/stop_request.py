@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT ask for an end: the step is finished and saved first. A second request ends at once.
+"""SIGTERM and SIGINT request a stop: the step is finished and saved first. A second request stops at once.
 
 The death of torchrun asks for an end too. If torchrun is killed by SIGKILL it cannot stop its workers, and they would
 train on unseen. A worker notices that its parent is another process. Unlike Linux's PR_SET_PDEATHSIG this lets all

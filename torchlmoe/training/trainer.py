@@ -1,7 +1,7 @@
-"""The training loop: data, model, optimizer and metrics of one run, on however many ranks.
+"""The training loop: data, model, optimizer and metrics of one run, on any number of ranks.
 
-The loss of a step is the mean over the tokens of its global batch, whatever ranks and microbatches it is cut into:
-each microbatch contributes its sum over the global count, and gradients are summed over ranks.
+The loss of a step is the mean over the tokens of its global batch, for any number of ranks and microbatches:
+each microbatch contributes its sum divided by the global count, and gradients are summed over ranks.
 """
 
 import logging
@@ -49,7 +49,7 @@ from torchlmoe.training.validation import validate
 
 
 class Trainer:
-    """Sets a run up from its settings; `train` runs it. Raises ValueError for what cannot be built or read.
+    """Set up a run from its settings; `train` runs it. Raises ValueError if the model or the data cannot be used.
 
     It holds files, threads and the lock of the dump folder until the constructor fails, `train` ends (by an error too)
     or `close` is called.
@@ -61,7 +61,7 @@ class Trainer:
             self._resources = resources.pop_all()
 
     def close(self) -> None:
-        """Releases what the run holds. `train` does so itself."""
+        """Release files, threads and locks. `train` calls it at its end."""
         self._resources.close()
 
     def _set_up(self, config: Config, resources: ExitStack) -> None:
@@ -70,7 +70,7 @@ class Trainer:
         _start_logging()
         keep_freed_pages()
         self.device = choose_device(config.training.device)
-        # Before the ranks are joined: while one tokenizes for an hour, no collective waits and times out.
+        # Before the ranks join: while one tokenizes for an hour, no collective may time out.
         sources, self.validation_store, tokenizer, whole = self._prepare_data()
         vocab_size = whole.spec.vocab_size
         folder = Path(config.job.dump_folder)
@@ -81,7 +81,7 @@ class Trainer:
         with collective_failures(self.heartbeat, timeout):
             launch = join_launch(timeout)
             self.rank, self.world_size = launch.rank, launch.world_size
-            # Ahead of NCCL's watchdog.
+            # Earlier than NCCL's watchdog.
             patience = max(timeout / 2, timeout - 10) if self.device.type == "cuda" else None
             self.heartbeat.start(*launch, patience)
             start_process_group(self.device, timeout, launch)
@@ -125,7 +125,7 @@ class Trainer:
             self.heartbeat.at("loading the checkpoint")
             self.progress = self.checkpointer.load()
         self.stop_request, self.stopping = StopRequest(), False
-        self.stamp = folder / "finished"  # there once all steps are done and logged
+        self.stamp = folder / "finished"  # exists once all steps are done and logged
         if self.rank == 0:
             self.stamp.unlink(missing_ok=True)
             with failures_to_write("The settings", folder / "config.toml", "make room, or set another job.dump_folder"):
@@ -152,10 +152,10 @@ class Trainer:
                 f"model.vocab_size = {vocab_size} is less than the {tokenizer.vocab_size} tokens of data.tokenizer = "
                 f"{data.tokenizer!r}; raise it or leave it unset."
             )
-        # So that what does not fit is refused before all the tokenizing.
+        # Built first, so that settings that do not fit raise an error before tokenizing.
         whole = whole_model(self.config, vocab_size, world_size_of_launch())
         validation = validation_store(data, tokenizer) if self.config.validation.enable else None
-        if validation is not None:  # refuses now what could not be counted in the first validation
+        if validation is not None:  # raises now if the first validation could not count bytes
             validation_text_bytes(
                 validation,
                 seq_len=self.config.training.seq_len,
@@ -198,7 +198,7 @@ class Trainer:
         tokens_per_step = self.global_batch_size * self.config.training.seq_len
         timed_steps, begin = 0, time.perf_counter()
         timeout = self.config.parallelism.timeout_seconds
-        # The signal by which a launcher ends the ranks that are left does not cut off what they have to say.
+        # The signal by which a launcher ends the remaining ranks must not interrupt their error messages.
         with self.stop_request, collective_failures(self.heartbeat, timeout):
             if self._was_cut_off():
                 self._validate_and_log()
@@ -212,7 +212,7 @@ class Trainer:
                     speed = timed_steps * tokens_per_step / (time.perf_counter() - begin)
                     self.progress.record = self._record(step, totals, grad_norm, lr, speed)
                 paused = time.perf_counter()
-                # Before the validation, whose end is not needed to go on.
+                # Before the validation, so that an interrupted validation is repeated on resuming.
                 self._save_if_due(last=step == steps or self.stopping)
                 begin += time.perf_counter() - paused
                 if self.progress.record:
@@ -229,14 +229,14 @@ class Trainer:
         return self.validation_store is not None and (last or step % self.config.validation.interval == 0)
 
     def _was_cut_off(self) -> bool:
-        """Whether the run that goes on here had saved its last step, but not come to log it."""
+        """Whether the previous run saved its last step but stopped before logging it."""
         owed = bool(self.progress.record) and self.log.last_step < self.progress.step
         owed_by_first = torch.tensor(float(owed and self.rank == 0), device=self.device)
         dist.all_reduce(owed_by_first)
         return owed_by_first.item() > 0
 
     def _validate_and_log(self) -> None:
-        """Finishes the last step, unless a signal cuts its validation off: then the run that goes on does it."""
+        """Finish the last step, unless a signal interrupts its validation: then the resumed run does it."""
         figures: dict[str, float] | None = {}
         if self._validates(self.progress.step):
             assert self.validation_store is not None
@@ -269,7 +269,7 @@ class Trainer:
         """Step `index` (from 0); returns the summed figures (see `_totals`), gradient norm and learning rate."""
         training, step = self.config.training, index + 1
         self.heartbeat.at("data", step)
-        # Whatever a step draws hangs on nothing before it, so that a run which goes on has no state to restore.
+        # Seeds depend only on (seed, step, rank), so resuming restores no generator state.
         torch.manual_seed(
             int(np.random.SeedSequence((training.seed, index, self.rank)).generate_state(1, np.uint64)[0])
         )
@@ -283,7 +283,7 @@ class Trainer:
         self.heartbeat.at("gradient norm", step)
         totals = self._totals(loss_sum)
         grad_norm = clip_gradients(self.model, training.max_norm, self.step.counted_elsewhere)
-        # The CPU's one look at the step, before anything moves.
+        # The only time that the CPU waits for the step's results, before the optimizer runs.
         loss_value, num_stops, norm = torch.stack([*totals[:2], grad_norm.to(totals.dtype)]).tolist()
         self.stopping = num_stops > 0
         if math.isfinite(loss_value) and math.isfinite(norm):
@@ -328,7 +328,7 @@ class Trainer:
     def _record(
         self, step: int, totals: torch.Tensor, grad_norm: torch.Tensor, lr: float, speed: float
     ) -> dict[str, Any]:
-        """What is logged of a step; speed: tokens/s."""
+        """The record of a step; speed: tokens/s."""
         totals = totals.cpu()
         figures: dict[str, Any] = {
             "step": step,
@@ -347,7 +347,7 @@ class Trainer:
 
 
 def _lock(folder: Path) -> FileLock:
-    """Held by this process until it ends, however it does: a second run would spoil the first one's files."""
+    """A lock that this process holds until it ends: a second run would overwrite the first one's files."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock", timeout=0, thread_local=False, is_singleton=True)
     try:
@@ -360,7 +360,7 @@ def _lock(folder: Path) -> FileLock:
 
 
 def _start_logging() -> None:
-    """Warnings of every library, and our own news, from the first rank; from the others errors only."""
+    """Log warnings of all libraries and our messages on the first rank, and only errors on the others."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     first = os.environ.get("RANK", "0") == "0"
     logging.getLogger("torchlmoe").setLevel(logging.INFO if first else logging.ERROR)

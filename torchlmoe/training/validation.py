@@ -18,7 +18,7 @@ from torchlmoe.training.metrics import duration
 from torchlmoe.training.step import Step
 
 SECONDS_BETWEEN_LINES = 5.0
-BATCHES_BETWEEN_LOOKS = 4  # or more: a look at who asks to stop waits for all ranks
+BATCHES_BETWEEN_LOOKS = 4  # at least: checking for stop requests waits for all ranks
 
 
 def validate(

@@ -1,4 +1,4 @@
-"""A training run of a search, in a process of its own: what train.py does, for as long as the search lives.
+"""A training run of a search, in a separate process: it does what train.py does, and ends with the search.
 
 Processes are forked from a server that has imported what they need, since a short run would take less time than its
 imports.

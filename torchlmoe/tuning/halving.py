@@ -2,7 +2,7 @@
 
 Every run starts from scratch and has the whole schedule of its length, warm-up and decay included, so that the losses
 of a round compare runs that have ended. Runs that are continued at a longer length would have to be compared before
-their decay, which favours low learning rates, or would decay twice. Starting anew costs little, since early rounds are
+their decay, which favors low learning rates, or would decay twice. Starting anew costs little, since early rounds are
 short. The last round has at least two runs, because the best rate of a short run may be too high for a long one.
 """
 

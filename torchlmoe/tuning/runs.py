@@ -1,4 +1,4 @@
-"""Runs of a search as processes: start or resume one, and read what it came to."""
+"""Runs of a search as processes: starts or resumes a run and reads its result."""
 
 import json
 import math
@@ -20,9 +20,9 @@ from torchlmoe.tuning.trials import Values
 
 
 class Runs:
-    """Starts runs of one recipe, each in a folder of its own, at most `processes` at a time.
+    """Starts runs of one recipe, each in a separate folder, at most `processes` at a time.
 
-    arguments: of the recipe, as of train.py. steps: of the recipe's last round. folder: for the runs.
+    arguments: of the recipe, the same as for train.py. steps: of the recipe's last round. folder: for the runs.
     `stop` ends those that run.
     """
 

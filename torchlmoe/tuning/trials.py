@@ -66,7 +66,7 @@ def choices(name: str, text: str, own: Any) -> list[str] | Range:
 def trials(given: dict[str, list[str] | Range], num_trials: int, seed: int) -> list[Values]:
     """All combinations of lists; or, if there is a range among them, `num_trials` draws.
 
-    The draws of a range are spread evenly: one in each of num_trials equal parts of it, in an order of its own.
+    The draws of a range are spread evenly: one in each of num_trials equal parts of it, in a separate random order.
     """
     if not any(isinstance(each, Range) for each in given.values()):
         lists = [each for each in given.values() if isinstance(each, list)]

@@ -89,7 +89,7 @@ def _operations() -> list[Part]:
 
 
 def _kernels() -> list[Part]:
-    """One for each file that registers an operation; a backward in a file of its own belongs to it."""
+    """One for each file that registers an operation; a backward in a separate file belongs to it."""
     files = modules_in(KERNELS)
     return [
         Part(

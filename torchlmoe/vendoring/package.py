@@ -45,7 +45,7 @@ def package_of(
     """What `folder` is to hold. Raises ValueError for a name that there is not and a folder that cannot be.
 
     kernels_of_all, styles_of_all: whether the kernels that serve the parts, or their styles, come with their tests.
-    If a kernel or a style is named, those of the other parts come too, since what is there will be imported.
+    If a kernel or a style is named, those of the other parts come too, since existing files will be imported.
     """
     parts = _with_companions(names)
     with_kernels = kernels_of_all or any(part.kind == "kernel" for part in parts)

@@ -26,7 +26,7 @@ class RecallStore(TokenStore):
     task: of TASKS. split: "train", "validation" or "test", whose documents are drawn from different seeds.
     num_documents, validation_documents: in the training split, and in any other.
     options: the task's own.
-    Document number n is a function of (seed, split, n) alone. `text_bytes` is 0: there is no text.
+    Document number n is a function of (seed, split, n) alone. `text_bytes` is 0, since tokens do not stand for text.
     Raises ValueError for options that do not go together.
     """
 

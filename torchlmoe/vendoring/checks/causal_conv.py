@@ -1,4 +1,4 @@
-"""causal_conv: equals conv1d of each document, goes on from a state, and has the gradients of finite differences."""
+"""causal_conv: equals conv1d of each document, continues from a state, and has the gradients of finite differences."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The recurrence whose elements decay each at a rate of its own, as it is defined."""
+"""The definition of the recurrence with elementwise decay."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""The kernels linear_recurrence: equal the recurrence token by token, with its gradients, and go on from a state."""
+"""The kernels linear_recurrence: equal the recurrence token by token, with its gradients, and continue from a state."""
 
 import pytest
 import torch

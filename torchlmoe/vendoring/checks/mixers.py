@@ -63,7 +63,7 @@ def test_decoding_equals_the_forward(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_those_of_finite_differences(kind):
-    """Of the input and every parameter, each along a direction of its own."""
+    """Of the input and every parameter, each along a random direction."""
     mixer, sequence = build(kind), SequenceLayout.of_rows(1, 75, loss_weight=0.0)
     x, weight = inputs(1, 75).requires_grad_(), inputs(1, 75).flip(1)
 

@@ -1,0 +1,63 @@
+"""Plain English: phrases that are never right in this repository appear in no file of it."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = ("torchlmoe", "kernels", "benchmarks", "tests", "docs", "scripts", "train_configs")
+SUFFIXES = {".py", ".md", ".toml", ".slurm", ".sh"}
+
+# Phrase -> what to write. A space also matches a line break with the marks of a comment.
+BANNED = {
+    r"(goes|going|go|went|gone) on": "continues, resumes",
+    r"(hangs|hang|hung) on": "depends on",
+    r"(hands|handed|hand|handing) (it |them )?on": "passes on",
+    r"(is|are) told (of|by|which|how|what|to|apart)": "receives, knows",
+    r"of elsewhere": "from another program",
+    r"of (its|their|your|his|our) own": "its own ..., a separate ..., custom",
+    r"and so (many|much) more": "the number itself",
+    r"by the way": "nothing: leave it out",
+    r"what is (erased|read|written|saved|told|given|kept|sent|logged|there)": "a noun",
+    r"what there (is|are)": "a noun",
+    r"such as there (is|are)": "if any",
+    r"those that there are": "those that exist",
+    r"(wherever|where) (it|they|one|that) (is|are|does|do) not\b": "if ... not",
+    r"the one that it is": "a noun",
+    r"on the way (in|out|back)": "in the forward, in the backward, at the input, at the output",
+    r"the way (in|out|back)\b": "the input, the output, the inverse",
+    r"back to back": "concatenated",
+    r"had better": "should",
+    r"has come of": "the result",
+    r"no way (back|from)": "cannot",
+    r"(as|errors|arguments) of `": "see `...`, the same as `...`",
+    r"is no (mixer|index|tokenizer|test|number|text|record|map|answer)\b": "is not a ...",
+    r"(is|are) no more than": "is only",
+    r"so-?manieth": "every N-th",
+}
+
+
+def find(phrase: str, text: str) -> list[str]:
+    """The places of a phrase, also across a line break."""
+    pattern = phrase.replace(" ", r"(?:\s|\n\s*#\s)+")
+    return [match.group() for match in re.finditer(rf"\b{pattern}", text, re.IGNORECASE)]
+
+
+def test_no_file_has_a_banned_phrase():
+    files = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.suffix in SUFFIXES]
+    files += [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "train.py", "pyproject.toml")]
+    found = []
+    for path in files:
+        if path.exists() and path != Path(__file__):
+            text = path.read_text()
+            for phrase, better in BANNED.items():
+                for words in find(phrase, text):
+                    line = text[: text.index(words)].count("\n") + 1
+                    found.append(f"{path.relative_to(ROOT)}:{line}: {' '.join(words.split())!r}; write {better}")
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("text", ["the run goes on", "# it goes\n    # on here", "Goes\non"])
+def test_phrases_are_found_across_lines(text):
+    assert find(r"(goes|going) on", text)
