@@ -1,6 +1,6 @@
 """The first minutes of torchlmoe on a GPU: bash benchmarks/gpu.sh --first [--wheels FOLDER] [--rehearse]
 
-At most nine minutes in all, in order of value, for a GPU that is at hand only for a quarter of an hour:
+At most nine minutes in all, in order of value, for a GPU that is available only for a quarter of an hour:
 
     ceilings   the GPU's own matrix products and copies
     check      every operation on its kernels against plain PyTorch in float32: output and all gradients
@@ -9,7 +9,7 @@ At most nine minutes in all, in order of value, for a GPU that is at hand only f
     training   tokens/s, MFU and peak memory of A0.3B-2B in bfloat16
     sweep      configurations of the kernels of the instance that is furthest from its bound, in the time that is left
 
-Every case runs in a process of its own, which imports while the case before it runs, and takes at most half of the
+Every case runs in a separate process, which imports while the case before it runs, and takes at most half of the
 piece's time while others wait: one that hangs, or leaves the GPU in an error, ends alone.
 A piece's JSON file, with hardware and versions, is written after every row, and says `"finished": true` at its end;
 what failed, and what did not fit in the time, is in it by name. `--rehearse` runs the same on a CPU, in Triton's
@@ -82,7 +82,7 @@ REHEARSED = Scale(
 )  # fmt: skip
 
 
-# Cases: each yields rows, from a process of its own.
+# Cases: each yields rows, from a separate process.
 
 
 def ceilings(scale: Scale) -> Iterator[Row]:

@@ -8,7 +8,7 @@
 #
 # Tests of the kernels, every configuration against the chunked form, speed of the kernels, training throughput. A piece
 # leaves a JSON file with hardware and versions, and a log, in benchmarks/results/<the GPU's name>; a piece whose JSON
-# is there is skipped, so that the same command goes on where it was interrupted. Ends with 1 if any piece failed.
+# is there is skipped, so that the same command continues where it was interrupted. Ends with 1 if any piece failed.
 # PYTHON is the interpreter; `python`, or `python3`, if unset.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2

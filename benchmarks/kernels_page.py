@@ -91,8 +91,8 @@ def table() -> str:
         mixers = [name for name in MIXERS if operations & called[name]]
         summary = text.lstrip('"').split("\n\n")[0].replace("\n", " ").rstrip(".")
         total, served = total + text.count("\n"), served | set(mixers)
-        names = ", ".join(mixers) or "none of its own: every block"
-        lines.append(f"| [{path.name}]({path.name}) | {text.count(chr(10))} | {summary} | {len(mixers)}: {names} |")
+        names = f"{len(mixers)}: {', '.join(mixers)}" if mixers else "every block"
+        lines.append(f"| [{path.name}]({path.name}) | {text.count(chr(10))} | {summary} | {names} |")
     rest = ", ".join(name for name in MIXERS if name not in served)
     lines.append(f"| together | {total} | | {len(served)} of {len(MIXERS)} mixers; not {rest} |")
     return "\n".join(lines) + "\n"

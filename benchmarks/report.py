@@ -71,7 +71,7 @@ def attempt(notes: list[str], measure: Callable[..., Any], *args: Any) -> Any:
 
 
 class Worker:
-    """A case in a process of its own, so that one library's settings (of the allocator, say) do not reach another's.
+    """A case in a separate process, so that one library's settings (of the allocator, say) do not reach another's.
 
     make: a picklable function that returns the case to run; args: its arguments. Calling the worker runs the case once.
     """

@@ -1,7 +1,7 @@
 """Time to tokenize synthetic text by one process and by several: python -m benchmarks.tokenizing
 
 The text is words drawn by Zipf's law from a made-up vocabulary, so that the tokenizer's merges are of all lengths. Each
-number of processes makes a store of its own, from the same files; their identities are compared.
+number of processes makes a separate store, from the same files; their identities are compared.
 
 Beside the time there are the CPU seconds of the process that was called and of those that it started. What the caller
 does is serial: with A seconds in one process, and s of the caller beside w of n others, the speedup is A / (s + w / n)

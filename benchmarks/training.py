@@ -2,7 +2,7 @@
 
 First beside transformers' Qwen3-Next of the same sizes (LLLN: three Gated DeltaNet blocks to one of gated attention,
 16 experts of which 4 are active and a gated shared one), forward, backward and AdamW, step by step in turn, each
-in a process of its own. Then pure LSM models at equal tokens per step and growing sequence.
+in a separate process. Then pure LSM models at equal tokens per step and growing sequence.
 
 Speeds are tokens/s, and the share that the model's FLOPs are of the machine's own matrix products in that dtype.
 torchlmoe's trainer keeps freed memory in the process; "kept pages" lends that setting to transformers too.

@@ -1,6 +1,6 @@
 """Short depthwise causal convolution over tokens with bias and SiLU, forward and backward, in Triton.
 
-    y_t = silu(bias + sum_i w_i x_{t-i})        i = 0 .. width - 1, tokens of earlier documents left out
+    y_t = silu(bias + sum_i w_i x_{t-i})        i = 0 .. width - 1, without tokens of earlier documents
 
 A program makes one tile of y; the rows that it reads overlap, and come from the first-level cache:
 
@@ -11,9 +11,9 @@ A program makes one tile of y; the rows that it reads overlap, and come from the
        t     |  BLOCK_T   |                  so that nothing but x is kept. dw and db are written once a tile and summed
              +------------+                  afterwards: no atomics.
 
-Serves the short convolutions of every mixer, at training (packed documents) and at decoding (with the state, the last
-width - 1 inputs of each row). Where documents begin is found by bisection of their bounds, on the device. Computed in
-float32. Channels are read with a stride of one and rows of a batch at one distance; other layouts are copied first.
+Used by the short convolutions of every mixer, in training (packed documents) and in decoding (with the state, the last
+width - 1 inputs of each row). The device finds the starts of documents by bisection of their bounds. Computed in
+float32. Channels must have stride one and rows of a batch equal strides; other layouts are copied first.
 """
 
 from typing import Any, NamedTuple
@@ -62,7 +62,7 @@ def _document(token, cu_seqlens, num_documents, search_steps):
 
 
 class Inputs(NamedTuple):
-    """What the convolution reads: x, and the state before it."""
+    """The inputs of the convolution: x, and the state before it."""
 
     x: Any  # points to the row of position `first`
     x_stride: Any
@@ -193,7 +193,7 @@ def _backward_kernel(
 
 
 class _Launch:
-    """Operands as the kernels read them, the grid, and what both launches have in common."""
+    """Operands in the form that the kernels read, the grid, and common options of both launches."""
 
     def __init__(self, x: Tensor, weight: Tensor, bias, state, cu_seqlens, activation: bool, positions: int):
         batch_size, length, num_channels = x.shape
@@ -229,7 +229,7 @@ def _rows(x: Tensor) -> Tensor:
 def causal_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, cu_seqlens: Tensor | None, activation: bool
 ) -> Tensor:
-    """x [B, T, channels], weight [channels, width] (the last column meets the newest token) -> like x.
+    """x [B, T, channels], weight [channels, width] (the last column multiplies the newest token) -> like x.
 
     bias: [channels]. state: [B, width - 1, channels], the inputs before each row; not together with cu_seqlens.
     cu_seqlens: int32 [N + 1], with B = 1. activation: whether SiLU follows.

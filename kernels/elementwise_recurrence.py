@@ -1,11 +1,11 @@
-"""The recurrence whose decay is a matrix of its own for every token: forward, and one token at a time.
+"""The recurrence with elementwise decay: forward, and one token at a time.
 
     S_t = exp(G_t) * S_{t-1} + k_t v_t^T          o_t = Re(S_t^T q_t)          * elementwise, S and G in R or C^{K x V}
 
-Serves Mamba (G_t = step_t[v] * G[k, v]), S4 (G, q and k the same for every token, complex), HGRN and fast weights with
-a full gate (G of every token). Real numbers are complex ones whose imaginary plane the compiler drops.
+Used by Mamba (G_t = step_t[v] * G[k, v]), S4 (G, q and k constant over tokens, complex), HGRN and fast weights with
+a full gate (a separate G for every token). Real numbers are complex ones whose imaginary part the compiler drops.
 
-Documents are cut into chunks. A chunk does S -> P S + X to the state, so there are three launches:
+Documents are cut into chunks. A chunk maps the state S to P S + X, so there are three launches:
 
     tokens      |  chunk 0   |  chunk 1   |  chunk 2   |
     1 summary      P_0, X_0     P_1, X_1     P_2, X_2
@@ -29,12 +29,12 @@ Documents are cut into chunks. A chunk does S -> P S + X to the state, so there 
                | x BLOCK_C |
                +-----------+
 
-The state that each chunk finds ([chunks, H, K, V]) is all that is kept for the gradient, which is in
-`elementwise_recurrence_backward.py`; of one token a row it is the initial state, and nothing is kept. No exponent is
-positive, and no decay is divided by or had by subtraction.
+Only the first state of each chunk ([chunks, H, K, V]) is kept for the gradient, which is in
+`elementwise_recurrence_backward.py`. With one token per row it is the initial state, and nothing is kept. No exponent
+is positive, and decays are neither divided nor subtracted.
 
-Inner dims are read with a stride of one and rows of a batch at one distance; other layouts are copied first, but for a
-decay that is the same for every token.
+Inner dims must have stride one and rows of a batch equal strides; other layouts are copied first, except a
+decay that is constant over tokens.
 
 Legend: M = B * T tokens, H heads, K key width, V value width, N documents.
 """
@@ -56,8 +56,8 @@ class Config(NamedTuple):
     warps: int
 
 
-# By architecture and what a tile's rows are. Fewer keys come with more columns, so that where there are enough a
-# program moves 8 KiB of a real state each way.
+# By architecture and kind of a tile's rows. Fewer keys come with more columns, so that a program with enough columns
+# reads and writes 8 KiB of a real state.
 CONFIGS = {
     ("sm_80", "token"): Config(rows=64, columns=32, warps=8),
     ("sm_90", "token"): Config(rows=64, columns=32, warps=8),
@@ -83,7 +83,7 @@ def architecture(x: Tensor) -> str:
 
 
 class Strided(NamedTuple):
-    """A tensor [M, heads, width], or [1, ..] where it is the same for every token, as kernels are handed it.
+    """A kernel's view of a tensor [M, heads, width], or [1, ..] if it is constant over tokens.
 
     A stride of width is 1.
     """
@@ -104,13 +104,13 @@ class StridedDecay(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """What the recurrence is made of, with its strides."""
+    """The tensors of the recurrence, with their strides."""
 
     q: Any
     k: Any
     v: Any
     log_decay: Any
-    step: Any  # None where there is none
+    step: Any  # None if absent
 
 
 class Rows(NamedTuple):
@@ -130,7 +130,7 @@ class Columns(NamedTuple):
 
 
 class Complex(NamedTuple):
-    """A tile of numbers. Of real ones the imaginary plane is never looked at, and so not compiled."""
+    """A tile of numbers. The imaginary part of real numbers is never read, so it is not compiled."""
 
     real: Any
     imaginary: Any
@@ -220,7 +220,7 @@ def _then_complex(a, ai, x, xi, b, bi, y, yi):
 
 @triton.jit
 def scan(a, x, REVERSE: tl.constexpr, COMPLEX: tl.constexpr):
-    """All maps S -> a S + x up to each row (from it on, in reverse), as one: the decay, and what is added."""
+    """Combine the maps S -> a S + x up to each row (from it on, in reverse): the decay and the added part."""
     if COMPLEX:
         planes = (a.real, a.imaginary, x.real, x.imaginary)
         decay, decay_i, added, added_i = tl.associative_scan(planes, 0, _then_complex, reverse=REVERSE)
@@ -241,7 +241,7 @@ def chunk_rows(chunks, BLOCK_T: tl.constexpr):
 
 @triton.jit
 def tile_columns(num_heads, value_dim, BLOCK_C: tl.constexpr, FOLD: tl.constexpr):
-    """The tile's columns: of one head, or, where heads are folded, of all."""
+    """The tile's columns: of one head, or of all if heads are folded."""
     column = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     if FOLD:
         head = column // value_dim
@@ -264,7 +264,7 @@ def value_tile(x, rows, columns):
 
 @triton.jit
 def key_tile(x, rows, columns, key, COMPLEX: tl.constexpr, FOLD: tl.constexpr):
-    """One key of q or k: [BLOCK_T, 1], or [1, BLOCK_C] where it is the same for every token.
+    """One key of q or k: [BLOCK_T, 1], or [1, BLOCK_C] if it is constant over tokens.
 
     Of one token, keys [BLOCK_K, 1]: [BLOCK_K, 1] or [BLOCK_K, BLOCK_C], with the masks of those.
     """
@@ -307,7 +307,7 @@ def _summary_kernel(
     columns = tile_columns(num_heads, value_dim, BLOCK_C, FOLD)
     rows = Rows(start, row, row < length)
     v_tile = value_tile(v, rows, columns)
-    # What a token wrote decays by the tokens after it; what it reads had decayed by those up to it.
+    # A token's write decays by later tokens; its read has decayed by tokens up to it.
     row = row if BACKWARD else row + 1
     passed = Rows(start, row, row < length)
     row = tl.arange(0, 1)[:, None]
@@ -341,7 +341,7 @@ def _fold_kernel(
     transition, local, carry, last, first_chunk, size,
     BLOCK: tl.constexpr, COMPLEX: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """Goes through a document's chunks and leaves in `local` what each of them receives."""
+    """Go through a document's chunks and store in `local` the state that each of them receives."""
     tiles = tl.cdiv(size, BLOCK)
     document = (tl.program_id(0) // tiles).to(tl.int64)
     element = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
@@ -398,7 +398,7 @@ def _step_kernel(
     terms, initial_state, o, final_state, num_heads, key_dim, value_dim,
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, FOLD: tl.constexpr, PER_TOKEN: tl.constexpr, COMPLEX: tl.constexpr,
 ):  # fmt: skip
-    """One token a row: reads the state, decays it, writes to it, and stores it and what the query reads."""
+    """One token per row: read the state, decay it, write to it, and store it and the output of the query."""
     q, k, v, log_decay, step = terms
     token = tl.program_id(0).to(tl.int64)
     columns = tile_columns(num_heads, value_dim, BLOCK_C, FOLD)
@@ -429,7 +429,7 @@ def _step_kernel(
 
 
 class Problem:
-    """The arguments of one call as the kernels take them."""
+    """The arguments of one call in the form that the kernels take."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, step: Tensor | None, cu_seqlens):
         batch_size, length, num_heads, value_dim = v.shape
@@ -479,7 +479,8 @@ class Problem:
     def summary_and_fold(
         self, terms: Terms, chunks: Tensor, first_chunk: Tensor, carry: Tensor | None, *, backward: bool
     ) -> tuple[Tensor, Tensor]:
-        """What each chunk receives, and what is left at the end (in the backward: the beginning) of the documents."""
+        """Return the state that each chunk receives, and the state at the end (in the backward: the start) of
+        documents."""
         transition, local, last = (self.states(n) for n in (self.num_chunks, self.num_chunks, self.num_documents))
         if last.numel() and self.num_chunks:
             _summary_kernel[self.grid](
@@ -508,7 +509,7 @@ class Problem:
 
 
 def raw(x: Tensor | None) -> Tensor | None:
-    """As kernels are handed it: a complex number as the 64 bits that it is."""
+    """The form that kernels take: a complex number as 64 bits."""
     return x.view(torch.int64) if x is not None and x.is_complex() else x
 
 
@@ -523,7 +524,7 @@ def strided(x: Tensor) -> Strided | StridedDecay:
 def _cut(v: Tensor, cu_seqlens: Tensor | None, chunk_size: int, num_chunks: int) -> tuple[Tensor, Tensor]:
     """Where chunks start and end, int64 [chunks, 2], and each document's first chunk, int64 [N + 1].
 
-    How many chunks there are is for the device to know; those that there are not start past their end.
+    Only the device knows the number of chunks; unused entries start past their end.
     """
     if cu_seqlens is None:
         bounds = torch.arange(v.shape[0] + 1, device=v.device) * v.shape[1]
@@ -547,9 +548,9 @@ def elementwise_recurrence(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns o, the final state and, for the backward, the state that each chunk finds (none of one token a row).
+    """Returns o, the final state and, for the backward, each chunk's first state (none with one token per row).
 
-    q, k: [B, T, H, K], or [H, K] where they are the same for every token; real or complex. Without q, o is empty.
+    q, k: [B, T, H, K], or [H, K] if they are constant over tokens; real or complex. Without q, o is empty.
     v: [B, T, H, V], float32, float16 or bfloat16. log_decay: [B, T, H, K, V] or [H, K, V], real part <= 0.
     step: [B, T, H, V], times log_decay [H, K, V]. initial_state: [N, H, K, V]. cu_seqlens: int32 [N + 1], with B = 1.
     States are float32 or complex64.
@@ -574,6 +575,7 @@ def _(q, k, v, log_decay, step, initial_state, cu_seqlens):
 
 @register_flop_formula(torch.ops.torchlmoe.elementwise_recurrence_triton, get_raw=True)
 def flops(q, k, v, log_decay, step, *rest, **kwargs) -> int:
-    """As it is defined: decay, write, add, read, and step times rate; a complex product is six, its real part four."""
+    """FLOPs of the definition: decay, write, add, read, step times rate; a complex product is six, its real part
+    four."""
     per_element = 14 + 2 * (step is not None) if k.is_complex() or log_decay.is_complex() else 5 + (step is not None)
     return v.numel() * k.shape[-1] * per_element

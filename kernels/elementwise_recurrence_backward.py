@@ -1,13 +1,13 @@
 """The gradient of the elementwise recurrence; importing it registers the gradient with the forward's operation.
 
-Used beside `elementwise_recurrence.py`, whose notation and parts it shares. With dS_t the gradient of S_t, and z_t what
-is left of the state before, exp(G_t) * S_{t-1}:
+It needs `elementwise_recurrence.py`, whose notation and parts it shares. With dS_t the gradient of S_t, and z_t the
+decayed preceding state exp(G_t) * S_{t-1}:
 
     dS_t = conj(q_t) do_t^T + conj(exp G_{t+1}) * dS_{t+1}         dk_t = dS_t v_t          dv_t = Re(dS_t^T conj(k_t))
     dG_t = dS_t * conj(z_t)                                        dq_t = conj(S_t) do_t
 
-The chunks are the forward's, now from the last to the first. Each does dS -> conj(P) dS + Y, where P is its decay and
-Y = sum_t conj(P_t q_t) do_t^T with P_t the decay from its start to t. Launches 1 and 2 are of the forward's kernels:
+The chunks are those of the forward, from the last to the first. Each maps dS to conj(P) dS + Y, where P is its decay
+and Y = sum_t conj(P_t q_t) do_t^T with P_t the decay from its start to t. Launches 1 and 2 use the forward's kernels:
 
     tokens      |  chunk 0   |  chunk 1   |  chunk 2   |
     1 summary      P_0, Y_0     P_1, Y_1     P_2, Y_2
@@ -15,11 +15,11 @@ Y = sum_t conj(P_t q_t) do_t^T with P_t the decay from its start to t. Launches 
     3 gradient    all others   all others   all others
 
 A program of 3 has a chunk, a head and a tile of columns, and takes the K keys one after another, as in the forward. It
-scans the tile both ways: for z, from the state that the chunk found and the forward kept, and for dS. One token a row
-is a chunk that found the initial state.
+scans the tile in both directions: for z, from the chunk's first state, which the forward kept, and for dS. One token
+per row is a chunk whose first state is the initial state.
 
-What columns add up to (gradients of q and k) and what tokens add up to (gradients of what is constant) is written once
-a program and summed afterwards: no atomics.
+Sums over columns (gradients of q and k) and over tokens (gradients of constant terms) are written once
+per program and summed afterwards: no atomics.
 """
 
 import torch
@@ -101,11 +101,11 @@ def _gradient_kernel(
         q_key = key_tile(q, rows, columns, key, COMPLEX, FOLD)
         k_before = key_tile(k, before, columns, key, COMPLEX, FOLD)
         state = columns.head * key_dim * value_dim + key * value_dim + columns.channel
-        # What has decayed, z_t = a_t S_{t-1}, by a scan of its own: S_t - k_t v_t would lose it where a_t is small.
+        # z_t = a_t S_{t-1} comes from a separate scan: S_t - k_t v_t would lose its digits if a_t is small.
         a = exp(log_decay_tile(log_decay, step_tile, rows, columns, key, COMPLEX, PER_TOKEN), COMPLEX)
         a, z = scan(a, times(a, scaled(k_before, v_before), COMPLEX), False, COMPLEX)
         z = plus(z, times(a, load(starts, state, columns.mask, COMPLEX), COMPLEX))
-        # The gradient of S_t: conj(q_t) do_t, and what comes back through the decay of the token after it.
+        # The gradient of S_t: conj(q_t) do_t, and the gradient through the decay of the next token.
         g = log_decay_tile(log_decay, step_after, after, columns, key, COMPLEX, PER_TOKEN)
         a, ds = scan(exp(conjugate(g), COMPLEX), scaled(conjugate(q_key), grad_tile), True, COMPLEX)
         ds = plus(ds, times(a, load(grad_ends, state, columns.mask, COMPLEX), COMPLEX))

@@ -7,10 +7,10 @@
     rows   |  BLOCK_M whole rows, sums over channels |      whole in registers. The backward sums the squares again, so
            +-----------------------------------------+      that nothing but the inputs is kept.
 
-Groups with weights of their own take turns in the rows; a program keeps to one group's. The gradient of the weight is
-added up over a program's rows in registers, written once a program and summed afterwards: no atomics. Serves the norms
-of blocks, heads and groups, with or without a weight, with or without a gate. Computed in float32. Channels are read
-with a stride of one and rows at one distance; other layouts are copied first.
+Rows of groups with separate weights alternate; a program processes one group only. The gradient of the weight is
+summed over a program's rows in registers, written once per program and summed afterwards: no atomics. Used by the norms
+of blocks, heads and groups, with or without a weight, with or without a gate. Computed in float32. Channels must have
+stride one and rows equal strides; other layouts are copied first.
 """
 
 from typing import NamedTuple

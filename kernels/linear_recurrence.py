@@ -8,25 +8,27 @@ DeltaNet, KDA, RWKV7 (own b), GSA and gated fast weights (h). g: none, per head 
 
 A document is cut into chunks of C tokens; a program owns one head and V's columns in tiles of BLOCK_V:
 
-             K           BLOCK_V             n = T (z - (e exp G) S)            what the erase term writes, for z = v
+             K           BLOCK_V             n = T (z - (e exp G) S)            the new value, for z = v
         +--------+      +-------+            o = (q exp G) S + P n              P = <q, k>, [C, C]
       C | q k e  |  *  K|   S   |   -> C     S = exp(G_C) S + (k exp(G_C - G))^T n
         +--------+      +-------+            T = (I + strict <e, k>)^-1, [C, C]
 
-G is the running sum of g in a chunk. Without e, n is v. With b of its own, k writes v and b writes n, z = -<e, k> v.
+e is erase and b is erase_key. G is the running sum of g in a chunk. Without e, n is v. If b is not k, k writes v and b
+writes n, with z = -<e, k> v.
 
-  scores_kernel  per chunk and head: P and T, where one is wanted by several programs or is costly: [C, C] a chunk.
+  scores_kernel  per chunk and head: P and T, if several programs need one of them or it is costly: [C, C] per chunk.
   scan_kernel    S in registers, float32. Either from a document's start to its end, writing o on the way (no state is
                  stored: where documents x heads x tiles fill the chip), or storing S at the start of every span of a
                  few chunks, and then once more, all spans at a time, from these to o.
   step_kernel    one token: a read and a write of the state.
 
-Scores under a decay per channel: C is halved down to single tokens. Where the later half of a block reads what its
-earlier half wrote, the decay factorises at the middle, so each level is one product of matrices and no exponent is
-positive. A scalar decay multiplies the matrix; its sums are float64, so that gates of -30 do not cost others digits.
+Scores with a decay per channel: C is halved down to single tokens. If the reader is in the later half of a block and
+the writer in the earlier half, the decay is a product of two factors relative to the middle, so each level is one
+matrix product and no exponent is positive. A scalar decay multiplies the matrix; its sums are float64, so that gates
+of -30 do not cost the others digits.
 
-Tensors are handed to a kernel with their strides (`Strided`), and are not copied, unless their last dim is not
-contiguous. Named tuples bundle what travels together, on the host and in a kernel; the compiler takes them apart.
+Tensors are passed to a kernel with their strides (`Strided`), and are copied only if their last dim is not
+contiguous. Named tuples bundle related arguments, on the host and in a kernel; the compiler takes them apart.
 Nothing here waits for the device. The gradient is in `linear_recurrence_backward.py`.
 """
 
@@ -51,7 +53,7 @@ EK = tl.constexpr(3)
 
 
 class Strided(NamedTuple):
-    """A tensor [B, T, heads, width] or [B, T, heads] as kernels are handed it; a stride of width is 1."""
+    """A kernel's view of a tensor [B, T, heads, width] or [B, T, heads]; the stride of width is 1."""
 
     pointer: Any
     row_stride: Any
@@ -60,13 +62,13 @@ class Strided(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """What the recurrence is made of; None where it is absent."""
+    """The terms of the recurrence; None if absent."""
 
     q: Any
     k: Any
     v: Any
     g: Any  # log decay
-    e: Any  # erased: e itself, or the factor of b that it is
+    e: Any  # erase: the vector, or beta, for which e = beta * b
     b: Any  # erase_key of the operation; None if it is k
     h: Any  # log decay of the values
     u: Any  # bonus, [heads, K]
@@ -105,7 +107,7 @@ class Columns(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A place in what there is for every chunk (or span, or document) and head."""
+    """An index into tensors with one entry per chunk (or span, or document) and head."""
 
     index: Any
     head: Any
@@ -150,7 +152,7 @@ def column(x, chunk, head):
 
 @triton.jit
 def erase_tile(e, b_CK, chunk, head, keys, IS_BETA: tl.constexpr):
-    """What is erased, as a tile and its rows' factor: that of one number a token is b times it."""
+    """erase as a tile and a factor of its rows: a beta per token gives the tile b and the factor beta."""
     if IS_BETA:
         return b_CK, column(e, chunk, head)[:, None]
     else:
@@ -165,7 +167,7 @@ def per_head(u, head, keys):
 
 @triton.jit
 def own_score(q_CK, k_CK, u, head, keys):
-    """What a token reads of itself: q k, or by the bonus q u k."""
+    """The score of a token with itself: q k, or with the bonus q u k."""
     if u is None:
         return tl.sum(q_CK * k_CK, 1)
     else:
@@ -184,9 +186,9 @@ def log2_column(decay, chunk, head):
 
 @triton.jit
 def from_start(decay, chunk, head, columns, PER_CHANNEL: tl.constexpr, BEFORE: tl.constexpr):
-    """What passes from the chunk's start to each reader: [C, D], [C, 1] or [1, 1].
+    """The decay from the chunk's start to each reader: [C, D], [C, 1] or [1, 1].
 
-    BEFORE: a reader reads what was before its own decay.
+    BEFORE: a reader reads before its own decay.
     """
     if decay is None:
         return tl.full([1, 1], 1.0, tl.float32)
@@ -202,7 +204,7 @@ def from_start(decay, chunk, head, columns, PER_CHANNEL: tl.constexpr, BEFORE: t
 
 @triton.jit
 def to_end(decay, chunk, head, columns, PER_CHANNEL: tl.constexpr):
-    """What passes from each writer to the chunk's end, and the whole of it: [D] or [1]."""
+    """The decay from each writer to the chunk's end, and the decay of the whole chunk: [D] or [1]."""
     if decay is None:
         return tl.full([1, 1], 1.0, tl.float32), tl.full([1], 1.0, tl.float32)
     elif PER_CHANNEL:
@@ -216,7 +218,7 @@ def to_end(decay, chunk, head, columns, PER_CHANNEL: tl.constexpr):
 
 @triton.jit
 def decay_matrix(decay, chunk, head, BEFORE: tl.constexpr):
-    """What passes from token j to token i, [C, C], zero above the diagonal; on it, where BEFORE, too."""
+    """The decay from token j to token i, [C, C], zero above the diagonal; with BEFORE, on it too."""
     rows = chunk.rows
     if BEFORE:
         seen = rows[:, None] > rows[None, :]
@@ -237,8 +239,8 @@ def decay_matrix(decay, chunk, head, BEFORE: tl.constexpr):
 
 @triton.jit
 def halfway(g, rows, SIZE: tl.constexpr, BEFORE: tl.constexpr, C: tl.constexpr, D: tl.constexpr):
-    """Of blocks of 2 * SIZE tokens, what passes from the middle to the later half's readers, and from the earlier
-    half's writers to there: [C, D] each, zero in the other half. g: log2 of the decay."""
+    """In blocks of 2 * SIZE tokens, the decay from the middle to readers in the later half, and from writers in the
+    earlier half to the middle: [C, D] each, zero in the other half. g: log2 of the decay."""
     halves = tl.reshape(g, [C // SIZE, SIZE, D])
     read = tl.reshape(tl.cumsum(halves, 1), [C, D])
     if BEFORE:
@@ -251,7 +253,7 @@ def halfway(g, rows, SIZE: tl.constexpr, BEFORE: tl.constexpr, C: tl.constexpr, 
 
 @triton.jit
 def within_blocks(x, rows, SIZE: tl.constexpr):
-    """x [C, C] where both tokens are of one block of SIZE, else zero."""
+    """x [C, C] if both tokens are in one block of SIZE, else zero."""
     return tl.where((rows // SIZE)[:, None] == (rows // SIZE)[None, :], x, 0.0)
 
 
@@ -290,7 +292,7 @@ def add_dot(onto, a, b, DOT: tl.constexpr):
 
 @triton.jit
 def read_state(x_CK, decay, state_KV, PER_CHANNEL: tl.constexpr, DOT: tl.constexpr):
-    """(x * decay) S. A decay of one number a token comes after the product, to which x goes as it lies in memory."""
+    """(x * decay) S. A decay of one number per token is applied after the product, so x is an operand as loaded."""
     if PER_CHANNEL:
         return dot(x_CK * decay, state_KV, DOT)
     else:
@@ -308,7 +310,7 @@ def add_to_state(state_KV, x_CK, decay, w_CV, PER_CHANNEL: tl.constexpr, DOT: tl
 
 @triton.jit
 def unit_lower_inverse(lower, rows, C: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + L)^-1 of a strictly lower L [C, C]: blocks of 16 row by row, then halves and what is between them."""
+    """(I + L)^-1 of a strictly lower L [C, C]: blocks of 16 row by row, then halves and the block between them."""
     N: tl.constexpr = C // 16
     number = tl.arange(0, N)
     same = number[:, None, None, None] == number[None, None, :, None]
@@ -360,7 +362,7 @@ def chunk_at(documents, slot, SPAN: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def matrix_at(matrices, name: tl.constexpr, entry, rows, C: tl.constexpr):
-    """Points to the named one of a chunk's matrices, [C, C]."""
+    """Points to the matrix with this name of a chunk, [C, C]."""
     number = entry.index.to(tl.int64) * entry.heads + entry.head
     start = matrices.pointer + (number * matrices.per_chunk + name) * C * C
     return start + rows[:, None] * C + rows[None, :]
@@ -393,7 +395,7 @@ def scores_kernel(
     GROUP: tl.constexpr, K: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr, BLOCK_K: tl.constexpr,
     PER_CHANNEL: tl.constexpr, IS_BETA: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Stores <q, k>, T and, where b is its own, <q, b> and <e, k>, as far as there are q and e."""
+    """Store <q, k>, T and, if b is not k, <q, b> and <e, k>, as far as q and e are given."""
     q, k, g, e, b, u = terms.q, terms.k, terms.g, terms.e, terms.b, terms.u
     slot, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     row, token, valid = chunk_at(documents, slot, SPAN, C)
@@ -584,7 +586,7 @@ def step_kernel(
     GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     PER_CHANNEL: tl.constexpr, IS_BETA: tl.constexpr,
 ):  # fmt: skip
-    """One token a row: reads the state, decays it, erases, writes, and stores it and o."""
+    """One token per row: read the state, decay it, erase, write, and store it and o."""
     q, k, v, g, e, b, h, u = terms
     tiles = tl.cdiv(V, BLOCK_V)
     row, head = tl.program_id(0) // tiles // heads, tl.program_id(0) // tiles % heads
@@ -658,7 +660,7 @@ CONFIGS: dict[tuple[str, bool, int, int], Config] = {
     ("default", True, 256, 2): Config(
         chunk=32, chunks_per_span=4, block_k=16, block_v=16, scores_warps=4, scan_warps=8, stages=1
     ),
-    # float32 is multiplied without tensor cores, its operands held in registers: smaller tiles.
+    # float32 is multiplied without tensor cores, with operands in registers: smaller tiles.
     ("default", False, 64, 4): Config(
         chunk=16, chunks_per_span=8, block_k=32, block_v=16, scores_warps=8, scan_warps=8, stages=1
     ),
@@ -677,7 +679,7 @@ CONFIGS: dict[tuple[str, bool, int, int], Config] = {
     ("default", True, 256, 4): Config(
         chunk=16, chunks_per_span=8, block_k=16, block_v=16, scores_warps=4, scan_warps=8, stages=1
     ),
-    # The interpreter's time goes with the number of programs.
+    # The interpreter's time grows with the number of programs.
     ("interpreter", False, 64, 2): Config(
         chunk=64, chunks_per_span=2, block_k=32, block_v=64, scores_warps=4, scan_warps=4, stages=1
     ),
@@ -721,7 +723,7 @@ def architecture(x: Tensor) -> str:
 
 
 def config_of(configs: dict[tuple[str, bool, int, int], Any], k: Tensor, per_channel: bool, dtype: torch.dtype) -> Any:
-    """What `configs` has for this machine, or for any."""
+    """The entry of `configs` for this machine, or for any."""
     key = (per_channel, max(64, triton.next_power_of_2(k.shape[-1])), dtype.itemsize)
     return configs.get((architecture(k), *key)) or configs["default", key[0], key[1], key[2]]
 
@@ -794,7 +796,7 @@ def problem_of(
 
 
 def empty_matrices(problem: Problem) -> Matrices:
-    """Room for <q, k> of every chunk, T where something is erased, <q, b> and <e, k> where b is its own."""
+    """Room for <q, k> of every chunk, T with an erase term, <q, b> and <e, k> if b is not k."""
     terms, chunk = problem.terms, problem.config.chunk
     per_chunk = 1 if terms.e is None else 2 if terms.b is None else 4
     size = (problem.num_spans * problem.shape["SPAN"] // chunk, problem.heads, per_chunk, chunk, chunk)
@@ -802,10 +804,10 @@ def empty_matrices(problem: Problem) -> Matrices:
 
 
 def chunk_matrices(problem: Problem) -> Matrices | None:
-    """Runs scores_kernel, where scores are costly (decay per channel, wide keys in float32) or read more than once
+    """Run scores_kernel, if scores are costly (decay per channel, wide keys in float32) or read more than once
     (erase, value decay).
 
-    Returns <q, k>, T and, where b is its own, <q, b> and <e, k> of every chunk, as far as they are needed.
+    Returns <q, k>, T and, if b is not k, <q, b> and <e, k> of every chunk, as far as they are needed.
     """
     shape, config, terms = problem.shape, problem.config, problem.terms
     wide = problem.dtype == torch.float32 and shape["K"] > 128
@@ -829,7 +831,7 @@ def scan(
     states: Tensor | None = None, o: Tensor | None = None, n: Tensor | None = None, final_state: Tensor | None = None,
     from_states: bool = False,
 ) -> None:  # fmt: skip
-    """Runs scan_kernel over documents, or over spans from their states, writing what it is given."""
+    """Run scan_kernel over documents, or over spans from their states, writing to the given outputs."""
     shape, config, value_dim = problem.shape, problem.config, problem.terms.v.pointer.shape[-1]
     block_v = min(config.block_v, max(16, triton.next_power_of_2(value_dim)))
     programs = (problem.num_spans if from_states else problem.num_documents) * problem.heads
@@ -899,7 +901,7 @@ def _(q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, scale, initi
 
 @register_flop_formula(torch.ops.torchlmoe.linear_recurrence_triton)
 def flops(q, k, v, log_decay, erase, erase_key, value_log_decay, *rest, **kwargs) -> int:
-    """Of the recurrence as it is defined, token by token, from the shapes of its tensors; a multiply-add is two."""
+    """FLOPs of the definition, token by token, from the shapes of its tensors; a multiply-add is two."""
     per_element = 4 + (log_decay is not None or value_log_decay is not None) + 4 * (erase is not None)
     return math.prod(v) * k[-1] * per_element
 

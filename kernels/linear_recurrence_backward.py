@@ -1,10 +1,10 @@
 """The gradient of the linear recurrence; importing it registers the gradient with the forward's operation.
 
-Used beside `linear_recurrence.py`, whose notation and parts it shares. Nothing but the inputs is kept between the two:
+It needs `linear_recurrence.py`, whose notation and parts it shares. Only the inputs are kept between the two:
 the scores and the state at the start of every chunk are computed again. With dS the gradient of a chunk's last state
-(kept divided by the scale, so that do meets q as it is: in float16 a small product would lose its digits):
+(stored divided by the scale, so that do multiplies the unscaled q: in float16 a small product would lose its digits):
 
-    dn   = P^T do + (k exp(G_C - G)) dS              dv = dn, or dz where something is erased (b = k)
+    dn   = P^T do + (k exp(G_C - G)) dS              dv = dn, or dz with an erase term (b = k)
     dz   = T^T dn                                    dP = do n^T           dP_e = -dz n^T
     dq   = rows(dP, k) + exp G (do S^T)              de = rows(dP_e, k) - exp G (dz S^T)
     dk   = columns(dP, q) + columns(dP_e, e) + exp(G_C - G) (n dS^T)
@@ -15,9 +15,9 @@ the scores and the state at the start of every chunk are computed again. With dS
   value_grads_kernel   per chunk, head and V tile: dv and dh.
   key_grads_kernel     per chunk, head and K tile: dq, dk, de, db, dg and the bonus's.
 
-A decay's gradient adds up what passes it, term by term and level by level: a difference of two flows would lose the
-digits of a gate that lets little through. Sums over heads that share q and k, and over K tiles, are made of what each
-program wrote for itself: no atomics, the same bits every time.
+The gradient of a decay sums the terms that pass through it, level by level: a difference of two sums would lose the
+digits of a gate that lets little through. Sums over heads that share q and k, and over K tiles, add the separate
+results of the programs: no atomics, the same bits every time.
 """
 
 from typing import NamedTuple
@@ -89,8 +89,8 @@ def of_other_half(x, SIZE: tl.constexpr, C: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def passing_each(read, written, within, rows, BEFORE: tl.constexpr):
-    """Sums what passes each token's decay [C]: what tokens read of the chunk's first state [C], what they add to its
-    last one [C], and what they read of one another [C, C]."""
+    """Sum the terms that pass through each token's decay [C]: reads from the chunk's first state [C], writes to its
+    last state [C], and reads of one token from another [C, C]."""
     earlier = rows[:, None] < rows[None, :]
     if BEFORE:
         later = rows[:, None] > rows[None, :]
@@ -125,7 +125,7 @@ def reverse_kernel(
     GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PER_CHANNEL: tl.constexpr, IS_BETA: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """dz, where it is given: of z if something is erased, else of v, whose gradient is the same but for T."""
+    """dz, if given: the gradient of z with an erase term, else of v, whose gradient lacks only T."""
     q, k, g, e, b, h, u = terms.q, terms.k, terms.g, terms.e, terms.b, terms.h, terms.u
     tiles = tl.cdiv(V, BLOCK_V)
     document, head = tl.program_id(0) // tiles // heads, tl.program_id(0) // tiles % heads

@@ -3,13 +3,13 @@
     permute:    y_m = x[token_m]                                   slots m in the order in which the experts work
     unpermute:  y_t = sum_k w_tk x[slot_tk]                        w, the router's weights, are optional
 
-Each is the other's derivative; with weights the way back is dx_m = w_m dy[token_m] and dw_tk = <dy_t, x[slot_tk]>.
+Each is the other's derivative; with weights the backward is dx_m = w_m dy[token_m] and dw_tk = <dy_t, x[slot_tk]>.
 Nothing is added in an order that could vary, and there are no atomics:
 
                 channels
              +------------+     A program of unpermute (and of permute's derivative) makes such a tile of tokens and
     rows     |  BLOCK_T x |     goes through their K slots, added up in float32; one of permute moves such a tile of
-             |  BLOCK_C   |     slots. The way back with weights goes through all channels, for the sums over them.
+             |  BLOCK_C   |     slots. The backward with weights goes through all channels, for the sums over them.
              +------------+
 
 Channels are read with a stride of one and rows at one distance; other layouts are copied first.

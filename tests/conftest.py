@@ -48,7 +48,7 @@ def level_of_our_logger():
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
-    """As of `write_corpus`."""
+    """See `write_corpus`."""
     return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 

@@ -1,4 +1,4 @@
-"""Programs of ours in processes of their own, forked from a server that has imported them.
+"""Our programs in separate processes, forked from a server that has imported them.
 
 They run as from a shell: arguments, environment, signals, standard output and error, exit code.
 """

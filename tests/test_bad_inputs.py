@@ -70,7 +70,7 @@ def place(corpus, tmp_path_factory) -> Iterator[Path]:
     (place / "no_folder").mkdir()
     (place / "no_folder" / "checkpoints").touch()
     (place / "busy").mkdir()
-    with FileLock(place / "busy" / ".lock"):  # as a run holds it that goes on
+    with FileLock(place / "busy" / ".lock"):  # as a running run holds it
         yield place
 
 

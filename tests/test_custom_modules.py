@@ -95,7 +95,7 @@ def _registries():
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory):
-    """The exercise's mixer with the lines that register it, and one of each other kind, in a package of their own."""
+    """The exercise's mixer with the lines that register it, and one of each other kind, in a separate package."""
     folder = tmp_path_factory.mktemp("outside")
     (folder / "my_package").mkdir()
     file, *_, imports, registered, _ = code_of_the_exercise()

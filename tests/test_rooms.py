@@ -1,4 +1,4 @@
-"""Imports go one way: each folder of the package is a room, and no file imports from a room above its own."""
+"""Imports have one direction: each folder of the package is a room, and no file imports from a room above its own."""
 
 import ast
 import sys

@@ -24,7 +24,7 @@ def _config(sizes: dict[str, Any], mixer: str) -> Config:
 
 
 class Throughput:
-    """Tokens/s of a training step and the peak memory, each mixer and length in a process of its own."""
+    """Tokens/s of a training step and the peak memory, each mixer and length in a separate process."""
 
     sizes = CLAIMS["throughput"].sizes
     figures = ("tokens_per_second", "memory_gib")

@@ -89,7 +89,7 @@ def stopped_at_step(step: int, run: Path, folder: Path) -> Path:
 
 
 class Run:
-    """train.py on some ranks, each a process of its own, as by torchrun but with nobody to stop them."""
+    """train.py on some ranks, each a separate process, as by torchrun but without a launcher that stops them."""
 
     def __init__(self, corpus: Path, folder: Path, extra: str, world_size: int = 1, steps: int = 100_000):
         self.folder = folder

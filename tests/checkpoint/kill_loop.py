@@ -40,7 +40,7 @@ MODEL = "--model.mixer hgrn2 --model.layer_pattern LNL --model.num_layers 3 --mo
 
 @dataclass(frozen=True)
 class Kind:
-    """Runs of some layout, as of `tests.parity_matrix`, with settings of their own."""
+    """Runs of a layout of `tests.parity_matrix`, with additional settings."""
 
     settings: str
     layout: str = ""

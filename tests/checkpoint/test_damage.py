@@ -92,7 +92,7 @@ def test_the_one_before_serves(single, corpus, tmp_path, process_group):
     verify(folder / LAST)  # saved anew under the damaged one's name
     assert records(folder) == records(single)
     flipped(folder / LAST / "shard-00001-model-00001-of-00001.safetensors", None)
-    with pytest.raises(ValueError, match=r"is damaged: .*; move .*step-00000008 away to go on from the one before"):
+    with pytest.raises(ValueError, match=r"is damaged: .*; move .*step-00000008 away to resume from the one before"):
         Trainer(load_config(arguments(corpus, folder, f"{LOSS_FREE} --checkpoint.load_step 4")))
     shutil.rmtree(folder / LAST)
     assert train(corpus, folder, LOSS_FREE).progress.step == 8

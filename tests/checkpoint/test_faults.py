@@ -181,7 +181,7 @@ def test_signals_save_and_end(corpus, tmp_path):
         (step,) = all_whole(saving)
         assert out.splitlines()[-1].startswith(f"Stopped after step {step} by SIGTERM: saved in ")
         assert len(records(saving)) == step
-        assert not (saving / "finished").exists()  # make train goes on
+        assert not (saving / "finished").exists()  # make train resume
 
         second.wait_for_step(5)
         second.ranks[0].send_signal(signal.SIGINT)

@@ -1,4 +1,4 @@
-"""A run that goes on, bit for bit; what may change and what may not."""
+"""A resumed run, bit for bit; settings that may change and settings that may not."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def test_same_ranks_go_on_bit_for_bit(async_mode, corpus, tmp_path, monkeypatch,
     write_data = CheckpointWriter.write_data
 
     def slowly(*arguments):
-        time.sleep(0.3)  # in the background, steps go on meanwhile
+        time.sleep(0.3)  # in the background, while steps continue
         return write_data(*arguments)
 
     monkeypatch.setattr(CheckpointWriter, "write_data", slowly)

@@ -83,7 +83,7 @@ def test_each_epoch_has_every_row_once_in_an_order_of_its_own(store):
 
 
 def test_the_order_of_one_source_is_that_of_version_0_1(store):
-    """A run that was begun with it goes on with the same rows."""
+    """A run that was begun with it continues with the same rows."""
     order = make_order(store)
     n = order.num_rows[0]
     expected = [int(permuted(np.array([place % n]), n, (5, place // n))[0]) for place in range(30 * 8)]

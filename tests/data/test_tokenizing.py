@@ -136,7 +136,7 @@ def build_without_waiting(build, *arguments, **options):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare_module._Build, "_wait", give_up)
-        if options["validation_fraction"]:  # whose documents all writers count before anyone goes on
+        if options["validation_fraction"]:  # all writers count documents before any continues
             patch.setattr(prepare_module._Build, "_wait", count_for_the_others)
         return build(*arguments, **options)
 

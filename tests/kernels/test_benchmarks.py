@@ -1,4 +1,4 @@
-"""The programs that measure kernels run, here on tiny sizes; benchmarks/gpu.sh goes on where it was interrupted."""
+"""The programs that measure kernels run, here on tiny sizes; benchmarks/gpu.sh continues where it was interrupted."""
 
 import json
 import math

@@ -75,7 +75,7 @@ def test_few_or_many_programs(terms, device, monkeypatch):
 @pytest.mark.parametrize("terms", ["head", "scalar", "channel_value", "channel_bonus", "gated_delta"])
 @pytest.mark.parametrize("gates", STRONG_GATES)
 def test_gradient_of_strong_gates(terms, gates, device):
-    """Nothing is lost to a difference of sums; a token's gates are each judged beside those of their own size."""
+    """Nothing is lost to a difference of sums; a token's gates are each compared with gates of similar size."""
     inputs = make_inputs(TERMS[terms], 1, 66)
     names = [name for name in ("log_decay", "value_log_decay") if name in inputs]
     with torch.no_grad():

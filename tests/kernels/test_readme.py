@@ -1,4 +1,4 @@
-"""kernels/README.md says what is there, and no mixer's recurrence falls back on a GPU to what is slower."""
+"""kernels/README.md lists the kernels, and no mixer's recurrence falls back on a GPU to what is slower."""
 
 from pathlib import Path
 

@@ -87,7 +87,7 @@ def test_fingerprint_is_of_the_code(tmp_path, resources):
 
 
 def assert_compile(tmp_path, targets, instances):
-    """Compiles instances at width 128 in a process of its own, since here kernels may be interpreted; their kernels."""
+    """Compiles instances at width 128 in a separate process, since here kernels may be interpreted; their kernels."""
     output = tmp_path / "resources.json"
     command = ["--targets", *targets, *"--widths 128 --dtypes bfloat16 --processes 1".split()]
     result = subprocess.run(

@@ -382,7 +382,7 @@ def test_mom_token_loop(shared_memory, single_kv_proj):
 
 
 def test_mom_of_gated_delta_rules():
-    """Each memory alone, over the tokens that it gets: projections of its own of k, v, beta and decay; convolutions."""
+    """Each memory alone, over the tokens that it gets: separate projections of k, v, beta and decay; convolutions."""
     mixer, x = randomize(build("mom")), inputs()
     inner, outputs = mixer.inner, torch.zeros(2, 70, 4, 8, dtype=torch.float64)
     score, chosen = (x @ mixer.router.weight.T).softmax(-1).topk(2)
@@ -432,7 +432,7 @@ def test_mom_of_one_memory_a_token_trains_its_router():
 
 
 def test_mom_balance_loss():
-    """Its gradient is injected on the way back, in proportion to the microbatch, and the choices are counted there."""
+    """Its gradient is injected in the backward, in proportion to the microbatch, and the choices are counted there."""
     mixer, x = build("mom", aux_loss_weight=0.3), inputs()
     probability = (x @ mixer.router.weight.T).softmax(-1)
     chosen = F.one_hot(probability.topk(2).indices, 4).sum(-2).double()

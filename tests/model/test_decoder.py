@@ -88,7 +88,7 @@ def test_padding_does_not_count(settings):
     model = build(*settings.split())
     batch, labels = tokens(2, 24), tokens(2, 24).roll(1, 1)
     padding = torch.zeros(2, 24, dtype=torch.bool)
-    padding[0, 11:] = padding[1, 20:] = True  # a document of its own, and the end of one
+    padding[0, 11:] = padding[1, 20:] = True  # a separate document, and the end of one
     labels[padding] = -100
     results = []
     for shift in (0, 17):

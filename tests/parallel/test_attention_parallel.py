@@ -222,7 +222,7 @@ def compiled_equals_eager():
             expected, *found = (run_block(block, mesh, bounds[-1], bounds) for block in blocks)
             for each in found:
                 torch.testing.assert_close(each, expected, rtol=1e-12, atol=1e-12)
-        # Other documents and lengths, and another block, do not need a graph of their own.
+        # Other documents and lengths, and another block, do not need a separate graph.
         assert counters["stats"]["unique_graphs"] == 1, communication
 
 

@@ -102,7 +102,7 @@ def test_two_ranks_compiled_by_inductor_and_recomputed(corpus, tmp_path):
 
 
 def train_bfloat16(corpus: str, folder: str) -> None:
-    """With float32 islands, which are no FSDP group of their own: its hooks would be within a block."""
+    """With float32 islands, which are not an FSDP group: its hooks would be within a block."""
     compile_module.compile_block = partial(compile_block, backend="aot_eager")
     options = ["--data.dataset", corpus, "--data.cache_dir", f"{corpus}/cache", "--validation.enable", "false"]
     options += "--model.num_layers 1 --model.layer_pattern L --training.steps 3 --training.dtype bfloat16".split()

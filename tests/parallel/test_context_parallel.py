@@ -73,7 +73,7 @@ def test_every_hybrid_and_more_steps(corpus, tmp_path):
 
 
 def check_logits() -> None:
-    """Of rows that are one document each, and without labels; of a copy too, which has weights of its own."""
+    """Of rows that are one document each, and without labels; of a copy too, which has separate weights."""
     config = load_config([*SETTINGS, *f"{SPANS} 2 --training.dtype float64".split()])
     device = torch.device("cpu")
     start_process_group(device)

@@ -18,7 +18,7 @@ CUT_VARIANTS = {
     "dense": "--model.layers.L.mlp dense --model.layers.N.mlp dense",
 }
 EVERY_MIXER = {mixer: f"--model.mixer {mixer} --model.layer_pattern LLLN" for mixer in MIXERS}
-# A common parameter (hgrn2), a value that blocks hand on (rwkv7), balanced memories (mom).
+# A common parameter (hgrn2), a value that blocks pass on (rwkv7), balanced memories (mom).
 SOME_MIXERS = {
     mixer: f"--model.mixer {mixer} --model.layer_pattern LLN --model.num_layers 3"
     for mixer in ("gated_deltanet", "hgrn2", "rwkv7", "mom")

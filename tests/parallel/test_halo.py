@@ -44,7 +44,7 @@ def modules():
 
 
 def inputs(bounds):
-    """x, the gradient of y, and what is told: of one packed row, or of two rows where bounds are None."""
+    """x, the gradient of y, and the layout: of one packed row, or of two rows where bounds are None."""
     rows = 2 if bounds is None else 1
     x, grad = torch.randn(2, rows, LENGTH, CHANNELS, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     if bounds is None:

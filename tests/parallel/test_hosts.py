@@ -24,7 +24,7 @@ SETTINGS = f"""--training.steps {STEPS} --training.dtype float64 --training.dete
 --parallelism.timeout_seconds 20 --checkpoint.async_mode async"""
 LOST = r"lost \(killed, stopped or cut off\), last seen in step \d+ \(\w[a-z ]+\)"
 
-# Each host has a home folder of its own, and with it a store of tokens. One that ends is started again when it is asked
+# Each host has its own home folder, and with it a token store. One that ends is started again when it is asked
 # for, as by a cluster that replaces it.
 SRUN = """#!/bin/bash
 while [[ $1 == -* ]]; do shift; done

@@ -1,4 +1,4 @@
-"""Recompute changes what is kept, not what comes out; choices of experts are kept, and each is counted once."""
+"""Recompute changes the kept tensors, not the results; choices of experts are kept, and each is counted once."""
 
 from collections import Counter
 

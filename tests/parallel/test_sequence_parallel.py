@@ -156,7 +156,7 @@ def assert_ranks_equal_one(communication, dtype, tolerance, erase_tolerance=None
                 reference = expected[name]
             scale = max(expected[name].norm(), 1e-3)  # of the whole: a span may have next to nothing
             error = (value - reference).norm() / scale
-            dist.all_reduce(error, dist.ReduceOp.MAX)  # so that all ranks go on or all stop
+            dist.all_reduce(error, dist.ReduceOp.MAX)  # so that all ranks continue or all stop
             allowed = erase_tolerance if erase_tolerance and "erase" in tensors else tolerance
             assert error <= allowed, (case, name, error)
 
@@ -341,7 +341,7 @@ def use_copy(path):
 
 
 def test_the_file_works_elsewhere(tmp_path):
-    """Copied to a project without torchlmoe, on a module of its own."""
+    """Copied to a project without torchlmoe, on a custom module."""
     path = tmp_path / "copied_sequence.py"
     path.write_text(Path(sequence.__file__).read_text())
     run_on_ranks(3, use_copy, str(path))

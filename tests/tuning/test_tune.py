@@ -1,4 +1,4 @@
-"""A search without runs: what is tried, what is halved, what is kept when it is killed; and one with runs."""
+"""A search without runs: trials, halving, resuming after a kill; and one with runs."""
 
 import json
 import math

@@ -76,12 +76,12 @@ class Checkpointer:
         self.fixed |= fixed_of_run(config, order)
         self.order = order
         self.files = {"config.toml": to_toml(config).encode(), "tokenizer.json": tokenizer.content}
-        # To make a group is to wait for the address of each rank, until the timeout if one has ended since they joined.
-        # A collective of the group that there is tells at once.
+        # Creating a group waits for the address of each rank, up to the timeout if a rank has ended since they joined.
+        # A collective of the existing group fails at once.
         dist.all_reduce(torch.zeros(1, device=next(model.parameters()).device))
-        # Of its own: a save in the background must not take turns with the step's collectives.
+        # A separate group: a save in the background must not wait for the step's collectives.
         self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.parallelism.timeout_seconds))
-        # Plain copies, on a CPU too, where the next step writes into the very tensors that are being saved.
+        # Plain copies, also on a CPU, since the next step writes into the tensors that are being saved.
         self._stager = DefaultStager(StagingOptions(False, False, False, False))
 
     def load(self) -> Progress:

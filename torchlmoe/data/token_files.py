@@ -50,7 +50,7 @@ class TokenFile:
         return np.memmap(self.path, self.dtype, mode="r", offset=self.offset, shape=(self.num_tokens,))
 
     def documents(self, end_id: int) -> np.ndarray:
-        """`bounds`, found by the end tokens where there is no index."""
+        """`bounds`, found by the end tokens without an index."""
         if self.bounds is not None:
             return self.bounds
         tokens = self.tokens()

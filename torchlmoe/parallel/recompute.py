@@ -21,9 +21,9 @@ _PRODUCTS = {
     aten._scaled_dot_product_efficient_attention,
     aten._scaled_dot_product_cudnn_attention,
 }
-# Where an expert works is drawn once: a choice drawn again from scores that round otherwise could be another.
+# The choice of experts is kept: recomputed scores may round differently and choose other experts.
 _CHOICES = {"torchlmoe::top_indices", "torchlmoe::sort_slots", "torchlmoe::exchange_counts"}
-# Ours, but as cheap as what is around them.
+# Our operations that are as cheap as elementwise ones.
 _POINTWISE = {
     f"torchlmoe::{name}"
     for name in ("causal_conv", "weighted_swiglu", "gather_slots", "permute", "gated_rms_norm", "decay_gate")

@@ -2,7 +2,7 @@
 
 Each of the P ranks of a mesh has a P-th of the heads, and, between blocks, a contiguous P-th of the tokens (arXiv
 2205.05198). A layer gathers the tokens at its input, computes its heads' part of the output for all of them, and
-reduce-scatters the output, so that each rank keeps the sums of its own tokens. The backward reverses both:
+reduce-scatters the output, so that each rank keeps the sums for its tokens. The backward reverses both:
 
     forward     all-gather of x       ...   reduce-scatter of the output
     backward    reduce-scatter of dx  ...   all-gather of the output's gradient
