@@ -152,7 +152,7 @@ def test_files_that_travel_along(tmp_path, caplog):
 
 # Nothing but the attention's cache differs between the other families.
 GENERATING = ["qwen3_windows", "qwen3_next"]
-MORE = ["llama", "mixtral", "qwen2_moe", "olmoe"]
+MORE = ["llama", "mixtral", "qwen2_moe", "olmoe", "mamba", "granitemoehybrid"]
 
 
 @pytest.mark.parametrize("name", [*GENERATING, *(pytest.param(name, marks=pytest.mark.long) for name in MORE)])
@@ -169,7 +169,7 @@ def test_greedy_generation(name, tmp_path):
     assert [prompt + tokens for prompt, tokens in zip(prompts, found, strict=True)] == expected.tolist()
 
 
-TRAINED = ["mixtral", "qwen3_next"]
+TRAINED = ["mixtral", "qwen3_next", "granitemoehybrid"]
 
 
 @pytest.mark.parametrize("name", TRAINED)
