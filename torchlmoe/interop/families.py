@@ -4,12 +4,16 @@ from typing import Any
 
 from torchlmoe.interop import (
     bamba,
+    deepseek_v2,
+    deepseek_v3,
     gated_deltanet,
     gla,
     granitemoehybrid,
+    kimi_linear,
     llama,
     mamba,
     mamba2,
+    minimax,
     mixtral,
     nemotron_h,
     olmo_hybrid,
@@ -25,12 +29,16 @@ from torchlmoe.interop.family import Family
 
 _MODULES = (
     bamba,
+    deepseek_v2,
+    deepseek_v3,
     gated_deltanet,
     gla,
     granitemoehybrid,
+    kimi_linear,
     llama,
     mamba,
     mamba2,
+    minimax,
     mixtral,
     nemotron_h,
     olmo_hybrid,

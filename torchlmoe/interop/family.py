@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 from torchlmoe.feed_forwards.base import FeedForward
 from torchlmoe.interop.keys import Keys
 from torchlmoe.interop.rules import Rule, prefixed
@@ -51,10 +53,13 @@ class Family:
     model -> keys of config.json. block_rules: one block's weights, by names within the layer (theirs) and
     within the block (ours); it is also told whether the experts are separate, as in most files, or stacked, as in
     transformers' modules, and then gives all names as modules have them. separate_experts: which transformers writes.
-    left_out: beginnings of the names of tensors that have no place here, such as those of multi-token prediction.
+    left_out: beginnings of the names of tensors that have no place here, such as those of multi-token prediction;
+    {num_layers} in them stands for the number of layers.
     other_names: parts of names, each with what some files have in its place, such as those of multimodal models.
-    module_names: names in transformers' modules, if those in files are others. file_mark: what some
-    name has in files, and none in modules.
+    constants: a model -> tensors of files that follow from its settings, by name, each as a function that makes it.
+    They are written, and left out where a file is read.
+    module_names: names in transformers' modules, if those in files are others. file_mark: what some name has in files,
+    and none in modules.
     """
 
     model_type: str
@@ -66,6 +71,7 @@ class Family:
     separate_experts: bool = True
     left_out: tuple[str, ...] = ()
     other_names: tuple[tuple[str, str], ...] = ()
+    constants: Callable[[Decoder], dict[str, Callable[[], Tensor]]] = lambda model: {}
     module_names: Names | None = None
     file_mark: str = ".experts.0."
 
@@ -86,11 +92,8 @@ class Family:
         }
         return frame | self.write(model)
 
-    def rules(self, model: Decoder, separate_experts: bool | None = None, present: Collection[str] = ()) -> list[Rule]:
-        """Rules for all weights of a model; separate_experts as transformers writes them if None.
-
-        present: the names in a folder. A tensor that is there by one of the `other_names` alone is taken by that.
-        """
+    def rules(self, model: Decoder, separate_experts: bool | None = None) -> list[Rule]:
+        """Rules for all weights of a model; separate_experts as transformers writes them if None."""
         separate = self.separate_experts if separate_experts is None else separate_experts
         names = self.names if separate or self.module_names is None else self.module_names
         table = [Rule(names.embedding, "embedding.weight"), Rule(names.norm, "head.norm.weight")]
@@ -98,12 +101,30 @@ class Family:
             table.append(Rule(names.head, "head.projection.weight"))
         for index, block in model.blocks.items():
             table += prefixed(self.block_rules(block, separate), f"{names.layers}.{index}.", f"blocks.{index}.")
+        return table
 
-        def name_in_folder(name: str) -> str:
+    def places(self, model: Decoder, names: Collection[str]) -> list[str]:
+        """Those of the names in a file that have a place in the model."""
+        beginnings = [beginning.format(num_layers=len(model.blocks)) for beginning in self.left_out]
+        if model.head.projection is None:
+            beginnings.append(self.names.head)
+        constants = self.constants(model)
+        return [
+            name
+            for name in names
+            if not name.startswith(tuple(beginnings)) and not name.endswith(".inv_freq") and name not in constants
+        ]
+
+    def rules_of_files(self, model: Decoder, names: Collection[str]) -> list[Rule]:
+        """Rules for all weights of a model, by the names that files have for them, which may be the `other_names`."""
+        present = set(names)
+
+        def name_in_files(name: str) -> str:
             others = [name.replace(part, other, 1) for part, other in self.other_names]
             return next((other for other in [name, *others] if other in present), name)
 
-        return [rule.renamed(name_in_folder, str) for rule in table]
+        separate = any(self.file_mark in name for name in names)
+        return [rule.renamed(name_in_files, str) for rule in self.rules(model, separate)]
 
 
 def model_tables(kinds: Mapping[str, dict[str, Any]], letters: Sequence[str], **model: Any) -> dict[str, Any]:
