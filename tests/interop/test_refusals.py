@@ -79,7 +79,7 @@ def test_without_attention(model_type):
 _SIZES = {"vocab_size", "hidden_size", "num_attention_heads"}
 _QWEN = _SIZES | {"num_key_value_heads", "head_dim", "linear_conv_kernel_dim"}
 _DELTANET = {f"linear_{name}" for name in ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim")}
-_EXPERTS = {"num_experts", "num_experts_per_tok", "moe_intermediate_size"}
+_EXPERTS = {"num_experts", "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size"}
 ASKED_FOR = {
     "qwen3_next": _QWEN | _DELTANET | _EXPERTS,
     "qwen3_5_text": _QWEN | _DELTANET | {"intermediate_size"},

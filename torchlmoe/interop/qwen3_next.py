@@ -75,6 +75,7 @@ def write_layer_types(model: Decoder) -> dict[str, Any]:
 
 
 def read(keys: Keys) -> dict[str, Any]:
+    keys.integer("shared_expert_intermediate_size")  # which Qwen3-MoE does without
     sparse, experts, dense = read_feed_forwards(keys, normalize=True)
     mixers = read_mixers(keys)
     kinds = {letter: {**mixer, **experts} for letter, mixer in mixers.items()}
