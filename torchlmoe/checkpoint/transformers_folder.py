@@ -105,10 +105,11 @@ class TransformersFolder:
         names = self.family.names
         if self.model.head.projection is not None or names.head not in self._source.pieces:
             return
-        head, embedding = self._source.read([names.head, names.embedding])
+        (name,) = next(each.sources for each in self.conversions if "embedding.weight" in each.targets)
+        head, embedding = self._source.read([names.head, name])
         if not torch.equal(head, embedding):
             raise ValueError(
-                f"{self.folder} has a {names.head} that differs from {names.embedding}, but {CONFIG} says that they "
+                f"{self.folder} has a {names.head} that differs from {name}, but {CONFIG} says that they "
                 "are tied: set tie_word_embeddings = false there."
             )
 
