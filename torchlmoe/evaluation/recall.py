@@ -60,9 +60,7 @@ def evaluate_recall(
     """
     if by not in get_args(By):
         raise ValueError(f"by = {by!r} must be one of {', '.join(get_args(By))}.")
-    for name in names:
-        if name not in RECALL:
-            raise ValueError(f"There is no recall task {name!r}; choose from {', '.join(RECALL)}.")
+    check_names(names)
     if num_documents < 1 or batch_size < 1:
         raise ValueError(f"num_documents = {num_documents} and batch_size = {batch_size} must be at least 1.")
     model.eval()
@@ -82,6 +80,13 @@ def evaluate_recall(
         means = {key: float(np.mean([point[key] for point in figures])) for key in ("token_accuracy", "exact_match")}
         results[name] = {"by": by, **means, "points": figures}
     return results
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raises ValueError for a name that there is not."""
+    for name in names:
+        if name not in RECALL:
+            raise ValueError(f"There is no recall task {name!r}; choose from {', '.join(RECALL)}.")
 
 
 def trained_options(dataset: str, reader_options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
