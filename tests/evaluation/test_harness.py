@@ -29,6 +29,12 @@ QUESTIONS = [
 LONG = "It is a truth universally acknowledged, that a single man in possession of a good fortune must be in want. " * 4
 
 
+@pytest.fixture(autouse=True)
+def without_a_list_of_packages(monkeypatch):
+    """lm-eval asks pip for all of them each time, which takes seconds."""
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda storage: None)
+
+
 def asked(*requests):
     return [SimpleNamespace(args=request) for request in requests]
 
