@@ -32,17 +32,17 @@ def main(arguments: list[str]) -> None:
     found: dict[str, Any] = {}
     refused: list[str] = []
     if flags.recall:  # first, since it takes the least time and may find fault with options
-        from torchlmoe.evaluation.recall import evaluate_recall, trained_options
+        from torchlmoe.evaluation.recall import NUM_DOCUMENTS, evaluate_recall, trained_options
 
         recall = evaluate_recall(
             model,
             flags.recall,
             options=trained_options(config.data.dataset, config.data.reader_options),
             by=flags.recall_by,
+            num_documents=NUM_DOCUMENTS if flags.limit is None else int(flags.limit),
             batch_size=flags.batch_size,
             seed=flags.seed,
             end_id=tokenizer.end_id,
-            **({} if flags.limit is None else {"num_documents": int(flags.limit)}),
         )
         _print_recall(recall)
     if flags.tasks:

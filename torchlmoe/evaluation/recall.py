@@ -26,6 +26,7 @@ RECALL: dict[str, tuple[dict[str, Any], ...]] = {
     "s5": tuple({"length": length} for length in (16, 32, 64, 128)),
 }
 By = Literal["likelihood", "generation"]
+NUM_DOCUMENTS = 128  # at each point
 
 
 @torch.no_grad()
@@ -36,7 +37,7 @@ def evaluate_recall(
     options: Mapping[str, Mapping[str, Any]] | None = None,
     points: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
     by: By = "likelihood",
-    num_documents: int = 128,
+    num_documents: int = NUM_DOCUMENTS,
     batch_size: int = 16,
     seed: int = 0,
     end_id: int = END,
