@@ -132,7 +132,7 @@ def _print_texts(texts: dict[str, dict[str, Any]]) -> None:
 
 def _print_recall(recall: dict[str, dict[str, Any]]) -> None:
     rows = [
-        (name, ", ".join(f"{key} {value}" for key, value in point["options"].items()), result["by"], point)
+        (name, _listed(point["options"]), result["by"], point)
         for name, result in recall.items()
         for point in result["points"]
     ]
@@ -145,7 +145,14 @@ def _print_recall(recall: dict[str, dict[str, Any]]) -> None:
             f"{_with_error(point[key], point[f'{key}_se']):15}" for key in ("token_accuracy", "exact_match")
         )
         print(f"{name:{name_width}}  {options:{width}}  {by:10}  {shares}  {point['num_questions']:9,}")
+    for name, result in recall.items():
+        for left in result["left_out"]:
+            print(f"{name}: left out {_listed(left['options'])}: {left['reason']}")
     sys.stdout.flush()
+
+
+def _listed(options: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in options.items())
 
 
 def _with_error(value: float, error: float | None) -> str:

@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from tests.interop.families import CASES, all_in_float64, their_model
+from torchlmoe import generate as program
 from torchlmoe import import_model
 from torchlmoe.checkpoint import open_model
 from torchlmoe.checkpoint.conventions import Conventions, conventions_of
@@ -241,7 +242,9 @@ def byte_tokenizer(folder, *, adds_begin):
 
 
 @pytest.mark.parametrize(("model_type", "adds_begin"), [("mixtral", True), ("qwen3_next", False)])
-def test_a_folder_of_transformers_gets_the_scores_of_lm_evals_own_wrapper(model_type, adds_begin, tmp_path, tasks):
+def test_a_folder_of_transformers_gets_the_scores_of_lm_evals_own_wrapper(
+    model_type, adds_begin, tmp_path, tasks, capsys
+):
     """Log-likelihoods, rolling ones and generations; opened directly, imported, and by the program as it is."""
     from lm_eval.models.huggingface import HFLM
 
@@ -260,6 +263,12 @@ def test_a_folder_of_transformers_gets_the_scores_of_lm_evals_own_wrapper(model_
         log_likelihoods = wrapper.loglikelihood(scored, disable_tqdm=True)
         rolling = wrapper.loglikelihood_rolling(whole, disable_tqdm=True)
         texts = wrapper.generate_until(continued, disable_tqdm=True)
+
+    prompts = [f"--prompt={request.args[0]}" for request in continued[:2]]
+    capsys.readouterr()
+    greedy = ["--temperature=0", "--max-new-tokens=10", "--stop=\n\n", "--json"]
+    program.main([f"--checkpoint={tmp_path / 'theirs'}", *prompts, *greedy])
+    assert [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()] == texts[:2]
 
     import_model.main(["--model", str(tmp_path / "theirs"), "--output", str(tmp_path / "run")])
     for folder in (tmp_path / "theirs", tmp_path / "run"):
