@@ -16,7 +16,8 @@ BOUNDS = torch.tensor([[0, 7, 24], [0, 1, 24]], dtype=torch.int32)
 
 
 def near(found, expected, tolerance):
-    assert (found - expected).norm() <= tolerance * expected.norm()
+    # The last term is for gradients that are zero but for rounding: a bias on all keys changes no softmax.
+    assert (found - expected).norm() <= tolerance * expected.norm() + 1e-13
 
 
 def their_loss(model):
@@ -38,18 +39,17 @@ def test_there_and_back(name, tmp_path):
     ours, _, _ = open_model(tmp_path / "run")
     assert ours.embedding.weight.dtype == torch.float64
 
-    with torch.no_grad(), all_in_float64(theirs):
-        logits = ours(TOKENS)
-        near(logits, theirs(TOKENS, use_cache=False).logits, 1e-6)
-        packed = ours(TOKENS, BOUNDS)
-        for row, bounds in enumerate(BOUNDS.tolist()):
-            for start, end in zip(bounds, bounds[1:], strict=False):
-                alone = theirs(TOKENS[row : row + 1, start:end], use_cache=False).logits
-                near(packed[row : row + 1, start:end], alone, 1e-6)
-        for other in (open_model(tmp_path / "theirs")[0],):
-            assert torch.equal(other(TOKENS), logits)
+    with torch.no_grad():
+        logits, packed = ours(TOKENS), ours(TOKENS, BOUNDS)
+        assert torch.equal(open_model(tmp_path / "theirs")[0](TOKENS), logits)
+        with all_in_float64():
+            near(logits, theirs(TOKENS, use_cache=False).logits, 1e-9)
+            for row, bounds in enumerate(BOUNDS.tolist()):
+                for start, end in zip(bounds, bounds[1:], strict=False):
+                    alone = theirs(TOKENS[row : row + 1, start:end], use_cache=False).logits
+                    near(packed[row : row + 1, start:end], alone, 1e-9)
 
-    with all_in_float64(theirs):
+    with all_in_float64():
         their_loss(theirs).backward()
     our_loss(ours).backward()
     of_theirs = {
@@ -59,19 +59,19 @@ def test_there_and_back(name, tmp_path):
     expected = convert(of_theirs, FAMILIES[model_type].rules(ours, separate_experts=False))
     for parameter_name, parameter in ours.named_parameters():
         grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        near(grad, expected[parameter_name], 1e-5)  # the frequencies of their rotary phases stay in float32
+        near(grad, expected[parameter_name], 1e-9)
 
     export.main(["--checkpoint", str(tmp_path / "run"), "--output", str(tmp_path / "again"), "--format", model_type])
-    again, report = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "again",
-        dtype=torch.float64,
-        attn_implementation="eager",
-        experts_implementation="eager",
-        output_loading_info=True,
-    )
-    assert not any(report.values()), report
-    with torch.no_grad(), all_in_float64(again):
-        near(again(TOKENS, use_cache=False).logits, logits, 1e-6)
+    with torch.no_grad(), all_in_float64():
+        again, report = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "again",
+            dtype=torch.float64,
+            attn_implementation="eager",
+            experts_implementation="eager",
+            output_loading_info=True,
+        )
+        assert not any(report.values()), report
+        near(again(TOKENS, use_cache=False).logits, logits, 1e-9)
     saved, written = tensors_of(tmp_path / "theirs"), tensors_of(tmp_path / "again")
     assert saved.keys() == written.keys()
     assert all(torch.equal(tensor, written[tensor_name]) for tensor_name, tensor in saved.items())

@@ -2,8 +2,11 @@
 
 import json
 import shutil
+from itertools import chain
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from torchlmoe.checkpoint.companions import CONFIG, GENERATION
 from torchlmoe.checkpoint.manifest import sync_folder
@@ -33,7 +36,13 @@ def write_transformers(opened: SavedFolder, output: Path, model_type: str, *, ma
     for conversion in table:
         made = conversion([saved[name] for name in conversion.sources])
         sizes |= {name: tensor.nbytes for name, tensor in made.items()}
-    tensors = (conversion(opened.read(conversion.sources)) for conversion in table)
+    constants = FAMILIES[model_type].constants(opened.model)
+    with torch.device("meta"):
+        sizes |= {name: make().to(opened.dtype).nbytes for name, make in constants.items()}
+    tensors = chain(
+        (conversion(opened.read(conversion.sources)) for conversion in table),
+        ({name: make().to(opened.dtype)} for name, make in constants.items()),
+    )
     files = {**companions, CONFIG: (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()}
     files.setdefault(GENERATION, json.dumps({"eos_token_id": content["eos_token_id"]}).encode())
     partial = output.with_name(f"{output.name}.partial")
@@ -53,11 +62,13 @@ def write_transformers(opened: SavedFolder, output: Path, model_type: str, *, ma
 
 
 def _config(opened: SavedFolder, family: Family, before: dict[str, Any]) -> dict[str, Any]:
-    """config.json. before: that of the folder which the model was imported from, whose ids and the like are kept."""
+    """config.json. before: that of the folder which the model was imported from, whose further keys are kept: all of
+    them were found to have no effect on what the model computes."""
     written = family.config(opened.model)
     again = config_from([family.settings(written, CONFIG)])
     check_equal(opened.model, build_on_meta(again, opened.vocab_size), family.model_type)
-    kept = {name: value for name, value in before.items() if name in WITHOUT_EFFECT}
+    same = before.get("model_type") == family.model_type
+    kept = {name: value for name, value in before.items() if same or name in WITHOUT_EFFECT}
     return {
         "max_position_embeddings": opened.config.training.seq_len,
         "eos_token_id": opened.tokenizer.end_id,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torchlmoe.interop.family import Family, blocks_of, mixers_of, model_tables
+from torchlmoe.feed_forwards.dense import Dense
+from torchlmoe.interop.family import Family, feed_forward_of, mixers_of, model_tables
 from torchlmoe.interop.keys import Keys
 from torchlmoe.interop.rules import Rule
 from torchlmoe.interop.softmax import (
@@ -34,7 +35,7 @@ def write(model: Decoder) -> dict[str, Any]:
         **write_model(model),
         **write_attention(attention),
         "attention_bias": attention.q_proj.bias is not None,
-        "intermediate_size": blocks_of(model)[0].feed_forward.units,
+        "intermediate_size": feed_forward_of(model, Dense, "llama").units,
     }
 
 

@@ -1,10 +1,18 @@
 """What MoE layers of transformers have in common: a router, experts that are stacked or separate, a shared expert."""
 
+from torchlmoe.feed_forwards.moe import MoE
 from torchlmoe.interop.rules import Rule
 from torchlmoe.interop.steps import Flatten, Split
 
 NAMED = ("gate_proj", "up_proj", "down_proj")
 NUMBERED = ("w1", "w3", "w2")  # the same three in files of Mixtral, MiniMax and Kimi-Linear
+
+
+def shared_units(layer: MoE, model_type: str) -> int:
+    """Hidden width of the shared experts. Raises ValueError for a layer without, which the family cannot hold."""
+    if layer.shared_expert is None:
+        raise ValueError(f"The model has no shared expert, but {model_type} always has one: choose another --format.")
+    return layer.shared_expert.units
 
 
 def moe_rules(
@@ -14,34 +22,40 @@ def moe_rules(
     loss_free: bool = False,
     separate_experts: int | None = None,
     expert_names: tuple[str, str, str] = NAMED,
+    gated: bool = True,
 ) -> list[Rule]:
     """A layer of transformers <-> `MoE`.
 
     shared_expert: its name in theirs, if there is one; shared_expert_gate: whether it has a gate. loss_free: whether
     the router has a bias. separate_experts: the number of experts where each has three matrices of its own, called
-    expert_names, as in files; None where they are stacked, as in transformers' modules.
+    expert_names, as in files; None where they are stacked, as in transformers' modules. gated: whether an expert has a
+    gate.
     """
+    first = "gate_up_proj" if gated else "up_proj"
     rules = [Rule("gate.weight", "router.weight")]
     if separate_experts is None:
-        rules += [Rule(name, name) for name in ("experts.gate_up_proj", "experts.down_proj")]
+        rules += [Rule(name, name) for name in (f"experts.{first}", "experts.down_proj")]
     else:
-        rules += _separate_experts_rules(separate_experts, expert_names)
+        rules += _separate_experts_rules(separate_experts, expert_names, gated)
     if loss_free:
         rules.append(Rule("gate.e_score_correction_bias", "router.expert_bias"))
     if shared_expert is not None:
-        rules += [Rule(f"{shared_expert}.{name}.weight", f"shared_expert.{name}.weight") for name in NAMED]
+        named = NAMED if gated else NAMED[1:]
+        rules += [Rule(f"{shared_expert}.{name}.weight", f"shared_expert.{name}.weight") for name in named]
     if shared_expert_gate:
         rules.append(Rule("shared_expert_gate.weight", "shared_expert_gate.weight"))
     return rules
 
 
-def _separate_experts_rules(num_experts: int, names: tuple[str, str, str]) -> list[Rule]:
-    """[F, D] and [D, F] of each expert -> [E, 2F, D] and [E, D, F]."""
+def _separate_experts_rules(num_experts: int, names: tuple[str, str, str], gated: bool) -> list[Rule]:
+    """[F, D] and [D, F] of each expert -> [E, 2F, D], or without gates [E, F, D], and [E, D, F]."""
     gate, up, down = ([f"experts.{expert}.{name}.weight" for expert in range(num_experts)] for name in names)
     gate_up = [name for pair in zip(gate, up, strict=True) for name in pair]
     stack = Flatten((num_experts, -1)).inverse
     # Gate over up, expert after expert: joined in this order, all is one copy and the stack a view of it.
     return [
-        Rule(gate_up, "experts.gate_up_proj", Split(2 * num_experts).inverse, stack),
+        Rule(gate_up, "experts.gate_up_proj", Split(2 * num_experts).inverse, stack)
+        if gated
+        else Rule(up, "experts.up_proj", Split(num_experts).inverse, stack),
         Rule(down, "experts.down_proj", Split(num_experts).inverse, stack),
     ]

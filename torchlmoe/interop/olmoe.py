@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from torchlmoe.feed_forwards.moe import MoE
 from torchlmoe.interop import moe
-from torchlmoe.interop.family import Family, blocks_of, mixers_of, model_tables
+from torchlmoe.interop.family import Family, feed_forward_of, mixers_of, model_tables
 from torchlmoe.interop.keys import Keys
 from torchlmoe.interop.rules import Rule
 from torchlmoe.interop.softmax import (
@@ -36,7 +37,7 @@ def read(keys: Keys) -> dict[str, Any]:
 
 def write(model: Decoder) -> dict[str, Any]:
     (attention,) = mixers_of(model, "olmoe", "attention")
-    layer = blocks_of(model)[0].feed_forward
+    layer = feed_forward_of(model, MoE, "olmoe")
     return {
         **write_model(model),
         **write_attention(attention),

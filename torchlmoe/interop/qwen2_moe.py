@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from torchlmoe.feed_forwards.dense import Dense
 from torchlmoe.feed_forwards.moe import MoE
 from torchlmoe.interop import moe
-from torchlmoe.interop.family import Family, blocks_of, mixers_of, model_tables
+from torchlmoe.interop.family import Family, blocks_of, feed_forward_of, mixers_of, model_tables
 from torchlmoe.interop.keys import Keys
 from torchlmoe.interop.rules import Rule
 from torchlmoe.interop.softmax import (
@@ -47,10 +48,8 @@ def read_feed_forwards(keys: Keys, *, normalize: bool) -> tuple[list[bool], dict
 def write_feed_forwards(model: Decoder, num_experts: str = "num_experts") -> dict[str, Any]:
     """The inverse of `read_feed_forwards`."""
     layers = [block.feed_forward for block in blocks_of(model)]
-    experts = next((layer for layer in layers if isinstance(layer, MoE)), None)
-    dense = next((layer for layer in layers if not isinstance(layer, MoE)), None)
-    if experts is None:
-        raise ValueError("The model has no layer of experts: choose another --format.")
+    experts = feed_forward_of(model, MoE, "its family")
+    dense = next((layer for layer in layers if isinstance(layer, Dense)), None)
     shared = experts.shared_expert
     return {
         "decoder_sparse_step": 1,
@@ -61,7 +60,7 @@ def write_feed_forwards(model: Decoder, num_experts: str = "num_experts") -> dic
         "norm_topk_prob": experts.router.normalize_top_k,
         "router_aux_loss_coef": experts.load_balance.aux_loss_weight,
         **({} if shared is None else {"shared_expert_intermediate_size": shared.units}),
-        "intermediate_size": experts.experts.down_proj.shape[-1] if dense is None else dense.units,
+        **({} if dense is None else {"intermediate_size": dense.units}),
     }
 
 

@@ -47,13 +47,18 @@ def mlp_rules(layer: FeedForward) -> list[Rule]:
 
 
 def layer_rules(
-    mixer: list[Rule], feed_forward: list[Rule], *, mixer_name: str = "self_attn", feed_forward_name: str = "mlp"
+    mixer: list[Rule],
+    feed_forward: list[Rule],
+    *,
+    mixer_name: str = "self_attn",
+    feed_forward_name: str = "mlp",
+    feed_forward_norm: str = "post_attention_layernorm",
 ) -> list[Rule]:
     """A layer with two pre-norms: rules of its mixer and of its feed-forward layer, under their names in the layer."""
     return [
         Rule("input_layernorm.weight", "mixer_norm.weight"),
         *prefixed(mixer, f"{mixer_name}.", "mixer."),
-        Rule("post_attention_layernorm.weight", "feed_forward_norm.weight"),
+        Rule(f"{feed_forward_norm}.weight", "feed_forward_norm.weight"),
         *prefixed(feed_forward, f"{feed_forward_name}.", "feed_forward."),
     ]
 
