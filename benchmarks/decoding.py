@@ -88,7 +88,7 @@ def compiled_beside_eager(model: Decoder, rows: int, repeats: int) -> list[dict[
         for name, flag in (("eager", False), ("compiled", True))
     }
     table: list[dict[str, Any]] = []
-    # In turns of their own, since a step and a generation take turns at very different lengths.
+    # In separate turns, since a step and a generation take turns at very different lengths.
     for cases, count, tokens in (
         ({"eager step": eager, "compiled step": compiled}, repeats, 1),
         (generations, max(3, repeats // 5), GENERATED),

@@ -16,7 +16,7 @@ BANNED = {
     r"(hands|handed|hand|handing) (it |them )?on": "passes on",
     r"(is|are) told (of|by|which|how|what|to|apart)": "receives, knows",
     r"of elsewhere": "from another program",
-    r"of (its|their|your|his|our) own": "its own ..., a separate ..., custom",
+    r"of (its|their|his|our) own": "its own ..., a separate ...",
     r"and so (many|much) more": "the number itself",
     r"by the way": "nothing: leave it out",
     r"what is (erased|told|given|kept|sent|logged|there)": "a noun",
@@ -32,7 +32,7 @@ BANNED = {
     r"has come of": "the result",
     r"no way (back|from)": "cannot",
     r"as of `": "see `...`, the same as `...`",
-    r"(?<!there )is no (mixer|index|tokenizer|number|record|map|answer)\b": "is not a ...",
+    r"(?<!there\s)is no (mixer|index|tokenizer|number|record|map|answer)\b": "is not a ...",
     r"(is|are) no more than": "is only",
     r"so-?manieth": "every N-th",
 }

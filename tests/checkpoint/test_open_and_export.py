@@ -52,7 +52,7 @@ def test_open_says_what_is_missing(single, tmp_path):
     with pytest.raises(ValueError, match="but the settings give"):
         open_model(tmp_path / "model")
     (tmp_path / "model/config.json").write_text('{"model_type": "llamba"}')
-    with pytest.raises(ValueError, match="model_type = 'llamba', which cannot be imported; supported are llama, "):
+    with pytest.raises(ValueError, match="model_type = 'llamba', which cannot be imported; supported are bamba, "):
         open_model(tmp_path / "model")
     weights = tmp_path / "model/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])

@@ -1,4 +1,4 @@
-"""Bits per byte against a count of its own, for files of every odd kind; and sentences for those without a figure."""
+"""Bits per byte against a separate count, for files of every odd kind; and sentences for those without a figure."""
 
 import logging
 import math

@@ -73,7 +73,7 @@ def test_an_unfinished_character_comes_last(tokenizer):
 
 
 def steps_of(rows, continuations):
-    """As of `continue_rows`, with these tokens."""
+    """Like `continue_rows`, with these tokens."""
     longest = max(map(len, continuations), default=0)
     for step in range(longest):
         for row, tokens in zip(rows, continuations, strict=True):

@@ -71,10 +71,13 @@ def pickled_only(folder):
 
 NORM = "model.layers.0.input_layernorm.weight"
 BAD_FOLDERS = {
-    "missing shard": (lambda folder: (folder / SHARDED).unlink(), "is missing, which model.safetensors.index.json"),
+    "missing shard": (lambda folder: (folder / SHARDED).unlink(), "is missing, but model.safetensors.index.json"),
     "truncated shard": (truncate, r"model-00001-of-00002\.safetensors is damaged or gone"),
-    "index elsewhere": (of_json(INDEX, elsewhere), r"names the file '\.\./other\.safetensors', which is not one of"),
-    "index of another file": (of_json(INDEX, another_file), "which model.safetensors.index.json says is there"),
+    "index elsewhere": (
+        of_json(INDEX, elsewhere),
+        r"names the file '\.\./other\.safetensors', which is not in the same",
+    ),
+    "index of another file": (of_json(INDEX, another_file), "that model.safetensors.index.json lists"),
     "no weight map": (lambda folder: (folder / INDEX).write_text("{}"), "weight_map is missing"),
     "pickles": (pickled_only, r"has neither model\.safetensors nor model\.safetensors\.index\.json"),
     "unknown family": (of_config(model_type="gpt2"), "model_type = 'gpt2', which cannot be imported; supported are"),

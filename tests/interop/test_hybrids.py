@@ -1,4 +1,4 @@
-"""Families of Mamba hybrids: both forms of their weights, and what is refused on the way in and on the way out."""
+"""Families of Mamba hybrids: both forms of their weights, and errors of import and export."""
 
 import json
 import math

@@ -56,15 +56,15 @@ def sleep():
 
 # What happens to which rank, in step 3 (optimizer) of all, and what the others then say.
 FAULTS = {
-    "killed": (kill, 2, f"Another rank ended during {HERE}: rank 2 {LOST} {HERE}; what was saved"),
-    "stopped": (stop, 2, f"did not end within parallelism.timeout_seconds = 2: rank 2 {LOST} {HERE}; what was saved"),
-    "own error": (fail, 2, f"rank 2 ended in {HERE}: No space left on device; what was saved"),
-    "own error, serves": (fail, 0, f"rank 0 ended in {HERE}: No space left on device; what was saved"),
-    "killed, serves": (kill, 0, f"rank 0, whose process serves the store .*; this rank was in {HERE}; what was saved"),
+    "killed": (kill, 2, f"Another rank ended during {HERE}: rank 2 {LOST} {HERE}; earlier check"),
+    "stopped": (stop, 2, f"did not end within parallelism.timeout_seconds = 2: rank 2 {LOST} {HERE}; earlier check"),
+    "own error": (fail, 2, f"rank 2 ended in {HERE}: No space left on device; earlier check"),
+    "own error, serves": (fail, 0, f"rank 0 ended in {HERE}: No space left on device; earlier check"),
+    "killed, serves": (kill, 0, f"rank 0, whose process serves the store .*; this rank was in {HERE}; earlier check"),
     "stopped, serves": (
         stop,
         0,
-        f"timeout_seconds = 2: rank 0, whose process serves the store .*; this rank was in {HERE}; what was saved",
+        f"timeout_seconds = 2: rank 0, whose process serves the store .*; this rank was in {HERE}; earlier check",
     ),
     "late": (
         sleep,
@@ -75,7 +75,7 @@ FAULTS = {
     "stuck beside": (
         None,
         2,
-        r": rank 2 is late or stuck, last seen in step 4 \(data\), while step 3 is saved; what was saved",
+        r": rank 2 is late or stuck, last seen in step 4 \(data\), while step 3 is saved; earlier check",
     ),
 }
 

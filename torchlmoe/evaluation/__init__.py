@@ -1,1 +1,1 @@
-"""How well a trained model does: tasks of lm-eval, bits per byte of texts."""
+"""Evaluates trained models: tasks of lm-eval, bits per byte of texts, recall tasks."""

@@ -1,9 +1,9 @@
-"""A model as lm-eval (lm-evaluation-harness) asks for it, and its tasks.
+"""Adapts a model to the interface of lm-eval (lm-evaluation-harness), and runs its tasks.
 
-What is asked is what lm-eval's own wrapper of transformers (`HFLM`) asks, so that equal weights get equal scores, but
-for what stands before a context: that depends on what the model was trained with (`checkpoint/conventions.py`). Spaces
-at the end of a context belong to the continuation; what is longer than `max_length` loses tokens on the left; a text as
-a whole is scored in windows of `max_length`.
+Requests are those of lm-eval's own wrapper of transformers (`HFLM`), so that equal weights get equal scores, except
+the tokens before a context, which depend on the model's training (`checkpoint/conventions.py`). Spaces
+at the end of a context belong to the continuation; text longer than `max_length` loses tokens on the left; a whole
+text is scored in windows of `max_length`.
 """
 
 import json
@@ -138,7 +138,7 @@ class HarnessModel(TemplateLM):
                     index: (self.tok_encode(requests[index].args[0]) or [self.prefix_token_id])[-room:]
                     for index in group
                 }
-                # The longest first: what memory does not suffice for fails at once.
+                # The longest first, so that a lack of memory shows at once.
                 order = sorted(group, key=lambda index: -len(prompts[index]))
                 for start in range(0, len(order), self.rows_at_once):
                     batch = order[start : start + self.rows_at_once]

@@ -1,4 +1,4 @@
-"""The tasks of data/recall as an evaluation: what a model recalls and tracks, by number of pairs, length and depth."""
+"""The tasks of data/recall as an evaluation, by number of pairs, length and depth."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
@@ -13,7 +13,7 @@ from torchlmoe.layers.cross_entropy import IGNORE_INDEX
 from torchlmoe.model.decoder import Decoder
 from torchlmoe.options import keyword_settings
 
-# What an evaluation varies: the options of each of its points.
+# The options of each point of an evaluation.
 RECALL: dict[str, tuple[dict[str, Any], ...]] = {
     "mqar": tuple(
         {"num_pairs": pairs, "length": length} for pairs, length in ((4, 64), (8, 64), (16, 128), (32, 256), (64, 512))
@@ -71,7 +71,7 @@ def evaluate_recall(
     results: dict[str, dict[str, Any]] = {}
     stores: dict[str, list[tuple[dict[str, Any], RecallStore]]] = {}
     left_out: dict[str, list[dict[str, Any]]] = {}
-    for name in names:  # all before the first is asked, so that what does not fit is found at once
+    for name in names:  # all before the first runs, so that options that do not fit raise at once
         stores[name], left_out[name] = [], []
         for point in map(dict, (points or RECALL).get(name, RECALL[name])):
             given = {"vocab_size": _vocab_size(model, name), **(options or {}).get(name, {}), **point}
@@ -164,7 +164,7 @@ def _figures(right: list[list[np.ndarray]]) -> dict[str, Any]:
         "num_tokens": sum(map(len, tokens)),
     }
     for key, values in (("token_accuracy", tokens), ("exact_match", exact)):
-        # Answers within a document depend on each other: documents are what is drawn.
+        # Answers within a document depend on each other, so errors are computed over documents.
         means = np.array([document.mean() for document in values])
         figures[key] = float(np.concatenate(values).mean())
         figures[f"{key}_se"] = float(means.std(ddof=1) / len(means) ** 0.5) if len(means) > 1 else None

@@ -17,7 +17,7 @@ from torchlmoe.model.batch import describe
 from torchlmoe.model.decoder import Decoder
 
 TOKENS_AT_ONCE = 4096  # in a packed row
-MIN_SAVED = 1024  # tokens that reading a context once must save, since it costs calls of its own
+MIN_SAVED = 1024  # tokens that reading a context once must save, since it costs extra calls
 LOGITS_AT_ONCE = 2**24
 Tokens = tuple[int, ...]
 
@@ -30,7 +30,7 @@ class Request(NamedTuple):
 
     @property
     def read(self) -> Tokens:
-        """What the model reads: all but the last token."""
+        """The tokens that the model reads: all but the last."""
         return (*self.context, *self.continuation[:-1])
 
 
@@ -53,7 +53,7 @@ def score(
     """The score of each request; an empty continuation has log-likelihood 0.
 
     model: in evaluation mode. vocab_size: ids that the tokenizer has; other rows of the embedding get no probability.
-    tokens_at_once: in a packed row; a request that is longer is a row of its own. done: called with the number of
+    tokens_at_once: in a packed row; a request that is longer is a separate row. done: called with the number of
     requests that have been scored since it was called last.
 
     Raises ValueError for a request without a context, and FloatingPointError if logits are not finite.
@@ -63,7 +63,7 @@ def score(
     times = Counter(requests)
     scores = {request: Score(0.0, True) for request in times if not request.continuation}
     done(sum(times[request] for request in scores))
-    # Each input is read once: answers of one token differ in what is not read, as do equal requests.
+    # Each input is read once: one-token answers to one context have the same input, and so do equal requests.
     of_input: dict[Tokens, list[Request]] = {}
     for request in times:
         if request.continuation:
@@ -114,7 +114,7 @@ def _read_all(
         yield from _read_after(model, context, continued)
     rest = set(inputs).difference(*shared.values())
     row: list[Tokens] = []
-    # The longest first: what memory does not suffice for fails at once.
+    # The longest first, so that a lack of memory shows at once.
     for read in sorted(rest, key=lambda read: (-len(read), read)):
         if row and sum(map(len, row)) + len(read) > tokens_at_once:
             yield from _read_packed(model, row)

@@ -1,9 +1,9 @@
 """Bits per byte and perplexity of text files, exact to the byte.
 
-A file is one document: the end token (of a model of transformers, its begin token if it has one), then the tokens of
-the whole file, each predicted from those before it. What they cost together is divided by the bytes that the file has
-on disk, so the figure does not depend on the tokenizer. The end of the document is not counted, as it stands for no
-byte.
+A file is one document: the end token (for a transformers model its begin token, if it has one), then the tokens of
+the whole file, each predicted from earlier tokens. The sum of their log-likelihoods is divided by the file's bytes
+on disk, so the figure does not depend on the tokenizer. The end token after the document is not counted, since it
+stands for no byte.
 """
 
 import logging
@@ -106,8 +106,8 @@ def evaluate_texts(
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """The figures of each file by its name as given, or `error`, a sentence; and these sentences.
 
-    max_length: as of `score_text`; if None, `trained_length` for a model whose memory grows with the text.
-    begin_id: as of `score_text`.
+    max_length: see `score_text`; if None, `trained_length` for a model whose memory grows with the text.
+    begin_id: see `score_text`.
     """
     if max_length is None and growing(model):
         max_length = trained_length

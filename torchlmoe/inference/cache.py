@@ -1,4 +1,4 @@
-"""Decoding states of many rows as one TensorDict: read on, reset, copied, forked, saved and loaded.
+"""Decoding states of many rows as one TensorDict: continued, reset, copied, forked, saved and loaded.
 
     cache = new_cache(model, num_rows=1, max_length=4096)
     logits = read(model, cache, prefix)                     # prefix int64 [1, T], any number of tokens
@@ -7,8 +7,8 @@
     many = cache[torch.zeros(8, dtype=torch.int64)]         # forked: one row to eight; an index tensor copies
     reset_rows(many, [3])
 
-`length` int64 [rows] says how many tokens each row has read; the rest is what `Decoder.init_cache` gives, by block. A
-slice of a cache shares its memory, so `cache[2:4]` can be read on alone.
+`length` int64 [rows] is the number of tokens that each row has read; the other entries, by block, come from
+`Decoder.init_cache`. A slice of a cache shares its memory, so `cache[2:4]` can continue alone.
 """
 
 import hashlib
@@ -29,11 +29,11 @@ from torchlmoe.model.decoder import Decoder
 PIECE = 512  # tokens read at once: bounds the activations and the attention mask of a long prompt
 LENGTH = "length"
 FORMAT = "torchlmoe cache 1"
-SAMPLES = 256  # values of a weight by which it is known again
+SAMPLES = 256  # values of a weight that identify it
 
 
 def new_cache(model: Decoder, num_rows: int, max_length: int, dtype: torch.dtype | None = None) -> TensorDict:
-    """Empty rows of at most `max_length` tokens. dtype: as of `Decoder.init_cache`."""
+    """Empty rows of at most `max_length` tokens. dtype: see `Decoder.init_cache`."""
     cache = model.init_cache(num_rows, max_length, dtype)
     cache[LENGTH] = torch.zeros(num_rows, dtype=torch.int64, device=model.embedding.weight.device)
     return cache
@@ -47,7 +47,7 @@ def read(model: Decoder, cache: TensorDict, tokens: Tensor) -> Tensor:
 
 
 def read_pieces(model: Decoder, cache: TensorDict, tokens: Tensor) -> Iterator[Tensor]:
-    """As `read`, but yields what the head takes, [rows, at most PIECE, dim], piece by piece."""
+    """Like `read`, but yields the input of the head, [rows, at most PIECE, dim], piece by piece."""
     for piece in tokens.split(PIECE, 1):
         positions = cache[LENGTH][:, None] + torch.arange(piece.shape[1], device=piece.device)
         sequence = SequenceLayout(positions, share=MicrobatchShare(loss_weight=0.0))
@@ -57,7 +57,7 @@ def read_pieces(model: Decoder, cache: TensorDict, tokens: Tensor) -> Iterator[T
 
 
 def reset_rows(cache: TensorDict, rows: Sequence[int] | Tensor) -> None:
-    """Makes rows as new, in place."""
+    """Reset rows in place."""
     index = torch.as_tensor(rows, dtype=torch.int64, device=cache[LENGTH].device)
     for tensor in cache.values(True, True):
         tensor[index] = 0
@@ -84,7 +84,7 @@ def copy_rows(
         kept = [min(sizes) for sizes in zip(old.shape[1:], new.shape[1:], strict=True)]
         if kept != list(old.shape[1:]) and longest > kept[0]:
             raise ValueError(f"A row of {longest} tokens does not fit into a cache of max_length = {kept[0]}.")
-        # What lies behind a row's tokens is overwritten before it is read.
+        # Places after a row's tokens are overwritten before they are read.
         places: list[Any] = [slice(size) for size in kept]
         new[(target_index, *places)] = old[(source_index, *places)].to(new)
 
@@ -103,7 +103,7 @@ def save_cache(cache: TensorDict, path: str | Path, model: Decoder) -> None:
     tensors, grown = _flat(cache), growing(model)
     longest = int(cache[LENGTH].max()) if len(cache) else 0
     for name, tensor in tensors.items():
-        # Of what grows with the text, the places that are filled.
+        # Of tensors that grow with the text, only the filled places.
         tensors[name] = (tensor[:, :longest] if name in grown else tensor).cpu().contiguous()
     metadata = {"format": FORMAT, "model": _fingerprint(model), "sha256": _digest(tensors)}
     path = Path(path)
@@ -121,7 +121,7 @@ def load_cache(
 ) -> TensorDict:
     """Reads what `save_cache` wrote, onto the model's device.
 
-    max_length: of the rows, at least the tokens of the longest one, which is the default. dtype: as of `new_cache`.
+    max_length: of the rows, at least the tokens of the longest one, which is the default. dtype: see `new_cache`.
     Raises ValueError, naming the file, if it is damaged or was saved with another model, shape or dtype.
     """
     try:
@@ -160,7 +160,7 @@ def load_cache(
 
 
 def growing(model: Decoder) -> set[str]:
-    """The tensors of a cache, by name, that have a place for each token: found by asking for one token and for two."""
+    """The tensors of a cache, by name, that have a place for each token, found by comparing caches of one and two."""
     meta = torch.device("meta")
     one, two = (_flat(model.init_cache(1, length, device=meta)) for length in (1, 2))
     return {name for name in one if one[name].shape != two[name].shape}
@@ -179,7 +179,7 @@ def _parts(name: str | tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _fingerprint(model: Decoder) -> str:
-    """Tells apart models, dtypes and steps of training by names and shapes of weights, and some values of each."""
+    """Identifies a model, its dtype and its training step by names and shapes of weights, and some values of each."""
     digest = hashlib.sha256()
     for name, weight in model.state_dict().items():
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())

@@ -1,8 +1,8 @@
-"""Compiles a decoding step, the small operations of this package opened up.
+"""Compiles a decoding step, with small custom operations replaced by plain torch.
 
-torch calls a custom operation as it is, which on a CPU takes longer than its work on one token. Without derivatives
-some of them are a few lines of plain torch, which the compiler fuses with what is around them. On a GPU they are
-kernels and stay closed.
+Calling a custom operation takes longer on a CPU than its work on one token. Without derivatives
+some of them are a few lines of plain torch, which the compiler fuses with the code around them. On a GPU they are
+kernels and are not replaced.
 """
 
 from collections.abc import Callable, Sequence
@@ -42,7 +42,7 @@ def backend(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[...,
 
 
 def opened() -> dict[Any, Callable[..., Any]]:
-    """By operation, the plain form; NotImplemented from it leaves the operation closed."""
+    """By operation, the plain form; if it returns NotImplemented, the operation is not replaced."""
     operations = torch.ops.torchlmoe
     return {
         operations.causal_conv.default: _causal_conv,

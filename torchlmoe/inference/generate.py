@@ -1,8 +1,8 @@
 """Continues prompts token by token, from recurrent states and key-value caches.
 
-Prompts are read by `inference/prefill.py`, unpadded, what they share once. From then on all rows go together, one token
-a step, each at its own position; a row that ends leaves the batch. The blocks with a recurrence hold the same memory
-however far that is.
+`inference/prefill.py` reads prompts without padding, and shared prefixes once. Then all rows decode together, one token
+per step, each at its own position; a row that ends leaves the batch. Blocks with a recurrence need constant
+memory.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -50,7 +50,7 @@ def generate_stepwise(
     has_ended: called with the number of a prompt and its next token; True ends the row with this token.
     compile: compile the step, which takes minutes once and pays off over many tokens.
 
-    Raises ValueError for prompts without tokens or with ids that there are not, and for max_new_tokens < 1.
+    Raises ValueError for prompts without tokens or with unknown ids, and for max_new_tokens < 1.
     """
     vocab_size = vocab_size or model.embedding.num_embeddings
     if vocab_size > model.embedding.num_embeddings:

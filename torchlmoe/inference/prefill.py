@@ -1,6 +1,6 @@
-"""Reads prompts into a cache: what several of them begin with once, the rest in groups of one length.
+"""Reads prompts into a cache: shared prefixes once, the rest in groups of equal length.
 
-Padding would enter the recurrent states, so there is none. The prompts are a tree, whose nodes are the runs of tokens
+There is no padding, since it would enter the recurrent states. The prompts form a tree, whose nodes are runs of tokens
 that the same prompts share. Nodes of one depth and length are read together, each row after its parent's state.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from torchlmoe.inference.cache import copy_rows, new_cache, read
 from torchlmoe.model.decoder import Decoder
 
-MIN_SHARED = 32  # tokens that a shared run has at least, since each run costs a call of its own
+MIN_SHARED = 32  # tokens that a shared run has at least, since each run costs a call
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Run:
 
 
 def read_prompts(model: Decoder, prompts: Sequence[Sequence[int]], max_length: int) -> tuple[TensorDict, Tensor]:
-    """A cache of one row per prompt, as of `new_cache`, and the logits [prompts, V] of each one's last token."""
+    """A cache of one row per prompt, like `new_cache`, and the logits [prompts, V] of each one's last token."""
     cache = new_cache(model, len(prompts), max_length)
     device = model.embedding.weight.device
     logits: dict[int, Tensor] = {}
@@ -85,7 +85,7 @@ def shared_runs(prompts: Sequence[Sequence[int]]) -> list[Run]:
 
 
 def _common(a: np.ndarray, b: np.ndarray) -> int:
-    """How many tokens two prompts begin with alike."""
+    """Length of the common prefix of two prompts."""
     length = min(len(a), len(b))
     different = np.flatnonzero(a[:length] != b[:length])
     return int(different[0]) if len(different) else length

@@ -1,4 +1,4 @@
-"""Texts that end a continuation: found however tokens split them, and never shown, not even in part."""
+"""Strings that end a continuation: found even if tokens split them, and never shown, not even in part."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ class StopStrings:
         self.strings, self.found, self.held = tuple(strings), False, ""
 
     def push(self, text: str) -> str:
-        """What of the text so far is new and cannot be part of a stop string."""
+        """Return the new part of the text that cannot belong to a stop string."""
         if self.found:
             return ""
         self.held += text
@@ -27,7 +27,7 @@ class StopStrings:
         return shown
 
     def close(self) -> str:
-        """What was held back, if no stop string came of it."""
+        """Return the text that was held back, if it is not a stop string."""
         return "" if self.found else self.held
 
     def _begun(self) -> int:

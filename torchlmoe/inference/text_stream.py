@@ -27,7 +27,7 @@ class TextStream:
         """What is new, without a character whose bytes are not all there yet."""
         self.ids.append(index)
         text = self.tokenizer.decode(self.ids)
-        # A token without a text of its own, as special ones are, does not end a row of bytes.
+        # A token without text, such as a special token, does not end a row of bytes.
         self.in_bytes = self.tokenizer.is_byte(index) or (self.in_bytes and not self.tokenizer.decode([index]))
         if self.in_bytes or text.endswith(UNFINISHED) or not text.startswith(self.shown):
             return ""
@@ -75,7 +75,7 @@ class Row:
 def continue_rows(
     model: Decoder, rows: Sequence[Row], prompts: Sequence[Sequence[int]], *, max_new_tokens: int, **options
 ) -> Iterator[None]:
-    """Generates, and yields after each step; `rows` then have their texts so far. Options as of `generate_stepwise`."""
+    """Generates, and yields after each step; `rows` then have their texts so far. Options: see `generate_stepwise`."""
 
     def has_ended(row: int, token: int) -> bool:
         return rows[row].push(token)
@@ -94,7 +94,7 @@ def continue_rows(
 def stream_in_order(rows: Sequence[Row], steps: Iterable[object]) -> Iterator[tuple[int, str]]:
     """Yields (row, new text): each prompt with its continuation, the rows one after another.
 
-    steps: as of `continue_rows`. A row is yielded as it grows, once those before it have ended.
+    steps: see `continue_rows`. A row is yielded as it grows, once those before it have ended.
     """
     row, shown = 0, 0
     yield row, rows[row].prompt_text

@@ -166,7 +166,7 @@ def latent_attention_rules(
 
     head_dim: width of a key, the shared_key_dim channels of all heads included. full_rank_q: whether q has one
     projection, which it has if q_lora_rank is null. rotary: whether the shared channels are turned; Kimi-Linear's are
-    not. bias: whether there are biases, on the way into the latents and on the output.
+    not. bias: whether there are biases, on the projections into the latents and on the output.
     """
     shared = list(range(shared_key_dim))
     if rotary:

@@ -21,7 +21,7 @@ from torchlmoe.model.decoder import Decoder
 
 
 def read_router(keys: Keys, names: Mapping[str, str], *, normalize: str) -> dict[str, Any]:
-    """Options of `moe`, whose bias balances the load. names: as of `read_experts`. normalize: the key of this flag."""
+    """Options of `moe`, whose bias balances the load. names: see `read_experts`. normalize: the key of this flag."""
     experts = read_experts(keys, names)
     if experts["num_expert_groups"] > 1:
         experts["group_score"] = "top2_sum"

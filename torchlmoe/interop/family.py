@@ -1,4 +1,4 @@
-"""What a family of models in transformers is: its settings and its weights, both ways.
+"""A family of transformers models: conversion of its settings and weights in both directions.
 
     family = FAMILIES["qwen3_next"]                  # torchlmoe.interop.families
     tables = family.settings(config_json, place)     # [model] and [moe] of torchlmoe
@@ -37,7 +37,7 @@ _WITHOUT_EFFECT = {
 
 @dataclass(frozen=True)
 class Names:
-    """What a family calls the parts around its layers."""
+    """Names of a family for the parts around its layers."""
 
     embedding: str = "model.embed_tokens.weight"
     layers: str = "model.layers"
@@ -51,7 +51,7 @@ class Family:
 
     architecture: transformers' class of the whole model. read: the keys of config.json -> tables of settings. write: a
     model -> keys of config.json. block_rules: one block's weights, by names within the layer (theirs) and
-    within the block (ours); it is also told whether the experts are separate, as in most files, or stacked, as in
+    within the block (ours); it also receives whether the experts are separate, as in most files, or stacked, as in
     transformers' modules, and then gives all names as modules have them. separate_experts: which transformers writes.
     left_out: beginnings of the names of tensors that have no place here, such as those of multi-token prediction;
     {num_layers} in them stands for the number of layers.

@@ -1,4 +1,4 @@
-"""Reads the keys of a config.json one by one, and refuses those whose meaning would be lost."""
+"""Reads the keys of a config.json one by one, and raises an error for keys whose meaning would be lost."""
 
 from __future__ import annotations
 

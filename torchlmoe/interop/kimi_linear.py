@@ -107,7 +107,7 @@ def write(model: Decoder) -> dict[str, Any]:
 def kda_rules(*, num_heads: int, head_dim: int, conv_size: int, saved: bool = False) -> list[Rule]:
     """KimiLinearDeltaAttention <-> `kda`.
 
-    saved: as saved in files, where the three convolutions are separate and the decay has no module of its own.
+    saved: as saved in files, where the three convolutions are separate and the decay has no separate module.
     """
     convolutions = ["q_conv.weight", "k_conv.weight", "v_conv.weight"]
     one = Flatten((1, conv_size), dim=1)  # [channels, 1, conv_size] -> [channels, conv_size]

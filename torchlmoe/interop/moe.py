@@ -1,4 +1,4 @@
-"""What MoE layers of transformers have in common: a router, experts that are stacked or separate, a shared expert."""
+"""The common parts of MoE layers in transformers: a router, experts that are stacked or separate, a shared expert."""
 
 from torchlmoe.feed_forwards.moe import MoE
 from torchlmoe.interop.rules import Rule
@@ -27,7 +27,7 @@ def moe_rules(
     """A layer of transformers <-> `MoE`.
 
     shared_expert: its name in theirs, if there is one; shared_expert_gate: whether it has a gate. loss_free: whether
-    the router has a bias. separate_experts: the number of experts where each has three matrices of its own, called
+    the router has a bias. separate_experts: the number of experts if each has three separate matrices, called
     expert_names, as in files; None where they are stacked, as in transformers' modules. gated: whether an expert has a
     gate.
     """

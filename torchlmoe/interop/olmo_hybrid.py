@@ -86,7 +86,7 @@ def write(model: Decoder) -> dict[str, Any]:
 
 
 class Thirds(Step):
-    """Three tensors of any sizes along dim 0 <-> one, of which the way back gives thirds, as transformers does.
+    """Three tensors of any sizes along dim 0 <-> one, which the inverse splits into thirds, as transformers does.
 
     Files of the authors hold the convolutions of q, k and v. Transformers joins them as it loads, and as it saves cuts
     what is joined into thirds under their names, whatever the widths of q, k and v are. Joined, both are the same.

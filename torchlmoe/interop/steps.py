@@ -113,7 +113,7 @@ class Split(Step):
             shape = (*first.shape[:dim], expected, *first.shape[dim + 1 :])
             if part.shape != shape:
                 raise Misfit(index, f"have the shape {list(shape)}, not {list(part.shape)}")
-            # `torch.cat` would convert silently, and the way back would give another dtype.
+            # `torch.cat` would convert silently, and the inverse would give another dtype.
             if (part.dtype, part.device) != (first.dtype, first.device):
                 like, found = (f"{x.dtype} on {x.device}" for x in (first, part))
                 raise Misfit(index, f"be {like} as what it is joined with, not {found}", "convert it first")
