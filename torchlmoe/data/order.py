@@ -114,9 +114,9 @@ class RowOrder:
             # Of what the rows before left over, in whole units less than one row.
             remainder = first * share - before * UNIT
             whole = (remainder + np.arange(len(places) + 1) * share + UNIT // 2) // UNIT
-            taken = np.diff(whole).astype(bool)
-            yield source, places[taken], before + np.arange(taken.sum())
-            places, first = places[~taken], first - before
+            is_own = np.diff(whole).astype(bool)
+            yield source, places[is_own], before + np.arange(is_own.sum())
+            places, first = places[~is_own], first - before
 
     def _shuffled(self, source: int, positions: np.ndarray) -> np.ndarray:
         """Rows of a source's store at these places of its run."""

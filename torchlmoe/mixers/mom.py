@@ -86,15 +86,15 @@ class MixtureOfMemories(RoutedLayer, Mixer):
             init_std=init_std,
         )  # fmt: skip
         options = {name: value for name, value in common.items() if name in settings} | (inner_options or {})
-        built = MIXERS[inner].at(place, dim, **options)
-        num_recurrences = sum(isinstance(module, LinearRecurrence) for module in built.modules())
-        if not isinstance(built, RecurrentMixer) or num_recurrences != 1:
+        mixer = MIXERS[inner].at(place, dim, **options)
+        num_recurrences = sum(isinstance(module, LinearRecurrence) for module in mixer.modules())
+        if not isinstance(mixer, RecurrentMixer) or num_recurrences != 1:
             raise ValueError(
                 f"inner = {inner!r} cannot have a mixture of memories; it must hold one linear recurrence and no more."
             )
-        self.inner, self.shared_width, self.single_kv_proj = built, built.shared_width, single_kv_proj
-        self.units = built.units
-        built.recurrence = MemoryRecurrence(built.backend)
+        self.inner, self.shared_width, self.single_kv_proj = mixer, mixer.shared_width, single_kv_proj
+        self.units = mixer.units
+        mixer.recurrence = MemoryRecurrence(mixer.backend)
         if single_kv_proj:
             return
         if inner not in OWN_PROJECTIONS:
@@ -102,16 +102,16 @@ class MixtureOfMemories(RoutedLayer, Mixer):
                 f"inner = {inner!r} cannot have separate keys and values for each memory; set single_kv_proj = true."
             )
         for name in OWN_PROJECTIONS[inner]:
-            shared = getattr(built, name)
+            shared = getattr(mixer, name)
             own = MemoryLinear(
                 shared.in_features, shared.out_features, num_memories + shared_memory, init_std, shared.units
             )
-            setattr(built, name, own)
-        for name, child in list(built.named_children()):
+            setattr(mixer, name, own)
+        for name, child in list(mixer.named_children()):
             if isinstance(child, ShortConvolution):
                 channels, width = child.weight.shape
                 setattr(
-                    built,
+                    mixer,
                     name,
                     RunConvolution(channels, width, child.bias is not None, child.activation, child.units),
                 )

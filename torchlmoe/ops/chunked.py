@@ -212,7 +212,7 @@ def scan(chunks: Chunks, state: Tensor, finished: list[Tensor]) -> tuple[Tensor,
     if chunks.inverse_NCC is not None and chunks.writes_v:
         base = -torch.bmm(chunks.scores_NCRCW[:, :, -1, :, 0], v_NCV)
     of_erase = (chunks.inverse_NCC, chunks.read_keys_NCRK, written_keys) if chunks.inverse_NCC is not None else ()
-    taken = []  # n of every step
+    removed = []  # n of every step
     per_step = [chunks.steps(x) for x in (base, added, chunks.whole(), *of_erase)]
     for z, plus, whole, *erase in zip(*per_step, strict=True):
         finished.append(state[z.shape[0] :])
@@ -221,13 +221,13 @@ def scan(chunks: Chunks, state: Tensor, finished: list[Tensor]) -> tuple[Tensor,
         after = carry(state, whole, plus)
         if erase:
             inverse, x, y = erase
-            taken.append(torch.bmm(inverse, torch.baddbmm(z, x[:, :, -1], state, alpha=-1)))
-            after = torch.baddbmm(after, y[:, :, -1].mT, taken[-1])
+            removed.append(torch.bmm(inverse, torch.baddbmm(z, x[:, :, -1], state, alpha=-1)))
+            after = torch.baddbmm(after, y[:, :, -1].mT, removed[-1])
         state = after
         chunks.ends.append(state)
     values = [v_NCV] if chunks.writes_v else []
-    if taken:
-        values.append(torch.cat(taken))
+    if removed:
+        values.append(torch.cat(removed))
     return state, beside(values)
 
 

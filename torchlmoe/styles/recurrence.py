@@ -240,8 +240,8 @@ class LSMSequenceParallel(StateStyle):
             return _add_reading(o, q, incoming, span.end_of_first(), **terms), None
         incoming = self.receive(mesh, span, factors, state, self.start(mesh, factors, state))
         if span.runs is not None and span.first is not None:
-            none = incoming.new_zeros(len(span.runs) - 1, *incoming.shape[1:])
-            incoming = none.index_copy(0, span.first, incoming)
+            states = incoming.new_zeros(len(span.runs) - 1, *incoming.shape[1:])
+            incoming = states.index_copy(0, span.first, incoming)
         return forward(q, k, v, cu_seqlens=span.runs, initial_state=incoming, **terms)[0], None
 
     def reads_by_product(self, terms: dict) -> bool:

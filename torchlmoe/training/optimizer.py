@@ -16,8 +16,8 @@ from torchlmoe.options import keyword_settings
 def build_optimizer(model: Decoder, settings: Optimizer) -> torch.optim.Optimizer:
     """Build the optimizer that the settings name, with the settings that it takes."""
     builder = OPTIMIZERS[settings.name]
-    taken = {name: getattr(settings, name) for name in keyword_settings(builder) if hasattr(settings, name)}
-    return builder(Parameters.of(model), **taken, **settings.options)
+    options = {name: getattr(settings, name) for name in keyword_settings(builder) if hasattr(settings, name)}
+    return builder(Parameters.of(model), **options, **settings.options)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:

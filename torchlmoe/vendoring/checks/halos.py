@@ -35,8 +35,8 @@ def check_halo(mesh: DeviceMesh, module: nn.Module, style: ParallelStyle) -> Non
             module = parallelize_module(module, mesh, style)
         for x, places in cases:
             given = (span_of(x, mesh) if split else x).detach().clone().requires_grad_()
-            told = Places(span_of(places.positions, mesh), places.cu_seqlens) if split else places
-            y = module(given, sequence=told)
+            layout = Places(span_of(places.positions, mesh), places.cu_seqlens) if split else places
+            y = module(given, sequence=layout)
             weight = torch.linspace(-1, 1, x.numel(), dtype=torch.float64).view_as(x)
             loss = (y * (span_of(weight, mesh) if split else weight)).sum()
             results.append((y, *torch.autograd.grad(loss, [given, *parameters])))
