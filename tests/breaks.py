@@ -217,15 +217,15 @@ BREAKS = [
     Break(
         "a norm over all heads taken over those of the rank",
         "torchlmoe/styles/heads.py",
-        "module.total = partial(total_of_group, mesh=device_mesh, num_groups=self.num_groups)",
+        "module.total = partial(total_of_group, mesh=device_mesh, **options)",
         "pass",
         "tests/parallel/test_tensor_parallel.py",
     ),
     Break(
         "tokens come back from experts in the order in which the experts work",
         "torchlmoe/routing/exchange.py",
-        "return all_to_all_single_autograd(sum_slots(y, slots), arrived.sent, arrived.received, self.mesh)",
-        "return all_to_all_single_autograd(y, arrived.sent, arrived.received, self.mesh)",
+        "y_MD = all_to_all_single_autograd(sum_slots(y, slots), arrived.sent, arrived.received, self.mesh)",
+        "y_MD = all_to_all_single_autograd(y, arrived.sent, arrived.received, self.mesh)",
         "tests/parallel/test_expert_parallel.py",
     ),
     Break(
@@ -294,8 +294,8 @@ BREAKS = [
     Break(
         "a source of a mixture begun anew with each step",
         "torchlmoe/data/order.py",
-        "yield source, places[taken], before + np.arange(taken.sum())",
-        "yield source, places[taken], np.arange(taken.sum())",
+        "yield source, places[is_own], before + np.arange(is_own.sum())",
+        "yield source, places[is_own], np.arange(is_own.sum())",
         "tests/data",
     ),
     Break(
