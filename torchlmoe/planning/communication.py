@@ -1,4 +1,4 @@
-"""Counts what collectives and sends move, by the axis of the mesh: FSDP's, functional ones and our own."""
+"""Counts the bytes of collectives and sends by mesh axis: those of FSDP, functional ones and ours."""
 
 from collections import Counter
 from collections.abc import Hashable, Sequence
@@ -56,7 +56,7 @@ class Communication:
         self._axes = _axes(ranks)
 
     def see(self, phase: Hashable, operation: torch._ops.OpOverload, arguments: Sequence[Any], result: Any) -> None:
-        """Counts an operation, if it is a collective or a send between two ranks or more."""
+        """Count an operation, if it is a collective or a send between two or more ranks."""
         known = _COLLECTIVES.get(operation._schema.name)
         if known is None:
             return

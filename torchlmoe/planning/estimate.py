@@ -1,4 +1,4 @@
-"""A layout's memory and time from sizes alone, without a trace: less than a trace finds, but in much the same order."""
+"""Estimates memory and time of a layout from sizes, without a trace: below a traced plan, but in a similar order."""
 
 from dataclasses import dataclass
 
@@ -56,7 +56,7 @@ class Estimate:
 def estimate(config: Config, sizes: Sizes, world_size: int, gpu: GPU, ranks_per_node: int) -> Estimate:
     """Counts products at their full rate, FSDP's, tensor and expert parallelism's messages, and the bubble of 1F1B.
 
-    Stages are taken to be equal. Nothing else of a step is counted, recompute neither.
+    Stages are assumed to be equal. Nothing else of a step is counted, not even recompute.
     """
     layout = Layout.of(config, world_size)
     degrees, machine = layout.degrees, Machine(gpu, ranks_per_node, layout.strides)

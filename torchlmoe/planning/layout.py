@@ -1,4 +1,4 @@
-"""A plan: what a layout needs and how long a step takes, of every distinct rank."""
+"""A plan: memory, communication and step time of a layout, for every distinct rank."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from torchlmoe.planning.rank import Part, RankTrace, trace_rank
 from torchlmoe.planning.roofline import Machine
 from torchlmoe.planning.schedule import makespan
 
-# Of a GPU's memory: the rest is for its context, the buffers of NCCL, and what is free but in pieces.
+# Of a GPU's memory: the rest is for its context, the buffers of NCCL, and fragmentation.
 USABLE_FRACTION = 0.9
 
 
@@ -57,7 +57,7 @@ class Layout:
         return strides
 
     def rank_of_stage(self, stage: int) -> int:
-        """The rank that stands for all of a stage: among the first data ranks, the last span, which sees most keys."""
+        """The rank that represents a stage: among the first data ranks, the last span, which sees the most keys."""
         return stage * self.strides["pp"] + (self.degrees["cp"] - 1) * self.degrees["tp"]
 
 

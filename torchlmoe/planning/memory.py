@@ -1,4 +1,4 @@
-"""What is allocated at each moment of a computation, by the lifetimes of its tensors' storages."""
+"""Memory over time of a computation, from the lifetimes of its tensors' storages."""
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Set
@@ -11,9 +11,9 @@ from torch.distributed.tensor import DTensor
 
 
 class Memory:
-    """Bytes of every storage that has been seen, from then until it is freed. Tensors may be real, fake or on meta.
+    """Bytes of every recorded storage, from its first use until it is freed. Tensors may be real, fake or on meta.
 
-    What a kernel allocates and frees within itself is not seen.
+    Memory that a kernel allocates and frees internally is not recorded.
     """
 
     def __init__(self) -> None:

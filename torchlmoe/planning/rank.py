@@ -1,4 +1,4 @@
-"""One rank's step, as its own code makes it, traced without a device: what it holds, computes and sends."""
+"""Traces one rank's step without a device, by running its code: memory, computation and communication."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -41,7 +41,7 @@ class Part:
 
 @dataclass
 class RankTrace:
-    """What a rank holds, in bytes, and does in a step.
+    """Memory of a rank, in bytes, and its work in a step.
 
     activation_bytes: the most that is allocated at once beside parameters, buffers, their gradients and the optimizer's
         state: what the backward needs, what operations pass on, gathered parameters and buffers of collectives.

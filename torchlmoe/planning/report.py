@@ -1,4 +1,4 @@
-"""What a plan says: a table for people, and one object for programs."""
+"""Prints a plan: a table for people, and a JSON object for programs."""
 
 from typing import Any
 

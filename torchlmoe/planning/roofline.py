@@ -1,6 +1,6 @@
-"""How long a step takes: each operation at the slower of computing and moving, each message at its link's rate.
+"""Time of a step: each operation takes the longer of its computation and memory time, each message its link's time.
 
-What is assumed, beside a device's rates (gpus.py):
+Assumptions, besides a device's rates (gpus.py):
 
 - an operation takes what its FLOPs take at a fraction of the matrix rate, or its bytes at a fraction of the memory's,
   whichever is longer, and at least the time of starting it; operations are not fused;

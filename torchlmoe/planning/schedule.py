@@ -1,4 +1,4 @@
-"""When a pipeline's ranks work and wait: its schedule's own order of actions, run with the time that each takes."""
+"""Times at which a pipeline's ranks work and wait: runs the schedule's order of actions with the time of each."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
