@@ -17,7 +17,8 @@ SIZES = dict(
 def their_model(model_type: str, **options):
     """A model of transformers in float64, all of whose parameters and buffers are random, those of norms too."""
     config = AutoConfig.for_model(model_type, attn_implementation="eager", experts_implementation="eager", **options)
-    with all_in_float64():  # the frequencies of rotary phases too
+    with torch.random.fork_rng(), all_in_float64():  # the frequencies of rotary phases too
+        torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
     perturb(model)
     return model
@@ -54,6 +55,20 @@ EXPERTS = SIZES | dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_si
 DELTANET = dict(
     linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=12,
     linear_conv_kernel_dim=4, layer_types=["linear_attention", "full_attention"] * 2,
+)  # fmt: skip
+QWEN3_5_MOE = {
+    name: value
+    for name, value in (EXPERTS | DELTANET | dict(shared_expert_intermediate_size=20)).items()
+    if name != "intermediate_size"
+}
+OLMO_HYBRID = {name: value for name, value in (SIZES | DELTANET).items() if name != "head_dim"}
+LATENT = {name: size for name, size in SIZES.items() if name != "head_dim"} | dict(
+    num_key_value_heads=4, moe_intermediate_size=12, num_experts_per_tok=2, kv_lora_rank=12, q_lora_rank=None,
+    qk_nope_head_dim=10, qk_rope_head_dim=8, v_head_dim=6,
+)  # fmt: skip
+YARN = dict(
+    rope_type="yarn", rope_theta=1e4, factor=8.0, original_max_position_embeddings=16, beta_fast=32, beta_slow=1,
+    mscale=0.7, mscale_all_dim=1.2,
 )  # fmt: skip
 MAMBA = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4, pad_token_id=0)
 MAMBA2 = MAMBA | dict(num_heads=8, head_dim=8, n_groups=2, chunk_size=8, tie_word_embeddings=True)
@@ -169,6 +184,104 @@ CASES = {
             tie_word_embeddings=True,
             rope_parameters=dict(rope_type="default", rope_theta=1e6, partial_rotary_factor=0.5),
             layer_types=["full_attention", "linear_attention", "linear_attention", "full_attention"],
+        ),
+    ),
+    "qwen3_5_text": ("qwen3_5_text", SOFTMAX | DELTANET),
+    "qwen3_5_text_unusual": (
+        "qwen3_5_text",
+        SOFTMAX
+        | DELTANET
+        | dict(
+            num_hidden_layers=3, layer_types=["full_attention", "linear_attention", "linear_attention"],
+            linear_num_key_heads=1, linear_value_head_dim=4, linear_conv_kernel_dim=3, tie_word_embeddings=True,
+            num_key_value_heads=1, rms_norm_eps=1e-5,
+            rope_parameters=dict(
+                rope_type="default", rope_theta=1e6, partial_rotary_factor=0.5, mrope_section=[1, 2, 1],
+                mrope_interleaved=True,
+            ),
+        ),
+    ),
+    "qwen3_5_moe_text": ("qwen3_5_moe_text", QWEN3_5_MOE),
+    "qwen3_5_moe_text_unusual": (
+        "qwen3_5_moe_text",
+        QWEN3_5_MOE
+        | dict(
+            num_hidden_layers=3, layer_types=["linear_attention", "linear_attention", "full_attention"],
+            linear_num_key_heads=4, tie_word_embeddings=True, num_experts=4, num_experts_per_tok=3,
+            shared_expert_intermediate_size=8,
+        ),
+    ),
+    "olmo_hybrid": ("olmo_hybrid", OLMO_HYBRID),
+    "olmo_hybrid_unusual": (
+        "olmo_hybrid",
+        OLMO_HYBRID
+        | dict(
+            num_hidden_layers=3, layer_types=["full_attention", "linear_attention", "linear_attention"],
+            linear_num_key_heads=1, linear_value_head_dim=8, linear_conv_kernel_dim=3, linear_allow_neg_eigval=False,
+            num_key_value_heads=4, attention_bias=True, tie_word_embeddings=True, rms_norm_eps=1e-4,
+            rope_parameters=dict(rope_type="default", rope_theta=None),
+        ),
+    ),
+    "olmo_hybrid_defaults": (
+        "olmo_hybrid", {k: v for k, v in SIZES.items() if k not in ("head_dim", "num_key_value_heads")}
+    ),
+    "deepseek_v2": ("deepseek_v2", LATENT | dict(n_routed_experts=6, first_k_dense_replace=1)),
+    "deepseek_v2_groups_yarn": (
+        "deepseek_v2",
+        LATENT
+        | dict(
+            n_routed_experts=8, n_group=4, topk_group=2, num_experts_per_tok=3, n_shared_experts=1,
+            topk_method="group_limited_greedy",
+            routed_scaling_factor=3.0, q_lora_rank=14, v_head_dim=18, attention_bias=True, rope_parameters=YARN,
+        ),
+    ),
+    "deepseek_v3": (
+        "deepseek_v3", LATENT | dict(n_routed_experts=8, n_group=2, topk_group=1, first_k_dense_replace=1)
+    ),
+    "deepseek_v3_unusual": (
+        "deepseek_v3",
+        LATENT
+        | dict(
+            n_routed_experts=8, n_group=4, topk_group=2, first_k_dense_replace=0, q_lora_rank=10, n_shared_experts=2,
+            norm_topk_prob=False, routed_scaling_factor=0.5, attention_bias=True, tie_word_embeddings=True,
+            num_hidden_layers=2, num_experts_per_tok=3, rope_parameters=YARN, rms_norm_eps=1e-3,
+        ),
+    ),
+    "kimi_linear": (
+        "kimi_linear",
+        LATENT
+        | dict(
+            num_local_experts=6, linear_head_dim=8, linear_num_heads=3,
+            layer_types=["linear_attention", "linear_attention", "linear_attention", "full_attention"],
+        ),
+    ),
+    "kimi_linear_unusual": (
+        "kimi_linear",
+        LATENT
+        | dict(
+            num_local_experts=8, n_group=4, topk_group=2, n_shared_experts=2, norm_topk_prob=False,
+            routed_scaling_factor=1.0, q_lora_rank=10, attention_bias=True,
+            linear_head_dim=12, linear_num_heads=2, linear_conv_kernel_dim=3, rms_norm_eps=1e-3,
+            layer_types=["full_attention", "linear_attention", "linear_attention", "full_attention"],
+            mlp_layer_types=["dense", "sparse", "dense", "sparse"],
+        ),
+    ),
+    "minimax": (
+        "minimax",
+        SOFTMAX
+        | dict(
+            num_local_experts=6, num_hidden_layers=3, full_attn_alpha_factor=1.5, linear_attn_alpha_factor=2.5,
+            mlp_alpha_factor=3,
+        ),
+    ),
+    "minimax_unusual": (
+        "minimax",
+        SOFTMAX
+        | dict(
+            num_local_experts=4, num_experts_per_tok=3, num_hidden_layers=3, head_dim=12, num_key_value_heads=1,
+            full_attn_beta_factor=0.5, linear_attn_beta_factor=0.25, mlp_beta_factor=1.25, sliding_window=6,
+            tie_word_embeddings=True, rms_norm_eps=1e-3,
+            layer_types=["linear_attention", "linear_attention", "full_attention"],
         ),
     ),
 }  # fmt: skip

@@ -150,9 +150,9 @@ def test_files_that_travel_along(tmp_path, caplog):
     assert load_file(tmp_path / "out/model.safetensors").keys() == tensors.keys()
 
 
-# Nothing but the attention's cache differs between the other families.
-GENERATING = ["qwen3_windows", "qwen3_next"]
-MORE = ["llama", "mixtral", "qwen2_moe", "olmoe"]
+# The other families have caches as these have, but for lightning attention and a latent with rotary phases.
+GENERATING = ["qwen3_windows", "qwen3_next", "kimi_linear"]
+MORE = ["llama", "mixtral", "qwen2_moe", "olmoe", "deepseek_v3", "minimax"]
 
 
 @pytest.mark.parametrize("name", [*GENERATING, *(pytest.param(name, marks=pytest.mark.long) for name in MORE)])
@@ -169,7 +169,7 @@ def test_greedy_generation(name, tmp_path):
     assert [prompt + tokens for prompt, tokens in zip(prompts, found, strict=True)] == expected.tolist()
 
 
-TRAINED = ["mixtral", "qwen3_next"]
+TRAINED = ["mixtral", "qwen3_next", pytest.param("kimi_linear", marks=pytest.mark.long)]
 
 
 @pytest.mark.parametrize("name", TRAINED)

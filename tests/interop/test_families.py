@@ -16,7 +16,8 @@ BOUNDS = torch.tensor([[0, 7, 24], [0, 1, 24]], dtype=torch.int32)
 
 
 def near(found, expected, tolerance):
-    assert (found - expected).norm() <= tolerance * expected.norm()
+    # The last term is for gradients that are zero but for rounding: a bias on all keys changes no softmax.
+    assert (found - expected).norm() <= tolerance * expected.norm() + 1e-13
 
 
 def their_loss(model):

@@ -126,8 +126,8 @@ def with_progress(
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(what, total=sum(sizes.values()))
         for each in tensors:
-            yield each
             progress.advance(task, sum(sizes[name] for name in each))
+            yield each
 
 
 def _planned(sizes: Mapping[str, int], max_shard_bytes: int) -> list[set[str]]:

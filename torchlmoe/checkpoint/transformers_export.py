@@ -2,8 +2,11 @@
 
 import json
 import shutil
+from itertools import chain
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from torchlmoe.checkpoint.companions import CONFIG, GENERATION
 from torchlmoe.checkpoint.manifest import sync_folder
@@ -33,7 +36,13 @@ def write_transformers(opened: SavedFolder, output: Path, model_type: str, *, ma
     for conversion in table:
         made = conversion([saved[name] for name in conversion.sources])
         sizes |= {name: tensor.nbytes for name, tensor in made.items()}
-    tensors = (conversion(opened.read(conversion.sources)) for conversion in table)
+    constants = FAMILIES[model_type].constants(opened.model)
+    with torch.device("meta"):
+        sizes |= {name: make().to(opened.dtype).nbytes for name, make in constants.items()}
+    tensors = chain(
+        (conversion(opened.read(conversion.sources)) for conversion in table),
+        ({name: make().to(opened.dtype)} for name, make in constants.items()),
+    )
     files = {**companions, CONFIG: (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()}
     files.setdefault(GENERATION, json.dumps({"eos_token_id": content["eos_token_id"]}).encode())
     partial = output.with_name(f"{output.name}.partial")

@@ -19,7 +19,7 @@ from torchlmoe.config.load import ConfigError, config_from
 from torchlmoe.config.settings import Config
 from torchlmoe.data.tokenizer import Tokenizer, number_tokenizer, token_of_id
 from torchlmoe.files import read_json
-from torchlmoe.interop.families import FAMILIES
+from torchlmoe.interop.families import FAMILIES, MULTIMODAL, language_config
 from torchlmoe.interop.family import Family
 from torchlmoe.interop.rules import Conversion, conversions
 from torchlmoe.model.decoder import build_on_meta
@@ -48,7 +48,7 @@ class TransformersFolder:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        content = read_json(folder / CONFIG, _JSON)
+        content = language_config(read_json(folder / CONFIG, _JSON))
         self.family = family_of(content, folder / CONFIG)
         tables = self.family.settings(content, str(folder / CONFIG))
         self._source = TensorFolder(folder, files_of_index(folder))
@@ -65,17 +65,16 @@ class TransformersFolder:
         self.model = build_on_meta(self.config, self.vocab_size)
         self.conversions = self._conversions()
         self.sizes = self._checked_sizes()
+        self._check_tied()
 
     def _conversions(self) -> list[Conversion]:
         names, family = self._source.pieces, self.family
-        left_out = [*family.left_out, *([family.names.head] if self.model.head.projection is None else [])]
-        taken = [name for name in names if not name.startswith(tuple(left_out)) and not name.endswith(".inv_freq")]
+        taken = family.places(self.model, names)
         if len(taken) < len(names):
             others = [name for name in names if name not in set(taken)]
             logger.info(f"Left out: {len(others)} tensors that have no place in the model, such as {others[0]}.")
-        separate = any(family.file_mark in name for name in taken)
         try:
-            return conversions(taken, family.rules(self.model, separate))
+            return conversions(taken, family.rules_of_files(self.model, taken))
         except ValueError as error:
             raise ValueError(f"{self.folder}: {error}") from error
 
@@ -100,6 +99,18 @@ class TransformersFolder:
             if name not in sizes:
                 raise ValueError(f"{self.folder} has no tensor for {name}, which {CONFIG} asks for: it is incomplete.")
         return sizes
+
+    def _check_tied(self) -> None:
+        """With tied embeddings a file may hold them twice. transformers does not tie what differs."""
+        names = self.family.names
+        if self.model.head.projection is not None or names.head not in self._source.pieces:
+            return
+        head, embedding = self._source.read([names.head, names.embedding])
+        if not torch.equal(head, embedding):
+            raise ValueError(
+                f"{self.folder} has a {names.head} that differs from {names.embedding}, but {CONFIG} says that they "
+                "are tied: set tie_word_embeddings = false there."
+            )
 
     def check(self) -> None:
         """All is checked as the folder is opened."""
@@ -126,9 +137,8 @@ def family_of(content: dict[str, Any], place: Path) -> Family:
     """Raises ValueError for a config.json of a family that is not supported, or of quantized weights."""
     kind = content.get("model_type")
     if kind not in [*FAMILIES]:
-        raise ValueError(
-            f"{place} has model_type = {kind!r}, which cannot be imported; supported are {', '.join(sorted(FAMILIES))}."
-        )
+        supported = ", ".join(sorted([*FAMILIES, *MULTIMODAL]))
+        raise ValueError(f"{place} has model_type = {kind!r}, which cannot be imported; supported are {supported}.")
     return FAMILIES[kind]
 
 

@@ -1,22 +1,70 @@
 """The families that can be imported and exported, by transformers' `model_type`."""
 
+from typing import Any
+
 from torchlmoe.interop import (
     bamba,
+    deepseek_v2,
+    deepseek_v3,
+    gated_deltanet,
+    gla,
     granitemoehybrid,
+    kimi_linear,
     llama,
     mamba,
     mamba2,
+    minimax,
     mixtral,
     nemotron_h,
+    olmo_hybrid,
     olmoe,
     qwen2_moe,
     qwen3,
+    qwen3_5_moe_text,
+    qwen3_5_text,
     qwen3_moe,
     qwen3_next,
 )
 from torchlmoe.interop.family import Family
 
 _MODULES = (
-    bamba, granitemoehybrid, llama, mamba, mamba2, mixtral, nemotron_h, olmoe, qwen2_moe, qwen3, qwen3_moe, qwen3_next,
-)  # fmt: skip
+    bamba,
+    deepseek_v2,
+    deepseek_v3,
+    gated_deltanet,
+    gla,
+    granitemoehybrid,
+    kimi_linear,
+    llama,
+    mamba,
+    mamba2,
+    minimax,
+    mixtral,
+    nemotron_h,
+    olmo_hybrid,
+    olmoe,
+    qwen2_moe,
+    qwen3,
+    qwen3_5_moe_text,
+    qwen3_5_text,
+    qwen3_moe,
+    qwen3_next,
+)
 FAMILIES: dict[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in _MODULES}
+# Models of text and images, whose text_config is that of a family. Their language model alone is imported.
+MULTIMODAL = {"qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}
+
+
+def language_config(content: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a config.json that describe the language model: of a multimodal one, its text_config.
+
+    Whether embeddings are tied is then said outside of it. Raises ValueError for a multimodal one without text_config.
+    """
+    kind = content.get("model_type")
+    if kind not in MULTIMODAL:
+        return content
+    inner = content.get("text_config")
+    if not isinstance(inner, dict):
+        raise ValueError(f"A config.json with model_type = {kind!r} must have an object text_config; it has {inner!r}.")
+    outer = {name: content[name] for name in ("tie_word_embeddings", "eos_token_id") if content.get(name) is not None}
+    return {**inner, **outer, "model_type": MULTIMODAL[kind]}

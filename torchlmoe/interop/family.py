@@ -11,10 +11,12 @@ is its inverse on a model, and `block_rules` gives the rules of one block's weig
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, TypeVar
+
+from torch import Tensor
 
 from torchlmoe.feed_forwards.base import FeedForward
 from torchlmoe.interop.keys import Keys
@@ -50,10 +52,14 @@ class Family:
     architecture: transformers' class of the whole model. read: the keys of config.json -> tables of settings. write: a
     model -> keys of config.json. block_rules: one block's weights, by names within the layer (theirs) and
     within the block (ours); it is also told whether the experts are separate, as in most files, or stacked, as in
-    transformers' modules. separate_experts: which of both transformers writes.
-    left_out: beginnings of the names of tensors that have no place here, such as those of multi-token prediction.
-    module_names: names in transformers' modules, if those in files are others. file_mark: what a name has in a file, of
-    a model with experts, and not in a module.
+    transformers' modules, and then gives all names as modules have them. separate_experts: which transformers writes.
+    left_out: beginnings of the names of tensors that have no place here, such as those of multi-token prediction;
+    {num_layers} in them stands for the number of layers.
+    other_names: parts of names, each with what some files have in its place, such as those of multimodal models.
+    constants: a model -> tensors of files that follow from its settings, by name, each as a function that makes it.
+    They are written, and left out where a file is read.
+    module_names: names in transformers' modules, if those in files are others. file_mark: what some name has in files,
+    and none in modules.
     """
 
     model_type: str
@@ -64,6 +70,8 @@ class Family:
     names: Names = Names()
     separate_experts: bool = True
     left_out: tuple[str, ...] = ()
+    other_names: tuple[tuple[str, str], ...] = ()
+    constants: Callable[[Decoder], dict[str, Callable[[], Tensor]]] = lambda model: {}
     module_names: Names | None = None
     file_mark: str = ".experts.0."
 
@@ -94,6 +102,29 @@ class Family:
         for index, block in model.blocks.items():
             table += prefixed(self.block_rules(block, separate), f"{names.layers}.{index}.", f"blocks.{index}.")
         return table
+
+    def places(self, model: Decoder, names: Collection[str]) -> list[str]:
+        """Those of the names in a file that have a place in the model."""
+        beginnings = [beginning.format(num_layers=len(model.blocks)) for beginning in self.left_out]
+        if model.head.projection is None:
+            beginnings.append(self.names.head)
+        constants = self.constants(model)
+        return [
+            name
+            for name in names
+            if not name.startswith(tuple(beginnings)) and not name.endswith(".inv_freq") and name not in constants
+        ]
+
+    def rules_of_files(self, model: Decoder, names: Collection[str]) -> list[Rule]:
+        """Rules for all weights of a model, by the names that files have for them, which may be the `other_names`."""
+        present = set(names)
+
+        def name_in_files(name: str) -> str:
+            others = [name.replace(part, other, 1) for part, other in self.other_names]
+            return next((other for other in [name, *others] if other in present), name)
+
+        separate = any(self.file_mark in name for name in names)
+        return [rule.renamed(name_in_files, str) for rule in self.rules(model, separate)]
 
 
 def model_tables(kinds: Mapping[str, dict[str, Any]], letters: Sequence[str], **model: Any) -> dict[str, Any]:
@@ -140,6 +171,22 @@ def mixers_of(model: Decoder, model_type: str, *known: str) -> list[Any]:
             )
         first.setdefault(kind, block.mixer)
     return [first.get(kind) for kind in kinds]
+
+
+def required(mixer: Any, name: str, model_type: str) -> Any:
+    """The mixer. Raises ValueError if it is None: a model without one has not all sizes that config.json must hold."""
+    if mixer is None:
+        raise ValueError(
+            f"The model has no layer with the mixer {name}, whose sizes a config.json of {model_type} must hold: "
+            "choose another --format."
+        )
+    return mixer
+
+
+def all_mixers_of(model: Decoder, model_type: str, *known: str) -> list[Any]:
+    """As `mixers_of`. Raises ValueError for a kind that the model lacks."""
+    found = mixers_of(model, model_type, *known)
+    return [required(mixer, name, model_type) for name, mixer in zip(known, found, strict=True)]
 
 
 def feed_forward_of(model: Decoder, kind: type, model_type: str) -> Any:

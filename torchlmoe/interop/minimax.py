@@ -1,10 +1,96 @@
-"""Lightning attention of MiniMax in transformers. Its MoE layer is that of Mixtral."""
+"""MiniMax-Text-01 in transformers: MiniMaxForCausalLM. Lightning attention; the other layers are those of Mixtral."""
 
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchlmoe.interop.family import Family, all_mixers_of, blocks_of, model_tables
+from torchlmoe.interop.keys import Keys
+from torchlmoe.interop.mixtral import layer_of_experts_rules, read_experts, write_experts
 from torchlmoe.interop.rules import Rule
+from torchlmoe.interop.softmax import attention_rules, read_attention, read_model, write_attention, write_model
 from torchlmoe.interop.steps import Split
+from torchlmoe.mixers.attention import Attention
+from torchlmoe.mixers.lightning import LightningAttention
+from torchlmoe.model.decoder import Decoder
 
-# Buffers of their layer that follow from its settings. No rule takes them: leave them out of what is converted.
+logger = logging.getLogger(__name__)
+LAYERS = {"linear_attention": "L", "full_attention": "N"}
+# Buffers of their layer that follow from its settings; the last three are of blocks of BLOCK tokens.
 CONSTANTS = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")
+BLOCK = 256
+
+
+def read(keys: Keys) -> dict[str, Any]:
+    keys.only("postnorm", True)
+    keys.skip("block_size")  # of what is computed at once
+    num_layers = keys.integer("num_hidden_layers")
+    default = ["linear_attention" if index % 2 else "full_attention" for index in range(num_layers)]
+    letters = keys.choices("layer_types", num_layers, LAYERS, default)
+    experts = {"mlp": "moe", "mlp_options": read_experts(keys)}
+    # Of rotary_dim transformers knows nothing; in the authors' code it is the part of a head that is turned.
+    attention = read_attention(keys, base=1e6, sliding_window=keys.integer("sliding_window", None))
+    rotary_dim = keys.integer("rotary_dim", attention["head_dim"])
+    attention["rotary_fraction"] = rotary_dim / attention["head_dim"]
+    lightning = {
+        "mixer": "lightning",
+        "num_heads": attention["num_heads"],
+        "head_dim": attention["head_dim"],
+        "norm_eps": 1e-6,  # whatever rms_norm_eps is
+    }
+    kinds = {
+        "L": {**lightning, **_read_residual(keys, "linear"), **experts},
+        "N": {**attention, **_read_residual(keys, "full"), **experts},
+    }
+    return model_tables(kinds, letters, **read_model(keys, norm_eps=1e-5))
+
+
+def _read_residual(keys: Keys, kind: str) -> dict[str, Any]:
+    """How a layer joins the stream. kind: of its attention, in the names of keys."""
+    return {
+        "norm_placement": "stream",
+        "mixer_stream_weight": keys.number(f"{kind}_attn_alpha_factor", 1.0),
+        "mixer_branch_weight": keys.number(f"{kind}_attn_beta_factor", 1.0),
+        "mlp_stream_weight": keys.number("mlp_alpha_factor", 1.0),
+        "mlp_branch_weight": keys.number("mlp_beta_factor", 1.0),
+    }
+
+
+def write(model: Decoder) -> dict[str, Any]:
+    _, attention = all_mixers_of(model, "minimax", "lightning", "attention")
+    blocks, rotary_dim = blocks_of(model), attention.rotary_dim
+    if rotary_dim != attention.head_dim:
+        logger.warning(
+            f"config.json has rotary_dim = {rotary_dim}, which transformers ignores: there, all "
+            f"{attention.head_dim} channels of a head would be turned."
+        )
+    factors: dict[str, float] = {}
+    for block in blocks:
+        kind = "full" if isinstance(block.mixer, Attention) else "linear"
+        factors |= {
+            f"{kind}_attn_alpha_factor": block.residual.mixer_stream_weight,
+            f"{kind}_attn_beta_factor": block.residual.mixer_branch_weight,
+            "mlp_alpha_factor": block.residual.mlp_stream_weight,
+            "mlp_beta_factor": block.residual.mlp_branch_weight,
+        }
+    return {
+        **write_model(model),
+        **write_attention(attention),
+        "rotary_dim": rotary_dim,
+        "sliding_window": attention.sliding_window,
+        "layer_types": [
+            "full_attention" if isinstance(block.mixer, Attention) else "linear_attention" for block in blocks
+        ],
+        **write_experts(model, "minimax"),
+        **factors,
+        "block_size": BLOCK,
+    }
 
 
 def lightning_rules(*, num_heads: int, head_dim: int) -> list[Rule]:
@@ -19,3 +105,40 @@ def lightning_rules(*, num_heads: int, head_dim: int) -> list[Rule]:
         Rule("norm.weight", "norm.weight"),
         Rule("out_proj.weight", "o_proj.weight"),
     ]
+
+
+def block_rules(block: Any, separate_experts: bool) -> list[Rule]:
+    mixer = block.mixer
+    if isinstance(mixer, LightningAttention):
+        table = lightning_rules(num_heads=mixer.num_heads, head_dim=mixer.key_dim)
+    else:
+        table = attention_rules(mixer)
+    return layer_of_experts_rules(table, block.feed_forward, separate_experts)
+
+
+def constants(model: Decoder) -> dict[str, Callable[[], Tensor]]:
+    """`CONSTANTS` of every lightning layer, by their names in files."""
+    return {
+        f"model.layers.{index}.self_attn.{name}": partial(_constant, name, block.mixer.num_heads, block.mixer.factor)
+        for index, block in model.blocks.items()
+        if isinstance(block.mixer, LightningAttention)
+        for name in CONSTANTS
+    }
+
+
+def _constant(name: str, num_heads: int, factor: float) -> Tensor:
+    """One buffer of a layer whose decays are multiplied by `factor`, in float64."""
+    exponent = torch.arange(num_heads, dtype=torch.float64) + 1
+    slope = ((1 / 2 ** (8 / num_heads)) ** exponent * factor)[:, None, None]
+    place = torch.arange(BLOCK, dtype=torch.float64)[:, None] + 1
+    if name == "slope_rate":
+        return slope
+    if name == "query_decay":
+        return torch.exp(-slope * place)
+    if name == "key_decay":
+        return torch.exp(-slope * (BLOCK - place))
+    distance = place - place.T
+    return torch.exp(torch.where(distance >= 0, -slope * distance, -torch.inf))[None]
+
+
+FAMILY = Family("minimax", "MiniMaxForCausalLM", read, write, block_rules, constants=constants)

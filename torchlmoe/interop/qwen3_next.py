@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torchlmoe.interop.family import Family, blocks_of, mixers_of, model_tables
+from torchlmoe.interop.family import Family, all_mixers_of, blocks_of, model_tables
 from torchlmoe.interop.keys import Keys
 from torchlmoe.interop.qwen2_moe import feed_forward_rules, read_feed_forwards, write_feed_forwards
 from torchlmoe.interop.rules import Rule
@@ -15,6 +15,7 @@ from torchlmoe.mixers.gated_deltanet import GatedDeltaNet
 from torchlmoe.model.decoder import Decoder
 
 LAYERS = {"linear_attention": "L", "full_attention": "N"}
+DENSE = {"L": "D", "N": "E"}  # the letters of layers with the same mixers and dense MLPs
 
 
 def read_deltanet(keys: Keys) -> dict[str, Any]:
@@ -41,37 +42,54 @@ def write_deltanet(mixer: GatedDeltaNet) -> dict[str, Any]:
     }
 
 
+def read_mixers(keys: Keys) -> dict[str, dict[str, Any]]:
+    """The mixers and their options of the letters L and N, without feed-forward layers."""
+    keys.only("attention_bias", False)
+    attention = read_attention(keys, fraction=0.25, qk_norm=True, output_gate=True)
+    return {"L": read_deltanet(keys), "N": attention}
+
+
+def write_mixers(model: Decoder, model_type: str) -> dict[str, Any]:
+    """The inverse of `read_mixers` and `read_layer_types`."""
+    deltanet, attention = all_mixers_of(model, model_type, "gated_deltanet", "attention")
+    return {
+        **write_layer_types(model),
+        **write_deltanet(deltanet),
+        **write_attention(attention, fraction=True),
+    }
+
+
+def read_layer_types(keys: Keys, num_layers: int) -> list[str]:
+    """A letter, L or N, for each layer."""
+    every = keys.integer("full_attention_interval", 4)
+    default = ["linear_attention" if (index + 1) % every else "full_attention" for index in range(num_layers)]
+    return keys.choices("layer_types", num_layers, LAYERS, default)
+
+
+def write_layer_types(model: Decoder) -> dict[str, Any]:
+    """The inverse of `read_layer_types`."""
+    kinds = [isinstance(block.mixer, Attention) for block in blocks_of(model)]
+    return {"layer_types": ["full_attention" if is_attention else "linear_attention" for is_attention in kinds]}
+
+
 def read(keys: Keys) -> dict[str, Any]:
     sparse, experts, dense = read_feed_forwards(keys, normalize=True)
-    every = keys.integer("full_attention_interval", 4)
-    default = ["linear_attention" if (index + 1) % every else "full_attention" for index in range(len(sparse))]
-    letters = keys.choices("layer_types", len(sparse), LAYERS, default)
-    keys.only("attention_bias", False)
-    deltanet = read_deltanet(keys)
-    attention = read_attention(keys, fraction=0.25, qk_norm=True, output_gate=True)
-    kinds = {
-        "L": {**deltanet, **experts},
-        "N": {**attention, **experts},
-        "D": {**deltanet, **dense},
-        "E": {**attention, **dense},
-    }
-    letters = [
-        letter if is_sparse else {"L": "D", "N": "E"}[letter] for letter, is_sparse in zip(letters, sparse, strict=True)
-    ]
+    mixers = read_mixers(keys)
+    kinds = {letter: {**mixer, **experts} for letter, mixer in mixers.items()}
+    kinds |= {DENSE[letter]: {**mixer, **dense} for letter, mixer in mixers.items()}
+    letters = read_layer_types(keys, len(sparse))
+    letters = [letter if is_sparse else DENSE[letter] for letter, is_sparse in zip(letters, sparse, strict=True)]
     return model_tables(kinds, letters, zero_centered_norm=True, **read_model(keys))
 
 
 def write(model: Decoder) -> dict[str, Any]:
-    deltanet, attention = mixers_of(model, "qwen3_next", "gated_deltanet", "attention")
-    return {
-        **write_model(model),
-        **write_feed_forwards(model),
-        "layer_types": [
-            "full_attention" if isinstance(block.mixer, Attention) else "linear_attention" for block in blocks_of(model)
-        ],
-        **write_deltanet(deltanet),
-        **write_attention(attention, fraction=True),
-    }
+    return {**write_model(model), **write_feed_forwards(model), **write_mixers(model, "qwen3_next")}
+
+
+def convolution_rule(query_width: int, key_width: int, value_width: int, conv_size: int) -> Rule:
+    """One convolution over the channels of q, k and v <-> three."""
+    names = ["q_conv.weight", "k_conv.weight", "v_conv.weight"]
+    return Rule("conv1d.weight", names, Flatten((1, conv_size), dim=1), Split((query_width, key_width, value_width)))
 
 
 def gated_deltanet_rules(
@@ -88,12 +106,7 @@ def gated_deltanet_rules(
             Split((key_dim, key_dim, shared * value_dim, shared * value_dim), groups=num_key_heads),
         ),
         Rule("in_proj_ba.weight", ["b_proj.weight", "a_proj.weight"], Split((shared, shared), groups=num_key_heads)),
-        Rule(
-            "conv1d.weight",
-            ["q_conv.weight", "k_conv.weight", "v_conv.weight"],
-            Flatten((1, conv_size), dim=1),
-            Split((key_width, key_width, value_width)),
-        ),
+        convolution_rule(key_width, key_width, value_width, conv_size),
         Rule("A_log", "decay.A_log"),
         Rule("dt_bias", "decay.dt_bias"),
         Rule("norm.weight", "norm.weight"),

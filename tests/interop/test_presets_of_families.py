@@ -1,4 +1,4 @@
-"""Presets of published hybrids: their config.json gives the same model, with as many parameters as transformers'."""
+"""Presets of published models: their config.json gives the same model, with as many parameters as transformers'."""
 
 import json
 import math
@@ -48,24 +48,49 @@ NEMOTRON_NANO = dict(
     time_step_min=0.001, topk_group=1, use_bias=False, use_cache=True, use_conv_bias=True, use_mamba_kernels=True,
     vocab_size=131072,
 )  # fmt: skip
+KIMI_LINEAR = dict(
+    vocab_size=163840, hidden_size=2304, intermediate_size=9216, num_hidden_layers=27,
+    num_attention_heads=32, num_key_value_heads=32, head_dim=72, kv_lora_rank=512, q_lora_rank=None,
+    qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, mla_use_nope=True, rms_norm_eps=1e-5,
+    linear_attn_config=dict(
+        full_attn_layers=[4, 8, 12, 16, 20, 24, 27],
+        kda_layers=[1, 2, 3, 5, 6, 7, 9, 10, 11, 13, 14, 15, 17, 18, 19, 21, 22, 23, 25, 26],
+        head_dim=128, num_heads=32, short_conv_kernel_size=4,
+    ),
+    first_k_dense_replace=1, moe_layer_freq=1, moe_intermediate_size=1024, num_experts=256, num_experts_per_token=8,
+    num_shared_experts=1, num_expert_group=1, topk_group=1, use_grouped_topk=True, moe_renormalize=True,
+    moe_router_activation_func="sigmoid", routed_scaling_factor=2.446, num_nextn_predict_layers=0, rope_theta=10000.0,
+    rope_scaling=None, hidden_act="silu", tie_word_embeddings=False, model_max_length=1048576,
+)  # fmt: skip
+MINIMAX_TEXT_01 = dict(
+    vocab_size=200064, hidden_size=6144, intermediate_size=9216, num_hidden_layers=80,
+    num_attention_heads=64, num_key_value_heads=8, head_dim=128, rotary_dim=64, rope_theta=10_000_000,
+    rms_norm_eps=1e-5, num_local_experts=32, num_experts_per_tok=2, router_aux_loss_coef=0.001, block_size=256,
+    layer_types=(["linear_attention"] * 7 + ["full_attention"]) * 10,
+    full_attn_alpha_factor=3.5565588200778455, full_attn_beta_factor=1.0,
+    linear_attn_alpha_factor=3.5565588200778455, linear_attn_beta_factor=1.0,
+    mlp_alpha_factor=3.5565588200778455, mlp_beta_factor=1.0, tie_word_embeddings=False, hidden_act="silu",
+)  # fmt: skip
 # Recipe -> family, parameters as published (31.6 billion are the 30B of Nemotron's name), and config.json.
 PUBLISHED = {
     "granite_4_tiny": ("granitemoehybrid", 7e9, GRANITE_TINY),
     "granite_4_small": ("granitemoehybrid", 32e9, GRANITE_SMALL),
     "nemotron_3_nano": ("nemotron_h", 31.6e9, NEMOTRON_NANO),
+    "kimi_linear_48b": ("kimi_linear", 48e9, KIMI_LINEAR),
+    "minimax_text_01": ("minimax", 456e9, MINIMAX_TEXT_01),
 }
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_presets(name, tmp_path):
     model_type, published, hub = PUBLISHED[name]
-    family = FAMILIES[model_type]
+    family, hub = FAMILIES[model_type], {"model_type": model_type, **hub}
     config = load_config(["--job.config_file", str(RECIPES / f"{name}.toml")])
     ours = build_on_meta(config, config.model.vocab_size)
-    of_hub = build_on_meta(config_from([family.settings({"model_type": model_type, **hub}, "hub")]), hub["vocab_size"])
+    of_hub = build_on_meta(config_from([family.settings(hub, "hub")]), hub["vocab_size"])
     check_equal(ours, of_hub, model_type)
 
-    (tmp_path / "config.json").write_text(json.dumps(family.config(ours)))
+    (tmp_path / "config.json").write_text(json.dumps(hub))
     with torch.device("meta"):
         theirs = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
     assert count_parameters(ours) == sum(parameter.numel() for parameter in theirs.parameters())

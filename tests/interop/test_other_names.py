@@ -1,0 +1,101 @@
+"""Folders with other names than transformers writes: of multimodal models, and of authors of models."""
+
+import json
+import logging
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+from tests.interop.families import CASES, all_in_float64, perturb, their_model
+from torchlmoe import export, import_model
+from torchlmoe.checkpoint import open_model
+
+TOKENS = torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(1))
+VISION = dict(
+    depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=32, num_position_embeddings=16
+)
+
+
+@pytest.mark.parametrize(
+    ("outer", "inner", "tied"), [("qwen3_5", "qwen3_5_text", True), ("qwen3_5_moe", "qwen3_5_moe_text", False)]
+)
+def test_the_language_model_is_taken(outer, inner, tied, tmp_path, caplog):
+    options = {**CASES[inner][1], "num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+    config = AutoConfig.for_model(outer, text_config=options, vision_config=VISION, tie_word_embeddings=tied)
+    with all_in_float64():
+        theirs = AutoModelForImageTextToText.from_config(config, dtype=torch.float64).eval()
+    theirs.set_attn_implementation("eager")
+    theirs.set_experts_implementation("eager")
+    perturb(theirs)
+    folder = tmp_path / "theirs"
+    theirs.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    num_vision = sum(name.startswith("model.visual.") for name in tensors)
+    tensors |= {"mtp.norm.weight": torch.ones(32), "mtp.layers.0.input_layernorm.weight": torch.ones(32)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    with caplog.at_level(logging.INFO, logger="torchlmoe"):
+        import_model.main(["--model", str(folder), "--output", str(tmp_path / "run")])
+    assert f"Left out: {num_vision + 2} tensors" in caplog.text
+    ours, config, tokenizer = open_model(tmp_path / "run")
+    assert config.model.tie_embeddings == tied
+    assert tokenizer.end_id == 2
+    with torch.no_grad(), all_in_float64():
+        logits = theirs(input_ids=TOKENS, use_cache=False).logits
+    with torch.no_grad():
+        assert (ours(TOKENS) - logits).norm() <= 1e-9 * logits.norm()
+
+    export.main(["--checkpoint", str(tmp_path / "run"), "--output", str(tmp_path / "text"), "--format", inner])
+    with torch.no_grad(), all_in_float64():
+        again, report = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "text",
+            dtype=torch.float64,
+            attn_implementation="eager",
+            experts_implementation="eager",
+            output_loading_info=True,
+        )
+        assert not any(report.values()), report
+        assert (again(TOKENS, use_cache=False).logits - logits).norm() <= 1e-9 * logits.norm()
+
+
+def test_no_text_config(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_5", "hidden_size": 4}))
+    with pytest.raises(ValueError, match="model_type = 'qwen3_5' must have an object text_config; it has None"):
+        open_model(tmp_path)
+
+
+def test_olmo_hybrid_of_its_authors(tmp_path):
+    """They call norms as modules of transformers do, and cut convolutions where q, k and v meet."""
+    model_type, options = CASES["olmo_hybrid"]
+    their_model(model_type, **options).save_pretrained(tmp_path)
+    expected = open_model(tmp_path)[0].state_dict()
+    saved = load_file(tmp_path / "model.safetensors")
+    keys, values = (
+        options[f"linear_num_{kind}_heads"] * options[f"linear_{kind}_head_dim"] for kind in ("key", "value")
+    )
+    for layer in (0, 2):
+        names = [f"model.layers.{layer}.linear_attn.{part}_conv1d.weight" for part in "qkv"]
+        joined = torch.cat([saved[name] for name in names])
+        parts = joined.split([keys, keys, values])
+        saved |= {name: part.clone() for name, part in zip(names, parts, strict=True)}
+    renamed = {"attention_layer_norm": "input_layernorm", "feedforward_layer_norm": "post_attention_layernorm"}
+    for ours, theirs in renamed.items():
+        saved = {name.replace(ours, theirs): tensor for name, tensor in saved.items()}
+    save_file(saved, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    found = open_model(tmp_path)[0].state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("name", ["qwen3_5_moe_text", "qwen3_next", "mixtral"])
+def test_stacked_experts(name, tmp_path):
+    """As transformers' modules hold them, and as it saves them with save_original_format=False."""
+    model_type, options = CASES[name]
+    theirs = their_model(model_type, **options)
+    theirs.save_pretrained(tmp_path / "separate")
+    theirs.save_pretrained(tmp_path / "stacked", save_original_format=False)
+    assert any(key.endswith("experts.down_proj") for key in load_file(tmp_path / "stacked" / "model.safetensors"))
+    expected, found = (open_model(tmp_path / folder)[0].state_dict() for folder in ("separate", "stacked"))
+    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())

@@ -1,0 +1,76 @@
+"""Keys of a config.json that change what a model computes and have no counterpart, and models without a place."""
+
+import re
+
+import pytest
+from transformers import AutoConfig
+
+from tests.interop.families import CASES
+from torchlmoe.config.load import config_from
+from torchlmoe.interop.families import FAMILIES
+from torchlmoe.model.decoder import build_on_meta
+
+REFUSED = [  # a case, keys of its config.json, and what the refusal names
+    ("qwen3_5_text", {"attn_output_gate": False}, "attn_output_gate = False"),
+    ("qwen3_5_text", {"layer_types": ["sliding_attention"] * 4}, "'sliding_attention' among its layer_types"),
+    ("qwen3_5_moe_text", {"norm_topk_prob": False}, "norm_topk_prob = False"),
+    ("qwen3_5_moe_text", {"mlp_only_layers": [1]}, "mlp_only_layers = [1]"),
+    ("qwen3_5_moe_text", {"attention_bias": True}, "attention_bias = True"),
+    ("olmo_hybrid", {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+    ("olmo_hybrid", {"linear_use_gate": True}, "linear_use_gate = True"),
+]
+# What files on the hub say beside that, and what changes nothing in text.
+PASSED = [
+    (
+        "qwen3_5_moe_text",
+        {
+            "attn_output_gate": True, "mamba_ssm_dtype": "float32", "mtp_num_hidden_layers": 1,
+            "mtp_use_dedicated_embeddings": False, "full_attention_interval": 4, "mlp_only_layers": [],
+        },
+    ),
+    ("olmo_hybrid", {"linear_a_log_max": 8.0, "linear_dt_init_floor": 1e-3}),
+]  # fmt: skip
+
+
+def content_of(name):
+    model_type, options = CASES[name]
+    return AutoConfig.for_model(model_type, **options).to_dict()
+
+
+@pytest.mark.parametrize(("name", "keys", "named"), REFUSED)
+def test_refused(name, keys, named):
+    with pytest.raises(ValueError, match=re.escape(named)) as caught:
+        FAMILIES[CASES[name][0]].settings({**content_of(name), **keys}, "config.json")
+    message = str(caught.value)
+    assert "without a counterpart" in message or "has no counterpart" in message
+    assert message.startswith("config.json has ")
+
+
+@pytest.mark.parametrize(("name", "keys"), PASSED)
+def test_passed(name, keys):
+    family, content = FAMILIES[CASES[name][0]], content_of(name)
+    assert family.settings({**content, **keys}, "config.json") == family.settings(content, "config.json")
+
+
+@pytest.mark.parametrize("theta_in", ["rope_parameters", "config"])
+def test_no_positions(theta_in):
+    """In OLMo-hybrid a rope_theta of null means none, and no rope_theta the default one."""
+    content = content_of("olmo_hybrid")
+    without = {**content, "rope_parameters": None}
+    kinds = FAMILIES["olmo_hybrid"].settings(without, "config.json")["model"]["layers"]
+    assert (kinds["N"]["rotary_fraction"], kinds["N"]["rope_base"]) == (1.0, 10_000.0)
+    null = {"rope_parameters": {"rope_type": "default", "rope_theta": None}}
+    content |= null if theta_in == "rope_parameters" else {"rope_parameters": None, "rope_theta": None}
+    kinds = FAMILIES["olmo_hybrid"].settings(content, "config.json")["model"]["layers"]
+    assert kinds["N"]["rotary_fraction"] == 0.0
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid"])
+def test_without_attention(model_type):
+    """Sizes of attention must stand in config.json, and such a model has none."""
+    tables = FAMILIES[model_type].settings(content_of(model_type), "config.json")
+    tables["model"]["layer_pattern"] = "L"
+    del tables["model"]["layers"]["N"]
+    model = build_on_meta(config_from([tables]), 64)
+    with pytest.raises(ValueError, match=f"no layer with the mixer attention.* of {model_type} must hold"):
+        FAMILIES[model_type].config(model)
