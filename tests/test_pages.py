@@ -86,6 +86,8 @@ def faults(text: str, page: Path) -> list[str]:
     for path in re.findall(r"(?<![\w./-])(?:torchlmoe|benchmarks|train_configs|scripts|tests)/[\w./-]*\w", text):
         if not EXAMPLES.match(path) and not (ROOT / path).exists():
             found.append(f"path {path}")
+    prose = re.sub(r"^    .*$", "", SPAN.sub("", without_fenced(text)), flags=re.MULTILINE)
+    found += [f"{tag}, which HTML would swallow" for tag in re.findall(r"<[a-zA-Z][^>]*>?", prose)]
     imported = [f"{module}.{name}" for module, name in re.findall(r"from (torchlmoe[\w.]*) import (\w+)", text)]
     for module in [*MODULE.findall(text), *imported]:
         if not EXAMPLES.match(module) and not module.endswith(".py") and not names_something(module):
@@ -104,7 +106,7 @@ def test_what_a_page_names_is_there(page):
         "[run](no_such_page.md)", "[run](run.md#no-such-heading)", "`torchlmoe/no_such_file.py`", "`ops/no_such.py`",
         "`no_such_file.py`", "`no_such_folder/`", "`tests/test_rooms.py::test_no_such`", "`torchlmoe.ops.no_such_name`",
         "    python -m torchlmoe.no_such_program --flag", "    from torchlmoe.ops import no_such_name",
-        "    train_configs/no_such.toml",
+        "    train_configs/no_such.toml", "traces in <dump_folder>/profile",
     ],
 )  # fmt: skip
 def test_what_is_missing_is_found(text):
