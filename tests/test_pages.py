@@ -66,6 +66,26 @@ def top_level(module: Path) -> set[str]:
     return names
 
 
+def unknown_flags(text: str) -> list[str]:
+    """Flags that a command of the text gives and its program lacks; those before a program are its launcher's."""
+    settings = (ROOT / "docs" / "settings.md").read_text()
+    found = []
+    for command in re.findall(r"(?:train\.py|-m torchlmoe\.\w+)(?= )[^`#\n]*", text.replace("\\\n", " ")):
+        program = command.split()[0 if command.startswith("train") else 1]
+        source = (ROOT / program) if program == "train.py" else ROOT / f"{program.replace('.', '/')}.py"
+        if not source.exists():  # of which `faults` tells
+            continue
+        for flag in re.findall(r"(?<=\s)--([\w.-]+)", command):
+            name = re.sub(r"^model\.layers\.\w+\.", "model.layers.<letter>.", flag.removeprefix("tune."))
+            of_custom_module = "--job.custom_modules" in command and "<letter>" in name
+            is_known = (
+                f"`{name}`" in settings or of_custom_module if "." in flag else f'"--{flag}"' in source.read_text()
+            )
+            if not is_known and flag != "help":
+                found.append(f"flag --{flag} of {program}")
+    return found
+
+
 def faults(text: str, page: Path) -> list[str]:
     """What the text of a page names and the repository lacks."""
     found = []
@@ -92,7 +112,7 @@ def faults(text: str, page: Path) -> list[str]:
     for module in [*MODULE.findall(text), *imported]:
         if not EXAMPLES.match(module) and not module.endswith(".py") and not names_something(module):
             found.append(f"module {module}")
-    return found
+    return found + unknown_flags(text)
 
 
 @pages
@@ -106,6 +126,7 @@ def test_what_a_page_names_is_there(page):
         "[run](no_such_page.md)", "[run](run.md#no-such-heading)", "`torchlmoe/no_such_file.py`", "`ops/no_such.py`",
         "`no_such_file.py`", "`no_such_folder/`", "`tests/test_rooms.py::test_no_such`", "`torchlmoe.ops.no_such_name`",
         "    python -m torchlmoe.no_such_program --flag", "    from torchlmoe.ops import no_such_name",
+        "    python train.py --training.no_such 3", "    python -m torchlmoe.plan \\\n        --no-such 3",
         "    train_configs/no_such.toml", "traces in <dump_folder>/profile",
     ],
 )  # fmt: skip
