@@ -99,13 +99,18 @@ def test_minimax_without_its_buffers_and_with_part_of_a_head_turned(tmp_path):
         assert not torch.allclose(part(TOKENS), expected)
 
 
-def test_tied_embeddings_that_differ_are_refused(tmp_path):
-    saved("deepseek_v3_unusual", tmp_path)
+@pytest.mark.parametrize(
+    ("name", "prefix"), [("deepseek_v3_unusual", "model."), ("qwen3_5_text_unusual", "model.language_model.")]
+)
+def test_tied_embeddings_that_differ_are_refused(name, prefix, tmp_path):
+    saved(name, tmp_path)
     embedding = tensors_of(tmp_path / "saved")["model.embed_tokens.weight"]
-    twice = changed(tmp_path, tensors={"lm_head.weight": embedding.clone()})
+    prefixed = dict(rename=lambda name: name.replace("model.", prefix, 1))
+    twice = changed(tmp_path, tensors={"lm_head.weight": embedding.clone()}, **prefixed)
     assert torch.equal(logits(twice), logits(tmp_path / "saved"))
-    with pytest.raises(ValueError, match=r"lm_head\.weight that differs .* set tie_word_embeddings = false"):
-        logits(changed(tmp_path, tensors={"lm_head.weight": embedding + 1e-9}))
+    sentence = rf"lm_head\.weight that differs from {prefix}embed_tokens\.weight, .* set tie_word_embeddings = false"
+    with pytest.raises(ValueError, match=sentence):
+        logits(changed(tmp_path, tensors={"lm_head.weight": embedding + 1e-9}, **prefixed))
 
 
 YARN = dict(type="yarn", factor=40, original_max_position_embeddings=4096, beta_fast=32, beta_slow=1)

@@ -102,13 +102,13 @@ class TransformersFolder:
 
     def _check_tied(self) -> None:
         """With tied embeddings a file may hold them twice. transformers does not tie what differs."""
-        names = self.family.names
-        if self.model.head.projection is not None or names.head not in self._source.pieces:
+        head = self.family.names.head
+        if self.model.head.projection is not None or head not in self._source.pieces:
             return
-        head, embedding = self._source.read([names.head, names.embedding])
-        if not torch.equal(head, embedding):
+        (embedding,) = next(each.sources for each in self.conversions if each.targets == ("embedding.weight",))
+        if not torch.equal(*self._source.read([head, embedding])):
             raise ValueError(
-                f"{self.folder} has a {names.head} that differs from {names.embedding}, but {CONFIG} says that they "
+                f"{self.folder} has a {head} that differs from {embedding}, but {CONFIG} says that they "
                 "are tied: set tie_word_embeddings = false there."
             )
 
