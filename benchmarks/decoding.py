@@ -3,11 +3,13 @@
 The sizes are those of the debug recipe: each of the mixers in all blocks, its hybrid LLLN, softmax in all blocks.
 A position's cost does not depend on what the cache holds, so it is filled with random numbers rather than by reading
 so many tokens. Positions take turns, step by step, and ratios are of medians. Memory is that of the cache and of the
-most that a step makes beside it. A second table compares the compiled step of the debug model with eager.
+most that a step makes beside it. A second table compares the compiled step of the debug model with eager, alone and in
+generation as a whole: reading a prompt, steps, and what draws tokens.
 """
 
 import math
 import statistics
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,12 +19,14 @@ from benchmarks.report import arguments, interleaved_seconds, show
 from torchlmoe.config.load import load_config
 from torchlmoe.inference.cache import LENGTH, new_cache
 from torchlmoe.inference.compiled import compile_step
+from torchlmoe.inference.generate import generate
 from torchlmoe.mixers import MIXERS
 from torchlmoe.model.decoder import Decoder, build_on_meta
 
 CONFIG = "train_configs/debug.toml"
 VOCABULARY = 4096
 POSITIONS = [1024, 8192, 32768, 131072]
+PROMPT, GENERATED = 32, 128  # tokens of a row
 
 
 def build(device: str, *settings: str) -> Decoder:
@@ -79,12 +83,24 @@ def by_position(name: str, model: Decoder, positions: list[int], rows: int, repe
 def compiled_beside_eager(model: Decoder, rows: int, repeats: int) -> list[dict[str, Any]]:
     eager, compiled = (Step(model, 256, rows, max_length=640) for _ in range(2))
     compiled.next_logits = compile_step(model.next_logits)
-    seconds = interleaved_seconds({"eager": eager, "compiled": compiled}, repeats=repeats, warmups=3)
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    return [
-        {"step": name, "rows": rows, "ms": 1e3 * median, "times as fast": medians["eager"] / median}
-        for name, median in medians.items()
-    ]
+    generations = {
+        f"{name} generation": partial(generate, model, [[5] * PROMPT] * rows, max_new_tokens=GENERATED, compile=flag)
+        for name, flag in (("eager", False), ("compiled", True))
+    }
+    table: list[dict[str, Any]] = []
+    # In turns of their own, since a step and a generation take turns at very different lengths.
+    for cases, count, tokens in (
+        ({"eager step": eager, "compiled step": compiled}, repeats, 1),
+        (generations, max(3, repeats // 5), GENERATED),
+    ):
+        seconds = interleaved_seconds(cases, repeats=count, warmups=3)
+        medians = {name: statistics.median(times) for name, times in seconds.items()}
+        baseline = medians[next(iter(cases))]
+        table += [
+            {"what": name, "rows": rows, "ms per token": 1e3 * median / tokens, "times as fast": baseline / median}
+            for name, median in medians.items()
+        ]
+    return table
 
 
 @torch.inference_mode()
@@ -105,7 +121,7 @@ def main() -> None:
     beside = []
     if not options.no_compile:
         beside = compiled_beside_eager(build(options.device), options.rows, options.repeats)
-        show("Debug model, one step", beside, None)
+        show("Debug model, compiled beside eager", beside, None)
     largest = {row["mixers"]: row for row in rows if row["position"] == max(options.positions)}
     pure = [row for name, row in largest.items() if name in options.mixers]
     worst = {

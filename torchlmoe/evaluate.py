@@ -1,12 +1,14 @@
-"""Evaluates a trained model: python -m torchlmoe.evaluate --checkpoint DIR (--tasks a,b | --text FILE) [--output FILE]
+"""Evaluates a trained model: python -m torchlmoe.evaluate --checkpoint DIR (--tasks a,b | --text FILE | --recall mqar)
 
---tasks runs tasks of lm-eval, --text measures bits per byte and perplexity of files. Results are printed as tables and,
-with --output, written as JSON: `results` and what else lm-eval writes, and `text`, by file.
+--tasks runs tasks of lm-eval, --text measures bits per byte and perplexity of files, --recall runs tasks of recall and
+state tracking. Results are printed as tables and, with --output, written as JSON: `results` and what else lm-eval
+writes, `text`, by file, and `recall`, by task.
 """
 
 import argparse
 import json
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -21,12 +23,28 @@ def main(arguments: list[str]) -> None:
     import torch
 
     from torchlmoe.checkpoint import open_model
+    from torchlmoe.checkpoint.conventions import conventions_of
     from torchlmoe.parallel.mesh import choose_device
 
     dtype = None if flags.dtype is None else getattr(torch, flags.dtype)
     model, config, tokenizer = open_model(flags.checkpoint, dtype=dtype, device=choose_device(flags.device))
+    conventions = conventions_of(flags.checkpoint, config, tokenizer, flags.begin_with_end)
     found: dict[str, Any] = {}
     refused: list[str] = []
+    if flags.recall:  # first, since it takes the least time and may find fault with options
+        from torchlmoe.evaluation.recall import NUM_DOCUMENTS, evaluate_recall, trained_options
+
+        recall = evaluate_recall(
+            model,
+            flags.recall,
+            options=trained_options(config.data.dataset, config.data.reader_options),
+            by=flags.recall_by,
+            num_documents=NUM_DOCUMENTS if flags.limit is None else int(flags.limit),
+            batch_size=flags.batch_size,
+            seed=flags.seed,
+            end_id=tokenizer.end_id,
+        )
+        _print_recall(recall)
     if flags.tasks:
         from lm_eval.utils import make_table
 
@@ -35,9 +53,8 @@ def main(arguments: list[str]) -> None:
         harness_model = HarnessModel(
             model,
             tokenizer,
-            max_length=flags.max_length or config.training.seq_len,
+            conventions=replace(conventions, max_length=flags.max_length or conventions.max_length),
             rows_at_once=flags.batch_size,
-            begin_with_end=flags.begin_with_end,
             seed=flags.seed,
         )
         found |= evaluate_tasks(
@@ -54,9 +71,16 @@ def main(arguments: list[str]) -> None:
         from torchlmoe.evaluation.texts import evaluate_texts
 
         found["text"], refused = evaluate_texts(
-            model, tokenizer, flags.text, max_length=flags.max_length, trained_length=config.training.seq_len
+            model,
+            tokenizer,
+            flags.text,
+            max_length=flags.max_length,
+            trained_length=config.training.seq_len,
+            begin_id=conventions.before_text,
         )
         _print_texts(found["text"])
+    if flags.recall:
+        found["recall"] = recall
     if flags.output is not None:
         with failures_to_write("The results", flags.output, "make room, or give another --output"):
             flags.output.write_text(json.dumps(found, indent=2, ensure_ascii=False, default=_plain) + "\n")
@@ -66,8 +90,12 @@ def main(arguments: list[str]) -> None:
 
 
 def _check(flags: argparse.Namespace) -> None:
-    if not flags.tasks and not flags.text:
-        raise ValueError("There is nothing to evaluate; give --tasks NAME,NAME or --text FILE.")
+    if not flags.tasks and not flags.text and not flags.recall:
+        raise ValueError("There is nothing to evaluate; give --tasks NAME,NAME, --text FILE or --recall NAME,NAME.")
+    if flags.recall:
+        from torchlmoe.evaluation.recall import check_names
+
+        check_names(flags.recall)
     if flags.include_path and not flags.tasks:
         raise ValueError("--include-path is where --tasks are looked for; give --tasks too.")
     for path in flags.include_path:
@@ -80,6 +108,8 @@ def _check(flags: argparse.Namespace) -> None:
         raise ValueError(f"--num-fewshot {flags.num_fewshot} must be at least 0.")
     if flags.limit is not None and not flags.limit > 0:
         raise ValueError(f"--limit {flags.limit} must be above 0: a number of documents, or a share below 1.")
+    if flags.limit is not None and flags.recall and not flags.limit.is_integer():
+        raise ValueError(f"--limit {flags.limit} must be a whole number of documents with --recall.")
     if flags.output is not None and not flags.output.parent.is_dir():
         raise ValueError(f"--output {flags.output} is in a folder that is missing; make it first.")
     if flags.output is not None and flags.output.is_dir():
@@ -100,6 +130,35 @@ def _print_texts(texts: dict[str, dict[str, Any]]) -> None:
     sys.stdout.flush()
 
 
+def _print_recall(recall: dict[str, dict[str, Any]]) -> None:
+    rows = [
+        (name, _listed(point["options"]), result["by"], point)
+        for name, result in recall.items()
+        for point in result["points"]
+    ]
+    name_width, width = (max(len(row[place]) for row in rows) for place in (0, 1))
+    print(
+        f"{'recall':{name_width}}  {'':{width}}  {'by':10}  {'tokens right':15}  {'answers right':15}  {'answers':>9}"
+    )
+    for name, options, by, point in rows:
+        shares = "  ".join(
+            f"{_with_error(point[key], point[f'{key}_se']):15}" for key in ("token_accuracy", "exact_match")
+        )
+        print(f"{name:{name_width}}  {options:{width}}  {by:10}  {shares}  {point['num_questions']:9,}")
+    for name, result in recall.items():
+        for left in result["left_out"]:
+            print(f"{name}: left out {_listed(left['options'])}: {left['reason']}")
+    sys.stdout.flush()
+
+
+def _listed(options: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in options.items())
+
+
+def _with_error(value: float, error: float | None) -> str:
+    return f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+
 def _plain(value: object) -> object:
     """What JSON has no form for, as lm-eval writes it."""
     from lm_eval.utils import handle_non_serializable
@@ -118,7 +177,7 @@ def _parser() -> argparse.ArgumentParser:
         "--checkpoint",
         metavar="DIR",
         required=True,
-        help="a run's folder, one of its checkpoints, or an exported model",
+        help="a run's folder, one of its checkpoints, an exported model, or a folder of transformers",
     )
     add("--tasks", metavar="NAME,NAME", type=_names, default=[], help="tasks or groups of lm-eval")
     parser.add_path(
@@ -129,17 +188,39 @@ def _parser() -> argparse.ArgumentParser:
         help="a folder with YAML files of more tasks; may be repeated",
     )
     parser.add_path("--text", metavar="FILE", nargs="+", action="extend", default=[], help="files to measure")
+    add(
+        "--recall",
+        metavar="NAME,NAME",
+        type=_names,
+        default=[],
+        help="tasks of recall and state tracking: mqar, s5, ...",
+    )
+    add(
+        "--recall-by",
+        choices=["likelihood", "generation"],
+        default="likelihood",
+        help="the likeliest token at each answer, or a greedy continuation of each document's last question",
+    )
     parser.add_path("--output", metavar="FILE.json", help="where to write the results")
     add("--num-fewshot", metavar="N", type=int, help="examples before each question; the task's own number if unset")
-    add("--limit", metavar="N", type=float, help="documents of each task, or their share below 1; all if unset")
+    add(
+        "--limit",
+        metavar="N",
+        type=float,
+        help="documents of each task, or their share below 1; all if unset, of a recall task 128 of each size",
+    )
     add(
         "--max-length",
         metavar="N",
         type=int,
-        help="tokens that the model sees at most; training.seq_len if unset, but a text as a whole if no block's "
-        "memory grows with it",
+        help="tokens that the model sees at most; training.seq_len if unset (of a model of transformers, in tasks, "
+        "max_position_embeddings), but a text as a whole if no block's memory grows with it",
     )
-    add("--begin-with-end", action="store_true", help="begin every context with the end token, as in training")
+    add(
+        "--begin-with-end",
+        action=argparse.BooleanOptionalAction,
+        help="begin every context of a task with the end token; as the model was trained if unset",
+    )
     add("--batch-size", metavar="N", type=int, default=16, help="rows that generate together; default %(default)s")
     add("--seed", metavar="N", type=int, default=0, help="of drawn tokens; default %(default)s")
     add("--dtype", choices=["float32", "bfloat16", "float64"], help="of the weights; as saved if unset")

@@ -36,15 +36,19 @@ def main(arguments: list[str]) -> None:
     import torch
 
     from torchlmoe.checkpoint import open_model
+    from torchlmoe.checkpoint.conventions import conventions_of
     from torchlmoe.inference.sampling import Sampling
     from torchlmoe.inference.text_stream import Row, continue_rows, stream_in_order
     from torchlmoe.parallel.mesh import choose_device
 
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.repetition_penalty)
     dtype = None if flags.dtype is None else getattr(torch, flags.dtype)
-    model, _, tokenizer = open_model(flags.checkpoint, dtype=dtype, device=choose_device(flags.device))
-    # As in training, a document begins with the end token.
-    prompt_ids = [[tokenizer.end_id, *ids] for ids in tokenizer.encode_batch(prompts)]
+    model, config, tokenizer = open_model(flags.checkpoint, dtype=dtype, device=choose_device(flags.device))
+    # As in training, where documents begin with the end token; a model of transformers may have seen nothing there.
+    conventions = conventions_of(flags.checkpoint, config, tokenizer)
+    prompt_ids = [
+        [*conventions.before_context, *ids] or [conventions.before_text] for ids in tokenizer.encode_batch(prompts)
+    ]
     rows = [Row(tokenizer, ids, flags.stop) for ids in prompt_ids]
     steps = continue_rows(
         model,
@@ -96,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
         "--checkpoint",
         metavar="DIR",
         required=True,
-        help="a run's folder, one of its checkpoints, or an exported model",
+        help="a run's folder, one of its checkpoints, an exported model, or a folder of transformers",
     )
     add("--prompt", metavar="TEXT", action="append", default=[], help="text to continue; may be repeated")
     parser.add_path(

@@ -8,7 +8,8 @@ from torchlmoe.data.tokenizer import load_tokenizer
 from torchlmoe.model.decoder import build_on_meta
 
 SMALL = """--model.dim 32 --model.num_layers 2 --model.layer_pattern LN --model.num_heads 2 --model.init_std 0.3
---moe.num_experts 4 --moe.top_k 2 --moe.expert_dim 16 --training.seq_len 64 --training.dtype float64""".split()
+--moe.num_experts 4 --moe.top_k 2 --moe.expert_dim 16 --training.seq_len 64 --training.dtype float64
+--model.embedding_multiplier 3 --model.logit_divisor 2""".split()
 
 
 @pytest.fixture(scope="package")

@@ -7,6 +7,7 @@ import pytest
 
 from torchlmoe import evaluate
 from torchlmoe.evaluate import main
+from torchlmoe.evaluation.recall import evaluate_recall
 from torchlmoe.evaluation.texts import read_text, score_text
 
 
@@ -32,8 +33,24 @@ def test_texts_as_a_table_and_as_json(folder, model, tokenizer, tmp_path, capsys
     assert shorter[str(good)] != text[str(good)]
 
 
+def test_recall_as_a_table_and_as_json(folder, model, tokenizer, tmp_path, capsys):
+    """Tasks by both ways of asking, of a model that was trained on text: its end token is the tasks', too."""
+    output = tmp_path / "out.json"
+    for by, flags in (("likelihood", []), ("generation", ["--recall-by=generation", "--seed=3"])):
+        main([f"--checkpoint={folder}", "--recall=parity,needle", "--limit=2", *flags, f"--output={output}"])
+        arguments = dict(by=by, num_documents=2, seed=3 * bool(flags), end_id=tokenizer.end_id)
+        expected = evaluate_recall(model, ["parity", "needle"], **arguments)
+        assert json.loads(output.read_text()) == {"recall": expected}
+        printed = capsys.readouterr().out.splitlines()
+        assert printed[0].split() == ["recall", "by", "tokens", "right", "answers", "right", "answers"]
+        assert [line.split()[0] for line in printed[1:]] == ["parity"] * 4 + ["needle"] * 9
+        assert f"length 64, depth 0.5  {by}" in printed[6].replace("   ", "  ")
+        accuracy = expected["needle"]["points"][1]["token_accuracy"]
+        assert f"{accuracy:.4f} ± " in printed[6]
+
+
 BAD = {
-    "": "There is nothing to evaluate; give --tasks NAME,NAME or --text FILE.",
+    "": "There is nothing to evaluate; give --tasks NAME,NAME, --text FILE or --recall NAME,NAME.",
     "--tasks ,": "There is nothing to evaluate",
     "--text x --include-path .": "--include-path is where --tasks are looked for; give --tasks too.",
     "--tasks a --include-path nowhere": "--include-path nowhere is not a folder; give one with YAML files of tasks.",
@@ -45,6 +62,10 @@ BAD = {
     "--text x --output nowhere/out.json": "--output nowhere/out.json is in a folder that is missing; make it first.",
     "--text x --output .": "--output . is a folder; give the name of a file.",
     "--text x --dtype float8": "argument --dtype: invalid choice: 'float8'",
+    "--recall mqar,s4": "There is no recall task 's4'; choose from mqar, selective_copying,",
+    "--recall s3 --limit 0.5": "--limit 0.5 must be a whole number of documents with --recall.",
+    "--recall s3 --limit inf": "--limit inf must be a whole number of documents with --recall.",
+    "--recall s3 --recall-by guess": "argument --recall-by: invalid choice: 'guess'",
     "--text nowhere.txt": "nowhere.txt is missing.",
     "--text x --checkpoint nowhere": "nowhere",
 }

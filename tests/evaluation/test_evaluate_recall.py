@@ -146,6 +146,21 @@ def test_bad_input():
             evaluate_recall(model, **arguments)
 
 
+def test_points_that_do_not_fit_the_options_are_left_out():
+    """The vocabulary of the recipe has 30 keys."""
+    found = evaluate_recall(Knowing("mqar", 64), ["mqar"], options={"mqar": {"vocab_size": 64}}, num_documents=2)[
+        "mqar"
+    ]
+    assert [point["options"]["num_pairs"] for point in found["points"]] == [4, 8, 16]
+    assert [left["options"]["num_pairs"] for left in found["left_out"]] == [32, 64]
+    assert "num_pairs = 32" in found["left_out"][0]["reason"]
+    assert found["exact_match"] == 1
+    with pytest.raises(ValueError, match="num_pairs = 32"):
+        evaluate_recall(
+            Knowing("mqar", 64), ["mqar"], options={"mqar": {"vocab_size": 64}}, points={"mqar": RECALL["mqar"]}
+        )
+
+
 def test_options_of_a_run():
     assert trained_options("recall:mqar", {"vocab_size": 64}) == {"mqar": {"vocab_size": 64}}
     assert trained_options("embedded", {}) == trained_options("mqar", {}) == {}

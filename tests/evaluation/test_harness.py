@@ -2,22 +2,25 @@
 the scores of lm-eval's own wrapper of a transformers model of equal weights."""
 
 import json
+import math
 import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import lm_eval
 import pytest
+import tokenizers
 import torch
-from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from torchlmoe.config.load import load_config
+from tests.interop.families import CASES, all_in_float64, their_model
+from torchlmoe import generate as program
+from torchlmoe import import_model
+from torchlmoe.checkpoint import open_model
+from torchlmoe.checkpoint.conventions import Conventions, conventions_of
 from torchlmoe.evaluate import main
 from torchlmoe.evaluation.harness import HarnessModel
 from torchlmoe.inference.generate import generate
-from torchlmoe.interop import mixtral
-from torchlmoe.interop.rules import Rule, convert, prefixed
-from torchlmoe.model.decoder import build_on_meta
 
 QUESTIONS = [
     ("The whale is", [" a fish", " a mammal"], 1),
@@ -25,6 +28,12 @@ QUESTIONS = [
     ("Call me", [" Ishmael", " late", "."], 0),
 ]
 LONG = "It is a truth universally acknowledged, that a single man in possession of a good fortune must be in want. " * 4
+
+
+@pytest.fixture(autouse=True)
+def without_a_list_of_packages(monkeypatch):
+    """lm-eval asks pip for all of them each time, which takes seconds."""
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda storage: None)
 
 
 def asked(*requests):
@@ -41,7 +50,12 @@ def by_hand(model, tokenizer, context, continuation):
 
 @pytest.fixture
 def harness(model, tokenizer):
-    return HarnessModel(model, tokenizer, max_length=64)
+    return HarnessModel(model, tokenizer, conventions=as_wrapper(tokenizer))
+
+
+def as_wrapper(tokenizer, before=()):
+    """What lm-eval's wrapper does with a tokenizer that adds `before`."""
+    return Conventions(tuple(before), tokenizer.end_id, scores_beginning=True, max_length=64)
 
 
 def test_log_likelihoods_are_those_computed_by_hand(harness, model, tokenizer):
@@ -52,7 +66,7 @@ def test_log_likelihoods_are_those_computed_by_hand(harness, model, tokenizer):
         assert log_likelihood == pytest.approx(by_hand(model, tokenizer, context, answer), abs=1e-9)
     ids = tokenizer.encode_batch(["Call me"])[0]
     assert found[-1][0] == pytest.approx(by_hand(model, tokenizer, [tokenizer.end_id], ids), abs=1e-9)
-    begun = HarnessModel(model, tokenizer, max_length=64, begin_with_end=True)
+    begun = HarnessModel(model, tokenizer, conventions=as_wrapper(tokenizer, [tokenizer.end_id]))
     ((log_likelihood, _),) = begun.loglikelihood(asked(("Call me", " Ishmael")), disable_tqdm=True)
     context, answer = ([tokenizer.end_id, *ids], tokenizer.encode_batch(["Call me Ishmael"])[0][len(ids) :])
     assert log_likelihood == pytest.approx(by_hand(model, tokenizer, context, answer), abs=1e-9)
@@ -210,55 +224,96 @@ def test_names_of_stock_tasks(folder, tasks, monkeypatch):
             main([f"--checkpoint={folder}", f"--tasks={name}"])
 
 
-def test_equal_weights_get_the_scores_of_lm_evals_own_wrapper(tokenizer):
-    """A Mixtral of transformers and its weights here, log-likelihoods, rolling ones and generations."""
-    pytest.importorskip("accelerate")  # which the wrapper imports, and lm-eval does not bring
+def byte_tokenizer(folder, *, adds_begin):
+    """Bytes with <s> and </s>, of which the first is put before every text if `adds_begin`, as Llama's are."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(["</s>", "<s>", *alphabet])}
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    made.add_special_tokens(["</s>", "<s>"])
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    if adds_begin:
+        made.post_processor = tokenizers.processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
+        )
+    begin = {"bos_token": "<s>"} if adds_begin else {}
+    PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>", pad_token="</s>", **begin).save_pretrained(folder)
+    return len(vocabulary)
+
+
+@pytest.mark.parametrize(("model_type", "adds_begin"), [("mixtral", True), ("qwen3_next", False)])
+def test_a_folder_of_transformers_gets_the_scores_of_lm_evals_own_wrapper(
+    model_type, adds_begin, tmp_path, tasks, capsys
+):
+    """Log-likelihoods, rolling ones and generations; opened directly, imported, and by the program as it is."""
     from lm_eval.models.huggingface import HFLM
 
-    torch.manual_seed(0)
-    theirs = MixtralForCausalLM(
-        MixtralConfig(
-            vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=24, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
-            max_position_embeddings=64, rope_theta=10_000.0, initializer_range=0.3, rms_norm_eps=1e-6,
-            experts_implementation="eager", bos_token_id=tokenizer.end_id, eos_token_id=tokenizer.end_id,
-        )
-    ).double().eval()  # fmt: skip
-    fast = PreTrainedTokenizerFast(
-        tokenizer_file=str(tokenizer.path), eos_token=tokenizer.end_token, pad_token=tokenizer.end_token
-    )
-    wrapper = HFLM(pretrained=theirs, tokenizer=fast, batch_size=2, max_length=64, device="cpu", dtype=torch.float64)
-    ours = HarnessModel(imported(theirs, tokenizer), tokenizer, max_length=64)
+    size = byte_tokenizer(tmp_path / "theirs", adds_begin=adds_begin)
+    options = CASES[model_type][1] | dict(vocab_size=size, max_position_embeddings=96, eos_token_id=0, bos_token_id=1)
+    theirs = their_model(model_type, **options)
+    theirs.save_pretrained(tmp_path / "theirs")
+    wrapper = HFLM(pretrained=theirs, tokenizer=str(tmp_path / "theirs"), batch_size=2, device="cpu")
+    assert wrapper.max_length == 96
+    assert wrapper.tok_encode("a")[:-1] == [1] * adds_begin
     pairs = [(context, answer) for context, answers, _ in QUESTIONS for answer in answers]
-    pairs += [("", "Call me"), (LONG, "End"), (LONG.rstrip(), " in the end")]
-    requests = asked(*pairs)
-    expected = wrapper.loglikelihood(requests, disable_tqdm=True)
-    for found, wanted in zip(ours.loglikelihood(requests, disable_tqdm=True), expected, strict=True):
-        assert found == pytest.approx(wanted, abs=1e-5)
-    texts = asked((LONG,), ("Call me Ishmael",))
-    assert ours.loglikelihood_rolling(texts, disable_tqdm=True) == pytest.approx(
-        wrapper.loglikelihood_rolling(texts, disable_tqdm=True), abs=1e-5
+    scored = asked(*pairs, ("", "Call me"), (LONG, "End"), (LONG.rstrip(), " in the end"))
+    whole = asked((LONG,), ("Call me Ishmael",))
+    continued = asked(*((text, {"until": ["\n\n"], "max_gen_toks": 10}) for text in ("The whale", "Call me", LONG)))
+    with all_in_float64(theirs):
+        log_likelihoods = wrapper.loglikelihood(scored, disable_tqdm=True)
+        rolling = wrapper.loglikelihood_rolling(whole, disable_tqdm=True)
+        texts = wrapper.generate_until(continued, disable_tqdm=True)
+
+    prompts = [f"--prompt={request.args[0]}" for request in continued[:2]]
+    capsys.readouterr()
+    greedy = ["--temperature=0", "--max-new-tokens=10", "--stop=\n\n", "--json"]
+    program.main([f"--checkpoint={tmp_path / 'theirs'}", *prompts, *greedy])
+    assert [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()] == texts[:2]
+
+    import_model.main(["--model", str(tmp_path / "theirs"), "--output", str(tmp_path / "run")])
+    for folder in (tmp_path / "theirs", tmp_path / "run"):
+        model, config, tokenizer = open_model(folder)
+        ours = HarnessModel(model, tokenizer, conventions=conventions_of(folder, config, tokenizer))
+        assert ours.max_length == 96
+        for found, wanted in zip(ours.loglikelihood(scored, disable_tqdm=True), log_likelihoods, strict=True):
+            assert found == pytest.approx(wanted, abs=1e-5)
+        assert ours.loglikelihood_rolling(whole, disable_tqdm=True) == pytest.approx(rolling, abs=1e-5)
+        assert ours.generate_until(continued, disable_tqdm=True) == texts
+
+    output = tmp_path / "out.json"
+    main(
+        [f"--checkpoint={tmp_path / 'theirs'}", "--tasks=local_choice", f"--include-path={tasks}", f"--output={output}"]
     )
-    generations = asked(*((text, {"until": ["\n\n"], "max_gen_toks": 10}) for text in ("The whale", "Call me", LONG)))
-    assert ours.generate_until(generations, disable_tqdm=True) == wrapper.generate_until(generations, disable_tqdm=True)
+    with all_in_float64(theirs):
+        results = lm_eval.simple_evaluate(
+            wrapper,
+            tasks=["local_choice"],
+            task_manager=lm_eval.tasks.TaskManager(include_path=str(tasks), include_defaults=False),
+        )["results"]
+    assert json.loads(output.read_text())["results"]["local_choice"]["acc,none"] == results["local_choice"]["acc,none"]
 
 
-def imported(theirs, tokenizer):
-    """The decoder of the same weights, by the rules of interop."""
-    config = load_config(
-        "--model.dim 32 --model.num_layers 2 --model.layer_pattern N --model.num_heads 4 "
-        "--model.layers.N.num_kv_heads 2 --moe.num_experts 4 --moe.top_k 2 --moe.expert_dim 24".split()
+def test_what_was_trained_here_begins_with_the_end_token(folder, model, tokenizer, tasks, tmp_path):
+    """By the program: an answer's log-likelihood shows what stood before its context."""
+    text = (tasks / "choice.yaml").read_text().replace("local_choice", "likelihood")
+    metric = "metric_list:\n  - metric: perplexity\n    aggregation: perplexity\n    higher_is_better: false\n"
+    text = re.sub(r"metric_list:.*?true\n", metric, text, flags=re.DOTALL)
+    text = text.replace("output_type: multiple_choice", "output_type: loglikelihood").replace(
+        "doc_to_choice: choices\n", ""
     )
-    model = build_on_meta(config, tokenizer.vocab_size).double().to_empty(device="cpu")
-    model.init_weights(seed=0)
-    ends = {"model.embed_tokens": "embedding", "model.norm": "head.norm", "lm_head": "head.projection"}
-    norms = {"input_layernorm": "mixer_norm", "post_attention_layernorm": "feed_forward_norm"}
-    attention = {f"self_attn.{letter}_proj": f"mixer.{letter}_proj" for letter in "qkvo"}
-    layer = [Rule(f"{old}.weight", f"{new}.weight") for old, new in (norms | attention).items()]
-    layer += prefixed(mixtral.moe_rules(), "mlp.", "feed_forward.")
-    table = [Rule(f"{old}.weight", f"{new}.weight") for old, new in ends.items()]
-    table += prefixed(layer, "model.layers.*.", "blocks.*.")
-    missing, unexpected = model.load_state_dict(convert(theirs.state_dict(), table), strict=False)
-    assert not unexpected
-    assert not any("weight" in name or "proj" in name for name in missing)
-    return model.eval()
+    (tasks / "likelihood.yaml").write_text(text.replace("doc_to_target: answer", 'doc_to_target: "{{choices[0]}}"'))
+    found = {}
+    for flag in ("", "--begin-with-end", "--no-begin-with-end"):
+        output = tmp_path / "out.json"
+        arguments = [f"--checkpoint={folder}", "--tasks=likelihood", f"--include-path={tasks}", f"--output={output}"]
+        main([*arguments, *flag.split()])
+        found[flag] = json.loads(output.read_text())["results"]["likelihood"]["perplexity,none"]
+    begun, plain = [], []
+    for question, choices, _ in QUESTIONS:
+        context = tokenizer.encode_batch([question.rstrip()])[0]
+        answer = tokenizer.encode_batch([question + choices[0]])[0][len(context) :]
+        begun.append(by_hand(model, tokenizer, [tokenizer.end_id, *context], answer))
+        plain.append(by_hand(model, tokenizer, context, answer))
+    assert found[""] == found["--begin-with-end"] == pytest.approx(math.exp(-sum(begun) / 3), rel=1e-9)
+    assert found["--no-begin-with-end"] == pytest.approx(math.exp(-sum(plain) / 3), rel=1e-9)
+    assert found[""] != pytest.approx(found["--no-begin-with-end"], rel=1e-3)

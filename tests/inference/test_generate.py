@@ -12,7 +12,8 @@ from torchlmoe.mixers import MIXERS
 from torchlmoe.model.decoder import build_on_meta
 
 SMALL = """--model.dim 32 --model.num_heads 2 --model.num_layers 2 --model.vocab_size 50
---moe.num_experts 4 --moe.top_k 2 --moe.expert_dim 16 --model.init_std 0.3""".split()
+--moe.num_experts 4 --moe.top_k 2 --moe.expert_dim 16 --model.init_std 0.3
+--model.embedding_multiplier 3 --model.logit_divisor 2""".split()
 LENGTHS = [5, 1, 40, 5, 3]  # two of one length, not side by side
 
 

@@ -152,7 +152,7 @@ def test_files_that_travel_along(tmp_path, caplog):
 
 # The other families have caches as these have, but for lightning attention and a latent with rotary phases.
 GENERATING = ["qwen3_windows", "qwen3_next", "kimi_linear"]
-MORE = ["llama", "mixtral", "qwen2_moe", "olmoe", "deepseek_v3", "minimax"]
+MORE = ["llama", "mixtral", "qwen2_moe", "olmoe", "deepseek_v3", "minimax", "mamba", "granitemoehybrid"]
 
 
 @pytest.mark.parametrize("name", [*GENERATING, *(pytest.param(name, marks=pytest.mark.long) for name in MORE)])
@@ -169,7 +169,7 @@ def test_greedy_generation(name, tmp_path):
     assert [prompt + tokens for prompt, tokens in zip(prompts, found, strict=True)] == expected.tolist()
 
 
-TRAINED = ["mixtral", "qwen3_next", pytest.param("kimi_linear", marks=pytest.mark.long)]
+TRAINED = ["mixtral", "qwen3_next", "granitemoehybrid", pytest.param("kimi_linear", marks=pytest.mark.long)]
 
 
 @pytest.mark.parametrize("name", TRAINED)

@@ -70,9 +70,10 @@ def test_refused_attention():
     content = WRITTEN["models"]["gla"]["config"]
     for attn, sentence in (
         (dict(layers=[2], num_heads=2), "The attn of config.json has layers = 2, which must be from 0 to 1."),
+        ([5], "config.json has 5 in its attn, which must be an object"),
         (dict(layers=[0, 0], num_heads=2), "The attn of config.json has layer 0 twice."),
         (dict(layers=[0], num_heads=2, qk_norm=True), "The attn of config.json has qk_norm = True, an option without"),
     ):
-        with pytest.raises(ValueError, match="The attn of") as caught:
+        with pytest.raises(ValueError, match="attn") as caught:
             FAMILIES["gla"].settings({**content, "attn": attn}, "config.json")
         assert str(caught.value).startswith(sentence)

@@ -1,6 +1,7 @@
 """Families of Mamba hybrids: both forms of their weights, and what is refused on the way in and on the way out."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -60,6 +61,27 @@ REFUSED = [
 def content_of(model_type):
     """The config.json of a family's first case."""
     return json.loads(AutoConfig.for_model(model_type, **CASES[model_type][1]).to_json_string(use_diff=False))
+
+
+OLDER = {
+    "mamba": dict(d_model=32, d_inner=64, n_layer=2, ssm_cfg={}, rms_norm=True, time_step_rank="auto"),
+    "mamba2": dict(time_step_limit=[0.0, math.inf], norm_before_gate=True, rms_norm=True),
+    "bamba": dict(
+        rope_parameters=None, rope_theta=10000.0, rope_scaling=None, attn_rotary_emb=4, mamba_d_head="auto",
+        time_step_limit=None,
+    ),
+    "nemotron_h": dict(layers_block_type=None, hybrid_override_pattern="ME*-M", attention_head_dim=16, norm_eps=1e-5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", OLDER)
+def test_keys_of_older_files(model_type):
+    content, family = content_of(model_type), FAMILIES[model_type]
+    models = [
+        build_on_meta(config_from([family.settings(each, "")]), SIZES["vocab_size"])
+        for each in (content, content | OLDER[model_type])
+    ]
+    check_equal(*models, model_type)
 
 
 @pytest.mark.parametrize(("model_type", "key", "value", "message"), REFUSED)

@@ -14,7 +14,7 @@ LAYOUTS = {
     "spans": "--parallelism.context_parallel_degree 2",
     "stages": "--parallelism.pipeline_parallel_degree 2",
 }
-FAMILIES = ["qwen3_next"]
+FAMILIES = ["qwen3_next", "nemotron_h"]
 
 
 def imported(name: str, folder: Path) -> str:
@@ -25,9 +25,10 @@ def imported(name: str, folder: Path) -> str:
     (folder / "theirs/tokenizer.json").write_bytes(tokenizer.content)
     import_model.main(["--model", str(folder / "theirs"), "--output", str(folder / "run")])
     file = f"{folder}/run/import/config.toml"
-    moe = load_config(["--job.config_file", file]).moe
-    sizes = " ".join(f"--moe.{name} {getattr(moe, name)}" for name in ("num_experts", "top_k", "expert_dim"))
-    return f"--job.config_file {file} --checkpoint.interval 100 {sizes}"
+    config = load_config(["--job.config_file", file])
+    sizes = " ".join(f"--moe.{name} {getattr(config.moe, name)}" for name in ("num_experts", "top_k", "expert_dim"))
+    num_layers = f"--model.num_layers {config.model.num_layers}"
+    return f"--job.config_file {file} --checkpoint.interval 100 {num_layers} {sizes}"
 
 
 def test_imported_models_train_under_layouts(corpus, tmp_path):

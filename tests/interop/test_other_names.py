@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from tests.interop.families import CASES, all_in_float64, perturb, their_model
 from torchlmoe import export, import_model
 from torchlmoe.checkpoint import open_model
+from torchlmoe.interop.families import FAMILIES, language_config
 
 TOKENS = torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(1))
 VISION = dict(
@@ -34,11 +35,13 @@ def test_the_language_model_is_taken(outer, inner, tied, tmp_path, caplog):
     tensors = load_file(folder / "model.safetensors")
     num_vision = sum(name.startswith("model.visual.") for name in tensors)
     tensors |= {"mtp.norm.weight": torch.ones(32), "mtp.layers.0.input_layernorm.weight": torch.ones(32)}
+    if tied:  # as a file may, which holds it twice
+        tensors["lm_head.weight"] = tensors["model.language_model.embed_tokens.weight"].clone()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
     with caplog.at_level(logging.INFO, logger="torchlmoe"):
         import_model.main(["--model", str(folder), "--output", str(tmp_path / "run")])
-    assert f"Left out: {num_vision + 2} tensors" in caplog.text
+    assert f"Left out: {num_vision + 2 + tied} tensors" in caplog.text
     ours, config, tokenizer = open_model(tmp_path / "run")
     assert config.model.tie_embeddings == tied
     assert tokenizer.end_id == 2
@@ -64,6 +67,16 @@ def test_no_text_config(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_5", "hidden_size": 4}))
     with pytest.raises(ValueError, match="model_type = 'qwen3_5' must have an object text_config; it has None"):
         open_model(tmp_path)
+
+
+def test_keys_beside_text_config_hold():
+    """Such as those of quantized weights, which cannot be read."""
+    content = {"model_type": "qwen3_5", "text_config": {"hidden_size": 4}, "image_token_id": 7, "vision_config": {}}
+    assert language_config(content) == {"model_type": "qwen3_5_text", "hidden_size": 4}
+    options = CASES["qwen3_5_text"][1] | {"rope_parameters": {"rope_theta": 1e4}}
+    quantized = {**content, "text_config": options, "quantization_config": {"quant_method": "fp8"}}
+    with pytest.raises(ValueError, match=r"quantization_config = .*, an option without a counterpart"):
+        FAMILIES["qwen3_5_text"].settings(language_config(quantized), "config.json")
 
 
 def test_olmo_hybrid_of_its_authors(tmp_path):

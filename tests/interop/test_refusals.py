@@ -74,3 +74,39 @@ def test_without_attention(model_type):
     model = build_on_meta(config_from([tables]), 64)
     with pytest.raises(ValueError, match=f"no layer with the mixer attention.* of {model_type} must hold"):
         FAMILIES[model_type].config(model)
+
+
+_SIZES = {"vocab_size", "hidden_size", "num_attention_heads"}
+_QWEN = _SIZES | {"num_key_value_heads", "head_dim", "linear_conv_kernel_dim"}
+_DELTANET = {f"linear_{name}" for name in ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim")}
+_EXPERTS = {"num_experts", "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size"}
+ASKED_FOR = {
+    "qwen3_next": _QWEN | _DELTANET | _EXPERTS,
+    "qwen3_5_text": _QWEN | _DELTANET | {"intermediate_size"},
+    "qwen3_5_moe_text": _QWEN | _DELTANET | _EXPERTS,
+    "olmo_hybrid_unusual": _SIZES | {"intermediate_size"},
+}
+
+
+@pytest.mark.parametrize("name", ASKED_FOR)
+def test_a_key_that_is_absent_has_their_default(name):
+    """Or it is asked for."""
+    model_type, _ = CASES[name]
+    family, content = FAMILIES[model_type], content_of(name)
+    for key in sorted(content.keys() - {"model_type", "num_hidden_layers"}):  # which other keys must fit
+        without = {other: value for other, value in content.items() if other != key}
+        options = {other: value for other, value in without.items() if other != "model_type"}
+        expected = family.settings(AutoConfig.for_model(model_type, **options).to_dict(), "config.json")
+        if key in ASKED_FOR[name]:
+            with pytest.raises(ValueError, match=f"config.json has no {key}: it must say this."):
+                family.settings(without, "config.json")
+        else:
+            assert family.settings(without, "config.json") == expected, key
+
+
+def test_fraction_of_rotary_channels():
+    """A quarter in these families if the file does not say."""
+    for name in ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"):
+        content = {**content_of(name), "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+        letters = FAMILIES[name].settings(content, "config.json")["model"]["layers"]
+        assert letters["N"]["rotary_fraction"] == 0.25

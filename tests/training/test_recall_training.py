@@ -7,9 +7,10 @@ import torch
 
 import train
 from tests.programs import run_program
-from torchlmoe import plan, prepare
+from torchlmoe import evaluate, plan, prepare
 from torchlmoe.checkpoint import open_model
 from torchlmoe.data.recall.store import RecallStore
+from torchlmoe.evaluation import recall
 from torchlmoe.evaluation.recall import evaluate_recall, trained_options
 
 SMALL = """--model.dim 16 --model.num_layers 2 --model.layer_pattern LN --model.num_heads 2 --model.layers.L.mlp dense
@@ -19,7 +20,7 @@ SMALL = """--model.dim 16 --model.num_layers 2 --model.layer_pattern LN --model.
 --metrics.log_freq 1""".split()
 
 
-def test_a_run_on_a_recall_task(tmp_path):
+def test_a_run_on_a_recall_task(tmp_path, monkeypatch):
     folder = tmp_path / "run"
     result = run_program(train.main, [*SMALL, "--job.dump_folder", str(folder)], tmp_path)
     assert result.returncode == 0, result.stderr
@@ -46,6 +47,14 @@ def test_a_run_on_a_recall_task(tmp_path):
     points = {"mqar": [{"num_pairs": 2, "length": 20}]}
     found = evaluate_recall(model, ["mqar"], options=options, points=points, num_documents=2)
     assert found["mqar"]["points"][0]["num_questions"] == 4
+    monkeypatch.setitem(recall.RECALL, "mqar", tuple(points["mqar"]))
+    output = tmp_path / "out.json"
+    evaluate.main([f"--checkpoint={folder}", "--recall=mqar", "--limit=2", f"--output={output}"])
+    assert json.loads(output.read_text())["recall"] == found  # with the options of the run
+    monkeypatch.setitem(recall.RECALL, "mqar", ({"num_pairs": 16, "length": 80},))
+    with pytest.raises(ValueError, match="num_pairs = 16") as error:
+        evaluate.main([f"--checkpoint={folder}", "--recall=mqar"])
+    assert "\n" not in str(error.value)
 
 
 def test_other_programs_on_a_recall_task(capsys):

@@ -69,6 +69,16 @@ class Tokenizer:
         """The text of `ids`, special tokens left out."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
+    def added_before(self) -> tuple[int, ...]:
+        """The special tokens that the tokenizer.json itself adds before a text, as Llama's does; often none."""
+        encoding = self._tokenizer.encode("a", add_special_tokens=True)
+        text_begins = encoding.special_tokens_mask.index(0) if 0 in encoding.special_tokens_mask else 0
+        return tuple(encoding.ids[:text_begins])
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token of the vocabulary, None if there is none."""
+        return self._tokenizer.token_to_id(token)
+
     def is_byte(self, index: int) -> bool:
         """Whether a token is a single byte of a tokenizer with byte fallback (Llama's), which decodes bytes in a row
         together: one that is wrong spoils all of them."""

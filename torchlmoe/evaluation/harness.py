@@ -1,9 +1,9 @@
 """A model as lm-eval (lm-evaluation-harness) asks for it, and its tasks.
 
-What is asked is what lm-eval's own wrapper of transformers (`HFLM`) asks, so that equal weights get equal scores:
-no token stands before a context, unless `begin_with_end` puts the end token there, with which documents in training
-begin; an empty context is the end token; spaces at the end of a context belong to the continuation; what is longer than
-`max_length` loses tokens on the left; a text as a whole is scored in windows of `max_length`.
+What is asked is what lm-eval's own wrapper of transformers (`HFLM`) asks, so that equal weights get equal scores, but
+for what stands before a context: that depends on what the model was trained with (`checkpoint/conventions.py`). Spaces
+at the end of a context belong to the continuation; what is longer than `max_length` loses tokens on the left; a text as
+a whole is scored in windows of `max_length`.
 """
 
 import json
@@ -21,6 +21,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from torchlmoe.checkpoint.conventions import Conventions
 from torchlmoe.data.tokenizer import Tokenizer
 from torchlmoe.evaluation.scores import TOKENS_AT_ONCE, Request, score
 from torchlmoe.inference.sampling import Sampling
@@ -33,10 +34,9 @@ OURS = ("temperature", "top_k", "top_p", "repetition_penalty")  # of the argumen
 
 
 class HarnessModel(TemplateLM):
-    """model: in evaluation mode. max_length: tokens that the model sees at most, context and continuation together.
+    """model: in evaluation mode. conventions: what stands before a context or text, and how long both together are.
 
-    tokens_at_once: in one forward pass that scores. rows_at_once: that generate together. begin_with_end: begin every
-    context with the end token. seed: of drawn tokens.
+    tokens_at_once: in one forward pass that scores. rows_at_once: that generate together. seed: of drawn tokens.
     """
 
     def __init__(
@@ -44,16 +44,15 @@ class HarnessModel(TemplateLM):
         model: Decoder,
         tokenizer: Tokenizer,
         *,
-        max_length: int,
+        conventions: Conventions,
         tokens_at_once: int = TOKENS_AT_ONCE,
         rows_at_once: int = 16,
-        begin_with_end: bool = False,
         seed: int = 0,
     ):
         super().__init__()
-        self.model, self.text_tokenizer, self.max_length = model, tokenizer, max_length
-        self.tokens_at_once, self.rows_at_once = tokens_at_once, rows_at_once
-        self.begin_with_end, self.seed = begin_with_end, seed
+        self.model, self.text_tokenizer, self.conventions = model, tokenizer, conventions
+        self.max_length = conventions.max_length
+        self.tokens_at_once, self.rows_at_once, self.seed = tokens_at_once, rows_at_once, seed
         self._device = model.embedding.weight.device
 
     @property
@@ -61,21 +60,25 @@ class HarnessModel(TemplateLM):
         return self.text_tokenizer.end_id
 
     @property
+    def prefix_token_id(self) -> int:
+        return self.conventions.before_text
+
+    @property
     def tokenizer_name(self) -> str:
         return self.text_tokenizer.fingerprint
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
-        """Token ids; with the end token before them if `begin_with_end`, unless add_special_tokens is False."""
-        begins = self.begin_with_end and add_special_tokens is not False
-        return [self.eot_token_id] * begins + self.text_tokenizer.encode_batch([string])[0]
+        """Token ids, after those that stand before every context unless add_special_tokens is False."""
+        before = () if add_special_tokens is False else self.conventions.before_context
+        return [*before, *self.text_tokenizer.encode_batch([string])[0]]
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Of whole strings, each beginning with the end token."""
+        """Of whole strings, each after the token that stands before a text."""
         windows: list[Request] = []
         owners: list[int] = []
         for owner, request in enumerate(requests):
             (text,) = request.args
-            tokens = self.tok_encode(text, add_special_tokens=False)
+            tokens = self.tok_encode(text, add_special_tokens=self.conventions.scores_beginning)
             for window in get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1):
                 context, continuation = make_disjoint_window(window)
                 windows.append(Request(tuple(context), tuple(continuation)))

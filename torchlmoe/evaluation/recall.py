@@ -26,6 +26,7 @@ RECALL: dict[str, tuple[dict[str, Any], ...]] = {
     "s5": tuple({"length": length} for length in (16, 32, 64, 128)),
 }
 By = Literal["likelihood", "generation"]
+NUM_DOCUMENTS = 128  # at each point
 
 
 @torch.no_grad()
@@ -36,7 +37,7 @@ def evaluate_recall(
     options: Mapping[str, Mapping[str, Any]] | None = None,
     points: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
     by: By = "likelihood",
-    num_documents: int = 128,
+    num_documents: int = NUM_DOCUMENTS,
     batch_size: int = 16,
     seed: int = 0,
     end_id: int = END,
@@ -46,7 +47,8 @@ def evaluate_recall(
 
     model: put into evaluation mode.
     names: of RECALL. options: of each task, for all of its points, as in data.reader_options; vocab_size is the task's
-        default or, if that has more, the model's. points: in place of those of RECALL.
+        default or, if that has more, the model's. points: in place of those of RECALL, of which those that do not fit
+        the options are left out, as 64 pairs where the vocabulary has 30 keys.
     by: "likelihood" takes the likeliest token at each label, given the tokens before it. "generation" continues the
         tokens before each document's last question greedily, which is the same for answers of one token.
     num_documents: at each point, from a split that is neither trained nor validated on; seed: of it.
@@ -56,32 +58,53 @@ def evaluate_recall(
     `exact_match` (questions all of whose tokens are right). Each point has these with standard errors (`_se`, of the
     mean over documents), `num_documents`, `num_questions`, `num_tokens`, `last_exact_match` (of documents' last
     questions) and, by likelihood, `nll`, nats per answer token.
-    Raises ValueError for a name that there is not and for options that do not fit.
+    `left_out` has the options of the points that were, and the `reason` of each.
+    Raises ValueError for a name that there is not, and for options that do not fit points that were given or any of
+    RECALL's.
     """
     if by not in get_args(By):
         raise ValueError(f"by = {by!r} must be one of {', '.join(get_args(By))}.")
-    for name in names:
-        if name not in RECALL:
-            raise ValueError(f"There is no recall task {name!r}; choose from {', '.join(RECALL)}.")
+    check_names(names)
     if num_documents < 1 or batch_size < 1:
         raise ValueError(f"num_documents = {num_documents} and batch_size = {batch_size} must be at least 1.")
     model.eval()
     results: dict[str, dict[str, Any]] = {}
-    for name in names:
-        figures = []
-        for point in (points or RECALL).get(name, RECALL[name]):
-            if progress is not None:
-                progress(f"{name}: {', '.join(f'{key} {value}' for key, value in point.items())}")
+    stores: dict[str, list[tuple[dict[str, Any], RecallStore]]] = {}
+    left_out: dict[str, list[dict[str, Any]]] = {}
+    for name in names:  # all before the first is asked, so that what does not fit is found at once
+        stores[name], left_out[name] = [], []
+        for point in map(dict, (points or RECALL).get(name, RECALL[name])):
             given = {"vocab_size": _vocab_size(model, name), **(options or {}).get(name, {}), **point}
             own = {key: value for key, value in given.items() if key not in ("num_documents", "validation_documents")}
-            store = RecallStore(name, "test", **{**own, "validation_documents": num_documents, "seed": seed})
-            _check_vocabulary(model, store)
+            try:
+                store = RecallStore(name, "test", **{**own, "validation_documents": num_documents, "seed": seed})
+                _check_vocabulary(model, store)
+            except ValueError as error:
+                if name in (points or {}):
+                    raise
+                left_out[name].append({"options": point, "reason": str(error)})
+            else:
+                stores[name].append((point, store))
+        if not stores[name]:
+            raise ValueError(left_out[name][0]["reason"])
+    for name in names:
+        figures = []
+        for point, store in stores[name]:
+            if progress is not None:
+                progress(f"{name}: {', '.join(f'{key} {value}' for key, value in point.items())}")
             documents = [_with_end(store.document(number), end_id) for number in range(num_documents)]
             ask = _by_likelihood if by == "likelihood" else _by_generation
-            figures.append({"options": dict(point)} | ask(model, documents, batch_size))
+            figures.append({"options": point} | ask(model, documents, batch_size))
         means = {key: float(np.mean([point[key] for point in figures])) for key in ("token_accuracy", "exact_match")}
-        results[name] = {"by": by, **means, "points": figures}
+        results[name] = {"by": by, **means, "points": figures, "left_out": left_out[name]}
     return results
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raises ValueError for a name that there is not."""
+    for name in names:
+        if name not in RECALL:
+            raise ValueError(f"There is no recall task {name!r}; choose from {', '.join(RECALL)}.")
 
 
 def trained_options(dataset: str, reader_options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

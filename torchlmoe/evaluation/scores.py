@@ -129,7 +129,7 @@ def _read_packed(model: Decoder, row: list[Tokens]) -> Iterator[tuple[Tokens, in
     tokens = torch.tensor([[token for read in row for token in read]], device=device)
     bounds = torch.tensor([0, *lengths], device=device).cumsum(0).int()[None]
     microbatch = describe(tokens, bounds, None, None, model.span, tells_padding=False)
-    x, _ = model.run_blocks(model.embedding(microbatch.tokens), microbatch.sequence)
+    x, _ = model.run_blocks(model.embed(microbatch.tokens), microbatch.sequence)
     for read, part in zip(row, x[0].split(lengths), strict=True):
         yield read, 0, part
 

@@ -1,8 +1,9 @@
 """Bits per byte and perplexity of text files, exact to the byte.
 
-A file is one document: the end token, then the tokens of the whole file, each predicted from those before it. What they
-cost together is divided by the bytes that the file has on disk, so the figure does not depend on the tokenizer. The end
-of the document is not counted, as it stands for no byte.
+A file is one document: the end token (of a model of transformers, its begin token if it has one), then the tokens of
+the whole file, each predicted from those before it. What they cost together is divided by the bytes that the file has
+on disk, so the figure does not depend on the tokenizer. The end of the document is not counted, as it stands for no
+byte.
 """
 
 import logging
@@ -54,15 +55,16 @@ def read_text(path: Path, tokenizer: Tokenizer) -> Text:
 
 
 def score_text(
-    model: Decoder, text: Text, tokenizer: Tokenizer, max_length: int | None = None
+    model: Decoder, text: Text, tokenizer: Tokenizer, max_length: int | None = None, begin_id: int | None = None
 ) -> dict[str, float | int]:
     """bits_per_byte, perplexity (per token), num_bytes, num_tokens.
 
     max_length: None carries the state through the whole file, piece by piece, so that each token is predicted from all
     before it. A number cuts windows of so many tokens, each of which begins with the last token of the one before, as
     lm-eval does: what models need whose attention would grow with the file.
+    begin_id: the token that stands before the text; the end token if None.
     """
-    tokens = [tokenizer.end_id, *text.tokens]
+    tokens = [tokenizer.end_id if begin_id is None else begin_id, *text.tokens]
     if max_length is None:
         log_likelihood = _log_likelihood(model, tokens, tokenizer.vocab_size)
     else:
@@ -94,11 +96,18 @@ def _log_likelihood(model: Decoder, tokens: list[int], vocab_size: int) -> float
 
 
 def evaluate_texts(
-    model: Decoder, tokenizer: Tokenizer, paths: Sequence[Path], *, max_length: int | None, trained_length: int
+    model: Decoder,
+    tokenizer: Tokenizer,
+    paths: Sequence[Path],
+    *,
+    max_length: int | None,
+    trained_length: int,
+    begin_id: int | None = None,
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """The figures of each file by its name as given, or `error`, a sentence; and these sentences.
 
     max_length: as of `score_text`; if None, `trained_length` for a model whose memory grows with the text.
+    begin_id: as of `score_text`.
     """
     if max_length is None and growing(model):
         max_length = trained_length
@@ -106,7 +115,7 @@ def evaluate_texts(
     refused = []
     for path in paths:
         try:
-            figures[str(path)] = score_text(model, read_text(path, tokenizer), tokenizer, max_length)
+            figures[str(path)] = score_text(model, read_text(path, tokenizer), tokenizer, max_length, begin_id)
         except (ValueError, OSError) as error:
             refused.append(str(error))
             figures[str(path)] = {"error": refused[-1]}

@@ -51,7 +51,7 @@ def read_pieces(model: Decoder, cache: TensorDict, tokens: Tensor) -> Iterator[T
     for piece in tokens.split(PIECE, 1):
         positions = cache[LENGTH][:, None] + torch.arange(piece.shape[1], device=piece.device)
         sequence = SequenceLayout(positions, share=MicrobatchShare(loss_weight=0.0))
-        x, _ = model.run_blocks(model.embedding(piece), sequence, cache)
+        x, _ = model.run_blocks(model.embed(piece), sequence, cache)
         cache[LENGTH].add_(piece.shape[1])
         yield x
 

@@ -18,6 +18,10 @@ import torchlmoe.ops.weighted_swiglu
 import torchlmoe.routing.dispatch
 import torchlmoe.routing.router  # noqa: F401  (these define the operations)
 
+# Of a loop that several threads share on a CPU. A step's loops are short: with Inductor's default of 512 they wait for
+# each other at every one of them, which on a busy machine takes longer than all the work.
+MIN_ELEMENTS_PER_THREAD = 2**14
+
 
 def compile_step(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, compiled when it is first called: once for all positions, and once more for other numbers of rows."""
@@ -29,7 +33,12 @@ def backend(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[...,
     from torch._inductor.compile_fx import compile_fx  # the one place that needs these two
     from torch._inductor.decomposition import select_decomp_table
 
-    return compile_fx(graph, inputs, decompositions={**select_decomp_table(), **opened()})  # type: ignore[arg-type,return-value]
+    return compile_fx(  # type: ignore[return-value]
+        graph,  # type: ignore[arg-type]
+        inputs,
+        config_patches={"cpp.min_chunk_size": MIN_ELEMENTS_PER_THREAD},
+        decompositions={**select_decomp_table(), **opened()},
+    )
 
 
 def opened() -> dict[Any, Callable[..., Any]]:

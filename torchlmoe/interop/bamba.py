@@ -6,7 +6,7 @@ from typing import Any
 
 from torchlmoe.feed_forwards.dense import Dense
 from torchlmoe.interop import mamba2
-from torchlmoe.interop.family import Family, Names, blocks_of, first_feed_forward, mixers_of, model_tables
+from torchlmoe.interop.family import Family, Names, blocks_of, feed_forward_of, mixers_of, model_tables
 from torchlmoe.interop.keys import Keys
 from torchlmoe.interop.rules import Rule
 from torchlmoe.interop.softmax import (
@@ -76,16 +76,13 @@ def read(keys: Keys) -> dict[str, Any]:
 
 
 def write(model: Decoder) -> dict[str, Any]:
-    dense = first_feed_forward(model, Dense)
-    if dense is None:
-        raise ValueError("The model has no dense feed-forward layer: choose another --format.")
     return {
         **write_model(model),
         **write_mixers(model, "bamba", fraction=True),
         "attn_layer_indices": [
             index for index, block in enumerate(blocks_of(model)) if isinstance(block.mixer, Attention)
         ],
-        "intermediate_size": dense.units,
+        "intermediate_size": feed_forward_of(model, Dense, "bamba").units,
     }
 
 

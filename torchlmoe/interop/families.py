@@ -53,12 +53,16 @@ _MODULES = (
 FAMILIES: dict[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in _MODULES}
 # Models of text and images, whose text_config is that of a family. Their language model alone is imported.
 MULTIMODAL = {"qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}
+_OF_IMAGES = frozenset(
+    "text_config vision_config image_token_id video_token_id vision_start_token_id vision_end_token_id".split()
+)
 
 
 def language_config(content: dict[str, Any]) -> dict[str, Any]:
     """The keys of a config.json that describe the language model: of a multimodal one, its text_config.
 
-    Whether embeddings are tied is then said outside of it. Raises ValueError for a multimodal one without text_config.
+    What is said outside of it, such as whether embeddings are tied, holds. Raises ValueError for a multimodal one
+    without text_config.
     """
     kind = content.get("model_type")
     if kind not in MULTIMODAL:
@@ -66,5 +70,5 @@ def language_config(content: dict[str, Any]) -> dict[str, Any]:
     inner = content.get("text_config")
     if not isinstance(inner, dict):
         raise ValueError(f"A config.json with model_type = {kind!r} must have an object text_config; it has {inner!r}.")
-    outer = {name: content[name] for name in ("tie_word_embeddings", "eos_token_id") if content.get(name) is not None}
+    outer = {name: value for name, value in content.items() if name not in _OF_IMAGES and value is not None}
     return {**inner, **outer, "model_type": MULTIMODAL[kind]}

@@ -189,10 +189,9 @@ def all_mixers_of(model: Decoder, model_type: str, *known: str) -> list[Any]:
     return [required(mixer, name, model_type) for name, mixer in zip(known, found, strict=True)]
 
 
-def feed_forward_of(model: Decoder, kind: type, model_type: str) -> Any:
-    """The first feed-forward layer of a kind. Raises ValueError if there is none."""
-    layers = [block.feed_forward for block in blocks_of(model)]
-    found = next((layer for layer in layers if isinstance(layer, kind)), None)
+def feed_forward_of(model: Decoder, kind: type[L], model_type: str) -> L:
+    """The first feed-forward layer of a class. Raises ValueError if there is none."""
+    found = first_feed_forward(model, kind)
     if found is None:
         raise ValueError(
             f"The model has no {kind.__name__} layer among its feed-forward layers, as {model_type} has: choose "

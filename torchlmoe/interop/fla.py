@@ -42,6 +42,8 @@ def _read_attention(keys: Keys, letters: list[str]) -> dict[str, dict[str, Any]]
     given, mixers = keys.take("attn", [], (dict, list)), {}
     specs = [given] if isinstance(given, dict) else given
     for letter, spec in zip(ATTENTION_LETTERS, specs, strict=False):
+        if not isinstance(spec, dict):
+            raise ValueError(f"{keys.place} has {spec!r} in its attn, which must be an object or a list of them.")
         inner = Keys(spec, f"The attn of {keys.place}")
         for layer in inner.take("layers", kind=list):
             if layer not in range(len(letters)):

@@ -7,7 +7,7 @@ from typing import Any
 from torchlmoe.feed_forwards.dense import Dense
 from torchlmoe.feed_forwards.moe import MoE
 from torchlmoe.interop.bamba import mixer_rules, read_mixers, write_mixers
-from torchlmoe.interop.family import Family, blocks_of, first_feed_forward, mixers_of, model_tables
+from torchlmoe.interop.family import Family, blocks_of, feed_forward_of, first_feed_forward, mixers_of, model_tables
 from torchlmoe.interop.keys import Keys
 from torchlmoe.interop.moe import shared_units
 from torchlmoe.interop.rules import Rule, prefixed
@@ -76,7 +76,7 @@ def write(model: Decoder) -> dict[str, Any]:
 
 
 def _write_feed_forward(model: Decoder) -> dict[str, Any]:
-    experts, dense = first_feed_forward(model, MoE), first_feed_forward(model, Dense)
+    experts = first_feed_forward(model, MoE)
     if experts is not None:
         return {
             "num_local_experts": experts.num_experts,
@@ -85,9 +85,8 @@ def _write_feed_forward(model: Decoder) -> dict[str, Any]:
             "shared_intermediate_size": shared_units(experts, "granitemoehybrid"),
             "router_aux_loss_coef": experts.load_balance.aux_loss_weight,
         }
-    if dense is None:
-        raise ValueError("The model has no feed-forward layer: choose another --format.")
-    return {"num_local_experts": 0, "shared_intermediate_size": dense.units, "intermediate_size": dense.units}
+    units = feed_forward_of(model, Dense, "granitemoehybrid").units
+    return {"num_local_experts": 0, "shared_intermediate_size": units, "intermediate_size": units}
 
 
 def feed_forward_rules(layer: Any, in_file: bool) -> list[Rule]:

@@ -33,7 +33,7 @@ def read_feed_forwards(keys: Keys, *, normalize: bool) -> tuple[list[bool], dict
         "top_k": keys.integer("num_experts_per_tok"),
         "expert_dim": keys.integer("moe_intermediate_size"),
         "normalize_top_k": keys.flag("norm_topk_prob", normalize),
-        "aux_loss_weight": keys.number("router_aux_loss_coef", 0.0),
+        "aux_loss_weight": keys.number("router_aux_loss_coef", 0.001),
         **({} if shared is None else {"shared_expert_dim": shared, "shared_expert_gate": True}),
     }
     keys.skip("num_experts")

@@ -17,6 +17,7 @@ from torchlmoe.model.decoder import Decoder
 def read(keys: Keys) -> dict[str, Any]:
     for name, value in FIXED.items():
         keys.only(name, value)
+    keys.integer("shared_expert_intermediate_size")
     sparse, experts, _ = read_feed_forwards(keys, normalize=True)
     kinds = {letter: {**mixer, **experts} for letter, mixer in read_mixers(keys).items()}
     return model_tables(kinds, read_layer_types(keys, len(sparse)), **read_text(keys))

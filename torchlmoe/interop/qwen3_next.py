@@ -45,6 +45,8 @@ def write_deltanet(mixer: GatedDeltaNet) -> dict[str, Any]:
 def read_mixers(keys: Keys) -> dict[str, dict[str, Any]]:
     """The mixers and their options of the letters L and N, without feed-forward layers."""
     keys.only("attention_bias", False)
+    for name in ("head_dim", "num_key_value_heads"):  # whose defaults there are not those of other families
+        keys.integer(name)
     attention = read_attention(keys, fraction=0.25, qk_norm=True, output_gate=True)
     return {"L": read_deltanet(keys), "N": attention}
 
@@ -73,6 +75,7 @@ def write_layer_types(model: Decoder) -> dict[str, Any]:
 
 
 def read(keys: Keys) -> dict[str, Any]:
+    keys.integer("shared_expert_intermediate_size")  # which Qwen3-MoE does without
     sparse, experts, dense = read_feed_forwards(keys, normalize=True)
     mixers = read_mixers(keys)
     kinds = {letter: {**mixer, **experts} for letter, mixer in mixers.items()}

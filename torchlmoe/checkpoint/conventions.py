@@ -1,0 +1,78 @@
+"""What stands before a text, and how long texts may be: as the model of a folder was trained.
+
+A model that was trained here has seen the end token before every document. One of transformers has seen what its
+tokenizer adds, often nothing; a run that starts from one keeps its conventions.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from torchlmoe.checkpoint.companions import CONFIG, FOLDER
+from torchlmoe.checkpoint.open import resolve
+from torchlmoe.checkpoint.transformers_folder import is_transformers
+from torchlmoe.config.settings import Config
+from torchlmoe.data.tokenizer import Tokenizer
+from torchlmoe.files import expanded, read_json
+
+_JSON: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
+
+
+@dataclass(frozen=True)
+class Conventions:
+    """before_context: token ids before every context.
+    before_text: the token before a context that has no others, and before a text as a whole.
+    scores_beginning: whether `before_context` belongs to a text as a whole and is scored, as lm-eval's wrapper of
+        transformers does with what a tokenizer adds.
+    max_length: tokens that the model was trained on at once.
+    """
+
+    before_context: tuple[int, ...]
+    before_text: int
+    scores_beginning: bool
+    max_length: int
+
+
+def conventions_of(
+    folder: str | Path, config: Config, tokenizer: Tokenizer, begin_with_end: bool | None = None
+) -> Conventions:
+    """Those of the model in a folder that `open_model` opens, where `config` and `tokenizer` come from.
+
+    begin_with_end: whether the end token stands before every context; None for what the model was trained with.
+    Raises ValueError for files of the tokenizer that cannot be read.
+    """
+    origin = _transformers_folder(resolve(Path(expanded(str(folder)))))
+    before_context: tuple[int, ...] = (tokenizer.end_id,)
+    before_text, max_length = tokenizer.end_id, config.training.seq_len
+    if origin is not None:
+        before_context, before_text = tokenizer.added_before(), _before_text(origin, tokenizer)
+        longest = read_json(origin / CONFIG, _JSON).get("max_position_embeddings")
+        max_length = longest if isinstance(longest, int) and longest > 0 else max_length
+    if begin_with_end is not None:
+        before_context = (tokenizer.end_id,) * begin_with_end
+    scores_beginning = origin is not None and begin_with_end is None
+    return Conventions(before_context, before_text, scores_beginning, max_length)
+
+
+def _transformers_folder(folder: Path) -> Path | None:
+    """The folder, or what its run has kept of the one it starts from, if that is of transformers."""
+    places = (folder, folder.parent.parent / FOLDER)
+    return next((place for place in places if is_transformers(place)), None)
+
+
+def _before_text(folder: Path, tokenizer: Tokenizer) -> int:
+    """The begin token that the tokenizer's settings name, or their end token, or that of the model's settings."""
+    tables = [
+        read_json(path, _JSON)
+        for name in ("tokenizer_config.json", "special_tokens_map.json")
+        if (path := folder / name).is_file()
+    ]
+    for key in ("bos_token", "eos_token"):
+        for table in tables:
+            token = table.get(key)
+            text = token.get("content") if isinstance(token, dict) else token
+            if isinstance(text, str) and (index := tokenizer.id_of(text)) is not None:
+                return index
+    return tokenizer.end_id
