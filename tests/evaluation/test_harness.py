@@ -259,7 +259,7 @@ def test_a_folder_of_transformers_gets_the_scores_of_lm_evals_own_wrapper(
     scored = asked(*pairs, ("", "Call me"), (LONG, "End"), (LONG.rstrip(), " in the end"))
     whole = asked((LONG,), ("Call me Ishmael",))
     continued = asked(*((text, {"until": ["\n\n"], "max_gen_toks": 10}) for text in ("The whale", "Call me", LONG)))
-    with all_in_float64(theirs):
+    with all_in_float64():
         log_likelihoods = wrapper.loglikelihood(scored, disable_tqdm=True)
         rolling = wrapper.loglikelihood_rolling(whole, disable_tqdm=True)
         texts = wrapper.generate_until(continued, disable_tqdm=True)
@@ -284,7 +284,7 @@ def test_a_folder_of_transformers_gets_the_scores_of_lm_evals_own_wrapper(
     main(
         [f"--checkpoint={tmp_path / 'theirs'}", "--tasks=local_choice", f"--include-path={tasks}", f"--output={output}"]
     )
-    with all_in_float64(theirs):
+    with all_in_float64():
         results = lm_eval.simple_evaluate(
             wrapper,
             tasks=["local_choice"],

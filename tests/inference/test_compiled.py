@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.inference.test_generate import build, prompts
-from torchlmoe.inference.compiled import opened
+from torchlmoe.inference.compiled import backend, opened
 from torchlmoe.inference.generate import generate
 
 
@@ -50,6 +50,17 @@ def test_what_has_no_plain_form_stays_closed():
     many = torch.zeros(6, 8), torch.zeros(5, 16, 8), torch.tensor([6] * 5, dtype=torch.int32)
     assert forms["grouped_matmul"](*many) is NotImplemented
     assert forms["gather_slots"](x.to("meta")[0], None, None) is NotImplemented
+
+
+def test_operations_that_stay_closed_are_compiled_and_called():
+    """More rows than experts, as many rows that decode together have."""
+    torch._dynamo.reset()
+    operation = torch.ops.torchlmoe.grouped_matmul
+    x, weight = torch.randn(6, 8), torch.randn(5, 16, 8)
+    offsets = torch.tensor([0, 2, 2, 3, 6], dtype=torch.int32)
+    with torch.inference_mode():
+        found = torch.compile(lambda *arguments: operation(*arguments), backend=backend)(x, weight, offsets)
+        torch.testing.assert_close(found, operation(x, weight, offsets))
 
 
 @pytest.mark.long

@@ -30,15 +30,27 @@ def compile_step(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def backend(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
     """Inductor with the table below. A module's function, since another backend would mean compiling anew."""
-    from torch._inductor.compile_fx import compile_fx  # the one place that needs these two
+    from torch._inductor.compile_fx import compile_fx  # the one place that needs these
     from torch._inductor.decomposition import select_decomp_table
 
+    _allow_closed()
     return compile_fx(  # type: ignore[return-value]
         graph,  # type: ignore[arg-type]
         inputs,
         config_patches={"cpp.min_chunk_size": MIN_ELEMENTS_PER_THREAD},
         decompositions={**select_decomp_table(), **opened()},
     )
+
+
+def _allow_closed() -> None:
+    """Lets Inductor call an operation of the table whose plain form declines: it refuses to unless told before."""
+    from torch._inductor.graph import get_layout_constraint_tag, tag_to_layout_constraint
+    from torch._inductor.lowering import lowerings, make_fallback
+
+    for operation in opened():
+        if operation not in lowerings:
+            constraint = tag_to_layout_constraint(get_layout_constraint_tag(operation, with_default=True))
+            make_fallback(operation, constraint, warn=False, override_decomp=True)
 
 
 def opened() -> dict[Any, Callable[..., Any]]:
