@@ -1,6 +1,7 @@
 # make train   sets up and trains the debug hybrid on the embedded text
 # make test    sets up and runs lint, type checks and the tests
 # make test-long   the exhaustive tests, about half an hour; run before a release
+# make docs    builds the documentation site in site/
 # Setting up is done once; a run is repeated when its sources have changed.
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ RUN := outputs/debug
 CONFIG := train_configs/debug.toml
 SOURCES := train.py $(CONFIG) $(shell find torchlmoe kernels assets -name '*.py' -o -name '*.parquet' -o -name '*.json')
 
-.PHONY: train test test-long lint clean
+.PHONY: train test test-long lint docs clean
 
 train: $(RUN)/finished
 	@tail -n 1 $(RUN)/metrics.jsonl | $(BIN)/python -c "import json, sys; r = json.load(sys.stdin); \
@@ -34,6 +35,9 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/installed-docs
+	$(BIN)/mkdocs build --strict
+
 $(VENV)/installed: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV): this downloads and installs PyTorch, a few minutes."
 	$(PYTHON) -m venv $(VENV)
@@ -44,5 +48,9 @@ $(VENV)/installed-test: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
 	touch $@
 
+$(VENV)/installed-docs: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) outputs build dist *.egg-info
+	rm -rf $(VENV) outputs build dist site *.egg-info
