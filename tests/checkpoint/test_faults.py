@@ -90,7 +90,7 @@ def tokens_file(trainer):
     ("damage", "sentence"),
     [
         (lambda path: os.truncate(path, 4096), r"tokens_00000\.bin has 4096 bytes in place of"),
-        (Path.unlink, r"tokens_00000\.bin is gone"),
+        (Path.unlink, r"tokens_00000\.bin is missing or cannot be read"),
         (lambda path: os.truncate(path.with_name("documents.bin"), 8), r"documents\.bin has 8 bytes in place of"),
     ],
 )

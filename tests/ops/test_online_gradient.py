@@ -189,7 +189,7 @@ def test_low_precision_inputs():
 
 def test_refusals():
     inputs = {name: x.detach() for name, x in make_inputs(TERMS["plain"], 1, 8).items()}
-    with pytest.raises(ValueError, match="backend = 'triton' is not served"):
+    with pytest.raises(ValueError, match="backend = 'triton' is not supported"):
         online_gradient(**inputs, backend="triton")
     with pytest.raises(ValueError, match="mini_batch_size = 0 must be at least 1"):
         online_gradient(**inputs, mini_batch_size=0)

@@ -164,14 +164,14 @@ def test_heads_that_do_not_fit_are_refused(arguments, message):
 def test_modules_without_a_role_are_refused():
     model = build_on_meta(load_config([]), 50)
     model.blocks["0"].mixer.extra = nn.Linear(4, 4)
-    with pytest.raises(ValueError, match=r"cannot split blocks.0.mixer.extra \(Linear\), which does not say in"):
+    with pytest.raises(ValueError, match=r"cannot split blocks.0.mixer.extra \(Linear\), which does not name in"):
         tensor_parallel_plan(model, 3)
 
 
 def test_a_loss_without_a_split_vocabulary_is_refused():
     model = build_on_meta(load_config([]), 50)
     model.spec = replace(model.spec, loss=lambda hidden, weight, labels, chunk_size: hidden.sum())
-    with pytest.raises(ValueError, match=r"which the loss that training.loss names cannot"):
+    with pytest.raises(ValueError, match=r"but the loss of training.loss does not take"):
         tensor_parallel_plan(model, 3)
 
 
