@@ -69,7 +69,7 @@ FAULTS = {
     "late": (
         sleep,
         2,
-        rf"timeout_seconds = 2: rank 2 is late, last seen in {HERE}, while rank \d was in step 3 \(saving\); earlier check",
+        rf"timeout_seconds = 2: rank 2 is late, last seen in {HERE}, while rank \d was in step 3 \(saving\); earl",
     ),
     "stopped, NCCL": (stop, 2, rf"ValueError: rank \d has been in {HERE} for \d seconds: rank 2 {LOST} {HERE}\.$"),
     "stuck beside": (
