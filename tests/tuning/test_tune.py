@@ -217,7 +217,7 @@ def runs_done(output):
 
 
 def kill_after(process, output, number):
-    """Kills a search, and no run of it, once it has so many runs."""
+    """Kills the process of a search, but none of its runs, as soon as the search has that many runs."""
     while runs_done(output) < number:
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.1)

@@ -205,7 +205,7 @@ def evaluate_tasks(
     """What lm-eval finds for tasks or groups of these names: `results` and the rest of what it writes, without samples.
 
     include_paths: folders with YAML files of more tasks. num_fewshot: examples before each question; the tasks' own if
-    None. limit: documents of each task, or their share below 1. Raises ValueError for names that there are not and for
+    None. limit: documents of each task, or their share below 1. Raises ValueError for unknown names and for
     data that cannot be had.
     """
     manager = _Tasks(include_path=list(include_paths), include_defaults=False)

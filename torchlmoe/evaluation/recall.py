@@ -59,7 +59,7 @@ def evaluate_recall(
     mean over documents), `num_documents`, `num_questions`, `num_tokens`, `last_exact_match` (of documents' last
     questions) and, by likelihood, `nll`, nats per answer token.
     `left_out` has the options of the points that were, and the `reason` of each.
-    Raises ValueError for a name that there is not, and for options that do not fit points that were given or any of
+    Raises ValueError for an unknown name, and for options that do not fit points that were given or any of
     RECALL's.
     """
     if by not in get_args(By):
@@ -101,7 +101,7 @@ def evaluate_recall(
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Raises ValueError for a name that there is not."""
+    """Raises ValueError for an unknown name."""
     for name in names:
         if name not in RECALL:
             raise ValueError(f"There is no recall task {name!r}; choose from {', '.join(RECALL)}.")

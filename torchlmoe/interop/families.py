@@ -1,56 +1,17 @@
 """The families that can be imported and exported, by transformers' `model_type`."""
 
+from importlib import import_module
 from typing import Any
 
-from torchlmoe.interop import (
-    bamba,
-    deepseek_v2,
-    deepseek_v3,
-    gated_deltanet,
-    gla,
-    granitemoehybrid,
-    kimi_linear,
-    llama,
-    mamba,
-    mamba2,
-    minimax,
-    mixtral,
-    nemotron_h,
-    olmo_hybrid,
-    olmoe,
-    qwen2_moe,
-    qwen3,
-    qwen3_5_moe_text,
-    qwen3_5_text,
-    qwen3_moe,
-    qwen3_next,
-)
 from torchlmoe.interop.family import Family
 
-_MODULES = (
-    bamba,
-    deepseek_v2,
-    deepseek_v3,
-    gated_deltanet,
-    gla,
-    granitemoehybrid,
-    kimi_linear,
-    llama,
-    mamba,
-    mamba2,
-    minimax,
-    mixtral,
-    nemotron_h,
-    olmo_hybrid,
-    olmoe,
-    qwen2_moe,
-    qwen3,
-    qwen3_5_moe_text,
-    qwen3_5_text,
-    qwen3_moe,
-    qwen3_next,
-)
-FAMILIES: dict[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in _MODULES}
+# Each has a file of its name.
+_MODEL_TYPES = """
+    bamba deepseek_v2 deepseek_v3 gated_deltanet gla granitemoehybrid kimi_linear llama mamba mamba2
+    minimax mixtral nemotron_h olmo_hybrid olmoe qwen2_moe qwen3 qwen3_5_moe_text qwen3_5_text
+    qwen3_moe qwen3_next
+""".split()
+FAMILIES: dict[str, Family] = {name: import_module(f"torchlmoe.interop.{name}").FAMILY for name in _MODEL_TYPES}
 # Models of text and images, whose text_config is that of a family. Their language model alone is imported.
 MULTIMODAL = {"qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}
 _OF_IMAGES = frozenset(

@@ -45,7 +45,7 @@ def parts() -> dict[str, Part]:
 
 
 def part_of(name: str) -> Part:
-    """Raises ValueError, with the nearest names, for one that there is not."""
+    """Raises ValueError, with the nearest names, for an unknown name."""
     found = parts()
     if name in found:
         return found[name]

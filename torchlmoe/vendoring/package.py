@@ -42,7 +42,7 @@ class Package:
 def package_of(
     names: Sequence[str], folder: Path, kernels_of_all: bool = False, styles_of_all: bool = False
 ) -> Package:
-    """What `folder` is to hold. Raises ValueError for a name that there is not and a folder that cannot be.
+    """What `folder` is to hold. Raises ValueError for an unknown name and a folder that cannot be.
 
     kernels_of_all, styles_of_all: whether the kernels that serve the parts, or their styles, come with their tests.
     If a kernel or a style is named, those of the other parts come too, since existing files will be imported.

@@ -90,7 +90,7 @@ class RecallStore(TokenStore):
 
 
 def recall_task(dataset: str) -> str | None:
-    """The task that a data.dataset names; None if it names none. Raises ValueError for one that there is not."""
+    """The task that a data.dataset names; None if it names none. Raises ValueError for an unknown task."""
     if not dataset.startswith(PREFIX):
         return None
     task = dataset.removeprefix(PREFIX)
