@@ -10,13 +10,11 @@ and what the code object's notes say for ROCm. Shared memory, and on sm_100 colu
 asks for. The table also has each file's fingerprint, by which a test knows whether it is of the files as they are.
 """
 
-import hashlib
 import importlib
 import os
 import re
 import subprocess
 import sys
-import tokenize
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -36,6 +34,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
+from benchmarks.fingerprints import fingerprint
 from benchmarks.operations import OPERATIONS, Size, kernel_modules
 from benchmarks.report import arguments, show
 
@@ -137,19 +136,6 @@ def resources(compiled: CompiledKernel) -> dict[str, float]:
 
 def kernels(file: str) -> Any:
     return importlib.import_module(f"torchlmoe.kernels.{file}")
-
-
-def fingerprint(path: Path) -> str:
-    """Of a file's code: comments, docstrings and blanks do not count."""
-    digest, first_of_line = hashlib.sha256(), True
-    with tokenize.open(path) as file:
-        for token in tokenize.generate_tokens(file.readline):
-            if token.type in (tokenize.COMMENT, tokenize.NL) or (token.type == tokenize.STRING and first_of_line):
-                continue
-            layout = {tokenize.INDENT: ">", tokenize.DEDENT: "<", tokenize.NEWLINE: ";"}
-            first_of_line = token.type in layout
-            digest.update(layout.get(token.type, token.string).replace(" ", "").encode())
-    return digest.hexdigest()[:16]
 
 
 def leaf(x: torch.Tensor | None) -> torch.Tensor | None:

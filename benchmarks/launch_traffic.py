@@ -1,0 +1,295 @@
+"""Bytes and FLOPs of kernel launches, counted by Triton's interpreter on tensors that have shapes but no memory.
+
+`traffic_of` runs the launcher of an operation on meta tensors of any size. Each launch then runs in the interpreter,
+where a load gives zeros, a store does nothing, products and scans compute nothing, but all are counted: the elements that
+the mask lets through times their size, for each argument of the kernel, and 2 M N K for a product.
+
+Programs that differ only in their place in a long grid do the same, so of an axis with more than MOST_PROGRAMS only a
+few run and count for all; it is an error if they differ. The linear recurrence and the convolution run on two short
+rows, and what they count is extended to the length of the row: every further span of tokens costs the same.
+"""
+
+import inspect
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import triton.runtime.interpreter as interpreter
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from triton.language.semantic import TritonSemantic
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, ScanOps, TensorHandle
+from triton.runtime.jit import KernelInterface
+
+from benchmarks.operations import kernel_modules
+
+MOST_PROGRAMS = (64, 8, 8)  # of each axis of a grid, that all run
+SHORT = {"linear_recurrence": (256, 512), "causal_conv": (128, 256)}  # rows that take the place of longer ones
+REGION = 1 << 48  # addresses that one tensor has for itself; real memory lies below the first
+BETWEEN = "PyTorch"  # what stands for a kernel's name where the launcher calls torch, such as for a sum of parts
+
+
+@dataclass
+class Traffic:
+    """What one kernel of an operation moves, in bytes by argument, and its FLOPs in matrix products."""
+
+    read: Counter[str] = field(default_factory=Counter)
+    written: Counter[str] = field(default_factory=Counter)
+    flops: float = 0.0
+    # The bytes of each argument once in each launch that uses it: what is left if a cache catches repeated reads.
+    once: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def bytes(self) -> float:
+        return self.read.total() + self.written.total()
+
+    def add(self, other: "Traffic", times: float = 1) -> None:
+        for name in ("read", "written", "once"):
+            counter = getattr(self, name)
+            for argument, number in getattr(other, name).items():
+                counter[argument] += number * times
+        self.flops += other.flops * times
+
+
+Kernels = dict[str, Traffic]  # by name, with a number in front: the place in the operation
+
+
+def size_in_memory(x: Tensor) -> int:
+    """Bytes of x's elements, each once however often x repeats it."""
+    return x.element_size() * int(np.prod([size for size, stride in zip(x.shape, x.stride(), strict=True) if stride]))
+
+
+class Pointer:
+    """Stands in for a tensor at a made-up address."""
+
+    def __init__(self, x: Tensor, number: int):
+        self.dtype, self.number = x.dtype, number
+
+    def data_ptr(self) -> int:
+        return self.number * REGION
+
+
+class Count:
+    """Counts what the programs of one launch load, store and multiply."""
+
+    def __init__(self) -> None:
+        self.loads: Counter[int] = Counter()
+        self.stores: Counter[int] = Counter()
+        self.flops = 0
+
+    def _add(self, counter: Counter[int], pointers: TensorHandle, mask: TensorHandle) -> int:
+        """Count the elements that the mask lets through. Return whose they are; -1 if there are none."""
+        inside = np.flatnonzero(mask.data)
+        if not len(inside):
+            return -1
+        number = int(pointers.data.flat[inside[0]]) // REGION
+        counter[number] += len(inside) * pointers.get_element_ty().primitive_bitwidth // 8
+        return number
+
+    def load(self, builder: InterpreterBuilder, pointers, mask, other, *options) -> TensorHandle:
+        if self._add(self.loads, pointers, mask) == 0:
+            return MASKED_LOAD(builder, pointers, mask, other, *options)
+        dtype = pointers.get_element_ty()
+        return TensorHandle(np.zeros(pointers.data.shape, interpreter._get_np_dtype(dtype)), dtype)
+
+    def store(self, builder: InterpreterBuilder, pointers, value, mask, *options) -> None:
+        self._add(self.stores, pointers, mask)
+
+    def dot(self, builder: InterpreterBuilder, a, b, onto, *options) -> TensorHandle:
+        self.flops += 2 * a.data.size * b.data.shape[-1]
+        return onto
+
+
+MASKED_LOAD = InterpreterBuilder.create_masked_load
+
+
+@contextmanager
+def counting(kernel: InterpretedFunction, count: Count) -> Iterator[None]:
+    """The language is prepared once for each file, not again for each device function that the kernel calls."""
+    scopes: dict[str, Any] = {}
+
+    def prepare(function: InterpretedFunction) -> None:
+        if function.fn.__module__ not in scopes:
+            scopes[function.fn.__module__] = interpreter._patch_lang(function.fn)
+
+    def call(function: InterpretedFunction, *args: Any, **named: Any) -> Any:
+        prepare(function)
+        return function.rewrite()(*args, **named)
+
+    prepare(kernel)
+    try:
+        with (
+            patch.object(InterpretedFunction, "__call__", call),
+            patch.object(InterpreterBuilder, "create_masked_load", lambda *x: count.load(*x)),
+            patch.object(InterpreterBuilder, "create_masked_store", lambda *x: count.store(*x)),
+            patch.object(TritonSemantic, "binary_op_sanitize_overflow_impl", lambda *x: None),
+            patch.object(ScanOps, "generic_scan", lambda self, inputs: list(inputs)),
+            patch.object(InterpreterBuilder, "create_dot", lambda *x: count.dot(*x)),
+        ):
+            yield
+    finally:
+        for scope in reversed(scopes.values()):
+            scope.restore()
+
+
+def _chosen(size: int, most: int) -> list[int]:
+    """Some indices of an axis that stand for all."""
+    return list(range(size)) if size <= most else [0, size // 2, size - 1]
+
+
+def count_launch(kernel: InterpretedFunction, grid: tuple[int, ...], args: tuple, options: dict[str, Any]) -> Traffic:
+    """What one launch moves. Raises AssertionError if programs that should do the same do not."""
+    function = kernel.rewrite()
+    names, sizes, kept = {0: "tables"}, {0: 0}, {}
+
+    def pointer(path: str, x: Any) -> Any:
+        if isinstance(x, tuple):
+            fields = getattr(x, "_fields", None) or [str(i) for i in range(len(x))]
+            held = [pointer(path if name == "pointer" else name, y) for name, y in zip(fields, x, strict=True)]
+            return type(x)(*held) if hasattr(x, "_fields") else tuple(held)
+        if not isinstance(x, Tensor):
+            return x
+        if x.device.type != "meta":  # a table of where chunks lie: it is read
+            sizes[0] += size_in_memory(x)
+            kept[len(kept)] = x
+            return x
+        number = len(names)
+        names[number], sizes[number] = path, size_in_memory(x)
+        return Pointer(x, number)
+
+    spec = inspect.getfullargspec(kernel.fn)
+    given = inspect.getcallargs(kernel.fn, *args, **{k: v for k, v in options.items() if k in spec.args})
+    constexprs = [name for name, kind in spec.annotations.items() if "constexpr" in str(kind)]
+    values = {
+        name: value if name in constexprs else interpreter._implicit_cvt(pointer(name, value))
+        for name, value in given.items()
+    }
+    grid = (*grid, 1, 1)[:3]
+    interpreter.interpreter_builder.set_grid_dim(*grid)
+    axes, counts = [_chosen(size, most) for size, most in zip(grid, MOST_PROGRAMS, strict=True)], {}
+    for place in product(*axes):
+        counts[place] = Count()
+        interpreter.interpreter_builder.set_grid_idx(*place)
+        with counting(kernel, counts[place]):
+            function(**values)
+    for axis, size in enumerate(grid):
+        if len(axes[axis]) < size:
+            for place, count in counts.items():
+                first = counts[(*place[:axis], axes[axis][0], *place[axis + 1 :])]
+                same = (count.loads, count.stores, count.flops) == (first.loads, first.stores, first.flops)
+                assert same, f"programs {place} of {kernel.__name__} on {grid} do not all do the same"
+    traffic, stands_for = Traffic(), np.prod([size / len(axis) for size, axis in zip(grid, axes, strict=True)])
+    for count in counts.values():
+        for number, amount in count.loads.items():
+            traffic.read[names[number]] += amount * stands_for
+        for number, amount in count.stores.items():
+            traffic.written[names[number]] += amount * stands_for
+        traffic.flops += count.flops * stands_for
+    for number, name in names.items():
+        for counter in (traffic.read, traffic.written):
+            if name in counter:
+                traffic.once[name] += min(counter[name], sizes[number])
+    return traffic
+
+
+class Between(TorchDispatchMode):
+    """Counts what torch's own operations read and write, but for those that make no pass over memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.traffic = Traffic()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        aliases = [x.alias_info for x in function._schema.returns]
+        is_view = any(x is not None and not x.is_write for x in aliases)
+        if not is_view and not function._schema.name.removeprefix("aten::").startswith(("empty", "new_empty", "lift")):
+            for x in tree_leaves((args, kwargs)):
+                if isinstance(x, Tensor):
+                    self.traffic.read["inputs"] += size_in_memory(x)
+            for x in tree_leaves(result):
+                if isinstance(x, Tensor):
+                    self.traffic.written["outputs"] += size_in_memory(x)
+            self.traffic.once = self.traffic.read + self.traffic.written
+        return result
+
+
+@contextmanager
+def machine(name: str) -> Iterator[None]:
+    """Kernels have the configurations that they have on this machine."""
+    chosen = {module: module.architecture for module in kernel_modules() if hasattr(module, "architecture")}
+    for module in chosen:
+        module.architecture = lambda x: name
+    try:
+        yield
+    finally:
+        for module, architecture in chosen.items():
+            module.architecture = architecture
+
+
+@contextmanager
+def counted_launches() -> Iterator[Kernels]:
+    """Launches are counted and do not run; what they move, by kernel."""
+    kernels: Kernels = {}
+
+    def launcher(kernel: InterpretedFunction, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*args: Any, **options: Any) -> None:
+            name = kernel.__name__.strip("_").removesuffix("_kernel")
+            traffic = count_launch(kernel, grid if isinstance(grid, tuple) else (grid,), args, options)
+            kernels[f"{len(kernels) + 1} {name}"] = traffic
+
+        return launch
+
+    elementwise = next(module for module in kernel_modules() if module.__name__.endswith(".elementwise_recurrence"))
+    cut = elementwise._cut
+
+    def cut_on_host(v: Tensor, cu_seqlens: Tensor | None, *sizes: int) -> Any:
+        return cut(torch.empty(v.shape[:2]), cu_seqlens, *sizes)
+
+    with (
+        patch.object(KernelInterface, "__getitem__", launcher),
+        patch.object(elementwise, "_cut", cut_on_host),
+        Between() as between,
+    ):
+        yield kernels
+    if between.traffic.bytes:
+        kernels[f"{len(kernels) + 1} {BETWEEN}"] = between.traffic
+
+
+def _launched(name: str, args: tuple) -> Kernels:
+    definition = torch._library.custom_ops.OPDEFS[name]
+    with counted_launches() as kernels:
+        definition._init_fn(*args)
+    return kernels
+
+
+def traffic_of(name: str, args: tuple) -> Kernels:
+    """What an operation's kernels move: of "torchlmoe::...", with its arguments on the meta device."""
+    lengths = next((lengths for start, lengths in SHORT.items() if name.startswith(f"torchlmoe::{start}_triton")), None)
+    length = max((x.shape[1] for x in args if isinstance(x, Tensor) and x.dim() > 2), default=0)
+    if lengths is None or length <= lengths[1]:
+        return _launched(name, args)
+
+    def shortened(to: int) -> tuple:
+        def cut(x: Any) -> Any:
+            return x[:, :to] if isinstance(x, Tensor) and x.dim() > 2 and x.shape[1] == length else x
+
+        return tree_map(cut, args)
+
+    short, longer = (_launched(name, shortened(to)) for to in lengths)
+    assert short.keys() == longer.keys()
+    assert (length - lengths[0]) % (lengths[1] - lengths[0]) == 0, f"{length} tokens are not whole spans"
+    times = (length - lengths[0]) / (lengths[1] - lengths[0])
+    for kernel, traffic in short.items():
+        rest = Traffic()
+        rest.add(longer[kernel])
+        rest.add(traffic, -1)
+        traffic.add(rest, times)
+    return short
