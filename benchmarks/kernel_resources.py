@@ -268,17 +268,51 @@ def excesses(row: dict[str, Any]) -> list[str]:
     ]
 
 
+Cells = dict[tuple[str, ...], dict[str, str]]  # by kernel, instance, dtype and width; by target
+
+
+def cells_of(table: str) -> Cells:
+    """The cells of a written table, but for those that are empty."""
+    header, cells = [], {}
+    for line in table.splitlines():
+        fields = [field.strip() for field in line.strip("|").split("|")]
+        if line.startswith("| kernel"):
+            header = fields[4:]
+        elif line.startswith("| ") and header:
+            named = zip(header, fields[4:], strict=True)
+            cells[tuple(fields[:4])] = {target: cell for target, cell in named if cell != "-"}
+    return cells
+
+
+def to_keep(table: str) -> Cells:
+    """The cells of those instances all of whose kernels are, in their files, as they were when the table was written;
+    none if it was written with another Triton, or has faults."""
+    if f"Triton {triton.__version__} " not in table or "\nNothing.\n" not in table:
+        return {}
+    cells = cells_of(table)
+    changed = {path.stem for path in KERNELS.glob("*.py") if f"- {path.name}: {fingerprint(path)}" not in table}
+    files = {key: key[0].split(".")[0] for key in cells}
+    # A backward also has what its forward's file defines.
+    again = {key[1] for key, file in files.items() if {file, file.removesuffix("_backward")} & changed}
+    return {key: cell for key, cell in cells.items() if key[1] not in again}
+
+
 COLUMNS = ("registers", "spills", "shared KiB", "tensor columns")
 
 
-def write_table(rows: list[dict[str, Any]], faults: list[str], path: Path) -> None:
-    """A line for each kernel, instance, dtype and width, a column for each target; then the faults."""
-    cells: dict[tuple[Any, ...], dict[str, str]] = {}
+def write_table(rows: list[dict[str, Any]], faults: list[str], kept: Cells, path: Path) -> None:
+    """A line for each kernel, instance, dtype and width, a column for each target; then the faults.
+
+    kept: cells of instances that were not compiled again.
+    """
+    cells = dict(kept)
     for row in rows:
-        line = cells.setdefault(tuple(row[name] for name in ("kernel", "instance", "dtype", "width")), {})
+        line = cells.setdefault(tuple(str(row[name]) for name in ("kernel", "instance", "dtype", "width")), {})
         used = COLUMNS if row["target"] == "sm_100" else COLUMNS[:-1]
         line[row["target"]] = " / ".join(f"{row[name]:.0f}" for name in used)
-    targets = [name for name in TARGETS if any(row["target"] == name for row in rows)]
+    calls = list(CALLS)
+    order = sorted(cells, key=lambda key: (key[0], calls.index(key[1]), int(key[3]), DTYPES.index(key[2])))
+    targets = list(TARGETS)
     lines = [
         "<!-- written by python -m benchmarks.kernel_resources --table: do not edit -->",
         "",
@@ -294,8 +328,8 @@ def write_table(rows: list[dict[str, Any]], faults: list[str], path: Path) -> No
         "| kernel | instance | dtype | width | " + " | ".join(targets) + " |",
         "|---|---|---|---|" + "---|" * len(targets),
         *(
-            "| " + " | ".join(map(str, key)) + " | " + " | ".join(line.get(name, "-") for name in targets) + " |"
-            for key, line in cells.items()
+            "| " + " | ".join(key) + " | " + " | ".join(cells[key].get(name, "-") for name in targets) + " |"
+            for key in order
         ),
         "",
         "## Beyond what is tolerated",
@@ -311,22 +345,24 @@ def write_table(rows: list[dict[str, Any]], faults: list[str], path: Path) -> No
 
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0])
-    parser.add_argument("--table", action="store_true", help="write all of it to kernels/RESOURCES.md")
+    parser.add_argument("--table", action="store_true", help="write kernels/RESOURCES.md; compiles what changed")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--instances", nargs="+", choices=CALLS, default=list(CALLS))
     parser.add_argument("--widths", nargs="+", type=int, default=WIDTHS)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="compilers at a time")
     options = parser.parse_args()
+    kept = to_keep(TABLE.read_text()) if options.table and TABLE.exists() else {}
     cases = list(product(options.targets, options.instances, options.widths, options.dtypes))
     if options.table and len(cases) < len(TARGETS) * len(CALLS) * len(WIDTHS) * len(DTYPES):
         parser.error("--table is of everything: leave --targets, --instances, --widths and --dtypes out.")
+    cases = [case for case in cases if case[1] not in {key[1] for key in kept}]
     with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
         parts = list(track(pool.map(rows_for, *zip(*cases, strict=True)), "compiling", total=len(cases)))
     rows = sorted((row for part, _ in parts for row in part), key=lambda row: row["kernel"])
     faults = [text for _, failures in parts for text in failures] + [text for row in rows for text in excesses(row)]
     if options.table:
-        write_table(rows, faults, TABLE)
+        write_table(rows, faults, kept, TABLE)
     else:
         show("Resources of kernels", rows, options.output, faults=faults)
     print("\n".join(faults))

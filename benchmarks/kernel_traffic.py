@@ -6,7 +6,6 @@ is recorded, and what its launches move on a Hopper GPU is counted by `benchmark
 no figure but the published times and the GPUs' rates is typed in.
 """
 
-import inspect
 import json
 import os
 import sys
@@ -18,6 +17,9 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+if __name__ == "__main__":
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,7 +28,7 @@ from torch.utils.flop_counter import flop_registry
 
 from benchmarks.fingerprints import fingerprint
 from benchmarks.launch_traffic import Kernels, Traffic, machine, size_in_memory, traffic_of
-from benchmarks.operations import OPERATIONS, OURS, Size, kernel_modules
+from benchmarks.operations import OPERATIONS, OURS, Size
 from benchmarks.report import arguments
 from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.mixers import MIXERS
@@ -40,6 +42,7 @@ ARCHITECTURE = "sm_90"
 HALF = torch.float16  # of the size of bfloat16, which the interpreter computes wrongly
 MOST = 1.5  # bytes moved over bytes needed that call for a reason
 KEPT = "starts"  # what the elementwise recurrence keeps for its backward: no input and no result of the mathematics
+PARTS = ("read", "written", "once")
 FORWARD, BACKWARD, BOTH = "forward", "backward", "both"
 
 
@@ -90,6 +93,7 @@ TIMED = {
     "retention": ("retention", [(8192, 96, 96)]),
     "GLA": ("GLA", [(8192, 96, 96)]),
 }
+RECURRENCES = ("linear_recurrence", "elementwise_recurrence")
 LAYERS = {"2K x 8": (8, 2048), "16K x 1": (1, 16384)}  # rows and tokens of a row
 DIM, HEADS, FFN_DIM, EXPERTS, ACTIVE = 1024, 8, 896, 64, 8
 
@@ -109,7 +113,7 @@ class Call:
 
     @property
     def is_backward(self) -> bool:
-        return self.name.endswith("_backward") or self.name.endswith("unpermute_triton_backward")
+        return self.name.endswith("_backward")
 
     @property
     def operation(self) -> str:
@@ -135,12 +139,17 @@ class Recorder(TorchDispatchMode):
         return results
 
 
+def serves(backend: str, *tensors: Tensor | None, refusal: str | None = None) -> bool:
+    """In the place of `kernels_serve`: as on a GPU."""
+    return refusal is None and all(x is None or x.dtype not in (torch.float64, torch.complex128) for x in tensors)
+
+
 def recorded(program: Callable[[], Tensor]) -> list[Call]:
     """Run a program and its backward on meta tensors, as if on a GPU."""
     with ExitStack() as stack:
         for name, module in list(sys.modules.items()):
             if name.startswith("torchlmoe.") and hasattr(module, "kernels_serve"):
-                stack.enter_context(patch.object(module, "kernels_serve", lambda *args, **named: True))
+                stack.enter_context(patch.object(module, "kernels_serve", serves))
         recorder = stack.enter_context(Recorder())
         output = program()
         output.backward(torch.empty_like(output))
@@ -210,7 +219,7 @@ def seconds(kernels: Kernels, gpu: Gpu) -> float:
 
 def row_of(instance: str, direction: str, calls: list[Call], counted: dict[str, Kernels]) -> dict[str, Any]:
     """The sum over calls of one operation."""
-    kernels = {f"{i}.{name}": x for i, call in enumerate(calls) for name, x in counted[call.key].items()}
+    kernels = {f"{i + 1}.{name}": x for i, call in enumerate(calls) for name, x in counted[call.key].items()}
     total = Traffic()
     for x in kernels.values():
         total.add(x)
@@ -234,8 +243,7 @@ def row_of(instance: str, direction: str, calls: list[Call], counted: dict[str, 
             for gpu in GPUS
         },
         "kernels": {
-            name: {"read": dict(x.read), "written": dict(x.written), "once": dict(x.once), "FLOPs": x.flops}
-            for name, x in kernels.items()
+            name: {part: dict(getattr(x, part)) for part in PARTS} | {"FLOPs": x.flops} for name, x in kernels.items()
         },
     }
 
@@ -250,8 +258,6 @@ def rows_of(programs: dict[str, Callable[[], Tensor]], counted: dict[str, Kernel
     for instance, program in programs.items():
         by_operation: dict[str, list[Call]] = {}
         for call in recorded(program):
-            if call.operation == "permute" or call.operation == "unpermute":
-                call = Call(call.name, call.args, call.results)
             by_operation.setdefault(call.operation, []).append(call)
         for calls in by_operation.values():
             key = tuple(sorted(call.key for call in calls))
@@ -267,4 +273,142 @@ def rows_of(programs: dict[str, Callable[[], Tensor]], counted: dict[str, Kernel
         parts = {FORWARD: [x for x in calls if not x.is_backward], BACKWARD: [x for x in calls if x.is_backward]}
         parts[BOTH] = calls
         rows += [row_of(name, direction, part, counted) for direction, part in parts.items() if part]
-    return sorted(rows, key=lambda row: (row["operation"] != "linear_recurrence", row["operation"], row["instance"]))
+    return sorted(rows, key=lambda row: (row["operation"] not in RECURRENCES, row["operation"]))
+
+
+def published(case: str, direction: str) -> str:
+    found = [f"{x.times} ({x.gpu})" for x in PUBLISHED if (x.case, x.direction) == (case, direction)]
+    return "; ".join(found) or "-"
+
+
+def table(case: str, rows: list[dict[str, Any]]) -> list[str]:
+    header = ["operation", "instance", "", "MB needed", "MB moved", "ratio", "MB once", "ratio once", "GFLOP needed"]
+    header += ["GFLOP in products", *(f"{gpu.name} ms needed / moved" for gpu in GPUS), "published ms"]
+    lines = ["| " + " | ".join(header) + " |", "|---|---|---|" + "---:|" * (len(header) - 4) + "---|"]
+    for row in rows:
+        megabytes = {name: f"{row[name] / 1e6:.1f}" for name in ("bytes needed", "bytes moved", "bytes moved once")}
+        cells = [row["operation"], row["instance"], row["direction"], megabytes["bytes needed"]]
+        cells += [megabytes["bytes moved"], f"{row['ratio']:.2f}", megabytes["bytes moved once"]]
+        cells += [
+            f"{row['ratio once']:.2f}",
+            f"{row['FLOPs needed'] / 1e9:.1f}",
+            f"{row['FLOPs in products'] / 1e9:.1f}",
+        ]
+        times = (row["ms"][gpu.name] for gpu in GPUS)
+        cells += [f"{ms['needed']:.3f} / {ms['moved']:.3f}" for ms in times]
+        lines.append("| " + " | ".join([*cells, published(case, row["direction"])]) + " |")
+    return lines
+
+
+def largest(row: dict[str, Any], count: int = 4) -> str:
+    """The arguments that move most, over all kernels of an operation."""
+    moved: dict[str, int] = {}
+    for kernel, parts in row["kernels"].items():
+        for way in ("read", "written"):
+            for argument, number in parts[way].items():
+                moved[f"{argument} {way} by {kernel.split(' ')[1]}"] = number
+    chosen = sorted(moved.items(), key=lambda item: -item[1])[:count]
+    return ", ".join(f"{name} {number / 1e6:.0f}" for name, number in chosen)
+
+
+def beyond(rows: list[dict[str, Any]]) -> list[str]:
+    lines = ["| operation | instance | | ratio | ratio once | the most of its MB |", "|---|---|---|---:|---:|---|"]
+    for row in rows:
+        if row["direction"] != BOTH and row["ratio"] > MOST:
+            named = [row["operation"], row["instance"], row["direction"]]
+            lines.append(
+                "| " + " | ".join([*named, f"{row['ratio']:.2f}", f"{row['ratio once']:.2f}", largest(row)]) + " |"
+            )
+    return lines
+
+
+def page(cases: dict[str, list[dict[str, Any]]]) -> str:
+    """TRAFFIC.md, of all rows by case."""
+    layers = list(LAYERS)
+    lines = [
+        "<!-- written by python -m benchmarks.kernel_traffic: do not edit -->",
+        "",
+        "# Bytes that the kernels move, and bytes that must move",
+        "",
+        "Counted without a GPU. Triton's interpreter runs the launches with the configurations of sm_90 on tensors "
+        "that have shapes but no memory, and counts what each program loads, stores and multiplies; a test checks the "
+        "count against launches that run. Numbers have 16 bits, states, log decays and partial sums 32. These are "
+        "counts, not measurements: no kernel has run on a GPU.",
+        "",
+        "- **Needed**: every input is read once and every output written once. The backward has the inputs, the "
+        "gradients of the outputs, and the gradients of the inputs; what a forward keeps for it is not needed, since "
+        "it can be computed again.",
+        "- **Moved**: all loads and stores of all programs, and what PyTorch's operations between the kernels read and "
+        "write. A tile that several programs read counts for each of them.",
+        "- **Once**: in each launch every tensor counts once. The difference to what is moved is read again by other "
+        "programs of the same launch, which run close to one another, so that the L2 cache (50 MB) can catch it. "
+        "What one launch writes and the next one reads is in both counts, since it is larger than the cache.",
+        "- **GFLOP needed**: the recurrence as it is defined, token by token. **In products**: the matrix products "
+        "that the launches make. Elementwise work is not counted.",
+        "- **ms**: the longer of bytes at the rate of a copy and products at the rate of a large product, launch by "
+        "launch: "
+        + "; ".join(
+            f"{gpu.name} {gpu.bytes / 1e12:.1f} TB/s and {gpu.flops / 1e12:.0f} TFLOP/s, {gpu.source}" for gpu in GPUS
+        )
+        + ". A lower bound, not a prediction.",
+        "",
+        f"An instance may move {MOST} times what it needs; those that move more are listed below each table with the "
+        "tensors that move most.",
+        "",
+    ]
+    for case, rows in cases.items():
+        if case in layers:
+            lines += [
+                f"## The paper's layer, {case}",
+                "",
+                f"Width {DIM}, {HEADS} heads, each mixer with its own defaults; {EXPERTS} experts of width {FFN_DIM}, "
+                f"{ACTIVE} for each token. mom is left out: the router decides its documents; it calls Gated "
+                "DeltaNet's recurrence on packed rows. attention has no kernel of ours.",
+                "",
+                *table(case, rows),
+                "",
+                f"Beyond {MOST}:",
+                "",
+                *beyond(rows),
+                "",
+            ]
+    timed = {case: rows for case, rows in cases.items() if case not in layers}
+    lines += [
+        "## Shapes of published timings",
+        "",
+        "Milliseconds are the authors' own, of their kernels, read in autumn 2026.",
+        "",
+        *table("", [])[:2],
+        *(
+            line.replace(f"| {rows[0]['instance']} |", f"| {case} |")
+            for case, rows in timed.items()
+            for line in table(case, rows)[2:]
+        ),
+        "",
+        "## Fingerprints of the files",
+        "",
+        *(f"- {path.name}: {fingerprint(path)}" for path in sorted(KERNELS.glob("*.py"))),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def count(wanted: dict[str, dict[str, Callable[[], Tensor]]]) -> dict[str, list[dict[str, Any]]]:
+    counted: dict[str, Kernels] = {}
+    found = {}
+    with machine(ARCHITECTURE):
+        for case, of_case in wanted.items():
+            found[case] = rows_of(of_case, counted)
+            print(f"{case}: {len(found[case])} rows", flush=True)
+    return found
+
+
+def main() -> None:
+    parser = arguments(__doc__.splitlines()[0])
+    parser.parse_args()
+    cases = count(programs())
+    PAGE.write_text(page(cases))
+    RECORD.write_text(json.dumps({"architecture": ARCHITECTURE, "cases": cases}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

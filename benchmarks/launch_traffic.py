@@ -1,15 +1,18 @@
 """Bytes and FLOPs of kernel launches, counted by Triton's interpreter on tensors that have shapes but no memory.
 
 `traffic_of` runs the launcher of an operation on meta tensors of any size. Each launch then runs in the interpreter,
-where a load gives zeros, a store does nothing, products and scans compute nothing, but all are counted: the elements that
-the mask lets through times their size, for each argument of the kernel, and 2 M N K for a product.
+where a load gives zeros, a store does nothing, and products and scans compute nothing, but all are counted: of loads
+and stores the elements that the mask lets through times their size, for each argument of the kernel, and 2 M N K of a
+product.
 
-Programs that differ only in their place in a long grid do the same, so of an axis with more than MOST_PROGRAMS only a
-few run and count for all; it is an error if they differ. The linear recurrence and the convolution run on two short
-rows, and what they count is extended to the length of the row: every further span of tokens costs the same.
+Programs that differ only in their place in a long grid do the same, so of an axis with more than MOST_PROGRAMS only
+those at the ends run and count for all; it is an error if they neither agree nor repeat with a period. The linear
+recurrence and the convolution run on two short rows, and what they count is extended to the length of the row: every
+further span of tokens costs the same.
 """
 
 import inspect
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,7 +34,8 @@ from triton.runtime.jit import KernelInterface
 from benchmarks.operations import kernel_modules
 
 MOST_PROGRAMS = (64, 8, 8)  # of each axis of a grid, that all run
-SHORT = {"linear_recurrence": (256, 512), "causal_conv": (128, 256)}  # rows that take the place of longer ones
+SHORT = {"linear_recurrence": (256, 512), "causal_conv": (64, 128)}  # lengths that take the place of longer ones
+MOST_PERIOD = 8  # programs after which a grid repeats, such as a head's tiles
 REGION = 1 << 48  # addresses that one tensor has for itself; real memory lies below the first
 BETWEEN = "PyTorch"  # what stands for a kernel's name where the launcher calls torch, such as for a sum of parts
 
@@ -42,15 +46,15 @@ class Traffic:
 
     read: Counter[str] = field(default_factory=Counter)
     written: Counter[str] = field(default_factory=Counter)
-    flops: float = 0.0
+    flops: int = 0
     # The bytes of each argument once in each launch that uses it: what is left if a cache catches repeated reads.
     once: Counter[str] = field(default_factory=Counter)
 
     @property
-    def bytes(self) -> float:
+    def bytes(self) -> int:
         return self.read.total() + self.written.total()
 
-    def add(self, other: "Traffic", times: float = 1) -> None:
+    def add(self, other: "Traffic", times: int = 1) -> None:
         for name in ("read", "written", "once"):
             counter = getattr(self, name)
             for argument, number in getattr(other, name).items():
@@ -63,7 +67,7 @@ Kernels = dict[str, Traffic]  # by name, with a number in front: the place in th
 
 def size_in_memory(x: Tensor) -> int:
     """Bytes of x's elements, each once however often x repeats it."""
-    return x.element_size() * int(np.prod([size for size, stride in zip(x.shape, x.stride(), strict=True) if stride]))
+    return x.element_size() * math.prod(size for size, stride in zip(x.shape, x.stride(), strict=True) if stride)
 
 
 class Pointer:
@@ -83,6 +87,9 @@ class Count:
         self.loads: Counter[int] = Counter()
         self.stores: Counter[int] = Counter()
         self.flops = 0
+
+    def same(self, other: "Count") -> bool:
+        return (self.loads, self.stores, self.flops) == (other.loads, other.stores, other.flops)
 
     def _add(self, counter: Counter[int], pointers: TensorHandle, mask: TensorHandle) -> int:
         """Count the elements that the mask lets through. Return whose they are; -1 if there are none."""
@@ -139,9 +146,23 @@ def counting(kernel: InterpretedFunction, count: Count) -> Iterator[None]:
             scope.restore()
 
 
-def _chosen(size: int, most: int) -> list[int]:
-    """Some indices of an axis that stand for all."""
-    return list(range(size)) if size <= most else [0, size // 2, size - 1]
+def _chosen(size: int, most: int, ends: int) -> list[int]:
+    """Indices of an axis that stand for all: as many at both ends."""
+    return list(range(size)) if size <= max(most, 2 * ends) else [*range(ends), *range(size - ends, size)]
+
+
+def _weights(counts: dict[tuple[int, ...], "Count"], axis: int, size: int, chosen: list[int]) -> dict[int, int] | None:
+    """For how many indices of an axis each chosen one stands: those that repeat with a period, such as a head's tiles
+    of values, of which the last has fewer columns. None if they do not repeat."""
+    if len(chosen) == size:
+        return dict.fromkeys(chosen, 1)
+    for period in range(1, len(chosen) // 2 + 1):
+        if size % period == 0 and all(
+            count.same(counts[(*place[:axis], place[axis] % period, *place[axis + 1 :])])
+            for place, count in counts.items()
+        ):
+            return {index: size // period if index < period else 0 for index in chosen}
+    return None
 
 
 def count_launch(kernel: InterpretedFunction, grid: tuple[int, ...], args: tuple, options: dict[str, Any]) -> Traffic:
@@ -173,25 +194,27 @@ def count_launch(kernel: InterpretedFunction, grid: tuple[int, ...], args: tuple
     }
     grid = (*grid, 1, 1)[:3]
     interpreter.interpreter_builder.set_grid_dim(*grid)
-    axes, counts = [_chosen(size, most) for size, most in zip(grid, MOST_PROGRAMS, strict=True)], {}
-    for place in product(*axes):
-        counts[place] = Count()
-        interpreter.interpreter_builder.set_grid_idx(*place)
-        with counting(kernel, counts[place]):
-            function(**values)
-    for axis, size in enumerate(grid):
-        if len(axes[axis]) < size:
-            for place, count in counts.items():
-                first = counts[(*place[:axis], axes[axis][0], *place[axis + 1 :])]
-                same = (count.loads, count.stores, count.flops) == (first.loads, first.stores, first.flops)
-                assert same, f"programs {place} of {kernel.__name__} on {grid} do not all do the same"
-    traffic, stands_for = Traffic(), np.prod([size / len(axis) for size, axis in zip(grid, axes, strict=True)])
-    for count in counts.values():
+    for ends in (1, MOST_PERIOD):
+        axes = [_chosen(size, most, ends) for size, most in zip(grid, MOST_PROGRAMS, strict=True)]
+        counts = {place: Count() for place in product(*axes)}
+        for place, count in counts.items():
+            interpreter.interpreter_builder.set_grid_idx(*place)
+            with counting(kernel, count):
+                function(**values)
+        weights = [_weights(counts, axis, size, axes[axis]) for axis, size in enumerate(grid)]
+        if None not in weights:
+            break
+    traffic = Traffic()
+    for place, count in counts.items():
+        programs = 1
+        for weight, index in zip(weights, place, strict=True):
+            assert weight is not None, f"programs of {kernel.__name__} on {grid} do not repeat"
+            programs *= weight[index]
         for number, amount in count.loads.items():
-            traffic.read[names[number]] += amount * stands_for
+            traffic.read[names[number]] += amount * programs
         for number, amount in count.stores.items():
-            traffic.written[names[number]] += amount * stands_for
-        traffic.flops += count.flops * stands_for
+            traffic.written[names[number]] += amount * programs
+        traffic.flops += count.flops * programs
     for number, name in names.items():
         for counter in (traffic.read, traffic.written):
             if name in counter:
@@ -286,7 +309,7 @@ def traffic_of(name: str, args: tuple) -> Kernels:
     short, longer = (_launched(name, shortened(to)) for to in lengths)
     assert short.keys() == longer.keys()
     assert (length - lengths[0]) % (lengths[1] - lengths[0]) == 0, f"{length} tokens are not whole spans"
-    times = (length - lengths[0]) / (lengths[1] - lengths[0])
+    times = (length - lengths[0]) // (lengths[1] - lengths[0])
     for kernel, traffic in short.items():
         rest = Traffic()
         rest.add(longer[kernel])
