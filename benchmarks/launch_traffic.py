@@ -81,9 +81,13 @@ class Pointer:
 
 
 class Count:
-    """Counts what the programs of one launch load, store and multiply."""
+    """Counts what a program loads, stores and multiplies.
 
-    def __init__(self) -> None:
+    extents: the bytes from the first to the last element of each tensor, by its number. It is an error to leave them.
+    """
+
+    def __init__(self, extents: dict[int, int]) -> None:
+        self.extents = extents
         self.loads: Counter[int] = Counter()
         self.stores: Counter[int] = Counter()
         self.flops = 0
@@ -96,8 +100,13 @@ class Count:
         inside = np.flatnonzero(mask.data)
         if not len(inside):
             return -1
-        number = int(pointers.data.flat[inside[0]]) // REGION
-        counter[number] += len(inside) * pointers.get_element_ty().primitive_bitwidth // 8
+        addresses, width = pointers.data.flat[inside], pointers.get_element_ty().primitive_bitwidth // 8
+        lowest, highest = int(addresses.min()), int(addresses.max())
+        number = lowest // REGION
+        if number > 0:
+            last = number * REGION + self.extents.get(number, 0) - width
+            assert highest <= last, f"an access at {lowest:#x} to {highest:#x} is beyond its tensor"
+        counter[number] += len(inside) * width
         return number
 
     def load(self, builder: InterpreterBuilder, pointers, mask, other, *options) -> TensorHandle:
@@ -168,7 +177,7 @@ def _weights(counts: dict[tuple[int, ...], "Count"], axis: int, size: int, chose
 def count_launch(kernel: InterpretedFunction, grid: tuple[int, ...], args: tuple, options: dict[str, Any]) -> Traffic:
     """What one launch moves. Raises AssertionError if programs that should do the same do not."""
     function = kernel.rewrite()
-    names, sizes, kept = {0: "tables"}, {0: 0}, {}
+    names, sizes, extents, kept = {0: "tables"}, {0: 0}, {}, []
 
     def pointer(path: str, x: Any) -> Any:
         if isinstance(x, tuple):
@@ -179,10 +188,12 @@ def count_launch(kernel: InterpretedFunction, grid: tuple[int, ...], args: tuple
             return x
         if x.device.type != "meta":  # a table of where chunks lie: it is read
             sizes[0] += size_in_memory(x)
-            kept[len(kept)] = x
+            kept.append(x)
             return x
         number = len(names)
         names[number], sizes[number] = path, size_in_memory(x)
+        furthest = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+        extents[number] = (furthest + 1) * x.element_size() if x.numel() else 0
         return Pointer(x, number)
 
     spec = inspect.getfullargspec(kernel.fn)
@@ -196,7 +207,7 @@ def count_launch(kernel: InterpretedFunction, grid: tuple[int, ...], args: tuple
     interpreter.interpreter_builder.set_grid_dim(*grid)
     for ends in (1, MOST_PERIOD):
         axes = [_chosen(size, most, ends) for size, most in zip(grid, MOST_PROGRAMS, strict=True)]
-        counts = {place: Count() for place in product(*axes)}
+        counts = {place: Count(extents) for place in product(*axes)}
         for place, count in counts.items():
             interpreter.interpreter_builder.set_grid_idx(*place)
             with counting(kernel, count):
