@@ -352,6 +352,23 @@ def page(cases: dict[str, list[dict[str, Any]]]) -> str:
         )
         + ". A lower bound, not a prediction.",
         "",
+        "## Why some move more",
+        "",
+        "- The linear recurrence, forward: each tile of values of a head is a program, which reads the head's q, k and "
+        "erase again, at the same time as the others do, so that without a decay per channel little is left once. With "
+        "a decay per channel or erase, one kernel writes the scores of every chunk, and the next one reads these and "
+        "the same q and k. Where documents and heads do not fill the chip, states are stored and read too.",
+        "- The linear recurrence, backward: the forward's states are computed again, and they and their gradients are "
+        "stored for every chunk, then read by a program per chunk. This is what lets all chunks run at a time. Storing "
+        "them at every second chunk would not move fewer bytes for chunks of 64 tokens and 128 channels: two programs "
+        "would read each state, and to compute the one between they would read two tiles of the other chunk, which "
+        "together are as large as a state. A pass over a document that needs no stored state exists only without a "
+        "decay: the gradient of a decay takes the state and its gradient at the same place.",
+        "- The elementwise recurrence: each chunk of 64 tokens stores its decay and its state, and reads them three "
+        "times; S4, whose states are complex and 32 wide for each channel, has more of these than of tokens. Constants "
+        "of a layer (S4's q, k and decay) are read by every chunk, mostly from the L2 cache, and their gradients are "
+        "written by every chunk and summed by PyTorch.",
+        "",
         f"An instance may move {MOST} times what it needs; those that move more are listed below each table with the "
         "tensors that move most.",
         "",

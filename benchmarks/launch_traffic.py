@@ -33,7 +33,7 @@ from triton.runtime.jit import KernelInterface
 
 from benchmarks.operations import kernel_modules
 
-MOST_PROGRAMS = (64, 8, 8)  # of each axis of a grid, that all run
+MOST_PROGRAMS = 8  # of an axis of a grid, that all run
 SHORT = {"linear_recurrence": (256, 512), "causal_conv": (64, 128)}  # lengths that take the place of longer ones
 MOST_PERIOD = 8  # programs after which a grid repeats, such as a head's tiles
 REGION = 1 << 48  # addresses that one tensor has for itself; real memory lies below the first
@@ -155,9 +155,9 @@ def counting(kernel: InterpretedFunction, count: Count) -> Iterator[None]:
             scope.restore()
 
 
-def _chosen(size: int, most: int, ends: int) -> list[int]:
+def _chosen(size: int, ends: int) -> list[int]:
     """Indices of an axis that stand for all: as many at both ends."""
-    return list(range(size)) if size <= max(most, 2 * ends) else [*range(ends), *range(size - ends, size)]
+    return list(range(size)) if size <= max(MOST_PROGRAMS, 2 * ends) else [*range(ends), *range(size - ends, size)]
 
 
 def _weights(counts: dict[tuple[int, ...], "Count"], axis: int, size: int, chosen: list[int]) -> dict[int, int] | None:
@@ -206,7 +206,7 @@ def count_launch(kernel: InterpretedFunction, grid: tuple[int, ...], args: tuple
     grid = (*grid, 1, 1)[:3]
     interpreter.interpreter_builder.set_grid_dim(*grid)
     for ends in (1, MOST_PERIOD):
-        axes = [_chosen(size, most, ends) for size, most in zip(grid, MOST_PROGRAMS, strict=True)]
+        axes = [_chosen(size, ends) for size in grid]
         counts = {place: Count(extents) for place in product(*axes)}
         for place, count in counts.items():
             interpreter.interpreter_builder.set_grid_idx(*place)

@@ -1,6 +1,8 @@
 """Tensors of more than 2^31 elements, and grids of more than 65,535 programs, without memory for them: launches are
 interpreted on addresses that nothing lies at, and an access beyond its tensor is an error."""
 
+from functools import partial
+
 import pytest
 import torch
 from triton.runtime.jit import KernelInterface
@@ -8,7 +10,8 @@ from triton.runtime.jit import KernelInterface
 from benchmarks.kernel_traffic import recorded
 from benchmarks.launch_traffic import machine, traffic_of
 from tests.kernels.conftest import INTERPRETED
-from torchlmoe.ops import linear_recurrence
+from torchlmoe.ops import elementwise_recurrence, linear_recurrence
+from torchlmoe.ops.causal_conv import causal_conv
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="addresses are made up in Triton's interpreter")
 OVER = 1 << 31
@@ -60,32 +63,24 @@ def test_other_operations_of_many_elements():
     run("weighted_swiglu_triton", rows, meta(1 << 20))
 
 
-@pytest.mark.parametrize("name", ["causal_conv_triton", "elementwise_recurrence_triton"])
-def test_tokens_far_apart(name):
+def test_tokens_far_apart():
     """64 of them are 2^32 elements apart: they are copied side by side first."""
     x = torch.empty_strided((1, 64, 1, 16), (1 << 40, 1 << 26, 16, 1), dtype=torch.float16, device="meta")
-    q = meta(1, 64, 1, 2)
-    others = {
-        "causal_conv_triton": (x.flatten(2), meta(16, 4), None, None, None, True),
-        "elementwise_recurrence_triton": (q, q, x, meta(1, 2, 16, dtype=torch.float32), x, None, None),
+    decay = meta(1, 16, 16, dtype=torch.float32)
+    programs = {
+        "linear_recurrence": lambda x: linear_recurrence(x, x, x, backend="triton")[0],
+        "elementwise_recurrence": lambda x: elementwise_recurrence(x, x, x, log_decay=decay, backend="triton")[0],
+        "causal_conv": lambda x: causal_conv(x.flatten(2), meta(16, 4)),
     }
-    run(name, *others[name])
-
-
-def test_tokens_of_the_linear_recurrence_far_apart():
-    q = torch.empty_strided((1, 64, 1, 16), (1 << 40, 1 << 26, 16, 1), dtype=torch.float16, device="meta")
-
-    def program():
-        return linear_recurrence(q.requires_grad_(), q, q, backend="triton")[0]
-
-    calls = recorded(program)
-    assert [call.operation for call in calls] == ["linear_recurrence"] * 2
-    for call in calls:
-        run(call.name.removeprefix("torchlmoe::"), *call.args)
+    for name, program in programs.items():
+        calls = recorded(partial(program, x.detach().requires_grad_()))
+        assert [call.operation for call in calls] == [name] * 2
+        for call in calls:
+            run(call.name.removeprefix("torchlmoe::"), *call.args)
 
 
 def test_grids_of_many_programs(monkeypatch):
-    """Heads, rows and tiles beyond 65,535 are in the first dimension of the grid."""
+    """What has no bound, such as rows, tokens and heads, is in the first dimension of the grid."""
     grids = []
 
     def launch(kernel, grid):
@@ -93,14 +88,11 @@ def test_grids_of_many_programs(monkeypatch):
         return lambda *args, **options: None
 
     monkeypatch.setattr(KernelInterface, "__getitem__", launch)
-    q, v = meta(2, 3, MOST + 1, 2), meta(2, 3, MOST + 1, 4)
-    decay = meta(MOST + 1, 2, 4, dtype=torch.float32)
-    states = meta(2, MOST + 1, 2, 4, dtype=torch.float32)
+    q, v, decay = meta(MOST + 1, 3, 1, 2), meta(MOST + 1, 3, 1, 4), meta(1, 2, 4, dtype=torch.float32)
     elementwise = (q, q, v, decay, None, None, None)
     cases = {
         "linear_recurrence_triton": recurrence(1, MOST + 1),
         "elementwise_recurrence_triton": elementwise,
-        "elementwise_recurrence_triton_backward": (v, states, *elementwise, states),
         "causal_conv_triton": (meta(MOST + 1, 64, 64), meta(64, 4), None, None, None, True),
         "permute_triton": (meta(1 << 21, 64), meta(1 << 21, dtype=torch.int64), meta(1 << 21, 1, dtype=torch.int64)),
         "weighted_swiglu_triton": (meta(1 << 20, 64), meta(1 << 20)),

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchlmoe.ops.checks import check_bounds_at_hand, num_documents
-from torchlmoe.ops.kernel_backend import kernels_serve
+from torchlmoe.ops.kernel_backend import kernels_serve, within_reach
 from torchlmoe.ops.operation import custom_op, operation
 
 
@@ -43,7 +43,7 @@ def causal_conv(
     if kernels_serve("auto", x):
         from torchlmoe.kernels import causal_conv as kernels
 
-        return kernels.causal_conv(x, weight, bias, state, cu_seqlens, activation)
+        return kernels.causal_conv(within_reach(x), weight, bias, state, cu_seqlens, activation)
     if state is not None:
         extended = torch.cat([state.to(x.dtype), x], 1)
         return causal_conv(extended, weight, bias, activation=activation)[:, state.shape[1] :]

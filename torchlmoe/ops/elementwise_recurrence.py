@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from torchlmoe.ops.checks import check_bounds, check_bounds_at_hand, check_not_empty, check_shape, num_documents
-from torchlmoe.ops.kernel_backend import kernels_serve
+from torchlmoe.ops.kernel_backend import kernels_serve, within_reach
 from torchlmoe.ops.operation import custom_op, operation, size_by_documents
 from torchlmoe.ops.scan_backend import check_backend
 from torchlmoe.ops.scan_layout import kept_scan_layout, num_scan_starts
@@ -148,7 +148,7 @@ def _run(q, k, v, log_decay, step, initial_state, cu_seqlens, backend) -> tuple[
         from torchlmoe.kernels import elementwise_recurrence_backward as kernels
 
         check_bounds_at_hand(cu_seqlens, v.shape[1])
-        return kernels.elementwise_recurrence(*terms)[:2]
+        return kernels.elementwise_recurrence(*map(within_reach, terms))[:2]
     return _forward(*terms)[:2]
 
 

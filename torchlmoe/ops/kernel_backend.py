@@ -3,11 +3,13 @@
 import logging
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
+FURTHEST = 1 << 24  # elements from a token to the next, of which a kernel's tile has up to 64
 
 
 def kernels_serve(backend: str, *tensors: Tensor | None, refusal: str | None = None) -> bool:
@@ -25,6 +27,13 @@ def kernels_serve(backend: str, *tensors: Tensor | None, refusal: str | None = N
     if backend == "triton" and (reason := refusal or _refusal(on_gpu, *tensors)):
         raise ValueError(f"backend = 'triton' is not available here, since {reason}; use 'chunked'.")
     return backend == "triton"
+
+
+def within_reach(x: Any) -> Any:
+    """x, a tensor [B, T, ..] copied if its tokens are so far apart that a tile's addresses would exceed 32 bits."""
+    if isinstance(x, Tensor) and x.dim() > 2 and x.shape[1] > 1 and x.stride(1) > FURTHEST:
+        return x.contiguous()
+    return x
 
 
 def _refusal(on_gpu: bool, *tensors: Tensor | None) -> str | None:

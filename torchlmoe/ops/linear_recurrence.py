@@ -15,12 +15,11 @@ from torch.utils.flop_counter import register_flop_formula
 from torchlmoe.ops.checks import check_bounds, check_bounds_at_hand, check_not_empty, check_shape, num_documents
 from torchlmoe.ops.chunked import Terms, chunked_forward, layouts_of, num_kept
 from torchlmoe.ops.chunked_backward import chunked_backward
-from torchlmoe.ops.kernel_backend import kernels_serve
+from torchlmoe.ops.kernel_backend import kernels_serve, within_reach
 from torchlmoe.ops.operation import custom_op, operation, size_by_documents
 from torchlmoe.ops.reference import reference_recurrence
 
 Backend = Literal["auto", "reference", "chunked", "triton"]
-FURTHEST = 1 << 24  # elements from a token to the next, of which a tile has up to 64
 KERNEL_WIDTH = 256  # the widest key that the Triton kernels support
 
 
@@ -73,11 +72,6 @@ def linear_recurrence(
         q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, scale, initial_state, cu_seqlens, backend
     )
     return o, (final_state if output_final_state else None)
-
-
-def within_reach(x: Tensor) -> Tensor:
-    """x, copied if its tokens are so far apart that the addresses in a kernel's tile would exceed 32 bits."""
-    return x.contiguous() if x.dim() > 2 and x.shape[1] > 1 and x.stride(1) > FURTHEST else x
 
 
 def recurrence_flops_per_token(
@@ -133,7 +127,7 @@ def run_terms(
         from torchlmoe.kernels import linear_recurrence_backward as kernels
 
         check_bounds_at_hand(cu_seqlens, v.shape[1])
-        return kernels.linear_recurrence(*(within_reach(x) if isinstance(x, Tensor) else x for x in for_kernels))
+        return kernels.linear_recurrence(*map(within_reach, for_kernels))
     decodes = backend == "auto" and v.shape[1] == 1  # one step of the definition is the fastest
     if (backend == "reference" or decodes) and v.shape[0] and v.shape[1]:
         if cu_seqlens is not None:  # chunked checks them when it lays out chunks
