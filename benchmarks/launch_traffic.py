@@ -35,7 +35,7 @@ from benchmarks.operations import kernel_modules
 
 MOST_PROGRAMS = 8  # of an axis of a grid, that all run
 SHORT = {"linear_recurrence": (256, 512), "causal_conv": (64, 128)}  # lengths that take the place of longer ones
-MOST_PERIOD = 8  # programs after which a grid repeats, such as a head's tiles
+MOST_PERIOD = 16  # programs after which a grid repeats, such as a head's tiles
 REGION = 1 << 48  # addresses that one tensor has for itself; real memory lies below the first
 BETWEEN = "PyTorch"  # what stands for a kernel's name where the launcher calls torch, such as for a sum of parts
 
@@ -205,8 +205,9 @@ def count_launch(kernel: InterpretedFunction, grid: tuple[int, ...], args: tuple
     }
     grid = (*grid, 1, 1)[:3]
     interpreter.interpreter_builder.set_grid_dim(*grid)
-    for ends in (1, MOST_PERIOD):
-        axes = [_chosen(size, ends) for size in grid]
+    ends = [1, 1, 1]
+    for _ in range(2):
+        axes = [_chosen(size, at_each) for size, at_each in zip(grid, ends, strict=True)]
         counts = {place: Count(extents) for place in product(*axes)}
         for place, count in counts.items():
             interpreter.interpreter_builder.set_grid_idx(*place)
@@ -215,6 +216,7 @@ def count_launch(kernel: InterpretedFunction, grid: tuple[int, ...], args: tuple
         weights = [_weights(counts, axis, size, axes[axis]) for axis, size in enumerate(grid)]
         if None not in weights:
             break
+        ends = [MOST_PERIOD if weight is None else 1 for weight in weights]
     traffic = Traffic()
     for place, count in counts.items():
         programs = 1

@@ -86,6 +86,20 @@ def test_fingerprint_is_of_the_code(tmp_path, resources):
     assert of('if a:\n    b = "d"\nd\n') != known
 
 
+def test_only_what_changed_is_compiled_again(table, resources):
+    """Instances that have a kernel in a changed file; with another Triton, or after faults, all."""
+    cells = resources.cells_of(table)
+    assert resources.to_keep(table) == cells
+    known = resources.fingerprint(resources.KERNELS / "elementwise_recurrence.py")
+    kept = resources.to_keep(table.replace(known, "another"))
+    assert set(cells) - set(kept) == {key for key in cells if key[1] in ("Mamba", "S4")}
+    known = resources.fingerprint(resources.KERNELS / "linear_recurrence.py")
+    kept = {key[1] for key in resources.to_keep(table.replace(known, "another"))}
+    assert kept == set(resources.CALLS) - set(resources.RECURRENCES)
+    assert resources.to_keep(table.replace("with Triton ", "with Triton 0")) == {}
+    assert resources.to_keep(table.replace("\nNothing.\n", "\n- a fault\n")) == {}
+
+
 def assert_compile(tmp_path, targets, instances):
     """Compiles instances at width 128 in a separate process, since here kernels may be interpreted; their kernels."""
     output = tmp_path / "resources.json"
