@@ -34,10 +34,13 @@ def recurrence(rows, heads, key_heads=None, erases=False):
     return keys, keys, values, decay, decay if erases else None, None, None, None, 1.0, None, None
 
 
-def test_recurrence_of_many_elements():
-    args = recurrence(1024, 96, erases=True)
-    states = meta(1024, 96, 128, 128, dtype=torch.float32)
-    assert args[2].numel() > OVER
+@pytest.mark.parametrize(("rows", "elements_of"), [(1024, "values"), (480, "states")])
+def test_recurrence_of_many_elements(rows, elements_of):
+    """Fewer than 2^32, so that a number of 32 bits would turn negative and not come back to the tensor."""
+    args = recurrence(rows, 96, erases=True)
+    states = meta(rows, 96, 128, 128, dtype=torch.float32)
+    chunks = rows * 256 // 64
+    assert OVER < {"values": args[2].numel(), "states": chunks * 96 * 128 * 128}[elements_of] < 2 * OVER
     run("linear_recurrence_triton", *args)
     assert len(run("linear_recurrence_triton_backward", args[2], states, *args)) >= 5
 
