@@ -56,9 +56,15 @@ class Config(NamedTuple):
     warps: int
 
 
-# By architecture and kind of a tile's rows. Fewer keys come with more columns, so that a program with enough columns
-# reads and writes 8 KiB of a real state.
+# By architecture and kind of a tile's rows. What is constant over tokens is read for every chunk, as states are, so
+# that long chunks move less; 16 columns still fill a sector of memory. Fewer keys come with more columns, so that a
+# program with enough columns reads and writes 8 KiB of a real state.
 CONFIGS = {
+    ("sm_80", "constant"): Config(rows=128, columns=16, warps=8),  # tokens, with q and k constant over them
+    ("sm_90", "constant"): Config(rows=128, columns=16, warps=8),
+    ("sm_100", "constant"): Config(rows=128, columns=16, warps=8),
+    ("gfx942", "constant"): Config(rows=128, columns=16, warps=4),
+    ("interpreter", "constant"): Config(rows=16, columns=16, warps=1),
     ("sm_80", "token"): Config(rows=64, columns=32, warps=8),
     ("sm_90", "token"): Config(rows=64, columns=32, warps=8),
     ("sm_100", "token"): Config(rows=64, columns=32, warps=8),
@@ -70,6 +76,7 @@ CONFIGS = {
     ("gfx942", "key"): Config(rows=64, columns=32, warps=4),
     ("interpreter", "key"): Config(rows=4, columns=16, warps=1),
 }
+FURTHEST = 1 << 24  # elements from a token to the next: within a chunk, and within a row, addresses have 32 bits
 FOLD_BLOCK = 256  # elements of a state that one program folds
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -232,23 +239,35 @@ def scan(a, x, REVERSE: tl.constexpr, COMPLEX: tl.constexpr):
 
 
 @triton.jit
-def chunk_rows(chunks, BLOCK_T: tl.constexpr):
-    """The program's chunk, where it starts, its rows [BLOCK_T, 1], and how many of them there are."""
-    chunk = tl.program_id(0).to(tl.int64)
-    start = tl.load(chunks + 2 * chunk)
-    return chunk, start, tl.arange(0, BLOCK_T)[:, None], (tl.load(chunks + 2 * chunk + 1) - start).to(tl.int32)
+def place(num_heads, value_dim, BLOCK_C: tl.constexpr, FOLD: tl.constexpr):
+    """The program's chunk or token, head (0 if heads are folded) and tile of columns. They share the grid's first
+    dimension, since the others end at 65,535."""
+    if FOLD:
+        tiles = tl.cdiv(num_heads * value_dim, BLOCK_C)
+        heads = 1
+    else:
+        tiles = tl.cdiv(value_dim, BLOCK_C)
+        heads = num_heads
+    program = tl.program_id(0)
+    return (program // tiles // heads).to(tl.int64), program // tiles % heads, program % tiles
 
 
 @triton.jit
-def tile_columns(num_heads, value_dim, BLOCK_C: tl.constexpr, FOLD: tl.constexpr):
+def chunk_rows(chunks, chunk, BLOCK_T: tl.constexpr):
+    """Where a chunk starts, its rows [BLOCK_T, 1], and how many of them there are."""
+    start = tl.load(chunks + 2 * chunk)
+    return start, tl.arange(0, BLOCK_T)[:, None], (tl.load(chunks + 2 * chunk + 1) - start).to(tl.int32)
+
+
+@triton.jit
+def tile_columns(head, tile, num_heads, value_dim, BLOCK_C: tl.constexpr, FOLD: tl.constexpr):
     """The tile's columns: of one head, or of all if heads are folded."""
-    column = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    column = tile * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     if FOLD:
         head = column // value_dim
         channel = column % value_dim
         mask = column < num_heads * value_dim
     else:
-        head = tl.program_id(1)
         channel = column
         mask = column < value_dim
     return Columns(head, channel, mask)
@@ -301,10 +320,11 @@ def _summary_kernel(
 ):  # fmt: skip
     """P = exp(sum_t G_t), and the state from zero; in the backward, from q and do, the gradient of the first state."""
     k, v, log_decay, step = terms.k, terms.v, terms.log_decay, terms.step
-    chunk, start, row, length = chunk_rows(chunks, BLOCK_T)
+    chunk, head, tile = place(num_heads, value_dim, BLOCK_C, FOLD)
+    start, row, length = chunk_rows(chunks, chunk, BLOCK_T)
     if length <= 0:
         return
-    columns = tile_columns(num_heads, value_dim, BLOCK_C, FOLD)
+    columns = tile_columns(head, tile, num_heads, value_dim, BLOCK_C, FOLD)
     rows = Rows(start, row, row < length)
     v_tile = value_tile(v, rows, columns)
     # A token's write decays by later tokens; its read has decayed by tokens up to it.
@@ -369,11 +389,12 @@ def _read_kernel(
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, FOLD: tl.constexpr, PER_TOKEN: tl.constexpr, COMPLEX: tl.constexpr,
 ):  # fmt: skip
     q, k, v, log_decay, step = terms
-    chunk, start, row, length = chunk_rows(chunks, BLOCK_T)
+    chunk, head, tile = place(num_heads, value_dim, BLOCK_C, FOLD)
+    start, row, length = chunk_rows(chunks, chunk, BLOCK_T)
     if length <= 0:
         return
     rows = Rows(start, row, row < length)
-    columns = tile_columns(num_heads, value_dim, BLOCK_C, FOLD)
+    columns = tile_columns(head, tile, num_heads, value_dim, BLOCK_C, FOLD)
     v_tile = value_tile(v, rows, columns)
     step_tile = None
     if step is not None:
@@ -400,8 +421,8 @@ def _step_kernel(
 ):  # fmt: skip
     """One token per row: read the state, decay it, write to it, and store it and the output of the query."""
     q, k, v, log_decay, step = terms
-    token = tl.program_id(0).to(tl.int64)
-    columns = tile_columns(num_heads, value_dim, BLOCK_C, FOLD)
+    token, head, number = place(num_heads, value_dim, BLOCK_C, FOLD)
+    columns = tile_columns(head, number, num_heads, value_dim, BLOCK_C, FOLD)
     this = Rows(token, 0, columns.mask)
     v_tile = value_tile(v, this, columns)
     step_tile = None
@@ -436,14 +457,16 @@ class Problem:
         self.num_tokens, self.key_dim = batch_size * length, k.shape[-1]
         self.dtype = torch.complex64 if any(x.is_complex() for x in (q, k, log_decay)) else torch.float32
         self.fold = q.dim() == 2 and k.dim() == 2
-        config = CONFIGS[architecture(v), "token"]
+        config = CONFIGS[architecture(v), "constant" if self.fold else "token"]
         block_t = config.rows
         self.columns = num_heads * value_dim if self.fold else value_dim
         block_c = max(16, min(config.columns, triton.next_power_of_2(self.columns)))
         self.one_token = cu_seqlens is None and length == 1
         self.num_documents = batch_size if cu_seqlens is None else cu_seqlens.shape[0] - 1
         self.num_chunks = triton.cdiv(length, block_t) * batch_size + (0 if cu_seqlens is None else self.num_documents)
-        self.grid = (self.num_chunks, 1 if self.fold else num_heads, triton.cdiv(self.columns, block_c))
+        self.heads = 1 if self.fold else num_heads  # that programs have one each of
+        self.tiles = triton.cdiv(self.columns, block_c)
+        self.grid = (self.num_chunks * self.heads * self.tiles,)
         self.matrix, self.v = (num_heads, self.key_dim, value_dim), v
         self.shape = dict(
             num_heads=num_heads, key_dim=self.key_dim, value_dim=value_dim,
@@ -501,7 +524,7 @@ class Problem:
         block_c = min(config.rows * config.columns // block_k, triton.next_power_of_2(self.columns))
         last = self.states(self.num_documents)
         if last.numel():
-            _step_kernel[self.num_documents, self.grid[1], triton.cdiv(self.columns, block_c)](
+            _step_kernel[(self.num_documents * self.heads * triton.cdiv(self.columns, block_c),)](
                 self.terms(), raw(self.given_states(initial_state)), o if o.numel() else None, raw(last),
                 **self.shape, BLOCK_K=block_k, BLOCK_C=block_c, num_warps=config.warps,
             )  # fmt: skip
@@ -517,7 +540,8 @@ def strided(x: Tensor) -> Strided | StridedDecay:
     """x [B, T, ...] or, the same for every token, [...]."""
     constant_decay = x.dim() == 3  # small, and read as it lies
     x = x.flatten(0, 1) if x.dim() > 3 else x[None]
-    x = x if x.stride(-1) == 1 or constant_decay else x.contiguous()
+    near = max(x.stride()[1:] if len(x) == 1 else x.stride()) <= FURTHEST
+    x = x if near and (x.stride(-1) == 1 or constant_decay) else x.contiguous()
     return StridedDecay(raw(x), *x.stride()) if x.dim() == 4 else Strided(raw(x), *x.stride()[:2])
 
 

@@ -40,6 +40,7 @@ from .elementwise_recurrence import (
     key_tile,
     load,
     log_decay_tile,
+    place,
     plus,
     raw,
     scaled,
@@ -72,10 +73,11 @@ def _gradient_kernel(
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, FOLD: tl.constexpr, PER_TOKEN: tl.constexpr, COMPLEX: tl.constexpr,
 ):  # fmt: skip
     q, k, v, log_decay, step = terms
-    chunk, start, row, length = chunk_rows(chunks, BLOCK_T)
+    chunk, head, tile = place(num_heads, value_dim, BLOCK_C, FOLD)
+    start, row, length = chunk_rows(chunks, chunk, BLOCK_T)
     if length <= 0:
         return
-    columns = tile_columns(num_heads, value_dim, BLOCK_C, FOLD)
+    columns = tile_columns(head, tile, num_heads, value_dim, BLOCK_C, FOLD)
     rows, has_before, has_after = Rows(start, row, row < length), (row > 0) & (row <= length), row + 1 < length
     tile_mask = rows.mask & columns.mask
     width = num_heads * value_dim
@@ -84,7 +86,7 @@ def _gradient_kernel(
     dlog_decay += (start if PER_TOKEN else chunk) * size
     part = chunk * size
     if not FOLD:
-        part = (tl.program_id(2).to(tl.int64) * num_tokens + start) * num_heads * key_dim
+        part = (tile.to(tl.int64) * num_tokens + start) * num_heads * key_dim
     dq, dk = dq + part, dk + part
     v_tile = value_tile(v, rows, columns)
     before, after = Rows(start, row - 1, has_before), Rows(start, row + 1, has_after)
@@ -118,9 +120,9 @@ def _gradient_kernel(
             store(dq, state, sum_along(of_q, 0), columns.mask, COMPLEX)
             store(dk, state, sum_along(of_k, 0), columns.mask, COMPLEX)
         else:
-            place = (row * num_heads + columns.head) * key_dim + key
-            store(dq, place, sum_along(of_q, 1), rows.mask, COMPLEX)
-            store(dk, place, sum_along(of_k, 1), rows.mask, COMPLEX)
+            of_token = (row * num_heads + columns.head) * key_dim + key
+            store(dq, of_token, sum_along(of_q, 1), rows.mask, COMPLEX)
+            store(dk, of_token, sum_along(of_k, 1), rows.mask, COMPLEX)
         dg = _times_conjugate(ds, z, COMPLEX)
         if PER_TOKEN:
             store(dlog_decay, row * size + state, dg, tile_mask, COMPLEX)
@@ -162,7 +164,7 @@ def elementwise_recurrence_backward(
     dv = torch.empty_like(v, memory_format=torch.contiguous_format)
     dstep = None if step is None else torch.empty_like(step, memory_format=torch.contiguous_format)
     per_chunk = (problem.num_chunks, *problem.matrix)
-    per_tile = (problem.grid[2], problem.num_tokens, *problem.matrix[:2])
+    per_tile = (problem.tiles, problem.num_tokens, *problem.matrix[:2])
     # Chunks that there are not write nothing.
     dq, dk = (starts.new_zeros(per_chunk) if problem.fold else starts.new_empty(per_tile) for _ in range(2))
     if problem.shape["PER_TOKEN"]:

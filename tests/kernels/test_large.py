@@ -91,11 +91,14 @@ def test_grids_of_many_programs(monkeypatch):
         return lambda *args, **options: None
 
     monkeypatch.setattr(KernelInterface, "__getitem__", launch)
-    q, v, decay = meta(MOST + 1, 3, 1, 2), meta(MOST + 1, 3, 1, 4), meta(1, 2, 4, dtype=torch.float32)
+    q, v = meta(2, 3, MOST + 1, 2), meta(2, 3, MOST + 1, 4)
+    decay = meta(MOST + 1, 2, 4, dtype=torch.float32)
+    states = meta(2, MOST + 1, 2, 4, dtype=torch.float32)
     elementwise = (q, q, v, decay, None, None, None)
     cases = {
         "linear_recurrence_triton": recurrence(1, MOST + 1),
         "elementwise_recurrence_triton": elementwise,
+        "elementwise_recurrence_triton_backward": (v, states, *elementwise, states),
         "causal_conv_triton": (meta(MOST + 1, 64, 64), meta(64, 4), None, None, None, True),
         "permute_triton": (meta(1 << 21, 64), meta(1 << 21, dtype=torch.int64), meta(1 << 21, 1, dtype=torch.int64)),
         "weighted_swiglu_triton": (meta(1 << 20, 64), meta(1 << 20)),
