@@ -2,7 +2,7 @@
 
 from math import prod
 
-from torchlmoe.config.load import ConfigError
+from torchlmoe.config.errors import ConfigError
 from torchlmoe.config.settings import Config, Training
 
 
