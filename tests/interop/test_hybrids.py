@@ -96,7 +96,7 @@ LACKING = [
     ("mamba", "L", {"expand": 1.5}, "A mixer is 48 channels wide, which mamba needs to be a multiple of dim = 32"),
     ("mamba", "L", {"mlp": "dense"}, "blocks.0.feed_forward"),
     ("mamba2", "L", {"head_dim": 5}, "A mixer is 40 channels wide, which mamba2 needs to be a multiple of dim = 32"),
-    ("mamba2", "L", {"mixer": "gla", "num_heads": 4}, "Block 0 has the mixer gla; mamba2 has mamba2 alone"),
+    ("mamba2", "L", {"mixer": "gla", "num_heads": 4}, "Block 0 has the mixer gla; mamba2 has only mamba2"),
     ("bamba", "N", {"qk_norm": True}, "blocks.1.mixer.qk_norm is True, for which bamba has no counterpart"),
     ("bamba", "N", {"mlp": "none"}, "blocks.1.feed_forward"),
     ("granitemoehybrid", "N", {"rotary_fraction": 0.5}, "blocks.1.mixer.rotary_dim is 4"),
