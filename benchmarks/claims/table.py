@@ -37,15 +37,15 @@ CLAIMS = {
     "throughput": Claim(
         "At equal tokens in a step, linear models train as fast on long rows as on short ones; softmax attention does "
         "not.",
-        "Held if, for every linear mixer, tokens/s at the longest rows over tokens/s at the shortest is at least 0.8, "
-        "and softmax attention's is lower than each of theirs.",
+        "Held if, for every linear mixer, the ratio of tokens/s at the longest rows to tokens/s at the shortest is at "
+        "least 0.8, and the ratio of softmax attention is lower than each of these.",
         {**TIMED, "rows": [[512, 8], [1024, 4], [2048, 2], [4096, 1]], "repeats": 7, "least_ratio": 0.8},
     ),
     "decoding": Claim(
-        "Time and memory of a decoded token do not grow with the position for linear models; with softmax attention "
+        "Time and memory of a decoded token do not grow with its position in linear models; with softmax attention "
         "both do.",
-        "Held if, for every linear mixer, the cache has as many bytes at the last position as at the first and the "
-        "time of a token is at most 1.05 times as long, and softmax attention's time is at least twice as long.",
+        "Held if, for every linear mixer, the cache has as many bytes at the last position as at the first and a "
+        "token takes at most 1.05 times as long there, and with softmax attention it takes at least twice as long.",
         {
             **TIMED,
             "positions": [1024, 4096, 16384, 65536, 131072],
@@ -55,11 +55,11 @@ CLAIMS = {
         },
     ),
     "recall": Claim(
-        "Linear models recall less than softmax attention, by the size of their state; a few softmax blocks make up "
-        "for it.",
+        "Linear models recall less than softmax attention, depending on the size of their state; a few softmax blocks "
+        "compensate for it.",
         "Held if, at the largest number of pairs, the largest pure linear model recalls more keys than the smallest, "
-        "and every hybrid's accuracy is at least halfway from the pure linear model's of its width to softmax "
-        "attention's.",
+        "and the accuracy of every hybrid is at least the mean of those of the pure linear model and of the softmax "
+        "model of its width.",
         {
             "mixer": "gated_deltanet",
             "settings": {
@@ -88,9 +88,10 @@ CLAIMS = {
     ),
     "loss": Claim(
         "At equal parameters and tokens, pure linear models come close to softmax attention, and hybrids reach it.",
-        "Held if, at both lengths, the best pure linear model's validation loss is at most 2% above softmax "
-        "attention's, and the best hybrid's is at most softmax attention's. Each model has the rate that "
-        "torchlmoe.tune finds for it, and experts of the width that brings its parameters next to softmax attention's.",
+        "Held if, at both lengths, the validation loss of the best pure linear model is at most 2% above that of "
+        "softmax attention, and that of the best hybrid is not above it. Each model has the learning rate that "
+        "torchlmoe.tune finds for it, and the width of experts with which its number of parameters is nearest to that "
+        "of softmax attention.",
         {
             "mixers": list(MIXERS),
             "layouts": {"pure": "LLLL", "hybrid": "LLLN"},
