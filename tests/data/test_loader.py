@@ -153,7 +153,7 @@ def test_a_mixture_is_the_same_on_any_number_of_ranks(make_loader, stores, world
         assert torch.equal(batch["tokens"], torch.stack(expected))
 
 
-def test_a_mixture_goes_on_anywhere(stores):
+def test_a_mixture_resumes_anywhere(stores):
     """Whatever was asked before, in steps of any size: the same rows are dealt out up to there."""
     order, other = (make_order(*stores, weights=WEIGHTS) for _ in range(2))
     far = [order.rows_of_step(step) for step in (10**9, 10**9 + 1, 3)]

@@ -128,7 +128,7 @@ def test_experts_drop_and_count_nothing():
         assert not any(total.any() for total in layer.pop_counters().values())
 
 
-def test_training_goes_on_after_generation():
+def test_training_continues_after_generation():
     """Nothing that generation made (layouts, say) stays behind as a tensor that autograd refuses."""
     model = build()
     generate(model, [[1] * 8], max_new_tokens=2)

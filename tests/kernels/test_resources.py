@@ -71,8 +71,8 @@ def test_excesses_are_named(resources):
     row |= {"registers": 512, "spills": 33, "shared KiB": 65.0, "tensor columns": 513}
     spills, shared, tensor = resources.excesses(row)
     assert spills == "file.scan of KDA, width 64, bfloat16, on gfx942 spills 33 registers; the limit is 32"
-    assert "65.0 KiB of shared memory; there are 64" in shared
-    assert "513 columns of tensor memory; there are 512" in tensor
+    assert "65.0 KiB of shared memory; the limit is 64" in shared
+    assert "513 columns of tensor memory; the limit is 512" in tensor
 
 
 def test_fingerprint_is_of_the_code(tmp_path, resources):
