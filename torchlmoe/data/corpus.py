@@ -27,7 +27,7 @@ class Piece(Protocol):
         """Approximate number of bytes to read; 0 if unknown."""
 
     def documents(self) -> Iterator[str]:
-        """Their texts, empty ones included."""
+        """Yield the texts of the documents, also empty ones."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Corpus:
     token_dtype: str | None = None
 
     def documents(self) -> Iterator[str]:
-        """Their texts, in a fixed order."""
+        """Yield the texts of the documents, in a fixed order."""
         yield from self.read(None).documents()
 
 
@@ -205,7 +205,7 @@ def _reader_corpus(name: str, split: str, options: dict[str, Any], held_out: flo
 
 
 def _stamp(path: Path) -> tuple[str, int, int, int]:
-    """What changes with a file's content. The time of modification can be set to any; that of change cannot."""
+    """Return path, size and times of a file, which change with its content. The change time cannot be forged."""
     state = path.stat()
     return str(path.resolve()), state.st_size, state.st_mtime_ns, state.st_ctime_ns
 

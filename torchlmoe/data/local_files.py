@@ -253,7 +253,7 @@ def _read_json(span: Span) -> Iterator[tuple[_Place, object]]:
 
 
 def _lines(span: Span) -> io.BytesIO:
-    """The lines that begin within the span's bytes, whole."""
+    """Yield the lines that begin within the span's bytes."""
     assert span.stop is not None
     with span.path.open("rb") as file:
         begin = _first_line(span, file)
@@ -262,7 +262,7 @@ def _lines(span: Span) -> io.BytesIO:
 
 
 def _first_line(span: Span, file: BinaryIO) -> int:
-    """Where the span's first line begins; the file is left there."""
+    """Return the start of the span's first line, and move the file there."""
     if span.start:
         file.seek(span.start - 1)
         file.readline()
