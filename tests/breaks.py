@@ -26,7 +26,7 @@ class Break(NamedTuple):
 
 BREAKS = [
     Break(
-        "sign of what the delta rule takes out",
+        "wrong sign of the value that the delta rule removes",
         "torchlmoe/ops/chunked.py",
         "torch.baddbmm(z, x[:, :, -1], state, alpha=-1)",
         "torch.baddbmm(z, x[:, :, -1], state, alpha=1)",
@@ -54,14 +54,14 @@ BREAKS = [
         "tests/ops tests/mixers",
     ),
     Break(
-        "convolution sees the document before",
+        "convolution sees the preceding document",
         "torchlmoe/ops/causal_conv.py",
         "reach = (distance >= shift)[:, None]",
         "reach = (distance >= 0)[:, None]",
         "tests/ops tests/mixers",
     ),
     Break(
-        "token shift sees the document before",
+        "token shift sees the preceding document",
         "torchlmoe/layers/token_shift.py",
         "return shifted.masked_fill(sequence.positions[..., None] == 0, 0)",
         "return shifted",
@@ -166,7 +166,7 @@ BREAKS = [
         "tests/training",
     ),
     Break(
-        "queries and gates taken from wrong rows of another format's projection",
+        "queries and gates read from wrong rows of another format's projection",
         "torchlmoe/interop/qwen3_next.py",
         "Split((head_dim, head_dim), groups=num_heads)",
         "Split((num_heads * head_dim,) * 2)",
@@ -194,7 +194,7 @@ BREAKS = [
         "tests/parallel/test_tensor_parallel.py",
     ),
     Break(
-        "balance of memories, which all ranks of heads see alike, summed over them and counted by each",
+        "balance of memories, equal on all ranks of heads, counted on each of them",
         "torchlmoe/parallel/tensor.py",
         "if isinstance(mixer, RoutedLayer) and rank > 0:",
         "if isinstance(mixer, RoutedLayer) and rank > degree:",
@@ -222,14 +222,14 @@ BREAKS = [
         "tests/parallel/test_tensor_parallel.py",
     ),
     Break(
-        "tokens come back from experts in the order in which the experts work",
+        "tokens returned from experts in the order of the experts",
         "torchlmoe/routing/exchange.py",
         "y_MD = all_to_all_single_autograd(sum_slots(y, slots), arrived.sent, arrived.received, self.mesh)",
         "y_MD = all_to_all_single_autograd(y, arrived.sent, arrived.received, self.mesh)",
         "tests/parallel/test_expert_parallel.py",
     ),
     Break(
-        "the gradient of what stages share not summed over them",
+        "the gradient of parameters that stages share not summed over them",
         "torchlmoe/parallel/shared.py",
         "dist.all_reduce(local, group=group)",
         "pass",
@@ -243,7 +243,7 @@ BREAKS = [
         "tests/parallel/test_pipeline.py",
     ),
     Break(
-        "a stage that takes nothing of what earlier layers share",
+        "a stage that ignores the tensor that earlier layers share",
         "torchlmoe/parallel/stages.py",
         "shared = received[1] if self.place.takes_shared else None",
         "shared = None",
@@ -264,7 +264,7 @@ BREAKS = [
         "tests/parallel/test_pipeline.py",
     ),
     Break(
-        "a report that does not tell that its rank has moved on",
+        "a report that does not change when its rank begins another operation",
         "torchlmoe/parallel/heartbeat.py",
         "self._moves += 1",
         "pass",
@@ -278,21 +278,21 @@ BREAKS = [
         "tests/parallel/test_heartbeat.py",
     ),
     Break(
-        "ranks that are started again meet in the store as the attempt before left it",
+        "restarted ranks read the store of the preceding attempt",
         "torchlmoe/parallel/mesh.py",
         "if is_store_of_launcher():",
         "if False:",
         "tests/parallel/test_launch.py",
     ),
     Break(
-        "a store that does not answer waited for",
+        "waiting for a store that does not answer",
         "torchlmoe/parallel/heartbeat.py",
         "return answer.result(2 * _SECONDS_OF_A_REQUEST)",
         "return answer.result()",
         "tests/parallel/test_heartbeat.py",
     ),
     Break(
-        "a source of a mixture begun anew with each step",
+        "a source of a mixture restarted in each step",
         "torchlmoe/data/order.py",
         "yield source, places[is_own], before + np.arange(is_own.sum())",
         "yield source, places[is_own], np.arange(is_own.sum())",
@@ -327,21 +327,21 @@ BREAKS = [
         "tests/planning/test_parts.py",
     ),
     Break(
-        "what is reduced over ranks planned at half of its bytes",
+        "reductions over ranks planned with half of their bytes",
         "torchlmoe/planning/communication.py",
         "num_bytes = sum(x.numel() * x.element_size() for",
         "num_bytes = sum(x.numel() * x.element_size() // (1 + collective.startswith('reduce')) for",
         "tests/planning/test_parts.py::test_fsdp_sends_each_parameter_twice_and_its_gradient_once",
     ),
     Break(
-        "Muon moves each part of an expert's matrix on its own",
+        "Muon updates each part of an expert's matrix separately",
         "torchlmoe/optim/muon.py",
         "return not place.is_replicate() and place.dim >= x.dim() - 2",
         "return not place.is_replicate() and place.dim >= x.dim() - 2 and x.dim() == 2",
         "tests/parallel/test_expert_parallel.py::test_fewer_experts_than_ranks_that_share_them",
     ),
     Break(
-        "rows that experts send back in a recompute never waited for",
+        "no wait for the rows that experts return in a recompute",
         "torchlmoe/routing/exchange.py",
         "y_MD.trigger_wait()",
         "pass",

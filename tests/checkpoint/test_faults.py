@@ -1,4 +1,4 @@
-"""What can go wrong while training: each ends in one sentence, in bounded time, and what was saved stays whole."""
+"""Failures while training: each ends with one sentence, in bounded time, and saved checkpoints stay complete."""
 
 import os
 import re

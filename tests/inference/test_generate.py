@@ -81,7 +81,7 @@ def test_cache_stays_in_place_and_only_attention_grows(mixer):
         assert model.init_cache(3, 20, torch.float32).bytes() < num_bytes
 
 
-def test_a_row_ends_at_the_end_token_and_the_others_go_on():
+def test_a_row_ends_at_the_end_token_and_the_others_continue():
     model = build()
     whole = generate(model, prompts(), max_new_tokens=24)
     end_id = whole[2][9]

@@ -26,7 +26,7 @@ AGAIN = "; kernels have changed since it was written: run python -m benchmarks.k
 
 @pytest.fixture
 def resources():
-    """The program, which keeps TRITON_INTERPRET from whoever imports it."""
+    """The program. Its import removes TRITON_INTERPRET from the environment."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", os.environ.get("TRITON_INTERPRET", "0"))
         from benchmarks import kernel_resources

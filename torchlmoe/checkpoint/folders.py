@@ -2,7 +2,7 @@
 
     step-00000200              published, whole
     step-00000300.partial      being written
-    step-00000100.removing     on its way out
+    step-00000100.removing     being removed
     step-00000400.abandoned    later than the one that `checkpoint.load_step` went back to; .abandoned-2 the next time
 
 Whatever a killed process was doing, only whole checkpoints have a plain name.

@@ -57,7 +57,7 @@ class FilePiece:
 
 
 def pieces_of_files(files: list[Path], text_column: str) -> list[FilePiece]:
-    """Files in their order, cut into pieces that depend on nothing but their sizes. Raises ValueError as `read_files`.
+    """Files in order, cut into pieces that depend only on their sizes. Raises ValueError like `read_files`.
 
     A file is cut where its format has places for it; one that is compressed is not.
     """

@@ -127,7 +127,7 @@ class _Build:
         self.parts = Parts(folder)
 
     def store(self) -> TokenStore:
-        """Opened, or built by whoever comes first, or by several writers together."""
+        """Open the store. If it is missing, the first process builds it, or several writers together."""
         if not self.folder.exists():
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             with failures_named(self.parts.partial):
@@ -181,7 +181,7 @@ class _Build:
 
     @cached_property
     def job(self) -> Job:
-        """How the corpus is read, as whoever began to build the store read it."""
+        """Return how the corpus is read: as recorded by the process that began to build the store."""
         plan = self.parts.folder / "plan.json"
         if not plan.exists():
             reading = self.corpus.read(None)

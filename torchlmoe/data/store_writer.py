@@ -1,4 +1,4 @@
-"""Writes token stores: shards, each by whoever has its documents, and the rest once all shards are there."""
+"""Writes token stores: each shard by the process that has its documents, and the index after all shards."""
 
 import hashlib
 import os

@@ -36,7 +36,7 @@ class Tokenizer:
             raise ValueError(
                 f"{path} is not a tokenizer.json that this version of `tokenizers` reads: {error}."
             ) from error
-        # A tokenizer.json may carry the truncation and padding of whoever saved it.
+        # A tokenizer.json may have the truncation and padding of the program that saved it.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         # A document that spells out "<|endoftext|>" is text like any other, and does not end there.

@@ -77,7 +77,7 @@ def search(
                 write(outcomes)
                 say(_line(outcomes[-1]))
         finally:
-            executor.shutdown(wait=False, cancel_futures=True)  # whoever called ends the runs that are left
+            executor.shutdown(wait=False, cancel_futures=True)  # the caller ends the remaining runs
         of_round = [outcome for outcome in outcomes if outcome.round == round_]
         good = sorted(
             (each for each in of_round if each.val_loss is not None), key=lambda each: (each.val_loss, each.trial)
