@@ -9,7 +9,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from torchlmoe.ops import linear_recurrence, span_summary
 from torchlmoe.ops.chunk_layout import chunk_layouts
-from torchlmoe.ops.chunked import Terms, chunked_forward, layouts_of
 
 TERMS = {
     "none": (),
@@ -234,19 +233,13 @@ def test_transition_of_a_long_row(dtype):
 
 @pytest.mark.parametrize("terms", TERMS)
 def test_registered_operation(terms):
-    """torch's own checks of a custom operation, and the traceable function differentiated by autograd."""
+    """torch's own checks of a custom operation."""
     inputs = make_inputs(TERMS[terms], 2, 20)
-    terms = Terms(*[inputs.get(name) for name in TENSORS], scale=0.7)
     torch.library.opcheck(
         torch.ops.torchlmoe.linear_recurrence.default,
         (*[inputs.get(name) for name in TENSORS], 0.7, inputs["initial_state"], None),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"),
     )
-    o, *_ = chunked_forward(terms, inputs["initial_state"], layouts_of(inputs["v"], None))
-    used = list(inputs.values())
-    traced = torch.autograd.grad(o.square().sum(), used)
-    o, _ = linear_recurrence(**inputs, scale=0.7)
-    torch.testing.assert_close(torch.autograd.grad(o.square().sum(), used), traced, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("terms", TERMS)
