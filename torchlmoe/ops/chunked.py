@@ -29,7 +29,6 @@ from torch import Tensor
 from torchlmoe.ops.chunk_decay import CausalMask, ChannelDecay, MatrixDecay, Undecayed, unit_lower_inverse
 from torchlmoe.ops.chunk_layout import ChunkLayout, Slab, chunk_layouts, chunk_plans, restore_order
 
-CHUNK_SIZE = 64
 SLAB_TOKENS = 4096  # times heads; 1 MiB for a tensor of 64 channels
 
 
@@ -63,8 +62,10 @@ def _bounds(cu_seqlens: Tensor | None) -> tuple[int, ...] | None:
 
 
 def _layout_key(v: Tensor, bounds: tuple[int, ...] | None) -> tuple[int, int, tuple[int, ...] | None, int, int]:
-    batch_size, length, num_heads, _ = v.shape
-    return batch_size, length, bounds, CHUNK_SIZE, max(1, SLAB_TOKENS // (CHUNK_SIZE * num_heads))
+    """Longer chunks do more work between their tokens, and less with states; wide states are the dearer part."""
+    batch_size, length, num_heads, value_dim = v.shape
+    chunk_size = 32 if value_dim <= 64 else 64
+    return batch_size, length, bounds, chunk_size, max(1, SLAB_TOKENS // (chunk_size * num_heads))
 
 
 @dataclass
