@@ -31,7 +31,7 @@ TERMS = {
     "rwkv7": ("rwkv7",),
 }
 TENSORS = ("q", "k", "v", "log_decay", "erase", "erase_key", "value_log_decay", "bonus")
-LENGTHS = [1, 2, 63, 64, 65, 200]
+LENGTHS = [1, 2, 31, 32, 33, 65, 200]  # chunks have 32 tokens, and 64 where values are wide
 DOCUMENTS = [0, 0, 1, 2, 66, 66, 67, 190, 200, 200]  # empty, one-token, and longer ones
 
 
@@ -105,6 +105,13 @@ def test_chunked_equals_token_loop(terms, length):
     expected = run(inputs, backend="reference")
     assert_close(run(inputs, backend="chunked"), expected, 1e-9)
     assert_close(run(inputs, torch.float32, backend="chunked"), expected, 1e-5, 1e-4)
+
+
+@pytest.mark.parametrize("terms", ["head_bonus", "value", "gated_delta", "rwkv7"])
+def test_chunks_of_wide_values(terms):
+    for length in (63, 64, 65, 130):
+        inputs = make_inputs(TERMS[terms], 1, length, value_dim=72)
+        assert_close(run(inputs, backend="chunked"), run(inputs, backend="reference"), 1e-9)
 
 
 STRONG_GATES = {
