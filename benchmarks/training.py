@@ -2,8 +2,8 @@
 
 The first table compares forward, backward and AdamW with transformers' Qwen3-Next of the same sizes (LLLN: three blocks
 of Gated DeltaNet and one of gated attention; 16 experts, 4 of them active, and a gated shared one). Each model has a
-separate process, and they run steps in turn. The second table has every mixer in a small model, at equal tokens per step
-from short rows to long ones.
+separate process, and they run steps in turn. The second table has every mixer in a small model, from short rows to long
+ones at equal tokens per step.
 
 Speeds are tokens/s, and the rate of the model's FLOPs divided by the measured rate of matrix products in the same
 dtype. torchlmoe's trainer keeps freed memory in the process; "kept pages" uses that setting for transformers too.
