@@ -201,7 +201,7 @@ BREAKS = [
         "tests/parallel/test_tensor_parallel.py",
     ),
     Break(
-        "router's padding and rows taken from another piece of tokens",
+        "a router's padding and rows read from another piece of tokens",
         "torchlmoe/parallel/tensor.py",
         "replace(sequence, share=share).span(rank, degree)",
         "replace(sequence, share=share).span(0, degree)",
