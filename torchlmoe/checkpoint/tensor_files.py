@@ -72,7 +72,7 @@ class TensorFolder:
 def files_of_index(folder: Path) -> list[Path]:
     """The files that hold a model as transformers writes it: one, or those that the index names.
 
-    Raises ValueError where one is missing, lies elsewhere, or lacks a tensor that the index says it holds.
+    Raises ValueError if a file is missing, is in another folder, or lacks a tensor that the index lists for it.
     """
     if not (folder / INDEX).exists():
         if not (folder / SINGLE).is_file():

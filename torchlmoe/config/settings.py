@@ -286,7 +286,7 @@ class Validation(Table):
 
 @dataclass
 class Metrics(Table):
-    log_freq: Annotated[int, Field(ge=1, description="Log every so many steps.")] = 10
+    log_freq: Annotated[int, Field(ge=1, description="Log every N-th step.")] = 10
     tensorboard: Annotated[bool, Field(description="Write TensorBoard files.")] = True
     plot: Annotated[bool, Field(description="Draw loss_curve.png.")] = True
     peak_tflops: Annotated[

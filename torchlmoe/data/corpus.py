@@ -108,7 +108,7 @@ def open_corpus(
         validate on, where the dataset has no validation split and there is no validation_dataset.
     reader_options: keyword arguments of the reader that `dataset` names.
     token_dtype: of files of tokens that do not say it: "uint16" or "uint32"; by the vocabulary if None.
-    Raises ValueError where there is no such dataset, split or file; for the hub, once documents are read.
+    Raises ValueError if the dataset, split or file does not exist; for the hub, when documents are read.
     """
     assert split in ("train", "validation")
     if not 0 <= validation_fraction < 1:

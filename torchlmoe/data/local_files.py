@@ -21,7 +21,7 @@ TOKENS = {".bin", ".npy"}
 COMPRESSIONS = {".gz", ".zst"}
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 
-# A corpus is cut into pieces of at least so many bytes, and into about so many pieces at most.
+# Smallest size of a piece of the corpus in bytes, and approximate largest number of pieces.
 PIECE_BYTES = 2**24
 MOST_PIECES = 4096
 
@@ -107,7 +107,7 @@ def find_files(path: Path, train_split: str, validation_split: str) -> dict[str,
     table: a README is not taken for data. Files of tokens (.bin, .npy) count only without a table, and then alone.
     Stores that were made here are left out. Links are followed; hidden files are left out.
     Logs once how many files each split has and how many are left out.
-    Raises ValueError where there is no file to read, and for a link whose target is missing.
+    Raises ValueError if there is no file to read, and for a link whose target is missing.
     """
     if path.is_file():
         if _kind(path) not in TABLES | TEXTS | TOKENS:

@@ -20,7 +20,7 @@ class Plan:
     """What a search does, before any run.
 
     settings: of the recipe, resolved. tried: the trials. lengths: steps of a run in each round.
-    keep: one in so many trials goes into the next round.
+    keep: one of `keep` trials reaches the next round.
     """
 
     settings: dict[str, Any]
