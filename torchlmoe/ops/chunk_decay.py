@@ -15,8 +15,6 @@ Legend: N chunks times heads, C tokens per chunk, R readers and W writers per to
 import torch
 from torch import Tensor
 
-SOLVED_BLOCK = 16  # the largest triangle that LAPACK inverts faster than products do
-
 
 class Undecayed:
     """E is one everywhere, for scores that are already zero above the diagonal."""
@@ -197,26 +195,6 @@ def thin_matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def unit_lower_inverse(lower_NCC: Tensor) -> Tensor:
-    """(I + L)^-1 of the part L below the diagonal, C a power of two.
-
-    Blocks on the diagonal are solved for; the block between two of them is a product with both inverses.
-    """
-    length = lower_NCC.shape[-1]
-    inverse = torch.zeros_like(lower_NCC, memory_format=torch.contiguous_format)
-    size = min(length, SOLVED_BLOCK)
-    identity = torch.eye(size, dtype=lower_NCC.dtype, device=lower_NCC.device)
-    diagonal = _blocks(lower_NCC, size)
-    solved = torch.linalg.solve_triangular(diagonal, identity.expand_as(diagonal), upper=False, unitriangular=True)
-    _blocks(inverse, size).copy_(solved)
-    while size < length:
-        between = _blocks(lower_NCC, 2 * size)[..., size:, :size]
-        both = _blocks(inverse, 2 * size)
-        below = torch.matmul(torch.matmul(both[..., size:, size:], between), both[..., :size, :size])
-        both[..., size:, :size] = below.neg_()
-        size *= 2
-    return inverse
-
-
-def _blocks(x_NCC: Tensor, size: int) -> Tensor:
-    """The blocks on the diagonal: a view [N, blocks, size, size]."""
-    return x_NCC.unflatten(2, (-1, size)).unflatten(1, (-1, size)).diagonal(dim1=1, dim2=3).movedim(3, 1)
+    """(I + L)^-1 of the part L below the diagonal."""
+    identity = torch.eye(lower_NCC.shape[-1], dtype=lower_NCC.dtype, device=lower_NCC.device)
+    return torch.linalg.solve_triangular(lower_NCC, identity.expand_as(lower_NCC), upper=False, unitriangular=True)

@@ -35,25 +35,20 @@ class Slab:
     steps: slice | None  # if all rows are whole chunks, the slab's place in each row; then no indices are needed
     indices: dict[str, Tensor] = field(default_factory=dict)  # made once, for every layer
 
-    def cut(self, x: Tensor, num_heads: int) -> Tensor:
-        """[B, T, Hx, ...] -> [M * num_heads, C, ...], zero where padded; head j reads head j // (num_heads / Hx)."""
-        repeat = num_heads // x.shape[2]
+    def cut_into(self, x: Tensor, out: Tensor) -> Tensor:
+        """x [B, T, Hx, ...] -> out [M * num_heads, C, ...], in its dtype, zero where padded; returns out.
+
+        Head j reads head j // (num_heads / Hx) of x.
+        """
+        num_heads = out.shape[0] // self.tokens_MC.shape[0]
         if self.steps is not None:
             chunks = self._view(x, self.steps)
-            return (chunks if repeat == 1 else chunks.repeat_interleave(repeat, 2)).flatten(0, 2)
-        rows = x.reshape(-1, *x.shape[3:]).index_select(0, self._rows(x.shape[2], repeat))
+            out.unflatten(0, (*chunks.shape[:3], -1)).copy_(chunks.unsqueeze(3))
+            return out
+        rows = x.reshape(-1, *x.shape[3:]).index_select(0, self._rows(x.shape[2], num_heads // x.shape[2]))
         if self.padded_MC is not None:
             rows.index_fill_(0, self._slots(num_heads, padded=True), 0)
-        return rows.view(-1, self.tokens_MC.shape[1], *x.shape[3:])
-
-    def cut_into(self, x: Tensor, out: Tensor) -> Tensor:
-        """`cut` into out [M * num_heads, C, ...], in its dtype; returns it."""
-        num_heads = out.shape[0] // self.tokens_MC.shape[0]
-        if self.steps is None:
-            return out.copy_(self.cut(x, num_heads))
-        chunks = self._view(x, self.steps)
-        out.unflatten(0, (*chunks.shape[:3], -1)).copy_(chunks.unsqueeze(3))
-        return out
+        return out.copy_(rows.view(out.shape))
 
     def paste(self, x: Tensor, out: Tensor) -> None:
         """Writes x [M * H, C, ...] to its places in out [B, T, Hx, ...]; heads that share one are summed."""
@@ -96,10 +91,6 @@ class ChunkLayout:
 
     slabs: list[Slab]
     order_N: Tensor  # int64: documents from the longest to the shortest
-
-    def restore_order(self, x_N: Tensor) -> Tensor:
-        """From the longest document first to the order in which they came."""
-        return restore_order([self], x_N)
 
 
 def restore_order(layouts: Sequence[ChunkLayout], x_N: Tensor) -> Tensor:

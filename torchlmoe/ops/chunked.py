@@ -136,7 +136,6 @@ def cut(terms: Terms, slab: Slab) -> Chunks:
     """The slab's chunks, with their scores."""
     num_heads = terms.v.shape[2]
     dtype = torch.promote_types(terms.v.dtype, torch.float32)
-
     num_chunks, chunk_size = num_heads * slab.tokens_MC.shape[0], slab.tokens_MC.shape[1]
 
     def empty(*shape: int) -> Tensor:
@@ -196,11 +195,6 @@ def cut(terms: Terms, slab: Slab) -> Chunks:
     )  # fmt: skip
 
 
-def beside(parts: list[Tensor]) -> Tensor:
-    """[N, C, D] each -> [N, C, parts, D]"""
-    return parts[0].unsqueeze(2) if len(parts) == 1 else torch.stack(parts, 2)
-
-
 def decayed(x_NCRD: Tensor, decay_NCD: Tensor | None) -> Tensor:
     return x_NCRD if decay_NCD is None else x_NCRD * decay_NCD.unsqueeze(2)
 
@@ -233,10 +227,8 @@ def scan(chunks: Chunks, state: Tensor, finished: list[Tensor]) -> tuple[Tensor,
             n, erased_keys, keys = of_erase
             n.baddbmm_(erased_keys, start, alpha=-1)
             state.baddbmm_(keys, n)
-    values = [v_NCV] if chunks.writes_v else []
-    if removed is not None:
-        values.append(removed)
-    return state, beside(values)
+    values = [x for x in (v_NCV if chunks.writes_v else None, removed) if x is not None]
+    return state, values[0].unsqueeze(2) if len(values) == 1 else torch.stack(values, 2)
 
 
 def carry(state: Tensor, whole: Tensor | None, added: Tensor | None) -> Tensor:

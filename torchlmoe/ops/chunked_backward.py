@@ -60,10 +60,10 @@ def chunked_backward(
             kept_start = kept_end - slab.num_active[0] * num_heads
             _, w_NCWV = scan(chunks, kept[kept_start:kept_end], [])
             kept_end = kept_start
-            # The gradient of what each reader reads: do, and for erase -dz.
             rows_NCRV = w_NCWV.new_empty(*chunks.x_NCRK.shape[:3], w_NCWV.shape[-1])
-            grad_o_NCV = slab.cut_into(grad_o, rows_NCRV[:, :, 0]) if chunks.reads else None
-            grads, grad_state = _slab_backward(chunks, w_NCWV, rows_NCRV, grad_o_NCV, grad_state, last_grad)
+            if chunks.reads:
+                slab.cut_into(grad_o, rows_NCRV[:, :, 0])
+            grads, grad_state = _slab_backward(chunks, w_NCWV, rows_NCRV, grad_state, last_grad)
             if chunks.reads:
                 grads["q"].mul_(terms.scale)
             for name in tensors:
@@ -84,42 +84,34 @@ def chunked_backward(
 
 
 def _slab_backward(
-    chunks: Chunks,
-    w_NCWV: Tensor,
-    rows_NCRV: Tensor,
-    grad_o_NCV: Tensor | None,
-    grad_state: Tensor,
-    last_grad: Tensor,
+    chunks: Chunks, w_NCWV: Tensor, rows_NCRV: Tensor, grad_state: Tensor, last_grad: Tensor
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Gradients of the slab's terms, [N, C, ...] (of the bonus [N, K]), and of the states at its start.
 
-    rows: the gradient of what each reader has read; grad_o is its first reader, and erase's is filled in.
+    rows: the gradient of what each reader has read; that of q is given, that of erase is filled in.
     """
+    grad_o_NCV = rows_NCRV[:, :, 0] if chunks.reads else None
     x_NCRK, y_NCWK, scores, starts_NKV = chunks.x_NCRK, chunks.y_NCWK, chunks.scores_NCRCW, chunks.starts_NKV
     key_decay, value_decay = chunks.key_decay, chunks.value_decay
     read_keys, written_keys = chunks.read_keys_NCRK, chunks.written_keys_NCWK
 
-    grad_w_NCWV = grad_added = None
+    grad_added = None
     if grad_o_NCV is not None:
-        if value_decay.whole is None:
-            grad_w_NCWV = value_decay.columns(scores[:, :, :1], grad_o_NCV.unsqueeze(2))
         grad_added = torch.bmm(read_keys[:, :, 0].mT, chunks.values_from_start(grad_o_NCV))
-    elif chunks.inverse_NCC is not None:
+    if grad_o_NCV is not None and value_decay.whole is None:
+        grad_w_NCWV = value_decay.columns(scores[:, :, :1], grad_o_NCV.unsqueeze(2))
+    else:
         grad_w_NCWV = torch.zeros_like(w_NCWV)
-
     grad_state, grad_end_NKV = _mirrored_scan(chunks, grad_w_NCWV, grad_added, grad_state, last_grad)
 
-    grad_v = None
-    if chunks.inverse_NCC is not None and grad_w_NCWV is not None:
-        grad_v = torch.bmm(chunks.inverse_NCC.mT, grad_w_NCWV[:, :, -1])  # dz
+    grad_v = grad_w_NCWV[:, :, -1]
+    if chunks.inverse_NCC is not None:
+        grad_v = torch.bmm(chunks.inverse_NCC.mT, grad_v)  # dz
         torch.neg(grad_v, out=rows_NCRV[:, :, -1])
     if chunks.writes_v:
-        grad_v = chunks.values_at_end(torch.bmm(written_keys[:, :, 0], grad_end_NKV))
-        if grad_w_NCWV is not None:
-            grad_v.add_(grad_w_NCWV[:, :, 0])
+        grad_v = chunks.values_at_end(torch.bmm(written_keys[:, :, 0], grad_end_NKV)).add_(grad_w_NCWV[:, :, 0])
         if chunks.inverse_NCC is not None:
             grad_v.baddbmm_(scores[:, :, -1, :, 0].mT, rows_NCRV[:, :, -1])
-    assert grad_v is not None
 
     grad_y = torch.bmm(chunks.values_at_end(w_NCWV).flatten(1, 2), grad_end_NKV.mT).view_as(y_NCWK)
     if key_decay.to_end is not None:
@@ -133,17 +125,21 @@ def _slab_backward(
         grad_scores = value_decay.pair(rows_NCRV, w_NCWV)
         if chunks.strict:
             make_strict(grad_scores)
-    grads = {}
+
+    def through(*dims: int) -> Tensor:
+        """What passes from the first state of each chunk to its last, summed over keys (1), values (2) or both."""
+        return carry(starts_NKV, chunks.whole(), None).mul_(grad_end_NKV).sum(dims)
+
+    grads, before = {}, chunks.reads_before
     if isinstance(key_decay, MatrixDecay):
         from_start, to_end = ((x * grad).sum((2, 3)) for x, grad in ((x_NCRK, grad_x), (y_NCWK, grad_y)))
-        within = None if grad_scores is None else _inner(grad_scores, scores)
-        through_N = _through(chunks, grad_end_NKV, (1, 2))
-        grads["log_decay"] = _passing(from_start, to_end, through_N, within, chunks.reads_before)
+        within = None
+        if grad_scores is not None:  # one by one, as `sum` over one or two elements is slow
+            products = (grad_scores * scores).unbind(2)
+            within = sum((x for of_reader in products for x in of_reader.unbind(-1)), start=starts_NKV.new_zeros(()))
+        grads["log_decay"] = _passing(from_start, to_end, through(1, 2), within, before)
     if isinstance(key_decay, ChannelDecay):
-        through_NK = _through(chunks, grad_end_NKV, (2,))
-        grads["log_decay"] = key_decay.gradient(
-            grad_scores, x_NCRK, y_NCWK, grad_x, grad_y, through_NK, chunks.reads_before
-        )
+        grads["log_decay"] = key_decay.gradient(grad_scores, x_NCRK, y_NCWK, grad_x, grad_y, through(2), before)
     elif grad_scores is not None:
         key_decay.backward(grad_scores, x_NCRK, y_NCWK, grad_x, grad_y)
     if isinstance(value_decay, ChannelDecay):
@@ -151,9 +147,8 @@ def _slab_backward(
         if grad_o_NCV is not None:
             readers, of_scores = grad_o_NCV.unsqueeze(2), scores[:, :, :1]
             read_NCRV = chunks.values_from_start(torch.bmm(read_keys[:, :, 0], starts_NKV)).unsqueeze(2)
-        through_NV = _through(chunks, grad_end_NKV, (1,))
         grads["value_log_decay"] = value_decay.gradient(
-            of_scores, readers, w_NCWV, read_NCRV, grad_v.unsqueeze(2), through_NV, chunks.reads_before
+            of_scores, readers, w_NCWV, read_NCRV, grad_v.unsqueeze(2), through(1), before
         )
     grads["v"] = grad_v
 
@@ -180,7 +175,7 @@ def _slab_backward(
 
 
 def _mirrored_scan(
-    chunks: Chunks, grad_w_NCWV: Tensor | None, grad_added: Tensor | None, grad_state: Tensor, last_grad: Tensor
+    chunks: Chunks, grad_w_NCWV: Tensor, grad_added: Tensor | None, grad_state: Tensor, last_grad: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the slab's first states, and of every chunk's last state [N, K, V].
 
@@ -188,9 +183,8 @@ def _mirrored_scan(
     first state. Documents enter at their last chunk.
     """
     grad_ends_NKV = torch.empty_like(chunks.starts_NKV)
-    erase: tuple[Tensor, ...] = ()
-    if chunks.inverse_NCC is not None and grad_w_NCWV is not None and chunks.erased_keys_NCK is not None:
-        erase = (grad_w_NCWV[:, :, -1], chunks.written_keys_NCWK[:, :, -1], chunks.erased_keys_NCK.mT)
+    keys, erased = chunks.written_keys_NCWK[:, :, -1], chunks.erased_keys_NCK
+    erase = () if erased is None else (grad_w_NCWV[:, :, -1], keys, erased.mT)
     per_step = [chunks.steps(x) for x in (grad_ends_NKV, grad_added, chunks.whole(), *erase)]
     for grad_end, plus, whole, *of_erase in reversed(list(zip(*per_step, strict=True))):
         num_before = grad_state.shape[0]
@@ -202,27 +196,6 @@ def _mirrored_scan(
             grad_n.baddbmm_(keys, grad_end)
             grad_state.baddbmm_(erased_keys, grad_n, alpha=-1)
     return grad_state, grad_ends_NKV
-
-
-def _through(chunks: Chunks, grad_end_NKV: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """What passes from each chunk's first state to its last, summed over keys (1), values (2) or both."""
-    starts_NKV, whole = chunks.starts_NKV, chunks.whole()
-    if whole is not None and whole.shape[1:] == (1, 1):
-        return torch.bmm(starts_NKV.flatten(1)[:, None], grad_end_NKV.flatten(1)[..., None]).flatten() * whole.flatten()
-    return (carry(starts_NKV, whole, None) * grad_end_NKV).sum(dims)
-
-
-def _inner(a_NCRCW: Tensor, b_NCRCW: Tensor) -> Tensor:
-    """The product summed over readers and writers, [N, C, C]; `sum` over one or two elements is slow."""
-    pairs = [
-        (a[..., writer], b[..., writer])
-        for a, b in zip(a_NCRCW.unbind(2), b_NCRCW.unbind(2), strict=True)
-        for writer in range(a.shape[-1])
-    ]
-    product = torch.mul(*pairs[0])
-    for a, b in pairs[1:]:
-        product.addcmul_(a, b)
-    return product
 
 
 def _passing(from_start: Tensor, to_end: Tensor, through: Tensor, within: Tensor | None, reads_before: bool) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from torchlmoe.ops.checks import check_bounds, check_bounds_at_hand, check_not_empty, check_shape, num_documents
+from torchlmoe.ops.chunk_layout import restore_order
 from torchlmoe.ops.kernel_backend import kernels_serve
 from torchlmoe.ops.operation import custom_op, operation, size_by_documents
 from torchlmoe.ops.scan_backend import check_backend
@@ -272,7 +273,7 @@ def _forward(
             read = _real_like(_over_keys(_take(q, tokens, 4, dtype), states), o)
             o.view(-1, *v.shape[2:]).index_copy_(0, tokens, read.to(o.dtype))
     final[: state.shape[0]] = state
-    return o, layout.restore_order(final), torch.cat([*starts, state[:0]])
+    return o, restore_order([layout], final), torch.cat([*starts, state[:0]])
 
 
 @_forward.register_fake
@@ -383,7 +384,7 @@ def _scan_backward(
             _give(grad_log_decay, tokens, 5, grad_decay.mul_(_take(step, tokens, 4, dtype)[:, :, None]))
     # A document without tokens passes the gradient of its final state to its initial state.
     grad_initial = torch.cat([carry, grad_final[carry.shape[0] :]])
-    return grads, layout.restore_order(grad_initial)
+    return grads, restore_order([layout], grad_initial)
 
 
 @custom_op("torchlmoe::elementwise_recurrence_backward")
