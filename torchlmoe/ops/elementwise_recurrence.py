@@ -23,7 +23,7 @@ from torch.utils.flop_counter import register_flop_formula
 from torchlmoe.ops.checks import check_bounds, check_bounds_at_hand, check_not_empty, check_shape, num_documents
 from torchlmoe.ops.chunk_layout import restore_order
 from torchlmoe.ops.kernel_backend import kernels_serve
-from torchlmoe.ops.operation import custom_op, operation, size_by_documents
+from torchlmoe.ops.operation import custom_op, gradients_of, keep_for_backward, operation, size_by_documents
 from torchlmoe.ops.scan_backend import check_backend
 from torchlmoe.ops.scan_layout import kept_scan_layout, num_scan_starts
 from torchlmoe.ops.time_invariant import time_invariant_backward, time_invariant_forward
@@ -423,10 +423,11 @@ def _(grad_o, grad_final, q, k, v, log_decay, step, initial_state, *rest):
 
 def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs, output[2])
-    ctx.mark_non_differentiable(output[2])
+    keep_for_backward(ctx, output[:2], output[2])
 
 
-def _autograd(ctx, grad_o, grad_final, _):
+def _autograd(ctx, *grads_of_outputs):
+    grad_o, grad_final = gradients_of(ctx, grads_of_outputs)
     *inputs, starts = ctx.saved_tensors
     grads = _backward(grad_o, grad_final, *inputs, starts)
     return (*(None if x is None else grad for x, grad in zip(inputs[:6], grads, strict=True)), None)
