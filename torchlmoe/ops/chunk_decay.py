@@ -7,8 +7,6 @@ All products of a chunk's tokens are derivatives of one form of readers x, write
 `pair` is its derivative by P (the scores of x and y), `rows` by x, `columns` by y. G is the inclusive cumulative sum of
 the log decay. A read before the token's own decay (RWKV-6) uses the exclusive sum in place of G_id.
 
-`ChannelDecay.gradient` also returns the gradient of a decay per channel; `chunked_backward.py` has that of the others.
-
 Legend: N chunks times heads, C tokens per chunk, R readers and W writers per token, D width, G groups of equal decay.
 """
 
@@ -192,9 +190,3 @@ def thin_matmul(a: Tensor, b: Tensor) -> Tensor:
     for index in range(1, a.shape[-1]):
         product = torch.addcmul(product, a[..., index, None], b[..., index, None, :])
     return product
-
-
-def unit_lower_inverse(lower_NCC: Tensor) -> Tensor:
-    """(I + L)^-1 of the part L below the diagonal."""
-    identity = torch.eye(lower_NCC.shape[-1], dtype=lower_NCC.dtype, device=lower_NCC.device)
-    return torch.linalg.solve_triangular(lower_NCC, identity.expand_as(lower_NCC), upper=False, unitriangular=True)

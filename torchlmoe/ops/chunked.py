@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchlmoe.ops.chunk_decay import CausalMask, ChannelDecay, MatrixDecay, Undecayed, unit_lower_inverse
+from torchlmoe.ops.chunk_decay import CausalMask, ChannelDecay, MatrixDecay, Undecayed
 from torchlmoe.ops.chunk_layout import ChunkLayout, Slab, chunk_layouts, chunk_plans, restore_order
 
 SLAB_TOKENS = 4096  # times heads; 1 MiB for a tensor of 64 channels
@@ -49,16 +49,13 @@ class Terms:
 
 def layouts_of(v: Tensor, cu_seqlens: Tensor | None) -> tuple[ChunkLayout, ...]:
     """The layouts of v's rows or documents, for real tensors. Raises ValueError for invalid bounds."""
-    return chunk_layouts(*_layout_key(v, _bounds(cu_seqlens)), v.device)
+    bounds = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
+    return chunk_layouts(*_layout_key(v, bounds), v.device)
 
 
 def num_kept(v: Tensor, bounds: tuple[int, ...] | None) -> int:
     """Number of states that `chunked_forward` keeps for the backward; v may be without values."""
     return v.shape[2] * sum(plan.num_first for plan in chunk_plans(*_layout_key(v, bounds)))
-
-
-def _bounds(cu_seqlens: Tensor | None) -> tuple[int, ...] | None:
-    return None if cu_seqlens is None else tuple(cu_seqlens.tolist())
 
 
 def _layout_key(v: Tensor, bounds: tuple[int, ...] | None) -> tuple[int, int, tuple[int, ...] | None, int, int]:
@@ -94,24 +91,9 @@ class Chunks:
         return self.bonus_N1K is not None
 
     @property
-    def strict(self) -> bool:
-        """Whether the last reader does not read its own token (except by the bonus)."""
-        return self.reads_before or self.inverse_NCC is not None
-
-    @property
     def writes_v(self) -> bool:
         """Whether v itself is written, alone or together with n."""
         return self.inverse_NCC is None or self.y_NCWK.shape[2] == 2
-
-    def values_from_start(self, w_V: Tensor) -> Tensor:
-        """w * exp H, for w [N, C, V] or [N, C, 1, V]"""
-        decay = self.value_decay.from_start
-        return w_V if decay is None else w_V * decay.view(w_V.shape)
-
-    def values_at_end(self, w_V: Tensor) -> Tensor:
-        """w * exp(H_C - H)"""
-        decay = self.value_decay.to_end
-        return w_V if decay is None else w_V * decay.view(w_V.shape)
 
     def whole(self) -> Tensor | None:
         """exp G_C * exp H_C, [N, 1 or K, 1 or V]"""
@@ -136,10 +118,10 @@ def cut(terms: Terms, slab: Slab) -> Chunks:
     """The slab's chunks, with their scores."""
     num_heads = terms.v.shape[2]
     dtype = torch.promote_types(terms.v.dtype, torch.float32)
-    num_chunks, chunk_size = num_heads * slab.tokens_MC.shape[0], slab.tokens_MC.shape[1]
+    num_slots, chunk_size = slab.tokens_MC.shape
 
     def empty(*shape: int) -> Tensor:
-        return terms.v.new_empty(num_chunks, *shape, dtype=dtype)
+        return terms.v.new_empty(num_heads * num_slots, *shape, dtype=dtype)
 
     def chunks_of(x: Tensor) -> Tensor:
         return slab.cut_into(x, empty(chunk_size, *x.shape[3:]))
@@ -161,10 +143,7 @@ def cut(terms: Terms, slab: Slab) -> Chunks:
             torch.mul(y_NCWK[:, :, -1], beta_NC[..., None], out=x_NCRK[:, :, -1])
         else:
             slab.cut_into(terms.erase, x_NCRK[:, :, -1])
-    bonus_N1K = None
-    if terms.bonus is not None:
-        bonus_N1K = terms.bonus.to(dtype).repeat(num_chunks // num_heads, 1)[:, None]
-
+    bonus_N1K = None if terms.bonus is None else terms.bonus.to(dtype).repeat(num_slots, 1)[:, None]
     reads_before = bonus_N1K is not None
     key_decay: Undecayed
     if terms.log_decay is None:
@@ -186,7 +165,8 @@ def cut(terms: Terms, slab: Slab) -> Chunks:
     if reads_before or erases:
         make_strict(scores_NCRCW)
     if erases:
-        inverse_NCC = unit_lower_inverse(scores_NCRCW[:, :, -1, :, -1])
+        lower, one = scores_NCRCW[:, :, -1, :, -1], torch.eye(chunk_size, dtype=dtype, device=v_NCV.device)
+        inverse_NCC = torch.linalg.solve_triangular(lower, one.expand_as(lower), upper=False, unitriangular=True)
         erased_keys_NCK = torch.bmm(inverse_NCC, read_keys_NCRK[:, :, -1])
     return Chunks(
         slab, num_heads, reads, v_NCV, x_NCRK, y_NCWK, read_keys_NCRK, decayed(y_NCWK, key_decay.to_end),
@@ -195,8 +175,9 @@ def cut(terms: Terms, slab: Slab) -> Chunks:
     )  # fmt: skip
 
 
-def decayed(x_NCRD: Tensor, decay_NCD: Tensor | None) -> Tensor:
-    return x_NCRD if decay_NCD is None else x_NCRD * decay_NCD.unsqueeze(2)
+def decayed(x: Tensor, decay_NCD: Tensor | None) -> Tensor:
+    """x [N, C, D] or [N, C, R, D] times the decay, if there is any."""
+    return x if decay_NCD is None else x * (decay_NCD if x.dim() == 3 else decay_NCD.unsqueeze(2))
 
 
 def make_strict(scores_NCRCW: Tensor) -> None:
@@ -213,7 +194,7 @@ def scan(chunks: Chunks, state: Tensor, finished: list[Tensor]) -> tuple[Tensor,
     written_keys, v_NCV = chunks.written_keys_NCWK, chunks.v_NCV
     added = removed = None
     if chunks.writes_v:
-        added = torch.bmm(written_keys[:, :, 0].mT, chunks.values_at_end(v_NCV))
+        added = torch.bmm(written_keys[:, :, 0].mT, decayed(v_NCV, chunks.value_decay.to_end))
     if chunks.inverse_NCC is not None:
         z_NCV = -torch.bmm(chunks.scores_NCRCW[:, :, -1, :, 0], v_NCV) if chunks.writes_v else v_NCV
         removed = torch.bmm(chunks.inverse_NCC, z_NCV)  # n of every step, once E S is subtracted
@@ -240,7 +221,7 @@ def carry(state: Tensor, whole: Tensor | None, added: Tensor | None) -> Tensor:
 
 def read(chunks: Chunks, w_NCWV: Tensor) -> Tensor:
     """Return o [N, C, V] of a scanned slab, without the bonus."""
-    o_NCV = chunks.values_from_start(torch.bmm(chunks.read_keys_NCRK[:, :, 0], chunks.starts_NKV))
+    o_NCV = decayed(torch.bmm(chunks.read_keys_NCRK[:, :, 0], chunks.starts_NKV), chunks.value_decay.from_start)
     return chunks.value_decay.rows(chunks.scores_NCRCW[:, :, :1], w_NCWV, o_NCV.unsqueeze(2)).squeeze(2)
 
 

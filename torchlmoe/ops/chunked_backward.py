@@ -25,7 +25,7 @@ from torch import Tensor
 
 from torchlmoe.ops.chunk_decay import ChannelDecay, MatrixDecay
 from torchlmoe.ops.chunk_layout import ChunkLayout, restore_order
-from torchlmoe.ops.chunked import Chunks, Terms, carry, cut, make_strict, scan
+from torchlmoe.ops.chunked import Chunks, Terms, carry, cut, decayed, make_strict, scan
 
 PER_TOKEN = ("q", "k", "v", "log_decay", "erase", "erase_key", "value_log_decay")
 
@@ -97,7 +97,7 @@ def _slab_backward(
 
     grad_added = None
     if grad_o_NCV is not None:
-        grad_added = torch.bmm(read_keys[:, :, 0].mT, chunks.values_from_start(grad_o_NCV))
+        grad_added = torch.bmm(read_keys[:, :, 0].mT, decayed(grad_o_NCV, value_decay.from_start))
     if grad_o_NCV is not None and value_decay.whole is None:
         grad_w_NCWV = value_decay.columns(scores[:, :, :1], grad_o_NCV.unsqueeze(2))
     else:
@@ -109,21 +109,20 @@ def _slab_backward(
         grad_v = torch.bmm(chunks.inverse_NCC.mT, grad_v)  # dz
         torch.neg(grad_v, out=rows_NCRV[:, :, -1])
     if chunks.writes_v:
-        grad_v = chunks.values_at_end(torch.bmm(written_keys[:, :, 0], grad_end_NKV)).add_(grad_w_NCWV[:, :, 0])
+        grad_v = decayed(torch.bmm(written_keys[:, :, 0], grad_end_NKV), value_decay.to_end).add_(grad_w_NCWV[:, :, 0])
         if chunks.inverse_NCC is not None:
             grad_v.baddbmm_(scores[:, :, -1, :, 0].mT, rows_NCRV[:, :, -1])
 
-    grad_y = torch.bmm(chunks.values_at_end(w_NCWV).flatten(1, 2), grad_end_NKV.mT).view_as(y_NCWK)
+    grad_y = torch.bmm(decayed(w_NCWV, value_decay.to_end).flatten(1, 2), grad_end_NKV.mT).view_as(y_NCWK)
     if key_decay.to_end is not None:
         grad_y *= key_decay.to_end.unsqueeze(2)
     grad_x, grad_scores = torch.empty_like(x_NCRK), None
     if x_NCRK.shape[2]:
-        flat = chunks.values_from_start(rows_NCRV).flatten(1, 2)
-        grad_x = torch.bmm(flat, starts_NKV.mT).view_as(x_NCRK)
+        grad_x = torch.bmm(decayed(rows_NCRV, value_decay.from_start).flatten(1, 2), starts_NKV.mT).view_as(x_NCRK)
         if key_decay.from_start is not None:
             grad_x *= key_decay.from_start.unsqueeze(2)
         grad_scores = value_decay.pair(rows_NCRV, w_NCWV)
-        if chunks.strict:
+        if chunks.reads_before or chunks.inverse_NCC is not None:
             make_strict(grad_scores)
 
     def through(*dims: int) -> Tensor:
@@ -146,7 +145,7 @@ def _slab_backward(
         readers, read_NCRV, of_scores = w_NCWV[:, :, :0], w_NCWV[:, :, :0], None
         if grad_o_NCV is not None:
             readers, of_scores = grad_o_NCV.unsqueeze(2), scores[:, :, :1]
-            read_NCRV = chunks.values_from_start(torch.bmm(read_keys[:, :, 0], starts_NKV)).unsqueeze(2)
+            read_NCRV = decayed(torch.bmm(read_keys[:, :, 0], starts_NKV), value_decay.from_start).unsqueeze(2)
         grads["value_log_decay"] = value_decay.gradient(
             of_scores, readers, w_NCWV, read_NCRV, grad_v.unsqueeze(2), through(1), before
         )

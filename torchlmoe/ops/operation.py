@@ -45,11 +45,7 @@ def custom_op(name: str, schema: str | None = None) -> Callable[[Callable[..., A
 
 
 def keep_for_backward(ctx: Any, outputs: Sequence[Tensor], kept: Tensor) -> None:
-    """In `setup_context`: `outputs` are differentiable, and `kept` is returned only for the backward to read.
-
-    Torch hands the backward zeros for every output without a gradient, `kept` too, which may be as large as the
-    inputs. They are left out here, and `gradients_of` makes those that are needed.
-    """
+    """In `setup_context`: `kept` is only for the backward, to which torch then hands no zeros in place of gradients."""
     ctx.mark_non_differentiable(kept)
     ctx.set_materialize_grads(False)
     ctx.like_outputs = [(x.shape, x.dtype, x.device) for x in outputs]
