@@ -67,6 +67,10 @@ REFUSED = {
         {"clamp_min": -1.0}, {"elementwise_affine": False}, {"hidden_act": "powlu"}, {"attnres_block_size": 2},
     ],
     "gated_deltanet": [{"use_gate": False}, {"use_short_conv": False}, {"output_gate_activation": "sigmoid"}],
+    "rwkv7": [
+        {"hidden_act": "swish"}, {"value_dim": [32, 32, 64]}, {"value_dim": 64}, {"num_heads": 2},
+        {"attn": {"layers": [1], "num_heads": 2}},
+    ],
 }  # fmt: skip
 
 

@@ -225,7 +225,7 @@ def check_equal(model: Decoder, again: Decoder, model_type: str) -> None:
 
 def _description(model: Decoder) -> dict[str, Any]:
     """Every class, plain attribute and parameter's shape by name, but for attributes without effect on the output."""
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"model.embedding_multiplier": model.spec.embedding_multiplier}
     for path, module in model.named_modules():
         if path.endswith("load_balance"):
             continue

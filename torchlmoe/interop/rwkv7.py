@@ -69,7 +69,12 @@ def _read_rank(keys: Keys, name: str, default: int, factor: float) -> int:
 def write(model: Decoder) -> dict[str, Any]:
     (mixer,) = all_mixers_of(model, "rwkv7", "rwkv7")
     spec, blocks = model.spec, blocks_of(model)
-    later = [block.mixer.first_value_proj.down_proj.out_features for block in blocks[1:]]
+    if mixer.shared_width != spec.dim:
+        raise ValueError(
+            f"A mixer is {mixer.shared_width} channels wide, which rwkv7 needs to be dim = {spec.dim}: choose another "
+            "--format."
+        )
+    of_values = [block.mixer.first_value_proj for block in blocks if isinstance(block.mixer, RWKV7)][1:]
     return {
         "hidden_size": spec.dim,
         "num_hidden_layers": len(blocks),
@@ -80,7 +85,7 @@ def write(model: Decoder) -> dict[str, Any]:
         "decay_low_rank_dim": mixer.decay_proj.down_proj.out_features,
         "a_low_rank_dim": mixer.rate_proj.down_proj.out_features,
         "gate_low_rank_dim": mixer.gate_proj.down_proj.out_features,
-        **({"v_low_rank_dim": later[0]} if later else {}),
+        **({"v_low_rank_dim": of_values[0].down_proj.out_features} if of_values else {}),
         "norm_first": spec.embedding_norm,
         "norm_bias": spec.norm_bias,
         "norm_eps": spec.norm_eps,
