@@ -63,7 +63,6 @@ def _reads_tokens(config: Config) -> bool:
 
 NEEDS: dict[str, Need] = {
     "model.mlp_dim": _blocks_with("dense"),
-    "model.norm_bias": ("model.norm = 'layer'", lambda config: config.model.norm == "layer"),
     **{f"model.{option}": _mixer_with(option) for option in ("num_heads", "rope_base", "rope_scaling", "backend")},
     **{f"moe.{field.name}": _blocks_with("moe") for field in dataclasses.fields(MoE)},
     **{f"data.{key}": ("a dataset of the hub", _reads_hub) for key in ("dataset_config", "dataset_revision")},
