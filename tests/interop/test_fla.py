@@ -50,15 +50,15 @@ def test_there_and_back(name, tmp_path):
 
     export.main(["--checkpoint", str(tmp_path / "run"), "--output", str(tmp_path / "again"), "--format", model_type])
     saved, written = load_file(folder / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
-    if model_type == "gla" and not theirs["config"]["fuse_norm"]:
+    content = json.loads((tmp_path / "again" / "config.json").read_text())
+    if content["fuse_norm"] and not theirs["config"]["fuse_norm"]:
         written = {key.replace("g_norm_swish_gate", "g_norm"): tensor for key, tensor in written.items()}
     assert saved.keys() == written.keys()
     assert all(torch.equal(tensor, written[key]) for key, tensor in saved.items())
-    content = json.loads((tmp_path / "again" / "config.json").read_text())
     read, read_again = (FAMILIES[model_type].settings(each, "config.json") for each in (theirs["config"], content))
     assert read == read_again
     differing = {key for key, value in content.items() if theirs["config"].get(key) != value}
-    assert differing <= {"intermediate_size", "num_v_heads", "dtype"}
+    assert differing <= {"intermediate_size", "num_v_heads", "dtype", "fuse_norm"}
 
 
 REFUSED = {
