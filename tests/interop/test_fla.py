@@ -68,7 +68,7 @@ REFUSED = {
     ],
     "gated_deltanet": [{"use_gate": False}, {"use_short_conv": False}, {"output_gate_activation": "sigmoid"}],
     "rwkv7": [
-        {"hidden_act": "swish"}, {"value_dim": [32, 32, 64]}, {"value_dim": 64}, {"num_heads": 2},
+        {"hidden_act": "swish"}, {"value_dim": [32, 32, 64]}, {"value_dim": 64},
         {"attn": {"layers": [1], "num_heads": 2}},
     ],
 }  # fmt: skip

@@ -130,7 +130,7 @@ def test_keys_that_are_absent_or_null():
     options = settings(intermediate_size=..., hidden_ratio=2.1)["model"]["layers"]["L"]["mlp_options"]
     assert options == {"mlp_dim": 96, "activation": "relu2"}  # of 67.2, up to a multiple of 32
     absent = settings(**dict.fromkeys(ranks, ...), norm_first=..., norm_bias=..., norm_eps=...)
-    assert absent == settings()
+    assert absent == settings() == settings(num_heads=2)
     for keys, sentence in (
         (dict(head_dim=12), "config.json has head_dim = 12, which must divide hidden_size = 32."),
         (dict(head_dim=None, num_heads=5), "config.json has num_heads = 5, which must divide hidden_size = 32."),

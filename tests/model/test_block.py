@@ -103,7 +103,7 @@ def test_blocks_of_one_part():
 @pytest.mark.parametrize("placement", ["pre", "post", "stream"])
 @pytest.mark.parametrize("mlp", ["dense", "moe"])
 def test_token_shift(placement, mlp):
-    """The MLP reads x_t + (x_{t-1} - x_t) * weight of its own input, and nothing of another document."""
+    """The MLP reads x_t + (x_{t-1} - x_t) * weight, x its input without the shift, and nothing of another document."""
     flags = f"--model.layer_pattern F --model.layers.F.mixer none --model.layers.F.mlp {mlp} --model.num_layers 1"
     flags += f" --model.layers.F.mlp_token_shift true --model.layers.F.norm_placement {placement}"
     block = build(*flags.split()).eval().blocks["0"]

@@ -47,16 +47,15 @@ def read(keys: Keys) -> dict[str, Any]:
 
 
 def _read_head_dim(keys: Keys) -> int:
-    """Width of a head: 64 if no key says it. With head_dim, their layers do not read num_heads."""
+    """Width of a head: 64 if the key is absent. Their layers read num_heads only if head_dim is null."""
     dim = keys.integer("hidden_size")
+    keys.skip("num_heads")
     by_number = "head_dim" in keys.content and keys.content["head_dim"] is None
     key = "num_heads" if by_number else "head_dim"
     given = keys.integer(key) if by_number else keys.integer(key, 64)
     if dim % given:
         raise ValueError(f"{keys.place} has {key} = {given}, which must divide hidden_size = {dim}.")
-    head_dim = dim // given if by_number else given
-    keys.only("num_heads", dim // head_dim)
-    return head_dim
+    return dim // given if by_number else given
 
 
 def _read_rank(keys: Keys, name: str, default: int, factor: float) -> int:

@@ -102,7 +102,7 @@ class Block(nn.Module):
     ) -> TensorDict | None:
         """Decoding state: the mixer's or, with a token shift, `feed_forward_shift` and, if there is a mixer, `mixer`.
 
-        Arguments as of `Mixer.init_cache`. None for a block that looks at one token alone.
+        Arguments: see `Mixer.init_cache`. None for a block that looks at one token alone.
         """
         of_mixer = None if self.mixer is None else self.mixer.init_cache(batch_size, max_length, dtype, device)
         if self.feed_forward_shift is None:
