@@ -149,6 +149,7 @@ LACKING = [
     ({}, {"mlp": "moe", "mlp_options": {}}, "no Dense layer among its feed-forward layers"),
     ({}, {"mlp_options": {"mlp_dim": 24}}, "feed_forward.gate_proj"),
     ({}, {"mixer": "rwkv6"}, "Block 0 has the mixer rwkv6; rwkv7 has rwkv7 alone"),
+    ({"layer_pattern": "LF"}, {}, "blocks.1.mixer"),
     ({}, {"head_dim": 16}, "A mixer is 64 channels wide, which rwkv7 needs to be dim = 32"),
 ]
 
@@ -157,8 +158,10 @@ LACKING = [
 def test_options_without_a_counterpart_there(model, layer, message):
     tables = settings()
     check_export("rwkv7", tables)
-    kept = {"mixer": "rwkv6", "num_heads": 4} if "mixer" in layer else tables["model"]["layers"]["L"]
-    tables["model"] |= model | {"layers": {"L": kept | layer}}
+    whole = tables["model"]["layers"]["L"]
+    kept = {"mixer": "rwkv6", "num_heads": 4} if "mixer" in layer else whole
+    alone = {name: value for name, value in whole.items() if name.startswith("mlp")} | {"mixer": "none"}
+    tables["model"] |= {"layers": {"L": kept | layer, "F": alone}} | model
     with pytest.raises(ValueError, match=r"choose another --format\.$") as refusal:
         check_export("rwkv7", tables)
     assert message in str(refusal.value)

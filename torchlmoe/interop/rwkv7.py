@@ -73,7 +73,8 @@ def write(model: Decoder) -> dict[str, Any]:
             f"A mixer is {mixer.shared_width} channels wide, which rwkv7 needs to be dim = {spec.dim}: choose another "
             "--format."
         )
-    of_values = [block.mixer.first_value_proj for block in blocks if isinstance(block.mixer, RWKV7)][1:]
+    mixers = [block.mixer for block in blocks if isinstance(block.mixer, RWKV7)]
+    of_values = [mixer.first_value_proj for mixer in mixers if mixer.first_value_proj is not None]
     return {
         "hidden_size": spec.dim,
         "num_hidden_layers": len(blocks),
