@@ -1,11 +1,12 @@
 """Training speed of the whole model: python -m benchmarks.training [--output FILE]
 
-First beside transformers' Qwen3-Next of the same sizes (LLLN: three Gated DeltaNet blocks to one of gated attention,
-16 experts of which 4 are active and a gated shared one), forward, backward and AdamW, step by step in turn, each
-in a separate process. Then every mixer alone in a small model, at equal tokens per step from short rows to long ones.
+The first table compares forward, backward and AdamW with transformers' Qwen3-Next of the same sizes (LLLN: three blocks
+of Gated DeltaNet and one of gated attention; 16 experts, 4 of them active, and a gated shared one). Each model has a
+separate process, and they run steps in turn. The second table has every mixer in a small model, from short rows to long
+ones at equal tokens per step.
 
-Speeds are tokens/s, and the share that the model's FLOPs are of the machine's own matrix products in that dtype.
-torchlmoe's trainer keeps freed memory in the process; "kept pages" lends that setting to transformers too.
+Speeds are tokens/s, and the rate of the model's FLOPs divided by the measured rate of matrix products in the same
+dtype. torchlmoe's trainer keeps freed memory in the process; "kept pages" uses that setting for transformers too.
 """
 
 import os
@@ -47,13 +48,13 @@ SMALL = """
 
 
 def our_step(dtype: str, batch_size: int, length: int, *overrides: str) -> Callable[[], None]:
-    """A training step of our model, as the trainer runs it."""
+    """Return a training step of torchlmoe's model, as the trainer runs it."""
     keep_freed_pages()
     return steps_of(load_config([*SIZES, "--training.dtype", dtype, *overrides]), VOCAB)(batch_size, length)
 
 
 def steps_of(config: Config, vocab_size: int) -> Callable[[int, int], Callable[[], None]]:
-    """Builds the model and its optimizer; the result, given a batch size and length, is a step on random tokens."""
+    """Build the model and its optimizer. Returns a function: batch size, length -> a step on random tokens."""
     device = choose_device("auto")
     start_process_group(device)
     model = build_model(config, vocab_size, Ranks(config.parallelism, device.type), device)
@@ -75,13 +76,13 @@ def steps_of(config: Config, vocab_size: int) -> Callable[[int, int], Callable[[
 
 
 def flops_per_token(length: int) -> int:
-    """Of a training step of the model: three forwards."""
+    """Return the FLOPs of a training step per token: three times those of the forward."""
     return 3 * build_on_meta(load_config(SIZES), VOCAB).flops_per_token(length)
 
 
 def qwen3_next_step(dtype: str, batch_size: int, length: int, experts: str, keeps_pages: bool) -> Callable[[], None]:
-    """A training step of transformers' model, its parameters held in `dtype`."""
-    from transformers import Qwen3NextConfig, Qwen3NextForCausalLM  # takes seconds
+    """Return a training step of transformers' model with parameters in `dtype`."""
+    from transformers import Qwen3NextConfig, Qwen3NextForCausalLM  # imported here, since it takes seconds
 
     if keeps_pages:
         keep_freed_pages()
@@ -152,7 +153,7 @@ def beside_transformers(repeats: int, output: Path | None) -> None:
 
 
 def over_lengths(repeats: int, output: Path | None) -> None:
-    """Tokens/s over that of the shortest rows, and bytes of tensors that a step holds for a token of one long row."""
+    """Tokens/s relative to the shortest rows, and the bytes of tensors that a step keeps per token of one long row."""
     keep_freed_pages()
     rows, most_tokens = [], max(LENGTHS)
     for mixer in MIXERS:
@@ -170,7 +171,7 @@ def over_lengths(repeats: int, output: Path | None) -> None:
 
 
 def peak_bytes(step: Callable[[], None]) -> int:
-    """Of the tensors that a step makes, those inside the repository's own operations left out."""
+    """Return the peak bytes of tensors that a step makes, without those inside torchlmoe's operations."""
     with PeakBytes() as peak:
         step()
     return peak.most
@@ -195,6 +196,6 @@ def close(workers: dict[str, Worker]) -> None:
 
 
 if __name__ == "__main__":
-    # transformers asks the hub for nothing here; say so before it tries.
+    # Nothing is downloaded here, and transformers must not try.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     main()

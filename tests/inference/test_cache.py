@@ -146,7 +146,7 @@ def test_prefill_of_any_length_takes_the_same_memory(mixer, monkeypatch):
     peaks = []
     for length in (256, 1024):
         text, cache = tokens(1, length), new_cache(model, 1, length)
-        with PeakBytes(given=[text]) as peak:  # what is read may grow
+        with PeakBytes(given=[text]) as peak:  # the text that is read may grow
             read(model, cache, text)
         peaks.append(peak.most)
     assert peaks[0] > 10_000

@@ -146,9 +146,9 @@ LACKING = [
     ({"norm_eps": 1e-4}, {}, "mixer.norm.eps is 8e-05"),
     ({"embedding_multiplier": 2.0}, {}, "model.embedding_multiplier is 2.0"),
     ({}, {"mlp_token_shift": False}, "residual is Residual("),
-    ({}, {"mlp": "moe", "mlp_options": {}}, "no Dense layer among its feed-forward layers"),
+    ({}, {"mlp": "moe", "mlp_options": {}}, "no feed-forward layer of class Dense"),
     ({}, {"mlp_options": {"mlp_dim": 24}}, "feed_forward.gate_proj"),
-    ({}, {"mixer": "rwkv6"}, "Block 0 has the mixer rwkv6; rwkv7 has rwkv7 alone"),
+    ({}, {"mixer": "rwkv6"}, "Block 0 has the mixer rwkv6; rwkv7 has only rwkv7"),
     ({"layer_pattern": "LF"}, {}, "blocks.1.mixer"),
     ({}, {"head_dim": 16}, "A mixer is 64 channels wide, which rwkv7 needs to be dim = 32"),
 ]

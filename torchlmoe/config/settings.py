@@ -6,7 +6,7 @@ not fit. A setting that is listed here but not supported yet raises an error whe
 
 from dataclasses import asdict, dataclass, field, make_dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 from pydantic import AfterValidator, ConfigDict, Field
 
@@ -290,7 +290,7 @@ class Validation(Table):
 
 @dataclass
 class Metrics(Table):
-    log_freq: Annotated[int, Field(ge=1, description="Log every so many steps.")] = 10
+    log_freq: Annotated[int, Field(ge=1, description="Log every N-th step.")] = 10
     tensorboard: Annotated[bool, Field(description="Write TensorBoard files.")] = True
     plot: Annotated[bool, Field(description="Draw loss_curve.png.")] = True
     peak_tflops: Annotated[
@@ -442,6 +442,17 @@ class Config(Table):
 
     def _model_wide(self, layer: type[Configurable], names: tuple[str, ...]) -> dict[str, Any]:
         return {name: getattr(self.model, name) for name in names if name in layer.settings()}
+
+
+def setting(config: Config, name: str) -> Any:
+    """Return the value of a setting. name: `table.key`."""
+    table, _, key = name.partition(".")
+    return getattr(getattr(config, table), key)
+
+
+def fields(table: type) -> dict[str, Any]:
+    """Return the annotated types of a table's settings by name, or of `Config`'s tables."""
+    return get_type_hints(table, include_extras=True)
 
 
 def _defaults(layer: type[Configurable]) -> dict[str, Any]:

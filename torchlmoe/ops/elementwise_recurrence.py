@@ -317,13 +317,13 @@ def _scan_back(grad_states: Tensor, decay: Tensor, counts: list[int], carry: Ten
         now = by_place[place]
         if place + 1 < len(counts):
             later = by_place[place + 1]
-            going_on = later.shape[0]
-            now[:going_on].addcmul_(conjugates[place + 1], later)
+            num_continuing = later.shape[0]
+            now[:num_continuing].addcmul_(conjugates[place + 1], later)
         else:
-            going_on = carry.shape[0]
-            now[:going_on] += carry
-        if going_on < now.shape[0]:
-            now[going_on:] += grad_final[going_on : now.shape[0]]
+            num_continuing = carry.shape[0]
+            now[:num_continuing] += carry
+        if num_continuing < now.shape[0]:
+            now[num_continuing:] += grad_final[num_continuing : now.shape[0]]
     return conjugates[0] * by_place[0]
 
 
