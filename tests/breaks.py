@@ -347,6 +347,27 @@ BREAKS = [
         "pass",
         "tests/parallel/test_expert_parallel.py::test_every_message_is_waited_for",
     ),
+    Break(
+        "a feed-forward layer's token shift sees no token of the piece before",
+        "torchlmoe/parallel/parallelize.py",
+        "if ranks.pieces.size() > 1:",
+        "if False:",
+        "tests/parallel/test_tensor_parallel.py::test_equals_one_process",
+    ),
+    Break(
+        "a feed-forward layer's token shift restarts with each piece that is decoded",
+        "torchlmoe/layers/token_shift.py",
+        "self.token_shift(x, sequence=sequence, cache=cache) - x",
+        "self.token_shift(x, sequence=sequence) - x",
+        "tests/inference/test_cache.py",
+    ),
+    Break(
+        "an export takes no notice of what multiplies the embeddings",
+        "torchlmoe/interop/family.py",
+        '{"model.embedding_multiplier": model.spec.embedding_multiplier}',
+        "{}",
+        "tests/interop/test_rwkv7.py",
+    ),
 ]
 
 

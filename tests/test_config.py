@@ -108,7 +108,7 @@ def test_fewer_steps_shorten_the_warmup_of_an_earlier_source(tmp_path, caplog):
 ALWAYS = {
     "job": "config_file dump_folder custom_modules print_config debug",
     "model": "name flavor layer_pattern vocab_size dim num_layers norm norm_eps init_std tie_embeddings "
-    "loss_chunk_size embedding_multiplier logit_divisor "
+    "loss_chunk_size embedding_norm embedding_multiplier logit_divisor "
     "layers",
     "data": "dataset reader_options text_column train_split validation_split num_prefetch mixture",
     "training": "steps seq_len local_batch_size global_batch_size seed dtype loss loss_options max_norm "

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 NEEDS: dict[str, tuple[str, Any]] = {
     "model.mixer": ("model.layer_pattern", "L"),
     "model.zero_centered_norm": ("model.norm", "rms"),
+    "model.norm_bias": ("model.norm", "layer"),
     "moe.aux_loss_weight": ("moe.balance", "aux_loss"),
     "moe.aux_loss_scope": ("moe.balance", "aux_loss"),
     "moe.bias_update_rate": ("moe.balance", "loss_free"),

@@ -70,12 +70,16 @@ class Model(Table):
     rope_scaling: RopeScalingTable = None
     norm: Annotated[
         Literal["rms", "layer"],
-        Field(description="Norm of blocks and head: RMS, or layer norm with a bias (RWKV). Mixers keep theirs."),
+        Field(description="Norm of embedding, blocks and head: RMS or layer norm (RWKV). Mixers keep theirs."),
     ] = "rms"
+    norm_bias: Annotated[bool, Field(description="Whether these layer norms have a bias.")] = True
     norm_eps: NormEps = 1e-6
     zero_centered_norm: ZeroCenteredNorm = False
     init_std: InitStd = 0.02
     tie_embeddings: Annotated[bool, Field(description="Share the embedding with the output head.")] = False
+    embedding_norm: Annotated[
+        bool, Field(description="Norm of the embeddings, before the first block (RWKV, BLOOM).")
+    ] = False
     embedding_multiplier: Annotated[
         float, Field(ge=1e-6, le=1e6, description="Multiplies the embeddings (Granite).")
     ] = 1.0
@@ -424,10 +428,12 @@ class Config(Table):
             dim=model.dim,
             blocks=tuple(of_letter[letter] for letter in letters),
             norm_kind=model.norm,
+            norm_bias=model.norm_bias,
             norm_eps=model.norm_eps,
             zero_centered_norm=model.zero_centered_norm,
             init_std=model.init_std,
             tie_embeddings=model.tie_embeddings,
+            embedding_norm=model.embedding_norm,
             embedding_multiplier=model.embedding_multiplier,
             logit_divisor=model.logit_divisor,
             loss_chunk_size=model.loss_chunk_size,

@@ -100,4 +100,4 @@ def block_rules(block: Any, separate_experts: bool) -> list[Rule]:
     )
 
 
-FAMILY = Family("bamba", "BambaForCausalLM", read, write, block_rules, Names(norm="model.final_layernorm.weight"))
+FAMILY = Family("bamba", "BambaForCausalLM", read, write, block_rules, Names(norm="model.final_layernorm"))

@@ -9,7 +9,7 @@ from torchlmoe.interop.family import Family
 _MODEL_TYPES = """
     bamba deepseek_v2 deepseek_v3 gated_deltanet gla granitemoehybrid kimi_linear llama mamba mamba2
     minimax mixtral nemotron_h olmo_hybrid olmoe qwen2_moe qwen3 qwen3_5_moe_text qwen3_5_text
-    qwen3_moe qwen3_next
+    qwen3_moe qwen3_next rwkv7
 """.split()
 FAMILIES: dict[str, Family] = {name: import_module(f"torchlmoe.interop.{name}").FAMILY for name in _MODEL_TYPES}
 # Models of text and images -> the family of their text_config. Only their language model is imported.

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchlmoe.feed_forwards.base import FeedForward
 from torchlmoe.interop.keys import Keys
@@ -38,12 +38,16 @@ _WITHOUT_EFFECT = {
 
 @dataclass(frozen=True)
 class Names:
-    """Names of the weights outside of the layers, and of the list of layers."""
+    """Names of the weights outside of the layers, of the norms there, and of the list of layers.
+
+    embedding_norm: None for a family without one.
+    """
 
     embedding: str = "model.embed_tokens.weight"
     layers: str = "model.layers"
-    norm: str = "model.norm.weight"
+    norm: str = "model.norm"
     head: str = "lm_head.weight"
+    embedding_norm: str | None = None
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,10 @@ class Family:
         """
         separate = self.separate_experts if separate_experts is None else separate_experts
         names = self.names if separate or self.module_names is None else self.module_names
-        table = [Rule(names.embedding, "embedding.weight"), Rule(names.norm, "head.norm.weight")]
+        table = [Rule(names.embedding, "embedding.weight"), *norm_rules(model.head.norm, names.norm, "head.norm")]
+        if model.embedding_norm is not None:
+            assert names.embedding_norm is not None  # `check_equal` has refused other families
+            table += norm_rules(model.embedding_norm, names.embedding_norm, "embedding_norm")
         if model.head.projection is not None:
             table.append(Rule(names.head, "head.projection.weight"))
         for index, block in model.blocks.items():
@@ -154,6 +161,11 @@ def model_tables(kinds: Mapping[str, dict[str, Any]], letters: Sequence[str], **
         moe = {}
     pattern = "".join(letters[:period])
     return {"model": {"layer_pattern": pattern, "num_layers": len(letters), "layers": used, **model}, "moe": moe}
+
+
+def norm_rules(norm: nn.Module, theirs: str, ours: str) -> list[Rule]:
+    """A norm's weight and, if it has one, bias. theirs, ours: its name in both models."""
+    return [Rule(f"{theirs}.{name}", f"{ours}.{name}") for name, _ in norm.named_parameters()]
 
 
 def blocks_of(model: Decoder) -> list[Any]:
@@ -228,7 +240,7 @@ def check_equal(model: Decoder, again: Decoder, model_type: str) -> None:
 
 def _description(model: Decoder) -> dict[str, Any]:
     """Return classes, plain attributes and shapes of parameters by name, without attributes that change no output."""
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"model.embedding_multiplier": model.spec.embedding_multiplier}
     for path, module in model.named_modules():
         if path.endswith("load_balance"):
             continue

@@ -40,6 +40,7 @@ def write(model: Decoder) -> dict[str, Any]:
         "num_heads": mixer.num_heads,
         "expand_k": mixer.num_heads * mixer.key_dim / model.spec.dim,
         "expand_v": mixer.num_heads * mixer.value_dim / model.spec.dim,
+        "fuse_norm": True,  # the name of a norm follows from it
     }
 
 

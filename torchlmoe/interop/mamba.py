@@ -11,7 +11,7 @@ from torchlmoe.interop.steps import Flatten, Split
 from torchlmoe.mixers.mamba import Mamba
 from torchlmoe.model.decoder import Decoder
 
-NAMES = Names("backbone.embeddings.weight", "backbone.layers", "backbone.norm_f.weight")
+NAMES = Names("backbone.embeddings.weight", "backbone.layers", "backbone.norm_f")
 
 
 def read_model(keys: Keys, *, tied: bool) -> dict[str, Any]:

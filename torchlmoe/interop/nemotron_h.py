@@ -164,6 +164,6 @@ FAMILY = Family(
     block_rules,
     NAMES,
     left_out=("mtp.",),
-    module_names=Names("model.embeddings.weight", "model.layers", "model.norm_f.weight"),
+    module_names=Names("model.embeddings.weight", "model.layers", "model.norm_f"),
     file_mark="backbone.",
 )

@@ -6,7 +6,7 @@ from torchlmoe.config.batch import shortest_span
 from torchlmoe.config.settings import Config
 from torchlmoe.model.decoder import Decoder, build_on_meta
 from torchlmoe.parallel.compile import compile_blocks
-from torchlmoe.parallel.context import apply_context_parallel, context_parallel_plans
+from torchlmoe.parallel.context import apply_context_parallel, apply_halos, context_parallel_plans
 from torchlmoe.parallel.data import apply_fsdp
 from torchlmoe.parallel.expert import apply_expert_parallel, check_experts
 from torchlmoe.parallel.float8 import convert_experts_to_mxfp8, convert_to_float8
@@ -60,6 +60,8 @@ def shape(config: Config, vocab_size: int, ranks: Ranks, device: torch.device) -
         apply_tensor_parallel(model, plan, ranks["tp"])
     if ranks["cp"].size() > 1:
         apply_context_parallel(model, ranks["cp"], config.parallelism, shortest_span(config, ranks.world_size))
+    if ranks.pieces.size() > 1:
+        apply_halos(model, ranks.pieces)
     if config.parallelism.expert_parallel_degree > 1:
         apply_expert_parallel(model, ranks)
     spread_balance(model, ranks)
