@@ -1,10 +1,10 @@
 """Time and memory of a decoding step by position, linear models beside softmax: python -m benchmarks.decoding
 
-The sizes are those of the debug recipe: each of the mixers in all blocks, its hybrid LLLN, softmax in all blocks.
-A position's cost does not depend on what the cache holds, so it is filled with random numbers rather than by reading
-so many tokens. Positions take turns, step by step, and ratios are of medians. Memory is that of the cache and of the
-most that a step makes beside it. A second table compares the compiled step of the debug model with eager, alone and in
-generation as a whole: reading a prompt, steps, and what draws tokens.
+Models have the sizes of the debug recipe: one of the mixers in all blocks, the LLLN hybrid, softmax attention in all
+blocks. The cost of a position does not depend on the values in the cache, so the cache is filled with random numbers.
+Positions are timed in turn, step by step, and ratios are those of medians. Memory is that of the cache plus the peak of
+other tensors that a step makes. A second table compares the compiled step of the debug model with the eager one: the
+step only, and a generation with its prompt, steps and sampling.
 """
 
 import math
@@ -53,7 +53,7 @@ class Step:
         self.next_logits(self.tokens, self.cache[LENGTH][:, None], self.cache)
 
     def bytes(self) -> int:
-        """Of the cache, and what a step makes beside it."""
+        """Return the bytes of the cache plus the peak of other tensors that a step makes."""
         tensors = list(self.cache.values(True, True))
         with PeakBytes(given=[*tensors, self.tokens, *self.model.parameters(), *self.model.buffers()]) as peak:
             self()
@@ -88,7 +88,7 @@ def compiled_beside_eager(model: Decoder, rows: int, repeats: int) -> list[dict[
         for name, flag in (("eager", False), ("compiled", True))
     }
     table: list[dict[str, Any]] = []
-    # In separate turns, since a step and a generation take turns at very different lengths.
+    # Timed separately, since a generation takes much longer than a step.
     for cases, count, tokens in (
         ({"eager step": eager, "compiled step": compiled}, repeats, 1),
         (generations, max(3, repeats // 5), GENERATED),
@@ -107,8 +107,8 @@ def compiled_beside_eager(model: Decoder, rows: int, repeats: int) -> list[dict[
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--mixers", nargs="*", choices=MIXERS, default=["gated_deltanet", "mamba2", "gla", "rwkv7"])
-    parser.add_argument("--positions", type=int, nargs="+", default=POSITIONS, help="places at which to decode")
-    parser.add_argument("--rows", type=int, default=1, help="that decode together")
+    parser.add_argument("--positions", type=int, nargs="+", default=POSITIONS, help="positions of the decoded token")
+    parser.add_argument("--rows", type=int, default=1, help="rows that decode together")
     parser.add_argument("--repeats", type=int, default=20, help="steps that are timed at each position")
     parser.add_argument("--no-compile", action="store_true", help="leave out the compiled step, which takes minutes")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def fingerprint(path: Path) -> str:
-    """Of a file's code: comments, docstrings and blanks do not count."""
+    """Return a hash of a file's code, without comments, docstrings and spaces."""
     digest, first_of_line = hashlib.sha256(), True
     with tokenize.open(path) as file:
         for token in tokenize.generate_tokens(file.readline):

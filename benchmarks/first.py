@@ -1,19 +1,20 @@
 """The first minutes of torchlmoe on a GPU: bash benchmarks/gpu.sh --first [--wheels FOLDER] [--rehearse]
 
-At most nine minutes in all, in order of value, for a GPU that is available only for a quarter of an hour:
+It takes at most nine minutes, for a GPU that is available for a quarter of an hour. The most valuable piece is first:
 
-    ceilings   the GPU's own matrix products and copies
-    check      every operation on its kernels against plain PyTorch in float32: output and all gradients
+    ceilings   rates of matrix products and copies on the GPU
+    check      the kernels of every operation compared with plain PyTorch in float32: output and all gradients
     speed      the linear recurrence at B1 T8192 H96 D128, and with shared key heads, beside softmax attention
-    decode     one token from a state of 512 MiB or more, beside one read and one write of it
+    decode     one token from a state of 512 MiB or more, beside the time to copy the state
     training   tokens/s, MFU and peak memory of A0.3B-2B in bfloat16
-    sweep      configurations of the kernels of the instance that is furthest from its bound, in the time that is left
+    sweep      configurations of the kernels that are furthest from their bound, in the remaining time
 
-Every case runs in a separate process, which imports while the case before it runs, and takes at most half of the
-piece's time while others wait: one that hangs, or leaves the GPU in an error, ends alone.
-A piece's JSON file, with hardware and versions, is written after every row, and says `"finished": true` at its end;
-what failed, and what did not fit in the time, is in it by name. `--rehearse` runs the same on a CPU, in Triton's
-interpreter, on tiny sizes, without the packages that only training needs. It tests the program, not the kernels' speed.
+Every case runs in a separate process, which imports while the preceding case runs, and gets at most half of the piece's
+remaining time while others wait. So a case that hangs, or leaves the GPU in an error, affects no other.
+The JSON file of a piece, with hardware and versions, is written after every row, and has `"finished": true` at the end.
+It names the cases that failed and those that did not fit in the time. `--rehearse` runs the same program on a CPU, in
+Triton's interpreter, with tiny sizes and without the packages that only training needs. It tests the program, not the
+speed of kernels.
 """
 
 import argparse
@@ -40,19 +41,19 @@ from benchmarks.kernels import CASES, copy_rate, decode_rows, rows_of
 from benchmarks.operations import OPERATIONS, OURS, PLAIN, Size, Way, as_leaf, kernel_modules, widened
 from benchmarks.report import machine, matmul_rate
 
-SECONDS = 540  # of all pieces together
-LIMITS = {"bfloat16": 2e-2, "float16": 2e-2, "float32": 1e-4}  # of ||x - x'|| / ||x'||
+SECONDS = 540  # for all pieces together
+LIMITS = {"bfloat16": 2e-2, "float16": 2e-2, "float32": 1e-4}  # limits of ||x - x'|| / ||x'||
 TIMED = ["linear attention", "retention", "GLA", "Mamba2", "Gated DeltaNet", "KDA", "RWKV7"]
 SHARED_KEYS = Size(batch=1, length=8192, heads=64, key_dim=128, value_dim=128, key_heads=16)
 SOFTMAX = "softmax attention"
-SHALLOW = ("--model.num_layers", "1", "--model.vocab_size", "4096")  # runs every kernel that the whole model does
+SHALLOW = ("--model.num_layers", "1", "--model.vocab_size", "4096")  # runs the same kernels as the whole model
 OPTIONAL = {"pydantic", "pydantic_core", "tensordict", "rich", "torchao", "datasets", "tomli", "tomli_w", "zstandard"}
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Scale:
-    """What differs between the GPU and the rehearsal."""
+    """Sizes that differ between the GPU and the rehearsal."""
 
     device: str
     dtype: str
@@ -86,18 +87,21 @@ REHEARSED = Scale(
 
 
 def ceilings(scale: Scale) -> Iterator[Row]:
-    size, repeats = (8192, 30) if scale == GPU else (64, 1)  # enough of them that the clocks have risen
+    size, repeats = (8192, 30) if scale == GPU else (64, 1)  # enough repeats for the GPU to raise its clock
     rate = matmul_rate(getattr(torch, scale.dtype), scale.device, size, repeats)
     yield {"matmul TFLOP/s": rate / 1e12, "size": f"{size} x {size} x {size}", "dtype": scale.dtype}
     yield {"copy TB/s": copy_rate(scale.device) / 1e12, "size": "1 GiB" if scale == GPU else "64 MiB"}
 
 
 def check(name: str, scale: Scale) -> Iterator[Row]:
-    """Errors of output and gradients. What is timed later runs once, too, so that its kernels are compiled by many
-    processes at a time: Triton keeps them on disk. Of these steps each fails alone."""
+    """Yield the errors of output and gradients. A failure ends only its own row.
+
+    Cases that are timed later also run once here, so that many processes compile their kernels at the same time: Triton
+    keeps compiled kernels on disk.
+    """
     for dtype in scale.checked:
         yield _tried({"operation": name, "dtype": dtype, "size": str(scale.small)}, _compared, name, dtype, scale)
-        if dtype == scale.dtype and name in scale.warmed:  # before float32 on a GPU, which takes long to compile
+        if dtype == scale.dtype and name in scale.warmed:  # before float32, which takes long to compile on a GPU
             for size, run in _timed_later(name, scale):
                 yield _tried({"operation": name, "dtype": dtype, "size": str(size)}, _first_run, run)
 
@@ -105,7 +109,7 @@ def check(name: str, scale: Scale) -> Iterator[Row]:
 def _tried(row: Row, measure: Callable[..., Row], *args: Any) -> Row:
     try:
         return row | measure(*args)
-    except Exception as error:  # memory or shared memory that does not suffice, or a kernel that does not compile
+    except Exception as error:  # out of memory or shared memory, or a kernel that does not compile
         return row | {"passed": False, "failure": _sentence(error)}
 
 
@@ -116,7 +120,7 @@ def _compared(name: str, dtype: str, scale: Scale) -> Row:
     ours = _results(operation.ways[OURS], inputs)
     errors = {key: _error(ours[key], plain[key]) for key in plain}
     worst = max(errors, key=lambda key: errors[key] if errors[key] == errors[key] else float("inf"))
-    # Not above the limit, and a number.
+    # False for NaN too.
     passed = errors[worst] <= LIMITS[dtype]
     return {"worst error": errors[worst], "of": worst, "passed": passed, "errors": errors}
 
@@ -142,7 +146,7 @@ def _first_run(run: Callable[[], object]) -> Row:
 
 
 def _results(way: Way, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The output, and the gradients of all arguments under one that is the same for every way."""
+    """Return the output and the gradients of all arguments. The gradient of the output is the same for every way."""
     given = {name: as_leaf(tensor.detach()) for name, tensor in way.arguments(inputs).items()}
     output = way.run(**given)
     generator = torch.Generator(output.device).manual_seed(0)
@@ -186,7 +190,7 @@ def training(mixer: str, scale: Scale, *settings_of_model: str) -> Iterator[Row]
     from torchlmoe.training.peak import peak_flops
 
     def draw_on_the_device(parameter: torch.Tensor, draw: Callable[..., object]) -> None:
-        """The same distributions, of other numbers: drawing two billion of them on a CPU takes half a minute."""
+        """Draw from the same distribution on the GPU: drawing two billion numbers on a CPU takes half a minute."""
         whole = torch.empty(parameter.shape, device=parameter.device)
         draw(whole, None)
         with torch.no_grad():
@@ -205,7 +209,7 @@ def training(mixer: str, scale: Scale, *settings_of_model: str) -> Iterator[Row]
 
 
 def sweep(name: str, scale: Scale) -> Iterator[Row]:
-    """Of the linear recurrence's kernels as the instance runs them; the time limit ends it."""
+    """Yield configurations of the kernels that the instance runs. The time limit ends it."""
     from benchmarks.tune_kernels import Trial, tune
 
     size = replace(scale.anchor, length=min(scale.anchor.length, 4096))
@@ -231,7 +235,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Piece:
-    """seconds: of the piece; at_once: how many of its cases run at a time, while one more imports."""
+    """seconds: time limit of the piece. at_once: number of cases that run at a time, while one more imports."""
 
     name: str
     seconds: float
@@ -240,7 +244,7 @@ class Piece:
 
 
 class Record:
-    """A piece's rows, in a JSON file that is whole after every change."""
+    """The rows of a piece, in a JSON file that is complete after every change."""
 
     def __init__(self, path: Path, piece: Piece, about: Row):
         self.path, self.lock = path, threading.Lock()
@@ -277,16 +281,16 @@ class Record:
 
 
 def run_piece(piece: Piece, folder: Path, about: Row, deadline: float) -> Row:
-    """Its record. Nothing of it runs beyond its seconds, or beyond the deadline of all."""
+    """Run a piece and return its record. No case runs beyond the piece's time limit or the deadline of all pieces."""
     end = min(time.monotonic() + piece.seconds, deadline)
     print(f"{piece.name}: at most {end - time.monotonic():.0f} s", flush=True)
     record = Record(folder / f"{piece.name}.json", piece, about)
 
     turns = threading.Semaphore(piece.at_once)
-    begun = [threading.Event() for _ in piece.cases]  # a process that imports faster does not overtake
+    begun = [threading.Event() for _ in piece.cases]  # keeps the order if a process imports faster
 
     def limit() -> float:
-        """Seconds that the next case has."""
+        """Return the time limit of the next case in seconds."""
         left = end - time.monotonic()
         return left / 2 if len(record.content["not done"]) > piece.at_once else left
 
@@ -313,10 +317,10 @@ def run_piece(piece: Piece, folder: Path, about: Row, deadline: float) -> Row:
 
 
 class _Process:
-    """Of a case: it starts to import at once, and runs the case when told to."""
+    """The process of a case. It imports immediately, and runs the case when `run` is called."""
 
     def __init__(self, case: Case):
-        # A process forked from one that has looked at a GPU cannot use it. Without a GPU, a fork saves the imports.
+        # CUDA cannot be used in a fork of a process that has initialized it. Without a GPU, a fork saves the imports.
         context = mp.get_context("forkserver" if os.environ.get("TRITON_INTERPRET") == "1" else "spawn")
         context.set_forkserver_preload(["benchmarks.tune_kernels"])
         self.pipe, pipe = context.Pipe()
@@ -329,10 +333,10 @@ class _Process:
 
     def __exit__(self, *_: object) -> None:
         self.process.kill()
-        self.process.join(10)  # one that the driver does not let go of is left behind
+        self.process.join(10)  # a process that hangs in the driver is left behind
 
     def run(self, add: Callable[[Row], None], seconds: float) -> str | None:
-        """Gives the rows to `add`; why it failed, if it did."""
+        """Pass the rows to `add`. Returns the reason of a failure, or None."""
         end = time.monotonic() + seconds
         try:
             self.pipe.send("run")
@@ -341,14 +345,14 @@ class _Process:
                 if kind == "end":
                     return value
                 add(value)
-            return f"stopped after {seconds:.0f} s, since its time was over"
+            return f"stopped at its time limit of {seconds:.0f} s"
         except (EOFError, OSError):
             self.process.join(10)
             return f"its process ended with exit code {self.process.exitcode}"
 
 
 class _Absent:
-    """Refuses to import what a machine that only runs kernels lacks."""
+    """Raises an error for imports of packages that a machine which only runs kernels may lack."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> None:
         if name.partition(".")[0] in OPTIONAL:
@@ -367,7 +371,7 @@ def _serve(pipe: Connection, case: Case) -> None:
         for row in case.run(*case.arguments):
             pipe.send(("row", row))
         pipe.send(("end", None))
-    except Exception as error:  # another library's, or of the GPU: a line of the record
+    except Exception as error:  # of another library or of the GPU: it becomes a line of the record
         pipe.send(("end", _sentence(error)))
 
 

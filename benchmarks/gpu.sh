@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# What wants a GPU: bash benchmarks/gpu.sh [--list | piece ...], all of it in pieces of less than ten minutes; or
-# bash benchmarks/gpu.sh --first [--wheels FOLDER] [--rehearse], the most telling of it in nine minutes.
+# Runs everything that needs a GPU: bash benchmarks/gpu.sh [--list | piece ...], in pieces of less than ten minutes; or
+# its most important part in nine minutes: bash benchmarks/gpu.sh --first [--wheels FOLDER] [--rehearse]
 #
-# --first is benchmarks/first.py. It leaves its JSON files in benchmarks/results/<the GPU's name>/first, or in $OUT/first
-# if OUT is set. --wheels unpacks what benchmarks/gpu_wheels.sh fetched and imports it from there; --rehearse runs it on
-# a CPU on tiny sizes, in benchmarks/results/rehearsal if OUT is not set.
+# --first runs benchmarks/first.py. It writes its JSON files to benchmarks/results/<the GPU's name>/first, or to
+# $OUT/first if OUT is set. --wheels unpacks the wheels that benchmarks/gpu_wheels.sh downloaded and imports packages
+# from there. --rehearse runs the program on a CPU with tiny sizes, and writes to benchmarks/results/rehearsal if OUT is
+# not set.
 #
-# Tests of the kernels, every configuration against the chunked form, speed of the kernels, training throughput. A piece
-# leaves a JSON file with hardware and versions, and a log, in benchmarks/results/<the GPU's name>; a piece whose JSON
-# is there is skipped, so that the same command continues where it was interrupted. Ends with 1 if any piece failed.
-# PYTHON is the interpreter; `python`, or `python3`, if unset.
+# The pieces are tests of the kernels, every configuration compared with the chunked form, the speed of the kernels, and
+# training throughput. A piece writes a JSON file with hardware and versions, and a log, to benchmarks/results/<the GPU's
+# name>. A piece whose JSON file exists is skipped, so the same command continues after an interruption. Ends with 1 if a
+# piece failed. PYTHON is the interpreter; `python`, or `python3`, if unset.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 python=${PYTHON:-$(command -v python || command -v python3)}
@@ -21,10 +22,10 @@ if [[ ${1:-} == --first ]]; then
         case $1 in
             --wheels)
                 "$python" -m benchmarks.wheels "${2:?give the folder of the wheels}" || exit 2
-                site=$(mktemp -d) # a wheel is its packages, zipped: this needs neither pip nor leave to install
+                site=$(mktemp -d) # a wheel is a zip file of its packages: unpacking it needs no pip and no permission
                 for wheel in "$2"/*.whl; do
                     "$python" -m zipfile -e "$wheel" "$site" ||
-                        echo "$wheel could not be unpacked: what needs it fails, the rest runs." >&2
+                        echo "$wheel could not be unpacked: cases that need it fail, and the others run." >&2
                 done
                 export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
                 shift 2
@@ -72,7 +73,7 @@ gpu=$(head -n 1 <<<"$gpu" | tr ' [:upper:]' '_[:lower:]')
 results=benchmarks/results/$gpu
 mkdir -p "$results"
 
-run() { # run PIECE OUTPUT: one piece, whose figures go to OUTPUT
+run() { # run PIECE OUTPUT: run one piece and write its figures to OUTPUT
     local name=${1#*_}
     case $1 in
         test_*) "$python" -m benchmarks.kernel_tests "tests/kernels/$1.py" --output "$2" ;;
@@ -81,7 +82,7 @@ run() { # run PIECE OUTPUT: one piece, whose figures go to OUTPUT
             "$python" -m benchmarks.kernels --case "$name" --output "$2" \
                 --by torchlmoe PyTorch fla "FlashAttention (SDPA)"
             ;;
-        compiled_*) # which takes minutes
+        compiled_*) # takes minutes
             "$python" -m benchmarks.kernels --case short_rows --operations "$name" --output "$2" \
                 --by torchlmoe PyTorch "compiled PyTorch"
             ;;
@@ -96,7 +97,7 @@ for piece in "${@:-${pieces[@]}}"; do
         exit 2
     fi
     if [[ -e $results/$piece.json ]]; then
-        echo "$piece: done before"
+        echo "$piece: already done"
         continue
     fi
     echo "$piece: $(date +%H:%M:%S)"

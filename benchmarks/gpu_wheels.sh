@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Fetches the wheels that a GPU machine without a network lacks: bash benchmarks/gpu_wheels.sh FOLDER
+# Downloads wheels for a GPU machine without a network: bash benchmarks/gpu_wheels.sh FOLDER
 #
-# They are for Python 3.12 on x86-64 Linux, beside torch 2.11, triton 3.6, numpy, pyarrow, pytest and transformers.
-# `bash benchmarks/gpu.sh --first --wheels FOLDER` unpacks them there. The versions are those of constraints.txt, but
-# torchao's, which is the one built for torch 2.11. Ends with 1 if a wheel does not fit.
-# PYTHON is the interpreter that downloads, `python` if unset; any version serves.
+# They are for Python 3.12 on x86-64 Linux with torch 2.11, triton 3.6, numpy, pyarrow, pytest and transformers.
+# `bash benchmarks/gpu.sh --first --wheels FOLDER` unpacks them there. The versions are those of constraints.txt, except
+# that of torchao, which is built for torch 2.11. Ends with 1 if a wheel does not fit.
+# PYTHON is the interpreter that downloads, `python` if unset; it may have any version.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 folder=${1:?give a folder for the wheels}

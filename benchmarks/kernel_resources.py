@@ -1,13 +1,13 @@
-"""Registers, spills, shared and tensor memory of every kernel, with no GPU: python -m benchmarks.kernel_resources
+"""Registers, spills, shared and tensor memory of every kernel, without a GPU: python -m benchmarks.kernel_resources
 
-Every kernel's operation runs forward and backward on small CPU tensors, but each launch only compiles: for sm_80,
-sm_90, sm_100 and gfx942, with the configurations that the kernel's file has for them, at key and value widths of 64,
-128 and 256 in bfloat16 and float32. Ends with exit code 1 and a list if one does not compile, does not fit the
-target's memory, or spills more than MOST_SPILLS registers.
+Every operation runs forward and backward on small CPU tensors, but a launch only compiles the kernel: for sm_80, sm_90,
+sm_100 and gfx942, with the configurations for them in the kernel's file, at key and value widths of 64, 128 and 256 in
+bfloat16 and float32. The program ends with exit code 1 and a list if a kernel does not compile, does not fit the memory
+of the target, or spills more than MOST_SPILLS registers.
 
-Spills are the registers of a thread that live in memory: the stack frame that cuobjdump reports, in words, for CUDA,
-and what the code object's notes say for ROCm. Shared memory, and on sm_100 columns of tensor memory, are what a program
-asks for. The table also has each file's fingerprint, by which a test knows whether it is of the files as they are.
+Spills are the registers of a thread that are kept in memory: for CUDA, the stack frame in words that cuobjdump reports,
+and for ROCm the number in the notes of the code object. Shared memory, and on sm_100 columns of tensor memory, are
+those that a program requests. The table has a fingerprint of each file, so that a test can tell whether it is outdated.
 """
 
 import importlib
@@ -44,13 +44,13 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # that one program can have
-TENSOR_COLUMNS = 512  # of tensor memory that one program can have, on sm_100
-MOST_SPILLS = 32  # of the 255 that a thread can have on CUDA
-MOST_SPILLS_WIDE = 400  # in float32 beyond 128 channels, multiplied without tensor cores: hundreds of products for each
+SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # limit of one program
+TENSOR_COLUMNS = 512  # limit of tensor memory for one program on sm_100
+MOST_SPILLS = 32  # a CUDA thread has at most 255 registers
+MOST_SPILLS_WIDE = 400  # in float32 beyond 128 channels: without tensor cores, hundreds of products follow each load
 WIDTHS = (64, 128, 256)
 DTYPES = ("bfloat16", "float32")
-LENGTHS = (1, 64, 320)  # decoding, one chunk, and documents of several spans: kernels may be launched otherwise
+LENGTHS = (1, 64, 320)  # decoding, one chunk, and documents of several spans, which may launch different kernels
 HEADS = 16
 KERNELS = Path(__file__).parents[1] / "kernels"
 TABLE = KERNELS / "RESOURCES.md"
@@ -58,7 +58,7 @@ Call = Callable[[int, torch.dtype, int], Any]  # (width, dtype, length) -> outpu
 
 
 class CompileOnly:
-    """Stands in for the driver of a GPU that is not there. Triton asks it for nothing else before it launches."""
+    """Replaces the driver of a GPU. Triton uses no other methods before a launch."""
 
     def __init__(self, target: GPUTarget):
         self.target = target
@@ -66,7 +66,7 @@ class CompileOnly:
     def get_current_target(self) -> GPUTarget:
         return self.target
 
-    def get_current_device(self) -> str:  # what Triton keeps compiled kernels by
+    def get_current_device(self) -> str:  # the key of Triton's cache of compiled kernels
         return str(self.target)
 
     def get_current_stream(self, device: str) -> int:
@@ -75,7 +75,7 @@ class CompileOnly:
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel, and what it was compiled to, or why it could not be."""
+    """A kernel with its compiled form, or the reason why it does not compile."""
 
     kernel: str
     compiled: CompiledKernel | None
@@ -84,7 +84,7 @@ class Launch:
 
 @contextmanager
 def compiling_for(target: str) -> Iterator[list[Launch]]:
-    """Launches compile for `target` and do not run; the list grows by one for each."""
+    """Makes launches compile for `target` instead of running. Each launch is added to the list."""
     launches: list[Launch] = []
     run = JITFunction.run
 
@@ -92,7 +92,7 @@ def compiling_for(target: str) -> Iterator[list[Launch]]:
         compiled, failure = None, ""
         try:
             compiled = run(self, *args, grid=grid, warmup=True, **options)
-        except Exception as error:  # of the compiler: one line of the table
+        except Exception as error:  # of the compiler: it becomes a line of the table
             failure = f"{type(error).__name__}: {' '.join(str(error).split())[-200:]}"
         file, name = self.__module__.rpartition(".")[2], self.__name__.strip("_").removesuffix("_kernel")
         launches.append(Launch(f"{file}.{name}", compiled, failure))
@@ -112,7 +112,7 @@ def compiling_for(target: str) -> Iterator[list[Launch]]:
 
 
 def resources(compiled: CompiledKernel) -> dict[str, float]:
-    """Of a thread: registers and spills. Of a program: warps, shared memory and columns of tensor memory."""
+    """Return registers and spills of a thread, and warps, shared memory and columns of tensor memory of a program."""
     if compiled.metadata.target.backend == "hip":
         notes = {name: int(value) for name, value in re.findall(r"\.(\w+):\s+(\d+)\n", compiled.asm["amdgcn"])}
         registers, spills = notes["vgpr_count"], notes["vgpr_spill_count"]
@@ -143,14 +143,14 @@ def leaf(x: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def inputs_of(name: str, width: int, dtype: torch.dtype, length: int, *order: str) -> list[torch.Tensor | None]:
-    """The named inputs of an operation, None for those that it has not."""
+    """Return the named inputs of an operation, with None for those that it lacks."""
     size = Size(batch=1, length=length, heads=HEADS, key_dim=width, value_dim=width, key_heads=HEADS)
     inputs = OPERATIONS[name].make(size, dtype, "cpu")
     return [leaf(inputs.get(name)) for name in order]
 
 
 def run_recurrence(name: str) -> Call:
-    """An instance of the linear recurrence."""
+    """Return the call of an instance of the linear recurrence."""
     terms = ("q", "k", "v", "log_decay", "erase", "erase_key", "value_log_decay", "bonus")
 
     def run(width: int, dtype: torch.dtype, length: int) -> Any:
@@ -163,14 +163,14 @@ def run_recurrence(name: str) -> Call:
 
 
 def run_elementwise(width: int, dtype: torch.dtype, length: int) -> Any:
-    """Mamba's, of HEADS * width channels."""
+    """Call the recurrence of Mamba with HEADS * width channels."""
     inputs = inputs_of("Mamba", width, dtype, length, "q", "k", "v", "log_decay", "step")
     state = torch.zeros(1, 1, inputs[1].shape[-1], HEADS * width, requires_grad=True)
     return kernels("elementwise_recurrence").elementwise_recurrence(*inputs, state, None)
 
 
 def run_complex(width: int, dtype: torch.dtype, length: int) -> Any:
-    """S4's: a head for each channel, whose query, key and decay are complex and the same for every token."""
+    """Call the recurrence of S4: a head per channel, with complex q, k and decay that are constant over tokens."""
     q, k = (torch.randn(HEADS * width, 64, dtype=torch.complex64, requires_grad=True) for _ in range(2))
     rates = torch.complex(-torch.rand(len(k), 64, 1), torch.randn(len(k), 64, 1)).requires_grad_()
     v = torch.randn(1, length, len(k), 1).to(dtype).requires_grad_()
@@ -179,7 +179,7 @@ def run_complex(width: int, dtype: torch.dtype, length: int) -> Any:
 
 
 def run_convolution(width: int, dtype: torch.dtype, length: int) -> Any:
-    """Of packed documents."""
+    """Call the convolution on packed documents."""
     inputs = inputs_of("short convolution", width, dtype, length, "x", "weight", "bias")
     bounds = torch.tensor([0, length // 2, length], dtype=torch.int32)
     return [kernels("causal_conv").causal_conv(*inputs, None, bounds, True)]
@@ -191,21 +191,21 @@ def run_norm(width: int, dtype: torch.dtype, length: int) -> Any:
 
 
 def run_gate(width: int, dtype: torch.dtype, length: int) -> Any:
-    """All its activations."""
+    """Call the decay gate with each of its activations."""
     inputs = inputs_of("decay gate", width, dtype, length, "x", "bias", "A_log")
     gates = kernels("gates")
     return [y for activation in gates.ACTIVATIONS for y in gates.decay_gate(*inputs, activation, 1.0, [], True)]
 
 
 def run_dispatch(width: int, dtype: torch.dtype, length: int) -> Any:
-    """8 slots a token, with the router's weights."""
+    """Call dispatch and combine with 8 slots per token and routing weights."""
     slot, x = torch.randperm(8 * length).view(length, 8), torch.randn(length, HEADS * width).to(dtype)
     moved = kernels("moe_permute").permute(leaf(x), slot.flatten().argsort() // 8, slot)
     return [kernels("moe_permute").unpermute(moved, slot.flatten().argsort() // 8, slot, leaf(torch.rand(length, 8)))]
 
 
 def run_swiglu(width: int, dtype: torch.dtype, length: int) -> Any:
-    """gate and up of HEADS * width channels side by side, and the router's weight of each row."""
+    """Call the activation on gate and up of HEADS * width channels, concatenated, and a routing weight per row."""
     hidden = torch.randn(length, 2 * HEADS * width).to(dtype)
     return [kernels("weighted_swiglu").weighted_swiglu(leaf(hidden), leaf(torch.rand(length)))]
 
@@ -221,15 +221,15 @@ CALLS: dict[str, Call] = {
     "short convolution": run_convolution,
     "gated RMS norm": run_norm,
     "decay gate": run_gate,
-    "to experts and back": run_dispatch,
+    "dispatch and combine": run_dispatch,
     "weighted SwiGLU": run_swiglu,
 }
 
 
 def rows_for(target: str, call: str, width: int, dtype: str) -> tuple[list[dict[str, Any]], list[str]]:
-    """A row for each kernel that is launched, the most demanding where it is launched in several ways.
+    """Return a row for each kernel that is launched, with the largest numbers over its launches.
 
-    And a sentence for each that does not compile.
+    The second result has a sentence for each kernel that does not compile.
     """
     with compiling_for(target) as launches:
         for length in LENGTHS:
@@ -254,12 +254,12 @@ def described(row: dict[str, Any]) -> str:
 
 
 def excesses(row: dict[str, Any]) -> list[str]:
-    """A sentence for each limit that it goes beyond."""
+    """Return a sentence for each limit that a row exceeds."""
     wide = row["dtype"] == "float32" and row["width"] > 128
     limits = {
-        "spills": (MOST_SPILLS_WIDE if wide else MOST_SPILLS, "spills {} registers; {} are tolerated"),
-        "shared KiB": (SHARED_KIB[row["target"]], "needs {} KiB of shared memory; there are {}"),
-        "tensor columns": (TENSOR_COLUMNS, "needs {} columns of tensor memory; there are {}"),
+        "spills": (MOST_SPILLS_WIDE if wide else MOST_SPILLS, "spills {} registers; the limit is {}"),
+        "shared KiB": (SHARED_KIB[row["target"]], "needs {} KiB of shared memory; the limit is {}"),
+        "tensor columns": (TENSOR_COLUMNS, "needs {} columns of tensor memory; the limit is {}"),
     }
     return [
         f"{described(row)} {text.format(row[name], limit)}"
@@ -301,7 +301,7 @@ COLUMNS = ("registers", "spills", "shared KiB", "tensor columns")
 
 
 def write_table(rows: list[dict[str, Any]], faults: list[str], kept: Cells, path: Path) -> None:
-    """A line for each kernel, instance, dtype and width, a column for each target; then the faults.
+    """Write a line for each kernel, instance, dtype and width with a column for each target, and then the faults.
 
     kept: cells of instances that were not compiled again.
     """
@@ -318,12 +318,12 @@ def write_table(rows: list[dict[str, Any]], faults: list[str], kept: Cells, path
         "",
         "# Registers, spilled registers and KiB of shared memory",
         "",
-        f"Compiled with Triton {triton.__version__} and no GPU; sm_100 has columns of tensor memory last. Each cell "
-        "is the most that any launch of the kernel needs, forward or backward. A program can have "
-        + ", ".join(f"{SHARED_KIB[name]} KiB on {name}" for name in targets)
-        + f", and {TENSOR_COLUMNS} columns. {MOST_SPILLS} spilled registers are tolerated; {MOST_SPILLS_WIDE} "
-        "in float32 at a width of 256, whose products have no tensor cores and keep a thread busy for longer. A kernel "
-        "with a dash is not launched there: another one does its work on the way.",
+        f"Compiled with Triton {triton.__version__} and without a GPU. For sm_100, the last number is columns of "
+        "tensor memory. Each cell has the largest numbers over all launches of the kernel, forward and backward. The "
+        "limits of shared memory are " + ", ".join(f"{SHARED_KIB[name]} KiB on {name}" for name in targets) + "; "
+        f"that of tensor memory is {TENSOR_COLUMNS} columns. The limit of spilled registers is {MOST_SPILLS}, or "
+        f"{MOST_SPILLS_WIDE} in float32 at a width of 256, where products run without tensor cores. A dash means that "
+        "the kernel is not launched: another kernel includes its work.",
         "",
         "| kernel | instance | dtype | width | " + " | ".join(targets) + " |",
         "|---|---|---|---|" + "---|" * len(targets),
@@ -332,7 +332,7 @@ def write_table(rows: list[dict[str, Any]], faults: list[str], kept: Cells, path
             for key in order
         ),
         "",
-        "## Beyond what is tolerated",
+        "## Beyond the limits",
         "",
         *([f"- {fault}" for fault in faults] or ["Nothing."]),
         "",
@@ -355,10 +355,11 @@ def main() -> None:
     kept = to_keep(TABLE.read_text()) if options.table and TABLE.exists() else {}
     cases = list(product(options.targets, options.instances, options.widths, options.dtypes))
     if options.table and len(cases) < len(TARGETS) * len(CALLS) * len(WIDTHS) * len(DTYPES):
-        parser.error("--table is of everything: leave --targets, --instances, --widths and --dtypes out.")
+        parser.error("--table needs all cases: leave out --targets, --instances, --widths and --dtypes.")
     cases = [case for case in cases if case[1] not in {key[1] for key in kept}]
     with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
-        parts = list(track(pool.map(rows_for, *zip(*cases, strict=True)), "compiling", total=len(cases)))
+        compiled = pool.map(rows_for, *zip(*cases, strict=True)) if cases else []
+        parts = list(track(compiled, "compiling", total=len(cases)))
     rows = sorted((row for part, _ in parts for row in part), key=lambda row: row["kernel"])
     faults = [text for _, failures in parts for text in failures] + [text for row in rows for text in excesses(row)]
     if options.table:

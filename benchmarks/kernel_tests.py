@@ -9,7 +9,7 @@ from benchmarks.report import arguments, show
 
 
 class Counter:
-    """A plugin of pytest that counts outcomes."""
+    """A pytest plugin that counts outcomes."""
 
     def __init__(self) -> None:
         self.counts = dict.fromkeys(("passed", "failed", "skipped"), 0)

@@ -366,8 +366,8 @@ def page(cases: dict[str, list[dict[str, Any]]]) -> str:
         "decay: the gradient of a decay takes the state and its gradient at the same place.",
         "- The elementwise recurrence: each chunk of 64 tokens (S4: 128) stores its decay and its state, and reads "
         "them three times; S4, whose states are complex and 32 wide for each channel, has more of these than of "
-        "tokens. Constants of a layer (S4's q, k and decay) are read by every chunk, mostly from the L2 cache, and their "
-        "gradients are written by every chunk and summed by PyTorch.",
+        "tokens. Constants of a layer (S4's q, k and decay) are read by every chunk, mostly from the L2 cache, and "
+        "their gradients are written by every chunk and summed by PyTorch.",
         "",
         f"An instance may move {MOST} times what it needs; those that move more are listed below each table with the "
         "tensors that move most.",

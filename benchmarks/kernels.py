@@ -1,14 +1,14 @@
 """Speed of the kernels: python -m benchmarks.kernels [--case NAME] [--output FILE]
 
-Every operation, forward, and forward and backward, on fresh random data each time: ours; plain PyTorch, which of a
-recurrence is the chunked form; that compiled; flash-linear-attention (if installed); FlashAttention through SDPA.
-Times are medians, by CUDA events on a GPU and by the wall clock on a CPU, where sizes are tiny and nothing but the
-program is tested.
+Every operation runs forward, and forward and backward, on new random data each time. The contestants are the kernels of
+torchlmoe; plain PyTorch (for a recurrence, the chunked form) and the same compiled; flash-linear-attention, if it is
+installed; and FlashAttention through SDPA. Times are medians, of CUDA events on a GPU and of the wall clock on a CPU,
+where sizes are tiny and only the program is tested.
 
-TFLOP/s count the recurrence as it is defined, token by token (a chunkwise form spends more); TB/s count every argument
-and result once, which no form can avoid. Both stand beside ceilings of the same machine, measured in the same run: a
-matrix product and a copy. "error" is that of the output against plain PyTorch in float32, ||x - x'|| / ||x'||.
-What fails is listed below the table.
+TFLOP/s count the operations of the recurrence's definition, token by token (a chunked form needs more). TB/s count
+every argument and result once, which every form must read and write. The title has the rates of a matrix product and of
+a copy, measured in the same run. "error" is that of the output relative to plain PyTorch in float32,
+||x - x'|| / ||x'||. Failures are listed below the table.
 
 The decode case is one token from a state of at least 512 MiB; "x copy" is its time over that of copying the state.
 """
@@ -35,12 +35,12 @@ CASES = {
 }
 TINY = Size(batch=1, length=128, heads=2, key_dim=16, value_dim=16, key_heads=2)
 WAYS = sorted({way for operation in OPERATIONS.values() for way in operation.ways})
-SHARES_HEADS = {"Gated DeltaNet", "KDA"}  # in the models that share query and key heads
+SHARES_HEADS = {"Gated DeltaNet", "KDA"}  # operations of models that share query and key heads
 Inputs = dict[str, Tensor]
 
 
 def warmups(device: str) -> int:
-    """Runs that are not counted; none on a CPU, where sizes are tiny and nothing is measured."""
+    """Return the number of runs that are not counted: none on a CPU, where nothing is measured."""
     return 0 if device == "cpu" else 2
 
 
@@ -54,7 +54,7 @@ def forward_seconds(way: Way, make: Callable[[], Inputs], repeats: int, device: 
 
 
 def both_seconds(way: Way, make: Callable[[], Inputs], repeats: int, device: str) -> float:
-    """Forward and backward, the gradients of all arguments."""
+    """Return the seconds of forward and backward, with the gradients of all arguments."""
     with torch.no_grad():
         output = way.run(**way.arguments(make()))
     times = []
@@ -70,7 +70,7 @@ def num_bytes(tensors: Any) -> int:
 
 
 def copy_rate(device: str, repeats: int = 7) -> float:
-    """Bytes read and written a second by a copy of 1 GiB (64 MiB on a CPU)."""
+    """Return the bytes per second that a copy of 1 GiB (64 MiB on a CPU) reads and writes."""
     size = (1 << 30) if device != "cpu" else (1 << 26)
     source, target = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
     times = [seconds_of(lambda: target.copy_(source), device) for _ in range(repeats + warmups(device))]
@@ -117,7 +117,7 @@ def rows_of(
                 "TB/s": forward and (read + written) / forward / 1e12,
                 "fwd+bwd ms": both and both * 1e3,
                 "TFLOP/s both": both and 3 * flops / both / 1e12,
-                # The backward reads the arguments again and the output's gradient, and writes all gradients.
+                # The backward reads the arguments again and the gradient of the output, and writes all gradients.
                 "TB/s both": both and (3 * read + 2 * written) / both / 1e12,
                 "error": attempt(notes, error, way, operation, inputs),
             }
@@ -156,7 +156,7 @@ def decode_rows(
 
 
 def with_ratios(rows: list[dict[str, Any]], column: str) -> list[dict[str, Any]]:
-    """How many times as long each takes as ours."""
+    """Add the column "x ours": the time divided by that of torchlmoe."""
     ours = next((row[column] for row in rows if row["by"] == OURS), None)
     for row in rows:
         row["x ours"] = row[column] / ours if ours and row[column] else None

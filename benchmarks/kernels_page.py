@@ -1,7 +1,7 @@
-"""Brings the table of kernels/README.md up to date: python -m benchmarks.kernels_page
+"""Updates the table in kernels/README.md: python -m benchmarks.kernels_page
 
-Which mixers a file serves is found by running each of them, forward and backward, on tensors without data, with the
-choice of kernels made as on a GPU, and noting which of the file's operations they call.
+To find the mixers that a file serves, each mixer runs forward and backward on tensors without data, with kernels chosen
+as on a GPU, and the operations that it calls are recorded.
 """
 
 import re
@@ -27,7 +27,7 @@ BEGIN, END = "<!-- written by python -m benchmarks.kernels_page: do not edit -->
 
 
 class OperationNames(TorchDispatchMode):
-    """Notes the names of torchlmoe's operations that are called."""
+    """Records the names of torchlmoe's operations that are called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class OperationNames(TorchDispatchMode):
 
 @contextmanager
 def choosing_as_on_a_gpu() -> Iterator[None]:
-    """Kernels are chosen as for CUDA tensors."""
+    """Chooses kernels as for CUDA tensors."""
     original = kernel_backend.kernels_serve
 
     def kernels_serve(backend: str, *tensors: Tensor | None, refusal: str | None = None) -> bool:
@@ -69,7 +69,10 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def operations_of(name: str) -> set[str]:
-    """What a mixer calls in 16 bits, forward and backward. (In float32 ReBased wants float64, which kernels refuse.)"""
+    """Return the operations that a mixer calls in float16, forward and backward.
+
+    In float32, ReBased would use float64, for which there are no kernels.
+    """
     kind = MIXERS[name]
     fake, half = FakeTensorMode(shape_env=ShapeEnv()), default_dtype(torch.float16)
     with fake, half, choosing_as_on_a_gpu(), OperationNames() as called:
@@ -81,7 +84,7 @@ def operations_of(name: str) -> set[str]:
 
 
 def table() -> str:
-    """A line for each file: how long it is, what it says it is, and which mixers call it."""
+    """Return the table: for each file its length, its first sentence, and the mixers that call it."""
     called = {name: operations_of(name) for name in MIXERS}
     lines = ["| file | lines | what | mixers |", "|---|---|---|---|"]
     total, served = 0, set()

@@ -1,7 +1,7 @@
-"""Every mixer trains the debug model, pure and as LLLN hybrid, on equal tokens: python -m benchmarks.mixers
+"""Trains the debug model with every mixer, pure and as LLLN hybrid, on equal tokens: python -m benchmarks.mixers
 
-One process with one thread a run, `--parallel` of them at a time. The file of --output is written after each run, and
-what it holds already is not run again; beside it comes a picture.
+Each run is one process with one thread, and `--parallel` of them run at a time. The file of --output is written after
+each run; runs that it already has are skipped. At the end a picture is drawn beside it.
 """
 
 import json
@@ -24,7 +24,7 @@ PATTERNS = ("L", "LLLN")
 
 
 def settings(mixer: str, pattern: str, steps: int, expert_dim: int) -> list[str]:
-    """What differs from the debug recipe: plain AdamW in float32, the same for all."""
+    """Return the flags of a run: the debug recipe with AdamW in float32, the same for all mixers."""
     pairs = {
         "moe.expert_dim": expert_dim,
         "model.mixer": mixer,
@@ -52,7 +52,10 @@ def parameters(mixer: str, pattern: str, expert_dim: int, *, active: bool = Fals
 
 
 def fitting_expert_dim(mixer: str, pattern: str) -> int:
-    """A multiple of 4, as grouped products take it, that brings the model nearest to the size of the default one."""
+    """Return the width of experts with which the model's size is nearest to that of the default model.
+
+    A multiple of 4, as grouped products need.
+    """
     wanted = parameters("gated_deltanet", "L", 128)
     return min(range(64, 193, 4), key=lambda width: abs(parameters(mixer, pattern, width) - wanted))
 

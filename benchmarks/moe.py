@@ -1,10 +1,10 @@
 """Speed of one mixture-of-experts layer: python -m benchmarks.moe [--output FILE]
 
-Forward and backward of the routed experts with all that belongs to them (router, sort, dispatch, combine),
-beside dense matrix products of the experts' FLOPs, which is what a layer without any routing would cost, and
-beside transformers' Qwen2-MoE router and experts, as its loop over the experts and on grouped_mm.
+Forward and backward of router, token dispatch, experts and combine, beside dense matrix products with the FLOPs of the
+experts (the cost of a layer without routing), and beside the router and experts of transformers' Qwen2-MoE, with its
+loop over experts and with grouped_mm.
 
-TFLOP/s count the experts' products only, three times the forward's.
+TFLOP/s count the products of the experts only: three times those of the forward.
 """
 
 import statistics
@@ -25,7 +25,7 @@ TOKENS, DIM, EXPERT_DIM, EXPERTS, TOP_K = 4096, 256, 128, 64, 8
 
 
 def dense_products(dtype: torch.dtype, device: str) -> Callable[[], None]:
-    """The matrix products of the experts' forward and backward, as if all rows met the same expert."""
+    """Return the matrix products of the experts' forward and backward, as if all rows had the same expert."""
     rows = TOKENS * TOP_K
 
     def randn(*shape: int) -> Tensor:
@@ -77,7 +77,7 @@ def transformers_layer(dtype: torch.dtype, device: str, experts: str) -> Callabl
 
 
 def forward_backward(layer: Callable[[Tensor], Tensor], dtype: torch.dtype, device: str) -> Callable[[], None]:
-    """A run of `layer` over fixed tokens; gradients add up from run to run, as over microbatches."""
+    """Return a run of `layer` over fixed tokens. Gradients accumulate over runs, as over microbatches."""
     x, grad = (torch.randn(TOKENS, DIM, device=device).to(dtype) for _ in range(2))
     x.requires_grad_()
     return lambda: layer(x).backward(grad)

@@ -1,7 +1,7 @@
-"""The operations that have kernels, as benchmarks and cross-compilation run them: inputs, ways to run them, FLOPs.
+"""The operations that have kernels, for benchmarks and cross-compilation: inputs, ways to run them, and FLOPs.
 
-A way takes some of an operation's inputs, by its own names, and returns the output. fla's are imported at their first
-call, so that nothing here needs it.
+A way is an implementation. It takes some of an operation's inputs, under its own argument names, and returns the
+output. Functions of fla are imported at their first call, so that this file does not need it.
 """
 
 import importlib
@@ -31,13 +31,13 @@ from torchlmoe.ops.causal_conv import causal_conv
 from torchlmoe.ops.chunked import Terms, chunked_forward, layouts_of
 from torchlmoe.routing.dispatch import Slots, gather_slots, sum_slots
 
-OURS, PLAIN = "torchlmoe", "PyTorch"  # plain: a few torch functions, which are also what ours are compared with
+OURS, PLAIN = "torchlmoe", "PyTorch"  # PLAIN: a few torch functions, with which OURS is compared
 MOST_CHUNKS_TO_COMPILE = 32  # the traced form is unrolled over chunks
 
 
 @dataclass(frozen=True)
 class Size:
-    """B rows of T tokens; H heads of values, of which a group reads one of the key heads."""
+    """B rows of T tokens with H value heads. Groups of value heads share a key head."""
 
     batch: int
     length: int
@@ -54,7 +54,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Way:
-    """run(**arguments) -> output; names: the argument's name for each input that it takes."""
+    """run(**arguments) -> output. names: input of the operation -> name of the argument."""
 
     run: Callable[..., Tensor]
     names: dict[str, str]
@@ -65,33 +65,33 @@ class Way:
 
 @dataclass(frozen=True)
 class Operation:
-    """make(size, dtype, device) -> inputs by name, fresh and random; flops(size): of the forward as it is defined."""
+    """make(size, dtype, device) -> new random inputs by name. flops(size) -> FLOPs of the forward by its definition."""
 
     make: Callable[[Size, torch.dtype, str], dict[str, Tensor]]
     ways: dict[str, Way]
     flops: Callable[[Size], float]
-    decode_ways: dict[str, Way] = field(default_factory=dict)  # of one token, from a state
+    decode_ways: dict[str, Way] = field(default_factory=dict)  # for one token from a state
     state_shape: Callable[[Size], tuple[int, ...]] = lambda size: (size.batch, size.heads, size.key_dim, size.value_dim)
 
 
 def as_leaf(x: Tensor) -> Tensor:
-    """x, which asks for a gradient if it can have one."""
+    """Return x; it requires a gradient if its dtype allows one."""
     return x.requires_grad_() if x.is_floating_point() else x
 
 
 def widened(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """In float32, but integers."""
+    """Return the inputs in float32; integers are unchanged."""
     return {name: x.to(torch.float32) if x.is_floating_point() else x for name, x in inputs.items()}
 
 
 def kernel_modules() -> list[ModuleType]:
-    """Every file of kernels/."""
+    """Return the modules of all files in kernels/."""
     folder = importlib.import_module("torchlmoe.kernels").__path__
     return [importlib.import_module(f"torchlmoe.kernels.{module.name}") for module in pkgutil.iter_modules(folder)]
 
 
 def _recurrence_inputs(terms: tuple[str, ...]) -> Callable[[Size, torch.dtype, str], dict[str, Tensor]]:
-    """Gates as they are after initialisation; log decays in float32, as the layers give them."""
+    """Return `make` for a recurrence. Gates are like those after initialization, and log decays are in float32."""
 
     def make(size: Size, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
         tokens = (size.batch, size.length, size.heads)
@@ -116,7 +116,7 @@ def _recurrence_inputs(terms: tuple[str, ...]) -> Callable[[Size, torch.dtype, s
             inputs["log_decay"] = F.logsigmoid(randn(*tokens, size.key_dim) + 2).clamp_min(-0.6)
         if "beta" in terms:
             inputs["erase"] = torch.rand(*tokens, device=device).to(dtype)
-        if "elsewhere" in terms:  # as RWKV-7: what the decayed state is read with, and what the undecayed one is
+        if "elsewhere" in terms:  # like RWKV-7: erase for the decayed state, and undecayed_erase for fla, before decay
             read = unit(*tokens, size.key_dim)
             inputs["erase"] = (read * (-inputs["log_decay"]).exp()).to(dtype)
             inputs["undecayed_erase"] = -read.to(dtype)
@@ -131,7 +131,7 @@ def _recurrence_inputs(terms: tuple[str, ...]) -> Callable[[Size, torch.dtype, s
 
 
 def _kernels() -> str:
-    """The backend of ours: never another one in silence where the kernels can run."""
+    """Return the backend of OURS. If kernels can run, it is "triton", which never falls back to another one."""
     return "triton" if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1" else "auto"
 
 
@@ -157,7 +157,10 @@ def _compiled_chunked(**inputs: Tensor) -> Tensor:
 
 
 def _fla(description: str, output: int, **fixed: Any) -> Way:
-    """description: "<module>.<function> [<input>:<fla's argument> ...]", of fla.ops; output: which result to return."""
+    """Return a way of fla.
+
+    description: "<module>.<function> [<input>:<fla's argument> ...]", in fla.ops. output: index of the result.
+    """
     path, *renamed = description.split()
     module, _, name = path.rpartition(".")
 
@@ -176,7 +179,7 @@ def _our_step(**arguments: Tensor) -> Tensor:
 
 
 def _recurrence(*terms: str, fla: str | None = None, fla_step: str | None = None, **fixed: Any) -> Operation:
-    """An instance of `linear_recurrence`; fla, fla_step: as `_fla` takes them, for all tokens and for one."""
+    """Return an instance of `linear_recurrence`. fla, fla_step: for `_fla`, for all tokens and for one token."""
     taken = ["q", "k", "v", "initial_state"]
     taken += ["log_decay"] if {"head", "scalar", "channel"} & set(terms) else []
     taken += ["erase"] if {"beta", "elsewhere"} & set(terms) else []
@@ -218,7 +221,7 @@ def _softmax(backends: list[SDPBackend]) -> Callable[..., Tensor]:
 
 
 def _rows(size: Size, dtype: torch.dtype, device: str, *per_channel: str) -> dict[str, Tensor]:
-    """x and gate [B, T, H, V], and float32 vectors of all H * V channels."""
+    """Return x and gate [B, T, H, V], and float32 vectors [H * V] with the names per_channel."""
     tokens = (size.batch, size.length, size.heads, size.value_dim)
     inputs = {name: torch.randn(tokens, device=device).to(dtype) for name in ("x", "gate")}
     channels = size.heads * size.value_dim
@@ -251,7 +254,7 @@ def _norm(x: Tensor, gate: Tensor, weight: Tensor) -> Tensor:
 
 
 def _gate_inputs(size: Size, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
-    """As Kimi Delta Attention has it: a step for every channel, a rate for every head."""
+    """Return inputs like those of Kimi Delta Attention: a step for every channel, a rate for every head."""
     inputs = _rows(size, dtype, device, "bias")
     return {"x": inputs["x"].flatten(2), "bias": inputs["bias"], "A_log": torch.rand(size.heads, device=device)}
 
@@ -268,7 +271,7 @@ def _gate(x: Tensor, bias: Tensor, A_log: Tensor) -> Tensor:
 
 
 def _dispatch_inputs(size: Size, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
-    """Tokens as wide as a model, each with its choice of 8 out of 64 experts."""
+    """Return tokens with the width of a model, and 8 of 64 experts for each."""
     scores = torch.rand(size.batch * size.length, 64, device=device)
     x = torch.randn(len(scores), 16 * size.value_dim, device=device).to(dtype)
     return {"x": x, "expert": scores.topk(8).indices}
@@ -290,7 +293,7 @@ def _fused(
     plain: Callable[..., Tensor],
     names: str,
 ) -> Operation:
-    """An operation whose cost is its bytes."""
+    """Return an operation whose time depends on its bytes, not on FLOPs."""
     taken = {name: name for name in names.split()}
     return Operation(make, {OURS: Way(ours, taken), PLAIN: Way(plain, taken)}, lambda size: 0.0)
 
@@ -299,7 +302,7 @@ STATE_DIM = 16  # Mamba's default
 
 
 def _mamba_inputs(size: Size, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
-    """One head, whose keys are the state's width and whose values are all channels."""
+    """Return inputs with one head: keys have the width of the state, and values have all channels."""
     tokens, channels = (size.batch, size.length, 1), size.heads * size.value_dim
     rates = -torch.arange(1, STATE_DIM + 1, device=device, dtype=torch.float32)
     return {
@@ -370,7 +373,7 @@ OPERATIONS = {
     "short convolution": _fused(_convolution_inputs, causal_conv, _convolve, "x weight"),
     "gated RMS norm": _fused(_norm_inputs, _our_norm, _norm, "x gate weight"),
     "decay gate": _fused(_gate_inputs, _our_gate, _gate, "x bias A_log"),
-    "to experts and back": _fused(_dispatch_inputs, _our_dispatch, _dispatch, "x expert"),
+    "dispatch and combine": _fused(_dispatch_inputs, _our_dispatch, _dispatch, "x expert"),
     "softmax attention": Operation(
         _recurrence_inputs(()),
         {"FlashAttention (SDPA)": Way(_softmax([SDPBackend.FLASH_ATTENTION]), {"q": "q", "k": "k", "v": "v"})},

@@ -1,7 +1,8 @@
-"""Validation of the debug model by AdamW and by Muon at equal training time: python -m benchmarks.optimizers
+"""Validation loss of the debug model with AdamW and Muon after equal training time: python -m benchmarks.optimizers
 
-Measures the speed of each first, and from that takes the steps that fill `--minutes`; learning rates decay to their end
-within them. Peak learning rates are given per optimizer; train_configs/debug.toml holds otherwise.
+A short run measures the speed of each optimizer, which gives the number of steps in `--minutes`. The learning rate
+decays over these steps. Flags give the peak learning rates, and all other settings are those of
+train_configs/debug.toml.
 """
 
 import json
@@ -19,7 +20,7 @@ CONFIG = "train_configs/debug.toml"
 
 
 def train(folder: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """The records of a run."""
+    """Train and return the records of the run."""
     settings = {"job.dump_folder": folder, "checkpoint.enable": "false", "metrics.plot": "false", **settings}
     pairs = [f"--{name}={value}" for name, value in settings.items()]
     subprocess.run([sys.executable, "train.py", "--job.config_file", CONFIG, *pairs], check=True)
@@ -30,7 +31,9 @@ def main() -> None:
     parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=3, help="training time of each run")
     parser.add_argument("--adamw-lr", type=float, nargs="+", default=[6e-3], help="peak learning rates to try")
-    parser.add_argument("--matrix-lr", type=float, nargs="+", default=[2e-2], help="Muon's, beside 6e-3 for the rest")
+    parser.add_argument(
+        "--matrix-lr", type=float, nargs="+", default=[2e-2], help="those of Muon, with 6e-3 for the rest"
+    )
     options = parser.parse_args()
     cases = {
         "adamw": [{"optimizer.lr": lr} for lr in options.adamw_lr],

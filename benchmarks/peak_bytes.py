@@ -1,4 +1,4 @@
-"""The memory of tensors alone, exact to the byte and the same on every run."""
+"""Counts the memory of tensors, exactly, so that every run gives the same number."""
 
 import weakref
 from collections.abc import Iterable
@@ -9,9 +9,9 @@ from torch.utils._pytree import tree_leaves
 
 
 class PeakBytes(TorchDispatchMode):
-    """The most bytes that tensors made under it hold at once, `most`, on any device.
+    """Counts the peak memory of tensors that are made within the mode, on any device, as `most` bytes.
 
-    given: tensors that were there before and are not counted.
+    given: existing tensors, which are not counted.
     """
 
     def __init__(self, given: Iterable[Tensor] = ()):

@@ -1,7 +1,7 @@
 """Predicted and measured times of six layouts of the debug model on 8 gloo processes: python -m benchmarks.planner
 
-The planner predicts for this CPU, whose rates it measures before. Processes share its cores, so each figure is the
-least of several steps. Figures go to benchmarks/results/planner.json.
+The planner first measures the rates of this CPU. The processes share its cores, so a measured time is the lowest of
+several steps. Times are written to benchmarks/results/planner.json.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def flags_of(name: str) -> list[str]:
 
 
 def measure(rank: int, port: int, name: str, steps: int, file: str) -> None:
-    """On a rank: the least seconds of a step, after one that is not timed."""
+    """Measure the lowest time of a step on a rank, after a step that is not timed."""
     place = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=WORLD_SIZE, MASTER_ADDR="localhost", MASTER_PORT=port)
     os.environ.update({key: str(value) for key, value in place.items()}, TORCHELASTIC_USE_AGENT_STORE="True")
     torch.set_num_threads(1)
@@ -85,10 +85,10 @@ def measure(rank: int, port: int, name: str, steps: int, file: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition(":")[0])
-    parser.add_argument("--steps", type=int, default=4, help="that are timed; default %(default)s")
+    parser.add_argument("--steps", type=int, default=4, help="timed steps; default %(default)s")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "planner.json")
     flags = parser.parse_args()
-    mp.set_forkserver_preload(["benchmarks.planner"])  # or each process would import torch
+    mp.set_forkserver_preload(["benchmarks.planner"])  # otherwise each process would import torch
     gpu = gpu_named("cpu", WORLD_SIZE)
     rows = []
     for name in LAYOUTS:

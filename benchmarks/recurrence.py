@@ -1,10 +1,10 @@
 """Speed and memory of the linear recurrence: python -m benchmarks.recurrence [--output FILE]
 
-Forward and backward of the operation alone, an instance for every kind of term, beside causal softmax attention and
-transformers' torch code of the chunked gated delta rule and of Mamba2 at an equal problem, all in one process in
-turn: first as the C library hands out memory, then with freed pages kept in the process, as torchlmoe's trainer does.
-Columns softmax to Mamba2 are how many times as long those take as the row; "saved" is the bytes that autograd holds
-from the forward to the backward beside the arguments, for a token of all heads.
+Forward and backward of the operation with every kind of term, beside causal softmax attention and transformers' torch
+code of the chunked gated delta rule and of Mamba2 at equal sizes. All run in one process in turn: first with the
+default of the C library, which returns freed memory, then with freed memory kept in the process, as in torchlmoe's
+trainer. The columns softmax to Mamba2 have the time of those divided by that of the row. "saved" is the number of bytes
+per token, over all heads, that autograd keeps for the backward besides the arguments.
 """
 
 import statistics
@@ -23,7 +23,7 @@ from torchlmoe.training.host_memory import keep_freed_pages
 BATCH, HEADS, WIDTH = 2, 4, 64  # keys and values are equally wide
 LENGTHS = (2048, 4096, 8192)
 SOFTMAX, GATED_DELTA = "causal softmax attention", "transformers gated delta"
-MAMBA2 = {size: f"transformers Mamba2, C {size}" for size in (64, 256)}  # as ours; its own default
+MAMBA2 = {size: f"transformers Mamba2, C {size}" for size in (64, 256)}  # chunks as long as ours; its default
 INSTANCES = {
     "no decay": (),
     "decay per head": ("head",),
@@ -39,7 +39,7 @@ INSTANCES = {
 
 
 def make_inputs(length: int, device: str) -> dict[str, Tensor]:
-    """Every term's tensor: queries, keys and values, gates as they are after initialisation, and the cotangent."""
+    """Return queries, keys, values, and the tensor of every term, with gates like those after initialization."""
     tokens = (BATCH, length, HEADS)
 
     def randn(*shape: int) -> Tensor:
@@ -97,7 +97,7 @@ def forward_backward(run: Callable[[], Tensor], like: Tensor) -> Callable[[], No
 
 
 def saved_bytes(run: Callable[[], Tensor]) -> int:
-    """What autograd saves and is no leaf."""
+    """Return the bytes of tensors that autograd saves, without leaves."""
     saved: dict[int, int] = {}
 
     def pack(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What every benchmark shares: timing side by side, the machine's description, a table and a JSON file."""
+"""Functions that all benchmarks use: timing in turn, a description of the machine, a table and a JSON file."""
 
 import argparse
 import contextlib
@@ -22,7 +22,7 @@ import torch.multiprocessing as mp
 def interleaved_seconds(
     cases: dict[str, Callable[[], object]], *, repeats: int, warmups: int = 2
 ) -> dict[str, list[float]]:
-    """Seconds of each repeat of each case, round by round, so that a machine's slow minute falls on all alike."""
+    """Return the seconds of each repeat of each case. Cases run in turn, so that a slow minute affects all of them."""
     for _ in range(warmups):
         for run in cases.values():
             run()
@@ -38,7 +38,7 @@ def interleaved_seconds(
 
 
 def seconds_of(run: Callable[[], object], device: str) -> float:
-    """Of one run: by CUDA events, or by the wall clock on a CPU."""
+    """Return the seconds of one run, measured by CUDA events or, on a CPU, by the wall clock."""
     if device == "cpu":
         begin = time.perf_counter()
         run()
@@ -52,28 +52,28 @@ def seconds_of(run: Callable[[], object], device: str) -> float:
 
 
 def attempt(notes: list[str], measure: Callable[..., Any], *args: Any) -> Any:
-    """measure(*args); None, and a note, where it fails."""
+    """Return measure(*args). If it fails, return None and add a note."""
     try:
         return measure(*args)
-    except Exception as failure:  # another library's, or memory that does not suffice: a row of the table
+    except Exception as failure:  # of another library, or out of memory: it becomes a row of the table
         text = " ".join(str(failure).split())
         note = f"{type(failure).__name__}: {text[:160]}"
         if note not in notes:
             notes.append(note)
         return None
     finally:
-        if "torch._dynamo" in sys.modules:  # whose import takes seconds
-            torch.compiler.reset()  # or the eighth graph is the last that is compiled
+        if "torch._dynamo" in sys.modules:  # not imported here, since that takes seconds
+            torch.compiler.reset()  # otherwise nothing is compiled after the eighth graph
         if torch.cuda.is_available():
-            # After an illegal access it raises too, which would take along what was measured before.
+            # After an illegal access this raises too, and earlier measurements would be lost.
             with contextlib.suppress(RuntimeError):
                 torch.cuda.empty_cache()
 
 
 class Worker:
-    """A case in a separate process, so that one library's settings (of the allocator, say) do not reach another's.
+    """A case in a separate process, so that settings of one library, such as those of the allocator, affect no other.
 
-    make: a picklable function that returns the case to run; args: its arguments. Calling the worker runs the case once.
+    make: a picklable function that returns the case to run. args: its arguments. Calling the worker runs the case once.
     """
 
     def __init__(self, make: Callable[..., Callable[[], object]], *args: object):
@@ -104,14 +104,14 @@ def _serve(pipe: Connection, make: Callable[..., Callable[[], object]], args: tu
 
 
 def matmul_rate(dtype: torch.dtype, device: str = "cpu", size: int = 1024, repeats: int = 7) -> float:
-    """FLOP/s of a square matrix product, the median of `repeats`."""
+    """Return the FLOP/s of a square matrix product, the median of `repeats`."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     seconds = interleaved_seconds({"matmul": lambda: a @ b}, repeats=repeats)["matmul"]
     return 2 * size**3 / statistics.median(seconds)
 
 
 def machine() -> dict[str, Any]:
-    """Hardware and versions, for the record."""
+    """Return a description of the hardware and the versions."""
     cpu = next(
         (line.split(":")[1].strip() for line in _read("/proc/cpuinfo").splitlines() if "model name" in line),
         platform.processor(),
@@ -139,10 +139,10 @@ def _version(package: str) -> str | None:
 
 
 def _ptxas_versions() -> dict[str, str]:
-    """Of those that Triton carries. Which one compiles for Hopper differs between Triton's versions."""
+    """Return the versions of Triton's copies of ptxas. Which one compiles for Hopper depends on Triton's version."""
     versions = {}
     for name in ("ptxas", "ptxas_blackwell"):
-        # Triton, or this one of the two, is not there.
+        # Triton, or one of the two, may be missing.
         with contextlib.suppress(ImportError, AttributeError, RuntimeError):
             from triton import knobs
 
@@ -161,15 +161,15 @@ def _driver_version() -> str | None:
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
-    """A parser that already knows --output."""
+    """Return a parser with the flag --output."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--output", type=Path, help="write figures, hardware and versions to this JSON file")
     return parser
 
 
 def show(title: str, rows: list[dict[str, Any]], output: Path | None, **facts: Any) -> None:
-    """Prints `rows` as a table and writes them, with the machine and `facts`, to `output`."""
-    from rich.console import Console  # here, since what only times does without
+    """Print `rows` as a table and write them, with the machine and `facts`, to `output`."""
+    from rich.console import Console  # imported here, since programs that only time do not need it
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")

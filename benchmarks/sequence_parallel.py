@@ -1,11 +1,11 @@
-"""What sequence parallelism sends, and how long it takes: python -m benchmarks.sequence_parallel [--picture FILE]
+"""Bytes and time of context parallelism: python -m benchmarks.sequence_parallel [--picture FILE]
 
-Counts: each recurrence and attention style on a fake process group of `--ranks` ranks, on tensors without storage, one
-document of 4k to 1M tokens; collectives and the bytes that a rank sends, forward and backward, from the operations that
-run, beside the formula. A rank sends what it has to each of the others in an all-gather and gets as much for a
-reduce-scatter; in a ring it sends one state to its neighbour.
+Counts: every parallel style of recurrences and attention runs on a fake process group of `--ranks` ranks, on tensors
+without storage, over one document of 4k to 1M tokens. The collectives and the bytes that a rank sends, forward and
+backward, are counted from the operations and shown beside a formula. In an all-gather a rank sends its tensor to each
+other rank, and in a reduce-scatter a part of its tensor to each. In a ring it sends one state to the next rank.
 
-Times: forward and backward on 2 real gloo processes of one thread each, the styles in turn.
+Times: forward and backward on 2 gloo processes of one thread each, with the styles in turn.
 """
 
 import os
@@ -39,9 +39,9 @@ from torchlmoe.mixers.attention import InnerAttention
 HEADS, KV_HEADS, WIDTH = 8, 2, 64  # keys and values are equally wide
 LENGTHS = tuple(4096 * 4**power for power in range(5))
 TIMED_LENGTHS = (1024, 4096, 16384)
-FLOAT = 4  # bytes; states travel in float32, and so do keys and values here
+FLOAT = 4  # bytes; states are sent in float32, and here keys and values too
 STATE = WIDTH * WIDTH
-# name -> (module, terms beside q, k, v; numbers of a head's map)
+# name -> (module, terms besides q, k and v, numbers in the affine map of one head)
 RECURRENCES: dict[str, tuple[type[nn.Module], tuple[str, ...], int]] = {
     "no decay": (LinearRecurrence, (), STATE),
     "scalar decay": (LinearRecurrence, ("scalar",), STATE + 1),
@@ -54,14 +54,14 @@ TIMED = ("scalar decay", "gated delta rule", "softmax attention")
 
 
 def cases() -> dict[str, tuple[str, str]]:
-    """name -> (what runs, how it communicates)."""
+    """Return name -> (recurrence or attention, way of communication)."""
     recurrences = {f"{name}, {how}": (name, how) for name in RECURRENCES for how in ("all_gather", "ring")}
     attention = {f"softmax attention, {how}": ("softmax attention", how) for how in ("all_gather", "ulysses")}
     return recurrences | attention
 
 
 def formula(what: str, how: str, ranks: int, length: int) -> int:
-    """Bytes that a rank sends in one direction."""
+    """Return the bytes that a rank sends in one direction, forward or backward."""
     span = length // ranks
     if what == "softmax attention":
         if how == "all_gather":
@@ -72,7 +72,7 @@ def formula(what: str, how: str, ranks: int, length: int) -> int:
 
 
 class Sent(TorchDispatchMode):
-    """Counts the communication of what runs within: `calls`, and `bytes` that this rank sends."""
+    """Counts the communication within the mode: the number of `calls`, and the `bytes` that this rank sends."""
 
     def __init__(self, ranks: int):
         super().__init__()
@@ -100,7 +100,7 @@ def _bytes(x: Tensor) -> int:
 
 
 def build(what: str, how: str, mesh: DeviceMesh, length: int) -> tuple[Callable[[], Tensor], list[Tensor]]:
-    """The module as a function of nothing, on this rank's span of one document of `length` tokens; its inputs."""
+    """Return a function that runs the module on this rank's span of a document of `length` tokens, and its inputs."""
     tokens = (1, length // mesh.size(), HEADS)
     if what == "softmax attention":
         keys = (*tokens[:2], KV_HEADS, WIDTH)
@@ -135,7 +135,7 @@ def build(what: str, how: str, mesh: DeviceMesh, length: int) -> tuple[Callable[
 
 
 def count(ranks: int, lengths: tuple[int, ...]) -> list[dict[str, Any]]:
-    """As the second rank of `ranks`, which has neighbours on both sides."""
+    """Count as the second rank of `ranks`, which has neighbors on both sides."""
     dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=ranks)
     mesh = init_device_mesh("cpu", (ranks,))
     rows = []
@@ -162,7 +162,7 @@ def count(ranks: int, lengths: tuple[int, ...]) -> list[dict[str, Any]]:
 
 
 def measure(rank: int, ranks: int, port: int, lengths: tuple[int, ...], repeats: int, path: str) -> None:
-    """Milliseconds of forward and backward, the median of rounds in which every style has its turn."""
+    """Measure the milliseconds of forward and backward: medians over rounds in which every style runs once."""
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="localhost", MASTER_PORT=str(port))
     dist.init_process_group("gloo")

@@ -1,9 +1,9 @@
 """Training throughput of A0.3B-2B with every instance: python -m benchmarks.throughput [--output FILE]
 
-As the Linear-MoE paper's table of training efficiency (arXiv 2503.05447): forward, backward and AdamW on random tokens,
-16K of them a GPU in rows of 2K, 4K, 8K and 16K, peak memory and tokens/s, whichever the GPU. On several,
-`torchrun --nproc-per-node N -m benchmarks.throughput` shards the model over all. "of matmul rate" is the share that the
-model's FLOPs, recurrence included, are of the GPU's own matrix products.
+The table is that of training efficiency in the Linear-MoE paper (arXiv 2503.05447): peak memory and tokens/s of
+forward, backward and AdamW on random tokens, 16K per GPU in rows of 2K, 4K, 8K and 16K. On several GPUs,
+`torchrun --nproc-per-node N -m benchmarks.throughput` shards the model over all of them. "of matmul rate" is the rate
+of the model's FLOPs, recurrences included, divided by the measured rate of matrix products.
 """
 
 import gc
@@ -30,7 +30,7 @@ LENGTHS = (2048, 4096, 8192, 16384)
 def rows_of(
     instance: str, settings: list[str], lengths: list[int], tokens: int, repeats: int, failures: list[str]
 ) -> Iterator[dict[str, Any]]:
-    """tokens: of a step and GPU, in rows of each of `lengths`. A row comes as soon as it is measured."""
+    """Yield a row of the table for each of `lengths`, as soon as it is measured. tokens: tokens per step and GPU."""
     config = load_config([*settings, "--model.mixer", instance])
     vocab_size, device = config.model.vocab_size or 4096, choose_device("auto")
     whole = build_on_meta(config, vocab_size)
@@ -60,11 +60,11 @@ def main() -> None:
     parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--instances", nargs="+", choices=MIXERS, default=INSTANCES)
     parser.add_argument("--flavor", default="a0.3b_2b", help="sizes of the model")
-    parser.add_argument("--pattern", default="L", help="LLLN is the paper's hybrid")
+    parser.add_argument("--pattern", default="L", help="layer pattern; LLLN is the paper's hybrid")
     parser.add_argument("--recompute", choices=("none", "selective", "full"), default="selective")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens of a row")
-    parser.add_argument("--tokens", type=int, default=16384, help="of a step on each GPU")
-    parser.add_argument("--repeats", type=int, default=10, help="timed steps of each")
+    parser.add_argument("--tokens", type=int, default=16384, help="tokens per step and GPU")
+    parser.add_argument("--repeats", type=int, default=10, help="timed steps for each length")
     options = parser.parse_args()
     torch.manual_seed(0)
     settings = ["--model.flavor", options.flavor, "--model.layer_pattern", options.pattern]
@@ -73,7 +73,7 @@ def main() -> None:
     failures: list[str] = []
     for instance in options.instances:
         rows += rows_of(instance, settings, options.lengths, options.tokens, options.repeats, failures)
-        gc.collect()  # the model before the next one
+        gc.collect()  # free the model before the next one is built
     if os.environ.get("RANK", "0") == "0":
         devices = f"{world_size_of_launch()} x {choose_device('auto').type}"
         title = f"Training of {options.flavor}, bfloat16, recompute {options.recompute}, on {devices}"

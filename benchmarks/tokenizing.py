@@ -1,11 +1,12 @@
 """Time to tokenize synthetic text by one process and by several: python -m benchmarks.tokenizing
 
-The text is words drawn by Zipf's law from a made-up vocabulary, so that the tokenizer's merges are of all lengths. Each
-number of processes makes a separate store, from the same files; their identities are compared.
+The text consists of words drawn by Zipf's law from an artificial vocabulary, so that the tokenizer merges tokens of all
+lengths. Each number of processes makes a separate store from the same files, and the identities of the stores are
+compared.
 
-Beside the time there are the CPU seconds of the process that was called and of those that it started. What the caller
-does is serial: with A seconds in one process, and s of the caller beside w of n others, the speedup is A / (s + w / n)
-at most, whatever else the machine has to do. A piece of the corpus is 16 MB, and a few pieces do not divide evenly.
+The table also has the CPU seconds of the main process and of the processes that it starts. The main process works
+serially: if one process takes A seconds, and with n others the main one takes s and the others w in total, the speedup
+is at most A / (s + w / n), on an idle machine too. A piece of the corpus is 16 MB; a few pieces do not divide evenly.
 """
 
 import json
@@ -24,7 +25,7 @@ WORDS_AT_ONCE = 200_000
 
 
 def write_text(folder: Path, num_bytes: int) -> None:
-    """A .jsonl file of about so many bytes, documents of 20 to 2,000 words."""
+    """Write a .jsonl file of about num_bytes, with documents of 20 to 2,000 words."""
     generator = np.random.default_rng(0)
     letters = np.array(list("etaoinshrdlucmfwypvbgk"))
     words = np.array(["".join(generator.choice(letters, generator.integers(1, 12))) for _ in range(50_000)])

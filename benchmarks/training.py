@@ -1,11 +1,12 @@
 """Training speed of the whole model: python -m benchmarks.training [--output FILE]
 
-First beside transformers' Qwen3-Next of the same sizes (LLLN: three Gated DeltaNet blocks to one of gated attention,
-16 experts of which 4 are active and a gated shared one), forward, backward and AdamW, step by step in turn, each
-in a separate process. Then pure LSM models at equal tokens per step and growing sequence.
+The first table compares forward, backward and AdamW with transformers' Qwen3-Next of the same sizes (LLLN: three blocks
+of Gated DeltaNet and one of gated attention; 16 experts, 4 of them active, and a gated shared one). Each model has a
+separate process, and they run steps in turn. The second table has every mixer in a small model, from short rows to long
+ones at equal tokens per step.
 
-Speeds are tokens/s, and the share that the model's FLOPs are of the machine's own matrix products in that dtype.
-torchlmoe's trainer keeps freed memory in the process; "kept pages" lends that setting to transformers too.
+Speeds are tokens/s, and the rate of the model's FLOPs divided by the measured rate of matrix products in the same
+dtype. torchlmoe's trainer keeps freed memory in the process; "kept pages" uses that setting for transformers too.
 """
 
 import os
@@ -15,10 +16,13 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.peak_bytes import PeakBytes
 from benchmarks.report import Worker, arguments, interleaved_seconds, matmul_rate, show
 from torchlmoe.config.load import load_config
 from torchlmoe.config.settings import Config
+from torchlmoe.mixers import MIXERS
 from torchlmoe.model.decoder import build_on_meta
+from torchlmoe.ops.host_dtype import cpu_lacks_bfloat16
 from torchlmoe.parallel.mesh import choose_device, start_process_group
 from torchlmoe.parallel.parallelize import build_model
 from torchlmoe.parallel.ranks import Ranks
@@ -27,7 +31,7 @@ from torchlmoe.training.optimizer import build_optimizer, clip_gradients
 
 DIM, LAYERS, HEADS, HEAD_DIM, VOCAB = 256, 8, 4, 64, 8192
 EXPERTS, TOP_K, EXPERT_DIM, SHARED_DIM = 16, 4, 128, 128
-LENGTHS = (1024, 2048, 4096, 8192)
+LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
 
 SIZES = f"""
 --model.dim {DIM} --model.num_layers {LAYERS} --model.num_heads {HEADS} --model.vocab_size {VOCAB}
@@ -36,15 +40,21 @@ SIZES = f"""
 --model.layers.N.qk_norm true --model.layers.N.output_gate true --model.layers.N.rotary_fraction 0.25
 """.split()
 
+VOCAB_OF_SMALL = 512
+SMALL = """
+--model.dim 128 --model.num_layers 2 --model.num_heads 2 --model.layer_pattern L
+--moe.num_experts 8 --moe.top_k 2 --moe.expert_dim 64 --training.dtype float32
+""".split()
+
 
 def our_step(dtype: str, batch_size: int, length: int, *overrides: str) -> Callable[[], None]:
-    """A training step of our model, as the trainer runs it."""
+    """Return a training step of torchlmoe's model, as the trainer runs it."""
     keep_freed_pages()
     return steps_of(load_config([*SIZES, "--training.dtype", dtype, *overrides]), VOCAB)(batch_size, length)
 
 
 def steps_of(config: Config, vocab_size: int) -> Callable[[int, int], Callable[[], None]]:
-    """Builds the model and its optimizer; the result, given a batch size and length, is a step on random tokens."""
+    """Build the model and its optimizer. Returns a function: batch size, length -> a step on random tokens."""
     device = choose_device("auto")
     start_process_group(device)
     model = build_model(config, vocab_size, Ranks(config.parallelism, device.type), device)
@@ -66,13 +76,13 @@ def steps_of(config: Config, vocab_size: int) -> Callable[[int, int], Callable[[
 
 
 def flops_per_token(length: int) -> int:
-    """Of a training step of the model: three forwards."""
+    """Return the FLOPs of a training step per token: three times those of the forward."""
     return 3 * build_on_meta(load_config(SIZES), VOCAB).flops_per_token(length)
 
 
 def qwen3_next_step(dtype: str, batch_size: int, length: int, experts: str, keeps_pages: bool) -> Callable[[], None]:
-    """A training step of transformers' model, its parameters held in `dtype`."""
-    from transformers import Qwen3NextConfig, Qwen3NextForCausalLM  # takes seconds
+    """Return a training step of transformers' model with parameters in `dtype`."""
+    from transformers import Qwen3NextConfig, Qwen3NextForCausalLM  # imported here, since it takes seconds
 
     if keeps_pages:
         keep_freed_pages()
@@ -112,7 +122,12 @@ def qwen3_next_step(dtype: str, batch_size: int, length: int, experts: str, keep
 def beside_transformers(repeats: int, output: Path | None) -> None:
     rows = []
     length, batch_size = 1024, 2
-    for dtype in ("float32", "bfloat16"):
+    dtypes = ["float32"]
+    if choose_device("auto").type == "cuda" or not cpu_lacks_bfloat16():
+        dtypes.append("bfloat16")
+    else:
+        print("This CPU has no bfloat16 matrix instructions: only float32 is measured.")
+    for dtype in dtypes:
         cases = {"torchlmoe": Worker(our_step, dtype, batch_size, length)}
         for experts in ("eager", "grouped_mm"):
             for keeps_pages in (False, True):
@@ -138,15 +153,28 @@ def beside_transformers(repeats: int, output: Path | None) -> None:
 
 
 def over_lengths(repeats: int, output: Path | None) -> None:
-    rows = []
-    for mixer in ("bla", "gla", "gated_deltanet"):
-        pure = ("--model.layer_pattern", "L", "--model.mixer", mixer)
-        cases = {str(length): Worker(our_step, "float32", 8192 // length, length, *pure) for length in LENGTHS}
+    """Tokens/s relative to the shortest rows, and the bytes of tensors that a step keeps per token of one long row."""
+    keep_freed_pages()
+    rows, most_tokens = [], max(LENGTHS)
+    for mixer in MIXERS:
+        step_of = steps_of(load_config([*SMALL, "--model.mixer", mixer]), VOCAB_OF_SMALL)
+        cases = {str(length): step_of(most_tokens // length, length) for length in LENGTHS}
         seconds = interleaved_seconds(cases, repeats=repeats, warmups=1)
-        close(cases)
-        speeds = {name: 8192 / statistics.median(times) for name, times in seconds.items()}
-        rows.append({"mixer": mixer, **{f"T = {name}": speed / speeds["1024"] for name, speed in speeds.items()}})
-    show("Tokens/s of pure LSM models over that at T = 1024; 8192 tokens a step, float32", rows, output)
+        speeds = {name: most_tokens / statistics.median(times) for name, times in seconds.items()}
+        ratios = {f"T = {name}": speed / speeds[str(LENGTHS[0])] for name, speed in speeds.items()}
+        peaks = [peak_bytes(step_of(1, length)) for length in LENGTHS]
+        slopes = [(peaks[i + 1] - peaks[i]) / (LENGTHS[i + 1] - LENGTHS[i]) / 1024 for i in (0, len(LENGTHS) - 2)]
+        rows.append({"mixer": mixer, **ratios, "KiB/token, short": slopes[0], "KiB/token, long": slopes[1]})
+        print(*rows[-1].values(), flush=True)
+    sizes = " ".join(SMALL)
+    show(f"Tokens/s over that at T = {LENGTHS[0]}, {most_tokens} tokens a step, float32: {sizes}", rows, output)
+
+
+def peak_bytes(step: Callable[[], None]) -> int:
+    """Return the peak bytes of tensors that a step makes, without those inside torchlmoe's operations."""
+    with PeakBytes() as peak:
+        step()
+    return peak.most
 
 
 PARTS = {"beside": beside_transformers, "lengths": over_lengths}
@@ -168,6 +196,6 @@ def close(workers: dict[str, Worker]) -> None:
 
 
 if __name__ == "__main__":
-    # transformers asks the hub for nothing here; say so before it tries.
+    # Nothing is downloaded here, and transformers must not try.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     main()

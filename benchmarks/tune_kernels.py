@@ -1,13 +1,13 @@
-"""Finds the kernels' configurations anew on this machine's GPU: python -m benchmarks.tune_kernels [--output FILE]
+"""Finds configurations of the kernels on this machine's GPU: python -m benchmarks.tune_kernels [--output FILE]
 
-Every file of kernels/ whose launches are configured has a table CONFIGS: a key (architecture, width, ..) -> numbers
-(tiles, warps, stages). The operation is run to see which keys it looks up, and each of them is climbed from: any number
-of the configuration is halved or doubled, as long as that is faster. A configuration counts only if the output and all
-gradients agree with plain PyTorch in float32; its time is that of forward and backward, summed over instances in
-units of what each takes at the start. The table it prints has the entries for CONFIGS. `--most 0` only checks those
-in use.
+A file of kernels/ with configurable launches has a table CONFIGS: key (architecture, width, ..) -> numbers (tiles,
+warps, stages). The operation runs once to find the keys that it looks up. For each key the search climbs from the
+current configuration: it halves or doubles one number as long as that is faster. A configuration is valid only if the
+output and all gradients agree with plain PyTorch in float32. Its cost is the time of forward and backward relative to
+that at the start, averaged over instances. The printed table has the entries for CONFIGS. `--most 0` only checks the
+current ones.
 
-Without a GPU it runs in Triton's interpreter on tiny sizes, which tests the program and finds nothing.
+Without a GPU it runs in Triton's interpreter on tiny sizes, which only tests the program.
 """
 
 import json
@@ -28,13 +28,13 @@ from benchmarks.operations import OPERATIONS, OURS, PLAIN, Size, Way, as_leaf, k
 from benchmarks.report import arguments, seconds_of, show
 
 WIDTHS = (64, 128, 256)
-LIMITS = {torch.bfloat16: 2e-2, torch.float16: 2e-2, torch.float32: 1e-4}  # of ||x - x'|| / ||x'||
+LIMITS = {torch.bfloat16: 2e-2, torch.float16: 2e-2, torch.float32: 1e-4}  # limits of ||x - x'|| / ||x'||
 INSTANCES = [name for name, operation in OPERATIONS.items() if {OURS, PLAIN} <= operation.ways.keys()]
 Inputs = dict[str, Tensor]
 
 
 class LookedUp(dict):
-    """A table that notes what is looked up in it."""
+    """A dict that records the keys which are looked up."""
 
     def __init__(self, table: dict):
         super().__init__(table)
@@ -51,7 +51,7 @@ class LookedUp(dict):
 
 
 def neighbours(configuration: Any) -> Iterator[Any]:
-    """Those with one number halved or doubled, of the same type."""
+    """Yield configurations with one number halved or doubled."""
     numbers = list(configuration)
     for place, number in enumerate(numbers):
         for other in (number // 2, number * 2):
@@ -61,7 +61,7 @@ def neighbours(configuration: Any) -> Iterator[Any]:
 
 
 def results(way: Way, inputs: Inputs, grad: Tensor | None = None) -> list[Tensor]:
-    """The output and the gradients of all arguments; grad: of the output, ones if not given."""
+    """Return the output and the gradients of all arguments. grad: gradient of the output; ones if None."""
     given = {name: as_leaf(tensor.detach()) for name, tensor in way.arguments(inputs).items()}
     output = way.run(**given)
     grad = torch.ones_like(output) if grad is None else grad.to(output.dtype)
@@ -69,11 +69,11 @@ def results(way: Way, inputs: Inputs, grad: Tensor | None = None) -> list[Tensor
 
 
 def agrees(found: list[Tensor], expected: list[Tensor], limit: float) -> bool:
-    return all((x - y).norm() <= limit * y.norm() for x, y in zip(found, expected, strict=True))  # false of NaN
+    return all((x - y).norm() <= limit * y.norm() for x, y in zip(found, expected, strict=True))  # False for NaN
 
 
 class Trial:
-    """An instance at a size: what it gives in float32, and how long it takes."""
+    """An instance of an operation at one size, with its results in float32 to compare with."""
 
     def __init__(self, name: str, size: Size, dtype: torch.dtype, device: str):
         self.description = f"{name}, {size}, {dtype}"
@@ -84,7 +84,7 @@ class Trial:
         self.expected = results(plain, in_float32, self.grad)
 
     def seconds(self, repeats: int) -> float:
-        """inf where the result is wrong or the configuration is none that the kernel can have."""
+        """Return the median time, or inf if the result is wrong or the kernel cannot have the configuration."""
         try:
             if not agrees(results(self.way, self.inputs, self.grad), self.expected, LIMITS[self.dtype]):
                 return float("inf")
@@ -92,13 +92,13 @@ class Trial:
             return statistics.median(seconds_of(run, self.device) for _ in range(repeats))
         except Exception as failure:
             if self.device == "cuda":
-                torch.cuda.synchronize()  # raises again after an illegal access, from which on nothing runs
+                torch.cuda.synchronize()  # raises again after an illegal access, after which nothing can run
             print(f"  {type(failure).__name__}: {' '.join(str(failure).split())[:100]}")
             return float("inf")
 
 
 def climb(table: dict, key: Any, cost: Callable[[], float], most_trials: int) -> Iterator[tuple[Any, float]]:
-    """Each configuration as it is tried, with its cost, which is 1 for table[key]; leaves the best in table[key]."""
+    """Yield each configuration that is tried with its cost, which is 1 for the first. Leaves the best in table[key]."""
     best, best_cost, tried = table[key], 1.0, {table[key]}
     yield best, best_cost
     improved = True
@@ -118,10 +118,10 @@ def climb(table: dict, key: Any, cost: Callable[[], float], most_trials: int) ->
 def tune(
     module: ModuleType, family: str, trials: list[Trial], repeats: int, most_trials: int, faults: list[str]
 ) -> Iterator[dict[str, Any]]:
-    """A row for each configuration tried, and one with how many were tried for the best of each key of module.CONFIGS
-    that `trials` look up. A trial that fails from the start is a fault.
+    """Yield a row for each configuration that is tried and, for each key that `trials` look up in module.CONFIGS, a row
+    with the best one and the number of those tried. A trial that fails at the start is added to `faults`.
 
-    family: the architecture, for keys of which "default" is the first part.
+    family: the architecture, which replaces "default" in keys.
     """
     original = module.CONFIGS
     module.CONFIGS = table = LookedUp(original)
@@ -150,12 +150,12 @@ def tune(
 
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0])
-    parser.add_argument("--files", nargs="+", help="of kernels/, without .py; all that have configurations if unset")
+    parser.add_argument("--files", nargs="+", help="files of kernels/, without .py; all with configurations if unset")
     parser.add_argument("--instances", nargs="+", choices=INSTANCES, default=INSTANCES)
     parser.add_argument("--widths", nargs="+", type=int, default=WIDTHS)
     parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float32"), default=("bfloat16", "float32"))
     parser.add_argument("--repeats", type=int, default=7, help="timed runs of each configuration")
-    parser.add_argument("--most", type=int, default=60, help="configurations tried for a key; 0: check the table")
+    parser.add_argument("--most", type=int, default=60, help="largest number of trials per key; 0 checks the table")
     options = parser.parse_args()
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,8 +1,8 @@
 """Checks that wheels fit the GPU machine: python -m benchmarks.wheels FOLDER
 
-By their metadata: each is for Python 3.12 on x86-64 Linux, and what it requires is in the folder too, in the version it
-asks for, or is a package that the machine has. Ends with 1 and a list if one does not fit, or if together they are
-larger than MOST_BYTES.
+The check reads their metadata. Each wheel must be for Python 3.12 on x86-64 Linux, and each requirement must be met by
+another wheel in the folder or by a package of the machine. Ends with 1 and a list if a wheel does not fit, or if all
+together are larger than MOST_BYTES.
 """
 
 import argparse
@@ -28,7 +28,7 @@ ENVIRONMENT = {
     "os_name": "posix",
     "extra": "",
 }
-# What comes with torch, transformers and pytest, or is installed beside them, and its version if that is known.
+# Packages of the machine (torch, transformers, pytest and their requirements), with their versions if known.
 PRESENT = {"torch": "2.11.0", "triton": "3.6.0", "numpy": "2.5.0"} | dict.fromkeys(
     "pandas pyarrow filelock fsspec huggingface-hub packaging pyyaml requests httpx tqdm xxhash cloudpickle "
     "markdown-it-py pygments".split()
@@ -36,7 +36,7 @@ PRESENT = {"torch": "2.11.0", "triton": "3.6.0", "numpy": "2.5.0"} | dict.fromke
 
 
 def faults(folder: Path) -> list[str]:
-    """One sentence for everything that does not fit."""
+    """Return a sentence for each wheel or requirement that does not fit."""
     wheels = sorted(folder.glob("*.whl"))
     if not wheels:
         return [f"{folder} holds no wheels; bash benchmarks/gpu_wheels.sh {folder} fetches them."]

@@ -1,8 +1,8 @@
 """Trains under every layout and compares with one process: python -m tests.parity_matrix [--output docs/parity.md]
 
-Each layout runs on gloo processes, in float64 and at a learning rate of 1e-3, and is compared with a run of one process
-step by step. Ends with exit code 1 if a layout is not equal. Also writes what cannot be combined, and the sentence that
-says so.
+Each layout runs on gloo processes in float64 at a learning rate of 1e-3, and every step is compared with that of a run
+of one process. The program ends with exit code 1 if a layout is not equal. The page also lists combinations that are
+not supported, with their error messages.
 """
 
 import argparse
@@ -33,7 +33,7 @@ TABLE = Path(__file__).parents[1] / "docs" / "parity.md"
 
 _SHARED = "--model.num_heads 4 --training.global_batch_size 4"
 _THREE = "--model.dim 48 --model.num_heads 3 --moe.num_experts 6 --training.global_batch_size 6"
-# The debug model's size with as many heads and experts as the layouts need: four blocks LLLN, or as named.
+# Models with the size of the debug model, and as many heads and experts as the layouts need.
 MODELS = {
     "gated_deltanet": f"{_SHARED} --model.mixer gated_deltanet --activation_checkpoint.mode full",
     "gla, Muon": f"{_SHARED} --model.mixer gla --optimizer.name muon",
@@ -64,7 +64,7 @@ OTHERS = {
 
 @dataclass(frozen=True)
 class Layout:
-    """Degrees as "pp=2 tp=2 interleaved", and the models that it trains."""
+    """name: degrees, such as "pp=2 tp=2 interleaved". models: names of the models that are trained."""
 
     name: str
     models: tuple[str, ...]
@@ -88,7 +88,7 @@ class Layout:
 LAYOUTS = [
     Layout(name, models)
     for name, *models in (
-        # Each axis alone.
+        # One axis.
         ("dp=2", "gated_deltanet"),
         ("replicas=2", "gla, Muon"),
         ("tp=2", "mamba2, tied"),
@@ -133,7 +133,7 @@ LAYOUTS = [
         ("pp=4 tp=2", "gla, Muon"),
     )
 ]
-# What is refused, on so many ranks: each raises when the model is built.
+# Combinations that are not supported, with the number of ranks: each raises an error when the model is built.
 REFUSED = {
     (2, "--parallelism.tensor_parallel_degree 2 --model.num_heads 3 --model.dim 48"): "heads that ranks cannot share",
     (3, "--parallelism.expert_parallel_degree 3"): "experts that ranks cannot share",
@@ -159,9 +159,9 @@ REFUSED = {
 
 
 def train(layouts: Iterable[Layout], corpus: Path, folder: Path, steps: int, advance: Callable = list) -> None:
-    """Runs of the layouts in folder/layout/model, and those of one process in folder/whole/model.
+    """Train under the layouts in folder/layout/model, and on one process in folder/whole/model.
 
-    advance: wraps what is iterated over, to show progress.
+    advance: wraps the list of jobs, to show progress.
     """
     layouts = list(layouts)
     models = sorted({model for layout in layouts for model in layout.models})
@@ -172,7 +172,7 @@ def train(layouts: Iterable[Layout], corpus: Path, folder: Path, steps: int, adv
 
 
 def _quietly(*arguments) -> None:
-    with redirect_stdout(StringIO()):  # the runs' own lines
+    with redirect_stdout(StringIO()):  # hides what the runs print
         train_layouts(*arguments, float32=())
 
 
@@ -181,7 +181,7 @@ def is_equal(difference: Differences) -> bool:
 
 
 def refusal(flags: str, world_size: int) -> str:
-    """The sentence that a combination raises."""
+    """Return the error message of a combination."""
     try:
         config = load_config(["--training.local_batch_size", "1", *flags.split()])
         check_degrees(config, world_size)
@@ -196,7 +196,7 @@ def _shown(difference: float) -> str:
 
 
 def page(found: dict[tuple[str, str], Differences]) -> str:
-    """The table of docs/. found: by layout and model."""
+    """Return the text of docs/parity.md. found: differences by layout and model."""
     lines = [
         "<!-- written by python -m tests.parity_matrix --output docs/parity.md: do not edit -->",
         "",
@@ -204,12 +204,14 @@ def page(found: dict[tuple[str, str], Differences]) -> str:
         "",
         f"`python -m tests.parity_matrix` trains each model for {STEPS} steps in float64 at a learning rate of 1e-3, "
         "on packed documents, under each layout and on one process. The table has the largest relative differences "
-        f"over all steps: of losses (training, validation and balance; at most {MOST_LOSS:g} is equal) and of the "
-        f"gradient's norm ({MOST_NORM:g}), and whether every expert had the same load in every step. Processes talk by "
-        f"gloo, on CPUs. Made with torch {torch.__version__}, Python {platform.python_version()}.",
+        f"over all steps, of losses (training, validation and balance; equal means at most {MOST_LOSS:g}) and of the "
+        f"gradient norm (equal means at most {MOST_NORM:g}), and whether every expert had the same load in every step. "
+        f"Processes run on CPUs and communicate by gloo. Made with torch {torch.__version__}, Python "
+        f"{platform.python_version()}.",
         "",
-        "Degrees: `pp` stages, `replicas` and `dp` (FSDP2) ranks with other rows, `cp` spans of tokens, `tp` heads, "
-        "and `ep` experts, whose ranks are those of `dp`, `cp` and `tp`. A microbatch is one row of 48 tokens.",
+        "Degrees are numbers of ranks: `pp` splits blocks into stages; `replicas` and `dp` (FSDP2) have different "
+        "rows; `cp` splits tokens into spans; `tp` splits heads; `ep` splits experts, over ranks of `dp`, `cp` and "
+        "`tp`. A microbatch is one row of 48 tokens.",
         "",
         "| layout | processes | model | loss | gradient norm | loads |",
         "|---|---|---|---|---|---|",
@@ -222,7 +224,7 @@ def page(found: dict[tuple[str, str], Differences]) -> str:
             "equal" if difference.loads_equal else "differ",
         ]
         lines.append(f"| {layout} | {sizes[layout]} | {model} | {' | '.join(figures)} |")
-    lines += ["", "## What is refused", "", "When the model is built, on every rank alike:", ""]
+    lines += ["", "## Not supported", "", "These raise an error when the model is built, the same on every rank:", ""]
     lines += [f'- {what}: "{refusal(flags, ranks)}"' for (ranks, flags), what in REFUSED.items()]
     return "\n".join(lines) + "\n"
 

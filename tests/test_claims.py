@@ -15,7 +15,7 @@ MACHINE = {"gpu": None, "cpu": "a CPU", "torch": "2.0", "threads": 2, "date": "2
 
 
 def made_up(name, figures):
-    """All rows of a claim; figures: unit -> what was measured."""
+    """All rows of a claim. figures: unit -> measured figures."""
     return [{"unit": unit, "machine": MACHINE, **figures(unit)} for unit in CHECKS[name].units()]
 
 

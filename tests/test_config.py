@@ -9,7 +9,7 @@ import pytest
 import tomli
 
 import train
-from torchlmoe.config import load as loader
+from torchlmoe.config import combinations
 from torchlmoe.config.batch import batch_sizes, check_degrees
 from torchlmoe.config.idle import NEEDS, idle_settings
 from torchlmoe.config.load import ConfigError, load_config, to_toml
@@ -108,7 +108,7 @@ def test_fewer_steps_shorten_the_warmup_of_an_earlier_source(tmp_path, caplog):
 ALWAYS = {
     "job": "config_file dump_folder custom_modules print_config debug",
     "model": "name flavor layer_pattern vocab_size dim num_layers norm norm_eps init_std tie_embeddings "
-    "loss_chunk_size embedding_multiplier logit_divisor "
+    "loss_chunk_size embedding_norm embedding_multiplier logit_divisor "
     "layers",
     "data": "dataset reader_options text_column train_split validation_split num_prefetch mixture",
     "training": "steps seq_len local_batch_size global_batch_size seed dtype loss loss_options max_norm "
@@ -131,7 +131,7 @@ def test_every_setting_has_an_effect_or_says_what_it_needs():
     always = {f"{table}.{key}" for table, keys in ALWAYS.items() for key in keys.split()}
     tables = dataclasses.fields(Config)
     every = {f"{table.name}.{key.name}" for table in tables for key in dataclasses.fields(table.default_factory)}
-    needy = loader._NEEDS.keys() | NEEDS.keys() | {"optimizer.matrix_lr", "optimizer.momentum"}
+    needy = combinations.NEEDS.keys() | NEEDS.keys() | {"optimizer.matrix_lr", "optimizer.momentum"}
     assert every == always | needy
     assert not always & needy
 

@@ -1,4 +1,4 @@
-"""A wheel, installed where there is no repository, holds kernels and assets; nothing of ours is called `kernels`."""
+"""A wheel, installed without the repository, has kernels and assets, and adds no top-level package `kernels`."""
 
 import shutil
 import subprocess

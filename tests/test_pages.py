@@ -67,27 +67,27 @@ def top_level(module: Path) -> set[str]:
 
 
 def unknown_flags(text: str) -> list[str]:
-    """Flags that a command of the text gives and its program lacks; those before a program are its launcher's."""
-    settings = (ROOT / "docs" / "settings.md").read_text()
+    """Flags in commands of the text that their programs lack. Flags before a program are those of its launcher."""
+    settings, parser = ((ROOT / name).read_text() for name in ("docs/settings.md", "torchlmoe/command.py"))
     found = []
     for command in re.findall(r"(?:train\.py|-m torchlmoe\.\w+)(?= )[^`#\n]*", text.replace("\\\n", " ")):
         program = command.split()[0 if command.startswith("train") else 1]
         source = (ROOT / program) if program == "train.py" else ROOT / f"{program.replace('.', '/')}.py"
-        if not source.exists():  # of which `faults` tells
+        if not source.exists():  # `faults` names it
             continue
+        program_text = source.read_text()
+        program_text += parser if "add_model()" in program_text else ""
         for flag in re.findall(r"(?<=\s)--([\w.-]+)", command):
             name = re.sub(r"^model\.layers\.\w+\.", "model.layers.<letter>.", flag.removeprefix("tune."))
             of_custom_module = "--job.custom_modules" in command and "<letter>" in name
-            is_known = (
-                f"`{name}`" in settings or of_custom_module if "." in flag else f'"--{flag}"' in source.read_text()
-            )
+            is_known = f"`{name}`" in settings or of_custom_module if "." in flag else f'"--{flag}"' in program_text
             if not is_known and flag != "help":
                 found.append(f"flag --{flag} of {program}")
     return found
 
 
 def faults(text: str, page: Path) -> list[str]:
-    """What the text of a page names and the repository lacks."""
+    """Names in the text of a page that the repository lacks."""
     found = []
     for target in LINK.findall(without_fenced(text)):
         path, _, anchor = target.partition("#")

@@ -7,40 +7,60 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 import torch.distributed as dist
 
 from torchlmoe.files import expanded, read_toml
 
-# What torch says where sizes are more than there is room for, in plain RuntimeErrors and TypeErrors.
+if TYPE_CHECKING:
+    from torchlmoe.config import Config
+    from torchlmoe.data.tokenizer import Tokenizer
+    from torchlmoe.model.decoder import Decoder
+
+# Parts of torch's messages, in plain RuntimeErrors and TypeErrors, for tensors that do not fit in memory.
 _TOO_LARGE = ("can't allocate memory", "not enough memory", "size calculation overflowed", "Overflow when unpacking")
 
 
 class FlagParser(argparse.ArgumentParser):
-    """Flags of a program that takes no settings; a bad one ends it like all bad input."""
+    """Parser of a program that has flags and no settings. A flag that cannot be used raises ValueError."""
 
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, **options)
         self.add_argument("--job.debug", metavar="true", nargs="?", help="show the whole traceback of an error")
 
     def add_path(self, flag: str, **options) -> None:
-        """A flag whose value is a path, in which ~ is the home folder."""
+        """Add a flag whose value is a path, in which ~ is the home folder."""
         self.add_argument(flag, type=_path, **options)
+
+    def add_model(self) -> None:
+        """Add --checkpoint, --dtype and --device, which `open_flagged_model` reads."""
+        self.add_path(
+            "--checkpoint",
+            metavar="DIR",
+            required=True,
+            help="a run's folder, one of its checkpoints, an exported model, or a folder of transformers",
+        )
+        self.add_argument(
+            "--dtype", choices=["float32", "bfloat16", "float64"], help="dtype of the weights; as saved if unset"
+        )
+        self.add_argument(
+            "--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to run; default auto"
+        )
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message} (see --help).")
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-    """Runs main(arguments) and exits: 0, or 2 after bad input, whose whole traceback job.debug = true shows too."""
+    """Run main(arguments) and exit with 0, or with 2 after bad input. job.debug = true shows its traceback too."""
     arguments = sys.argv[1:]
     try:
         main(arguments)
     except KeyboardInterrupt:
         os._exit(128 + signal.SIGINT)
-    except BrokenPipeError:  # who read our output has seen enough, as `| head` does
+    except BrokenPipeError:  # the reader of the output has closed it, like `| head`
         os._exit(128 + signal.SIGPIPE)
     except Exception as error:
         text = _sentence(error)
@@ -58,8 +78,18 @@ def run(main: Callable[[list[str]], None]) -> None:
         dist.destroy_process_group()
 
 
+def open_flagged_model(flags: argparse.Namespace) -> "tuple[Decoder, Config, Tokenizer]":
+    """Open the model that the flags of `FlagParser.add_model` name."""
+    # Imported here, so that --help and a mistyped flag answer at once.
+    from torchlmoe.checkpoint import open_model
+    from torchlmoe.parallel.mesh import choose_device
+
+    dtype = None if flags.dtype is None else getattr(torch, flags.dtype)
+    return open_model(flags.checkpoint, dtype=dtype, device=choose_device(flags.device))
+
+
 def _sentence(error: Exception) -> str | None:
-    """What to tell the user, or None where the program itself is wrong."""
+    """Return the message for the user, or None if the error is a fault of the program."""
     text = str(error)
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         isinstance(error, (RuntimeError, TypeError)) and any(part in text for part in _TOO_LARGE)
@@ -81,7 +111,7 @@ def _path(text: str) -> Path:
 
 
 def _shows_traceback(arguments: list[str]) -> bool:
-    """job.debug, as far as it can be told: what is wrong may be the settings themselves."""
+    """Return job.debug. The settings may be invalid, so this reads only the flag or the file's own line."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--job.debug", dest="debug", nargs="?", const="true")
     parser.add_argument("--job.config_file", dest="file", nargs="?")

@@ -1,8 +1,8 @@
 """Evaluates a trained model: python -m torchlmoe.evaluate --checkpoint DIR (--tasks a,b | --text FILE | --recall mqar)
 
 --tasks runs tasks of lm-eval, --text measures bits per byte and perplexity of files, --recall runs tasks of recall and
-state tracking. Results are printed as tables and, with --output, written as JSON: `results` and what else lm-eval
-writes, `text`, by file, and `recall`, by task.
+state tracking. Results are printed as tables. --output writes them as JSON too: `results` and the other entries of
+lm-eval, `text` by file, and `recall` by task.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
-from torchlmoe.command import FlagParser, run
+from torchlmoe.command import FlagParser, open_flagged_model, run
 from torchlmoe.files import failures_to_write
 
 
@@ -20,18 +20,13 @@ def main(arguments: list[str]) -> None:
     flags = _parser().parse_args(arguments)
     _check(flags)
     # Imported here, so that --help and a mistyped flag answer at once.
-    import torch
-
-    from torchlmoe.checkpoint import open_model
     from torchlmoe.checkpoint.conventions import conventions_of
-    from torchlmoe.parallel.mesh import choose_device
 
-    dtype = None if flags.dtype is None else getattr(torch, flags.dtype)
-    model, config, tokenizer = open_model(flags.checkpoint, dtype=dtype, device=choose_device(flags.device))
+    model, config, tokenizer = open_flagged_model(flags)
     conventions = conventions_of(flags.checkpoint, config, tokenizer, flags.begin_with_end)
     found: dict[str, Any] = {}
     refused: list[str] = []
-    if flags.recall:  # first, since it takes the least time and may find fault with options
+    if flags.recall:  # first, since it takes the least time, and its options may raise an error
         from torchlmoe.evaluation.recall import NUM_DOCUMENTS, evaluate_recall, trained_options
 
         recall = evaluate_recall(
@@ -160,7 +155,7 @@ def _with_error(value: float, error: float | None) -> str:
 
 
 def _plain(value: object) -> object:
-    """What JSON has no form for, as lm-eval writes it."""
+    """Return a value that JSON cannot represent in the form that lm-eval writes."""
     from lm_eval.utils import handle_non_serializable
 
     return handle_non_serializable(value)
@@ -173,12 +168,7 @@ def _names(text: str) -> list[str]:
 def _parser() -> argparse.ArgumentParser:
     parser = FlagParser(prog="python -m torchlmoe.evaluate", description=__doc__.splitlines()[0].partition(":")[0])
     add = parser.add_argument
-    parser.add_path(
-        "--checkpoint",
-        metavar="DIR",
-        required=True,
-        help="a run's folder, one of its checkpoints, an exported model, or a folder of transformers",
-    )
+    parser.add_model()
     add("--tasks", metavar="NAME,NAME", type=_names, default=[], help="tasks or groups of lm-eval")
     parser.add_path(
         "--include-path",
@@ -222,9 +212,7 @@ def _parser() -> argparse.ArgumentParser:
         help="begin every context of a task with the end token; as the model was trained if unset",
     )
     add("--batch-size", metavar="N", type=int, default=16, help="rows that generate together; default %(default)s")
-    add("--seed", metavar="N", type=int, default=0, help="of drawn tokens; default %(default)s")
-    add("--dtype", choices=["float32", "bfloat16", "float64"], help="of the weights; as saved if unset")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to run; default auto")
+    add("--seed", metavar="N", type=int, default=0, help="seed of sampled tokens and documents; default %(default)s")
     return parser
 
 

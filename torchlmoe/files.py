@@ -1,6 +1,6 @@
 """Paths and files from outside, which may be anything.
 
-Reading one ends soon and takes bounded memory. What it cannot read it refuses with one sentence that names the path.
+Reading one takes bounded time and memory. If it cannot be read, the error is one sentence that names the path.
 """
 
 import os
@@ -16,15 +16,15 @@ from safetensors import SafetensorError
 
 T = TypeVar("T")
 
-# Far more than any honest file has: the list of 100,000 shards takes 15 MB, the largest tokenizer 40 MB.
+# Far more than real files need: a list of 100,000 shards takes 15 MB, and the largest tokenizer 40 MB.
 MAX_JSON_BYTES = 2**28
 MAX_TOML_BYTES = 2**20
 
 
 def expanded(path: str) -> str:
-    """`path` with a leading ~ replaced by the home folder.
+    """Return `path` with a leading ~ replaced by the home folder.
 
-    Raises ValueError, whose text is a predicate as "should not be empty", for what cannot be a path.
+    Raises ValueError for text that cannot be a path. Its message is a predicate such as "should not be empty".
     """
     if not path:
         raise ValueError("should not be empty (an unset shell variable is); write . for the current folder")
@@ -39,7 +39,7 @@ def expanded(path: str) -> str:
 
 
 def is_unicode(text: str) -> bool:
-    """False for half of a surrogate pair: Python reads bytes of the command line that are not UTF-8 as such."""
+    """Return whether text is UTF-8. Python reads other bytes of the command line as halves of surrogate pairs."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -48,9 +48,9 @@ def is_unicode(text: str) -> bool:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """A file opened for reading. Raises ValueError where it is missing, or is a pipe, a device or a folder."""
+    """Open a file for reading. Raises ValueError if it is missing, or is a pipe, a device or a folder."""
     try:
-        # Without waiting, as a pipe without a writer otherwise does.
+        # Non-blocking, since opening a pipe without a writer would wait.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing") from None
@@ -61,7 +61,7 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_small(path: Path, max_bytes: int) -> bytes:
-    """The content of a regular file. Raises ValueError as `open_regular`, and where it is larger."""
+    """Return the content of a regular file. Raises ValueError like `open_regular`, and for more than max_bytes."""
     with open_regular(path) as file:
         content = file.read(max_bytes + 1)
     if len(content) > max_bytes:
@@ -70,16 +70,16 @@ def read_small(path: Path, max_bytes: int) -> bytes:
 
 
 def read_json(path: Path, shape: TypeAdapter[T]) -> T:
-    """A JSON file as `shape`. Raises ValueError, without a full stop, where it is missing or not of that shape."""
+    """Return a JSON file as `shape`. Raises ValueError, without a full stop, if it is missing or has another shape."""
     try:
-        # Never by way of Python's own reader, which fails by other errors on deep nesting and long numbers.
+        # Not by Python's json module, which raises other errors for deep nesting and long numbers.
         return shape.validate_json(read_small(path, MAX_JSON_BYTES))
     except ValidationError as error:
         raise ValueError(f"{path} cannot be used: {complaint(error)}") from None
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The tables of a TOML file. Raises ValueError, without a full stop, where it is missing or not TOML."""
+    """Return the tables of a TOML file. Raises ValueError, without a full stop, if it is missing or not TOML."""
     try:
         return tomli.loads(read_small(path, MAX_TOML_BYTES).decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -95,7 +95,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def complaint(error: ValidationError, prefix: str = "") -> str:
-    """pydantic's first complaint in our words, without a full stop. prefix: of the value's dotted name."""
+    """Return a clause about the first problem that pydantic found, without a full stop. prefix: added to its name."""
     first = error.errors(include_url=False)[0]
     name = ".".join([*([prefix] if prefix else []), *map(str, first["loc"])])
     if first["type"] == "json_invalid":
@@ -104,14 +104,14 @@ def complaint(error: ValidationError, prefix: str = "") -> str:
         return f"{name} is missing"
     message = first["msg"].removeprefix("Input ").removeprefix("Value error, ").replace("String should", "should")
     limit = first.get("ctx", {}).get("ge")
-    if isinstance(limit, float) and 0 < limit < 1e-3:  # which pydantic writes with all its zeros
+    if isinstance(limit, float) and 0 < limit < 1e-3:  # pydantic writes it with all its zeros
         message = f"{message.rpartition(' ')[0]} {limit}"
     return f"{name or 'its content'} = {toml_value(first['input'])} is not valid: it {message}"
 
 
 @contextmanager
 def failures_to_write(what: str, place: Path, remedy: str) -> Iterator[None]:
-    """Turns an OSError or safetensors' own error into an OSError of one sentence that names the place."""
+    """Convert an OSError or an error of safetensors to an OSError of one sentence that names the place."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -120,6 +120,6 @@ def failures_to_write(what: str, place: Path, remedy: str) -> Iterator[None]:
 
 
 def toml_value(value: Any) -> str:
-    """As TOML writes it, cut to a length that a sentence bears."""
+    """Return a value as TOML writes it, cut to about 100 characters."""
     text = str(value).lower() if isinstance(value, bool) else repr(value)
     return text if len(text) <= 100 else f"{text[:80]}... ({len(text):,} characters)"

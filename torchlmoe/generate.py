@@ -1,7 +1,7 @@
 """Continues text with a trained model: python -m torchlmoe.generate --checkpoint DIR --prompt "..." [--prompt ...]
 
-Prompts are continued together. Each is written to standard output with its continuation, one after another with a line
-of three hyphens between, as the tokens come; or, with --json, as one JSON object per line.
+All prompts are continued together. Standard output gets each prompt with its continuation, token by token, in the order
+of the prompts with a line of three hyphens between them; or, with --json, one JSON object per line.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torchlmoe.command import FlagParser, run
+from torchlmoe.command import FlagParser, open_flagged_model, run
 from torchlmoe.files import is_unicode
 
 if TYPE_CHECKING:
@@ -33,18 +33,13 @@ def main(arguments: list[str]) -> None:
     if not prompts:
         raise ValueError("There is no prompt; give --prompt TEXT or --prompt-file FILE, once or more.")
     # Imported here, so that --help and a mistyped flag answer at once.
-    import torch
-
-    from torchlmoe.checkpoint import open_model
     from torchlmoe.checkpoint.conventions import conventions_of
     from torchlmoe.inference.sampling import Sampling
     from torchlmoe.inference.text_stream import Row, continue_rows, stream_in_order
-    from torchlmoe.parallel.mesh import choose_device
 
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.repetition_penalty)
-    dtype = None if flags.dtype is None else getattr(torch, flags.dtype)
-    model, config, tokenizer = open_model(flags.checkpoint, dtype=dtype, device=choose_device(flags.device))
-    # As in training, where documents begin with the end token; a model of transformers may have seen nothing there.
+    model, config, tokenizer = open_flagged_model(flags)
+    # A prompt begins like a document in training: with the end token, or as the tokenizer of transformers begins it.
     conventions = conventions_of(flags.checkpoint, config, tokenizer)
     prompt_ids = [
         [*conventions.before_context, *ids] or [conventions.before_text] for ids in tokenizer.encode_batch(prompts)
@@ -78,7 +73,7 @@ def _print_text(pieces: Iterable[tuple[int, str]]) -> None:
 
 
 def _print_json(prompts: list[str], rows: "list[Row]", steps: Iterable[object]) -> None:
-    """One line per prompt, in their order, each as soon as it and those before it have ended."""
+    """Print one line per prompt, in order. A line is printed when its row and all earlier rows have ended."""
     printed = 0
     for _ in steps:
         while printed < len(rows) and rows[printed].finish_reason:
@@ -96,12 +91,7 @@ def _print_json(prompts: list[str], rows: "list[Row]", steps: Iterable[object]) 
 def _parser() -> argparse.ArgumentParser:
     parser = FlagParser(prog="python -m torchlmoe.generate", description=__doc__.splitlines()[0].partition(":")[0])
     add = parser.add_argument
-    parser.add_path(
-        "--checkpoint",
-        metavar="DIR",
-        required=True,
-        help="a run's folder, one of its checkpoints, an exported model, or a folder of transformers",
-    )
+    parser.add_model()
     add("--prompt", metavar="TEXT", action="append", default=[], help="text to continue; may be repeated")
     parser.add_path(
         "--prompt-file",
@@ -137,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="R",
         type=float,
         default=1.0,
-        help="above 1, what was there is less likely; default %(default)s",
+        help="above 1, tokens that occurred become less likely; default %(default)s",
     )
     add(
         "--stop",
@@ -148,21 +138,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--json", action="store_true", help="print one JSON object per prompt: prompt, text, num_tokens, finish_reason")
     add("--compile", action="store_true", help="compile the step: slow to start, pays off over many tokens")
-    add("--seed", metavar="N", type=int, default=0, help="of the draws; default %(default)s")
-    add("--dtype", choices=["float32", "bfloat16", "float64"], help="of the weights; as saved if unset")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to run; default auto")
+    add("--seed", metavar="N", type=int, default=0, help="seed of the sampled tokens; default %(default)s")
     return parser
 
 
 def _utf8(prompt: str) -> str:
-    """The prompt, if the bytes that the shell gave are text."""
+    """Return the prompt. Raises ValueError if its bytes are not UTF-8."""
     if not is_unicode(prompt):
         raise ValueError(f"--prompt {prompt!a} is not UTF-8 text.")
     return prompt
 
 
 def _read(path: Path) -> str:
-    """The text of a file or pipe, or of standard input for "-", without the last line's end."""
+    """Return the text of a file or pipe, or of standard input for "-", without a newline at its end."""
     try:
         with nullcontext(sys.stdin.buffer) if str(path) == "-" else path.open("rb") as file:
             content = file.read(MAX_PROMPT_BYTES + 1)

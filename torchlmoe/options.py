@@ -11,13 +11,13 @@ InitStd = Annotated[float, Field(ge=1e-6, le=10, description="Standard deviation
 
 
 class Configurable:
-    """A class whose keyword arguments are settings: annotate each with its type and, by `pydantic.Field`, its range."""
+    """A class whose keyword arguments are settings. Annotate each with its type and a `pydantic.Field` with limits."""
 
     @classmethod
     def settings(cls) -> dict[str, tuple[Any, Any]]:
-        """The keyword arguments of the constructor: name -> (type with limits, default, or ... for none).
+        """Return the keyword arguments of the constructor: name -> (annotation, default, or ... without one).
 
-        If it takes `**options`, those of its parent's constructor too.
+        If it has `**options`, those of the parent's constructor are added.
         """
         found: dict[str, tuple[Any, Any]] = {}
         for base in cls.__mro__:
@@ -33,7 +33,7 @@ class Configurable:
 
 
 def keyword_settings(function: Callable) -> dict[str, tuple[Any, Any]]:
-    """The keyword-only arguments of a function: name -> (annotation, default, or ... for none)."""
+    """Return the keyword-only arguments of a function: name -> (annotation, default, or ... without one)."""
     hints = get_type_hints(function, include_extras=True)
     return {
         parameter.name: (hints[parameter.name], ... if parameter.default is parameter.empty else parameter.default)
@@ -43,5 +43,5 @@ def keyword_settings(function: Callable) -> dict[str, tuple[Any, Any]]:
 
 
 def takes_more(function: Callable) -> bool:
-    """Whether a function takes `**options`."""
+    """Return whether a function has `**options`."""
     return any(parameter.kind is parameter.VAR_KEYWORD for parameter in inspect.signature(function).parameters.values())

@@ -1,4 +1,4 @@
-"""The tables of what settings can name."""
+"""Registries: the parts that settings can name, by name."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -7,16 +7,16 @@ Entry = TypeVar("Entry")
 
 
 class Registry(dict[str, Entry]):
-    """What settings can name. kind: what an entry is, in words, for messages."""
+    """Parts that settings can name. kind: a noun for an entry, for messages."""
 
     def __init__(self, kind: str, entries: dict[str, Entry]):
         super().__init__(entries)
         self.kind = kind
 
     def register(self, name: str) -> Callable[[Entry], Entry]:
-        """A decorator that adds an entry, from the outside too (`job.custom_modules`).
+        """Return a decorator that adds an entry, also for code outside of torchlmoe (`job.custom_modules`).
 
-        Raises ValueError for a name that is taken by another entry.
+        Raises ValueError if the name belongs to another entry.
         """
 
         def add(entry: Entry) -> Entry:
@@ -31,5 +31,5 @@ class Registry(dict[str, Entry]):
 
 
 def _source(entry: Any) -> str:
-    # A module that is imported again, by another name or after an error, brings the same entry as another object.
+    # If a module is imported again, under another name or after an error, its entry is another object.
     return f"{entry.__module__}.{entry.__qualname__}"

@@ -16,8 +16,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from torchlmoe.command import FlagParser, run
-from torchlmoe.config.load import load_config, setting, to_dict, to_toml
-from torchlmoe.config.settings import Config
+from torchlmoe.config.load import load_config, to_dict, to_toml
+from torchlmoe.config.settings import Config, setting
 from torchlmoe.files import failures_to_write
 from torchlmoe.tuning.halving import Outcome, Plan, as_json, lengths_of, search
 from torchlmoe.tuning.trials import Range, choices, trials

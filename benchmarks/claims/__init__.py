@@ -1,1 +1,1 @@
-"""The paper's claims, checked small; see __main__."""
+"""Claims of the paper, checked on a small scale: see `__main__.py`."""

@@ -1,7 +1,8 @@
-"""The paper's claims, checked small: python -m benchmarks.claims NAME
+"""Checks claims of the paper on a small scale: python -m benchmarks.claims NAME
 
-NAME is throughput, decoding, recall, loss or experts: measures what is missing, draws the picture and writes
-docs/results.md. Killed, the same command resumes. NAME pictures, or page, makes these from the JSON files alone.
+If NAME is throughput, decoding, recall, loss or experts, the program measures what the claim's JSON file lacks, draws
+its picture and writes docs/results.md. After a kill the same command resumes. `pictures` draws all pictures and `page`
+writes the page; both read only the JSON files.
 """
 
 import argparse

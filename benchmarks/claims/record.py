@@ -1,4 +1,4 @@
-"""The figures of a claim: one JSON file, to which each unit of work is added as soon as it is done."""
+"""The figures of a claim: one JSON file, to which a row is added whenever a unit of work is done."""
 
 import json
 import math
@@ -20,9 +20,9 @@ def path_of(name: str, folder: Path = RESULTS) -> Path:
 
 
 def read(name: str, folder: Path = RESULTS) -> dict[str, Any]:
-    """What was measured at the sizes of the table; nothing, if there is no file.
+    """Return the record of a claim, without rows if there is no file.
 
-    Raises ValueError for a file of other sizes.
+    Raises ValueError if the file was measured at other sizes than those of the table.
     """
     path, sizes = path_of(name, folder), json.loads(json.dumps(CLAIMS[name].sizes))
     if not path.exists():
@@ -34,7 +34,7 @@ def read(name: str, folder: Path = RESULTS) -> dict[str, Any]:
 
 
 def fill(name: str, units: list[Unit], measure: Callable[[Unit], dict[str, Any]], folder: Path = RESULTS) -> None:
-    """Measures the units that the file lacks, in order. Killed, it resumes with the unit that was not done."""
+    """Measure the units that the file lacks, in order. After a kill, the next call resumes with the first of them."""
     record = read(name, folder)
     done = [row["unit"] for row in record["rows"]]
     for number, unit in enumerate(units):
@@ -50,13 +50,13 @@ def fill(name: str, units: list[Unit], measure: Callable[[Unit], dict[str, Any]]
 
 
 def in_a_process(function: Callable[[Unit], Any], unit: Unit) -> Any:
-    """function(unit) in a fresh process, whose memory is that of the unit alone."""
+    """Return function(unit), run in a new process, so that its memory is that of this unit only."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, (unit,))
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
-    """The mean and two standard errors of it; an infinite error of a single value."""
+    """Return the mean and two of its standard errors, which are infinite for a single value."""
     mean = sum(values) / len(values)
     if len(values) < 2:
         return mean, float("inf")
@@ -65,9 +65,9 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 
 
 def median_and_error(values: list[float]) -> tuple[float, float]:
-    """The median, and half of the range between the order statistics that hold it with 95%.
+    """Return the median and half of its 95% range, which is given by two order statistics.
 
-    Of times, on which other work on the machine falls now and then.
+    Used for times, since other work on the machine slows some of them.
     """
     ordered, number = sorted(values), len(values)
     low = max(0, math.floor(number / 2 - number**0.5))
@@ -75,11 +75,11 @@ def median_and_error(values: list[float]) -> tuple[float, float]:
 
 
 def ratio_and_error(above: list[float], below: list[float]) -> tuple[float, float]:
-    """Of two medians, to first order in their errors."""
+    """Return the ratio of two medians and its error, to first order in their errors."""
     (top, top_error), (bottom, bottom_error) = median_and_error(above), median_and_error(below)
     return top / bottom, top / bottom * ((top_error / top) ** 2 + (bottom_error / bottom) ** 2) ** 0.5
 
 
 def of(rows: list[dict[str, Any]], **unit: Any) -> list[dict[str, Any]]:
-    """The rows whose unit has these values."""
+    """Return the rows whose unit has these values."""
     return [row for row in rows if all(row["unit"].get(key) == value for key, value in unit.items())]

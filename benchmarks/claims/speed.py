@@ -24,7 +24,7 @@ def _config(sizes: dict[str, Any], mixer: str) -> Config:
 
 
 class Throughput:
-    """Tokens/s of a training step and the peak memory, each mixer and length in a separate process."""
+    """Tokens/s and peak memory of a training step. Each mixer and length has a separate process."""
 
     sizes = CLAIMS["throughput"].sizes
     figures = ("tokens_per_second", "memory_gib")
@@ -71,7 +71,7 @@ def _train(unit: Unit) -> dict[str, Any]:
 
 
 class Decoding:
-    """Seconds of a decoded token and bytes of the cache, at positions of one row. Positions take turns."""
+    """Seconds of a decoded token and bytes of the cache, by position in one row. Positions are timed in turn."""
 
     sizes = CLAIMS["decoding"].sizes
     figures = ("milliseconds", "cache_mib")
@@ -108,7 +108,7 @@ def _decode(unit: Unit) -> dict[str, Any]:
     model.init_weights(0)
     model.eval()
     tokens = torch.zeros(1, 1, dtype=torch.int64, device=device)
-    # What a cache holds does not change the time of a step, so no prompt is read.
+    # The values in a cache do not change the time of a step, so no prompt is read.
     caches = {position: model.init_cache(1, position + 1) for position in sizes["positions"]}
     seconds: dict[int, list[float]] = {position: [] for position in caches}
     for repeat in range(sizes["repeats"] + 3):

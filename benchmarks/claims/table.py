@@ -1,8 +1,8 @@
-"""What is claimed, at which sizes it is checked, and the rule for a verdict: all stated before anything is run.
+"""The claims, the sizes at which they are checked, and the rules for a verdict. All are stated before anything is run.
 
-A figure's error is two standard errors of its mean over seeds; of times, the 95% range of the median. A rule is checked
-on the ends of that range: "held" if it holds on all of it, "not held" if it fails on all of it, and else "not decidable
-at this size".
+The error of a figure is two standard errors of its mean over seeds. For times it is the 95% range of the median. A rule
+is checked over the whole range of figure ± error: the verdict is "held" if the rule holds everywhere, "not held" if it
+holds nowhere, and "not decidable at this size" otherwise.
 """
 
 from dataclasses import dataclass
@@ -12,11 +12,21 @@ HELD, NOT_HELD, UNDECIDED = "held", "not held", "not decidable at this size"
 MIXERS = ("gated_deltanet", "hgrn2", "mamba2", "gla", "rwkv7", "lightning")
 MODEL = {"model.dim": 128, "model.num_layers": 4, "model.num_heads": 4}
 SPARSE = {"moe.num_experts": 8, "moe.top_k": 2, "moe.expert_dim": 128}
+# Of the claims about time.
+TIMED = {"settings": {**MODEL, **SPARSE, "model.vocab_size": 4096}, "mixers": [*MIXERS, "attention"]}
+# Training of the claims about loss.
+TRAINING = {
+    "training.steps": 640,
+    "training.seq_len": 512,
+    "training.global_batch_size": 4,
+    "lr_scheduler.warmup_steps": 32,
+    "optimizer.lr": 2e-3,
+}
 
 
 @dataclass(frozen=True)
 class Claim:
-    """statement: what the paper says, in words. rule: what decides. sizes: JSON."""
+    """statement: the claim of the paper, in words. rule: when it is held. sizes: JSON object."""
 
     statement: str
     rule: str
@@ -27,24 +37,17 @@ CLAIMS = {
     "throughput": Claim(
         "At equal tokens in a step, linear models train as fast on long rows as on short ones; softmax attention does "
         "not.",
-        "Held if, for every linear mixer, tokens/s at the longest rows over tokens/s at the shortest is at least 0.8, "
-        "and softmax attention's is lower than each of theirs.",
-        {
-            "settings": {**MODEL, **SPARSE, "model.vocab_size": 4096},
-            "mixers": [*MIXERS, "attention"],
-            "rows": [[512, 8], [1024, 4], [2048, 2], [4096, 1]],
-            "repeats": 7,
-            "least_ratio": 0.8,
-        },
+        "Held if, for every linear mixer, the ratio of tokens/s at the longest rows to tokens/s at the shortest is at "
+        "least 0.8, and the ratio of softmax attention is lower than each of these.",
+        {**TIMED, "rows": [[512, 8], [1024, 4], [2048, 2], [4096, 1]], "repeats": 7, "least_ratio": 0.8},
     ),
     "decoding": Claim(
-        "Time and memory of a decoded token do not grow with the position for linear models; with softmax attention "
+        "Time and memory of a decoded token do not grow with its position in linear models; with softmax attention "
         "both do.",
-        "Held if, for every linear mixer, the cache has as many bytes at the last position as at the first and the "
-        "time of a token is at most 1.05 times as long, and softmax attention's time is at least twice as long.",
+        "Held if, for every linear mixer, the cache has as many bytes at the last position as at the first and a "
+        "token takes at most 1.05 times as long there, and with softmax attention it takes at least twice as long.",
         {
-            "settings": {**MODEL, **SPARSE, "model.vocab_size": 4096},
-            "mixers": [*MIXERS, "attention"],
+            **TIMED,
             "positions": [1024, 4096, 16384, 65536, 131072],
             "repeats": 100,
             "most_ratio": 1.05,
@@ -52,11 +55,11 @@ CLAIMS = {
         },
     ),
     "recall": Claim(
-        "Linear models recall less than softmax attention, by the size of their state; a few softmax blocks make up "
-        "for it.",
+        "Linear models recall less than softmax attention, depending on the size of their state; a few softmax blocks "
+        "compensate for it.",
         "Held if, at the largest number of pairs, the largest pure linear model recalls more keys than the smallest, "
-        "and every hybrid's accuracy is at least halfway from the pure linear model's of its width to softmax "
-        "attention's.",
+        "and the accuracy of every hybrid is at least the mean of those of the pure linear model and of the softmax "
+        "model of its width.",
         {
             "mixer": "gated_deltanet",
             "settings": {
@@ -85,21 +88,14 @@ CLAIMS = {
     ),
     "loss": Claim(
         "At equal parameters and tokens, pure linear models come close to softmax attention, and hybrids reach it.",
-        "Held if, at both lengths, the best pure linear model's validation loss is at most 2% above softmax "
-        "attention's, and the best hybrid's is at most softmax attention's. Each model has the rate that "
-        "torchlmoe.tune finds for it, and experts of the width that brings its parameters next to softmax attention's.",
+        "Held if, at both lengths, the validation loss of the best pure linear model is at most 2% above that of "
+        "softmax attention, and that of the best hybrid is not above it. Each model has the learning rate that "
+        "torchlmoe.tune finds for it, and the width of experts with which its number of parameters is nearest to that "
+        "of softmax attention.",
         {
             "mixers": list(MIXERS),
             "layouts": {"pure": "LLLL", "hybrid": "LLLN"},
-            "settings": {
-                **MODEL,
-                **SPARSE,
-                "training.steps": 640,
-                "training.seq_len": 512,
-                "training.global_batch_size": 4,
-                "lr_scheduler.warmup_steps": 32,
-                "optimizer.lr": 2e-3,
-            },
+            "settings": {**MODEL, **SPARSE, **TRAINING},
             "tune": "x8",
             "lengths": [512, 1024],
             "seeds": [0, 1],
@@ -111,14 +107,7 @@ CLAIMS = {
         "Held if the validation loss of the mixture is lower than the dense model's for every mixer.",
         {
             "mixers": ["gated_deltanet", "attention"],
-            "settings": {
-                **MODEL,
-                "training.steps": 640,
-                "training.seq_len": 512,
-                "training.global_batch_size": 4,
-                "lr_scheduler.warmup_steps": 32,
-                "optimizer.lr": 2e-3,
-            },
+            "settings": {**MODEL, **TRAINING},
             "feed_forwards": {
                 "mixture": {"model.layers.L.mlp": "moe", **SPARSE},
                 "dense": {
@@ -133,9 +122,9 @@ CLAIMS = {
 
 
 def verdict(checks: list[tuple[float, float, float]]) -> str:
-    """checks: for each, (figure, its error, limit); all figures must be at least their limits.
+    """Return the verdict of checks (figure, its error, limit), in which every figure must be at least its limit.
 
-    Undecided where a range holds its limit, and no other check fails on all of its range.
+    It is undecided if the range of a figure contains its limit and no figure is below its limit by more than its error.
     """
     if any(figure + error < limit for figure, error, limit in checks):
         return NOT_HELD

@@ -1,6 +1,6 @@
-"""The claims about what trained models reach: recall, validation loss, and experts against dense layers.
+"""The claims about trained models: recall, validation loss, and experts beside dense layers.
 
-Every run is a train.py run in a folder under outputs/claims; a run that was killed resumes from its checkpoint.
+Every run is a run of train.py in a folder under outputs/claims; a killed run resumes from its checkpoint.
 """
 
 import json
@@ -18,7 +18,7 @@ from torchlmoe.files import read_toml
 from torchlmoe.model.decoder import build_on_meta, count_parameters
 
 WORK = Path("outputs/claims")
-VOCABULARY = 4096  # of the embedded tokenizer
+VOCABULARY = 4096  # tokens of the embedded tokenizer
 RUN = {"checkpoint.enable": "true", "metrics.plot": "false", "metrics.tensorboard": "false"}
 
 
@@ -28,7 +28,7 @@ def flags(*settings: dict[str, Any]) -> list[str]:
 
 
 def train(folder: Path, *settings: dict[str, Any]) -> dict[str, Any]:
-    """The last record of a run, which is done, resumed or begun."""
+    """Return the last record of a run. The run is started or resumed unless it has finished."""
     if not (folder / "finished").exists():
         arguments = flags(RUN, *settings, {"job.dump_folder": folder})
         subprocess.run([sys.executable, "train.py", *arguments], check=True)
@@ -40,7 +40,7 @@ def folder_of(claim: str, unit: Unit) -> Path:
 
 
 class Recall:
-    """Multi-query associative recall of each layout, width and number of pairs, as generated text would be scored."""
+    """Accuracy of multi-query associative recall for each layout, width and number of pairs."""
 
     sizes = CLAIMS["recall"].sizes
     figures = ("accuracy",)
@@ -92,7 +92,7 @@ class Recall:
 
 
 class Loss:
-    """Validation loss of each mixer, pure and hybrid, and of softmax attention, each at its own tuned rate."""
+    """Validation loss of each mixer, pure and hybrid, and of softmax attention, each at its tuned learning rate."""
 
     sizes = CLAIMS["loss"].sizes
     figures = ("val_loss", "parameters")
@@ -136,7 +136,7 @@ class Loss:
         return {"val_loss": last["val_loss"], "lr": rate, "parameters": _parameters(settings), "last": last}
 
     def expert_dim(self, settings: dict[str, Any]) -> int:
-        """The width of experts with which a model has about as many parameters as softmax attention."""
+        """Return the width of experts with which the number of parameters is nearest to that of softmax attention."""
         wanted = _parameters({**settings, "model.mixer": "attention", "model.layer_pattern": "LLLL"})
         return min(range(64, 193, 4), key=lambda dim: abs(_parameters({**settings, "moe.expert_dim": dim}) - wanted))
 
@@ -164,7 +164,7 @@ def _parameters(settings: dict[str, Any]) -> int:
 
 
 class Experts:
-    """Validation loss with a mixture of experts and with a dense layer of as many active parameters."""
+    """Validation loss with a mixture of experts, and with a dense layer with the same number of active parameters."""
 
     sizes = CLAIMS["experts"].sizes
     figures = ("val_loss",)

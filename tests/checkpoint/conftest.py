@@ -65,7 +65,7 @@ def latest(folder: Path) -> Path:
 
 
 def tensors(checkpoint: Path) -> dict[str, Tensor]:
-    """All that a checkpoint holds, each tensor whole, whichever ranks saved its pieces."""
+    """All tensors of a checkpoint, each whole, also if several ranks saved its parts."""
     saved = saved_tensors(checkpoint).items()
     state = {name: torch.empty(tensor.size, dtype=tensor.properties.dtype) for name, tensor in saved}
     load_tensors(state, checkpoint)

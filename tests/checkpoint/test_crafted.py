@@ -74,7 +74,7 @@ def setting(table, **values):
 
 
 def of_tensors(change, file=WEIGHTS):
-    """Alters a file of tensors: change(its tensors, what it says of their places)."""
+    """Alter a file of tensors: change(tensors, their places in the file's metadata)."""
 
     def alter(folder):
         with safe_open(folder / file, "pt") as opened:

@@ -1,4 +1,4 @@
-"""What can go wrong while training: each ends in one sentence, in bounded time, and what was saved stays whole."""
+"""Failures while training: each ends with one sentence, in bounded time, and saved checkpoints stay complete."""
 
 import os
 import re
@@ -212,7 +212,7 @@ def test_one_ranks_signal_stops_all(corpus, tmp_path):
     stopped_by_one_rank(corpus, tmp_path, "", 5)
 
 
-def test_one_stages_signal_stops_all_and_the_same_command_goes_on(corpus, tmp_path):
+def test_one_stages_signal_stops_all_and_the_same_command_resumes(corpus, tmp_path):
     pipeline = "--parallelism.pipeline_parallel_degree 2"
     first, _ = stopped_by_one_rank(corpus, tmp_path, pipeline, 5)
     second, said = stopped_by_one_rank(corpus, tmp_path, pipeline, first + 2)

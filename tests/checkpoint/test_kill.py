@@ -5,14 +5,14 @@ import pytest
 from tests.checkpoint.kill_loop import LAYOUTS, ONE_PROCESS, kill_loop
 
 
-def test_killed_runs_go_on_as_if_nothing_had_been(corpus, tmp_path):
+def test_killed_runs_resume_with_the_same_numbers(corpus, tmp_path):
     counts = kill_loop(6, 2, ONE_PROCESS, corpus, tmp_path)
     assert counts["kills"] >= 5
     assert counts["checkpoints checked"] > 0
 
 
 @pytest.mark.long
-def test_killed_ranks_end_the_others_and_go_on_as_if_nothing_had_been(corpus, tmp_path):
+def test_killed_ranks_end_the_others_and_resume_with_the_same_numbers(corpus, tmp_path):
     counts = kill_loop(60, 6, LAYOUTS, corpus, tmp_path)
     assert counts["kills"] >= 60
     assert counts["runs"] >= len(LAYOUTS)

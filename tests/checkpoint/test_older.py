@@ -18,7 +18,7 @@ from torchlmoe.training.trainer import Trainer
 FOLDER = Path(__file__).parent.parent / "fixtures" / "version_0.1"
 
 
-def test_a_run_goes_on(tmp_path, monkeypatch):
+def test_a_run_resumes(tmp_path, monkeypatch):
     shutil.copytree(FOLDER / "step-00000002", tmp_path / "run" / "checkpoints" / "step-00000002")
     monkeypatch.chdir(FOLDER)
     flags = [*(FOLDER / "flags.txt").read_text().split(), "--training.steps", "4"]

@@ -108,7 +108,7 @@ def runs(single, corpus, tmp_path_factory):
     "four one_to_four one_to_two_by_two one_to_heads four_to_two one_to_two_spans heads_to_spans two_by_two_to_one "
     "two_spans_to_one heads_to_one tied_to_stages_and_heads tied_to_stages tied_to_spans".split(),
 )
-def test_any_ranks_go_on_from_any(name, single, runs):
+def test_any_ranks_resume_from_any(name, single, runs):
     assert_same_steps(runs / name, runs / "tied" if name.startswith("tied") else single)
 
 

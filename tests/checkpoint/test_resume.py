@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("process_group")
 
 
 @pytest.mark.parametrize("async_mode", ["disabled", "async"])
-def test_same_ranks_go_on_bit_for_bit(async_mode, corpus, tmp_path, monkeypatch, caplog):
+def test_same_ranks_resume_bit_for_bit(async_mode, corpus, tmp_path, monkeypatch, caplog):
     write_data = CheckpointWriter.write_data
 
     def slowly(*arguments):
@@ -158,7 +158,7 @@ def test_what_may_change(single, corpus, tmp_path):
     assert [record["step"] for record in trainer.log.records] == list(range(1, 7))
 
 
-def test_random_numbers_hang_on_seed_step_and_rank_only(single, corpus, tmp_path):
+def test_random_numbers_depend_on_seed_step_and_rank_only(single, corpus, tmp_path):
     def draws(folder):
         trainer = Trainer(load_config(arguments(corpus, folder, LOSS_FREE)))
         drawn = []

@@ -149,7 +149,7 @@ def test_splits_of_another_name(tmp_path):
     assert read(tmp_path, "validation", validation_split="check") == ["check/a.jsonl"]
 
 
-def test_held_out_documents_are_a_part_of_their_own(tmp_path):
+def test_held_out_documents_are_a_separate_part(tmp_path):
     texts = [f"document {i}" for i in range(2000)]
     path = write(tmp_path / "a.jsonl", texts)
 
@@ -166,7 +166,7 @@ def test_held_out_documents_are_a_part_of_their_own(tmp_path):
         split("train", 1)
 
 
-def test_a_validation_dataset_of_its_own(tmp_path):
+def test_a_separate_validation_dataset(tmp_path):
     train, other = write(tmp_path / "a.jsonl", ["t"] * 300), write(tmp_path / "b.jsonl", ["v"] * 3)
     options = {"validation_dataset": str(other), "validation_fraction": 0.5}
     assert list(open_corpus(str(train), "train", **options).documents()) == ["t"] * 300

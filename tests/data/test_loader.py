@@ -69,7 +69,7 @@ def test_shuffle_of_a_large_range_holds_no_array():
     assert 0.45 * size < out.mean() < 0.55 * size
 
 
-def test_each_epoch_has_every_row_once_in_an_order_of_its_own(store):
+def test_each_epoch_has_every_row_once_in_another_order(store):
     order = make_order(store)
     places = list(itertools.chain.from_iterable(order.rows_of_step(step).rows.tolist() for step in range(100)))
     n = order.num_rows[0]
@@ -107,7 +107,7 @@ WEIGHTS = (0.6, 0.3, 0.1)
 
 @pytest.fixture
 def stores(make_store):
-    """Of very different sizes: the smallest begins anew many times."""
+    """Stores of very different sizes: the smallest starts again many times."""
     return [make_store([count % 50 for count in range(n)], seed=n)[0] for n in (90, 40, 9)]
 
 
@@ -153,7 +153,7 @@ def test_a_mixture_is_the_same_on_any_number_of_ranks(make_loader, stores, world
         assert torch.equal(batch["tokens"], torch.stack(expected))
 
 
-def test_a_mixture_goes_on_anywhere(stores):
+def test_a_mixture_resumes_anywhere(stores):
     """Whatever was asked before, in steps of any size: the same rows are dealt out up to there."""
     order, other = (make_order(*stores, weights=WEIGHTS) for _ in range(2))
     far = [order.rows_of_step(step) for step in (10**9, 10**9 + 1, 3)]

@@ -1,4 +1,4 @@
-"""The store's files against plain numpy, its atomic writing, and what it says of damaged files."""
+"""The store's files compared with plain numpy, atomic writing, and messages about damaged files."""
 
 import hashlib
 import json

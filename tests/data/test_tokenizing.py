@@ -196,7 +196,7 @@ class Stopped(BaseException):
     """As if the process were killed here."""
 
 
-def test_stopped_anywhere_it_goes_on(build, small_pieces, tmp_path, monkeypatch):
+def test_it_resumes_from_any_stop(build, small_pieces, tmp_path, monkeypatch):
     """Without processes: between any two of the steps that leave something on disk."""
     expected = content(build("whole", max_tokens=9_000))
     real_finish, real_publish = Parts.finish, prepare_module.publish_store

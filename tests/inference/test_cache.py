@@ -22,14 +22,21 @@ def tokens(num_rows, length, seed=0):
     return torch.randint(50, (num_rows, length), generator=torch.Generator().manual_seed(seed))
 
 
+SHIFTED = "--model.layers.L.mlp_token_shift true --model.embedding_norm true --model.norm layer"
+CASES = {mixer: f"--model.mixer {mixer}" for mixer in MIXERS} | {
+    "shifted": f"--model.mixer rwkv7 {SHIFTED} --model.layers.N.mlp_token_shift true --model.layers.N.mlp dense",
+    "shifted_alone": f"--model.layers.L.mixer none {SHIFTED}",
+}
+
+
 @pytest.mark.parametrize("pattern", ["L", "LN"])
-@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
-def test_decode_equals_the_forward_pass_with_rows_forked_and_reset_on_the_way(mixer, pattern, monkeypatch, tmp_path):
+def test_decode_equals_the_forward_pass_with_rows_forked_and_reset_on_the_way(case, pattern, monkeypatch, tmp_path):
     """Ragged rows, read in pieces; rows forked, overwritten, reset, saved and moved to a larger cache before each goes
     its own way. Every logit is that of one forward pass over the row."""
     monkeypatch.setattr(caches, "PIECE", 5)
-    model = build("--model.layer_pattern", pattern, "--model.mixer", mixer)
+    model = build("--model.layer_pattern", pattern, *CASES[case].split())
     model.eval()
     rows = [[*row] for row in tokens(4, 9).tolist()]
     cache = new_cache(model, 4, 40)
@@ -139,7 +146,7 @@ def test_prefill_of_any_length_takes_the_same_memory(mixer, monkeypatch):
     peaks = []
     for length in (256, 1024):
         text, cache = tokens(1, length), new_cache(model, 1, length)
-        with PeakBytes(given=[text]) as peak:  # what is read may grow
+        with PeakBytes(given=[text]) as peak:  # the text that is read may grow
             read(model, cache, text)
         peaks.append(peak.most)
     assert peaks[0] > 10_000

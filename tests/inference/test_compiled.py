@@ -66,6 +66,6 @@ def test_operations_that_stay_closed_are_compiled_and_called():
 @pytest.mark.long
 def test_a_step_compiled_by_inductor_generates_the_same():
     torch._dynamo.reset()
-    model = build("--model.layer_pattern", "LN")
+    model = build(*"--model.layer_pattern LN --model.layers.N.mlp_token_shift true --model.embedding_norm true".split())
     expected = generate(model, prompts(), max_new_tokens=12)
     assert generate(model, prompts(), max_new_tokens=12, compile=True) == expected

@@ -81,7 +81,7 @@ def test_cache_stays_in_place_and_only_attention_grows(mixer):
         assert model.init_cache(3, 20, torch.float32).bytes() < num_bytes
 
 
-def test_a_row_ends_at_the_end_token_and_the_others_go_on():
+def test_a_row_ends_at_the_end_token_and_the_others_continue():
     model = build()
     whole = generate(model, prompts(), max_new_tokens=24)
     end_id = whole[2][9]
@@ -128,7 +128,7 @@ def test_experts_drop_and_count_nothing():
         assert not any(total.any() for total in layer.pop_counters().values())
 
 
-def test_training_goes_on_after_generation():
+def test_training_continues_after_generation():
     """Nothing that generation made (layouts, say) stays behind as a tensor that autograd refuses."""
     model = build()
     generate(model, [[1] * 8], max_new_tokens=2)

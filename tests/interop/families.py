@@ -1,4 +1,4 @@
-"""Tiny models of transformers with random weights, and what of them and of ours must be equal."""
+"""Tiny models of transformers with random weights, and comparisons with models of torchlmoe."""
 
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +15,7 @@ SIZES = dict(
 
 
 def their_model(model_type: str, **options):
-    """A model of transformers in float64, all of whose parameters and buffers are random, those of norms too."""
+    """A model of transformers in float64. All parameters are random, also those of norms."""
     config = AutoConfig.for_model(model_type, attn_implementation="eager", experts_implementation="eager", **options)
     with torch.random.fork_rng(), all_in_float64():  # the frequencies of rotary phases too
         torch.manual_seed(0)
@@ -30,7 +30,7 @@ def perturb(model) -> None:
     state = {**dict(model.named_parameters()), **{n: b for n, b in model.named_buffers() if "e_score" in n}}
     for tensor in state.values():
         noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-        if tensor.ndim == 1 or (tensor == tensor.flatten()[0]).all():  # of norms, gates and biases
+        if tensor.ndim == 1 or (tensor == tensor.flatten()[0]).all():  # norms, gates and biases
             tensor.add_(0.2 * noise)
         else:
             tensor.copy_(0.8 * noise / tensor.shape[-1] ** 0.5)
@@ -38,12 +38,31 @@ def perturb(model) -> None:
 
 @contextmanager
 def all_in_float64():
-    """Has transformers compute in float64 what it computes in float32 whatever the model's dtype is."""
+    """Makes transformers use float64 where it uses float32 for every dtype of the model."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("float32", "float"):
             patch.setattr(torch, name, torch.float64)
         patch.setattr(torch.Tensor, "float", torch.Tensor.double)
         yield
+
+
+def loaded_by_transformers(folder: Path):
+    """A saved model of transformers in float64, for which no tensor is missing or unexpected."""
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=torch.float64,
+        attn_implementation="eager",
+        experts_implementation="eager",
+        output_loading_info=True,
+    )
+    assert not any(report.values()), report
+    return model
+
+
+def near(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-9) -> None:
+    """Asserts that the norm of the difference is small, relative to that of `expected`."""
+    # The last term is for gradients that are zero up to rounding: a bias on all keys changes no softmax.
+    assert (found - expected).norm() <= tolerance * expected.norm() + 1e-13
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:

@@ -117,7 +117,7 @@ def test_full_disk(saved, tmp_path, monkeypatch):
 def test_what_has_no_counterpart_is_not_exported(saved, tmp_path):
     import_model.main(["--model", str(saved), "--output", str(tmp_path / "run")])
     for model_type, sentence in {
-        "llama": "has no Dense layer among its feed-forward layers, as llama has: choose another --format",
+        "llama": "has no feed-forward layer of class Dense, but llama needs one: choose another --format",
         "qwen3_moe": "blocks.0.mixer.qk_norm is False, for which qwen3_moe has no counterpart",
         "nothing": "--format nothing is unknown: choose from torchlmoe, ",
     }.items():

@@ -1,4 +1,4 @@
-"""Folders with other names than transformers writes: of multimodal models, and of authors of models."""
+"""Folders whose tensors have other names than transformers writes: multimodal models, authors' files, modules."""
 
 import json
 import logging
@@ -6,9 +6,17 @@ import logging
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText
 
-from tests.interop.families import CASES, all_in_float64, perturb, their_model
+from tests.interop.families import (
+    CASES,
+    all_in_float64,
+    loaded_by_transformers,
+    near,
+    perturb,
+    tensors_of,
+    their_model,
+)
 from torchlmoe import export, import_model
 from torchlmoe.checkpoint import open_model
 from torchlmoe.interop.families import FAMILIES, language_config
@@ -35,7 +43,7 @@ def test_the_language_model_is_taken(outer, inner, tied, tmp_path, caplog):
     tensors = load_file(folder / "model.safetensors")
     num_vision = sum(name.startswith("model.visual.") for name in tensors)
     tensors |= {"mtp.norm.weight": torch.ones(32), "mtp.layers.0.input_layernorm.weight": torch.ones(32)}
-    if tied:  # as a file may, which holds it twice
+    if tied:  # a file may have the tied weight twice
         tensors["lm_head.weight"] = tensors["model.language_model.embed_tokens.weight"].clone()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
@@ -48,19 +56,11 @@ def test_the_language_model_is_taken(outer, inner, tied, tmp_path, caplog):
     with torch.no_grad(), all_in_float64():
         logits = theirs(input_ids=TOKENS, use_cache=False).logits
     with torch.no_grad():
-        assert (ours(TOKENS) - logits).norm() <= 1e-9 * logits.norm()
+        near(ours(TOKENS), logits)
 
     export.main(["--checkpoint", str(tmp_path / "run"), "--output", str(tmp_path / "text"), "--format", inner])
     with torch.no_grad(), all_in_float64():
-        again, report = AutoModelForCausalLM.from_pretrained(
-            tmp_path / "text",
-            dtype=torch.float64,
-            attn_implementation="eager",
-            experts_implementation="eager",
-            output_loading_info=True,
-        )
-        assert not any(report.values()), report
-        assert (again(TOKENS, use_cache=False).logits - logits).norm() <= 1e-9 * logits.norm()
+        near(loaded_by_transformers(tmp_path / "text")(TOKENS, use_cache=False).logits, logits)
 
 
 def test_no_text_config(tmp_path):
@@ -69,8 +69,8 @@ def test_no_text_config(tmp_path):
         open_model(tmp_path)
 
 
-def test_keys_beside_text_config_hold():
-    """Such as those of quantized weights, which cannot be read."""
+def test_keys_beside_text_config_are_kept():
+    """For example those of quantized weights, which cannot be read."""
     content = {"model_type": "qwen3_5", "text_config": {"hidden_size": 4}, "image_token_id": 7, "vision_config": {}}
     assert language_config(content) == {"model_type": "qwen3_5_text", "hidden_size": 4}
     options = CASES["qwen3_5_text"][1] | {"rope_parameters": {"rope_theta": 1e4}}
@@ -80,7 +80,7 @@ def test_keys_beside_text_config_hold():
 
 
 def test_olmo_hybrid_of_its_authors(tmp_path):
-    """They call norms as modules of transformers do, and cut convolutions where q, k and v meet."""
+    """Their norms have the names of transformers' modules, and their convolutions are cut between q, k and v."""
     model_type, options = CASES["olmo_hybrid"]
     their_model(model_type, **options).save_pretrained(tmp_path)
     expected = open_model(tmp_path)[0].state_dict()
@@ -102,13 +102,16 @@ def test_olmo_hybrid_of_its_authors(tmp_path):
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-@pytest.mark.parametrize("name", ["qwen3_5_moe_text", "qwen3_next", "mixtral"])
-def test_stacked_experts(name, tmp_path):
-    """As transformers' modules hold them, and as it saves them with save_original_format=False."""
+@pytest.mark.parametrize(
+    "name", ["granitemoehybrid", "kimi_linear", "mixtral", "nemotron_h", "qwen2_moe", "qwen3_5_moe_text", "qwen3_next"]
+)
+def test_names_of_modules(name, tmp_path):
+    """transformers saves them with save_original_format=False: stacked experts, and in some families other names."""
     model_type, options = CASES[name]
     theirs = their_model(model_type, **options)
-    theirs.save_pretrained(tmp_path / "separate")
-    theirs.save_pretrained(tmp_path / "stacked", save_original_format=False)
-    assert any(key.endswith("experts.down_proj") for key in load_file(tmp_path / "stacked" / "model.safetensors"))
-    expected, found = (open_model(tmp_path / folder)[0].state_dict() for folder in ("separate", "stacked"))
-    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+    theirs.save_pretrained(tmp_path / "file")
+    theirs.save_pretrained(tmp_path / "module", save_original_format=False)
+    assert tensors_of(tmp_path / "file").keys() != tensors_of(tmp_path / "module").keys()
+    of_file, of_module = (open_model(tmp_path / folder)[0].state_dict() for folder in ("file", "module"))
+    assert of_file.keys() == of_module.keys()
+    assert all(torch.equal(of_module[key], tensor) for key, tensor in of_file.items())

@@ -72,7 +72,7 @@ def test_without_attention(model_type):
     tables["model"]["layer_pattern"] = "L"
     del tables["model"]["layers"]["N"]
     model = build_on_meta(config_from([tables]), 64)
-    with pytest.raises(ValueError, match=f"no layer with the mixer attention.* of {model_type} must hold"):
+    with pytest.raises(ValueError, match=f"no layer with the mixer attention.* of {model_type} must have"):
         FAMILIES[model_type].config(model)
 
 

@@ -229,7 +229,8 @@ def test_shapes_that_do_not_fit():
 def test_joined_tensors_have_one_dtype():
     join = Rule(["a", "b"], "c", Split(2).inverse)
     assert refusal({"a": A, "b": B.bfloat16()}, join) == (
-        "b must be torch.float32 on cpu as what it is joined with, not torch.bfloat16 on cpu: convert it first."
+        "b must be torch.float32 on cpu, like the tensor it is joined with, not torch.bfloat16 on cpu: convert it "
+        "first."
     )
 
 

@@ -38,7 +38,7 @@ def half(request) -> torch.dtype:
 
 @pytest.fixture(autouse=True)
 def uninitialized_memory_is_nan():
-    """An element that no kernel wrote shows, wherever the memory was asked for (integers: the largest there is)."""
+    """Memory is filled with NaN (integers: their largest value), so that elements that no kernel wrote are found."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)

@@ -100,7 +100,7 @@ def test_a_case_that_fails_ends_alone(tmp_path):
     assert record["finished"]
     record = first.run_piece(first.Piece("limited", 8.0, [stuck, late]), tmp_path, {}, deadline)
     assert [row["operation"] for row in record["rows"]] == ["stuck", "late"]
-    assert record["failures"] == {"stuck": "stopped after 4 s, since its time was over"}
+    assert record["failures"] == {"stuck": "stopped at its time limit of 4 s"}
     assert record["finished"]
     over = first.run_piece(first.Piece("over", 4.0, [good]), tmp_path, {}, time.monotonic())
     assert over["not done"] == ["good"]
@@ -205,7 +205,7 @@ def executable(path: Path, text: str) -> None:
     path.chmod(0o755)
 
 
-def test_gpu_script_goes_on_where_it_was_interrupted(tmp_path):
+def test_gpu_script_resumes_after_an_interruption(tmp_path):
     """With a GPU that only has a name, and a Python that leaves what it was asked for as the figures, or fails once."""
     root, programs = tmp_path / "root", tmp_path / "programs"
     for folder in (root / "benchmarks", root / "tests" / "kernels", programs):
@@ -241,7 +241,7 @@ pathlib.Path(sys.argv[sys.argv.index("--output") + 1]).write_text(" ".join(sys.a
     (results / "kernels_anchor.json").write_text("kept")
     second = script()
     assert second.returncode == 0
-    assert second.stdout.count("done before") == len(names) - 1
+    assert second.stdout.count("already done") == len(names) - 1
     assert (results / "compiled_KDA.json").exists()
     assert (results / "kernels_anchor.json").read_text() == "kept"
     assert script("no_such_piece").returncode == 2

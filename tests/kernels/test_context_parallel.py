@@ -37,7 +37,7 @@ def every_mixer():
     span = replace(whole, positions=cut("v", whole.positions), start=mesh.get_local_rank() * LENGTH // mesh.size())
     expected = {name: mixer_outcome(build(name, "chunked"), x, grad, whole) for name in CASES}
     for name in ("elementwise_recurrence", "linear_recurrence"):
-        vars(sys.modules[f"torchlmoe.ops.{name}"])["_forward"] = None  # from here on nothing but kernels
+        vars(sys.modules[f"torchlmoe.ops.{name}"])["_forward"] = None  # from here on only kernels run
     for name in CASES:
         mixer = build(name, "triton")
         parallelize_module(mixer, mesh, mixer.context_parallel_plan(lsm="all_gather", attention="all_gather"))

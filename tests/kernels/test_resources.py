@@ -26,7 +26,7 @@ AGAIN = "; kernels have changed since it was written: run python -m benchmarks.k
 
 @pytest.fixture
 def resources():
-    """The program, which keeps TRITON_INTERPRET from whoever imports it."""
+    """The program. Its import removes TRITON_INTERPRET from the environment."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", os.environ.get("TRITON_INTERPRET", "0"))
         from benchmarks import kernel_resources
@@ -70,9 +70,9 @@ def test_excesses_are_named(resources):
     row = dict(kernel="file.scan", instance="KDA", dtype="bfloat16", width=64, target="gfx942")
     row |= {"registers": 512, "spills": 33, "shared KiB": 65.0, "tensor columns": 513}
     spills, shared, tensor = resources.excesses(row)
-    assert spills == "file.scan of KDA, width 64, bfloat16, on gfx942 spills 33 registers; 32 are tolerated"
-    assert "65.0 KiB of shared memory; there are 64" in shared
-    assert "513 columns of tensor memory; there are 512" in tensor
+    assert spills == "file.scan of KDA, width 64, bfloat16, on gfx942 spills 33 registers; the limit is 32"
+    assert "65.0 KiB of shared memory; the limit is 64" in shared
+    assert "513 columns of tensor memory; the limit is 512" in tensor
 
 
 def test_fingerprint_is_of_the_code(tmp_path, resources):
@@ -112,7 +112,7 @@ def assert_compile(tmp_path, targets, instances):
     return {(row["kernel"], row["target"]) for row in json.loads(output.read_text())["rows"]}
 
 
-FUSED = ["short convolution", "gated RMS norm", "decay gate", "to experts and back", "weighted SwiGLU"]
+FUSED = ["short convolution", "gated RMS norm", "decay gate", "dispatch and combine", "weighted SwiGLU"]
 
 
 def test_a_recurrence_and_fused_operations_compile(tmp_path):

@@ -180,7 +180,7 @@ def test_rebased_quadratic_attention():
     [(torch.float32, 1, 1e-5, 1e-3), (torch.float32, 2, 1e-5, 1e-3), (torch.bfloat16, 2, 3e-2, 1.0)],
 )
 def test_rebased_where_weights_are_near_zero(dtype, length, tolerance, tolerance_of_a_token):
-    """Early tokens whose q and k are nearly orthogonal: the sum of weights is what is left of features that cancel."""
+    """Early tokens whose q and k are nearly orthogonal: the sum of weights is the remainder of canceling features."""
     x = torch.randn(3000, length, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     outputs = []
     for kind in (torch.float64, dtype):
@@ -307,8 +307,8 @@ def test_rwkv7_token_loop(first):
     o = head_norm(torch.stack(outputs, 1), mixer.norm)
     o = o + ((r * k * mixer.bonus.view(4, 8)).sum(-1, keepdim=True) * v).flatten(2)
     expected = (o * low_rank(mixed["g"], mixer.gate_proj, torch.sigmoid)) @ mixer.o_proj.weight.T
-    y, handed_on = mixer(x, sequence=SequenceLayout.of_rows(2, 70), shared=shared)
-    torch.testing.assert_close(handed_on, first_value, rtol=1e-9, atol=1e-11)
+    y, returned = mixer(x, sequence=SequenceLayout.of_rows(2, 70), shared=shared)
+    torch.testing.assert_close(returned, first_value, rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-11)
 
 
@@ -442,7 +442,7 @@ def test_mom_balance_loss():
     for weight in (0.25, 0.0):
         y = mixer(x, sequence=SequenceLayout.of_rows(2, 70, loss_weight=weight))
         mixer.zero_grad()
-        y.square().sum().backward()  # of everything: what is counted is a gradient too
+        y.square().sum().backward()  # gradients of everything, since counts are gradients too
         gradients.append(mixer.router.weight.grad)
     torch.testing.assert_close(gradients[0] - gradients[1], expected, rtol=1e-9, atol=1e-9)
     counters = mixer.pop_counters()

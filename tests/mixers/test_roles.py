@@ -1,7 +1,7 @@
 """What modules declare of heads (`head_dims`): a mixer cut along it computes its heads' part of the whole.
 
 Each part holds half of every parameter along the declared dimension, and what heads share as a whole. The parts'
-outputs add up to the whole mixer's, unless the mixer's own mathematics sums over heads or channels on its way.
+outputs add up to the whole mixer's, unless the mixer itself sums over heads or channels.
 """
 
 import copy

@@ -100,6 +100,43 @@ def test_blocks_of_one_part():
     assert set(model.routed_layers()) == {"moe/1"}
 
 
+@pytest.mark.parametrize("placement", ["pre", "post", "stream"])
+@pytest.mark.parametrize("mlp", ["dense", "moe"])
+def test_token_shift(placement, mlp):
+    """The MLP reads x_t + (x_{t-1} - x_t) * weight, x its input without the shift, and nothing of another document."""
+    flags = f"--model.layer_pattern F --model.layers.F.mixer none --model.layers.F.mlp {mlp} --model.num_layers 1"
+    flags += f" --model.layers.F.mlp_token_shift true --model.layers.F.norm_placement {placement}"
+    block = build(*flags.split()).eval().blocks["0"]
+    bounds = torch.tensor([[0, 3, 4, 4, 9], [0, 1, 9, 9, 9]], dtype=torch.int32)
+    sequence, x = SequenceLayout.of_packed_rows(bounds, 9), randn(1, 18, 24).requires_grad_()
+    norm = norm_of(block.feed_forward_norm)
+    given = x if placement == "post" else norm(x)
+    first = [0, 3, 4, 9, 10]
+    before = torch.stack([given[0, t - 1] if t not in first else torch.zeros(24).double() for t in range(18)])[None]
+    shifted = given + (before - given) * block.feed_forward_shift.mix.weight
+    branch = block.feed_forward(shifted, sequence=sequence)
+    expected = {"pre": x + branch, "post": x + norm(branch), "stream": norm(x) + branch}[placement]
+    y = block(x, sequence=sequence)
+    torch.testing.assert_close(y, expected)
+    for start, end in zip(first, [*first[1:], 18], strict=True):
+        (gradient,) = torch.autograd.grad(y[0, start:end].sum(), x, retain_graph=True)
+        assert gradient[0, start:end].any(-1).all()
+        gradient[0, start:end] = 0
+        assert not gradient.any()
+
+
+def test_initial_token_shifts():
+    """x_k of RWKV_CMix_x070 in each of four layers."""
+    flags = "--model.layer_pattern LN --model.num_layers 4 --model.layers.N.mlp_token_shift true".split()
+    model = build_on_meta(load_config([*SMALL, *flags]), 50).to_empty(device="cpu")
+    model.init_weights(0)
+    assert model.blocks["0"].feed_forward_shift is model.blocks["2"].feed_forward_shift is None
+    ddd = torch.arange(24) / 24
+    for index in (1, 3):
+        found = model.blocks[str(index)].feed_forward_shift.mix.weight
+        torch.testing.assert_close(found, 1.0 - ddd ** ((1 - index / 4) ** 4))
+
+
 def test_model_without_any_mixer():
     model = build(*"--model.layer_pattern F --model.layers.F.mixer none --model.layers.F.mlp dense".split()).eval()
     tokens = torch.randint(50, (2, 3), generator=torch.Generator().manual_seed(3))
@@ -124,16 +161,20 @@ def test_zero_centered_norms():
     assert not any(x.any() for name, x in fresh.state_dict().items() if name.endswith("norm.weight"))
 
 
-def test_layer_norms():
-    """Those of blocks and head, with weight and bias."""
-    model = build("--model.layer_pattern", "N", "--model.num_layers", "1", "--model.norm", "layer")
+@pytest.mark.parametrize("bias", ["true", "false"])
+def test_layer_norms(bias):
+    """Those of embedding, blocks and head, with a weight and, if asked for, a bias."""
+    flags = "--model.layer_pattern N --model.num_layers 1 --model.norm layer --model.embedding_norm true".split()
+    model = build(*flags, "--model.norm_bias", bias, "--model.embedding_multiplier", "12.0")
     block, sequence, tokens = model.blocks["0"], SequenceLayout.of_rows(2, 5), torch.arange(10).view(2, 5)
+    assert sum(name.endswith("norm.bias") for name, _ in model.named_parameters()) == (4 if bias == "true" else 0)
 
     def normed(x, norm):
         centered = x - x.mean(-1, keepdim=True)
-        return centered / (centered.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight + norm.bias
+        y = centered / (centered.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight
+        return y + norm.bias if bias == "true" else y
 
-    x = model.embedding.weight[tokens]
+    x = normed(12 * model.embedding.weight[tokens], model.embedding_norm)
     x = x + block.mixer(normed(x, block.mixer_norm), sequence=sequence)
     x = x + block.feed_forward(normed(x, block.feed_forward_norm), sequence=sequence)
     torch.testing.assert_close(model(tokens), normed(x, model.head.norm) @ model.head.projection.weight.mT)
@@ -150,6 +191,8 @@ def test_what_does_not_fit_is_refused():
         f"--{letter}.mlp_branch_weight 0.0": "mlp_branch_weight = 0.0 is not valid",
         f"--{letter}.mixer none --{letter}.conv_size 4": "conv_size is not a setting",
         "--model.logit_divisor 0.0": "model.logit_divisor = 0.0 is not valid",
+        f"--{letter}.mlp none --{letter}.mlp_token_shift true": "mlp_token_shift has no effect with mlp = 'none'",
+        "--model.norm_bias false": "norm_bias = false has no effect with model.norm",
         "--model.norm layer --model.zero_centered_norm true": "zero_centered_norm = true has no effect with model.norm",
         "--moe.activation gelu": "moe.activation = 'gelu' is not valid: it should be 'swiglu' or 'relu2'",
         f"--{letter}.mlp dense --{letter}.mlp_options.activation gelu": "activation = 'gelu' is not valid",

@@ -262,11 +262,11 @@ def test_a_mixer_hands_a_tensor_on_to_its_later_layers(mixer):
             lambda module, args, kwargs, y: seen.append((kwargs["shared"], y[1])), with_kwargs=True
         )
     model(tokens(2, 24), BOUNDS).sum().backward()
-    (given_first, handed_on), (received, passed_on) = seen
+    (given_first, from_first), (received, passed_on) = seen
     assert not given_first.any()
-    assert torch.equal(received, handed_on)
+    assert torch.equal(received, from_first)
     assert torch.equal(passed_on, received)
-    assert handed_on.any()
+    assert from_first.any()
     with pytest.raises(ValueError, match="needs `shared`"):
         later(torch.zeros(1, 3, 32, dtype=torch.float64), sequence=SequenceLayout.of_rows(1, 3))
 

@@ -1,4 +1,4 @@
-"""Where kernels serve is never decided in silence."""
+"""If kernels cannot run, one message says why."""
 
 import logging
 

@@ -1,10 +1,13 @@
 """What holds for every operation: autocast, transforms, bounds, empty inputs, tensors without values, NaN, padding."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.export import Dim, export
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from torchlmoe.layers.norms import rms_norm
@@ -152,6 +155,44 @@ def test_reference_serves_transforms(name):
     torch.testing.assert_close(torch.func.jvp(function, (x,), (x,))[1], (x * gradient).sum())
     both = torch.stack([x, x.flip(-1)])
     torch.testing.assert_close(torch.func.vmap(function)(both), torch.stack([function(x) for x in both]))
+
+
+class Calls(TorchDispatchMode):
+    """The shapes of what an operation of this package returns last, and of the zeros that are made beside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept, self.zeros = [], []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten.zeros.default:
+            self.zeros.append(out.shape)
+        elif function.namespace == "torchlmoe" and isinstance(out, tuple):
+            self.kept.append(out[-1].shape)
+        return out
+
+
+@pytest.mark.parametrize("name", ["scalar", "scan", "causal_conv", "attention"])
+def test_no_zeros_for_what_is_kept(name):
+    """Autograd makes zeros for outputs without a gradient, but what is only for the backward never has one."""
+    with Calls() as calls:
+        outputs = forward(name, make(name, 1, 70), (0, 70))
+        kept = calls.kept[0]
+        sum(out.sum() for out in outputs).backward()
+    assert kept.numel() > 0
+    assert kept not in calls.zeros
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_gradient_of_one_output(name):
+    """It is the one that the output has beside zeros of the others."""
+    inputs = make(name, 1, 70)
+    for index in range(len(forward(name, inputs))):
+        alone = forward(name, inputs)[index].sum()
+        beside = sum(out.sum() * (place == index) for place, out in enumerate(forward(name, inputs)))
+        of_inputs = partial(torch.autograd.grad, inputs=[*inputs.values()], materialize_grads=True)
+        torch.testing.assert_close(of_inputs(alone), of_inputs(beside))
 
 
 @pytest.mark.parametrize("name", OPERATIONS)

@@ -36,7 +36,7 @@ SUMS = {
     "rows": f"{TWO_BLOCKS} {PADDED} --moe.aux_loss_weight 0.1 --moe.z_loss_weight 0.1 --model.tie_embeddings true",
     "loss_free": f"{TWO_BLOCKS} {PADDED} --moe.balance loss_free --moe.bias_update_rate 0.1 --optimizer.name muon",
 }
-COMPILED = {"compiled": f"{TWO_BLOCKS} --compile.enable true"}
+COMPILED = {"compiled": f"{TWO_BLOCKS} --compile.enable true --model.layers.L.mlp_token_shift true"}
 RECOMPUTED = {"full": f"{TWO_BLOCKS} --training.global_batch_size 6 --activation_checkpoint.mode full"}
 
 SPANS = "--parallelism.context_parallel_degree"

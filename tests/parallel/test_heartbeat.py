@@ -40,7 +40,7 @@ def fail():
     raise OSError("No space left on device\nsecond line")
 
 
-def say_what_is_logged():
+def print_messages():
     """Hangs as a collective of NCCL does, without an error."""
     said = []
     heartbeat.logger.addFilter(lambda record: said.append(record.getMessage()))
@@ -81,7 +81,7 @@ FAULTS = {
 
 
 def run_with(fault: str, rank: int, port: int, folder: Path, served: bool) -> None:
-    """One rank of a run in which something happens to one of them; what it says goes to a file."""
+    """Run one rank of a run in which one rank has a fault, and write its messages to a file."""
     os.environ.update(RANK=f"{rank}", WORLD_SIZE=f"{WORLD_SIZE}", MASTER_ADDR="localhost", MASTER_PORT=f"{port}")
     # Launchers of nodes may count attempts differently.
     os.environ.update(TORCHELASTIC_USE_AGENT_STORE=f"{served}", TORCHELASTIC_RESTART_COUNT="0" if served else f"{rank}")
@@ -119,7 +119,7 @@ def steps(fault: str, rank: int, beating: Heartbeat, other_group: dist.ProcessGr
                 elif rank == victim:
                     what()
                 elif fault == "stopped, NCCL":
-                    say_what_is_logged()
+                    print_messages()
             dist.all_reduce(torch.ones(1000))
 
 

@@ -56,12 +56,14 @@ TWO_BLOCKS = f"{ROWS} --model.layer_pattern LN --model.num_layers 2"
 SIX_ROWS = f"{TWO_BLOCKS} --training.global_batch_size 6"
 WHOLE_MODELS = {
     "rwkv7_tied_muon": f"{SIX_ROWS} --model.mixer rwkv7 --model.tie_embeddings true --optimizer.name muon",
-    "mom_recomputed": f"{SIX_ROWS} --model.mixer mom --activation_checkpoint.mode full --training.local_batch_size 1",
-    "hgrn2_dense": f"{SIX_ROWS} --model.mixer hgrn2 --model.layers.N.mlp dense --moe.num_shared_experts 1",
+    "mom_recomputed": f"{SIX_ROWS} --model.mixer mom --activation_checkpoint.mode full --training.local_batch_size 1 "
+    "--model.layers.L.mlp_token_shift true --model.layers.N.mlp_token_shift true --model.layers.N.mlp dense",
+    "hgrn2_dense": f"{SIX_ROWS} --model.mixer hgrn2 --model.layers.N.mlp dense --moe.num_shared_experts 1 "
+    "--model.norm layer --model.embedding_norm true",
     "selective": f"{SIX_ROWS} --model.mixer kda --moe.aux_loss_scope global_batch "
     "--activation_checkpoint.mode selective",
 }
-# Blocks of one part, every placement of norms and every multiplier, and layers without a gate.
+# Blocks of one part, every placement of norms and every multiplier, token shifts, and layers without a gate.
 OTHER_BLOCKS = {
     "other_blocks": f"""{ROWS} --model.layer_pattern MFNP --model.layers.M.mixer mamba2 --model.layers.M.mlp none
     --model.layers.M.mixer_branch_weight 0.22 --model.layers.F.mixer none --model.layers.F.norm_placement post
@@ -69,7 +71,8 @@ OTHER_BLOCKS = {
     --model.layers.N.mlp_branch_weight 0.75 --model.layers.N.qk_norm true --model.layers.N.mlp dense
     --model.layers.N.mlp_options.activation relu2 --model.layers.P.mixer attention --model.layers.P.norm_placement post
     --moe.activation relu2 --moe.latent_dim 12 --moe.num_shared_experts 1 --model.zero_centered_norm true
-    --model.embedding_multiplier 12.0 --model.logit_divisor 6.0 --optimizer.name muon
+    --model.embedding_multiplier 12.0 --model.embedding_norm true --model.logit_divisor 6.0 --optimizer.name muon
+    --model.tie_embeddings true --model.layers.F.mlp_token_shift true --model.layers.N.mlp_token_shift true
     --activation_checkpoint.mode selective"""
 }
 COMPILED = {"compiled": f"{TWO_BLOCKS} --compile.enable true"}

@@ -22,6 +22,7 @@ VOCAB_SIZE = 256
 SMALL = """--model.layer_pattern LN --model.dim 64 --model.num_layers 2 --model.num_heads 4 --moe.num_experts 8
 --moe.top_k 2 --moe.expert_dim 32 --training.seq_len 64 --training.local_batch_size 2 --training.global_batch_size 8
 --validation.enable false""".split()
+SHIFTED = "--model.embedding_norm true --model.layers.N.mlp_token_shift true".split()
 DEBUG = """--model.layer_pattern LLLN --model.dim 192 --model.num_layers 4 --model.num_heads 6 --moe.num_experts 16
 --moe.top_k 2 --moe.expert_dim 128 --training.seq_len 128 --training.local_batch_size 2 --training.global_batch_size 32
 --validation.enable false""".split()
@@ -107,8 +108,8 @@ def compare(layouts: list[list[str]], world_size: int, stages: list[int], folder
 def test_four_ranks(tmp_path):
     compare(
         [
-            [*SMALL, *degrees(tensor=2, context=2)],
-            [*SMALL, *degrees(pipeline=2, expert=2), "--training.global_batch_size", "16"],
+            [*SMALL, *SHIFTED, *degrees(tensor=2, context=2)],
+            [*SMALL, *SHIFTED, *degrees(pipeline=2, expert=2), "--training.global_batch_size", "16"],
         ],
         4,
         [1, 2],

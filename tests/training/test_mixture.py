@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("process_group")
 
 
 def write_sources(folder):
-    """Of very different lengths, so that the shortest begins anew many times."""
+    """Write sources of very different lengths, so that the shortest starts again many times."""
     for name, num_documents in (("tales", 40), ("code", 60), ("proofs", 5)):
         texts = [f"{number}. " + WORDS[name] * (1 + number % 5) for number in range(num_documents)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))

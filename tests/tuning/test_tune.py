@@ -245,7 +245,7 @@ def test_a_search_with_runs_is_killed_and_resumed(tmp_path):
 @pytest.mark.long
 @pytest.mark.parametrize("mixer", ["gated_deltanet", "hgrn2"])
 def test_a_rate_is_found_from_thirty_times_off(mixer, tmp_path):
-    """Within a factor of two of the best of a full sweep, at a third of its cost, killed twice on the way."""
+    """Within a factor of two of the best of a full sweep, at a third of its cost, although it is killed twice."""
     write_corpus(tmp_path)
     data = ["--data.dataset", str(tmp_path), "--data.cache_dir", str(tmp_path / "cache"), "--model.mixer", mixer]
     rates = ["--training.steps", "192", "--optimizer.lr", "3e-4", "--tune.optimizer.lr", "x64"]

@@ -130,7 +130,7 @@ class Checkpointer:
         return progress
 
     def after_step(self, progress: Progress, *, last: bool) -> None:
-        """Saves where one is due; after the last step returns when all is on disk. Raises as `save` does."""
+        """Save a checkpoint if one is due. After the last step, return when it is on disk. Errors: see `save`."""
         if not self.settings.enable:
             return
         if self._pending is not None and self._pending.done():

@@ -14,17 +14,17 @@ NAMES = (
 
 
 def find_companions(folder: Path) -> dict[str, bytes]:
-    """Those in a folder, by name."""
+    """Return the companion files in a folder, by name."""
     return {name: read_small(folder / name, MAX_JSON_BYTES) for name in NAMES if (folder / name).is_file()}
 
 
 def read_companions(run: Path) -> dict[str, bytes]:
-    """Those of a run's folder; none if its model is not from elsewhere."""
+    """Return the companion files of a run's folder. A run whose model was not imported has none."""
     return find_companions(run / FOLDER)
 
 
 def write_companions(run: Path, files: Mapping[str, bytes]) -> None:
-    """Into a run's folder."""
+    """Write companion files to a run's folder."""
     folder = run / FOLDER
     with failures_to_write("The files beside the weights", folder, "make room, or give another --output"):
         folder.mkdir(parents=True, exist_ok=True)

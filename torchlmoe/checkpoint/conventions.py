@@ -57,7 +57,7 @@ def conventions_of(
 
 
 def _transformers_folder(folder: Path) -> Path | None:
-    """The folder, or what its run has kept of the one it starts from, if that is of transformers."""
+    """Return the transformers folder of a model: the folder itself, or the one that its run was imported from."""
     places = (folder, folder.parent.parent / FOLDER)
     return next((place for place in places if is_transformers(place)), None)
 

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Content(BaseModel):
-    """The keys of config.json that are read."""
+    """The keys of config.json that torchlmoe reads."""
 
     model_config = ConfigDict(strict=True, protected_namespaces=())
     model_type: Literal["torchlmoe"]

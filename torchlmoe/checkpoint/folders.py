@@ -2,7 +2,7 @@
 
     step-00000200              published, whole
     step-00000300.partial      being written
-    step-00000100.removing     on its way out
+    step-00000100.removing     being removed
     step-00000400.abandoned    later than the one that `checkpoint.load_step` went back to; .abandoned-2 the next time
 
 Whatever a killed process was doing, only whole checkpoints have a plain name.
@@ -28,7 +28,7 @@ def is_published(folder: Path) -> bool:
 
 
 def published(root: Path) -> dict[int, Path]:
-    """The checkpoints by step, the earliest first."""
+    """Return the checkpoints by step, in ascending order."""
     if not root.is_dir():
         return {}
     # Kinds as of the listing: a folder looked at later may be gone, and one published since is not listed.
@@ -42,7 +42,7 @@ def partial_of(root: Path, step: int) -> Path:
 
 
 def publish(root: Path, step: int, keep_latest_k: int) -> None:
-    """Gives the finished partial folder its name, in place of one that has it, and removes the oldest beyond k."""
+    """Rename the complete partial folder, replacing one with that name, and remove all but the latest k checkpoints."""
     folder = root / name_of(step)
     if folder.exists():
         _remove(folder)
@@ -53,7 +53,7 @@ def publish(root: Path, step: int, keep_latest_k: int) -> None:
 
 
 def abandon_after(root: Path, step: int) -> list[Path]:
-    """Sets the checkpoints later than `step` aside; returns their new places."""
+    """Rename the checkpoints after `step` to `.abandoned`. Returns their new paths."""
     later = [path for other, path in published(root).items() if other > step]
     return [path.rename(_free(path.with_name(f"{path.name}.abandoned"))) for path in later]
 
@@ -65,7 +65,7 @@ def _free(path: Path) -> Path:
 
 
 def clean(root: Path) -> None:
-    """Removes what a killed run left half written or half removed."""
+    """Remove folders that a killed run left partly written or partly removed."""
     for pattern in ("step-*.partial", "step-*.removing"):
         for path in root.glob(pattern):
             shutil.rmtree(path)

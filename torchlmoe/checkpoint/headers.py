@@ -16,7 +16,7 @@ _DTYPES = {
 
 
 class Piece(NamedTuple):
-    """A tensor, or the part of it from these offsets on, in a file."""
+    """A tensor in a file, or the part of a tensor that starts at these offsets."""
 
     file: Path
     offsets: tuple[int, ...]
@@ -25,12 +25,12 @@ class Piece(NamedTuple):
 
     @property
     def ends(self) -> tuple[int, ...]:
-        """Where in the tensor it ends, by dimension."""
+        """Return the end of the part in each dimension."""
         return tuple(offset + size for offset, size in zip(self.offsets, self.shape, strict=True))
 
 
 class _Place(BaseModel):
-    """Where in a tensor a file's piece begins, as torch.distributed.checkpoint writes it."""
+    """The offsets of a part of a tensor, as torch.distributed.checkpoint writes them."""
 
     model_config = ConfigDict(strict=True)
     saved_offsets: list[Annotated[int, Field(ge=0, lt=2**61)]]
@@ -40,7 +40,7 @@ _PLACES = TypeAdapter(dict[str, _Place])
 
 
 def read_header(path: Path) -> dict[str, Piece]:
-    """The tensors of a file, by name. Raises ValueError for a header that torch cannot read."""
+    """Return the tensors of a file by name. Raises ValueError for a header that torch cannot read."""
     open_regular(path).close()
     try:
         with safe_open(path, framework="pt") as file:
@@ -65,7 +65,7 @@ def read_header(path: Path) -> dict[str, Piece]:
 
 
 def unreadable(path: Path, error: Exception) -> Exception:
-    """What to raise in place of the errors of safetensors, and of torch if it maps a file that is gone."""
+    """Return the error that replaces one of safetensors, or of torch if it maps a missing file."""
     if isinstance(error, SafetensorError) or (isinstance(error, RuntimeError) and "unable to" in str(error)):
         return ValueError(f"{path} is damaged or gone: {str(error).partition(chr(10))[0]}.")
     return error

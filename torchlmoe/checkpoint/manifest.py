@@ -32,7 +32,7 @@ class _Manifest(BaseModel):
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """The size in bytes and the sha256 of a file."""
+    """Return the size in bytes and the sha256 of a file."""
     digest, size = hashlib.sha256(), 0
     with open_regular(path) as file:
         while piece := file.read(1 << 20):
@@ -59,7 +59,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_manifest(folder: Path, files: dict[str, dict[str, Any]]) -> None:
-    """Closes the folder. files: name -> what `describe` says of it."""
+    """Write the manifest, which completes the folder. files: name -> result of `describe`."""
     write_durably(folder / NAME, _sealed({"format": FORMAT, "files": files}))
     sync_folder(folder)
 

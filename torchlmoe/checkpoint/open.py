@@ -50,7 +50,7 @@ def open_model(
 
 
 def open_folder(folder: Path) -> "SavedFolder | TransformersFolder":
-    """What `open_model` opens, without its weights. Raises ValueError as it does."""
+    """Open a folder like `open_model`, without the weights. Raises ValueError like it."""
     chosen = resolve(folder)
     return TransformersFolder(chosen) if is_transformers(chosen) else SavedFolder(chosen)
 
@@ -110,7 +110,7 @@ class SavedFolder:
         check_tensors(model_state(self.model, self.prefix), self._saved, self.folder, is_other=self._is_other)
 
     def load(self) -> None:
-        """Fills the model, which has storage by now."""
+        """Fill the model, which must have storage."""
         load_tensors(model_state(self.model, self.prefix), self.folder, is_other=self._is_other)
 
     def _is_other(self, name: str) -> bool:
@@ -121,29 +121,29 @@ class SavedFolder:
         return TensorFolder(self.folder)
 
     def meta(self) -> dict[str, Tensor]:
-        """The tensors of the model as they are saved, on the meta device, by their names in the model."""
+        """Return the saved tensors on the meta device, by their names in the model."""
         return {name: self._source.meta([f"{self.prefix}{name}"])[0] for name in self.model.state_dict()}
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Bytes of each of these."""
+        """Return the bytes of each tensor."""
         return {name: tensor.nbytes for name, tensor in self.meta().items()}
 
     def read(self, names: Iterable[str]) -> list[Tensor]:
-        """Tensors by their names in the model."""
+        """Return tensors by their names in the model."""
         return self._source.read(f"{self.prefix}{name}" for name in names)
 
     def tensors(self) -> Iterator[dict[str, Tensor]]:
-        """All of them, one at a time."""
+        """Yield all tensors, one at a time."""
         return ({name: self.read([name])[0]} for name in self.model.state_dict())
 
     def companions(self) -> dict[str, bytes]:
-        """The files beside the weights, by name, of a model that came from elsewhere."""
+        """Return the files beside the weights of an imported model, by name."""
         return {"tokenizer.json": self.tokenizer.content, **read_companions(self.folder.parent.parent)}
 
 
 def _read_checkpoint(folder: Path) -> tuple[Config, Tokenizer, int]:
-    """Settings, tokenizer and vocabulary size of a checkpoint whose files are as they were written."""
+    """Return settings, tokenizer and vocabulary size of a checkpoint. Raises ValueError if its files have changed."""
     try:
         verify(folder)
         settings = read_toml(folder / "config.toml")
@@ -161,7 +161,7 @@ def _read_checkpoint(folder: Path) -> tuple[Config, Tokenizer, int]:
 
 
 def resolve(folder: Path) -> Path:
-    """The checkpoint or exported folder that is meant. Raises ValueError where there is none."""
+    """Return the checkpoint or exported folder that a path names. Raises ValueError if there is none."""
     if (folder / NAME).is_file() or is_published(folder) or is_exported(folder) or is_transformers(folder):
         return folder
     for root in (folder, folder / "checkpoints"):

@@ -39,7 +39,7 @@ def _check_record(record: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass
 class Progress:
-    """How far a run has come.
+    """The progress of a run.
 
     step: optimizer steps done, skipped ones included.
     record: the figures to log for that step, before its validation; may be empty. A checkpoint is written
@@ -56,7 +56,7 @@ class Progress:
 
 
 class _Fixed(BaseModel):
-    """Among all that is fixed, what a model cannot be opened without."""
+    """The fixed settings that are needed to open a model."""
 
     model_config = ConfigDict(extra="allow", strict=True)
     end_token: str = Field(alias="data.end_token")
@@ -70,7 +70,7 @@ class _Run(BaseModel):
 
 
 def fixed_of_model(config: Config, tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
-    """The settings that the weights depend on: resolved values by the name of their setting, all of them JSON."""
+    """Return the settings that the weights depend on: name -> resolved value, as JSON."""
     fixed: dict[str, Any] = {}
     pattern = (config.model.layer_pattern * config.model.num_layers)[: config.model.num_layers]
     for letter in sorted(set(pattern)):
@@ -93,7 +93,7 @@ def fixed_of_model(config: Config, tokenizer: Tokenizer, vocab_size: int) -> dic
 
 
 def fixed_of_run(config: Config, order: RowOrder) -> dict[str, Any]:
-    """The settings that the optimizer state and the order of data depend on, like `fixed_of_model`."""
+    """Return the settings that the optimizer state and the order of data depend on, like `fixed_of_model`."""
     training = config.training
     # Masters are at least float32: bfloat16 and float32 runs hold the same tensors.
     masters = torch.promote_types(getattr(torch, training.dtype), torch.float32)
@@ -119,7 +119,7 @@ def fixed_of_run(config: Config, order: RowOrder) -> dict[str, Any]:
 
 
 def write_run(progress: Progress, fixed: dict[str, Any], **facts: Any) -> bytes:
-    """The content of run.json. facts: for people, as the number of ranks."""
+    """Return the content of run.json. facts: information for readers, such as the number of ranks."""
     versions = {"torch": torch.__version__, "torchlmoe": torchlmoe.__version__}
     return json.dumps({"progress": asdict(progress), "fixed": fixed, **facts, "versions": versions}, indent=1).encode()
 
@@ -131,7 +131,7 @@ def read_run(folder: Path) -> tuple[Progress, dict[str, Any]]:
 
 
 def load_step_of(folder: Path) -> int | None:
-    """The checkpoint.load_step of the run that saved a checkpoint; None also where run.json is damaged."""
+    """Return checkpoint.load_step of the run that saved a checkpoint, or None if run.json is damaged."""
     try:
         return read_json(folder / "run.json", TypeAdapter(_Run)).load_step
     except (OSError, ValueError):
@@ -139,7 +139,7 @@ def load_step_of(folder: Path) -> int | None:
 
 
 def differences(saved: dict[str, Any], ours: dict[str, Any], folder: Path) -> Iterator[tuple[str, str]]:
-    """Each fixed setting that is not as in the checkpoint `folder`: its name and a clause that says so."""
+    """Return a name and a clause for each fixed setting that differs from the checkpoint `folder`."""
     for name, value in ours.items():
         if name in saved and saved[name] != value:
             was = toml_value(saved[name])

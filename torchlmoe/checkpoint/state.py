@@ -25,7 +25,7 @@ _FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
 def model_state(model: nn.Module, prefix: str = "model.") -> dict[str, Tensor]:
-    """Views of the parameters and persistent buffers."""
+    """Return views of the parameters and persistent buffers by name."""
     return {prefix + name: tensor.detach() for name, tensor in model.state_dict().items()}
 
 
@@ -38,7 +38,7 @@ class OptimizerState:
         self.names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Views of the existing state. Raises ValueError for a state that is not a tensor."""
+        """Return views of the existing state. Raises ValueError for a state that is not a tensor."""
         state: dict[str, Tensor] = {}
         for parameter, values in self.optimizer.state.items():
             for key, value in values.items():
@@ -49,7 +49,7 @@ class OptimizerState:
         return state
 
     def create(self) -> None:
-        """Has the optimizer make its state, by a step of length zero along gradients of zero."""
+        """Make the optimizer create its state, by a step with learning rate zero and zero gradients."""
         groups = self.optimizer.param_groups
         lrs = [group["lr"] for group in groups]
         for group in groups:
@@ -62,7 +62,7 @@ class OptimizerState:
             group["lr"] = lr
 
     def forget_all_but(self, saved: Collection[str]) -> None:
-        """Drops the state of parameters that have none among the saved names, as after an import."""
+        """Remove the state of parameters that have no saved state, as after an import."""
         for parameter, values in list(self.optimizer.state.items()):
             if not any(f"optimizer.{key}.{self.names[parameter]}" in saved for key in values):
                 del self.optimizer.state[parameter]
@@ -93,7 +93,7 @@ class _Reader(dcp.HuggingFaceStorageReader):
 
 
 def name_in_model(name: str) -> str:
-    """The parameter or buffer that an entry of the dict belongs to."""
+    """Return the parameter or buffer that an entry of the dict belongs to."""
     kind, _, rest = name.partition(".")
     return rest.partition(".")[2] if kind == "optimizer" else rest
 

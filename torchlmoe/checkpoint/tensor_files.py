@@ -46,7 +46,7 @@ class TensorFolder:
         return tuple(map(max, zip(*(piece.ends for piece in self.pieces[name]), strict=True)))
 
     def meta(self, names: Iterable[str]) -> list[Tensor]:
-        """Tensors of the same shapes and dtypes on the meta device."""
+        """Return tensors of the same shapes and dtypes on the meta device."""
         return [torch.empty(self.shape(name), dtype=self.pieces[name][0].dtype, device="meta") for name in names]
 
     def read(self, names: Iterable[str]) -> list[Tensor]:
@@ -72,7 +72,7 @@ class TensorFolder:
 def files_of_index(folder: Path) -> list[Path]:
     """The files that hold a model as transformers writes it: one, or those that the index names.
 
-    Raises ValueError where one is missing, lies elsewhere, or lacks a tensor that the index says it holds.
+    Raises ValueError if a file is missing, is in another folder, or lacks a tensor that the index lists for it.
     """
     if not (folder / INDEX).exists():
         if not (folder / SINGLE).is_file():
@@ -121,7 +121,7 @@ def write_shards(
 def with_progress(
     what: str, sizes: Mapping[str, int], tensors: Iterable[dict[str, Tensor]]
 ) -> Iterator[dict[str, Tensor]]:
-    """The tensors, with a bar on standard error that shows how many of their bytes have come."""
+    """Yield the tensors, and show the progress in bytes by a bar on standard error."""
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(what, total=sum(sizes.values()))

@@ -79,7 +79,7 @@ class TransformersFolder:
             raise ValueError(f"{self.folder}: {error}") from error
 
     def _checked_sizes(self) -> dict[str, int]:
-        """Bytes of each tensor of ours, in the order of the conversions. All shapes are checked against the model's."""
+        """Check all shapes, and return the bytes of each tensor of torchlmoe in the order of the conversions."""
         sizes: dict[str, int] = {}
         wanted = self.model.state_dict()
         for conversion in self.conversions:
@@ -101,7 +101,7 @@ class TransformersFolder:
         return sizes
 
     def _check_tied(self) -> None:
-        """With tied embeddings a file may hold them twice. transformers does not tie what differs."""
+        """Check tied embeddings: a file may have them twice, and transformers does not tie weights that differ."""
         head = self.family.names.head
         if self.model.head.projection is not None or head not in self._source.pieces:
             return
@@ -113,23 +113,23 @@ class TransformersFolder:
             )
 
     def check(self) -> None:
-        """All is checked as the folder is opened."""
+        """Do nothing: all checks are done when the folder is opened."""
 
     @torch.no_grad()
     def load(self) -> None:
-        """Fills the model, which has storage by now."""
+        """Fill the model, which must have storage."""
         state = self.model.state_dict()
         for tensors in self.tensors():
             for name, tensor in tensors.items():
                 state[name].copy_(tensor)
 
     def tensors(self) -> Iterator[dict[str, Tensor]]:
-        """Our tensors by name, a few at a time."""
+        """Yield tensors by torchlmoe's names, a few at a time."""
         for conversion in self.conversions:
             yield conversion(self._source.read(conversion.sources))
 
     def companions(self) -> dict[str, bytes]:
-        """The files beside the weights, by name."""
+        """Return the files beside the weights, by name."""
         return {"tokenizer.json": self.tokenizer.content, **find_companions(self.folder)}
 
 
@@ -143,7 +143,7 @@ def family_of(content: dict[str, Any], place: Path) -> Family:
 
 
 def _tokenizer(folder: Path, content: dict[str, Any], vocab_size: int) -> Tokenizer:
-    """The folder's, with the end token that its settings name; one of numbers if it has none."""
+    """Return the folder's tokenizer with the end token of its settings, or without a tokenizer one of token ids."""
     generation = read_json(folder / GENERATION, _JSON) if (folder / GENERATION).is_file() else {}
     ids = next((each["eos_token_id"] for each in (generation, content) if each.get("eos_token_id") is not None), None)
     end_id = ids[0] if isinstance(ids, list) and ids else ids
@@ -160,7 +160,7 @@ def _tokenizer(folder: Path, content: dict[str, Any], vocab_size: int) -> Tokeni
 
 
 def most_common_dtype(tensors: TensorFolder, names: Iterable[str]) -> torch.dtype:
-    """That of most elements."""
+    """Return the dtype that most elements have."""
     counts: Counter[torch.dtype] = Counter()
     for name in names:
         counts[tensors.pieces[name][0].dtype] += math.prod(tensors.shape(name))

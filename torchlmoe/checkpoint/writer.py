@@ -36,7 +36,7 @@ class CheckpointWriter(dcp.HuggingFaceStorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """On the first rank, before any rank writes."""
+        """Prepare the folder. Called on the first rank, before any rank writes."""
         shutil.rmtree(self.partial, ignore_errors=True)
         self.partial.mkdir(parents=True)
         return super().prepare_global_plan(plans)
@@ -50,7 +50,7 @@ class CheckpointWriter(dcp.HuggingFaceStorageWriter):
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """On the first rank, when all ranks have written."""
+        """Publish the folder. Called on the first rank, after all ranks have written."""
         files = {name: entry for rank in results for result in rank[:1] for name, entry in result.storage_data.items()}
         for name in files:
             if not (self.partial / name).is_file():
@@ -66,7 +66,7 @@ class CheckpointWriter(dcp.HuggingFaceStorageWriter):
 
 
 def save_failure(error: CheckpointException, what: str, root: Path, remedy: str) -> OSError:
-    """What to raise when a save has failed: one sentence with the first rank's reason."""
+    """Return the error of a failed save: one sentence with the reason of the first rank."""
     cause = cause_of(error)
     reason = getattr(cause, "strerror", None) or str(cause)
     return OSError(f"{what} could not be written to {root}: {reason}; {remedy}.")

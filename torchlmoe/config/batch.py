@@ -2,12 +2,12 @@
 
 from math import prod
 
-from torchlmoe.config.load import ConfigError
+from torchlmoe.config.errors import ConfigError
 from torchlmoe.config.settings import Config, Training
 
 
 def check_degrees(config: Config, world_size: int) -> None:
-    """Whether the degrees fit the number of ranks, and the batch fits them."""
+    """Check that the degrees fit the number of ranks, and that the batch fits the degrees."""
     degrees = config.parallelism
     replicate, shard = degrees.data_parallel_replicate_degree, degrees.data_parallel_shard_degree
     context = degrees.context_parallel_degree
@@ -57,13 +57,13 @@ def check_degrees(config: Config, world_size: int) -> None:
 
 
 def ranks_of_rows(config: Config) -> int:
-    """Ranks that work on the same rows of data."""
+    """Return the number of ranks that work on the same rows."""
     degrees = config.parallelism
     return degrees.pipeline_parallel_degree * degrees.context_parallel_degree * degrees.tensor_parallel_degree
 
 
 def num_stages(config: Config) -> int:
-    """Stages of the pipeline over all ranks. ConfigError for a split that does not fit the schedule."""
+    """Return the number of pipeline stages. Raises ConfigError for a split that does not fit the schedule."""
     degrees = config.parallelism
     ranks, schedule, split = (
         degrees.pipeline_parallel_degree,
@@ -73,7 +73,7 @@ def num_stages(config: Config) -> int:
     is_interleaved = schedule == "Interleaved1F1B"
     if split is None:
         return ranks * (2 if is_interleaved else 1)
-    split = split[split[:1] == [0] :]  # a first 0 adds nothing
+    split = split[split[:1] == [0] :]  # stage 0 always starts at block 0
     stages = len(split) + 1
     if is_interleaved and (stages % ranks or stages == ranks):
         raise ConfigError(
@@ -90,7 +90,7 @@ def num_stages(config: Config) -> int:
 
 
 def _check_microbatches(config: Config, world_size: int) -> None:
-    """Whether the microbatches of a step fill the pipeline, as its schedule needs them."""
+    """Check that a step has as many microbatches as the pipeline schedule needs."""
     data_ranks, ranks = world_size // ranks_of_rows(config), config.parallelism.pipeline_parallel_degree
     local, whole = batch_sizes(config.training, data_ranks)
     microbatches, stages = whole // (local * data_ranks), num_stages(config)
@@ -114,7 +114,7 @@ def _check_microbatches(config: Config, world_size: int) -> None:
 
 
 def batch_sizes(training: Training, data_ranks: int) -> tuple[int, int]:
-    """Rows that a rank holds at once, and rows of an optimizer step over all ranks. ConfigError if they do not fit."""
+    """Return the rows of a microbatch and the rows of a step over all ranks. Raises ConfigError if they do not fit."""
     local, whole = training.local_batch_size, training.global_batch_size
     if whole is None:
         local = local or 8
@@ -134,17 +134,17 @@ def batch_sizes(training: Training, data_ranks: int) -> tuple[int, int]:
 
 
 def validation_batch_size(config: Config) -> int:
-    """Rows of a validation batch: not what a rank trains on, since how a part is cut must not depend on the ranks."""
+    """Return the rows of a validation batch. It does not depend on the number of ranks, unlike that of training."""
     return config.validation.local_batch_size or config.training.local_batch_size or 8
 
 
 def batch_rows(config: Config, world_size: int) -> dict[str, int]:
-    """Rows at once, in training and, if enabled, in validation. Raises ConfigError like `batch_sizes`."""
+    """Return the rows of a microbatch in training and, if enabled, in validation. Errors: see `batch_sizes`."""
     rows, _ = batch_sizes(config.training, world_size // ranks_of_rows(config))
     return {"training": rows} | ({"validation": validation_batch_size(config)} if config.validation.enable else {})
 
 
 def shortest_span(config: Config, world_size: int) -> int:
-    """Tokens that a rank holds at once, in training or in validation, whichever is less."""
+    """Return the smallest number of tokens that a rank has of a microbatch, in training or in validation."""
     rows = min(batch_rows(config, world_size).values())
     return rows * config.training.seq_len // config.parallelism.context_parallel_degree

@@ -1,4 +1,4 @@
-"""Imports the modules that `job.custom_modules` names, which register your own mixers, losses and so on."""
+"""Imports the modules of `job.custom_modules`, which register mixers, losses and other parts of your own."""
 
 import importlib
 import importlib.util
@@ -8,10 +8,10 @@ from pathlib import Path
 
 
 def import_modules(names: list[str], forbidden: Path | None = None) -> None:
-    """Imports each module, also from the working directory.
+    """Import each module, also from the working directory.
 
-    forbidden: a folder of weights and settings, whose files are data: a module in it is refused. Raises ValueError for
-    a module that cannot be imported.
+    forbidden: a folder of weights and settings. Its files are data, so a module in it is not imported.
+    Raises ValueError for such a module, and for one that cannot be imported.
     """
     for name in names:
         if name in sys.modules:

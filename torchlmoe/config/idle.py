@@ -1,6 +1,6 @@
 """Finds settings of features that are off in a run. They have no effect, which is logged, not an error.
 
-A setting that contradicts another one is an error when settings are loaded (`load.py`).
+A setting that contradicts another one is an error when settings are loaded (`combinations.py`).
 """
 
 import dataclasses
@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torchlmoe.config.load import config_from, setting
-from torchlmoe.config.settings import Config, MoE
+from torchlmoe.config.load import config_from
+from torchlmoe.config.settings import Config, MoE, setting
 from torchlmoe.data.local_files import TOKENS
 from torchlmoe.data.recall.store import PREFIX
 from torchlmoe.feed_forwards import NONE

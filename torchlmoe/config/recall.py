@@ -1,4 +1,4 @@
-"""Which recall tasks a run's data settings name, and with which options."""
+"""The recall tasks in the data settings of a run, and their options."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from torchlmoe.data.recall.store import recall_task
 
 
 def recall_data(data: Data, *, with_validation: bool = True) -> list[tuple[str | None, dict[str, Any], str]]:
-    """Of each dataset that is read: its task (None if it is none), the task's options, and its name."""
+    """Return for each dataset of a run: its task, or None if it is no recall task, its options, and its name."""
     sources: Sequence[Data | MixtureSource] = data.mixture or [data]
     given = [(recall_task(source.dataset), source.reader_options, source.dataset) for source in sources]
     if with_validation and data.validation_dataset is not None:
@@ -18,6 +18,6 @@ def recall_data(data: Data, *, with_validation: bool = True) -> list[tuple[str |
 
 
 def recall_options(data: Data, dataset: str) -> dict[str, Any]:
-    """The options of a dataset to validate on: those that it is trained on with, if it is."""
+    """Return the options of a validation dataset: those of the same dataset in training, if any."""
     sources: Sequence[Data | MixtureSource] = data.mixture or [data]
     return next((source.reader_options for source in sources if source.dataset == dataset), {})

@@ -41,7 +41,7 @@ class Setting:
 
 
 def sections() -> Iterator[tuple[str, list[Setting]]]:
-    """The tables in order, then what each mixer takes in its letter's, and what others that settings name take."""
+    """Yield the tables of settings in order, then the options of mixers and of all other registered parts."""
     default = Config()
     for name in get_type_hints(Config):
         table = getattr(default, name)
@@ -75,7 +75,7 @@ def sections() -> Iterator[tuple[str, list[Setting]]]:
 
 
 def _options(table: str, settings: dict[str, tuple[Any, Any]], known: tuple[str, ...]) -> list[Setting]:
-    """known: settings that another table gives."""
+    """Return the settings of a table. known: settings that another table has."""
     return [_setting(f"{table}.{key}", *setting) for key, setting in settings.items() if key not in known]
 
 
@@ -126,5 +126,5 @@ def markdown() -> str:
 
 
 def _as_markdown(text: str) -> str:
-    """Text outside of code: a bar would end a table's cell, and <letter> would be taken for a tag of HTML."""
+    """Escape text outside of code: a bar would end a table's cell, and <letter> would be an HTML tag."""
     return re.sub(r"<(?=[a-z])", "&lt;", text.replace("|", "\\|"))

@@ -6,7 +6,7 @@ not fit. A setting that is listed here but not supported yet raises an error whe
 
 from dataclasses import asdict, dataclass, field, make_dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 from pydantic import AfterValidator, ConfigDict, Field
 
@@ -70,12 +70,16 @@ class Model(Table):
     rope_scaling: RopeScalingTable = None
     norm: Annotated[
         Literal["rms", "layer"],
-        Field(description="Norm of blocks and head: RMS, or layer norm with a bias (RWKV). Mixers keep theirs."),
+        Field(description="Norm of embedding, blocks and head: RMS or layer norm (RWKV). Mixers keep theirs."),
     ] = "rms"
+    norm_bias: Annotated[bool, Field(description="Whether these layer norms have a bias.")] = True
     norm_eps: NormEps = 1e-6
     zero_centered_norm: ZeroCenteredNorm = False
     init_std: InitStd = 0.02
     tie_embeddings: Annotated[bool, Field(description="Share the embedding with the output head.")] = False
+    embedding_norm: Annotated[
+        bool, Field(description="Norm of the embeddings, before the first block (RWKV, BLOOM).")
+    ] = False
     embedding_multiplier: Annotated[
         float, Field(ge=1e-6, le=1e6, description="Multiplies the embeddings (Granite).")
     ] = 1.0
@@ -286,7 +290,7 @@ class Validation(Table):
 
 @dataclass
 class Metrics(Table):
-    log_freq: Annotated[int, Field(ge=1, description="Log every so many steps.")] = 10
+    log_freq: Annotated[int, Field(ge=1, description="Log every N-th step.")] = 10
     tensorboard: Annotated[bool, Field(description="Write TensorBoard files.")] = True
     plot: Annotated[bool, Field(description="Draw loss_curve.png.")] = True
     peak_tflops: Annotated[
@@ -424,10 +428,12 @@ class Config(Table):
             dim=model.dim,
             blocks=tuple(of_letter[letter] for letter in letters),
             norm_kind=model.norm,
+            norm_bias=model.norm_bias,
             norm_eps=model.norm_eps,
             zero_centered_norm=model.zero_centered_norm,
             init_std=model.init_std,
             tie_embeddings=model.tie_embeddings,
+            embedding_norm=model.embedding_norm,
             embedding_multiplier=model.embedding_multiplier,
             logit_divisor=model.logit_divisor,
             loss_chunk_size=model.loss_chunk_size,
@@ -436,6 +442,17 @@ class Config(Table):
 
     def _model_wide(self, layer: type[Configurable], names: tuple[str, ...]) -> dict[str, Any]:
         return {name: getattr(self.model, name) for name in names if name in layer.settings()}
+
+
+def setting(config: Config, name: str) -> Any:
+    """Return the value of a setting. name: `table.key`."""
+    table, _, key = name.partition(".")
+    return getattr(getattr(config, table), key)
+
+
+def fields(table: type) -> dict[str, Any]:
+    """Return the annotated types of a table's settings by name, or of `Config`'s tables."""
+    return get_type_hints(table, include_extras=True)
 
 
 def _defaults(layer: type[Configurable]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ class Piece(Protocol):
         """Approximate number of bytes to read; 0 if unknown."""
 
     def documents(self) -> Iterator[str]:
-        """Their texts, empty ones included."""
+        """Yield the texts of the documents, also empty ones."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Corpus:
     token_dtype: str | None = None
 
     def documents(self) -> Iterator[str]:
-        """Their texts, in a fixed order."""
+        """Yield the texts of the documents, in a fixed order."""
         yield from self.read(None).documents()
 
 
@@ -108,7 +108,7 @@ def open_corpus(
         validate on, where the dataset has no validation split and there is no validation_dataset.
     reader_options: keyword arguments of the reader that `dataset` names.
     token_dtype: of files of tokens that do not say it: "uint16" or "uint32"; by the vocabulary if None.
-    Raises ValueError where there is no such dataset, split or file; for the hub, once documents are read.
+    Raises ValueError if the dataset, split or file does not exist; for the hub, when documents are read.
     """
     assert split in ("train", "validation")
     if not 0 <= validation_fraction < 1:
@@ -205,7 +205,7 @@ def _reader_corpus(name: str, split: str, options: dict[str, Any], held_out: flo
 
 
 def _stamp(path: Path) -> tuple[str, int, int, int]:
-    """What changes with a file's content. The time of modification can be set to any; that of change cannot."""
+    """Return path, size and times of a file, which change with its content. The change time cannot be forged."""
     state = path.stat()
     return str(path.resolve()), state.st_size, state.st_mtime_ns, state.st_ctime_ns
 

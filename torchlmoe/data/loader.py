@@ -1,6 +1,6 @@
-"""Batches of packed rows: training in the order of `RowOrder`, validation in order.
+"""Batches of packed rows: for training in the order of `RowOrder`, for validation in the order of the store.
 
-The number of data-parallel ranks does not enter into the order: it only says which of a step's rows this rank reads.
+The order does not depend on the number of data-parallel ranks. It only decides which rows of a step a rank reads.
 """
 
 from collections.abc import Iterator
@@ -18,9 +18,9 @@ from torchlmoe.data.store import TokenStore
 class TrainLoader:
     """The microbatches of any training step, read ahead by a background thread.
 
-    order: of the rows.
+    order: the order of the rows.
     local_batch_size: rows in one microbatch of one rank; it times world_size divides the order's global_batch_size.
-    rank, world_size: the place in, and the size of, the data-parallel dimension.
+    rank, world_size: this rank's index among the data-parallel ranks, and their number.
     num_prefetch: steps to read ahead.
 
     Attributes: `num_microbatches` (of a step).
@@ -44,7 +44,7 @@ class TrainLoader:
         self._ahead: dict[int, Future[list[TensorDict]]] = {}
 
     def batches(self, step: int) -> list[TensorDict]:
-        """The microbatches of step `step`, counted from 0; an error while reading them ahead is raised here.
+        """Return the microbatches of step `step`, counted from 0. Errors of the background thread are raised here.
 
         Each holds tokens, labels int64 [local_batch_size, seq_len] and document_bounds int32
         [local_batch_size, max_docs + 1]; see packing.row.
@@ -70,7 +70,7 @@ class TrainLoader:
         ]
 
     def close(self) -> None:
-        """Ends the background thread."""
+        """Stop the background thread."""
         self._executor.shutdown(wait=True, cancel_futures=True)
 
 
@@ -83,9 +83,9 @@ def validation_batches(
     world_size: int = 1,
     max_batches: int | None = None,
 ) -> Iterator[TensorDict]:
-    """This rank's microbatches of the store's rows, each row once, in order, as in TrainLoader.batches.
+    """Yield this rank's microbatches of the store, each row once, in order, with the keys of TrainLoader.batches.
 
-    Every rank gets equally many. Where rows run out, rows with no labels take their place.
+    Every rank gets the same number of microbatches. After the last row, rows without labels fill them up.
     max_batches: batches over all ranks at most, so that the rows do not depend on the ranks; None covers the split.
     """
     max_docs = max_documents(store, seq_len)
@@ -97,11 +97,12 @@ def validation_batches(
 
 
 def validation_text_bytes(store: TokenStore, *, seq_len: int, batch_size: int, max_batches: int | None = None) -> int:
-    """UTF-8 bytes of text that the labels of `validation_batches` stand for, over all ranks.
+    """Return the UTF-8 bytes of the text of the labels in `validation_batches`, over all ranks.
 
     Bits per byte is the sum of the labels' negative log likelihoods / ln 2 / bytes, end tokens included.
-    0 if the tokens stand for no text. For a whole split they were counted from the text. For a part of one they are
-    counted from its labels, which takes a byte-level tokenizer that leaves the text as it is: ValueError otherwise.
+    The result is 0 if the tokens do not represent text. The bytes of a whole split were counted from its text. Those of
+    a part are counted from its labels. Raises ValueError if the tokenizer does not allow this: it must be byte-level
+    and keep the text unchanged.
     """
     num_labels = num_validation_rows(store, seq_len, batch_size, max_batches) * seq_len
     if num_labels >= store.num_tokens or not store.is_text:
@@ -117,7 +118,7 @@ def validation_text_bytes(store: TokenStore, *, seq_len: int, batch_size: int, m
 
 
 def num_validation_rows(store: TokenStore, seq_len: int, batch_size: int, max_batches: int | None = None) -> int:
-    """Rows with labels in `validation_batches`, over all ranks."""
+    """Return the number of rows with labels in `validation_batches`, over all ranks."""
     available = num_rows(store, seq_len)
     return available if max_batches is None else min(available, max_batches * batch_size)
 

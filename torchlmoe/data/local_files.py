@@ -21,7 +21,7 @@ TOKENS = {".bin", ".npy"}
 COMPRESSIONS = {".gz", ".zst"}
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 
-# A corpus is cut into pieces of at least so many bytes, and into about so many pieces at most.
+# Smallest size of a piece of the corpus in bytes, and approximate largest number of pieces.
 PIECE_BYTES = 2**24
 MOST_PIECES = 4096
 
@@ -57,7 +57,7 @@ class FilePiece:
 
 
 def pieces_of_files(files: list[Path], text_column: str) -> list[FilePiece]:
-    """Files in their order, cut into pieces that depend on nothing but their sizes. Raises ValueError as `read_files`.
+    """Files in order, cut into pieces that depend only on their sizes. Raises ValueError like `read_files`.
 
     A file is cut where its format has places for it; one that is compressed is not.
     """
@@ -107,7 +107,7 @@ def find_files(path: Path, train_split: str, validation_split: str) -> dict[str,
     table: a README is not taken for data. Files of tokens (.bin, .npy) count only without a table, and then alone.
     Stores that were made here are left out. Links are followed; hidden files are left out.
     Logs once how many files each split has and how many are left out.
-    Raises ValueError where there is no file to read, and for a link whose target is missing.
+    Raises ValueError if there is no file to read, and for a link whose target is missing.
     """
     if path.is_file():
         if _kind(path) not in TABLES | TEXTS | TOKENS:
@@ -253,7 +253,7 @@ def _read_json(span: Span) -> Iterator[tuple[_Place, object]]:
 
 
 def _lines(span: Span) -> io.BytesIO:
-    """The lines that begin within the span's bytes, whole."""
+    """Yield the lines that begin within the span's bytes."""
     assert span.stop is not None
     with span.path.open("rb") as file:
         begin = _first_line(span, file)
@@ -262,7 +262,7 @@ def _lines(span: Span) -> io.BytesIO:
 
 
 def _first_line(span: Span, file: BinaryIO) -> int:
-    """Where the span's first line begins; the file is left there."""
+    """Return the start of the span's first line, and move the file there."""
     if span.start:
         file.seek(span.start - 1)
         file.readline()

@@ -1,4 +1,4 @@
-"""Which rows each training step reads: a function of the seed and the step alone, over one source of data or a mixture.
+"""The rows of each training step, from one source of data or a mixture. They depend only on the seed and the step.
 
 Only the step has to be saved: row number `step * global_batch_size + i` of the run is computed by arithmetic. The rows
 of a mixture are assigned to the sources in turn, so that each source has its share of any number of rows to within one
@@ -15,7 +15,7 @@ from torchlmoe.data.packing import max_documents, num_rows
 from torchlmoe.data.shuffle import permuted, place_of
 from torchlmoe.data.store import TokenStore
 
-# Shares are fractions of it, so that counts are exact whatever the number of rows.
+# Shares are integer fractions of it, so that counts are exact for any number of rows.
 UNIT = 2**40
 
 
@@ -63,7 +63,7 @@ class RowOrder:
         self._shares = [round(UNIT * weight / rest) for weight, rest in zip(weights, left, strict=True)]
 
     def rows_of_step(self, step: int) -> StepRows:
-        """The step's rows over all ranks: by microbatch, then by rank."""
+        """Return the rows of a step over all ranks: by microbatch, then by rank."""
         count = self.global_batch_size
         sources, rows = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int64)
         for source, places, positions in self._dealt(step * count, count):
@@ -75,7 +75,7 @@ class RowOrder:
         return StepRows(sources, rows)
 
     def rows_of_sources(self, num_rows: int) -> list[int]:
-        """How many of the run's first `num_rows` rows are of each source."""
+        """Return how many of the run's first `num_rows` rows come from each source."""
         counts = []
         for share in self._shares:
             counts.append(_dealt_before(num_rows, share))

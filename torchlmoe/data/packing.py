@@ -16,16 +16,16 @@ from torch import Tensor
 from torchlmoe.data.store import TokenStore
 from torchlmoe.layers.cross_entropy import IGNORE_INDEX
 
-STARTS_AT_ONCE = 2**22  # of documents, of which there may be more than memory holds twice
+STARTS_AT_ONCE = 2**22  # documents; starts of all documents may not fit in memory twice
 
 
 def num_rows(store: TokenStore, seq_len: int) -> int:
-    """Rows of `seq_len` tokens, the last one filled up."""
+    """Return the number of rows of `seq_len` tokens. The last one may have padding."""
     return -(-store.num_tokens // seq_len)
 
 
 def max_documents(store: TokenStore, seq_len: int) -> int:
-    """The largest number of documents in any row, so that `document_bounds` has one shape throughout."""
+    """Return the largest number of documents in any row, which gives all `document_bounds` one shape."""
     starts = store.document_starts[:-1]
     most = last_row = in_last_row = 0
     for first in range(0, len(starts), STARTS_AT_ONCE):
@@ -43,7 +43,7 @@ def max_documents(store: TokenStore, seq_len: int) -> int:
 
 
 def row(store: TokenStore, index: int, seq_len: int, max_docs: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Row `index` of the store; past the last row, one that is filling throughout.
+    """Return row `index` of the store, or a row of padding after the last one.
 
     Returns tokens int64 [seq_len], labels int64 [seq_len] (IGNORE_INDEX where there is none) and document_bounds
     int32 [max_docs + 1]: 0, the later documents' starts, and then `seq_len`.

@@ -110,7 +110,7 @@ def prepare(
 
 
 class _Build:
-    """The building of one store."""
+    """Builds one store."""
 
     def __init__(
         self,
@@ -127,7 +127,7 @@ class _Build:
         self.parts = Parts(folder)
 
     def store(self) -> TokenStore:
-        """Opened, or built by whoever comes first, or by several writers together."""
+        """Open the store. If it is missing, the first process builds it, or several writers together."""
         if not self.folder.exists():
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             with failures_named(self.parts.partial):
@@ -163,7 +163,7 @@ class _Build:
                         self._publish()
 
     def _tokenize(self) -> None:
-        """This writer's pieces."""
+        """Return the pieces of this writer."""
         pieces, effort = self.job.reading.pieces, self.effort
         own = range(effort.writer, len(pieces), effort.num_writers)
         sizes = {piece: pieces[piece].num_bytes for piece in own if not self.parts.is_done(piece)}
@@ -181,7 +181,7 @@ class _Build:
 
     @cached_property
     def job(self) -> Job:
-        """How the corpus is read, as whoever began to build the store read it."""
+        """Return how the corpus is read: as recorded by the process that began to build the store."""
         plan = self.parts.folder / "plan.json"
         if not plan.exists():
             reading = self.corpus.read(None)
@@ -298,7 +298,7 @@ class _Build:
 
 
 def _writers(numbers: list[int]) -> str:
-    """In words, with a limit to what a sentence bears."""
+    """Return "writer 3", or "writers 0, 1, 2" with at most eight numbers."""
     shown = ", ".join(map(str, numbers[:8])) + f" and {len(numbers) - 8} more" * (len(numbers) > 8)
     return f"{'writer' if len(numbers) == 1 else 'writers'} {shown}"
 

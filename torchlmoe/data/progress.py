@@ -42,14 +42,14 @@ class TokenizationProgress:
         return self
 
     def add(self, num_documents: int, text_bytes: int, num_tokens: int) -> None:
-        """So many more."""
+        """Add to the counts."""
         self.num_documents += num_documents
         self.text_bytes += text_bytes
         self.num_tokens += num_tokens
         self._say()
 
     def finish(self, task: Task) -> None:
-        """A piece is done."""
+        """Record that a piece is complete."""
         if task.only_count:
             self.num_counted += 1
             self._start = time.monotonic()  # the estimate is of what follows
@@ -86,7 +86,7 @@ class TokenizationProgress:
         )
 
     def _estimate(self) -> str:
-        """In words, as soon as it can be told, and as long as something is left."""
+        """Return the finished share and the estimated remaining time in words, or "" at the beginning and the end."""
         done = [self.bytes_done / total if (total := sum(self.sizes.values())) else 0.0]
         if self.max_tokens is not None:
             done.append(self.num_tokens / self.max_tokens)

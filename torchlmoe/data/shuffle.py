@@ -24,7 +24,7 @@ def permuted(places: np.ndarray, size: int, key: tuple[int, ...]) -> np.ndarray:
 
 
 def place_of(value: int, size: int, key: tuple[int, ...]) -> int:
-    """The place that `permuted` sends to `value`."""
+    """Return the place that `permuted` maps to `value`."""
     half_bits, round_keys = _network(size, key)
     out = np.array([value], dtype=np.uint64)
     while True:

@@ -115,7 +115,7 @@ class TokenStore:
         return self._map(shard.file, shard.dtype, shard.num_tokens, shard.offset)
 
     def _check(self, path: Path, expected: int) -> None:
-        """Also before a mapped file is read again: past the end of one cut short, the kernel would kill the process."""
+        """Check the size before each read: the kernel kills a process that reads past the end of a mapped file."""
         try:
             size = path.stat().st_size
         except OSError:

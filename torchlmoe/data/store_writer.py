@@ -1,4 +1,4 @@
-"""Writes token stores: shards, each by whoever has its documents, and the rest once all shards are there."""
+"""Writes token stores: each shard by the process that has its documents, and the index after all shards."""
 
 import hashlib
 import os
@@ -39,7 +39,7 @@ class ShardWriter:
         self.num_tokens += len(ids) + 1
 
     def finish(self) -> None:
-        """Leaves no file where there are no documents."""
+        """Move the shard to its place, or remove it if it has no documents."""
         self._file.close()
         if self.lengths:
             self._unfinished.replace(self.path)
@@ -134,7 +134,7 @@ def update_digest(
 
 @contextmanager
 def failures_named(folder: Path) -> Iterator[None]:
-    """Names the folder in errors of writing."""
+    """Name the folder in errors of writing."""
     try:
         yield
     except OSError as error:

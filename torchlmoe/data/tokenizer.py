@@ -36,7 +36,7 @@ class Tokenizer:
             raise ValueError(
                 f"{path} is not a tokenizer.json that this version of `tokenizers` reads: {error}."
             ) from error
-        # A tokenizer.json may carry the truncation and padding of whoever saved it.
+        # A tokenizer.json may have the truncation and padding of the program that saved it.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         # A document that spells out "<|endoftext|>" is text like any other, and does not end there.
@@ -143,7 +143,7 @@ def number_tokenizer(vocab_size: int, end_id: int) -> Tokenizer:
 def load_tokenizer(name_or_path: str | Path, end_token: str | None = None) -> Tokenizer:
     """The tokenizer "embedded" (byte-level BPE, 4096 tokens), or a tokenizer.json, or one in a folder.
 
-    Raises ValueError where there is no such file.
+    Raises ValueError if the file does not exist.
     """
     if str(name_or_path) == "embedded":
         return Tokenizer(Path(str(files("torchlmoe.assets") / "tokenizer.json")), end_token)

@@ -24,7 +24,7 @@ Report = Callable[[int, int, int], None]  # documents, bytes of text and tokens 
 
 @dataclass(frozen=True)
 class Job:
-    """What a process must know to tokenize any piece."""
+    """Everything that a process needs to tokenize any piece."""
 
     reading: Reading
     tokenizer: Tokenizer
@@ -93,7 +93,7 @@ def _batch(numbered: Iterator[tuple[int, str]], takes: Callable[[int], bool]) ->
 
 
 class _Shard:
-    """The documents of a shard, and what is to be known of them."""
+    """The documents of a shard, with their counts."""
 
     def __init__(self, tokenizer: Tokenizer, writer: ShardWriter):
         self.tokenizer, self.writer = tokenizer, writer

@@ -24,7 +24,7 @@ def do_task(job: Job, task: Task, report: Report) -> None:
 
 
 def do_tasks(job: Job, tasks: Iterator[Task], num_workers: int, progress: TokenizationProgress) -> None:
-    """All of the tasks, by so many processes. Raises the first ValueError or OSError of any of them."""
+    """Run all tasks in a number of processes. Raises the first ValueError or OSError of any task."""
     lock, errors = threading.Lock(), list[Exception]()
     workers = [_Worker(job) for _ in range(num_workers)]
 
@@ -61,7 +61,7 @@ def do_tasks(job: Job, tasks: Iterator[Task], num_workers: int, progress: Tokeni
 
 
 class _Worker:
-    """A process that does one task after another."""
+    """A process that runs tasks one after another."""
 
     def __init__(self, job: Job):
         # One thread each: there are as many processes as there are cores to be used.

@@ -1,4 +1,4 @@
-"""Weights of other formats: rules that rename, split and join tensors, and tables of them for families of models."""
+"""Weights of other formats: rules that rename, split and concatenate tensors, and tables of rules for families."""
 
 from torchlmoe.interop.rules import Rule, convert, prefixed
 

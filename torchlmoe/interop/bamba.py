@@ -22,7 +22,7 @@ from torchlmoe.mixers.attention import Attention
 from torchlmoe.mixers.mamba2 import Mamba2
 from torchlmoe.model.decoder import Decoder
 
-# Options of `mamba2` and what config.json calls them, also that of GraniteMoeHybrid.
+# Options of `mamba2` and their keys in config.json, also in that of GraniteMoeHybrid.
 MAMBA2_KEYS = {
     "num_heads": "mamba_n_heads",
     "head_dim": "mamba_d_head",
@@ -36,7 +36,10 @@ MAMBA2_KEYS = {
 
 
 def read_mixers(keys: Keys, *, fraction: float = 1.0, **attention: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The mixers of Mamba layers and of attention layers, with their options. fraction: of rotary channels."""
+    """Return the mixers of Mamba layers and of attention layers, with their options.
+
+    fraction: default of rotary_fraction. attention: more options of attention.
+    """
     bias = keys.flag("attention_bias", False)
     keys.skip("mamba_chunk_size")
     return (
@@ -46,7 +49,7 @@ def read_mixers(keys: Keys, *, fraction: float = 1.0, **attention: Any) -> tuple
 
 
 def write_mixers(model: Decoder, model_type: str, *, fraction: bool = False) -> dict[str, Any]:
-    """The inverse of `read_mixers`. Where the model lacks one of them, its keys hold sizes that are valid."""
+    """The inverse of `read_mixers`. If the model lacks one of the mixers, its keys get any valid sizes."""
     mamba, attention = mixers_of(model, model_type, "mamba2", "attention")
     written = mamba2.write_mamba2(mamba, model.spec.dim, MAMBA2_KEYS)
     heads = {"num_attention_heads": 1} if attention is None else write_attention(attention, fraction=fraction)
@@ -60,7 +63,7 @@ def write_mixers(model: Decoder, model_type: str, *, fraction: bool = False) -> 
 
 
 def mixer_rules(mixer: Any) -> tuple[str, list[Rule]]:
-    """The name of a layer's mixer and its rules."""
+    """Return the name of a layer's mixer and its rules."""
     return ("mamba", mamba2.rules_of(mixer)) if isinstance(mixer, Mamba2) else ("self_attn", attention_rules(mixer))
 
 
@@ -68,7 +71,7 @@ def read(keys: Keys) -> dict[str, Any]:
     num_layers, attention_layers = keys.integer("num_hidden_layers"), keys.take("attn_layer_indices", [], list)
     mamba, attention = read_mixers(keys, fraction=0.5)
     keys.only("mlp_bias", False)
-    # The last is what older files call half of a head.
+    # In older files, attn_rotary_emb is half of the width of a head.
     keys.skip("num_logits_to_keep", "z_loss_coefficient", "attn_rotary_emb")
     dense = {"mlp": "dense", "mlp_options": {"mlp_dim": keys.integer("intermediate_size")}}
     letters = ["N" if index in attention_layers else "L" for index in range(num_layers)]
@@ -97,4 +100,4 @@ def block_rules(block: Any, separate_experts: bool) -> list[Rule]:
     )
 
 
-FAMILY = Family("bamba", "BambaForCausalLM", read, write, block_rules, Names(norm="model.final_layernorm.weight"))
+FAMILY = Family("bamba", "BambaForCausalLM", read, write, block_rules, Names(norm="model.final_layernorm"))

@@ -25,7 +25,7 @@ from torchlmoe.layers.low_rank import LowRank
 from torchlmoe.mixers.attention import Attention
 from torchlmoe.model.decoder import Decoder
 
-# Settings of `moe` and the keys of config.json that hold them.
+# Options of `moe` and their keys in config.json.
 SIZES = {
     "num_experts": "n_routed_experts",
     "top_k": "num_experts_per_tok",
@@ -36,7 +36,7 @@ GROUPS = {"num_expert_groups": "n_group", "num_limited_groups": "topk_group"}
 
 
 def read_latent_attention(keys: Keys, **fixed: Any) -> dict[str, Any]:
-    """A letter's mixer and its options. fixed: options that the family always has."""
+    """Return a letter's mixer with its options. fixed: options that are constant in the family."""
     heads, shared = keys.integer("num_attention_heads"), keys.integer("qk_rope_head_dim")
     head_dim, bias = keys.integer("qk_nope_head_dim") + shared, keys.flag("attention_bias", False)
     keys.only("num_key_value_heads", heads)
@@ -51,7 +51,7 @@ def read_latent_attention(keys: Keys, **fixed: Any) -> dict[str, Any]:
         "q_rank": keys.integer("q_lora_rank", None),
         "qkv_bias": bias,
         "output_bias": bias,
-        "norm_eps": 1e-6,  # of the norms of latents, whatever rms_norm_eps is
+        "norm_eps": 1e-6,  # fixed in transformers; rms_norm_eps does not apply to the norms of the latents
         **fixed,
     }
 
@@ -60,7 +60,7 @@ def write_latent_attention(mixer: Attention, model_type: str) -> dict[str, Any]:
     """The inverse of `read_latent_attention`."""
     latent = mixer.latent
     if latent is None:
-        raise ValueError(f"The model has no latent attention, as {model_type} has: choose another --format.")
+        raise ValueError(f"The model has no latent attention, but {model_type} needs it: choose another --format.")
     return {
         "num_attention_heads": mixer.num_heads,
         "num_key_value_heads": mixer.num_heads,
@@ -74,14 +74,14 @@ def write_latent_attention(mixer: Attention, model_type: str) -> dict[str, Any]:
 
 
 def read_rotary_latent_attention(keys: Keys) -> dict[str, Any]:
-    """As `read_latent_attention`, with rotary phases on the channels of a key that all heads share."""
+    """Like `read_latent_attention`, with rotary phases on the channels of a key that all heads share."""
     attention, rope = read_latent_attention(keys), read_rope(keys)
     keys.only("head_dim", attention["shared_key_dim"])
     return {**attention, **rope, "rotary_fraction": attention["shared_key_dim"] / attention["head_dim"]}
 
 
 def read_experts(keys: Keys, names: Mapping[str, str]) -> dict[str, Any]:
-    """Options of `moe`. names: of the whole numbers among them, and their keys."""
+    """Return options of `moe`. names: options that are whole numbers, and their keys."""
     keys.only("moe_layer_freq", 1)
     keys.skip("ep_size", "pretraining_tp", "seq_aux")
     scale = keys.number("routed_scaling_factor")
@@ -104,7 +104,10 @@ def write_experts(layer: MoE, names: Mapping[str, str], model_type: str) -> dict
 
 
 def read_layers(keys: Keys, experts: dict[str, Any], **model: Any) -> dict[str, Any]:
-    """Tables of a model whose first layers are dense. experts: options of `moe`. model: settings of `[model]`."""
+    """Return the tables of a model whose first layers may be dense.
+
+    experts: options of `moe`. model: more settings of `[model]`.
+    """
     attention = read_rotary_latent_attention(keys)
     num_layers, num_dense = keys.integer("num_hidden_layers"), keys.integer("first_k_dense_replace", 0, least=0)
     kinds = {
@@ -116,7 +119,7 @@ def read_layers(keys: Keys, experts: dict[str, Any], **model: Any) -> dict[str, 
 
 
 def write_layers(model: Decoder, model_type: str) -> dict[str, Any]:
-    """The inverse of `read_layers`, but for experts."""
+    """The inverse of `read_layers`, without the keys of experts."""
     (attention,) = all_mixers_of(model, model_type, "attention")
     experts, dense = feed_forward_of(model, MoE, model_type), first_feed_forward(model, Dense)
     return {
@@ -162,17 +165,18 @@ def latent_attention_rules(
     rotary: bool = True,
     bias: bool = False,
 ) -> list[Rule]:
-    """DeepseekV2Attention <-> `attention` with kv_rank.
+    """Return the rules between DeepseekV2Attention and `attention` with kv_rank.
 
-    head_dim: width of a key, the shared_key_dim channels of all heads included. full_rank_q: whether q has one
-    projection, which it has if q_lora_rank is null. rotary: whether the shared channels are turned; Kimi-Linear's are
-    not. bias: whether there are biases, on the projections into the latents and on the output.
+    head_dim: width of a key, including the shared_key_dim channels that all heads share.
+    full_rank_q: whether q has one projection (q_lora_rank is null) or two.
+    rotary: whether the shared channels are rotated. In Kimi-Linear they are not.
+    bias: whether the projections to the latents and the output projection have biases.
     """
     shared = list(range(shared_key_dim))
     if rotary:
-        shared = shared[::2] + shared[1::2]  # theirs turns neighbours, ours halves
+        shared = shared[::2] + shared[1::2]  # theirs rotates pairs of neighbours, ours pairs channels of two halves
     own_dim = head_dim - shared_key_dim
-    # The shared channels stand last in a head of theirs and first in one of ours.
+    # The shared channels are the last ones of a head in theirs, and the first ones in ours.
     head = Reorder((*(own_dim + channel for channel in shared), *range(own_dim)))
     latent = Reorder((*range(kv_rank), *(kv_rank + channel for channel in shared)))
     kinds = ("weight", "bias") if bias else ("weight",)
@@ -202,7 +206,7 @@ def latent_attention_rules(
 
 
 def attention_rules(mixer: Attention) -> list[Rule]:
-    """`latent_attention_rules` of a mixer."""
+    """Return `latent_attention_rules` with the sizes of a mixer."""
     assert mixer.latent is not None
     return latent_attention_rules(
         head_dim=mixer.head_dim,
@@ -215,7 +219,10 @@ def attention_rules(mixer: Attention) -> list[Rule]:
 
 
 def moe_rules(*, loss_free: bool = False, separate_experts: int | None = None) -> list[Rule]:
-    """DeepseekV2Moe <-> `MoE` with shared experts; with loss_free, DeepseekV3MoE. As `moe.moe_rules` says."""
+    """Return the rules between DeepseekV2Moe, or with loss_free DeepseekV3MoE, and `MoE` with shared experts.
+
+    Arguments: see `moe.moe_rules`.
+    """
     return moe.moe_rules(shared_expert="shared_experts", loss_free=loss_free, separate_experts=separate_experts)
 
 

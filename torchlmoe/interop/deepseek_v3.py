@@ -21,7 +21,10 @@ from torchlmoe.model.decoder import Decoder
 
 
 def read_router(keys: Keys, names: Mapping[str, str], *, normalize: str) -> dict[str, Any]:
-    """Options of `moe`, whose bias balances the load. names: see `read_experts`. normalize: the key of this flag."""
+    """Return options of `moe` with a sigmoid router and loss-free balance.
+
+    names: see `read_experts`. normalize: the key of normalize_top_k.
+    """
     experts = read_experts(keys, names)
     if experts["num_expert_groups"] > 1:
         experts["group_score"] = "top2_sum"
@@ -33,8 +36,8 @@ def read(keys: Keys) -> dict[str, Any]:
     keys.only("scoring_func", "sigmoid")
     keys.only("topk_method", "noaux_tc")
     keys.only("rope_interleave", True)
-    keys.only("num_nextn_predict_layers", 0, 1)  # left out
-    keys.skip("aux_loss_alpha")  # of a loss in training, which `balance` replaces
+    keys.only("num_nextn_predict_layers", 0, 1)  # the layer of multi-token prediction is left out
+    keys.skip("aux_loss_alpha")  # weight of a balance loss; loss-free balance has none
     return read_layers(keys, read_router(keys, SIZES | GROUPS, normalize="norm_topk_prob"))
 
 

@@ -3,10 +3,11 @@
     family = FAMILIES["qwen3_next"]                  # torchlmoe.interop.families
     tables = family.settings(config_json, place)     # [model] and [moe] of torchlmoe
     content = family.config(model)                   # the keys of config.json
-    table = family.rules(model)                      # of weights
+    table = family.rules(model)                      # rules for all weights
 
-A family's file gives three functions. `read` takes the keys of a config.json and returns tables of settings, `write`
-is its inverse on a model, and `block_rules` gives the rules of one block's weights. Models are on the meta device.
+The file of a family has three functions. `read` returns the tables of settings for the keys of a config.json. `write`
+returns the keys for a model. `block_rules` returns the rules for the weights of one block. Models are on the meta
+device.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchlmoe.feed_forwards.base import FeedForward
 from torchlmoe.interop.keys import Keys
@@ -28,7 +29,7 @@ from torchlmoe.model.spec import Residual
 
 L = TypeVar("L", bound=FeedForward)
 _PLAIN = (bool, int, float, str, tuple, list, dict, type(None), FunctionType, Residual, RopeScaling)
-# Attributes that may differ between two modules which compute the same from tokens: how they are drawn, trained, run.
+# Attributes that do not change the outputs of a module: initial values, options of training, choice of backend.
 _WITHOUT_EFFECT = {
     "backend", "bias_update_rate", "capacity_factor", "counter_sizes", "init_std", "loss_chunk_size",
     "places_in_common", "training",
@@ -37,29 +38,39 @@ _WITHOUT_EFFECT = {
 
 @dataclass(frozen=True)
 class Names:
-    """Names of a family for the parts around its layers."""
+    """Names of the weights outside of the layers, of the norms there, and of the list of layers.
+
+    embedding_norm: None for a family without one.
+    """
 
     embedding: str = "model.embed_tokens.weight"
     layers: str = "model.layers"
-    norm: str = "model.norm.weight"
+    norm: str = "model.norm"
     head: str = "lm_head.weight"
+    embedding_norm: str | None = None
 
 
 @dataclass(frozen=True)
 class Family:
     """A `model_type` of transformers.
 
-    architecture: transformers' class of the whole model. read: the keys of config.json -> tables of settings. write: a
-    model -> keys of config.json. block_rules: one block's weights, by names within the layer (theirs) and
-    within the block (ours); it also receives whether the experts are separate, as in most files, or stacked, as in
-    transformers' modules, and then gives all names as modules have them. separate_experts: which transformers writes.
-    left_out: beginnings of the names of tensors that have no place here, such as those of multi-token prediction;
-    {num_layers} in them stands for the number of layers.
-    other_names: parts of names, each with what some files have in its place, such as those of multimodal models.
-    constants: a model -> tensors of files that follow from its settings, by name, each as a function that makes it.
-    They are written, and left out where a file is read.
-    module_names: names in transformers' modules, if those in files are others. file_mark: what some name has in files,
-    and none in modules.
+    Transformers renames tensors when it saves a model, so a rule may have two forms: one for the names in files, where
+    most families have separate matrices for each expert, and one for the names in transformers' modules, where experts
+    are stacked.
+
+    architecture: name of transformers' class of the whole model.
+    read: returns the tables of settings for the keys of a config.json.
+    write: returns the keys of config.json for a model.
+    block_rules: takes a block and whether names are those of files (True) or of modules (False). Returns the rules
+        for its weights, by their names within the layer of transformers and within our block.
+    separate_experts: whether transformers writes files with separate experts.
+    left_out: prefixes of tensors that have no place in torchlmoe, such as those of multi-token prediction.
+        {num_layers} in a prefix is replaced by the number of layers.
+    other_names: pairs of a part of a name and its replacement in some files, such as those of multimodal models.
+    constants: returns, for a model, tensors of files that are computed from its settings: name -> function without
+        arguments. An export writes them, and an import ignores them.
+    module_names: names in transformers' modules if they differ from those in files.
+    file_mark: a part of names that occurs in files only, never in modules.
     """
 
     model_type: str
@@ -76,7 +87,7 @@ class Family:
     file_mark: str = ".experts.0."
 
     def settings(self, content: Mapping[str, Any], place: str) -> dict[str, Any]:
-        """Tables `model` and `moe` for a config.json. Raises ValueError for a key that has no counterpart."""
+        """Return the tables `model` and `moe` for a config.json. Raises ValueError for a key without a counterpart."""
         keys = Keys(content, place)
         tables = self.read(keys)
         keys.integer("vocab_size", least=2)
@@ -84,7 +95,7 @@ class Family:
         return tables
 
     def config(self, model: Decoder) -> dict[str, Any]:
-        """The keys of config.json for a model. Raises ValueError if it has a mixer that the family lacks."""
+        """Return the keys of config.json for a model. Raises ValueError if it has a mixer that the family lacks."""
         frame = {
             "model_type": self.model_type,
             "architectures": [self.architecture],
@@ -93,10 +104,16 @@ class Family:
         return frame | self.write(model)
 
     def rules(self, model: Decoder, separate_experts: bool | None = None) -> list[Rule]:
-        """Rules for all weights of a model; separate_experts as transformers writes them if None."""
+        """Return the rules for all weights of a model.
+
+        separate_experts: names of files (True) or of modules (False); if None, names as transformers writes them.
+        """
         separate = self.separate_experts if separate_experts is None else separate_experts
         names = self.names if separate or self.module_names is None else self.module_names
-        table = [Rule(names.embedding, "embedding.weight"), Rule(names.norm, "head.norm.weight")]
+        table = [Rule(names.embedding, "embedding.weight"), *norm_rules(model.head.norm, names.norm, "head.norm")]
+        if model.embedding_norm is not None:
+            assert names.embedding_norm is not None  # `check_equal` has refused other families
+            table += norm_rules(model.embedding_norm, names.embedding_norm, "embedding_norm")
         if model.head.projection is not None:
             table.append(Rule(names.head, "head.projection.weight"))
         for index, block in model.blocks.items():
@@ -104,7 +121,7 @@ class Family:
         return table
 
     def places(self, model: Decoder, names: Collection[str]) -> list[str]:
-        """Those of the names in a file that have a place in the model."""
+        """Return those names of a file's tensors that belong to the model."""
         beginnings = [beginning.format(num_layers=len(model.blocks)) for beginning in self.left_out]
         if model.head.projection is None:
             beginnings.append(self.names.head)
@@ -116,7 +133,7 @@ class Family:
         ]
 
     def rules_of_files(self, model: Decoder, names: Collection[str]) -> list[Rule]:
-        """Rules for all weights of a model, by the names that files have for them, which may be the `other_names`."""
+        """Return the rules for all weights of a model, by the given names of a file, which may use `other_names`."""
         present = set(names)
 
         def name_in_files(name: str) -> str:
@@ -128,9 +145,10 @@ class Family:
 
 
 def model_tables(kinds: Mapping[str, dict[str, Any]], letters: Sequence[str], **model: Any) -> dict[str, Any]:
-    """Tables `model` and `moe`, from each letter's table and the letter of each layer.
+    """Return the tables `model` and `moe`.
 
-    Where all layers of experts have the same options, these become the table `moe`.
+    kinds: the table of each letter. letters: the letter of each layer. model: other settings of `[model]`.
+    If all layers with experts have the same options, these become the table `moe`.
     """
     period = next(p for p in range(1, len(letters) + 1) if all(x == letters[i % p] for i, x in enumerate(letters)))
     used = {letter: dict(kinds[letter]) for letter in dict.fromkeys(letters)}
@@ -145,20 +163,25 @@ def model_tables(kinds: Mapping[str, dict[str, Any]], letters: Sequence[str], **
     return {"model": {"layer_pattern": pattern, "num_layers": len(letters), "layers": used, **model}, "moe": moe}
 
 
+def norm_rules(norm: nn.Module, theirs: str, ours: str) -> list[Rule]:
+    """A norm's weight and, if it has one, bias. theirs, ours: its name in both models."""
+    return [Rule(f"{theirs}.{name}", f"{ours}.{name}") for name, _ in norm.named_parameters()]
+
+
 def blocks_of(model: Decoder) -> list[Any]:
-    """Its blocks in order."""
+    """Return the blocks of a model, in order."""
     return list(model.blocks.values())
 
 
 def first_feed_forward(model: Decoder, kind: type[L]) -> L | None:
-    """The first feed-forward layer of a class, if the model has one."""
+    """Return the first feed-forward layer of a class, or None."""
     return next((block.feed_forward for block in blocks_of(model) if isinstance(block.feed_forward, kind)), None)
 
 
 def mixers_of(model: Decoder, model_type: str, *known: str) -> list[Any]:
-    """The first mixer of each of the known kinds; None for a kind that the model lacks.
+    """Return the first mixer of each of the known kinds, or None for a kind that the model lacks.
 
-    Raises ValueError for a block whose mixer is of another kind.
+    Raises ValueError for a block whose mixer has another kind.
     """
     kinds = [MIXERS[name] for name in known]
     first: dict[type, Any] = {}
@@ -166,7 +189,7 @@ def mixers_of(model: Decoder, model_type: str, *known: str) -> list[Any]:
         kind = type(block.mixer)
         if block.mixer is not None and kind not in kinds:
             raise ValueError(
-                f"Block {index} has the mixer {_name_of(kind)}; {model_type} has {' and '.join(known)} alone: choose "
+                f"Block {index} has the mixer {_name_of(kind)}; {model_type} has only {' and '.join(known)}: choose "
                 "another --format."
             )
         first.setdefault(kind, block.mixer)
@@ -174,36 +197,37 @@ def mixers_of(model: Decoder, model_type: str, *known: str) -> list[Any]:
 
 
 def required(mixer: Any, name: str, model_type: str) -> Any:
-    """The mixer. Raises ValueError if it is None: a model without one has not all sizes that config.json must hold."""
+    """Return the mixer. Raises ValueError if it is None: config.json must have its sizes."""
     if mixer is None:
         raise ValueError(
-            f"The model has no layer with the mixer {name}, whose sizes a config.json of {model_type} must hold: "
+            f"The model has no layer with the mixer {name}, whose sizes a config.json of {model_type} must have: "
             "choose another --format."
         )
     return mixer
 
 
 def all_mixers_of(model: Decoder, model_type: str, *known: str) -> list[Any]:
-    """As `mixers_of`. Raises ValueError for a kind that the model lacks."""
+    """Return the first mixer of each kind, like `mixers_of`. Raises ValueError for a kind that the model lacks."""
     found = mixers_of(model, model_type, *known)
     return [required(mixer, name, model_type) for name, mixer in zip(known, found, strict=True)]
 
 
 def feed_forward_of(model: Decoder, kind: type[L], model_type: str) -> L:
-    """The first feed-forward layer of a class. Raises ValueError if there is none."""
+    """Return the first feed-forward layer of a class. Raises ValueError if there is none."""
     found = first_feed_forward(model, kind)
     if found is None:
         raise ValueError(
-            f"The model has no {kind.__name__} layer among its feed-forward layers, as {model_type} has: choose "
+            f"The model has no feed-forward layer of class {kind.__name__}, but {model_type} needs one: choose "
             "another --format."
         )
     return found
 
 
 def check_equal(model: Decoder, again: Decoder, model_type: str) -> None:
-    """Checks that two models on the meta device compute the same. The second was made from the first's config.json.
+    """Check that two models on the meta device compute the same function.
 
-    Raises ValueError naming the first part that config.json cannot hold.
+    model: the model to export. again: the model that its config.json describes.
+    Raises ValueError that names the first part that config.json cannot describe.
     """
     ours, theirs = _description(model), _description(again)
     for name in (*ours, *theirs):
@@ -215,8 +239,8 @@ def check_equal(model: Decoder, again: Decoder, model_type: str) -> None:
 
 
 def _description(model: Decoder) -> dict[str, Any]:
-    """Every class, plain attribute and parameter's shape by name, but for attributes without effect on the output."""
-    found: dict[str, Any] = {}
+    """Return classes, plain attributes and shapes of parameters by name, without attributes that change no output."""
+    found: dict[str, Any] = {"model.embedding_multiplier": model.spec.embedding_multiplier}
     for path, module in model.named_modules():
         if path.endswith("load_balance"):
             continue

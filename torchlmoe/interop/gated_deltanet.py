@@ -44,7 +44,7 @@ def write(model: Decoder) -> dict[str, Any]:
 
 
 def gated_deltanet_rules(convolutions: list[Rule]) -> list[Rule]:
-    """GatedDeltaNet <-> `gated_deltanet`, given the rules of the convolutions."""
+    """Return the rules between GatedDeltaNet and `gated_deltanet`. convolutions: the rules of the convolutions."""
     return [
         *(Rule(f"{name}_proj.weight", f"{name}_proj.weight") for name in "qkvab"),
         Rule("A_log", "decay.A_log"),

@@ -10,7 +10,7 @@ from torchlmoe.interop.keys import Keys
 from torchlmoe.interop.rules import Rule
 from torchlmoe.model.decoder import Decoder
 
-OTHER_NAMES = (("g_norm_swish_gate.", "g_norm."),)  # with fuse_norm = false
+OTHER_NAMES = (("g_norm_swish_gate.", "g_norm."),)  # name of the norm if fuse_norm = false
 
 
 def read(keys: Keys) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def read(keys: Keys) -> dict[str, Any]:
     keys.only("elementwise_affine", True)
     keys.only("feature_map")
     keys.only("clamp_min")
-    keys.skip("conv_size", "use_gk", "use_gv")  # the layer is not told these
+    keys.skip("conv_size", "use_gk", "use_gv")  # flash-linear-attention does not pass these to the layer
     mixer = {
         "mixer": "gla",
         "num_heads": heads,
@@ -40,11 +40,12 @@ def write(model: Decoder) -> dict[str, Any]:
         "num_heads": mixer.num_heads,
         "expand_k": mixer.num_heads * mixer.key_dim / model.spec.dim,
         "expand_v": mixer.num_heads * mixer.value_dim / model.spec.dim,
+        "fuse_norm": True,  # the name of a norm follows from it
     }
 
 
 def gla_rules() -> list[Rule]:
-    """GatedLinearAttention <-> `gla`."""
+    """Return the rules between GatedLinearAttention and `gla`."""
     return [
         *(Rule(f"{name}_proj.weight", f"{name}_proj.weight") for name in "qkv"),
         Rule("g_proj.weight", "gate_proj.weight"),

@@ -9,19 +9,19 @@ from torchlmoe.feed_forwards.moe import MoE
 from torchlmoe.interop.bamba import mixer_rules, read_mixers, write_mixers
 from torchlmoe.interop.family import Family, blocks_of, feed_forward_of, first_feed_forward, mixers_of, model_tables
 from torchlmoe.interop.keys import Keys
+from torchlmoe.interop.layer_types import LAYERS, write_layer_types
 from torchlmoe.interop.moe import shared_units
 from torchlmoe.interop.rules import Rule, prefixed
 from torchlmoe.interop.softmax import layer_rules, read_model, write_model
 from torchlmoe.interop.steps import Split
-from torchlmoe.mixers.attention import Attention
 from torchlmoe.model.decoder import Decoder
 
-LAYERS = {"linear_attention": "L", "full_attention": "N", "mamba": "L", "attention": "N"}
+OLDER_LAYERS = {"mamba": "L", "attention": "N"}  # words in files from before transformers 5
 
 
 def read(keys: Keys) -> dict[str, Any]:
     num_layers = keys.integer("num_hidden_layers")
-    letters = keys.choices("layer_types", num_layers, LAYERS, ["linear_attention"] * num_layers)
+    letters = keys.choices("layer_types", num_layers, LAYERS | OLDER_LAYERS, ["linear_attention"] * num_layers)
     keys.only("position_embedding_type", "rope", "nope")
     no_positions = {} if keys.take("position_embedding_type", "nope") == "rope" else {"rotary_fraction": 0.0}
     mamba, attention = read_mixers(keys, softmax_scale=keys.number("attention_multiplier", 1.0), **no_positions)
@@ -66,9 +66,7 @@ def write(model: Decoder) -> dict[str, Any]:
         **write_mixers(model, "granitemoehybrid"),
         **positions,
         **_write_feed_forward(model),
-        "layer_types": [
-            "full_attention" if isinstance(block.mixer, Attention) else "linear_attention" for block in blocks_of(model)
-        ],
+        **write_layer_types(model),
         "residual_multiplier": blocks_of(model)[0].residual.mixer_branch_weight,
         "embedding_multiplier": model.spec.embedding_multiplier,
         "logits_scaling": model.spec.logit_divisor,
@@ -90,7 +88,10 @@ def _write_feed_forward(model: Decoder) -> dict[str, Any]:
 
 
 def feed_forward_rules(layer: Any, in_file: bool) -> list[Rule]:
-    """A layer's MLP, and if there are, experts beside it. in_file: by the names in files, not those in modules."""
+    """Return the rules for a layer's MLP, and for its experts if it has some.
+
+    in_file: whether names are those of files or of modules.
+    """
     if not isinstance(layer, MoE):
         return _mlp_rules("")
     ours = ("router.weight", "experts.gate_up_proj", "experts.down_proj")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# Keys that do not change what the model computes from tokens: names, ids, initial values, choices of a program.
+# Keys that do not change the outputs of a model: names, ids, initial values, options of transformers.
 WITHOUT_EFFECT = frozenset(
     """
     _attn_implementation _experts_implementation _name_or_path architectures attn_implementation auto_map
@@ -19,7 +19,7 @@ _REQUIRED: Any = object()
 
 
 class Keys:
-    """The keys of a config.json. Each is taken once or more; `finish` refuses those that were not.
+    """The keys of a config.json. Every method but `finish` marks its keys as read, and `finish` checks that all were.
 
     content: the parsed file. place: its path, for messages.
     Every method raises ValueError with one sentence that names the key.
@@ -30,7 +30,7 @@ class Keys:
         self._taken: set[str] = set()
 
     def take(self, name: str, default: Any = _REQUIRED, kind: type | tuple[type, ...] = object) -> Any:
-        """The value of a key, or the default if it is absent or null. kind: what the value must be."""
+        """Return the value of a key, or the default if the key is absent or null. kind: type of the value."""
         self._taken.add(name)
         value = self.content.get(name)
         if value is None:
@@ -56,11 +56,11 @@ class Keys:
         return self.take(name, default, bool)
 
     def table(self, name: str) -> dict[str, Any]:
-        """An object, empty if the key is absent."""
+        """Return an object as a dict, which is empty if the key is absent."""
         return dict(self.take(name, {}, dict))
 
     def choices(self, name: str, length: int, known: Mapping[str, str], default: Sequence[str]) -> list[str]:
-        """A list of `length` words, each translated by `known`. default: words, if the key is absent."""
+        """Return a list of `length` words, translated by `known`. default: the words if the key is absent."""
         words = self.take(name, list(default), list)
         for word in words:
             if word not in known:
@@ -73,7 +73,7 @@ class Keys:
         return [known[word] for word in words]
 
     def only(self, name: str, *values: Any) -> None:
-        """Refuses any other value of a key, whose other values have no counterpart. An absent or null key passes."""
+        """Check that a key is absent, null or one of the values. Other values have no counterpart in torchlmoe."""
         self._taken.add(name)
         value = self.content.get(name)
         if value is not None and value not in values:
@@ -84,11 +84,11 @@ class Keys:
             )
 
     def skip(self, *names: str) -> None:
-        """Keys that change nothing in a model of this family."""
+        """Mark keys as read that have no effect in a model of this family."""
         self._taken.update(names)
 
     def finish(self) -> None:
-        """Refuses a key that was not taken, unless it is off: null, false, zero or empty."""
+        """Check that every key was read, except keys that are off: null, false, zero or empty."""
         for name, value in self.content.items():
             if value and name not in self._taken and name not in WITHOUT_EFFECT:
                 raise ValueError(

@@ -1,6 +1,7 @@
 """Kimi-Linear in transformers: KimiLinearForCausalLM. Kimi Delta Attention, and DeepSeek's latent attention and router.
 
-Its config.json has two forms. Files of the authors list the layers of each kind, from 1, in linear_attn_config.
+Its config.json has two forms: transformers writes layer_types, and the authors' files have linear_attn_config with
+lists of the layers of each kind, counted from 1.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from torchlmoe.interop.family import (
     model_tables,
 )
 from torchlmoe.interop.keys import Keys
+from torchlmoe.interop.layer_types import DENSE, LAYERS, write_layer_types
 from torchlmoe.interop.rules import Rule
 from torchlmoe.interop.softmax import layer_rules, mlp_rules, read_model, write_model
 from torchlmoe.interop.steps import Flatten, Split
 from torchlmoe.mixers.attention import Attention
 from torchlmoe.model.decoder import Decoder
 
-LAYERS = {"linear_attention": "L", "full_attention": "N"}
-DENSE = {"L": "D", "N": "E"}  # the letter of the same mixer with a dense MLP
+# Options of `moe` and their keys in config.json.
 SIZES = {
     "num_experts": "num_experts",
     "top_k": "num_experts_per_token",
@@ -54,8 +55,8 @@ def read(keys: Keys) -> dict[str, Any]:
     num_dense = keys.integer("first_k_dense_replace", 1, least=0)
     default = ["dense" if index < num_dense else "sparse" for index in range(num_layers)]
     places = keys.choices("mlp_layer_types", num_layers, {"dense": "dense", "sparse": "sparse"}, default)
-    keys.only("tie_word_embeddings", False)  # theirs ignores it
-    # Keys of the authors' code that have one value here. There are no rotary phases.
+    keys.only("tie_word_embeddings", False)  # transformers ignores the key
+    # Keys of the authors' code; other values have no counterpart. There are no rotary phases.
     keys.only("mla_use_nope", True)
     keys.only("use_grouped_topk", True)
     keys.only("moe_router_activation_func", "sigmoid")
@@ -71,7 +72,7 @@ def read(keys: Keys) -> dict[str, Any]:
 
 
 def _listed_layers(of_linear: Keys, num_layers: int) -> list[str]:
-    """`layer_types` from the lists of the authors' files; transformers' default if there are none."""
+    """Return `layer_types` from the lists in the authors' files. Without lists, return transformers' default."""
     full, linear = (of_linear.take(name, [], list) for name in ("full_attn_layers", "kda_layers"))
     if not full and not linear:
         return ["full_attention" if index and index % 4 == 0 else "linear_attention" for index in range(num_layers)]
@@ -87,17 +88,14 @@ def write(model: Decoder) -> dict[str, Any]:
     if model.spec.tie_embeddings:
         raise ValueError("The model has tied embeddings, which kimi_linear of transformers cannot have.")
     experts, dense = feed_forward_of(model, MoE, "kimi_linear"), first_feed_forward(model, Dense)
-    blocks = blocks_of(model)
     return {
         **write_model(model),
         **write_latent_attention(attention, "kimi_linear"),
         "linear_num_heads": kda.num_heads,
         "linear_head_dim": kda.key_dim,
         "linear_conv_kernel_dim": kda.q_conv.weight.shape[-1],
-        "layer_types": [
-            "full_attention" if isinstance(block.mixer, Attention) else "linear_attention" for block in blocks
-        ],
-        "mlp_layer_types": ["sparse" if isinstance(block.feed_forward, MoE) else "dense" for block in blocks],
+        **write_layer_types(model),
+        "mlp_layer_types": ["sparse" if isinstance(block.feed_forward, MoE) else "dense" for block in blocks_of(model)],
         **write_experts(experts, SIZES, "kimi_linear"),
         "moe_renormalize": experts.router.normalize_top_k,
         "intermediate_size": experts.experts.down_proj.shape[-1] if dense is None else dense.units,
@@ -105,9 +103,9 @@ def write(model: Decoder) -> dict[str, Any]:
 
 
 def kda_rules(*, num_heads: int, head_dim: int, conv_size: int, saved: bool = False) -> list[Rule]:
-    """KimiLinearDeltaAttention <-> `kda`.
+    """Return the rules between KimiLinearDeltaAttention and `kda`.
 
-    saved: as saved in files, where the three convolutions are separate and the decay has no separate module.
+    saved: whether names are those of files, where the three convolutions are separate and the decay has no module.
     """
     convolutions = ["q_conv.weight", "k_conv.weight", "v_conv.weight"]
     one = Flatten((1, conv_size), dim=1)  # [channels, 1, conv_size] -> [channels, conv_size]
@@ -137,14 +135,14 @@ def kda_rules(*, num_heads: int, head_dim: int, conv_size: int, saved: bool = Fa
 def latent_attention_rules(
     *, head_dim: int, shared_key_dim: int, kv_rank: int, full_rank_q: bool = False
 ) -> list[Rule]:
-    """KimiLinearAttention <-> `attention` with kv_rank and rotary_fraction = 0: DeepSeek-V2's without rotary phases."""
+    """Return the rules between KimiLinearAttention and `attention` with kv_rank and rotary_fraction = 0."""
     return deepseek_v2.latent_attention_rules(
         head_dim=head_dim, shared_key_dim=shared_key_dim, kv_rank=kv_rank, full_rank_q=full_rank_q, rotary=False
     )
 
 
 def moe_rules(*, separate_experts: int | None = None) -> list[Rule]:
-    """KimiLinearMoE <-> `MoE` with shared experts and loss-free balance. As `moe.moe_rules` says."""
+    """Return the rules between KimiLinearMoE and `MoE` with shared experts. Arguments: see `moe.moe_rules`."""
     return moe.moe_rules(
         shared_expert="shared_experts", loss_free=True, separate_experts=separate_experts, expert_names=moe.NUMBERED
     )
@@ -170,7 +168,7 @@ FAMILY = Family(
     read,
     write,
     block_rules,
-    # Dense layers are called mlp in the authors' files; transformers renames them with the others as it saves.
+    # In the authors' files, dense layers are called mlp. When transformers saves a model, it renames them too.
     other_names=((".block_sparse_moe.", ".mlp."),),
     file_mark=".block_sparse_moe.",
 )

@@ -1,4 +1,4 @@
-"""Mamba in transformers: MambaForCausalLM. Its layers are a norm and a mixer alone."""
+"""Mamba in transformers: MambaForCausalLM. A layer has a norm and a mixer, and no feed-forward layer."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torchlmoe.interop.steps import Flatten, Split
 from torchlmoe.mixers.mamba import Mamba
 from torchlmoe.model.decoder import Decoder
 
-NAMES = Names("backbone.embeddings.weight", "backbone.layers", "backbone.norm_f.weight")
+NAMES = Names("backbone.embeddings.weight", "backbone.layers", "backbone.norm_f")
 
 
 def read_model(keys: Keys, *, tied: bool) -> dict[str, Any]:
-    """Settings of `[model]`. tied: whether embeddings are where the file does not say."""
+    """Return settings of `[model]`. tied: default of tie_word_embeddings."""
     keys.only("hidden_act", "silu")
     keys.skip("residual_in_fp32", "time_step_max", "time_step_min", "time_step_floor")
     return {
@@ -36,7 +36,7 @@ def write_model(model: Decoder) -> dict[str, Any]:
 
 
 def whole_multiple(width: int, dim: int, model_type: str) -> int:
-    """width / dim. Raises ValueError if that is no whole number, which a config.json must hold."""
+    """Return width / dim. Raises ValueError if it is not a whole number, as config.json needs."""
     if width % dim:
         raise ValueError(
             f"A mixer is {width} channels wide, which {model_type} needs to be a multiple of dim = {dim}: choose "
@@ -58,7 +58,7 @@ def read(keys: Keys) -> dict[str, Any]:
         "proj_bias": keys.flag("use_bias", False),
     }
     keys.skip("intermediate_size", "time_step_init_scheme", "time_step_scale", "use_associative_scan", "use_mambapy")
-    # Files that were converted from the first ones of Mamba repeat sizes by other names.
+    # Files converted from the original checkpoints repeat sizes under these names.
     keys.skip("d_inner", "d_model", "n_layer", "ssm_cfg", "fused_add_norm", "rms_norm", "pad_vocab_size_multiple")
     return model_tables({"L": layer}, "L" * keys.integer("num_hidden_layers"), **read_model(keys, tied=True))
 
@@ -81,7 +81,7 @@ def write(model: Decoder) -> dict[str, Any]:
 def mamba_rules(
     *, channels: int, state_dim: int, conv_size: int, conv_bias: bool = True, proj_bias: bool = False
 ) -> list[Rule]:
-    """MambaMixer <-> `mamba`."""
+    """Return the rules between MambaMixer and `mamba`."""
     rules = [
         Rule("in_proj.weight", ["x_proj.weight", "gate_proj.weight"], Split((channels, channels))),
         Rule("conv1d.weight", "x_conv.weight", Flatten((1, conv_size), dim=1)),
@@ -101,7 +101,7 @@ def mamba_rules(
 
 
 def layer_rules(mixer: list[Rule]) -> list[Rule]:
-    """A layer of a norm and a mixer."""
+    """Return the rules for a layer with a norm and a mixer. mixer: rules of the mixer."""
     return [Rule("norm.weight", "mixer_norm.weight"), *prefixed(mixer, "mixer.", "mixer.")]
 
 

@@ -1,4 +1,4 @@
-"""Mamba2 in transformers: Mamba2ForCausalLM. Bamba, GraniteMoeHybrid and Nemotron-H have its mixer, by other names."""
+"""Mamba2 in transformers: Mamba2ForCausalLM. Bamba, GraniteMoeHybrid, Nemotron-H have its mixer under other names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torchlmoe.interop.steps import Flatten, Split
 from torchlmoe.mixers.mamba2 import Mamba2
 from torchlmoe.model.decoder import Decoder
 
-# Options of `mamba2` and what config.json calls them.
+# Options of `mamba2` and their keys in config.json.
 KEYS = {
     "num_heads": "num_heads",
     "head_dim": "head_dim",
@@ -28,7 +28,7 @@ KEYS = {
 
 
 def read_mamba2(keys: Keys, names: Mapping[str, str]) -> dict[str, Any]:
-    """A letter's mixer and its options, but for the limits of the step. names: as `KEYS`."""
+    """Return a letter's mixer with its options, without the limits of the step. names: keys, like `KEYS`."""
     sizes = {option: keys.integer(names[option]) for option in ("num_heads", "state_dim", "num_groups", "conv_size")}
     head_dim = keys.take(names["head_dim"], "auto", (int, str))
     if head_dim == "auto":
@@ -45,7 +45,7 @@ def read_mamba2(keys: Keys, names: Mapping[str, str]) -> dict[str, Any]:
 
 
 def write_mamba2(mixer: Mamba2 | None, dim: int, names: Mapping[str, str]) -> dict[str, Any]:
-    """The inverse of `read_mamba2`, but for `expand`; of a model without such a mixer, sizes that fit together."""
+    """The inverse of `read_mamba2`, without `expand`. If mixer is None, return any sizes that fit together."""
     values: dict[str, Any] = dict.fromkeys(("num_heads", "state_dim", "num_groups", "conv_size"), 1)
     values |= {"head_dim": 2 * dim, "conv_bias": True, "proj_bias": False}
     if mixer is not None:
@@ -62,13 +62,13 @@ def write_mamba2(mixer: Mamba2 | None, dim: int, names: Mapping[str, str]) -> di
 
 
 def write_expand(written: Mapping[str, Any], dim: int, names: Mapping[str, str], model_type: str) -> dict[str, Any]:
-    """`expand` beside the other keys of a mixer, for families that check it."""
+    """Return the key of `expand`. written: the other keys of the mixer. Some families in transformers check it."""
     width = written[names["num_heads"]] * written[names["head_dim"]]
     return {names["expand"]: whole_multiple(width, dim, model_type)}
 
 
 def read_step_limits(keys: Keys) -> dict[str, Any]:
-    """Options min_step and max_step. transformers writes infinity as {"__float__": "Infinity"}."""
+    """Return options min_step and max_step. transformers writes infinity as {"__float__": "Infinity"}."""
     given = keys.take("time_step_limit", [0.0, math.inf], list)
     try:
         low, high = (float(each["__float__"] if isinstance(each, dict) else each) for each in given)
@@ -85,7 +85,7 @@ def write_step_limits(mixer: Mamba2 | None) -> dict[str, Any]:
 
 def read(keys: Keys) -> dict[str, Any]:
     layer = {**read_mamba2(keys, KEYS), **read_step_limits(keys), "mlp": "none"}
-    # Theirs has no programs for the last two, which some files have.
+    # Some files have norm_before_gate and rms_norm, which transformers ignores.
     keys.skip("chunk_size", "time_step_rank", "norm_before_gate", "rms_norm")
     return model_tables({"L": layer}, "L" * keys.integer("num_hidden_layers"), **read_model(keys, tied=False))
 
@@ -111,9 +111,9 @@ def mamba2_rules(
     conv_bias: bool = True,
     proj_bias: bool = False,
 ) -> list[Rule]:
-    """Mamba2Mixer <-> `mamba2`. head_dim: width of a value head."""
+    """Return the rules between Mamba2Mixer and `mamba2`. head_dim: width of a value head."""
     value_width, key_width = num_heads * head_dim, num_groups * state_dim
-    convolved = Split((value_width, key_width, key_width))  # in theirs: x, B, C
+    convolved = Split((value_width, key_width, key_width))  # called x, B and C there
     projected = Split((value_width, value_width, key_width, key_width, num_heads))
     projections, convolutions = ("gate_proj", "v_proj", "k_proj", "q_proj", "dt_proj"), ("v_conv", "k_conv", "q_conv")
     rules = [
@@ -134,7 +134,7 @@ def mamba2_rules(
 
 
 def rules_of(mixer: Mamba2) -> list[Rule]:
-    """`mamba2_rules` with the sizes of a mixer."""
+    """Return `mamba2_rules` with the sizes of a mixer."""
     return mamba2_rules(
         num_heads=mixer.num_heads,
         head_dim=mixer.value_dim,

@@ -1,4 +1,4 @@
-"""MiniMax-Text-01 in transformers: MiniMaxForCausalLM. Lightning attention; the other layers are those of Mixtral."""
+"""MiniMax-Text-01 in transformers: MiniMaxForCausalLM. Lightning attention, with attention and experts of Mixtral."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from torchlmoe.interop.family import Family, all_mixers_of, blocks_of, model_tables
 from torchlmoe.interop.keys import Keys
+from torchlmoe.interop.layer_types import LAYERS, write_layer_types
 from torchlmoe.interop.mixtral import layer_of_experts_rules, read_experts, write_experts
 from torchlmoe.interop.rules import Rule
 from torchlmoe.interop.softmax import attention_rules, read_attention, read_model, write_attention, write_model
@@ -21,20 +22,19 @@ from torchlmoe.mixers.lightning import LightningAttention
 from torchlmoe.model.decoder import Decoder
 
 logger = logging.getLogger(__name__)
-LAYERS = {"linear_attention": "L", "full_attention": "N"}
-# Buffers of their layer that follow from its settings; the last three are of blocks of BLOCK tokens.
+# Buffers of a lightning layer in transformers, which its settings determine.
 CONSTANTS = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")
-BLOCK = 256
+BLOCK = 256  # tokens in a chunk there, the size of the last three buffers
 
 
 def read(keys: Keys) -> dict[str, Any]:
     keys.only("postnorm", True)
-    keys.skip("block_size")  # of what is computed at once
+    keys.skip("block_size")  # size of a chunk, which changes no result
     num_layers = keys.integer("num_hidden_layers")
     default = ["linear_attention" if index % 2 else "full_attention" for index in range(num_layers)]
     letters = keys.choices("layer_types", num_layers, LAYERS, default)
     experts = {"mlp": "moe", "mlp_options": read_experts(keys)}
-    # Of rotary_dim transformers knows nothing; in the authors' code it is the part of a head that is turned.
+    # transformers ignores rotary_dim. In the authors' code it is the number of channels of a head that are rotated.
     attention = read_attention(keys, base=1e6, sliding_window=keys.integer("sliding_window", None))
     rotary_dim = keys.integer("rotary_dim", attention["head_dim"])
     attention["rotary_fraction"] = rotary_dim / attention["head_dim"]
@@ -42,7 +42,7 @@ def read(keys: Keys) -> dict[str, Any]:
         "mixer": "lightning",
         "num_heads": attention["num_heads"],
         "head_dim": attention["head_dim"],
-        "norm_eps": 1e-6,  # whatever rms_norm_eps is
+        "norm_eps": 1e-6,  # fixed in transformers; rms_norm_eps does not apply to this norm
     }
     kinds = {
         "L": {**lightning, **_read_residual(keys, "linear"), **experts},
@@ -52,7 +52,7 @@ def read(keys: Keys) -> dict[str, Any]:
 
 
 def _read_residual(keys: Keys, kind: str) -> dict[str, Any]:
-    """How a layer joins the stream. kind: of its attention, in the names of keys."""
+    """Return the weights of a layer's branches and of the residual stream. kind: "linear" or "full", as in the keys."""
     return {
         "norm_placement": "stream",
         "mixer_stream_weight": keys.number(f"{kind}_attn_alpha_factor", 1.0),
@@ -68,7 +68,7 @@ def write(model: Decoder) -> dict[str, Any]:
     if rotary_dim != attention.head_dim:
         logger.warning(
             f"config.json has rotary_dim = {rotary_dim}, which transformers ignores: there, all "
-            f"{attention.head_dim} channels of a head would be turned."
+            f"{attention.head_dim} channels of a head would be rotated."
         )
     factors: dict[str, float] = {}
     for block in blocks:
@@ -84,9 +84,7 @@ def write(model: Decoder) -> dict[str, Any]:
         **write_attention(attention),
         "rotary_dim": rotary_dim,
         "sliding_window": attention.sliding_window,
-        "layer_types": [
-            "full_attention" if isinstance(block.mixer, Attention) else "linear_attention" for block in blocks
-        ],
+        **write_layer_types(model),
         **write_experts(model, "minimax"),
         **factors,
         "block_size": BLOCK,
@@ -94,7 +92,10 @@ def write(model: Decoder) -> dict[str, Any]:
 
 
 def lightning_rules(*, num_heads: int, head_dim: int) -> list[Rule]:
-    """MiniMaxLightningAttention <-> `lightning`. Theirs projects q, k and v of a head together."""
+    """Return the rules between MiniMaxLightningAttention and `lightning`.
+
+    Their qkv_proj has, for each head, the rows of q, k and v.
+    """
     return [
         Rule(
             "qkv_proj.weight",
@@ -117,7 +118,7 @@ def block_rules(block: Any, separate_experts: bool) -> list[Rule]:
 
 
 def constants(model: Decoder) -> dict[str, Callable[[], Tensor]]:
-    """`CONSTANTS` of every lightning layer, by their names in files."""
+    """Return functions that make the `CONSTANTS` of every lightning layer, by their names in files."""
     return {
         f"model.layers.{index}.self_attn.{name}": partial(_constant, name, block.mixer.num_heads, block.mixer.factor)
         for index, block in model.blocks.items()
@@ -127,7 +128,7 @@ def constants(model: Decoder) -> dict[str, Callable[[], Tensor]]:
 
 
 def _constant(name: str, num_heads: int, factor: float) -> Tensor:
-    """One buffer of a layer whose decays are multiplied by `factor`, in float64."""
+    """Return a buffer in float64. factor: multiplies the decays of the layer."""
     exponent = torch.arange(num_heads, dtype=torch.float64) + 1
     slope = ((1 / 2 ** (8 / num_heads)) ** exponent * factor)[:, None, None]
     place = torch.arange(BLOCK, dtype=torch.float64)[:, None] + 1

@@ -21,7 +21,7 @@ from torchlmoe.model.decoder import Decoder
 
 
 def read_experts(keys: Keys) -> dict[str, Any]:
-    """Options of `moe`."""
+    """Return options of `moe`."""
     keys.only("router_jitter_noise", 0.0)
     return {
         "num_experts": keys.integer("num_local_experts"),
@@ -59,12 +59,12 @@ def write(model: Decoder) -> dict[str, Any]:
 
 
 def moe_rules(*, separate_experts: int | None = None) -> list[Rule]:
-    """MixtralSparseMoeBlock <-> `MoE`. As `moe.moe_rules` says."""
+    """Return the rules between MixtralSparseMoeBlock and `MoE`. Arguments: see `moe.moe_rules`."""
     return moe.moe_rules(separate_experts=separate_experts, expert_names=moe.NUMBERED)
 
 
 def layer_of_experts_rules(mixer: list[Rule], layer: Any, separate_experts: bool) -> list[Rule]:
-    """A layer of the decoder. mixer: rules of its attention."""
+    """Return the rules for a layer of the decoder. mixer: rules of its attention. layer: its `MoE`."""
     experts = moe_rules(separate_experts=layer.num_experts if separate_experts else None)
     return layer_rules(mixer, experts, feed_forward_name="block_sparse_moe" if separate_experts else "mlp")
 

@@ -1,15 +1,15 @@
-"""The common parts of MoE layers in transformers: a router, experts that are stacked or separate, a shared expert."""
+"""Rules for the parts that MoE layers of transformers share: router, stacked or separate experts, shared expert."""
 
 from torchlmoe.feed_forwards.moe import MoE
 from torchlmoe.interop.rules import Rule
 from torchlmoe.interop.steps import Flatten, Split
 
 NAMED = ("gate_proj", "up_proj", "down_proj")
-NUMBERED = ("w1", "w3", "w2")  # the same three in files of Mixtral, MiniMax and Kimi-Linear
+NUMBERED = ("w1", "w3", "w2")  # the same three matrices in files of Mixtral, MiniMax and Kimi-Linear
 
 
 def shared_units(layer: MoE, model_type: str) -> int:
-    """Hidden width of the shared experts. Raises ValueError for a layer without, which the family cannot hold."""
+    """Return the hidden width of the shared experts. Raises ValueError for a layer without shared experts."""
     if layer.shared_expert is None:
         raise ValueError(f"The model has no shared expert, but {model_type} always has one: choose another --format.")
     return layer.shared_expert.units
@@ -24,12 +24,15 @@ def moe_rules(
     expert_names: tuple[str, str, str] = NAMED,
     gated: bool = True,
 ) -> list[Rule]:
-    """A layer of transformers <-> `MoE`.
+    """Return the rules between an MoE layer of transformers and `MoE`.
 
-    shared_expert: its name in theirs, if there is one; shared_expert_gate: whether it has a gate. loss_free: whether
-    the router has a bias. separate_experts: the number of experts if each has three separate matrices, called
-    expert_names, as in files; None where they are stacked, as in transformers' modules. gated: whether an expert has a
-    gate.
+    shared_expert: name of the shared expert in transformers, or None without one.
+    shared_expert_gate: whether the shared expert has a gate.
+    loss_free: whether the router has a bias.
+    separate_experts: the number of experts if each has separate matrices, as in files; None if they are stacked, as in
+        transformers' modules.
+    expert_names: names of these matrices.
+    gated: whether an expert has a gate matrix.
     """
     first = "gate_up_proj" if gated else "up_proj"
     rules = [Rule("gate.weight", "router.weight")]
@@ -52,7 +55,7 @@ def _separate_experts_rules(num_experts: int, names: tuple[str, str, str], gated
     gate, up, down = ([f"experts.{expert}.{name}.weight" for expert in range(num_experts)] for name in names)
     gate_up = [name for pair in zip(gate, up, strict=True) for name in pair]
     stack = Flatten((num_experts, -1)).inverse
-    # Gate over up, expert after expert: joined in this order, all is one copy and the stack a view of it.
+    # In this order (gate and up of each expert) one concatenation is enough, and the stack is a view of it.
     return [
         Rule(gate_up, "experts.gate_up_proj", Split(2 * num_experts).inverse, stack)
         if gated

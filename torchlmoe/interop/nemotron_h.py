@@ -1,4 +1,4 @@
-"""Nemotron-H and Nemotron 3 in transformers: NemotronHForCausalLM. A layer is a mixer or a feed-forward layer alone."""
+"""Nemotron-H and Nemotron 3 in transformers: NemotronHForCausalLM. A layer has a mixer or a feed-forward layer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MAMBA2_KEYS = mamba2.KEYS | {
     "head_dim": "mamba_head_dim",
     "state_dim": "ssm_state_size",
 }
-# Options of `moe` and what config.json calls them.
+# Options of `moe` and their keys in config.json.
 MOE_KEYS = {
     "num_experts": "n_routed_experts",
     "top_k": "num_experts_per_tok",
@@ -45,7 +45,7 @@ def read(keys: Keys) -> dict[str, Any]:
     attention = {**read_attention(keys), "rotary_fraction": 0.0}
     keys.only("attention_head_dim", attention["head_dim"])
     keys.only("sliding_window")
-    keys.only("tie_word_embeddings", False)  # transformers would not tie them
+    keys.only("tie_word_embeddings", False)  # transformers ignores the key
     kinds: dict[str, dict[str, Any]] = {"M": mamba | {"mlp": "none"}, "A": attention | {"mlp": "none"}}
     keys.only("mlp_hidden_act", "relu2")
     keys.only("mlp_bias", False)
@@ -55,7 +55,7 @@ def read(keys: Keys) -> dict[str, Any]:
     if "E" in letters:
         kinds["E"] = {"mixer": "none", "mlp": "moe", "mlp_options": _read_experts(keys)}
     keys.skip("intermediate_size", *MOE_KEYS.values())
-    # What transformers does not read.
+    # Keys that transformers does not read.
     keys.skip("time_step_limit", "attention_bias", "mamba_proj_bias", "n_shared_experts", "norm_eps", "rms_norm_eps")
     keys.skip(
         "chunk_size", "mamba_ssm_cache_dtype", "moe_shared_expert_overlap", "num_logits_to_keep", "time_step_rank",
@@ -65,7 +65,7 @@ def read(keys: Keys) -> dict[str, Any]:
 
 
 def _read_letters(keys: Keys) -> list[str]:
-    """Of each layer. Files from before transformers 5 have a pattern in place of words."""
+    """Return the letter of each layer. Files from before transformers 5 have a pattern in place of words."""
     pattern = keys.take("hybrid_override_pattern", "", str)
     words = keys.take("layers_block_type", [], list)
     keys.skip("num_hidden_layers")
@@ -101,7 +101,7 @@ def write(model: Decoder) -> dict[str, Any]:
     heads: dict[str, Any] = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 1}
     if attention is not None:
         heads = write_attention(attention)
-        heads["rope_theta"] = heads.pop("rope_parameters")["rope_theta"]  # without effect, but files have it
+        heads["rope_theta"] = heads.pop("rope_parameters")["rope_theta"]  # has no effect, but files have the key
     return {
         **write_model(model),
         "layers_block_type": [_word(block) for block in blocks_of(model)],
@@ -137,7 +137,7 @@ def _write_experts(layer: MoE) -> dict[str, Any]:
 
 
 def feed_forward_rules(layer: Any, separate_experts: bool) -> list[Rule]:
-    """NemotronHMoE or NemotronHMLP <-> `MoE` or `Dense`, with activation "relu2"."""
+    """Return the rules between NemotronHMoE and `MoE`, or NemotronHMLP and `Dense`, with activation "relu2"."""
     if isinstance(layer, Dense):
         return [Rule(f"{name}.weight", f"{name}.weight") for name in ("up_proj", "down_proj")]
     number = layer.num_experts if separate_experts else None
@@ -164,6 +164,6 @@ FAMILY = Family(
     block_rules,
     NAMES,
     left_out=("mtp.",),
-    module_names=Names("model.embeddings.weight", "model.layers", "model.norm_f.weight"),
+    module_names=Names("model.embeddings.weight", "model.layers", "model.norm_f"),
     file_mark="backbone.",
 )

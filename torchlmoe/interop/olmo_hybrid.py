@@ -12,7 +12,8 @@ from torchlmoe.feed_forwards.dense import Dense
 from torchlmoe.interop import gated_deltanet
 from torchlmoe.interop.family import Family, all_mixers_of, feed_forward_of, model_tables
 from torchlmoe.interop.keys import Keys
-from torchlmoe.interop.qwen3_next import LAYERS, convolution_rule, write_deltanet, write_layer_types
+from torchlmoe.interop.layer_types import LAYERS, write_layer_types
+from torchlmoe.interop.qwen3_next import convolution_rule, write_deltanet
 from torchlmoe.interop.rules import Rule, prefixed
 from torchlmoe.interop.softmax import (
     attention_rules,
@@ -27,11 +28,11 @@ from torchlmoe.mixers.attention import Attention
 from torchlmoe.mixers.gated_deltanet import GatedDeltaNet
 from torchlmoe.model.decoder import Decoder
 
-DELTANET_NORM_EPS = 1e-5  # whatever rms_norm_eps says
+DELTANET_NORM_EPS = 1e-5  # fixed in transformers; rms_norm_eps does not apply to this norm
 
 
 def read_deltanet(keys: Keys) -> dict[str, Any]:
-    """A letter's mixer and its options."""
+    """Return a letter's mixer with its options."""
     heads = keys.integer("num_attention_heads")
     key_heads = keys.integer("linear_num_key_heads", heads)
     key_dim = keys.integer("linear_key_head_dim", int(0.75 * keys.integer("hidden_size") / key_heads))
@@ -49,7 +50,7 @@ def read_deltanet(keys: Keys) -> dict[str, Any]:
 
 
 def has_positions(keys: Keys) -> bool:
-    """Whether attention turns by rotary phases: not if the file says that rope_theta is null."""
+    """Return whether attention has rotary phases. It has none if rope_theta is null, and some if the key is absent."""
     places = keys.table("rope_parameters"), keys.content
     return next((place["rope_theta"] is not None for place in places if "rope_theta" in place), True)
 
@@ -86,10 +87,11 @@ def write(model: Decoder) -> dict[str, Any]:
 
 
 class Thirds(Step):
-    """Three tensors of any sizes along dim 0 <-> one, which the inverse splits into thirds, as transformers does.
+    """Concatenates three tensors of any sizes along dim 0. The inverse splits the result into equal thirds.
 
-    Files of the authors hold the convolutions of q, k and v. Transformers joins them as it loads, and as it saves cuts
-    what is joined into thirds under their names, whatever the widths of q, k and v are. Joined, both are the same.
+    The authors' files have separate convolutions of q, k and v. When transformers loads a file, it concatenates them.
+    When it saves a model, it cuts the result into equal thirds under the names of q, k and v, whatever their widths.
+    Concatenated, both kinds of file are the same.
     """
 
     num_before, num_after = 3, 1
@@ -102,7 +104,10 @@ class Thirds(Step):
 
 
 def gated_deltanet_rules(mixer: GatedDeltaNet, *, saved: bool) -> list[Rule]:
-    """OlmoHybridGatedDeltaNet <-> `gated_deltanet`. saved: as in files, which have three convolutions for one."""
+    """Return the rules between OlmoHybridGatedDeltaNet and `gated_deltanet`.
+
+    saved: whether names are those of files, which have three convolutions in place of one.
+    """
     widths = (mixer.num_key_heads * mixer.key_dim,) * 2 + (mixer.num_heads * mixer.value_dim,)
     one = convolution_rule(*widths, mixer.q_conv.weight.shape[-1])
     three = Rule([f"{name}_conv1d.weight" for name in "qkv"], one.ours, Thirds(), *one.steps)
@@ -110,9 +115,8 @@ def gated_deltanet_rules(mixer: GatedDeltaNet, *, saved: bool) -> list[Rule]:
 
 
 def block_rules(block: Any, separate_experts: bool) -> list[Rule]:
-    """OlmoHybridLinearAttentionDecoderLayer, with norms before, or OlmoHybridAttentionDecoderLayer, with norms after.
-
-    Modules call two norms otherwise than the files that transformers writes.
+    """Return the rules for OlmoHybridLinearAttentionDecoderLayer (pre-norm) or OlmoHybridAttentionDecoderLayer
+    (post-norm). Two norms have other names in files than in modules.
     """
     if isinstance(block.mixer, Attention):
         norms, name = ("post_attention_layernorm", "post_feedforward_layernorm"), "self_attn"

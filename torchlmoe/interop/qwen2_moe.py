@@ -1,4 +1,4 @@
-"""Qwen2-MoE in transformers: Qwen2MoeForCausalLM. Qwen3-Next and Qwen3-MoE share its expert layers and their places."""
+"""Qwen2-MoE in transformers: Qwen2MoeForCausalLM. Qwen3-MoE and Qwen3-Next have the same feed-forward layers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ from torchlmoe.model.decoder import Decoder
 
 
 def read_feed_forwards(keys: Keys, *, normalize: bool) -> tuple[list[bool], dict[str, Any], dict[str, Any]]:
-    """Which layers are sparse, and the tables of sparse and of dense layers. normalize: where the file does not say."""
+    """Return whether each layer is sparse, and the tables of sparse and of dense layers.
+
+    normalize: default of norm_topk_prob.
+    """
     num_layers, step = keys.integer("num_hidden_layers"), keys.integer("decoder_sparse_step", 1)
     dense = set(keys.take("mlp_only_layers", [], list))
     sparse = [index not in dense and (index + 1) % step == 0 for index in range(num_layers)]
@@ -65,12 +68,15 @@ def write_feed_forwards(model: Decoder, num_experts: str = "num_experts") -> dic
 
 
 def moe_rules(*, separate_experts: int | None = None) -> list[Rule]:
-    """Qwen2MoeSparseMoeBlock <-> `MoE` with a gated shared expert. As `moe.moe_rules` says."""
+    """Return the rules between Qwen2MoeSparseMoeBlock and `MoE` with a gated shared expert.
+
+    Arguments: see `moe.moe_rules`.
+    """
     return moe.moe_rules(shared_expert="shared_expert", shared_expert_gate=True, separate_experts=separate_experts)
 
 
 def feed_forward_rules(layer: Any, separate_experts: bool) -> list[Rule]:
-    """Of a sparse or a dense layer."""
+    """Return the rules for a sparse or a dense feed-forward layer."""
     if not isinstance(layer, MoE):
         return mlp_rules(layer)
     number = layer.num_experts if separate_experts else None

@@ -1,4 +1,4 @@
-"""Qwen3.5-MoE in transformers, text alone: Qwen3_5MoeForCausalLM. Experts of Qwen2-MoE, mixers of Qwen3.5."""
+"""Language model of Qwen3.5-MoE in transformers: Qwen3_5MoeForCausalLM. Experts of Qwen2-MoE, mixers of Qwen3.5."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def block_rules(block: Any, separate_experts: bool) -> list[Rule]:
     return layer_of(block.mixer, feed_forward_rules(block.feed_forward, separate_experts))
 
 
-# What Qwen2-MoE may choose is fixed here: experts in every layer, and weights that add up to one.
+# Keys of Qwen2-MoE with one possible value here: all layers have experts, and routing weights add up to one.
 FIXED: dict[str, Any] = {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True}
 FAMILY = Family(
     "qwen3_5_moe_text", "Qwen3_5MoeForCausalLM", read, write, block_rules, left_out=LEFT_OUT, other_names=OTHER_NAMES

@@ -1,5 +1,5 @@
-"""Qwen3.5 in transformers, dense and text alone: Qwen3_5ForCausalLM. Its mixers are those of Qwen3-Next, but for the
-projections of Gated DeltaNet, which are not interleaved by head.
+"""Language model of Qwen3.5, dense, in transformers: Qwen3_5ForCausalLM. It has the mixers of Qwen3-Next, except that
+the projections of Gated DeltaNet are not interleaved by head.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ OTHER_NAMES = (("model.", "model.language_model."),)
 
 
 def read_text(keys: Keys) -> dict[str, Any]:
-    """Settings of `[model]`; keys of files on the hub that change nothing in text are skipped."""
+    """Return settings of `[model]`."""
     keys.only("attn_output_gate", True)
+    # Files on the hub have these keys, which have no effect on text.
     keys.skip("mamba_ssm_dtype", "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings")
     return {"zero_centered_norm": True, **read_model(keys)}
 
@@ -50,7 +51,7 @@ def write(model: Decoder) -> dict[str, Any]:
 
 
 def gated_deltanet_rules(mixer: GatedDeltaNet) -> list[Rule]:
-    """Qwen3_5GatedDeltaNet <-> `gated_deltanet`."""
+    """Return the rules between Qwen3_5GatedDeltaNet and `gated_deltanet`."""
     widths = (mixer.num_key_heads * mixer.key_dim,) * 2 + (mixer.num_heads * mixer.value_dim,)
     return [
         convolution_rule(*widths, mixer.q_conv.weight.shape[-1]),
@@ -66,7 +67,7 @@ def gated_deltanet_rules(mixer: GatedDeltaNet) -> list[Rule]:
 
 
 def layer_of(mixer: Any, feed_forward: list[Rule]) -> list[Rule]:
-    """A layer's weights, given those of its feed-forward layer."""
+    """Return the rules for a layer. feed_forward: rules of its feed-forward layer."""
     if isinstance(mixer, Attention):
         table = gated_attention_rules(num_heads=mixer.num_heads, head_dim=mixer.head_dim)
         return layer_rules(table, feed_forward)

@@ -1,11 +1,12 @@
-"""Qwen3-Next in transformers: Qwen3NextForCausalLM. Its layers of experts are those of Qwen2-MoE."""
+"""Qwen3-Next in transformers: Qwen3NextForCausalLM. Its feed-forward layers are those of Qwen2-MoE."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from torchlmoe.interop.family import Family, all_mixers_of, blocks_of, model_tables
+from torchlmoe.interop.family import Family, all_mixers_of, model_tables
 from torchlmoe.interop.keys import Keys
+from torchlmoe.interop.layer_types import DENSE, LAYERS, write_layer_types
 from torchlmoe.interop.qwen2_moe import feed_forward_rules, read_feed_forwards, write_feed_forwards
 from torchlmoe.interop.rules import Rule
 from torchlmoe.interop.softmax import layer_rules, read_attention, read_model, write_attention, write_model
@@ -14,12 +15,9 @@ from torchlmoe.mixers.attention import Attention
 from torchlmoe.mixers.gated_deltanet import GatedDeltaNet
 from torchlmoe.model.decoder import Decoder
 
-LAYERS = {"linear_attention": "L", "full_attention": "N"}
-DENSE = {"L": "D", "N": "E"}  # the letters of layers with the same mixers and dense MLPs
-
 
 def read_deltanet(keys: Keys) -> dict[str, Any]:
-    """A letter's mixer and its options."""
+    """Return a letter's mixer with its options."""
     key_dim, value_dim = keys.integer("linear_key_head_dim"), keys.integer("linear_value_head_dim")
     return {
         "mixer": "gated_deltanet",
@@ -43,9 +41,9 @@ def write_deltanet(mixer: GatedDeltaNet) -> dict[str, Any]:
 
 
 def read_mixers(keys: Keys) -> dict[str, dict[str, Any]]:
-    """The mixers and their options of the letters L and N, without feed-forward layers."""
+    """Return the mixers of the letters L and N with their options."""
     keys.only("attention_bias", False)
-    for name in ("head_dim", "num_key_value_heads"):  # whose defaults there are not those of other families
+    for name in ("head_dim", "num_key_value_heads"):  # required, since their defaults differ from other families'
         keys.integer(name)
     attention = read_attention(keys, fraction=0.25, qk_norm=True, output_gate=True)
     return {"L": read_deltanet(keys), "N": attention}
@@ -62,20 +60,14 @@ def write_mixers(model: Decoder, model_type: str) -> dict[str, Any]:
 
 
 def read_layer_types(keys: Keys, num_layers: int) -> list[str]:
-    """A letter, L or N, for each layer."""
+    """Return a letter for each layer: L for Gated DeltaNet, N for attention."""
     every = keys.integer("full_attention_interval", 4)
     default = ["linear_attention" if (index + 1) % every else "full_attention" for index in range(num_layers)]
     return keys.choices("layer_types", num_layers, LAYERS, default)
 
 
-def write_layer_types(model: Decoder) -> dict[str, Any]:
-    """The inverse of `read_layer_types`."""
-    kinds = [isinstance(block.mixer, Attention) for block in blocks_of(model)]
-    return {"layer_types": ["full_attention" if is_attention else "linear_attention" for is_attention in kinds]}
-
-
 def read(keys: Keys) -> dict[str, Any]:
-    keys.integer("shared_expert_intermediate_size")  # which Qwen3-MoE does without
+    keys.integer("shared_expert_intermediate_size")  # required here, unlike in Qwen3-MoE
     sparse, experts, dense = read_feed_forwards(keys, normalize=True)
     mixers = read_mixers(keys)
     kinds = {letter: {**mixer, **experts} for letter, mixer in mixers.items()}
@@ -90,7 +82,7 @@ def write(model: Decoder) -> dict[str, Any]:
 
 
 def convolution_rule(query_width: int, key_width: int, value_width: int, conv_size: int) -> Rule:
-    """One convolution over the channels of q, k and v <-> three."""
+    """Return the rule between one convolution over the channels of q, k and v, and three convolutions."""
     names = ["q_conv.weight", "k_conv.weight", "v_conv.weight"]
     return Rule("conv1d.weight", names, Flatten((1, conv_size), dim=1), Split((query_width, key_width, value_width)))
 
@@ -98,11 +90,12 @@ def convolution_rule(query_width: int, key_width: int, value_width: int, conv_si
 def gated_deltanet_rules(
     *, num_heads: int, num_key_heads: int, key_dim: int, value_dim: int, conv_size: int
 ) -> list[Rule]:
-    """Qwen3NextGatedDeltaNet <-> `gated_deltanet`. key_dim, value_dim: the widths of one head."""
-    shared = num_heads // num_key_heads  # value heads of a key head
+    """Return the rules between Qwen3NextGatedDeltaNet and `gated_deltanet`. key_dim, value_dim: widths of one head."""
+    shared = num_heads // num_key_heads  # value heads for each key head
     key_width, value_width = num_key_heads * key_dim, num_heads * value_dim
     return [
-        # Theirs projects, for each key head, its q and k and its value heads' v and z; and their b and a.
+        # One matrix has, for each key head, the rows of q, k, v and z of that head, where v and z have several value
+        # heads. Another matrix has the rows of b and a.
         Rule(
             "in_proj_qkvz.weight",
             ["q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight"],
@@ -118,9 +111,9 @@ def gated_deltanet_rules(
 
 
 def gated_attention_rules(*, num_heads: int, head_dim: int) -> list[Rule]:
-    """Qwen3NextAttention <-> `attention` with qk_norm, output_gate and zero_centered_norm."""
+    """Return the rules between Qwen3NextAttention and `attention` with qk_norm, output_gate, zero_centered_norm."""
     return [
-        # Theirs projects, for each head, q and then its gate.
+        # Their q_proj has, for each head, the rows of q and then those of its gate.
         Rule("q_proj.weight", ["q_proj.weight", "gate_proj.weight"], Split((head_dim, head_dim), groups=num_heads)),
         Rule("k_proj.weight", "k_proj.weight"),
         Rule("v_proj.weight", "v_proj.weight"),

@@ -1,4 +1,4 @@
-"""Rotary wavelengths in config.json: `rope_parameters`, or the three keys that older files have in its place."""
+"""Rotary settings in config.json: `rope_parameters`, or rope_theta, rope_scaling and partial_rotary_factor."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from torchlmoe.interop.keys import Keys
 from torchlmoe.layers.rope_scaling import ROPE_SCALINGS
 from torchlmoe.mixers.attention import Attention
 
-# How a multimodal model splits phases between time, height and width: the same for all three in text.
+# Keys that split the phases between time, height and width. In text all three have the same position.
 _OF_IMAGES = ("mrope_section", "mrope_interleaved")
 
 
 def read_rope(keys: Keys, *, base: float = 10_000.0, fraction: float = 1.0) -> dict[str, Any]:
-    """Options of `attention`: rope_base, rotary_fraction, rope_scaling. base, fraction: where the file has none."""
+    """Return rope_base, rotary_fraction and rope_scaling, options of `attention`.
+
+    base, fraction: defaults of the family.
+    """
     given = {**keys.table("rope_scaling"), **keys.table("rope_parameters")}
     base = given.pop("rope_theta", None) or keys.number("rope_theta", base)
     fraction = given.pop("partial_rotary_factor", None) or keys.number("partial_rotary_factor", fraction)
@@ -33,7 +36,7 @@ def read_rope(keys: Keys, *, base: float = 10_000.0, fraction: float = 1.0) -> d
 
 
 def write_rope(mixer: Attention, *, fraction: bool = False) -> dict[str, Any]:
-    """`rope_parameters` of a mixer. fraction: whether the family turns a part of the channels."""
+    """Return `rope_parameters` of a mixer. fraction: whether the family has partial_rotary_factor."""
     (kind,) = [name for name, scaling in ROPE_SCALINGS.items() if type(mixer.rope_scaling) is scaling]
     numbers = {} if kind == "default" else asdict(mixer.rope_scaling)  # type: ignore[call-overload]
     parameters = {"rope_type": kind, "rope_theta": mixer.rope_base}

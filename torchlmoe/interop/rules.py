@@ -1,10 +1,10 @@
-"""Rules from another format's tensors to torchlmoe's and back, as data: names on either side and steps between them.
+"""Rules that convert tensors of another format to torchlmoe's and back: names on both sides, and invertible steps.
 
     table = [Rule("attn.qkv.weight", ("q_proj.weight", "k_proj.weight", "v_proj.weight"), Split(3))]
     ours = convert(theirs, table)
     theirs = convert(ours, table, reverse=True)
 
-A table is a list of rules in any order. One layer's table serves a model by `prefixed`.
+A table is a list of rules in any order. `prefixed` makes the table of a model from that of a layer.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from torchlmoe.interop.steps import Misfit, Step
 
 
 class Rule:
-    """Converts the tensors `theirs` of the other format to the tensors `ours`, by `steps`, one after another.
+    """Converts tensors of the other format to tensors of torchlmoe by steps, which are applied in order.
 
-    theirs, ours: one name or several. A `*` between dots stands for a number, such as that of a layer. If one name of a
-    rule has a `*`, all of them need one, and the rule applies to every number found. A rule without steps renames.
+    theirs, ours: one or more names in the other format, and in torchlmoe. A `*` between dots stands for a number, such
+    as the index of a layer. If one name of a rule has a `*`, all of them need one, and the rule applies to every number
+    that occurs. A rule without steps renames a tensor.
 
     Raises ValueError if the steps do not make as many tensors as there are names.
     """
@@ -44,13 +45,13 @@ class Rule:
 
     @property
     def numbered(self) -> bool:
-        """Whether the names hold a `*`."""
+        """Whether the names have a `*`."""
         return "*" in self.theirs[0]
 
     def forward(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Tensors in the order of `theirs` -> tensors in the order of `ours`.
+        """Convert tensors in the order of `theirs` to tensors in the order of `ours`.
 
-        Raises ValueError with one sentence that names the tensor whose shape or dtype does not fit.
+        Raises ValueError that names the first tensor whose shape or dtype does not fit.
         """
         return self._run(self.theirs, [step.forward for step in self.steps], tensors)
 
@@ -59,7 +60,7 @@ class Rule:
         return self._run(self.ours, [step.backward for step in reversed(self.steps)], tensors)
 
     def renamed(self, theirs: Callable[[str], str], ours: Callable[[str], str]) -> Rule:
-        """The rule with each name replaced by what the function of its side makes of it."""
+        """Return the same rule with names changed by two functions, one for each side."""
         return Rule([theirs(name) for name in self.theirs], [ours(name) for name in self.ours], *self.steps)
 
     def _run(self, names: Sequence[str], steps: Iterable[Callable], tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -69,7 +70,7 @@ class Rule:
             try:
                 found = step(found)
             except Misfit as misfit:
-                # Steps keep the order, so what stands in the middle of the list came from the middle of the names.
+                # Steps keep the order of tensors, so the place in the list tells the place among the names.
                 name = names[misfit.index * len(names) // count]
                 raise ValueError(f"{name} must {misfit.need}: {misfit.remedy}.") from misfit
         return found
@@ -79,21 +80,22 @@ class Rule:
 
 
 def prefixed(table: Iterable[Rule], theirs: str, ours: str) -> list[Rule]:
-    """The table with a prefix before the names of either side: "model.layers.3.self_attn." and "blocks.3.mixer.", say.
+    """Return the table with a prefix added to the names of each side.
 
-    With "model.layers.*.mlp." and "blocks.*.feed_forward." one table serves every layer. Where layers are of several
-    kinds, give each layer its own numbers: a name of ours, as blocks.*.mixer.o_proj.weight, may belong to any kind.
+    For example "model.layers.3.self_attn." and "blocks.3.mixer.". With "model.layers.*.mlp." and
+    "blocks.*.feed_forward." one table serves every layer. If layers have different kinds, add prefixes with the index
+    of each layer instead, since a name such as blocks.*.mixer.o_proj.weight may belong to any kind.
     """
     return [rule.renamed(theirs.__add__, ours.__add__) for rule in table]
 
 
 def convert(tensors: Mapping[str, Tensor], table: Iterable[Rule], *, reverse: bool = False) -> dict[str, Tensor]:
-    """Tensors by their names in the other format -> tensors by their names here; with `reverse` the other way.
+    """Convert tensors of the other format to torchlmoe's, or with `reverse` torchlmoe's to the other format.
 
-    The tensors may be of any dtype and device, meta included, and may share memory with the result.
+    tensors: name -> tensor of any dtype and device, meta included. The result may share memory with them.
 
-    Raises ValueError with one sentence that names a tensor that is missing, that no rule or more than one rule takes,
-    that two rules give, or whose shape or dtype does not fit. Names are checked before any tensor is made.
+    Raises ValueError that names a tensor that is missing, that no rule or more than one rule uses, that two rules
+    make, or whose shape or dtype does not fit. Names are checked before any tensor is made.
     """
     result: dict[str, Tensor] = {}
     for conversion in conversions(tensors, table, reverse=reverse):
@@ -102,21 +104,21 @@ def convert(tensors: Mapping[str, Tensor], table: Iterable[Rule], *, reverse: bo
 
 
 class Conversion(NamedTuple):
-    """One rule, applied in one direction to the tensors `sources`, which gives the tensors `targets`."""
+    """A rule in one direction. It makes the tensors `targets` from the tensors `sources`."""
 
     sources: tuple[str, ...]
     targets: tuple[str, ...]
     run: Callable[[Sequence[Tensor]], list[Tensor]]
 
     def __call__(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-        """The targets, from the sources in their order. Raises ValueError as `convert` does."""
+        """Return the targets by name, from the sources in order. Raises ValueError like `convert`."""
         return dict(zip(self.targets, self.run(tensors), strict=True))
 
 
 def conversions(names: Collection[str], table: Iterable[Rule], *, reverse: bool = False) -> list[Conversion]:
-    """What `convert` does to tensors of these names, one step after another.
+    """Return the conversions that `convert` applies to tensors with these names, in order.
 
-    Raises ValueError as `convert` does, but for shapes and dtypes.
+    Raises ValueError like `convert`, except for shapes and dtypes.
     """
     numbers = _numbers_by_pattern(names)
     rules = [each for rule in table for each in _numbered(rule, numbers, reverse)]
@@ -140,7 +142,7 @@ def conversions(names: Collection[str], table: Iterable[Rule], *, reverse: bool 
 
 
 def _numbers_by_pattern(names: Iterable[str]) -> dict[str, list[str]]:
-    """For each name with one of its numbers made `*`, the numbers that stand there."""
+    """Return the numbers in names: a name with one number replaced by `*` -> the numbers at that place."""
     numbers = defaultdict(list)
     for name in names:
         for match in re.finditer(r"(?<![^.])\d+(?![^.])", name):
@@ -149,7 +151,7 @@ def _numbers_by_pattern(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _numbered(rule: Rule, numbers: Mapping[str, list[str]], reverse: bool) -> list[Rule]:
-    """The rule once for each number of which there is any of its tensors; once as it is, if it has no `*`."""
+    """Return the rule with `*` replaced by each number that occurs in names, or the rule itself if it has no `*`."""
     if not rule.numbered:
         return [rule]
     sources = rule.ours if reverse else rule.theirs
@@ -161,7 +163,7 @@ def _numbered(rule: Rule, numbers: Mapping[str, list[str]], reverse: bool) -> li
 
 
 def _once(verb: str, groups: Iterable[Sequence[str]]) -> set[str]:
-    """All names of all groups. Raises ValueError if there is one twice."""
+    """Return the names of all groups. Raises ValueError if a name occurs twice."""
     counts = Counter(name for group in groups for name in group)
     for name, count in counts.items():
         if count > 1:

@@ -1,4 +1,4 @@
-"""Softmax attention and dense MLPs as most families of transformers have them, and the layer around them."""
+"""Settings and rules that most families share: softmax attention, dense MLP, the layer's norms, `[model]`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torchlmoe.mixers.attention import Attention
 
 
 def read_attention(keys: Keys, *, base: float = 10_000.0, fraction: float = 1.0, **fixed: Any) -> dict[str, Any]:
-    """A letter's mixer and its options. fixed: options that the family always has."""
+    """Return a letter's mixer with its options. fixed: options that are constant in the family."""
     heads = keys.integer("num_attention_heads")
     return {
         "mixer": "attention",
@@ -36,13 +36,13 @@ def write_attention(mixer: Attention, *, fraction: bool = False) -> dict[str, An
 
 
 def attention_rules(mixer: Attention) -> list[Rule]:
-    """q_proj, k_proj, v_proj, o_proj, with biases and norms where the mixer has them."""
+    """Return the rules for q_proj, k_proj, v_proj and o_proj, with biases and norms if the mixer has them."""
     names = [name for name, _ in mixer.named_parameters() if not name.startswith("gate_proj")]
     return [Rule(name, name) for name in names]
 
 
 def mlp_rules(layer: FeedForward) -> list[Rule]:
-    """gate_proj, up_proj, down_proj."""
+    """Return the rules for gate_proj, up_proj and down_proj."""
     return [Rule(f"{name}.weight", f"{name}.weight") for name in NAMED]
 
 
@@ -54,7 +54,10 @@ def layer_rules(
     feed_forward_name: str = "mlp",
     feed_forward_norm: str = "post_attention_layernorm",
 ) -> list[Rule]:
-    """A layer with two pre-norms: rules of its mixer and of its feed-forward layer, under their names in the layer."""
+    """Return the rules for a layer with two pre-norms.
+
+    mixer, feed_forward: rules of the two parts. mixer_name, feed_forward_name, feed_forward_norm: names in the layer.
+    """
     return [
         Rule("input_layernorm.weight", "mixer_norm.weight"),
         *prefixed(mixer, f"{mixer_name}.", "mixer."),
@@ -64,7 +67,7 @@ def layer_rules(
 
 
 def read_model(keys: Keys, *, norm_eps: float = 1e-6) -> dict[str, Any]:
-    """Settings of `[model]` that all families have by the same names."""
+    """Return settings of `[model]` whose keys have the same names in most families. norm_eps: default of the family."""
     keys.only("hidden_act", "silu")
     return {
         "dim": keys.integer("hidden_size"),

@@ -1,8 +1,8 @@
 """Invertible steps on a list of tensors: split, flatten, reorder, permute, add a constant.
 
-`forward` goes from another format to torchlmoe and `backward` returns; `step.inverse` is the step with the two
-exchanged, so `Split(...).inverse` joins tensors. Steps take tensors of any dtype and device, meta included. They return
-views where torch has one: to split without groups, to flatten what is contiguous and to permute copies nothing.
+`forward` converts from another format to torchlmoe, and `backward` is its inverse. `step.inverse` exchanges the two, so
+`Split(...).inverse` concatenates tensors. Tensors may have any dtype and device, meta included. Nothing is copied if a
+view is possible: by a split without groups, a permutation, and a flatten of contiguous tensors.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class Misfit(ValueError):
-    """The tensor at place `index` of a step's list does not fit; `need` and `remedy` continue "The tensor must"."""
+    """The tensor at place `index` of a step's list does not fit. `need` completes the sentence "Tensor 0 must ..."."""
 
     def __init__(self, index: int, need: str, remedy: str = "check the sizes that the table was made with"):
         super().__init__(f"Tensor {index} must {need}: {remedy}.")
@@ -24,14 +24,14 @@ class Misfit(ValueError):
 
 
 class Step(ABC):
-    """num_before, num_after: how many tensors `forward` takes and gives; None for any number, and as many."""
+    """num_before, num_after: number of tensors that `forward` takes and returns. None: any number, unchanged."""
 
     num_before: int | None = None
     num_after: int | None = None
 
     @abstractmethod
     def forward(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Raises Misfit for a tensor of another shape than the step says."""
+        """Convert tensors of the other format. Raises Misfit for a tensor whose shape does not fit."""
 
     @abstractmethod
     def backward(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -63,10 +63,10 @@ class _Inverse(Step):
 
 @dataclass(frozen=True)
 class Split(Step):
-    """One tensor -> its parts along `dim`, which consists of `groups` equal groups that each hold all parts.
+    """One tensor -> its parts along `dim`. The dim consists of `groups` equal groups, and each group has all parts.
 
-    sizes: of each part in one group, or the number of equal parts. With two groups, sizes (1, 2) take the entries
-    [a0, b0, c0, a1, b1, c1] apart into [a0, a1] and [b0, c0, b1, c1].
+    sizes: the size of each part within a group, or the number of equal parts. With two groups, sizes (1, 2) split the
+    entries [a0, b0, c0, a1, b1, c1] into [a0, a1] and [b0, c0, b1, c1].
     """
 
     sizes: tuple[int, ...] | int
@@ -116,14 +116,14 @@ class Split(Step):
             # `torch.cat` would convert silently, and the inverse would give another dtype.
             if (part.dtype, part.device) != (first.dtype, first.device):
                 like, found = (f"{x.dtype} on {x.device}" for x in (first, part))
-                raise Misfit(index, f"be {like} as what it is joined with, not {found}", "convert it first")
+                raise Misfit(index, f"be {like}, like the tensor it is joined with, not {found}", "convert it first")
         grouped = [part.unflatten(dim, (self.groups, -1)) for part in tensors]
         return [torch.cat(grouped, dim + 1).flatten(dim, dim + 1)]
 
 
 @dataclass(frozen=True)
 class Flatten(Step):
-    """Each tensor -> the same with the dims from `dim` on, of these sizes, made one. One size may be -1 for any."""
+    """Each tensor -> the same with len(sizes) dims, from `dim`, flattened to one. One of the sizes may be -1: any."""
 
     sizes: tuple[int, ...]
     dim: int = 0
@@ -154,7 +154,7 @@ class Flatten(Step):
 
 @dataclass(frozen=True)
 class Reorder(Step):
-    """Each tensor -> entry i of every group of len(order) entries along `dim` is the one that was order[i]."""
+    """Each tensor -> the same with every group of len(order) entries along `dim` reordered: new i is old order[i]."""
 
     order: tuple[int, ...]
     dim: int = 0
@@ -204,7 +204,7 @@ class Permute(Step):
 
 @dataclass(frozen=True)
 class Add(Step):
-    """Each tensor -> tensor + constant, in at least float32 on both ways, since bfloat16 would round the sum.
+    """Each tensor -> tensor + constant, in at least float32 in both directions, since bfloat16 would round the sum.
 
     A number far below the constant loses digits, as it does in a layer that computes the same sum in float32.
     """

@@ -40,10 +40,13 @@ class AllHeadsRMSNorm(RMSNorm):
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer norm with a weight and a bias per channel (arXiv 1607.06450); across_heads: see `RMSNorm`."""
+    """Layer norm with a weight and, unless `bias` is False, a bias per channel (arXiv 1607.06450).
 
-    def __init__(self, dim: int, eps: float = 1e-6, *, across_heads: bool = False):
-        super().__init__(dim, eps)
+    across_heads: see `RMSNorm`.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-6, *, across_heads: bool = False, bias: bool = True):
+        super().__init__(dim, eps, bias=bias)
         self.width = dim
         self.head_dims = {"weight": 0, "bias": 0} if across_heads else {}
         self.total: Total = None
@@ -53,12 +56,14 @@ class LayerNorm(nn.LayerNorm):
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
             centered = wide - self.total(wide.sum(-1, keepdim=True)) / self.width
             variance = self.total(centered.square().sum(-1, keepdim=True)) / self.width
-            return (centered * (variance + self.eps).rsqrt() * self.weight + self.bias).to(x.dtype)
+            y = centered * (variance + self.eps).rsqrt() * self.weight
+            return (y if self.bias is None else y + self.bias).to(x.dtype)
         return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
 
     def init_weights(self) -> None:
         constant_(self.weight, 1.0)
-        constant_(self.bias, 0.0)
+        if self.bias is not None:
+            constant_(self.bias, 0.0)
 
     def tensor_parallel_style(self, degree: int) -> ParallelStyle | None:
         return NormOverHeads() if self.head_dims else None

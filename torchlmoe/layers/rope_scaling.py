@@ -1,4 +1,4 @@
-"""Scaled rotary wavelengths for documents longer than those of the first training.
+"""Scaled rotary wavelengths for documents longer than those of pretraining.
 
 A scaling changes the frequency of each pair of channels and gives two factors, one for the phases' cos and sin and one
 for the softmax scale. All are float64. Names and results agree with those of transformers.
@@ -16,7 +16,9 @@ from torchlmoe.options import keyword_settings
 from torchlmoe.registry import Registry
 
 Factor = Annotated[float, Field(ge=1, le=1e6, description="Factor by which documents may be longer.")]
-FirstLength = Annotated[int, Field(ge=1, le=2**40, description="Document length of the first training.")]
+FirstLength = Annotated[int, Field(ge=1, le=2**40, description="Document length in pretraining.")]
+ScaledTurns = Annotated[float, Field(ge=1e-6, le=1e6, description="Pairs with fewer turns in that length are scaled.")]
+KeptTurns = Annotated[float, Field(ge=1e-6, le=1e6, description="Pairs with more turns in that length are kept.")]
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,8 @@ class Llama3(RopeScaling):
 
     factor: Factor
     original_max_position_embeddings: FirstLength
-    low_freq_factor: Annotated[
-        float, Field(ge=1e-6, le=1e6, description="Pairs with fewer turns in that length are scaled.")
-    ] = 1.0
-    high_freq_factor: Annotated[
-        float, Field(ge=1e-6, le=1e6, description="Pairs with more turns in that length are kept.")
-    ] = 4.0
+    low_freq_factor: ScaledTurns = 1.0
+    high_freq_factor: KeptTurns = 4.0
 
     def __post_init__(self) -> None:
         _check_order("low_freq_factor", self.low_freq_factor, "high_freq_factor", self.high_freq_factor)
@@ -77,12 +75,8 @@ class Yarn(RopeScaling):
 
     factor: Factor
     original_max_position_embeddings: FirstLength
-    beta_fast: Annotated[
-        float, Field(ge=1e-6, le=1e6, description="Pairs with more turns in that length are kept.")
-    ] = 32.0
-    beta_slow: Annotated[
-        float, Field(ge=1e-6, le=1e6, description="Pairs with fewer turns in that length are scaled.")
-    ] = 1.0
+    beta_fast: KeptTurns = 32.0
+    beta_slow: ScaledTurns = 1.0
     truncate: Annotated[bool, Field(description="Begin and end the blend at whole pairs.")] = True
     attention_factor: Annotated[
         float | None, Field(ge=1e-6, le=1e6, description="Factor on cos and sin; from factor and mscale if unset.")

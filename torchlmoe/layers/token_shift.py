@@ -55,3 +55,21 @@ class TokenShift(nn.Module):
 
     def context_parallel_style(self, lsm: str, attention: str) -> ParallelStyle:
         return TokenShiftHalo()
+
+
+class ShiftedMix(nn.Module):
+    """x [B, T, channels] -> like x: each token mixed with its predecessor, as by `TokenMix`. Looks across tokens."""
+
+    def __init__(self, channels: int, power: float):
+        super().__init__()
+        self.token_shift, self.mix = TokenShift(channels), TokenMix(channels, power)
+
+    def init_weights(self) -> None:
+        self.mix.init_weights()
+
+    def forward(self, x: Tensor, *, sequence: SequenceLayout, cache: TensorDict | None = None) -> Tensor:
+        return self.mix(x, self.token_shift(x, sequence=sequence, cache=cache) - x)
+
+    def init_cache(self, batch_size: int, dtype: torch.dtype, device: torch.device | None = None) -> TensorDict:
+        """See `TokenShift.init_cache`."""
+        return self.token_shift.init_cache(batch_size, dtype, device)

@@ -46,8 +46,8 @@ class Mixer(Configurable, nn.Module):
     part_of_heads: tuple[int, int] = (0, 1)  # index of this rank's part of the heads, and the number of parts
 
     def forward(self, x: Tensor, *, sequence: SequenceLayout, cache: TensorDict | None = None) -> Tensor:
-        """cache: from `init_cache`, updated in place. With a cache each row is one document, and a row whose
-        first position is 0 begins anew, whatever the cache holds.
+        """cache: from `init_cache`, updated in place. With a cache each row is one document. A row whose first position
+        is 0 starts a new document, and the values of its cache are ignored.
         """
         raise TypeError(f"{type(self).__name__} must define forward(x, *, sequence, cache=None).")
 

@@ -31,6 +31,9 @@ from torchlmoe.mixers.base import Place
 from torchlmoe.mixers.recurrent import RecurrentMixer
 from torchlmoe.mixers.widths import HeadDim, NumHeads, width_of_heads
 
+HeadNormEps = Annotated[
+    float, Field(ge=1e-12, le=0.1, description="Added under the root of the norm of a head, times head_dim.")
+]
 Rank = Annotated[int | None, Field(ge=1, description="Rank of a low-rank projection; grows with sqrt(dim) if unset.")]
 
 
@@ -49,6 +52,7 @@ class RWKV7(RecurrentMixer):
         rate_rank: Rank = None,
         value_rank: Rank = None,
         gate_rank: Rank = None,
+        head_norm_eps: HeadNormEps = 1e-5,
         **options,
     ):
         width = width_of_heads(dim, num_heads, head_dim)
@@ -72,7 +76,7 @@ class RWKV7(RecurrentMixer):
         self.erase_scale = nn.Parameter(torch.empty(width))  # xi
         self.rate_share = nn.Parameter(torch.empty(width))  # alpha
         self.bonus = nn.Parameter(torch.empty(width))  # rho
-        self.norm = HeadNorm(self.num_heads, self.value_dim, eps=1e-5 * self.value_dim)
+        self.norm = HeadNorm(self.num_heads, self.value_dim, eps=head_norm_eps * self.value_dim)
 
     def init_weights(self) -> None:
         super().init_weights()

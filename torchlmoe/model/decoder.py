@@ -48,6 +48,7 @@ class Decoder(nn.Module):
         self.is_first = self.is_last = True
         self.pipeline: object | None = None
         self.embedding = Embedding(spec.vocab_size, spec.dim, spec.init_std)
+        self.embedding_norm = spec.norm() if spec.embedding_norm else None
         self.blocks = nn.ModuleDict()
         self.common = nn.ModuleDict()  # by letter
         self.shared_width = 0
@@ -57,9 +58,8 @@ class Decoder(nn.Module):
         }
         seen: set[type[Mixer]] = set()
         for index, block in enumerate(spec.blocks):
-            mixer = None
+            mixer, place = None, Place(index, len(letters), first=block.mixer not in seen)
             if block.mixer is not None:
-                place = Place(index, len(letters), first=block.mixer not in seen)
                 seen.add(block.mixer)
                 mixer = block.mixer.at(place, spec.dim, **block.mixer_options)
                 self.shared_width = max(self.shared_width, mixer.shared_width)
@@ -72,7 +72,7 @@ class Decoder(nn.Module):
             if block.feed_forward is not None:
                 feed_forward = block.feed_forward(spec.dim, **block.feed_forward_options)
             # A dict, so that a pipeline stage with some of the blocks keeps their names.
-            self.blocks[str(index)] = Block(spec, mixer, feed_forward, block.residual)
+            self.blocks[str(index)] = Block(spec, mixer, feed_forward, block.residual, place)
         self.head = Head(spec)
         self.counter_sizes = {name: layer.load_balance.num_experts for name, layer in self.routed_layers().items()}
 
@@ -83,14 +83,14 @@ class Decoder(nn.Module):
                 module.init_weights()  # type: ignore[operator]
 
     def ends(self) -> list[nn.Module]:
-        """Embedding and head, of which a part of a model may lack either."""
-        return [module for name, module in self.named_children() if name in ("embedding", "head")]
+        """Embedding, its norm and head; a model may lack the norm, and a part of a model any of them."""
+        return [module for name, module in self.named_children() if name in ("embedding", "embedding_norm", "head")]
 
     def part(self, blocks: Iterable[int]) -> "Decoder":
         """Return a model with some of the blocks, which shares its modules with this one, under the same names.
 
-        It has the embedding if it has the first block, and the head if it has the last one (with tied embeddings then
-        also the embedding), and the modules that layers of its letters share.
+        It has the embedding and its norm if it has the first block, and the head if it has the last one (with tied
+        embeddings then also the embedding), and the modules that layers of its letters share.
         """
         names = [str(index) for index in blocks]
         letters = {self.places_in_common[name][0] for name in names}
@@ -98,6 +98,7 @@ class Decoder(nn.Module):
         part.is_first, part.is_last = "0" in names, str(len(self.places_in_common) - 1) in names
         needed = {
             "embedding": part.is_first or (part.is_last and self.spec.tie_embeddings),
+            "embedding_norm": part.is_first,
             "head": part.is_last,
         }
         part._modules = {name: module for name, module in self._modules.items() if needed.get(name, True)}
@@ -134,7 +135,8 @@ class Decoder(nn.Module):
     def embed(self, tokens: Tensor) -> Tensor:
         """tokens int64 [B, T] -> input of the first block, [B, T, dim]."""
         x, multiplier = self.embedding(tokens), self.spec.embedding_multiplier
-        return x if multiplier == 1 else x * multiplier
+        x = x if multiplier == 1 else x * multiplier
+        return x if self.embedding_norm is None else self.embedding_norm(x)
 
     def run_blocks(
         self,
@@ -198,12 +200,10 @@ class Decoder(nn.Module):
         """
         weight = self.embedding.weight
         rows = (batch_size, max_length, dtype or weight.dtype, device or weight.device)
-        caches = {
-            index: block.mixer.init_cache(*rows)  # type: ignore[operator,union-attr]
-            for index, block in self.blocks.items()
-            if block.mixer is not None
-        }
-        return TensorDict(caches, batch_size=[batch_size])
+        caches = {index: block.init_cache(*rows) for index, block in self.blocks.items()}  # type: ignore[operator]
+        return TensorDict(
+            {index: cache for index, cache in caches.items() if cache is not None}, batch_size=[batch_size]
+        )
 
     def routed_layers(self) -> dict[str, RoutedLayer]:
         """The layers whose router's load is counted and balanced, by the prefix of their metrics' names."""

@@ -16,7 +16,7 @@ from torchlmoe.mixers.base import Mixer
 
 @dataclass(frozen=True)
 class Residual:
-    """How a block combines the residual stream x and a branch f, its mixer or its feed-forward layer.
+    """How a block's branches f, its mixer and its feed-forward layer, read the residual stream x and join it.
 
     With stream weight s and branch weight b, by the place of the norm:
 
@@ -24,7 +24,8 @@ class Residual:
         post     s x + b norm(f(x))           the attention layers of OLMo-hybrid
         stream   s norm(x) + b f(norm(x))     MiniMax
 
-    Granite's residual multiplier is the weight of both branches.
+    Granite's residual multiplier is the weight of both branches. With `mlp_token_shift` the input of the feed-forward
+    layer is mixed with that of the preceding token of the document, channel by channel, by a learned weight.
     """
 
     norm_placement: Annotated[
@@ -39,6 +40,9 @@ class Residual:
         float, Field(ge=1e-6, le=1e6, description="Weight of the stream that the MLP joins.")
     ] = 1.0
     mlp_branch_weight: Annotated[float, Field(ge=1e-6, le=1e6, description="Weight of the MLP's output.")] = 1.0
+    mlp_token_shift: Annotated[
+        bool, Field(description="Mix the MLP's input with that of the preceding token (RWKV's channel mix).")
+    ] = False
 
     @classmethod
     def settings(cls) -> dict[str, tuple[Any, Any]]:
@@ -63,8 +67,9 @@ class BlockSpec:
 class ModelSpec:
     """The model around its blocks.
 
-    norm_kind: of the norms of blocks and head. zero_centered_norm: whether RMS norms there hold offsets from one.
-    embedding_multiplier: of the embeddings. logit_divisor: of the logits. loss: the training loss, see
+    norm_kind: of the norms of embedding, blocks and head. norm_bias: whether layer norms there have a bias.
+    zero_centered_norm: whether RMS norms there hold offsets from one. embedding_norm: whether the embeddings pass a
+    norm. embedding_multiplier: of the embeddings. logit_divisor: of the logits. loss: the training loss, see
     `torchlmoe.layers.losses`.
     """
 
@@ -72,10 +77,12 @@ class ModelSpec:
     dim: int
     blocks: tuple[BlockSpec, ...]
     norm_kind: Literal["rms", "layer"] = "rms"
+    norm_bias: bool = True
     norm_eps: float = 1e-6
     zero_centered_norm: bool = False
     init_std: float = 0.02
     tie_embeddings: bool = False
+    embedding_norm: bool = False
     embedding_multiplier: float = 1.0
     logit_divisor: float = 1.0
     loss_chunk_size: int = 512
@@ -84,5 +91,5 @@ class ModelSpec:
     def norm(self) -> RMSNorm | LayerNorm:
         """A new norm of the residual stream."""
         if self.norm_kind == "layer":
-            return LayerNorm(self.dim, self.norm_eps)
+            return LayerNorm(self.dim, self.norm_eps, bias=self.norm_bias)
         return RMSNorm(self.dim, self.norm_eps, zero_centered=self.zero_centered_norm)

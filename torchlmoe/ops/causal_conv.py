@@ -13,7 +13,7 @@ from torch import Tensor
 
 from torchlmoe.ops.checks import check_bounds_at_hand, num_documents
 from torchlmoe.ops.kernel_backend import kernels_serve, within_reach
-from torchlmoe.ops.operation import custom_op, operation
+from torchlmoe.ops.operation import custom_op, gradients_of, keep_for_backward, operation
 
 
 @operation
@@ -137,10 +137,11 @@ def _(grad, x, weight, cu_seqlens, activation, total):
 def _setup_context(ctx, inputs, output) -> None:
     x, weight, cu_seqlens, ctx.activation = inputs
     ctx.save_for_backward(x, weight, cu_seqlens, output[1])
-    ctx.mark_non_differentiable(output[1])
+    keep_for_backward(ctx, output[:1], output[1])
 
 
-def _autograd(ctx, grad, _):
+def _autograd(ctx, *grads_of_outputs):
+    (grad,) = gradients_of(ctx, grads_of_outputs)
     x, weight, cu_seqlens, total = ctx.saved_tensors
     return (*_backward(grad, x, weight, cu_seqlens, ctx.activation, total), None, None)
 

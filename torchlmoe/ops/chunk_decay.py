@@ -7,8 +7,6 @@ All products of a chunk's tokens are derivatives of one form of readers x, write
 `pair` is its derivative by P (the scores of x and y), `rows` by x, `columns` by y. G is the inclusive cumulative sum of
 the log decay. A read before the token's own decay (RWKV-6) uses the exclusive sum in place of G_id.
 
-`ChannelDecay.gradient` also returns the gradient of a decay per channel; `chunked_backward.py` has that of the others.
-
 Legend: N chunks times heads, C tokens per chunk, R readers and W writers per token, D width, G groups of equal decay.
 """
 
@@ -33,15 +31,15 @@ class Undecayed:
         onto_NCRD.flatten(1, 2).baddbmm_(p_NCRCW.flatten(3).flatten(1, 2), y_NCWD.flatten(1, 2))
         return onto_NCRD
 
-    def columns(self, p_NCRCW: Tensor, x_NCRD: Tensor, onto_NCWD: Tensor) -> Tensor:
-        """Adds [N, C, W, D] to `onto`, in place."""
-        onto_NCWD.flatten(1, 2).baddbmm_(p_NCRCW.flatten(3).flatten(1, 2).mT, x_NCRD.flatten(1, 2))
-        return onto_NCWD
+    def columns(self, p_NCRCW: Tensor, x_NCRD: Tensor) -> Tensor:
+        """[N, C, W, D]"""
+        product = torch.bmm(p_NCRCW.flatten(3).flatten(1, 2).mT, x_NCRD.flatten(1, 2))
+        return product.view(x_NCRD.shape[0], *p_NCRCW.shape[3:], -1)
 
     def backward(self, p_NCRCW: Tensor, x_NCRD: Tensor, y_NCWD: Tensor, dx_NCRD: Tensor, dy_NCWD: Tensor) -> None:
-        """Add `rows` to dx and `columns` to dy."""
+        """Add `rows` to dx and `columns` to dy. Overwrites p."""
         self.rows(p_NCRCW, y_NCWD, dx_NCRD)
-        self.columns(p_NCRCW, x_NCRD, dy_NCWD)
+        dy_NCWD.flatten(1, 2).baddbmm_(p_NCRCW.flatten(3).flatten(1, 2).mT, x_NCRD.flatten(1, 2))
 
 
 class CausalMask(Undecayed):
@@ -51,7 +49,9 @@ class CausalMask(Undecayed):
         self.matrix_GC1C1 = like.new_ones(chunk_size, chunk_size).tril_()[None, :, None, :, None]
 
     def _weigh(self, p_NCRCW: Tensor) -> Tensor:
-        return (p_NCRCW.unflatten(0, (-1, self.matrix_GC1C1.shape[0])) * self.matrix_GC1C1).flatten(0, 1)
+        """In place."""
+        p_NCRCW.unflatten(0, (-1, self.matrix_GC1C1.shape[0])).mul_(self.matrix_GC1C1)
+        return p_NCRCW
 
     def pair(self, x_NCRD: Tensor, y_NCWD: Tensor) -> Tensor:
         return self._weigh(super().pair(x_NCRD, y_NCWD))
@@ -70,17 +70,23 @@ class MatrixDecay(CausalMask):
     """
 
     def __init__(self, log_decay_NC: Tensor, log_decay_GC: Tensor, reads_before: bool, dtype: torch.dtype):
-        log_decay_NC, log_decay_GC = (x.double().clamp_min(-800) for x in (log_decay_NC, log_decay_GC))
-        write = log_decay_GC.cumsum(1)
-        read = write - log_decay_GC if reads_before else write
-        seen = torch.ones(write.shape[1], write.shape[1], dtype=torch.bool, device=write.device).tril_(-reads_before)
-        exponent = torch.where(seen, (read[:, :, None] - write[:, None, :]).to(dtype), -torch.inf)
-        self.matrix_GC1C1 = exponent.exp()[:, :, None, :, None]
-        total = log_decay_NC.cumsum(1)
-        read = total - log_decay_NC if reads_before else total
+        read, write = self._sums(log_decay_GC, reads_before)
+        exponent = torch.empty(*write.shape, write.shape[1], dtype=dtype, device=write.device)
+        torch.sub(read[:, :, None], write[:, None, :], out=exponent)
+        unseen = exponent.new_full(exponent.shape[1:], -torch.inf).triu_(1 - reads_before)
+        self.matrix_GC1C1 = exponent.add_(unseen).exp_()[:, :, None, :, None]
+        if log_decay_GC is not log_decay_NC:
+            read, write = self._sums(log_decay_NC, reads_before)
         self.from_start = read.to(dtype).exp()[..., None]
-        self.to_end = (total[:, -1:] - total).to(dtype).exp()[..., None]
-        self.whole = total[:, -1:].to(dtype).exp()
+        self.to_end = (write[:, -1:] - write).to(dtype).exp()[..., None]
+        self.whole = write[:, -1:].to(dtype).exp()
+
+    @staticmethod
+    def _sums(log_decay_NC: Tensor, reads_before: bool) -> tuple[Tensor, Tensor]:
+        """From the chunk's start to where each token reads, and to after its own decay; float64."""
+        log_decay_NC = log_decay_NC.double().clamp_min(-800)
+        total = log_decay_NC.cumsum(1)
+        return total - log_decay_NC if reads_before else total, total
 
 
 class ChannelDecay(Undecayed):
@@ -184,17 +190,3 @@ def thin_matmul(a: Tensor, b: Tensor) -> Tensor:
     for index in range(1, a.shape[-1]):
         product = torch.addcmul(product, a[..., index, None], b[..., index, None, :])
     return product
-
-
-def unit_lower_inverse(lower_NCC: Tensor) -> Tensor:
-    """(I + L)^-1 of the part L below the diagonal, C a power of two: from halves and the block between them."""
-    inverse = lower_NCC.new_ones(*lower_NCC.shape[:2], 1, 1)  # of the blocks on the diagonal, [N, blocks, size, size]
-    for _ in range(lower_NCC.shape[-1].bit_length() - 1):
-        size = inverse.shape[-1]
-        earlier, later = inverse.unflatten(1, (-1, 2)).unbind(2)
-        blocks = lower_NCC.unflatten(2, (-1, 2, size)).unflatten(1, (-1, 2, size))
-        between = blocks[:, :, 1].select(4, 0).diagonal(dim1=1, dim2=3).movedim(3, 1)
-        below = thin_matmul(thin_matmul(later, between), earlier).neg()
-        above = torch.zeros_like(earlier)
-        inverse = torch.cat([torch.cat([earlier, above], -1), torch.cat([below, later], -1)], -2)
-    return inverse.squeeze(1)

@@ -35,16 +35,20 @@ class Slab:
     steps: slice | None  # if all rows are whole chunks, the slab's place in each row; then no indices are needed
     indices: dict[str, Tensor] = field(default_factory=dict)  # made once, for every layer
 
-    def cut(self, x: Tensor, num_heads: int) -> Tensor:
-        """[B, T, Hx, ...] -> [M * num_heads, C, ...], zero where padded; head j reads head j // (num_heads / Hx)."""
-        repeat = num_heads // x.shape[2]
+    def cut_into(self, x: Tensor, out: Tensor) -> Tensor:
+        """x [B, T, Hx, ...] -> out [M * num_heads, C, ...], in its dtype, zero where padded; returns out.
+
+        Head j reads head j // (num_heads / Hx) of x.
+        """
+        num_heads = out.shape[0] // self.tokens_MC.shape[0]
         if self.steps is not None:
             chunks = self._view(x, self.steps)
-            return (chunks if repeat == 1 else chunks.repeat_interleave(repeat, 2)).flatten(0, 2)
-        rows = x.reshape(-1, *x.shape[3:]).index_select(0, self._rows(x.shape[2], repeat))
+            out.unflatten(0, (*chunks.shape[:3], -1)).copy_(chunks.unsqueeze(3))
+            return out
+        rows = x.reshape(-1, *x.shape[3:]).index_select(0, self._rows(x.shape[2], num_heads // x.shape[2]))
         if self.padded_MC is not None:
-            rows = rows.index_fill(0, self._slots(num_heads, self.padded_MC), 0)
-        return rows.view(-1, self.tokens_MC.shape[1], *x.shape[3:])
+            rows.index_fill_(0, self._slots(num_heads, padded=True), 0)
+        return out.copy_(rows.view(out.shape))
 
     def paste(self, x: Tensor, out: Tensor) -> None:
         """Writes x [M * H, C, ...] to its places in out [B, T, Hx, ...]; heads that share one are summed."""
@@ -57,7 +61,7 @@ class Slab:
             return
         rows, places = x.flatten(0, 1).to(out.dtype), self._rows(num_heads, 1)
         if self.padded_MC is not None:
-            valid = self._slots(num_heads, ~self.padded_MC)
+            valid = self._slots(num_heads, padded=False)
             rows, places = rows.index_select(0, valid), places.index_select(0, valid)
         out.view(-1, *out.shape[3:]).index_copy_(0, places, rows)
 
@@ -72,9 +76,13 @@ class Slab:
             self.indices[key] = (self.tokens_MC[:, None, :] * num_heads + heads[:, None]).flatten()
         return self.indices[key]
 
-    def _slots(self, num_heads: int, mask_MC: Tensor) -> Tensor:
-        """Return the indices at which the mask is set, counted over [M, num_heads, C]."""
-        return mask_MC[:, None].expand(-1, num_heads, -1).flatten().nonzero()[:, 0]
+    def _slots(self, num_heads: int, padded: bool) -> Tensor:
+        """The indices of padded slots, or of the others, counted over [M, num_heads, C]."""
+        if (key := f"slots {num_heads} {padded}") not in self.indices:
+            assert self.padded_MC is not None
+            chosen_MC = self.padded_MC if padded else ~self.padded_MC
+            self.indices[key] = chosen_MC[:, None].expand(-1, num_heads, -1).flatten().nonzero()[:, 0]
+        return self.indices[key]
 
 
 @dataclass(frozen=True)
@@ -83,10 +91,6 @@ class ChunkLayout:
 
     slabs: list[Slab]
     order_N: Tensor  # int64: documents from the longest to the shortest
-
-    def restore_order(self, x_N: Tensor) -> Tensor:
-        """From the longest document first to the order in which they came."""
-        return restore_order([self], x_N)
 
 
 def restore_order(layouts: Sequence[ChunkLayout], x_N: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ A token has readers x: q and, if given, e = erase. It has writers y with values 
 b = erase_key with n, which removes the old value. If b = k, n replaces v, and k is the only writer:
 
     P    = <x, y>                                         scores: see `chunk_decay.py`; strict for e
-    n    = (I + P_eb)^-1 (z - (e * exp G) S)              z = v if b = k, otherwise -P_ek v
+    n    = (I + P_eb)^-1 z - E S                          z = v if b = k, otherwise -P_ek v
+    E    = (I + P_eb)^-1 (e * exp G)
     o_i  = (S^T (q_i * exp G_i)) * exp H_i + sum_j P_ij w_j * exp(H_i - H_j)
     S   <- exp(G_C) S exp(H_C) + sum_j (y_j * exp(G_C - G_j)) (w_j * exp(H_C - H_j))^T
 
@@ -19,16 +20,15 @@ Legend: N chunks of a slab times heads of v, C tokens per chunk, R readers, W wr
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchlmoe.ops.chunk_decay import CausalMask, ChannelDecay, MatrixDecay, Undecayed, unit_lower_inverse
+from torchlmoe.ops.chunk_decay import CausalMask, ChannelDecay, MatrixDecay, Undecayed
 from torchlmoe.ops.chunk_layout import ChunkLayout, Slab, chunk_layouts, chunk_plans, restore_order
 
-CHUNK_SIZE = 64
 SLAB_TOKENS = 4096  # times heads; 1 MiB for a tensor of 64 channels
 
 
@@ -49,7 +49,8 @@ class Terms:
 
 def layouts_of(v: Tensor, cu_seqlens: Tensor | None) -> tuple[ChunkLayout, ...]:
     """The layouts of v's rows or documents, for real tensors. Raises ValueError for invalid bounds."""
-    return chunk_layouts(*_layout_key(v, _bounds(cu_seqlens)), v.device)
+    bounds = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
+    return chunk_layouts(*_layout_key(v, bounds), v.device)
 
 
 def num_kept(v: Tensor, bounds: tuple[int, ...] | None) -> int:
@@ -57,13 +58,11 @@ def num_kept(v: Tensor, bounds: tuple[int, ...] | None) -> int:
     return v.shape[2] * sum(plan.num_first for plan in chunk_plans(*_layout_key(v, bounds)))
 
 
-def _bounds(cu_seqlens: Tensor | None) -> tuple[int, ...] | None:
-    return None if cu_seqlens is None else tuple(cu_seqlens.tolist())
-
-
 def _layout_key(v: Tensor, bounds: tuple[int, ...] | None) -> tuple[int, int, tuple[int, ...] | None, int, int]:
-    batch_size, length, num_heads, _ = v.shape
-    return batch_size, length, bounds, CHUNK_SIZE, max(1, SLAB_TOKENS // (CHUNK_SIZE * num_heads))
+    """Longer chunks do more work between their tokens, and less with states; wide states are the dearer part."""
+    batch_size, length, num_heads, value_dim = v.shape
+    chunk_size = 32 if value_dim <= 64 else 64
+    return batch_size, length, bounds, chunk_size, max(1, SLAB_TOKENS // (chunk_size * num_heads))
 
 
 @dataclass
@@ -84,32 +83,17 @@ class Chunks:
     value_decay: Undecayed
     scores_NCRCW: Tensor
     inverse_NCC: Tensor | None  # (I + P_eb)^-1, with an erase term
-    starts: list[Tensor] = field(default_factory=list)  # each step's first states [n, K, V], from `scan`
-    ends: list[Tensor] = field(default_factory=list)
+    erased_keys_NCK: Tensor | None  # E, with an erase term
+    starts_NKV: Tensor  # the first state of every chunk, from `scan`
 
     @property
     def reads_before(self) -> bool:
         return self.bonus_N1K is not None
 
     @property
-    def strict(self) -> bool:
-        """Whether the last reader does not read its own token (except by the bonus)."""
-        return self.reads_before or self.inverse_NCC is not None
-
-    @property
     def writes_v(self) -> bool:
         """Whether v itself is written, alone or together with n."""
         return self.inverse_NCC is None or self.y_NCWK.shape[2] == 2
-
-    def values_from_start(self, w_V: Tensor) -> Tensor:
-        """w * exp H, for w [N, C, V] or [N, C, 1, V]"""
-        decay = self.value_decay.from_start
-        return w_V if decay is None else w_V * decay.view(w_V.shape)
-
-    def values_at_end(self, w_V: Tensor) -> Tensor:
-        """w * exp(H_C - H)"""
-        decay = self.value_decay.to_end
-        return w_V if decay is None else w_V * decay.view(w_V.shape)
 
     def whole(self) -> Tensor | None:
         """exp G_C * exp H_C, [N, 1 or K, 1 or V]"""
@@ -134,63 +118,66 @@ def cut(terms: Terms, slab: Slab) -> Chunks:
     """The slab's chunks, with their scores."""
     num_heads = terms.v.shape[2]
     dtype = torch.promote_types(terms.v.dtype, torch.float32)
+    num_slots, chunk_size = slab.tokens_MC.shape
+
+    def empty(*shape: int) -> Tensor:
+        return terms.v.new_empty(num_heads * num_slots, *shape, dtype=dtype)
 
     def chunks_of(x: Tensor) -> Tensor:
-        return slab.cut(x, num_heads).to(dtype)
+        return slab.cut_into(x, empty(chunk_size, *x.shape[3:]))
 
-    k_NCK, v_NCV = chunks_of(terms.k), chunks_of(terms.v)
-    readers, writers = [], [k_NCK]
+    reads, erases = terms.q is not None, terms.erase is not None
+    key_dim, value_dim = terms.k.shape[-1], terms.v.shape[-1]
+    v_NCV = chunks_of(terms.v)
+    y_NCWK = empty(chunk_size, 1 + (terms.erase_key is not None), key_dim)
+    slab.cut_into(terms.k, y_NCWK[:, :, 0])
+    if terms.erase_key is not None:
+        slab.cut_into(terms.erase_key, y_NCWK[:, :, 1])
+    x_NCRK = empty(chunk_size, reads + erases, key_dim)
     if terms.q is not None:
-        readers.append(chunks_of(terms.q) * terms.scale)
+        slab.cut_into(terms.q, x_NCRK[:, :, 0]).mul_(terms.scale)
     beta_NC = None
     if terms.erase is not None:
-        if terms.erase_key is not None:
-            writers.append(chunks_of(terms.erase_key))
-        erase = chunks_of(terms.erase)
         if terms.erase.dim() == 3:
-            beta_NC, erase = erase, writers[-1] * erase[..., None]
-        readers.append(erase)
-    bonus_N1K = None
-    if terms.bonus is not None:
-        bonus_N1K = terms.bonus.to(dtype).repeat(v_NCV.shape[0] // num_heads, 1)[:, None]
-
+            beta_NC = chunks_of(terms.erase)
+            torch.mul(y_NCWK[:, :, -1], beta_NC[..., None], out=x_NCRK[:, :, -1])
+        else:
+            slab.cut_into(terms.erase, x_NCRK[:, :, -1])
+    bonus_N1K = None if terms.bonus is None else terms.bonus.to(dtype).repeat(num_slots, 1)[:, None]
     reads_before = bonus_N1K is not None
     key_decay: Undecayed
     if terms.log_decay is None:
-        key_decay = CausalMask(v_NCV.shape[1], v_NCV)
+        key_decay = CausalMask(chunk_size, v_NCV)
     elif terms.log_decay.dim() == 4:
         key_decay = ChannelDecay(chunks_of(terms.log_decay), reads_before)
     else:
         of_tokens = chunks_of(terms.log_decay.expand(terms.v.shape[:3]))
         per_head = terms.log_decay.dim() == 1
-        of_groups = terms.log_decay[:, None].expand(-1, v_NCV.shape[1]) if per_head else of_tokens
+        of_groups = terms.log_decay[:, None].expand(-1, chunk_size) if per_head else of_tokens
         key_decay = MatrixDecay(of_tokens, of_groups, reads_before, dtype)
     value_decay = Undecayed()
     if terms.value_log_decay is not None:
         value_decay = ChannelDecay(chunks_of(terms.value_log_decay), reads_before)
 
-    x_NCRK = beside(readers) if readers else k_NCK.unsqueeze(2)[:, :, :0]
-    y_NCWK = beside(writers)
     scores_NCRCW = key_decay.pair(x_NCRK, y_NCWK)
-    inverse_NCC = None
-    if reads_before or terms.erase is not None:
+    read_keys_NCRK = decayed(x_NCRK, key_decay.from_start)
+    inverse_NCC = erased_keys_NCK = None
+    if reads_before or erases:
         make_strict(scores_NCRCW)
-    if terms.erase is not None:
-        inverse_NCC = unit_lower_inverse(scores_NCRCW[:, :, -1, :, -1])
+    if erases:
+        lower, one = scores_NCRCW[:, :, -1, :, -1], torch.eye(chunk_size, dtype=dtype, device=v_NCV.device)
+        inverse_NCC = torch.linalg.solve_triangular(lower, one.expand_as(lower), upper=False, unitriangular=True)
+        erased_keys_NCK = torch.bmm(inverse_NCC, read_keys_NCRK[:, :, -1])
     return Chunks(
-        slab, num_heads, terms.q is not None, v_NCV, x_NCRK, y_NCWK,
-        decayed(x_NCRK, key_decay.from_start), decayed(y_NCWK, key_decay.to_end),
-        beta_NC, bonus_N1K, key_decay, value_decay, scores_NCRCW, inverse_NCC,
+        slab, num_heads, reads, v_NCV, x_NCRK, y_NCWK, read_keys_NCRK, decayed(y_NCWK, key_decay.to_end),
+        beta_NC, bonus_N1K, key_decay, value_decay, scores_NCRCW, inverse_NCC, erased_keys_NCK,
+        empty(key_dim, value_dim),
     )  # fmt: skip
 
 
-def beside(parts: list[Tensor]) -> Tensor:
-    """[N, C, D] each -> [N, C, parts, D]"""
-    return parts[0].unsqueeze(2) if len(parts) == 1 else torch.stack(parts, 2)
-
-
-def decayed(x_NCRD: Tensor, decay_NCD: Tensor | None) -> Tensor:
-    return x_NCRD if decay_NCD is None else x_NCRD * decay_NCD.unsqueeze(2)
+def decayed(x: Tensor, decay_NCD: Tensor | None) -> Tensor:
+    """x [N, C, D] or [N, C, R, D] times the decay, if there is any."""
+    return x if decay_NCD is None else x * (decay_NCD if x.dim() == 3 else decay_NCD.unsqueeze(2))
 
 
 def make_strict(scores_NCRCW: Tensor) -> None:
@@ -201,46 +188,40 @@ def make_strict(scores_NCRCW: Tensor) -> None:
 def scan(chunks: Chunks, state: Tensor, finished: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Run the slab from `state` [documents * heads, K, V] of the documents that have not ended.
 
-    Returns their last states and the written values w [N, C, W, V], and stores each step's states in `chunks`.
+    Returns their last states and the written values w [N, C, W, V], and stores each chunk's first state in `chunks`.
     States of documents that have ended are appended to `finished`, shortest last.
     """
     written_keys, v_NCV = chunks.written_keys_NCWK, chunks.v_NCV
-    added = None
+    added = removed = None
     if chunks.writes_v:
-        added = torch.bmm(written_keys[:, :, 0].mT, chunks.values_at_end(v_NCV))
-    base = v_NCV
-    if chunks.inverse_NCC is not None and chunks.writes_v:
-        base = -torch.bmm(chunks.scores_NCRCW[:, :, -1, :, 0], v_NCV)
-    of_erase = (chunks.inverse_NCC, chunks.read_keys_NCRK, written_keys) if chunks.inverse_NCC is not None else ()
-    removed = []  # n of every step
-    per_step = [chunks.steps(x) for x in (base, added, chunks.whole(), *of_erase)]
-    for z, plus, whole, *erase in zip(*per_step, strict=True):
-        finished.append(state[z.shape[0] :])
-        state = state[: z.shape[0]]
-        chunks.starts.append(state)
-        after = carry(state, whole, plus)
-        if erase:
-            inverse, x, y = erase
-            removed.append(torch.bmm(inverse, torch.baddbmm(z, x[:, :, -1], state, alpha=-1)))
-            after = torch.baddbmm(after, y[:, :, -1].mT, removed[-1])
-        state = after
-        chunks.ends.append(state)
-    values = [v_NCV] if chunks.writes_v else []
-    if removed:
-        values.append(torch.cat(removed))
-    return state, beside(values)
+        added = torch.bmm(written_keys[:, :, 0].mT, decayed(v_NCV, chunks.value_decay.to_end))
+    if chunks.inverse_NCC is not None:
+        z_NCV = -torch.bmm(chunks.scores_NCRCW[:, :, -1, :, 0], v_NCV) if chunks.writes_v else v_NCV
+        removed = torch.bmm(chunks.inverse_NCC, z_NCV)  # n of every step, once E S is subtracted
+    erase = () if removed is None else (removed, chunks.erased_keys_NCK, written_keys[:, :, -1].mT)
+    per_step = [chunks.steps(x) for x in (chunks.starts_NKV, added, chunks.whole(), *erase)]
+    for start, plus, whole, *of_erase in zip(*per_step, strict=True):
+        finished.append(state[start.shape[0] :])
+        start.copy_(state[: start.shape[0]])
+        state = carry(start, whole, plus)
+        if of_erase:
+            n, erased_keys, keys = of_erase
+            n.baddbmm_(erased_keys, start, alpha=-1)
+            state.baddbmm_(keys, n)
+    values = [x for x in (v_NCV if chunks.writes_v else None, removed) if x is not None]
+    return state, values[0].unsqueeze(2) if len(values) == 1 else torch.stack(values, 2)
 
 
 def carry(state: Tensor, whole: Tensor | None, added: Tensor | None) -> Tensor:
-    """Return the state, or its gradient, after a chunk's decay and the chunk's additions."""
+    """Return the state, or its gradient, after a chunk's decay and the chunk's additions: a new tensor."""
     if whole is None:
-        return state if added is None else state + added
+        return state.clone() if added is None else state + added
     return state * whole if added is None else torch.addcmul(added, state, whole)
 
 
 def read(chunks: Chunks, w_NCWV: Tensor) -> Tensor:
     """Return o [N, C, V] of a scanned slab, without the bonus."""
-    o_NCV = chunks.values_from_start(torch.bmm(chunks.read_keys_NCRK[:, :, 0], torch.cat(chunks.starts)))
+    o_NCV = decayed(torch.bmm(chunks.read_keys_NCRK[:, :, 0], chunks.starts_NKV), chunks.value_decay.from_start)
     return chunks.value_decay.rows(chunks.scores_NCRCW[:, :, :1], w_NCWV, o_NCV.unsqueeze(2)).squeeze(2)
 
 
@@ -259,12 +240,11 @@ def chunked_forward(
     """Run the recurrence chunk by chunk. layouts: from `layouts_of(v)`.
 
     Returns o [B, T, H, V] in v's dtype, the final state [documents, H, K, V], and for the backward the first states
-    of every slab. It consists of differentiable torch operations, so it can also be traced or differentiated by
-    autograd.
+    of every slab.
     """
     v = terms.v
     kept, final = [], []
-    o = torch.zeros_like(v, memory_format=torch.contiguous_format)
+    o = torch.empty_like(v, memory_format=torch.contiguous_format)
     for layout in layouts:
         state = first_states(terms, initial_state, layout)
         kept.append(state[:0])

@@ -3,12 +3,12 @@
 In the notation of `chunked.py`, with dS the gradient of a chunk's last state and P' the gradient of the scores:
 
     dw   = columns(P_q, do) + (y * exp(G_C - G)) dS * exp(H_C - H)                  (for v and n alike)
-    dz   = (I + P_eb)^-T dn
+    dz   = (I + P_eb)^-T dn                                      (dn, of n, is the dw of the last writer)
     dv   = dz if b = k, otherwise dv - P_ek^T dz
     P'_q = pair(do, w)          P'_e = -dz w^T, strict          (`pair` and `columns` of the value side's decay)
     dx   = rows(P', y) + exp G * (do * exp H, -dz) S^T
     dy   = columns(P', x) + exp(G_C - G) * (w * exp(H_C - H)) dS^T
-    dS  <- (q * exp G)^T (do * exp H) + exp(G_C) dS exp(H_C) - (e * exp G)^T dz
+    dS  <- (q * exp G)^T (do * exp H) + exp(G_C) dS exp(H_C) - E^T dn
     dg_s = sum_{i>=s} x_i * (dx_i through S) + sum_{j<s} y_j * (dy_j through dS) + sum_{i>=s>j} P'_ij P_ij
            + sum S * exp(G_C) dS exp(H_C)              (dh likewise of do, o and v, dv; per channel level by level)
 
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from torchlmoe.ops.chunk_decay import ChannelDecay, MatrixDecay
 from torchlmoe.ops.chunk_layout import ChunkLayout, restore_order
-from torchlmoe.ops.chunked import Chunks, Terms, beside, carry, cut, make_strict, scan
+from torchlmoe.ops.chunked import Chunks, Terms, carry, cut, decayed, make_strict, scan
 
 PER_TOKEN = ("q", "k", "v", "log_decay", "erase", "erase_key", "value_log_decay")
 
@@ -60,10 +60,14 @@ def chunked_backward(
             kept_start = kept_end - slab.num_active[0] * num_heads
             _, w_NCWV = scan(chunks, kept[kept_start:kept_end], [])
             kept_end = kept_start
-            grad_o_NCV = slab.cut(grad_o, num_heads).to(kept.dtype) if chunks.reads else None
-            grads, grad_state = _slab_backward(chunks, w_NCWV, grad_o_NCV, grad_state, last_grad)
+            rows_NCRV = w_NCWV.new_empty(*chunks.x_NCRK.shape[:3], w_NCWV.shape[-1])
+            if chunks.reads:
+                slab.cut_into(grad_o, rows_NCRV[:, :, 0])
+            grads, grad_state = _slab_backward(chunks, w_NCWV, rows_NCRV, grad_state, last_grad)
+            if chunks.reads:
+                grads["q"].mul_(terms.scale)
             for name in tensors:
-                slab.paste(grads[name] * terms.scale if name == "q" else grads[name], result[name])
+                slab.paste(grads[name], result[name])
             if "bonus" in grads:
                 grad_bonus.append(grads["bonus"].unflatten(0, (-1, num_heads)).sum(0))
         grad_initial = [grad_state, last_grad[grad_state.shape[0] :], *grad_initial]
@@ -80,65 +84,70 @@ def chunked_backward(
 
 
 def _slab_backward(
-    chunks: Chunks, w_NCWV: Tensor, grad_o_NCV: Tensor | None, grad_state: Tensor, last_grad: Tensor
+    chunks: Chunks, w_NCWV: Tensor, rows_NCRV: Tensor, grad_state: Tensor, last_grad: Tensor
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Gradients of the slab's terms, [N, C, ...] (of the bonus [N, K]), and of the states at its start."""
-    x_NCRK, y_NCWK, scores = chunks.x_NCRK, chunks.y_NCWK, chunks.scores_NCRCW
+    """Gradients of the slab's terms, [N, C, ...] (of the bonus [N, K]), and of the states at its start.
+
+    rows: the gradient of what each reader has read; that of q is given, that of erase is filled in.
+    """
+    grad_o_NCV = rows_NCRV[:, :, 0] if chunks.reads else None
+    x_NCRK, y_NCWK, scores, starts_NKV = chunks.x_NCRK, chunks.y_NCWK, chunks.scores_NCRCW, chunks.starts_NKV
     key_decay, value_decay = chunks.key_decay, chunks.value_decay
     read_keys, written_keys = chunks.read_keys_NCRK, chunks.written_keys_NCWK
 
-    grad_w_NCWV = torch.zeros_like(w_NCWV)
-    grad_rows = []  # the gradient of what each reader has read
     grad_added = None
     if grad_o_NCV is not None:
-        grad_rows.append(grad_o_NCV)
-        if value_decay.whole is None:
-            value_decay.columns(scores[:, :, :1], grad_o_NCV.unsqueeze(2), grad_w_NCWV)
-        grad_added = torch.bmm(read_keys[:, :, 0].mT, chunks.values_from_start(grad_o_NCV))
+        grad_added = torch.bmm(read_keys[:, :, 0].mT, decayed(grad_o_NCV, value_decay.from_start))
+    if grad_o_NCV is not None and value_decay.whole is None:
+        grad_w_NCWV = value_decay.columns(scores[:, :, :1], grad_o_NCV.unsqueeze(2))
+    else:
+        grad_w_NCWV = torch.zeros_like(w_NCWV)
+    grad_state, grad_end_NKV = _mirrored_scan(chunks, grad_w_NCWV, grad_added, grad_state, last_grad)
 
-    grad_state, grad_end_NKV, grad_z_NCV = _mirrored_scan(chunks, grad_w_NCWV, grad_added, grad_state, last_grad)
-
-    grad_v = grad_z_NCV
+    grad_v = grad_w_NCWV[:, :, -1]
     if chunks.inverse_NCC is not None:
-        grad_rows.append(-grad_z_NCV)
+        grad_v = torch.bmm(chunks.inverse_NCC.mT, grad_v)  # dz
+        torch.neg(grad_v, out=rows_NCRV[:, :, -1])
     if chunks.writes_v:
-        grad_v = chunks.values_at_end(torch.bmm(written_keys[:, :, 0], grad_end_NKV)).add_(grad_w_NCWV[:, :, 0])
+        grad_v = decayed(torch.bmm(written_keys[:, :, 0], grad_end_NKV), value_decay.to_end).add_(grad_w_NCWV[:, :, 0])
         if chunks.inverse_NCC is not None:
-            grad_v.baddbmm_(scores[:, :, -1, :, 0].mT, grad_rows[-1])
+            grad_v.baddbmm_(scores[:, :, -1, :, 0].mT, rows_NCRV[:, :, -1])
 
-    grad_x, grad_scores = torch.zeros_like(x_NCRK), None
-    grad_y = torch.bmm(chunks.values_at_end(w_NCWV).flatten(1, 2), grad_end_NKV.mT).view_as(y_NCWK)
+    grad_y = torch.bmm(decayed(w_NCWV, value_decay.to_end).flatten(1, 2), grad_end_NKV.mT).view_as(y_NCWK)
     if key_decay.to_end is not None:
         grad_y *= key_decay.to_end.unsqueeze(2)
-    if grad_rows:
-        rows_NCRV = beside(grad_rows)
-        flat = chunks.values_from_start(rows_NCRV).flatten(1, 2)
-        grad_x = torch.bmm(flat, torch.cat(chunks.starts).mT).view_as(x_NCRK)
+    grad_x, grad_scores = torch.empty_like(x_NCRK), None
+    if x_NCRK.shape[2]:
+        grad_x = torch.bmm(decayed(rows_NCRV, value_decay.from_start).flatten(1, 2), starts_NKV.mT).view_as(x_NCRK)
         if key_decay.from_start is not None:
             grad_x *= key_decay.from_start.unsqueeze(2)
         grad_scores = value_decay.pair(rows_NCRV, w_NCWV)
-        if chunks.strict:
+        if chunks.reads_before or chunks.inverse_NCC is not None:
             make_strict(grad_scores)
-    grads = {}
-    through_NKV = carry(torch.cat(chunks.starts), chunks.whole(), None) * grad_end_NKV
+
+    def through(*dims: int) -> Tensor:
+        """What passes from the first state of each chunk to its last, summed over keys (1), values (2) or both."""
+        return carry(starts_NKV, chunks.whole(), None).mul_(grad_end_NKV).sum(dims)
+
+    grads, before = {}, chunks.reads_before
     if isinstance(key_decay, MatrixDecay):
         from_start, to_end = ((x * grad).sum((2, 3)) for x, grad in ((x_NCRK, grad_x), (y_NCWK, grad_y)))
-        within = None if grad_scores is None else (grad_scores * scores).sum((2, 4))
-        grads["log_decay"] = _passing(from_start, to_end, through_NKV.sum((1, 2)), within, chunks.reads_before)
+        within = None
+        if grad_scores is not None:  # one by one, as `sum` over one or two elements is slow
+            products = (grad_scores * scores).unbind(2)
+            within = sum((x for of_reader in products for x in of_reader.unbind(-1)), start=starts_NKV.new_zeros(()))
+        grads["log_decay"] = _passing(from_start, to_end, through(1, 2), within, before)
     if isinstance(key_decay, ChannelDecay):
-        grads["log_decay"] = key_decay.gradient(
-            grad_scores, x_NCRK, y_NCWK, grad_x, grad_y, through_NKV.sum(2), chunks.reads_before
-        )
+        grads["log_decay"] = key_decay.gradient(grad_scores, x_NCRK, y_NCWK, grad_x, grad_y, through(2), before)
     elif grad_scores is not None:
         key_decay.backward(grad_scores, x_NCRK, y_NCWK, grad_x, grad_y)
     if isinstance(value_decay, ChannelDecay):
         readers, read_NCRV, of_scores = w_NCWV[:, :, :0], w_NCWV[:, :, :0], None
         if grad_o_NCV is not None:
             readers, of_scores = grad_o_NCV.unsqueeze(2), scores[:, :, :1]
-            from_start = torch.bmm(read_keys[:, :, 0], torch.cat(chunks.starts))
-            read_NCRV = chunks.values_from_start(from_start).unsqueeze(2)
+            read_NCRV = decayed(torch.bmm(read_keys[:, :, 0], starts_NKV), value_decay.from_start).unsqueeze(2)
         grads["value_log_decay"] = value_decay.gradient(
-            of_scores, readers, w_NCWV, read_NCRV, grad_v.unsqueeze(2), through_NKV.sum(1), chunks.reads_before
+            of_scores, readers, w_NCWV, read_NCRV, grad_v.unsqueeze(2), through(1), before
         )
     grads["v"] = grad_v
 
@@ -166,27 +175,26 @@ def _slab_backward(
 
 def _mirrored_scan(
     chunks: Chunks, grad_w_NCWV: Tensor, grad_added: Tensor | None, grad_state: Tensor, last_grad: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the slab's first states, of every chunk's last state, and of z (empty without an erase term).
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the slab's first states, and of every chunk's last state [N, K, V].
 
-    grad_added: the readers' part of the gradient of a chunk's first state. Documents enter at their last chunk.
+    grad_w: with an erase term dn is completed, in place. grad_added: the readers' part of the gradient of a chunk's
+    first state. Documents enter at their last chunk.
     """
-    grad_ends, grad_z = [], []
-    erases = chunks.inverse_NCC is not None
-    of_erase = (grad_w_NCWV, chunks.written_keys_NCWK, chunks.inverse_NCC, chunks.read_keys_NCRK)
-    per_step = [chunks.steps(x) for x in (chunks.v_NCV, grad_added, chunks.whole(), *(of_erase if erases else ()))]
-    for v, plus, whole, *erase in reversed(list(zip(*per_step, strict=True))):
-        if v.shape[0] > grad_state.shape[0]:
-            grad_state = torch.cat([grad_state, last_grad[grad_state.shape[0] : v.shape[0]]])
-        grad_ends.append(grad_state)
-        before = carry(grad_state, whole, plus)
-        if erases:
-            grad_w, y, inverse, x = erase
-            grad_n = torch.baddbmm(grad_w[:, :, -1], y[:, :, -1], grad_state)
-            grad_z.append(torch.bmm(inverse.mT, grad_n))
-            before = torch.baddbmm(before, x[:, :, -1].mT, grad_z[-1], alpha=-1)
-        grad_state = before
-    return grad_state, torch.cat(grad_ends[::-1]), torch.cat(grad_z[::-1] or [chunks.v_NCV[:0]])
+    grad_ends_NKV = torch.empty_like(chunks.starts_NKV)
+    keys, erased = chunks.written_keys_NCWK[:, :, -1], chunks.erased_keys_NCK
+    erase = () if erased is None else (grad_w_NCWV[:, :, -1], keys, erased.mT)
+    per_step = [chunks.steps(x) for x in (grad_ends_NKV, grad_added, chunks.whole(), *erase)]
+    for grad_end, plus, whole, *of_erase in reversed(list(zip(*per_step, strict=True))):
+        num_before = grad_state.shape[0]
+        grad_end[:num_before] = grad_state
+        grad_end[num_before:] = last_grad[num_before : grad_end.shape[0]]
+        grad_state = carry(grad_end, whole, plus)
+        if of_erase:
+            grad_n, keys, erased_keys = of_erase
+            grad_n.baddbmm_(keys, grad_end)
+            grad_state.baddbmm_(erased_keys, grad_n, alpha=-1)
+    return grad_state, grad_ends_NKV
 
 
 def _passing(from_start: Tensor, to_end: Tensor, through: Tensor, within: Tensor | None, reads_before: bool) -> Tensor:

@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from torchlmoe.ops.checks import check_bounds, check_bounds_at_hand, check_not_empty, check_shape, num_documents
+from torchlmoe.ops.chunk_layout import restore_order
 from torchlmoe.ops.kernel_backend import kernels_serve, within_reach
-from torchlmoe.ops.operation import custom_op, operation, size_by_documents
+from torchlmoe.ops.operation import custom_op, gradients_of, keep_for_backward, operation, size_by_documents
 from torchlmoe.ops.scan_backend import check_backend
 from torchlmoe.ops.scan_layout import kept_scan_layout, num_scan_starts
 from torchlmoe.ops.time_invariant import time_invariant_backward, time_invariant_forward
@@ -272,7 +273,7 @@ def _forward(
             read = _real_like(_over_keys(_take(q, tokens, 4, dtype), states), o)
             o.view(-1, *v.shape[2:]).index_copy_(0, tokens, read.to(o.dtype))
     final[: state.shape[0]] = state
-    return o, layout.restore_order(final), torch.cat([*starts, state[:0]])
+    return o, restore_order([layout], final), torch.cat([*starts, state[:0]])
 
 
 @_forward.register_fake
@@ -317,13 +318,13 @@ def _scan_back(grad_states: Tensor, decay: Tensor, counts: list[int], carry: Ten
         now = by_place[place]
         if place + 1 < len(counts):
             later = by_place[place + 1]
-            going_on = later.shape[0]
-            now[:going_on].addcmul_(conjugates[place + 1], later)
+            num_continuing = later.shape[0]
+            now[:num_continuing].addcmul_(conjugates[place + 1], later)
         else:
-            going_on = carry.shape[0]
-            now[:going_on] += carry
-        if going_on < now.shape[0]:
-            now[going_on:] += grad_final[going_on : now.shape[0]]
+            num_continuing = carry.shape[0]
+            now[:num_continuing] += carry
+        if num_continuing < now.shape[0]:
+            now[num_continuing:] += grad_final[num_continuing : now.shape[0]]
     return conjugates[0] * by_place[0]
 
 
@@ -383,7 +384,7 @@ def _scan_backward(
             _give(grad_log_decay, tokens, 5, grad_decay.mul_(_take(step, tokens, 4, dtype)[:, :, None]))
     # A document without tokens passes the gradient of its final state to its initial state.
     grad_initial = torch.cat([carry, grad_final[carry.shape[0] :]])
-    return grads, layout.restore_order(grad_initial)
+    return grads, restore_order([layout], grad_initial)
 
 
 @custom_op("torchlmoe::elementwise_recurrence_backward")
@@ -422,10 +423,11 @@ def _(grad_o, grad_final, q, k, v, log_decay, step, initial_state, *rest):
 
 def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs, output[2])
-    ctx.mark_non_differentiable(output[2])
+    keep_for_backward(ctx, output[:2], output[2])
 
 
-def _autograd(ctx, grad_o, grad_final, _):
+def _autograd(ctx, *grads_of_outputs):
+    grad_o, grad_final = gradients_of(ctx, grads_of_outputs)
     *inputs, starts = ctx.saved_tensors
     grads = _backward(grad_o, grad_final, *inputs, starts)
     return (*(None if x is None else grad for x, grad in zip(inputs[:6], grads, strict=True)), None)

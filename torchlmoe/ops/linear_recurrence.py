@@ -16,7 +16,7 @@ from torchlmoe.ops.checks import check_bounds, check_bounds_at_hand, check_not_e
 from torchlmoe.ops.chunked import Terms, chunked_forward, layouts_of, num_kept
 from torchlmoe.ops.chunked_backward import chunked_backward
 from torchlmoe.ops.kernel_backend import kernels_serve, within_reach
-from torchlmoe.ops.operation import custom_op, operation, size_by_documents
+from torchlmoe.ops.operation import custom_op, gradients_of, keep_for_backward, operation, size_by_documents
 from torchlmoe.ops.reference import reference_recurrence
 
 Backend = Literal["auto", "reference", "chunked", "triton"]
@@ -198,10 +198,11 @@ def _(grad_o, grad_final, q, k, v, log_decay, erase, erase_key, value_log_decay,
 def _setup_context(ctx, inputs, output) -> None:
     *terms, ctx.scale, initial_state, cu_seqlens = inputs
     ctx.save_for_backward(*terms, initial_state, cu_seqlens, output[2])
-    ctx.mark_non_differentiable(output[2])
+    keep_for_backward(ctx, output[:2], output[2])
 
 
-def _autograd(ctx, grad_o, grad_final, _):
+def _autograd(ctx, *grads_of_outputs):
+    grad_o, grad_final = gradients_of(ctx, grads_of_outputs)
     *terms, initial_state, cu_seqlens, kept = ctx.saved_tensors
     grads = _backward(grad_o, grad_final, *terms, ctx.scale, initial_state, cu_seqlens, kept)
     *of_terms, of_state = [None if x is None else grad for x, grad in zip((*terms, initial_state), grads, strict=True)]

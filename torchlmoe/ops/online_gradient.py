@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from torchlmoe.ops.checks import check_bounds, check_shape, num_documents
-from torchlmoe.ops.operation import custom_op, operation, size_by_documents
+from torchlmoe.ops.operation import custom_op, gradients_of, keep_for_backward, operation, size_by_documents
 from torchlmoe.ops.scan_backend import check_backend
 from torchlmoe.ops.scan_layout import chunk_layout, kept_scan_layout, num_scan_starts
 
@@ -416,10 +416,11 @@ def _(grad_o, grad_final, starts, *arguments):
 def _setup_context(ctx, inputs, output) -> None:
     *tensors, ctx.norm_eps, ctx.mini_batch_size, offset, cu_seqlens = inputs
     ctx.save_for_backward(*tensors, offset, cu_seqlens, output[2])
-    ctx.mark_non_differentiable(output[2])
+    keep_for_backward(ctx, output[:2], output[2])
 
 
-def _autograd(ctx, grad_o, grad_final, _):
+def _autograd(ctx, *grads_of_outputs):
+    grad_o, grad_final = gradients_of(ctx, grads_of_outputs)
     *tensors, offset, cu_seqlens, starts = ctx.saved_tensors
     grads = _backward(grad_o, grad_final, starts, *tensors, ctx.norm_eps, ctx.mini_batch_size, offset, cu_seqlens)
     return (*(None if x is None else grad for x, grad in zip(tensors, grads, strict=True)), None, None, None, None)

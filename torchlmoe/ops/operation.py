@@ -1,6 +1,6 @@
 """Common behavior of this package's operations under autocast and unsupported transforms of torch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Any
@@ -42,6 +42,19 @@ def custom_op(name: str, schema: str | None = None) -> Callable[[Callable[..., A
         return torch.library.custom_op(name, run, mutates_args=(), schema=schema)
 
     return register
+
+
+def keep_for_backward(ctx: Any, outputs: Sequence[Tensor], kept: Tensor) -> None:
+    """In `setup_context`: `kept` is only for the backward, to which torch then hands no zeros in place of gradients."""
+    ctx.mark_non_differentiable(kept)
+    ctx.set_materialize_grads(False)
+    ctx.like_outputs = [(x.shape, x.dtype, x.device) for x in outputs]
+
+
+def gradients_of(ctx: Any, grads: Sequence[Tensor | None]) -> list[Tensor]:
+    """grads: of all outputs, `kept` last -> those of the differentiable ones, zeros where autograd has none."""
+    pairs = zip(grads[:-1], ctx.like_outputs, strict=True)
+    return [torch.zeros(shape, dtype=dtype, device=device) if x is None else x for x, (shape, dtype, device) in pairs]
 
 
 def without_autocast(tensors: list[Tensor]) -> AbstractContextManager:

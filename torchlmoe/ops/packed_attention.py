@@ -24,7 +24,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from torchlmoe.ops.checks import check_bounds, check_bounds_at_hand, num_documents
 from torchlmoe.ops.fake_values import equal_documents, has_values
-from torchlmoe.ops.operation import custom_op, operation
+from torchlmoe.ops.operation import custom_op, gradients_of, keep_for_backward, operation
 
 _PAGE = 256  # longer documents are padded to a multiple of it, shorter ones to a power of two
 
@@ -340,10 +340,11 @@ def _(grad, q, k, v, o, logsumexp, cu_seqlens, window, query_start, scale):
 def _setup_context(ctx, inputs, output) -> None:
     q, k, v, cu_seqlens, *ctx.options = inputs
     ctx.save_for_backward(q, k, v, *output, cu_seqlens)
-    ctx.mark_non_differentiable(output[1])
+    keep_for_backward(ctx, output[:1], output[1])
 
 
-def _autograd(ctx, grad, _):
+def _autograd(ctx, *grads_of_outputs):
+    (grad,) = gradients_of(ctx, grads_of_outputs)
     q, k, v, o, logsumexp, cu_seqlens = ctx.saved_tensors
     return (*_backward(grad, q, k, v, o, logsumexp, cu_seqlens, *ctx.options), None, None, None, None)
 

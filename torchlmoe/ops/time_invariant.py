@@ -86,7 +86,8 @@ def _layouts(v: Tensor, cu_seqlens: Tensor | None) -> tuple[ChunkLayout, ...]:
 
 def _cut(slab: Slab, x: Tensor, state: Tensor) -> Tensor:
     """[B, T, H, V] -> [H, V, M, C], in the real dtype of the state."""
-    chunks = slab.cut(x, x.shape[2]).to(state.real.dtype)
+    num_rows, chunk_size = slab.tokens_MC.shape
+    chunks = slab.cut_into(x, state.real.new_empty(num_rows * x.shape[2], chunk_size, *x.shape[3:]))
     return chunks.unflatten(0, (-1, x.shape[2])).permute(1, 3, 0, 2).contiguous()
 
 

@@ -27,19 +27,29 @@ def weighted_swiglu(gate_up: Tensor, weight: Tensor) -> Tensor:
     return _forward(gate_up, weight)
 
 
-def _blocks(gate_up: Tensor) -> Iterator[slice]:
+def _block_rows(gate_up: Tensor) -> int:
     num_rows, width = gate_up.shape
+    return min(num_rows, max(1, 2 * _BLOCK_ELEMENTS // width)) if gate_up.device.type == "cpu" else num_rows
+
+
+def _blocks(gate_up: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks of rows, and their values in `dtype`; a block is overwritten when the next one is asked for.
+
+    A CPU copies them to memory that stays in the cache: it reads whole rows in half the time of gate and up in turn.
+    """
+    num_rows, step = gate_up.shape[0], _block_rows(gate_up)
     on_cpu = gate_up.device.type == "cpu"
-    step = max(1, 2 * _BLOCK_ELEMENTS // width if on_cpu else num_rows)
-    for start in range(0, num_rows, step):
-        yield slice(start, start + step)
+    buffer = gate_up.new_empty(step if on_cpu else 0, gate_up.shape[1], dtype=dtype)
+    for start in range(0, num_rows, max(1, step)):
+        rows = slice(start, min(start + step, num_rows))
+        yield rows, buffer[: rows.stop - start].copy_(gate_up[rows]) if on_cpu else gate_up[rows].to(dtype)
 
 
 @custom_op("torchlmoe::weighted_swiglu")
 def _forward(gate_up: Tensor, weight: Tensor) -> Tensor:
     out, dtype = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2), _dtype(gate_up, weight)
-    for rows in _blocks(gate_up):
-        gate, up = gate_up[rows].to(dtype).chunk(2, -1)
+    for rows, block in _blocks(gate_up, dtype):
+        gate, up = block.chunk(2, -1)
         hidden = out[rows] if out.dtype is dtype else torch.empty_like(gate)
         torch.ops.aten.silu(gate, out=hidden).mul_(up).mul_(weight[rows, None])
         if out.dtype is not dtype:
@@ -63,14 +73,15 @@ def _backward(grad: Tensor, gate_up: Tensor, weight: Tensor) -> tuple[Tensor, Te
     grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     dtype = _dtype(gate_up, weight)
     one = weight.new_ones((), dtype=dtype)
-    for rows in _blocks(gate_up):
-        gate, up = gate_up[rows].to(dtype).chunk(2, -1)
+    buffers = [grad.new_empty(_block_rows(gate_up), grad.shape[1], dtype=dtype) for _ in range(3)]
+    for rows, block in _blocks(gate_up, dtype):
+        gate, up = block.chunk(2, -1)
         flow, scale = grad[rows].to(dtype), weight[rows, None]
-        result = grad_gate_up[rows] if gate_up.dtype is dtype else torch.empty_like(gate_up[rows], dtype=dtype)
+        result = grad_gate_up[rows] if gate_up.dtype is dtype else torch.empty_like(block)
         grad_gate, grad_up = result.chunk(2, -1)
-        sigmoid = gate.sigmoid()
-        silu = gate * sigmoid
-        flow_silu = flow * silu
+        sigmoid, silu, flow_silu = (buffer[: len(block)] for buffer in buffers)
+        torch.mul(gate, torch.sigmoid(gate, out=sigmoid), out=silu)
+        torch.mul(flow, silu, out=flow_silu)
         torch.sum(torch.mul(flow_silu, up, out=grad_up), -1, dtype=weight.dtype, out=grad_weight[rows])
         torch.mul(flow_silu, scale, out=grad_up)
         flow_up = torch.mul(flow, up, out=flow_silu).mul_(scale)

@@ -20,7 +20,7 @@ _QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, but for its groups with a `fused_rows`: they hold parameters [..., m, n] and take Muon's step.
+    """AdamW, and Muon for groups that have the key `fused_rows`, whose parameters are matrices [..., m, n].
 
     fused_rows: how many matrices a weight's rows are, one below the other; 1 for an ordinary weight.
     momentum, num_iterations: of Muon.

@@ -1,7 +1,8 @@
 """Context parallelism: a microbatch is split into contiguous spans of tokens, and ranks exchange what crosses them.
 
 Mixers look across tokens only in submodules that have a parallel style for it (`Mixer.context_parallel_plan`). The
-rest of a model works token by token, except the load of a row of data, which is summed over its spans.
+rest of a model works token by token, except the token shift of a feed-forward layer's input (`apply_halos`), and the
+load of a row of data, which is summed over its spans.
 """
 
 from dataclasses import replace
@@ -11,7 +12,7 @@ from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
 from torchlmoe.config.settings import Parallelism
 from torchlmoe.model.decoder import Decoder
-from torchlmoe.styles.halo import Halo
+from torchlmoe.styles.halo import Halo, TokenShiftHalo
 
 
 def context_parallel_plans(model: Decoder, settings: Parallelism, span: int) -> dict[str, dict[str, ParallelStyle]]:
@@ -23,7 +24,7 @@ def context_parallel_plans(model: Decoder, settings: Parallelism, span: int) -> 
     for index, block in model.blocks.items():
         mixer, (letter, _) = block.mixer, model.places_in_common[index]
         if mixer is None:
-            continue  # a feed-forward layer works token by token
+            continue  # outside of mixers only `apply_halos` has something to do
         lsm, attention = settings.lsm_context_parallel, settings.attention_context_parallel
         plan = mixer.context_parallel_plan(lsm=lsm, attention=attention)  # type: ignore[operator,union-attr]
         if not plan:
@@ -49,3 +50,14 @@ def apply_context_parallel(model: Decoder, mesh: DeviceMesh, settings: Paralleli
     for index, plan in context_parallel_plans(model, settings, span).items():
         parallelize_module(model.blocks[index].get_submodule("mixer"), mesh, plan)
     model.span = replace(model.span, index=mesh.get_local_rank(), number=mesh.size())
+
+
+def apply_halos(model: Decoder, pieces: DeviceMesh) -> None:
+    """Between mixer and feed-forward layer, a token shift receives the last token of the preceding piece.
+
+    pieces: the ranks that have the pieces of a microbatch, under context and tensor parallelism.
+    """
+    for block in model.blocks.values():
+        if block.feed_forward_shift is not None:
+            shift = block.get_submodule("feed_forward_shift.token_shift")
+            parallelize_module(shift, pieces, TokenShiftHalo())

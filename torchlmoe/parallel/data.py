@@ -15,13 +15,13 @@ from torchlmoe.parallel.ranks import Ranks
 
 
 def apply_fsdp(model: Decoder, roots: Sequence[nn.Module], ranks: Ranks, dtype: torch.dtype) -> None:
-    """Shards each block's parameters over `ranks.parameters`, or `ranks.expert_parameters`; computes in `dtype`.
+    """Shard each block's parameters over `ranks.parameters`, or `ranks.expert_parameters`; computes in `dtype`.
 
     roots: the modules whose forward is called, the model or its pipeline stages. A stage runs several microbatches
         before the first backward, and so it keeps gathered parameters from its first forward to its last backward.
     Parameters keep their own dtype and so do the modules marked `float32_island`; gradients are reduced in at least
-    float32. Activations follow the parameters, and what a module is handed keeps its dtype (HGRN2's lower bounds are
-    float32). The loss must be a mean over all ranks' tokens: gradients are summed, not averaged.
+    float32. Activations have the dtype of the parameters, and inputs of a module are not cast (HGRN2's lower bounds
+    are float32). The loss must be a mean over all ranks' tokens: gradients are summed, not averaged.
     """
     mesh = ranks.parameters
     casts_down = torch.promote_types(dtype, torch.float32) != dtype
@@ -32,7 +32,7 @@ def apply_fsdp(model: Decoder, roots: Sequence[nn.Module], ranks: Ranks, dtype: 
     )
 
     is_whole = model in roots
-    reshard = None if is_whole else False  # None: after forward, but for the root
+    reshard = None if is_whole else False  # None: after the forward, except for the root
     place = _placing_experts(model, ranks)
     common = replicate(model.common.modules(), ranks)
     for block in model.blocks.values():
@@ -56,13 +56,13 @@ def apply_fsdp(model: Decoder, roots: Sequence[nn.Module], ranks: Ranks, dtype: 
         for module in root.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)
-                module.set_force_sum_reduction_for_comms(True)  # gloo has no sum that scales on the way
+                module.set_force_sum_reduction_for_comms(True)  # gloo has no sum with a scale
 
 
 def _placing_experts(model: Decoder, ranks: Ranks) -> Callable[[nn.Parameter], Any]:
-    """How a parameter is sharded: along its first dimension, over the ranks of the group around it, but for experts.
+    """Return FSDP's placement of parameters: the first dimension over the group's ranks, except for experts.
 
-    They may live on other ranks. Experts are not a separate group, whose hooks would break a compiled block into
+    Experts may be on other ranks. They are not a separate group, since its hooks would break a compiled block into
     pieces.
     """
     mesh = ranks.expert_parameters
@@ -75,7 +75,7 @@ def _placing_experts(model: Decoder, ranks: Ranks) -> Callable[[nn.Parameter], A
     }
     if not ranks.spreads_experts:
         return lambda parameter: Shard(dims.get(id(parameter), 0))
-    # Here, since torch 2.11, which trains on one GPU, may lack it.
+    # Imported here, since torch 2.11 may lack it; a single GPU does not need it.
     from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
 
     where = FSDPMeshInfo(mesh, 0) if mesh.ndim == 1 else HSDPMeshInfo(mesh, 1, 0)
@@ -84,10 +84,10 @@ def _placing_experts(model: Decoder, ranks: Ranks) -> Callable[[nn.Parameter], A
 
 
 def _dim_of_experts(parameter: nn.Parameter, degree: int) -> int:
-    """Along which a rank's experts [E, m, n] are sharded over `degree` ranks.
+    """Return the dimension along which a rank's experts [E, m, n] are sharded over `degree` ranks.
 
-    Between experts, if each rank gets one. FSDP pads fewer experts to one for each rank, and every rank would gather
-    the padding. Then each expert's matrix is cut, along a dimension that the ranks divide.
+    It is 0 if each rank gets at least one expert. FSDP would pad fewer experts to one per rank, and every rank would
+    gather the padding. Then each expert's matrix is cut along a dimension that `degree` divides.
     """
     shape = (parameter.to_local() if isinstance(parameter, DTensor) else parameter).shape
     if shape[0] >= degree:

@@ -21,7 +21,7 @@ from torchlmoe.parallel.ranks import Ranks
 
 
 def float32_islands(module: nn.Module) -> list[nn.Module]:
-    """The modules within it that compute in at least float32 whatever is around them."""
+    """Return the modules that compute in at least float32 in every model dtype."""
     return [inner for inner in module.modules() if getattr(inner, "float32_island", False)]
 
 
@@ -54,7 +54,7 @@ def replicate(islands: Iterable[nn.Module], ranks: Ranks) -> set[nn.Parameter]:
 
 
 def read_islands(model: nn.Module) -> None:
-    """Whoever reads a parameter of a replicated module gets this rank's plain tensor. Initialise before."""
+    """Make every read of a parameter of a replicated module return this rank's plain tensor. Initialize before."""
     for module in model.modules():
         if names := getattr(module, "replicated", ()):
             module.__class__ = _reading_local(type(module), names)  # type: ignore[arg-type]  # classes are hashable
@@ -62,7 +62,7 @@ def read_islands(model: nn.Module) -> None:
 
 @torch.no_grad()
 def sum_island_gradients(model: nn.Module) -> None:
-    """Completes the gradients of a step: those of replicated modules are this rank's part until then."""
+    """Sum the gradients of replicated modules over ranks. Until then they are this rank's part."""
     of_group: dict[Any, list[Tensor]] = {}  # by mesh and axes
     for parameter in model.parameters():
         gradient = parameter.grad

@@ -14,9 +14,9 @@ from torchlmoe.config.settings import Parallelism
 
 
 def choose_device(name: str) -> torch.device:
-    """name: "auto" (CUDA where there is one), "cpu" or "cuda"; under torchrun each local rank has its own GPU.
+    """name: "auto" (CUDA if there is one), "cpu" or "cuda"; under torchrun each local rank has its own GPU.
 
-    Raises ValueError where there is no such device.
+    Raises ValueError if there is no such device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

@@ -6,7 +6,7 @@ from torchlmoe.config.batch import shortest_span
 from torchlmoe.config.settings import Config
 from torchlmoe.model.decoder import Decoder, build_on_meta
 from torchlmoe.parallel.compile import compile_blocks
-from torchlmoe.parallel.context import apply_context_parallel, context_parallel_plans
+from torchlmoe.parallel.context import apply_context_parallel, apply_halos, context_parallel_plans
 from torchlmoe.parallel.data import apply_fsdp
 from torchlmoe.parallel.expert import apply_expert_parallel, check_experts
 from torchlmoe.parallel.float8 import convert_experts_to_mxfp8, convert_to_float8
@@ -21,9 +21,9 @@ from torchlmoe.styles.heads import read_local_parts
 
 
 def whole_model(config: Config, vocab_size: int, world_size: int) -> Decoder:
-    """The model on the meta device, uncut. Raises ValueError if it cannot be cut as the degrees say.
+    """Return the whole model on the meta device. Raises ValueError if the degrees cannot split it.
 
-    Every rank finds that out for the whole model, so that none waits for one that has failed.
+    Every rank checks the whole model, so that no rank waits for one that has failed.
     """
     model, degrees = build_on_meta(config, vocab_size), config.parallelism
     if degrees.pipeline_parallel_degree > 1:
@@ -37,12 +37,12 @@ def whole_model(config: Config, vocab_size: int, world_size: int) -> Decoder:
 
 
 def build_model(config: Config, vocab_size: int, ranks: Ranks, device: torch.device) -> Decoder:
-    """The model on `device`, sharded over `ranks`, with the same initial weights however it is sharded."""
+    """Return the model on `device`, sharded over `ranks`. Its initial weights do not depend on the layout."""
     return fill(shape(config, vocab_size, ranks, device), config, ranks, device)
 
 
 def shape(config: Config, vocab_size: int, ranks: Ranks, device: torch.device) -> Decoder:
-    """The model on the meta device, with all that changes how it computes on `device`: nothing takes memory yet.
+    """Return the rank's model on the meta device, with all parallel layouts applied and no memory allocated.
 
     Parameters are in at least float32; a single process has the plain module.
     """
@@ -60,6 +60,8 @@ def shape(config: Config, vocab_size: int, ranks: Ranks, device: torch.device) -
         apply_tensor_parallel(model, plan, ranks["tp"])
     if ranks["cp"].size() > 1:
         apply_context_parallel(model, ranks["cp"], config.parallelism, shortest_span(config, ranks.world_size))
+    if ranks.pieces.size() > 1:
+        apply_halos(model, ranks.pieces)
     if config.parallelism.expert_parallel_degree > 1:
         apply_expert_parallel(model, ranks)
     spread_balance(model, ranks)
@@ -75,7 +77,7 @@ def shape(config: Config, vocab_size: int, ranks: Ranks, device: torch.device) -
 
 
 def spread_balance(model: Decoder, ranks: Ranks) -> None:
-    """Tells routed layers which ranks have the other tokens of a microbatch: mixers see spans, the rest pieces."""
+    """Set the ranks that share a microbatch in routed layers: those of spans for mixers, of pieces for other layers."""
     for block in model.blocks.values():
         for layer, mesh in ((block.mixer, ranks["cp"]), (block.feed_forward, ranks.pieces)):
             if isinstance(layer, RoutedLayer) and mesh.size() > 1:
@@ -83,14 +85,14 @@ def spread_balance(model: Decoder, ranks: Ranks) -> None:
 
 
 def fill(model: Decoder, config: Config, ranks: Ranks, device: torch.device) -> Decoder:
-    """Gives a shaped model storage and every rank its slices of the same initial weights."""
+    """Allocate the storage of a shaped model, and initialize each rank's slices of the same weights."""
     model.to_empty(device=device)
     model.init_weights(config.training.seed)
     return ready(model, config, ranks)
 
 
 def ready(model: Decoder, config: Config, ranks: Ranks) -> Decoder:
-    """A model with storage and initial weights as it computes: who writes a parameter must not write to its cast."""
+    """Make reads of parameters return casts or local parts. Done last, since a write to a cast would be lost."""
     dtype = getattr(torch, config.training.dtype)
     if ranks.world_size == 1 and dtype != _master_dtype(dtype):
         compute_in(dtype, model)

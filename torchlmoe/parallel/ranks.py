@@ -1,4 +1,4 @@
-"""Who has what: the rows of a rank, and over which ranks a figure is summed without counting anything twice."""
+"""The rows of each rank, and sums over ranks that count nothing twice."""
 
 import torch
 import torch.distributed as dist
@@ -13,7 +13,7 @@ _SAME_ROWS = ("pp", "cp", "tp")
 
 
 class Ranks:
-    """The mesh, by what its axes share. Every rank of the run has one.
+    """The mesh, and the groups of ranks with the same rows, tokens or experts. Every rank of a run has one.
 
     mesh: axes pp, dp_replicate, dp_shard, cp, tp. parameters: what FSDP works on. pieces: the ranks of one microbatch,
     with its tokens in order. experts: axes pp, dp_replicate, efsdp, ep, on which experts live. row_index,
@@ -37,7 +37,7 @@ class Ranks:
 
     @property
     def expert_parameters(self) -> DeviceMesh:
-        """What FSDP works on for experts."""
+        """Return the mesh over which FSDP shards experts."""
         has_replicas = self.experts["dp_replicate"].size() > 1
         return self.experts["dp_replicate", "efsdp"] if has_replicas else self.experts["efsdp"]
 
@@ -49,19 +49,19 @@ class Ranks:
         return self.mesh.size()
 
     def total(self, figure: Tensor) -> Tensor:
-        """The sum over all ranks, in place, of what each of them has its own part of: losses, counters, signals."""
+        """Sum over all ranks, in place, a figure of which each rank has a separate part: losses, counters, signals."""
         dist.all_reduce(figure)
         return figure
 
     def total_of_rows(self, figure: Tensor) -> Tensor:
-        """The sum over all rows of what ranks with the same rows know alike, such as the number of labels."""
+        """Sum over all rows a figure that is equal on ranks with the same rows, such as the number of labels."""
         return self.total(self._once(figure, _SAME_ROWS))
 
     def own_loss(self, loss: Tensor) -> Tensor:
-        """This rank's part of `total`: ranks that share a vocabulary have the same loss. Not a last stage: zero."""
+        """Return the loss on the first rank of `tp`, and zero on its other ranks, which have the same loss."""
         return self._once(loss, ("tp",))
 
     def _once(self, figure: Tensor, axes: tuple[str, ...]) -> Tensor:
-        """What the ranks of some axes know alike, from the first of them alone: dividing a sum would round."""
+        """Return the figure on the first rank of some axes and zero on the others. Dividing a sum would round."""
         is_first = all(self.mesh[axis].get_local_rank() == 0 for axis in axes)
         return figure if is_first else torch.zeros_like(figure)

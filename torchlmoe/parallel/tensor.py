@@ -98,8 +98,9 @@ def apply_tensor_parallel(model: Decoder, plan: Plan, mesh: DeviceMesh) -> None:
         mixer, feed_forward = block.mixer, block.feed_forward
         if isinstance(mixer, RoutedLayer) and rank > 0:
             mixer.register_forward_pre_hook(_uncounted, with_kwargs=True)  # type: ignore[operator,union-attr]
-        if feed_forward is not None:
-            feed_forward.register_forward_pre_hook(partial(_piece, rank, degree), with_kwargs=True)  # type: ignore[operator,union-attr]
+        for layer in (block.feed_forward_shift, feed_forward):
+            if layer is not None:
+                layer.register_forward_pre_hook(partial(_piece, rank, degree), with_kwargs=True)  # type: ignore[operator,union-attr]
     model.shared_width //= degree
     model.span = replace(model.span, pieces=degree)
 

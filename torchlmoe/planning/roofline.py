@@ -3,7 +3,7 @@
 Assumptions, besides a device's rates (gpus.py):
 
 - an operation takes what its FLOPs take at a fraction of the matrix rate, or its bytes at a fraction of the memory's,
-  whichever is longer, and at least the time of starting it; operations are not fused;
+  the longer of the two, and at least the time of starting it; operations are not fused;
 - a ring collective over n ranks sends (n - 1) / n of its bytes, an all-reduce twice as much; an all-to-all as a ring;
 - an axis whose ranks are spread over more than one node moves its bytes at the network's rate;
 - what FSDP gathers and reduces runs beside the computation, and takes time only so far as it takes longer; all other

@@ -59,6 +59,6 @@ class Work:
         self.tasks.setdefault(phase, Counter())[task] += 1
 
 
-# They allocate, or read nothing but sizes.
+# They allocate, or read only sizes.
 _FREE = {"aten::empty", "aten::empty_like", "aten::new_empty", "aten::empty_strided", "aten::new_empty_strided"}
 _FREE |= {"aten::lift_fresh", "aten::_unsafe_view", "aten::_local_scalar_dense"}

@@ -8,9 +8,9 @@ in DeepSeek-V2 (arXiv 2405.04434); the router z-loss (arXiv 2202.08906); and the
 
 with f_e the fraction of choices that fell on expert e and P_e the mean probability of e. Both are 1 / E for
 each e when balanced, where the auxiliary loss is `aux_loss_weight`. Over the global batch, f_e is that of the last
-whole optimizer step: the present one's is not known before its last microbatch, on whichever rank or pipeline stage,
-has been routed. f_e is a constant to the gradient, so it needs no communication and does
-not depend on how a batch is cut.
+complete optimizer step: that of the current step is not known before its last microbatch has been routed, on any rank
+or pipeline stage. f_e is a constant for the gradient, so it needs no communication and does not depend on how a batch
+is cut.
 
 The losses are not added to the main loss: the backward injects their gradients, times the microbatch's
 share of the step's tokens, so they need no path through the model's outputs or between pipeline stages.

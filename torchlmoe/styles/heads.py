@@ -138,7 +138,7 @@ def _total_output(mesh: DeviceMesh, module: nn.Module, inputs: tuple[Any, ...], 
 
 
 def read_local_parts(model: nn.Module) -> None:
-    """Whoever reads a parameter under `HeadParameters` while its layer runs gets the rank's part, a plain tensor.
+    """Make reads of parameters under `HeadParameters` return the rank's part, a plain tensor, while the layer runs.
 
     Gradients reach the parameter as parts, or as terms of the sum over ranks. At other times, when FSDP has sharded the
     parameter further, it is what it was. Apply FSDP before.

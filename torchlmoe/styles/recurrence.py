@@ -274,7 +274,7 @@ class LSMSequenceParallel(StateStyle):
         return state
 
     def start(self, mesh: DeviceMesh, factors: list[Tensor], state: Tensor) -> Tensor | None:
-        """The maps of all ranks, on their way: [P, X, R, numbers of a map]."""
+        """Start to gather the maps of all ranks: [P, X, R, numbers of a map]."""
         if self.communication == "ring":
             return None
         numbers = torch.cat([x.to(state.dtype).flatten(2) for x in (*factors, state)], -1)

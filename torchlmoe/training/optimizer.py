@@ -1,4 +1,4 @@
-"""The optimizer that the settings name, the learning rate of a step, and the clipping of its gradients."""
+"""Builds the optimizer of the settings, sets the learning rate of a step, and clips gradients."""
 
 from collections.abc import Set
 
@@ -21,14 +21,14 @@ def build_optimizer(model: Decoder, settings: Optimizer) -> torch.optim.Optimize
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Every group's learning rate becomes `factor` times its peak."""
+    """Set the learning rate of every group to `factor` times its peak."""
     for group in optimizer.param_groups:
         group["lr"] = factor * group.setdefault("peak_lr", group["lr"])
 
 
 @torch.no_grad()
 def clip_gradients(model: nn.Module, max_norm: float, counted_elsewhere: Set[str] = frozenset()) -> torch.Tensor:
-    """Scales all gradients so that their 2-norm over all ranks is at most `max_norm`; returns the norm before that.
+    """Scale all gradients so that their 2-norm over all ranks is at most `max_norm`. Returns the norm before scaling.
 
     max_norm: 0 for no limit. counted_elsewhere: names of parameters that other ranks count in the norm.
     """
@@ -47,7 +47,7 @@ def clip_gradients(model: nn.Module, max_norm: float, counted_elsewhere: Set[str
 
 
 def _norm_over_ranks(gradients: list[torch.Tensor], device: torch.device) -> torch.Tensor:
-    """Norm of gradients on any meshes over all ranks, float64. Replicas along an axis count on the first rank only."""
+    """Return the norm of gradients over all ranks, float64. Replicas along an axis count on the first rank only."""
     sharded = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
     local = [gradient.to_local() for gradient in sharded if _is_counted(gradient)]
     squares = torch.zeros((), dtype=torch.float64, device=device)

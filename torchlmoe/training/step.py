@@ -1,4 +1,4 @@
-"""The interface by which the trainer computes losses and gradients of a model."""
+"""The interface through which the trainer computes losses and gradients of a model."""
 
 from collections.abc import Sequence, Set
 from typing import Any, Protocol
@@ -15,32 +15,31 @@ from torchlmoe.training.pipeline_step import PipelineStep
 
 
 class Step(Protocol):
-    """Batches hold tokens, labels int64 [B, T] and document_bounds int32 [B, max_docs + 1].
+    """Computes losses and gradients. Batches have tokens, labels int64 [B, T], document_bounds int32 [B, max_docs + 1].
 
-    batches_at_once: how many batches an evaluation works on together. counted_elsewhere: names of this rank's
-    parameters that others have too, and of which these count the gradient in its norm.
+    batches_at_once: number of batches that an evaluation processes together. counted_elsewhere: names of parameters of
+    this rank that other ranks have too, and whose gradients another rank counts in the gradient norm.
     """
 
     batches_at_once: int
     counted_elsewhere: Set[str]
 
     def forward_backward(self, batches: Sequence[Any], num_tokens: Tensor) -> Tensor:
-        """This rank's part of a step's loss, float64: the sum over the batches divided by num_tokens.
+        """Return this rank's part of the loss of a step, float64: the sum over its batches divided by num_tokens.
 
-        The gradients are whole: summed over batches and ranks.
+        Gradients are complete afterwards: summed over batches and ranks.
         """
         ...
 
     def evaluate(self, batches: Sequence[Any]) -> Tensor:
-        """This rank's part of the summed negative log-likelihood of at most `batches_at_once` batches, float64."""
+        """Return this rank's part of the summed negative log-likelihood of up to `batches_at_once` batches, float64."""
         ...
 
 
 class PlainStep:
-    """One microbatch after another.
+    """Runs one microbatch after another.
 
-    share: of a microbatch in the step's rows over all ranks. Rows are all of one length, so that the share does not
-    depend on how they are cut.
+    share: the share of a microbatch in the rows of a step over all ranks.
     """
 
     batches_at_once = 1
@@ -68,7 +67,7 @@ class PlainStep:
 
 
 def build_step(model: Decoder, config: Config, ranks: Ranks, device: torch.device) -> Step:
-    """The step of a rank's model."""
+    """Return the step for a rank's model."""
     rows, whole = batch_sizes(config.training, ranks.num_row_places)
     if model.pipeline is None:
         return PlainStep(model, rows / whole)

@@ -20,7 +20,7 @@ class Plan:
     """What a search does, before any run.
 
     settings: of the recipe, resolved. tried: the trials. lengths: steps of a run in each round.
-    keep: one in so many trials goes into the next round.
+    keep: one of `keep` trials reaches the next round.
     """
 
     settings: dict[str, Any]
@@ -77,7 +77,7 @@ def search(
                 write(outcomes)
                 say(_line(outcomes[-1]))
         finally:
-            executor.shutdown(wait=False, cancel_futures=True)  # whoever called ends the runs that are left
+            executor.shutdown(wait=False, cancel_futures=True)  # the caller ends the remaining runs
         of_round = [outcome for outcome in outcomes if outcome.round == round_]
         good = sorted(
             (each for each in of_round if each.val_loss is not None), key=lambda each: (each.val_loss, each.trial)

@@ -1,4 +1,4 @@
-"""The test of a copy: the checks of what was asked for, joined in one file."""
+"""The test of a copy: the checks of the requested parts, concatenated in one file."""
 
 import ast
 import sys

@@ -120,7 +120,7 @@ def _readme(package: Package, parts: list[Part], version: str, name: str, pytest
     lines = package.num_lines()
     title = name.rpartition(".")[2]
     without = {
-        "kernels": "Triton kernels were left out (--kernels): a backend says so where it is asked for them.",
+        "kernels": 'Triton kernels were left out (--kernels): backend = "triton" raises an error.',
         "styles": "Parallel styles were left out (--styles), and the methods that name them.",
     }
     table = "\n".join(f"| `{path}` | {count} |" for path, count in lines.items())

@@ -1,1 +1,1 @@
-"""Tasks of recall and state tracking: generated from a seed, read as training data and as evaluations."""
+"""Tasks of recall and state tracking, generated from a seed, for training and for evaluation."""

@@ -1,5 +1,5 @@
-"""A task of recall as training or validation data: `data.dataset = "recall:mqar"`. Nothing is stored; a document is
-drawn when it is read, from the seed and its number.
+"""A recall task as training or validation data: `data.dataset = "recall:mqar"`. Nothing is stored: a document is drawn
+when it is read, from the seed and its number.
 """
 
 import hashlib
@@ -15,19 +15,19 @@ from torchlmoe.data.store import StoreIndex, TokenStore
 from torchlmoe.options import keyword_settings
 
 PREFIX = "recall:"
-FORMAT = 1  # raise it when the same options would be other documents
+FORMAT = 1  # increase it if a change gives other documents for the same options
 DOCUMENTS_KEPT = 4096
 SPLITS = ("train", "validation", "test")
 
 
 class RecallStore(TokenStore):
-    """Documents of one task, one after another, each of them `length` tokens.
+    """Documents of one task, each of `length` tokens.
 
-    task: of TASKS. split: "train", "validation" or "test", whose documents are drawn from different seeds.
-    num_documents, validation_documents: in the training split, and in any other.
-    options: the task's own.
-    Document number n is a function of (seed, split, n) alone. `text_bytes` is 0, since tokens do not stand for text.
-    Raises ValueError for options that do not go together.
+    task: a name in `TASKS`. split: "train", "validation" or "test"; their documents differ.
+    num_documents, validation_documents: number of documents in the training split, and in each other split.
+    options: options of the task.
+    Document n depends only on (seed, split, n). `text_bytes` is 0, since the tokens do not represent text.
+    Raises ValueError for options that contradict each other.
     """
 
     is_text = False
@@ -64,7 +64,7 @@ class RecallStore(TokenStore):
         self.vocab_size, self.end_id, self.text_bytes = self.index.vocab_size, END, 0
         self.token_bytes = None
         self.document = lru_cache(DOCUMENTS_KEPT)(self._draw)
-        self.document(0)  # what does not go together is refused now
+        self.document(0)  # raises now if options contradict each other
 
     def _draw(self, number: int) -> Document:
         rng = np.random.default_rng((self.seed, SPLITS.index(self.split), number))
@@ -90,7 +90,7 @@ class RecallStore(TokenStore):
 
 
 def recall_task(dataset: str) -> str | None:
-    """The task that a data.dataset names; None if it names none. Raises ValueError for an unknown task."""
+    """Return the task of a data.dataset, or None if it is no recall task. Raises ValueError for an unknown task."""
     if not dataset.startswith(PREFIX):
         return None
     task = dataset.removeprefix(PREFIX)
@@ -100,5 +100,5 @@ def recall_task(dataset: str) -> str | None:
 
 
 def recall_settings(task: str) -> dict[str, tuple[Any, Any]]:
-    """What data.reader_options may hold for a task: name -> (annotation, default)."""
+    """Return the options of a task in data.reader_options: name -> (annotation, default)."""
     return {**keyword_settings(RecallStore.__init__), **keyword_settings(TASKS[task])}

@@ -1,8 +1,8 @@
-"""The tasks: each a function that draws one document, and whose keyword arguments are its settings.
+"""Recall and state-tracking tasks. Each is a function that draws one document; its keyword arguments are settings.
 
-A document is `length` tokens and as many labels. It begins with the end token; most labels are IGNORE_INDEX, and the
-others ask. Labels are not always the next token: where an answer would give the next one away, it is not written down.
-All tasks share one layout of the vocabulary: END, BLANK (filling), ASK (a question follows), and symbols from there on.
+A document has `length` tokens and a label for each. It begins with the end token. Labels of answers are token ids, and
+all others are IGNORE_INDEX. A label need not be the next token: an answer that would reveal the next one is not written
+into the document. The vocabulary of all tasks is END, BLANK (padding), ASK (a question follows), and then symbols.
 """
 
 from collections.abc import Callable
@@ -20,8 +20,8 @@ MOST_SYMBOLS = 2**20
 
 
 class Document(NamedTuple):
-    """tokens, labels: int64 [length]. questions: int64 [length], the number of the question that a label answers, -1
-    where there is no label."""
+    """tokens, labels: int64 [length]. questions: int64 [length], the number of the question that a label answers, or
+    -1 without a label."""
 
     tokens: np.ndarray
     labels: np.ndarray
@@ -50,14 +50,11 @@ def mqar(
 ) -> Document:
     """Multi-query associative recall (arXiv 2312.04927): pairs of a key and its value, then the keys among blanks.
 
-    The label of a key that is asked for is its value, which does not follow. Gaps have the paper's power law.
+    The label of a key in the second part is its value, which does not follow it there. Gaps have the paper's power law.
     """
     keys, values = _halves(vocab_size)
     _need(len(keys) >= num_pairs, f"vocab_size = {vocab_size} has {len(keys)} keys for num_pairs = {num_pairs}")
-    _need(
-        length >= 1 + 4 * num_pairs,
-        f"length = {length} is too short for num_pairs = {num_pairs}, which need 4 tokens each",
-    )
+    _need_tokens(length, 1 + 4 * num_pairs, f"num_pairs = {num_pairs}")
     num_pairs = _between(rng, "pairs", min_pairs, num_pairs)
     slots = (length - 1 - 2 * num_pairs) // 2
     document = _blank(length)
@@ -81,12 +78,10 @@ def selective_copying(
     num_symbols: Annotated[int, Field(ge=1, description="Symbols to copy.")] = 8,
     vocab_size: VocabSize = 32,
 ) -> Document:
-    """Symbols at random places among blanks, to be repeated in their order at the end (arXiv 2312.00752)."""
+    """Symbols at random places among blanks, which the end of the document repeats in order (arXiv 2312.00752)."""
     symbols = np.arange(FIRST_SYMBOL, vocab_size)
-    start = length - 1 - num_symbols  # of the question
-    _need(
-        start - 1 >= num_symbols, f"length = {length} is too short for num_symbols = {num_symbols}, which need 2 each"
-    )
+    _need_tokens(length, 2 + 2 * num_symbols, f"num_symbols = {num_symbols}")
+    start = length - 1 - num_symbols  # place of the question
     document = _blank(length)
     copied = rng.choice(symbols, num_symbols)
     document.tokens[1 + np.sort(rng.choice(start - 1, num_symbols, replace=False))] = copied
@@ -106,18 +101,16 @@ def needle(
     answer_length: Annotated[int, Field(ge=1, description="Symbols in a needle's value.")] = 2,
     vocab_size: VocabSize = 256,
 ) -> Document:
-    """A needle in a haystack (after RULER, arXiv 2404.06654): ASK, a key and its value amid words; at the end, the key.
+    """A needle in a haystack (after RULER, arXiv 2404.06654): ASK, a key and its value between words. The end of the
+    document asks for the key.
 
-    Keys and values are symbols of one half of the vocabulary, words those of the other. Other needles have other keys.
+    Keys and values are symbols of one half of the vocabulary, and words are symbols of the other half. Each needle has
+    another key.
     """
     words, symbols = _halves(vocab_size)
-    size = 2 + answer_length  # of a needle, and of the question
+    size = 2 + answer_length  # tokens of a needle, and of the question with its answer
     num_words = length - 1 - size * (num_needles + 1)
-    _need(
-        num_words >= 0,
-        f"length = {length} is too short for num_needles = {num_needles} with answer_length = {answer_length}, which "
-        f"need {1 + size * (num_needles + 1)} tokens",
-    )
+    _need_tokens(length, length - num_words, f"num_needles = {num_needles} with answer_length = {answer_length}")
     _need(len(symbols) >= num_needles, f"vocab_size = {vocab_size} has {len(symbols)} keys for {num_needles} needles")
     keys = rng.choice(symbols, num_needles, replace=False)
     values = rng.choice(symbols, (num_needles, answer_length))
@@ -149,13 +142,10 @@ def phonebook(
     number_length: Annotated[int, Field(ge=1, le=64, description="Digits, of ten, in a number.")] = 4,
     vocab_size: VocabSize = 64,
 ) -> Document:
-    """Names, each with a number of several digits, and at the end one of the names (arXiv 2402.01032)."""
+    """Names, each with a number of several digits. The end of the document asks for one of them (arXiv 2402.01032)."""
     digits, letters = np.arange(FIRST_SYMBOL, FIRST_SYMBOL + 10), np.arange(FIRST_SYMBOL + 10, vocab_size)
     size = name_length + number_length + 1
-    needed = 1 + size * (num_entries + 1)
-    _need(
-        length >= needed, f"length = {length} is too short for num_entries = {num_entries}, which need {needed} tokens"
-    )
+    _need_tokens(length, 1 + size * (num_entries + 1), f"num_entries = {num_entries}")
     _need(
         len(letters) ** name_length >= num_entries,
         f"vocab_size = {vocab_size} has {max(len(letters), 0)} letters, too few for {num_entries} names of "
@@ -169,7 +159,7 @@ def phonebook(
         [np.array(list(names)), rng.choice(digits, (num_entries, number_length)), np.full((num_entries, 1), BLANK)], 1
     )
     document = _blank(length)
-    start = length - size  # of the question; blanks stand before the first entry
+    start = length - size  # place of the question; blanks precede the first entry
     document.tokens[start - size * num_entries : start] = entries.flatten()
     asked = entries[rng.integers(num_entries)]
     _ask(document, start, asked[:name_length], asked[name_length:-1])
@@ -178,7 +168,7 @@ def phonebook(
 
 @TASKS.register("parity")
 def parity(rng: np.random.Generator, *, length: Length = 64, vocab_size: VocabSize = 8) -> Document:
-    """Bits; the label of each is the parity of the bits so far (arXiv 2411.12537)."""
+    """Bits. The label of each is the parity of the bits so far (arXiv 2411.12537)."""
     document = _blank(length)
     bits = rng.integers(0, 2, length - 1)
     return _track(document, bits, np.bitwise_xor.accumulate(bits))
@@ -187,11 +177,11 @@ def parity(rng: np.random.Generator, *, length: Length = 64, vocab_size: VocabSi
 def _permutations(degree: int) -> Callable[..., Document]:
     elements = np.array(list(permutations(range(degree))))
     number = {tuple(element): index for index, element in enumerate(elements.tolist())}
-    # products[a, b]: first b, then a. A swap moves two points or none.
+    # products[a, b]: first b, then a. A swap exchanges two points or none.
     products = np.array([[number[tuple(a[b])] for b in elements] for a in elements])
     swaps = np.flatnonzero((elements != np.arange(degree)).sum(1) <= 2)
     least = FIRST_SYMBOL + len(elements)
-    smallest = max(least, 8)  # that a setting may have
+    smallest = max(least, 8)  # 8 is the lower limit of the setting
 
     def compose(
         rng: np.random.Generator,
@@ -202,7 +192,7 @@ def _permutations(degree: int) -> Callable[..., Document]:
         ] = "all",
         vocab_size: VocabSize = smallest,
     ) -> Document:
-        """Permutations; the label of each is the product of those so far, the newest applied last.
+        """Permutations. The label of each is the product of all so far, with the newest applied last.
 
         Source: arXiv 2411.12537.
         """
@@ -237,7 +227,7 @@ def _track(document: Document, read: np.ndarray, states: np.ndarray) -> Document
 
 
 def _ask(document: Document, start: int, question: np.ndarray, answer: np.ndarray) -> None:
-    """At `start`: ASK, the question and the answer, whose symbols are one question's labels."""
+    """Write ASK, the question and the answer at `start`. The symbols of the answer are the labels of one question."""
     first = start + len(question)  # the token whose label is the answer's first symbol
     document.tokens[start] = ASK
     document.tokens[start + 1 : first + 1] = question
@@ -256,6 +246,10 @@ def _between(rng: np.random.Generator, what: str, least: int | None, most: int) 
         return most
     _need(least <= most, f"min_{what} = {least} is more than num_{what} = {most}")
     return int(rng.integers(least, most + 1))
+
+
+def _need_tokens(length: int, needed: int, by: str) -> None:
+    _need(length >= needed, f"length = {length} is too short for {by}: that takes {needed} tokens")
 
 
 def _need(holds: bool, otherwise: str) -> None:

@@ -1,4 +1,4 @@
-"""The tokenizer of a model that was trained on tasks of recall: their token ids as decimal numbers between spaces."""
+"""The tokenizer of a model that was trained on recall tasks: text consists of token ids, as decimal numbers."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from torchlmoe.data.tokenizer import END_TOKENS, Tokenizer
 
 
 def symbol_tokenizer(vocab_size: int) -> Tokenizer:
-    """A tokenizer whose text "17 4" is the ids 17 and 4; id END is the end token, and stands for an unknown word."""
+    """Return a tokenizer that reads the text "17 4" as the ids 17 and 4. END is the end token and the unknown token."""
     vocabulary = {END_TOKENS[0] if number == END else str(number): number for number in range(vocab_size)}
     special = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
     content = {

@@ -53,7 +53,7 @@ def test_scan_equals_the_definition(rates):
 
 
 @pytest.mark.parametrize("rates", RATES)
-def test_elementwise_decoding_goes_on_from_the_state(rates):
+def test_elementwise_decoding_continues_from_the_state(rates):
     tensors = {name: x.detach() for name, x in elements(rates, 40, 1).items()}
     state, pieces = tensors.pop("initial_state"), []
     expected = elementwise_recurrence(**tensors, initial_state=state)[0]

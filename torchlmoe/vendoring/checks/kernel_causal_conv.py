@@ -31,7 +31,7 @@ def test_convolution_kernel(bounds, activation):
     )
 
 
-def test_convolution_kernel_goes_on_from_a_state():
+def test_convolution_kernel_continues_from_a_state():
     from torchlmoe.kernels.causal_conv import causal_conv
 
     x, weight = (tensor.float().to(DEVICE) for tensor in random_tensors((2, 20, 5), (5, 4)))

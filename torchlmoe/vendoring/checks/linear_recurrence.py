@@ -53,7 +53,7 @@ def test_chunks_equal_the_definition(widths):
 
 
 @pytest.mark.parametrize("widths", TERMS.values(), ids=TERMS)
-def test_decoding_goes_on_from_the_state(widths):
+def test_decoding_continues_from_the_state(widths):
     tensors = {name: x.detach() for name, x in given(widths, TOKENS, 1).items()}
     state, pieces = tensors.pop("initial_state"), []
     expected = linear_recurrence(**tensors, initial_state=state)[0]

@@ -61,7 +61,7 @@ def test_capacity_drops_in_training_alone():
     assert counted["dropped"] == (counted["counts"] - room).clamp(min=0).sum() > 0
 
 
-def test_balance_loss_is_injected_on_the_way_back():
+def test_balance_loss_is_injected_in_the_backward():
     """Its gradient reaches the router without a path through the output."""
     x = torch.randn(1, 30, WIDTH, dtype=torch.float64)
     gradients = []

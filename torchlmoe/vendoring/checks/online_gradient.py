@@ -51,7 +51,7 @@ def test_mini_batches_equal_the_definition(extra):
 
 
 @pytest.mark.parametrize("extra", INNER.values(), ids=INNER)
-def test_decoding_goes_on_within_a_mini_batch(extra):
+def test_decoding_continues_within_a_mini_batch(extra):
     tensors = {name: x.detach() for name, x in inner_tensors(extra, 20, 1).items()}
     state, pieces = tensors.pop("initial_state"), []
     expected = online_gradient(**tensors, initial_state=state, mini_batch_size=MINI_BATCH)[0]
