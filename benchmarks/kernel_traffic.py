@@ -213,7 +213,7 @@ def flops_needed(call: Call) -> int:
 
 
 def seconds(kernels: Kernels, gpu: Gpu) -> float:
-    """One kernel after another, each at the rate of its bytes or of its products, whichever takes longer."""
+    """One kernel after another, each for the longer of its bytes and its products."""
     return sum(max(x.bytes / gpu.bytes, x.flops / gpu.flops) for x in kernels.values())
 
 
