@@ -368,6 +368,9 @@ def page(cases: dict[str, list[dict[str, Any]]]) -> str:
         "them three times; S4, whose states are complex and 32 wide for each channel, has more of these than of "
         "tokens. Constants of a layer (S4's q, k and decay) are read by every chunk, mostly from the L2 cache, and "
         "their gradients are written by every chunk and summed by PyTorch.",
+        "- The convolution: a program reads its rows once for each of the four taps, and backward sums them again for "
+        "each; the repeated reads are of the same tile and come from the first-level cache.",
+        "- Tokens to experts: each token is read once for each of its experts.",
         "",
         f"An instance may move {MOST} times what it needs; those that move more are listed below each table with the "
         "tensors that move most.",
