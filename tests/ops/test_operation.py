@@ -174,7 +174,7 @@ class Calls(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", ["scalar", "scan", "causal_conv", "attention"])
-def test_no_zeros_for_what_is_kept(name):
+def test_no_zeros_for_kept_outputs(name):
     """Autograd makes zeros for outputs without a gradient, but what is only for the backward never has one."""
     with Calls() as calls:
         outputs = forward(name, make(name, 1, 70), (0, 70))
