@@ -29,6 +29,8 @@ def settings(mixer: str, pattern: str, steps: int, expert_dim: int) -> list[str]
         "moe.expert_dim": expert_dim,
         "model.mixer": mixer,
         "model.layer_pattern": pattern,
+        "model.layers.L.mlp_token_shift": "false",
+        "model.layers.N.mlp_token_shift": "false",
         "training.steps": steps,
         "training.dtype": "float32",
         "training.local_batch_size": 4,

@@ -17,11 +17,16 @@ from torchlmoe.config.batch import batch_sizes
 from torchlmoe.config.load import load_config
 
 CONFIG = "train_configs/debug.toml"
+PLAIN = {
+    "model.mixer": "gated_deltanet",
+    "model.layers.L.mlp_token_shift": "false",
+    "model.layers.N.mlp_token_shift": "false",
+}
 
 
 def train(folder: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
     """Train and return the records of the run."""
-    settings = {"job.dump_folder": folder, "checkpoint.enable": "false", "metrics.plot": "false", **settings}
+    settings = {"job.dump_folder": folder, "checkpoint.enable": "false", "metrics.plot": "false", **PLAIN, **settings}
     pairs = [f"--{name}={value}" for name, value in settings.items()]
     subprocess.run([sys.executable, "train.py", "--job.config_file", CONFIG, *pairs], check=True)
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
