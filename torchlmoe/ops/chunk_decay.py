@@ -33,8 +33,7 @@ class Undecayed:
 
     def columns(self, p_NCRCW: Tensor, x_NCRD: Tensor) -> Tensor:
         """[N, C, W, D]"""
-        product = torch.bmm(p_NCRCW.flatten(3).flatten(1, 2).mT, x_NCRD.flatten(1, 2))
-        return product.view(x_NCRD.shape[0], *p_NCRCW.shape[3:], -1)
+        return torch.bmm(p_NCRCW.flatten(3).flatten(1, 2).mT, x_NCRD.flatten(1, 2)).unflatten(1, p_NCRCW.shape[3:])
 
     def backward(self, p_NCRCW: Tensor, x_NCRD: Tensor, y_NCWD: Tensor, dx_NCRD: Tensor, dy_NCWD: Tensor) -> None:
         """Add `rows` to dx and `columns` to dy. Overwrites p."""

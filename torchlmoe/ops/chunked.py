@@ -87,10 +87,6 @@ class Chunks:
     starts_NKV: Tensor  # the first state of every chunk, from `scan`
 
     @property
-    def reads_before(self) -> bool:
-        return self.bonus_N1K is not None
-
-    @property
     def writes_v(self) -> bool:
         """Whether v itself is written, alone or together with n."""
         return self.inverse_NCC is None or self.y_NCWK.shape[2] == 2
@@ -239,11 +235,9 @@ def chunked_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the recurrence chunk by chunk. layouts: from `layouts_of(v)`.
 
-    Returns o [B, T, H, V] in v's dtype, the final state [documents, H, K, V], and for the backward the first states
-    of every slab.
+    Returns o [B, T, H, V] in v's dtype, the final state [documents, H, K, V], and the first states of every slab.
     """
-    v = terms.v
-    kept, final = [], []
+    v, kept, final = terms.v, [], []
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     for layout in layouts:
         state = first_states(terms, initial_state, layout)

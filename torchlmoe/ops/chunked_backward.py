@@ -90,7 +90,7 @@ def _slab_backward(
 
     rows: the gradient of what each reader has read; that of q is given, that of erase is filled in.
     """
-    grad_o_NCV = rows_NCRV[:, :, 0] if chunks.reads else None
+    grad_o_NCV, before = rows_NCRV[:, :, 0] if chunks.reads else None, chunks.bonus_N1K is not None
     x_NCRK, y_NCWK, scores, starts_NKV = chunks.x_NCRK, chunks.y_NCWK, chunks.scores_NCRCW, chunks.starts_NKV
     key_decay, value_decay = chunks.key_decay, chunks.value_decay
     read_keys, written_keys = chunks.read_keys_NCRK, chunks.written_keys_NCWK
@@ -122,14 +122,14 @@ def _slab_backward(
         if key_decay.from_start is not None:
             grad_x *= key_decay.from_start.unsqueeze(2)
         grad_scores = value_decay.pair(rows_NCRV, w_NCWV)
-        if chunks.reads_before or chunks.inverse_NCC is not None:
+        if before or chunks.inverse_NCC is not None:
             make_strict(grad_scores)
 
     def through(*dims: int) -> Tensor:
         """What passes from the first state of each chunk to its last, summed over keys (1), values (2) or both."""
         return carry(starts_NKV, chunks.whole(), None).mul_(grad_end_NKV).sum(dims)
 
-    grads, before = {}, chunks.reads_before
+    grads = {}
     if isinstance(key_decay, MatrixDecay):
         from_start, to_end = ((x * grad).sum((2, 3)) for x, grad in ((x_NCRK, grad_x), (y_NCWK, grad_y)))
         within = None

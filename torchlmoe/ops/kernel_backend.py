@@ -31,9 +31,8 @@ def kernels_serve(backend: str, *tensors: Tensor | None, refusal: str | None = N
 
 def within_reach(x: Any) -> Any:
     """x, a tensor [B, T, ..] copied if its tokens are so far apart that a tile's addresses would exceed 32 bits."""
-    if isinstance(x, Tensor) and x.dim() > 2 and x.shape[1] > 1 and x.stride(1) > FURTHEST:
-        return x.contiguous()
-    return x
+    far = isinstance(x, Tensor) and x.dim() > 2 and x.shape[1] > 1 and x.stride(1) > FURTHEST
+    return x.contiguous() if far else x
 
 
 def _refusal(on_gpu: bool, *tensors: Tensor | None) -> str | None:
