@@ -102,7 +102,7 @@ CLAIMS = {
             "mixers": list(MIXERS),
             "layouts": {"pure": "LLLL", "hybrid": "LLLN"},
             "settings": {**MODEL, **SPARSE, **TRAINING},
-            "tune": {"tune.optimizer.lr": "1e-3,2e-3,4e-3,8e-3", "training.steps": 120, "rounds": 1},
+            "tune": {"tune.optimizer.lr": "2e-3,4e-3,8e-3,1.6e-2", "training.steps": 120, "rounds": 1},
             "lengths": [512, 1024],
             "seeds": [0, 1],
             "most_above": 0.02,
