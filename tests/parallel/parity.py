@@ -1,6 +1,7 @@
 """Trains one small model under many layouts of gloo processes and compares each run with that of one process."""
 
 import faulthandler
+import gc
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,9 +10,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from tests.conftest import SECONDS_OF_A_HANG, run_on_ranks
 from torchlmoe.config.load import load_config
+from torchlmoe.config.settings import Config
 from torchlmoe.training.trainer import Trainer
 
 SETTINGS = """--model.dim 32 --model.num_layers 4 --model.num_heads 2 --moe.num_experts 8 --moe.top_k 2
@@ -58,17 +61,33 @@ def train_layouts(jobs, corpus: Path, folder: Path, steps: int, float32: tuple[s
                 more = ["--job.dump_folder", str(run), "--training.dtype", dtype]
                 if dtype == "float32":  # whose norm of gradients has fewer digits than what is compared
                     more += ["--training.max_norm", "1e9"]
-                trainer = Trainer(load_config([*arguments, *more]))
-                first_step = _gradients_of_the_next_step(trainer)
-                if dtype == "float64":
-                    trainer.train()
-                else:
-                    first_step["loss"] = trainer.train_step(0)[0][0]
-                    trainer.loader.close()
-                parts = [None] * trainer.world_size  # a stage of a pipeline has some of the parameters
-                dist.all_gather_object(parts, first_step if trainer.ranks.row_index == 0 else {})
-                if trainer.rank == 0:
-                    torch.save({name: value for part in parts for name, value in part.items()}, run / "first_step.pt")
+                _train(load_config([*arguments, *more]), run / "first_step.pt")
+                _leave_groups()
+
+
+def _train(config: Config, path: Path) -> None:
+    """Train, in float32 for one step only, and save the gradients of the first step."""
+    trainer = Trainer(config)
+    first_step = _gradients_of_the_next_step(trainer)
+    if config.training.dtype == "float64":
+        trainer.train()
+    else:
+        first_step["loss"] = trainer.train_step(0)[0][0]
+        trainer.loader.close()
+    parts = [None] * trainer.world_size  # a stage of a pipeline has some of the parameters
+    dist.all_gather_object(parts, first_step if trainer.ranks.row_index == 0 else {})
+    if trainer.rank == 0:
+        torch.save({name: value for part in parts for name, value in part.items()}, path)
+
+
+def _leave_groups() -> None:
+    """End the groups of a run: each has threads of its own, and those of dozens of runs slow a machine down."""
+    dist.barrier()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+    _clear_sharding_prop_cache()  # has meshes of these groups, to which those of the next run are equal
+    gc.collect()
 
 
 def _gradients_of_the_next_step(trainer: Trainer) -> dict[str, torch.Tensor]:

@@ -18,7 +18,7 @@ from torchlmoe.layers.rope_scaling import RopeScalingTable
 from torchlmoe.mixers import MIXERS
 from torchlmoe.mixers.attention import ZeroCenteredNorm
 from torchlmoe.model.spec import BlockSpec, ModelSpec, Residual
-from torchlmoe.ops.host_dtype import fastest_dtype
+from torchlmoe.ops import host_dtype
 from torchlmoe.ops.linear_recurrence import Backend
 from torchlmoe.options import Configurable, InitStd, NormEps
 
@@ -238,7 +238,10 @@ class Training(Table):
 
     def dtype_on(self, device_type: str) -> torch.dtype:
         """Return the dtype that a model computes in on a device ("cpu" or "cuda")."""
-        return fastest_dtype(device_type) if self.dtype == "auto" else getattr(torch, self.dtype)
+        if self.dtype != "auto":
+            return getattr(torch, self.dtype)
+        is_gpu = device_type != "cpu" or host_dtype.stands_for_gpu
+        return torch.bfloat16 if is_gpu or torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 
 
 @dataclass
