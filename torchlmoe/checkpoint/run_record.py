@@ -96,7 +96,7 @@ def fixed_of_run(config: Config, order: RowOrder) -> dict[str, Any]:
     """Return the settings that the optimizer state and the order of data depend on, like `fixed_of_model`."""
     training = config.training
     # Masters are at least float32: bfloat16 and float32 runs hold the same tensors.
-    masters = torch.promote_types(getattr(torch, training.dtype), torch.float32)
+    masters = torch.promote_types(training.dtype_on("cpu"), torch.float32)
     stores = [source.store for source in order.sources]
     fixed: dict[str, Any] = {
         "training.dtype": "float64" if masters == torch.float64 else "float32 or bfloat16",
