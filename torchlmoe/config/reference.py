@@ -23,7 +23,7 @@ from torchlmoe.optim import OPTIMIZERS
 from torchlmoe.options import keyword_settings
 
 USAGE = "train.py --job.config_file FILE [--table.key value | --table.key=value ...]"
-ORDER = "Values come from the flavor, the TOML file and the command line; later ones override earlier ones."
+ORDER = "The command line overrides the TOML file, which overrides the flavor."
 LETTERS = (
     f"The table of a letter may override these settings of [model]: {', '.join(MODEL_WIDE)}. Its mlp_options override "
     "those of [moe]."
