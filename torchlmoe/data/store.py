@@ -168,5 +168,5 @@ class TokenStore:
 
     def _damaged(self, path: Path, problem: str) -> ValueError:
         if path.parent != self.folder:
-            return ValueError(f"{path} {problem}: restore the file from which the folder {self.folder} was made.")
+            return ValueError(f"{path} {problem}: give the file from which the folder {self.folder} was made.")
         return ValueError(f"{path} {problem}: delete the folder {path.parent} and the tokens are built again.")
