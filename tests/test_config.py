@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import tomli
+import torch
 
 import train
 from torchlmoe.config import combinations
@@ -15,6 +16,7 @@ from torchlmoe.config.idle import NEEDS, idle_settings
 from torchlmoe.config.load import ConfigError, load_config, to_toml
 from torchlmoe.config.reference import markdown, sections
 from torchlmoe.config.settings import Config
+from torchlmoe.planning.world import as_on_gpu
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "train_configs").glob("*.toml"))
@@ -234,7 +236,7 @@ BAD = {
     "--training.steps 0": "training.steps = 0 is not valid: it should be greater than or equal to 1.",
     "--training.steps 2.5": "training.steps = 2.5 is not valid",
     "--optimizer.lr nan": "optimizer.lr = nan is not valid",
-    "--training.dtype float16": "it should be 'float32', 'bfloat16' or 'float64'.",
+    "--training.dtype float16": "it should be 'float32', 'bfloat16', 'float64' or 'auto'.",
     "--model.flavor debg": "model.flavor = 'debg' is unknown; the nearest is debug.",
     "--model.flavor [1]": "model.flavor = [1] is unknown; choose one of debug",
     "--model.dim 9999999999999999999": "it should be less than or equal to 1000000.",
@@ -407,3 +409,14 @@ def test_program_ends_with_one_sentence():
 def test_print_config_is_toml(capsys):
     train.main(["--model.dim", "48", "--job.print_config", "true"])
     assert tomli.loads(capsys.readouterr().out)["model"]["dim"] == 48
+
+
+@pytest.mark.parametrize(("has_instructions", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_dtype_auto_is_bfloat16_only_if_the_device_has_instructions_for_it(has_instructions, expected, monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_instructions)
+    training = load_config(["--training.dtype", "auto"]).training
+    assert training.dtype_on("cpu") is expected
+    assert training.dtype_on("cuda") is torch.bfloat16
+    with as_on_gpu():
+        assert training.dtype_on("cpu") is torch.bfloat16
+    assert load_config(["--training.dtype", "float64"]).training.dtype_on("cpu") is torch.float64

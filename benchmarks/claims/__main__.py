@@ -17,9 +17,15 @@ PAGE = Path("docs/results.md")
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("name", choices=[*CHECKS, "pictures", "page"])
-    name = parser.parse_args().name
+    parser.add_argument(
+        "--processes", type=int, default=1, help="runs at the same time, for claims about trained models"
+    )
+    arguments = parser.parse_args()
+    name, processes = arguments.name, arguments.processes
+    if processes > 1 and name in ("throughput", "decoding"):
+        parser.error(f"{name} measures time: it takes --processes 1 only.")
     if name in CHECKS:
-        fill(name, CHECKS[name].units(), CHECKS[name].measure)
+        fill(name, CHECKS[name].units(), CHECKS[name].measure, processes=processes)
     for drawn in CHECKS if name == "pictures" else [name] if name in CHECKS else []:
         draw(drawn)
     PAGE.write_text(page())

@@ -4,7 +4,9 @@ import json
 import math
 import multiprocessing
 import statistics
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -33,20 +35,44 @@ def read(name: str, folder: Path = RESULTS) -> dict[str, Any]:
     return record
 
 
-def fill(name: str, units: list[Unit], measure: Callable[[Unit], dict[str, Any]], folder: Path = RESULTS) -> None:
-    """Measure the units that the file lacks, in order. After a kill, the next call resumes with the first of them."""
-    record = read(name, folder)
+def fill(
+    name: str,
+    units: list[Unit],
+    measure: Callable[[Unit], dict[str, Any]],
+    folder: Path = RESULTS,
+    processes: int = 1,
+) -> None:
+    """Measure the units that the file lacks, in order. After a kill, the next call resumes with the first of them.
+
+    processes: how many units are measured at the same time, each in a thread that waits for its own processes.
+    """
+    record, writing = read(name, folder), threading.Lock()
     done = [row["unit"] for row in record["rows"]]
-    for number, unit in enumerate(units):
-        if unit in done:
-            continue
+
+    def add(number: int, unit: Unit) -> None:
         print(f"{name}, {number + 1} of {len(units)}: {unit}", flush=True)
-        record["rows"].append({"unit": unit, "machine": machine(), **measure(unit)})
-        path = path_of(name, folder)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_suffix(".partial")
-        beside.write_text(json.dumps(record, indent=1) + "\n")
-        beside.replace(path)
+        row = {"unit": unit, "machine": machine(), **measure(unit)}
+        with writing:
+            record["rows"].append(row)
+            path = path_of(name, folder)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            beside = path.with_suffix(".partial")
+            beside.write_text(json.dumps(record, indent=1) + "\n")
+            beside.replace(path)
+
+    left = [(number, unit) for number, unit in enumerate(units) if unit not in done]
+    if processes == 1:
+        for number, unit in left:
+            add(number, unit)
+        return
+    with ThreadPoolExecutor(processes) as pool:
+        running = [pool.submit(add, number, unit) for number, unit in left]
+        try:
+            for each in as_completed(running):
+                each.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def in_a_process(function: Callable[[Unit], Any], unit: Unit) -> Any:
@@ -72,6 +98,11 @@ def median_and_error(values: list[float]) -> tuple[float, float]:
     ordered, number = sorted(values), len(values)
     low = max(0, math.floor(number / 2 - number**0.5))
     return statistics.median(ordered), (ordered[number - 1 - low] - ordered[low]) / 2
+
+
+def paired_ratio_and_error(above: list[float], below: list[float]) -> tuple[float, float]:
+    """Return the median ratio of times that were measured in turn, so that a slow spell of the machine cancels."""
+    return median_and_error([top / bottom for top, bottom in zip(above, below, strict=True)])
 
 
 def ratio_and_error(above: list[float], below: list[float]) -> tuple[float, float]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.claims.record import Unit, in_a_process, of, ratio_and_error
+from benchmarks.claims.record import Unit, in_a_process, of, paired_ratio_and_error, ratio_and_error
 from benchmarks.claims.table import CLAIMS, verdict
 from benchmarks.report import seconds_of
 from benchmarks.training import steps_of
@@ -88,7 +88,8 @@ class Decoding:
         for row in rows:
             first, last = row["points"][0], row["points"][-1]
             mixer = row["unit"]["mixer"]
-            ratio, error = ratios[mixer] = ratio_and_error(last["all_milliseconds"], first["all_milliseconds"])
+            ratio, error = paired_ratio_and_error(last["all_milliseconds"], first["all_milliseconds"])
+            ratios[mixer] = ratio, error
             if mixer == "attention":
                 checks.append((ratio, error, self.sizes["least_softmax_ratio"]))
             else:

@@ -16,11 +16,12 @@ SPARSE = {"moe.num_experts": 8, "moe.top_k": 2, "moe.expert_dim": 128}
 TIMED = {"settings": {**MODEL, **SPARSE, "model.vocab_size": 4096}, "mixers": [*MIXERS, "attention"]}
 # Training of the claims about loss.
 TRAINING = {
-    "training.steps": 640,
+    "training.steps": 400,
     "training.seq_len": 512,
-    "training.global_batch_size": 4,
-    "lr_scheduler.warmup_steps": 32,
-    "optimizer.lr": 2e-3,
+    "training.global_batch_size": 2,
+    "training.dtype": "float32",
+    "lr_scheduler.warmup_steps": 20,
+    "optimizer.lr": 3e-3,
 }
 
 
@@ -49,7 +50,7 @@ CLAIMS = {
         {
             **TIMED,
             "positions": [1024, 4096, 16384, 65536, 131072],
-            "repeats": 100,
+            "repeats": 400,
             "most_ratio": 1.05,
             "least_softmax_ratio": 2.0,
         },
@@ -65,9 +66,12 @@ CLAIMS = {
             "settings": {
                 "model.num_layers": 8,
                 "model.num_heads": 2,
-                "training.steps": 600,
-                "training.global_batch_size": 64,
-                "optimizer.lr": 3e-3,
+                "training.steps": 1200,
+                "training.global_batch_size": 32,
+                "training.dtype": "float32",
+                "optimizer.name": "muon",
+                "optimizer.lr": 6e-3,
+                "optimizer.matrix_lr": 2e-2,
                 "lr_scheduler.warmup_steps": 30,
                 "lr_scheduler.decay": "linear",
             },
@@ -80,8 +84,10 @@ CLAIMS = {
                 "N last": "LLLLLLLN",
                 "softmax": "NNNNNNNN",
             },
-            "dims": [32, 64],
-            "pairs": [8, 16],
+            "dims": [16, 32],
+            "length": 64,
+            "vocab_size": 64,
+            "pairs": [4, 8, 15],
             "seeds": [0, 1],
             "documents": 512,
         },
@@ -96,7 +102,7 @@ CLAIMS = {
             "mixers": list(MIXERS),
             "layouts": {"pure": "LLLL", "hybrid": "LLLN"},
             "settings": {**MODEL, **SPARSE, **TRAINING},
-            "tune": "x8",
+            "tune": {"tune.optimizer.lr": "2e-3,4e-3,8e-3,1.6e-2", "training.steps": 120, "rounds": 1},
             "lengths": [512, 1024],
             "seeds": [0, 1],
             "most_above": 0.02,

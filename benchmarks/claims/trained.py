@@ -40,7 +40,7 @@ def folder_of(claim: str, unit: Unit) -> Path:
 
 
 class Recall:
-    """Accuracy of multi-query associative recall for each layout, width and number of pairs."""
+    """Accuracy of multi-query associative recall for each layout and width, by the number of pairs in a document."""
 
     sizes = CLAIMS["recall"].sizes
     figures = ("accuracy",)
@@ -48,36 +48,58 @@ class Recall:
 
     def units(self) -> list[Unit]:
         return [
-            {"pattern": pattern, "dim": dim, "pairs": pairs, "seed": seed}
+            {"pattern": pattern, "dim": dim, "seed": seed}
             for seed in self.sizes["seeds"]
-            for pairs in self.sizes["pairs"]
             for dim in self.sizes["dims"]
             for pattern in self.sizes["patterns"]
         ]
 
     def measure(self, unit: Unit) -> dict[str, Any]:
-        length, folder = 8 * unit["pairs"], folder_of("recall", unit)
-        options = {"num_pairs": unit["pairs"], "length": length}
+        """Train on documents of all numbers of pairs, and evaluate each number by itself."""
+        pattern, length, folder = (
+            self.sizes["patterns"][unit["pattern"]],
+            self.sizes["length"],
+            folder_of("recall", unit),
+        )
+        reader = {"length": length, "vocab_size": self.sizes["vocab_size"], "min_pairs": 2}
         train(
             folder,
             self.sizes["settings"],
-            {"model.layers.L.mlp": "dense", "model.layers.N.mlp": "dense"},
-            {"model.mixer": self.sizes["mixer"], "model.layer_pattern": self.sizes["patterns"][unit["pattern"]]},
-            {"model.dim": unit["dim"], "training.seed": unit["seed"], "training.seq_len": length},
-            {"data.dataset": "recall:mqar", "validation.interval": self.sizes["settings"]["training.steps"]},
-            {f"data.reader_options.{name}": value for name, value in options.items()},
+            {"model.mixer": self.sizes["mixer"]} if "L" in pattern else {},
+            {f"model.layers.{letter}.mlp": "none" for letter in sorted(set(pattern))},
+            {"model.layer_pattern": pattern, "model.dim": unit["dim"], "training.seed": unit["seed"]},
+            {"data.dataset": "recall:mqar", "training.seq_len": length},
+            {"validation.interval": self.sizes["settings"]["training.steps"]},
+            {
+                f"data.reader_options.{name}": value
+                for name, value in {**reader, "num_pairs": max(self.sizes["pairs"])}.items()
+            },
         )
         model, _, _ = open_model(folder)
-        found = evaluate_recall(model, ["mqar"], points={"mqar": [options]}, num_documents=self.sizes["documents"])
+        points = [{"num_pairs": pairs, "length": length} for pairs in self.sizes["pairs"]]
+        found = evaluate_recall(
+            model,
+            ["mqar"],
+            points={"mqar": points},
+            options={"mqar": {"vocab_size": self.sizes["vocab_size"]}},
+            num_documents=self.sizes["documents"],
+        )["mqar"]
         cache = model.init_cache(1, length).values(include_nested=True, leaves_only=True)
-        state = sum(leaf.numel() * leaf.element_size() for leaf in cache)
-        return {"accuracy": found["mqar"]["exact_match"], "state_bytes": state, "recall": found["mqar"]}
+        return {
+            "points": [
+                {"pairs": pairs, "accuracy": point["exact_match"]}
+                for pairs, point in zip(self.sizes["pairs"], found["points"], strict=True)
+            ],
+            "state_bytes": sum(leaf.numel() * leaf.element_size() for leaf in cache),
+            "recall": found,
+        }
 
     def verdict(self, rows: list[dict[str, Any]]) -> tuple[str, str]:
         pairs, dims = max(self.sizes["pairs"]), self.sizes["dims"]
 
         def accuracy(pattern: str, dim: int) -> tuple[float, float]:
-            return mean_and_error([row["accuracy"] for row in of(rows, pattern=pattern, dim=dim, pairs=pairs)])
+            points = [row["points"] for row in of(rows, pattern=pattern, dim=dim)]
+            return mean_and_error([point["accuracy"] for row in points for point in row if point["pairs"] == pairs])
 
         (large, large_error), (small, small_error) = accuracy("pure", max(dims)), accuracy("pure", min(dims))
         checks = [(large - small, (large_error**2 + small_error**2) ** 0.5, 0.0)]
@@ -109,31 +131,36 @@ class Loss:
     def units(self) -> list[Unit]:
         return [
             {"model": model, "length": length, "seed": seed}
+            for seed in self.sizes["seeds"]
             for length in self.sizes["lengths"]
             for model in self.models()
-            for seed in self.sizes["seeds"]
         ]
 
-    def measure(self, unit: Unit) -> dict[str, Any]:
-        mixer, pattern = self.models()[unit["model"]]
+    def settings_of(self, model: str, length: int) -> dict[str, Any]:
+        mixer, pattern = self.models()[model]
         rows = self.sizes["settings"]["training.global_batch_size"] * self.sizes["settings"]["training.seq_len"]
         settings = {
             **self.sizes["settings"],
             "model.mixer": mixer,
             "model.layer_pattern": pattern,
-            "training.seq_len": unit["length"],
-            "training.global_batch_size": rows // unit["length"],
+            "training.seq_len": length,
+            "training.global_batch_size": rows // length,
         }
-        settings["moe.expert_dim"] = self.expert_dim(settings)
-        tuned = folder_of("loss", {"model": unit["model"], "length": unit["length"]}) / "tuned.json"
-        search = ["--tune.optimizer.lr", self.sizes["tune"], "--output", str(tuned)]
-        subprocess.run([sys.executable, "-m", "torchlmoe.tune", *flags(settings), *search], check=True)
-        rate = read_toml(tuned.with_suffix(".toml"))["optimizer"]["lr"]
-        steps = settings["training.steps"]
-        seed = {"training.seed": 1 + unit["seed"], "optimizer.lr": rate, "validation.interval": steps}
-        folder = folder_of("loss", unit)
-        last = train(folder, settings, seed)
+        return {**settings, "moe.expert_dim": self.expert_dim(settings)}
+
+    def measure(self, unit: Unit) -> dict[str, Any]:
+        settings, rate = self.settings_of(unit["model"], unit["length"]), self.tuned_rate(unit["model"])
+        validation = {"validation.interval": settings["training.steps"]}
+        run = {"training.seed": 1 + unit["seed"], "optimizer.lr": rate, **validation}
+        last = train(folder_of("loss", unit), settings, run)
         return {"val_loss": last["val_loss"], "lr": rate, "parameters": _parameters(settings), "last": last}
+
+    def tuned_rate(self, model: str) -> float:
+        """Return the learning rate that torchlmoe.tune finds at the first length. A finished search is not repeated."""
+        found = folder_of("loss", {"model": model}) / "tuned.json"
+        search = flags(self.settings_of(model, self.sizes["lengths"][0]), self.sizes["tune"], {"output": found})
+        subprocess.run([sys.executable, "-m", "torchlmoe.tune", *search], check=True)
+        return read_toml(found.with_suffix(".toml"))["optimizer"]["lr"]
 
     def expert_dim(self, settings: dict[str, Any]) -> int:
         """Return the width of experts with which the number of parameters is nearest to that of softmax attention."""

@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoConfig
 
 from tests.interop.families import CASES
-from torchlmoe.config.load import config_from
+from torchlmoe.config.load import config_from, load_config
 from torchlmoe.interop.families import FAMILIES
 from torchlmoe.model.decoder import build_on_meta
 
@@ -110,3 +110,12 @@ def test_fraction_of_rotary_channels():
         content = {**content_of(name), "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
         letters = FAMILIES[name].settings(content, "config.json")["model"]["layers"]
         assert letters["N"]["rotary_fraction"] == 0.25
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_next", "qwen3_5_moe_text"])
+def test_no_shared_expert(model_type):
+    """The message is about the model and not about a key of config.json."""
+    flags = "--model.layers.N.qk_norm true --model.layers.N.output_gate true --model.zero_centered_norm true"
+    model = build_on_meta(load_config(["--model.layer_pattern", "LLLN", "--model.num_layers", "4", *flags.split()]), 50)
+    with pytest.raises(ValueError, match=f"no shared expert, but {model_type} always has one: choose another --format"):
+        FAMILIES[model_type].config(model)

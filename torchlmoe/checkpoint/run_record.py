@@ -97,7 +97,7 @@ def fixed_of_run(config: Config, order: RowOrder) -> dict[str, Any]:
     """Returns the settings that the optimizer state and the order of data depend on, like `fixed_of_model`."""
     training = config.training
     # Masters are at least float32, so bfloat16 and float32 runs have the same tensors.
-    masters = torch.promote_types(getattr(torch, training.dtype), torch.float32)
+    masters = torch.promote_types(training.dtype_on("cpu"), torch.float32)
     stores = [source.store for source in order.sources]
     fixed: dict[str, Any] = {
         "training.dtype": "float64" if masters == torch.float64 else "float32 or bfloat16",

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, make_dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
+import torch
 from pydantic import AfterValidator, ConfigDict, Field
 
 from torchlmoe.feed_forwards import FEED_FORWARDS, NONE
@@ -17,6 +18,7 @@ from torchlmoe.layers.rope_scaling import RopeScalingTable
 from torchlmoe.mixers import MIXERS
 from torchlmoe.mixers.attention import ZeroCenteredNorm
 from torchlmoe.model.spec import BlockSpec, ModelSpec, Residual
+from torchlmoe.ops.host_dtype import fastest_dtype
 from torchlmoe.ops.linear_recurrence import Backend
 from torchlmoe.options import Configurable, InitStd, NormEps
 
@@ -214,8 +216,11 @@ class Training(Table):
     ] = None
     seed: Annotated[int, Field(ge=0, description="Seed of initialization and data order.")] = 0
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float64"],
-        Field(description="bfloat16 keeps float32 master weights; float64 is for parity tests."),
+        Literal["float32", "bfloat16", "float64", "auto"],
+        Field(
+            description="bfloat16 keeps float32 master weights; float64 is for parity tests; auto is bfloat16 if the "
+            "device has instructions for it, else float32."
+        ),
     ] = "float32"
     loss: Annotated[str, Field(description="Loss to train with; validation always uses cross_entropy.")] = (
         "cross_entropy"
@@ -230,6 +235,10 @@ class Training(Table):
     ] = "stop"
     deterministic: Annotated[bool, Field(description="Use deterministic algorithms only.")] = False
     device: Annotated[Literal["auto", "cpu", "cuda"], Field(description="Device to run on.")] = "auto"
+
+    def dtype_on(self, device_type: str) -> torch.dtype:
+        """Return the dtype that a model computes in on a device ("cpu" or "cuda")."""
+        return fastest_dtype(device_type) if self.dtype == "auto" else getattr(torch, self.dtype)
 
 
 @dataclass

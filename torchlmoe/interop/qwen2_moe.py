@@ -67,6 +67,12 @@ def write_feed_forwards(model: Decoder, num_experts: str = "num_experts") -> dic
     }
 
 
+def write_shared_feed_forwards(model: Decoder, model_type: str) -> dict[str, Any]:
+    """Like `write_feed_forwards`, for families that require a shared expert."""
+    moe.shared_units(feed_forward_of(model, MoE, model_type), model_type)
+    return write_feed_forwards(model)
+
+
 def moe_rules(*, separate_experts: int | None = None) -> list[Rule]:
     """Return the rules between Qwen2MoeSparseMoeBlock and `MoE` with a gated shared expert.
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torchlmoe.interop.family import Family, model_tables
 from torchlmoe.interop.keys import Keys
-from torchlmoe.interop.qwen2_moe import feed_forward_rules, read_feed_forwards, write_feed_forwards
+from torchlmoe.interop.qwen2_moe import feed_forward_rules, read_feed_forwards, write_shared_feed_forwards
 from torchlmoe.interop.qwen3_5_text import LEFT_OUT, OTHER_NAMES, layer_of, read_text
 from torchlmoe.interop.qwen3_next import read_layer_types, read_mixers, write_mixers
 from torchlmoe.interop.rules import Rule
@@ -24,7 +24,7 @@ def read(keys: Keys) -> dict[str, Any]:
 
 
 def write(model: Decoder) -> dict[str, Any]:
-    experts = write_feed_forwards(model)
+    experts = write_shared_feed_forwards(model, "qwen3_5_moe_text")
     return {
         **write_model(model),
         **write_mixers(model, "qwen3_5_moe_text"),

@@ -7,7 +7,7 @@ from typing import Any
 from torchlmoe.interop.family import Family, all_mixers_of, model_tables
 from torchlmoe.interop.keys import Keys
 from torchlmoe.interop.layer_types import DENSE, LAYERS, write_layer_types
-from torchlmoe.interop.qwen2_moe import feed_forward_rules, read_feed_forwards, write_feed_forwards
+from torchlmoe.interop.qwen2_moe import feed_forward_rules, read_feed_forwards, write_shared_feed_forwards
 from torchlmoe.interop.rules import Rule
 from torchlmoe.interop.softmax import layer_rules, read_attention, read_model, write_attention, write_model
 from torchlmoe.interop.steps import Flatten, Split
@@ -78,7 +78,11 @@ def read(keys: Keys) -> dict[str, Any]:
 
 
 def write(model: Decoder) -> dict[str, Any]:
-    return {**write_model(model), **write_feed_forwards(model), **write_mixers(model, "qwen3_next")}
+    return {
+        **write_model(model),
+        **write_shared_feed_forwards(model, "qwen3_next"),
+        **write_mixers(model, "qwen3_next"),
+    }
 
 
 def convolution_rule(query_width: int, key_width: int, value_width: int, conv_size: int) -> Rule:

@@ -15,6 +15,12 @@ def cpu_lacks_bfloat16() -> bool:
     return not stands_for_gpu and _cpu_lacks_bfloat16()
 
 
+def fastest_dtype(device_type: str) -> torch.dtype:
+    """bfloat16 if the device multiplies it natively, else float32."""
+    is_gpu = device_type != "cpu" or stands_for_gpu
+    return torch.bfloat16 if is_gpu or torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+
+
 @cache
 def _cpu_lacks_bfloat16() -> bool:
     lacks = not torch.ops.mkldnn._is_mkldnn_bf16_supported()

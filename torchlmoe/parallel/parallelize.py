@@ -47,7 +47,7 @@ def shape(config: Config, vocab_size: int, ranks: Ranks, device: torch.device) -
     Parameters are in at least float32. A single process has the plain module. Raises ValueError if the settings do not
     fit the model or the device.
     """
-    dtype = getattr(torch, config.training.dtype)
+    dtype = config.training.dtype_on(device.type)
     model = build_on_meta(config, vocab_size).to(_master_dtype(dtype))
     if ranks["pp"].size() > 1:
         model = cut(model, stage_bounds(model, config), ranks["pp"].get_local_rank(), ranks["pp"].size())
@@ -94,7 +94,7 @@ def fill(model: Decoder, config: Config, ranks: Ranks, device: torch.device) -> 
 
 def ready(model: Decoder, config: Config, ranks: Ranks) -> Decoder:
     """Makes parameters read as casts or local parts. This comes last, since a write to a cast would be lost."""
-    dtype = getattr(torch, config.training.dtype)
+    dtype = config.training.dtype_on(ranks.mesh.device_type)
     if ranks.world_size == 1 and dtype != _master_dtype(dtype):
         compute_in(dtype, model)
     read_islands(model)

@@ -5,8 +5,6 @@ An estimate is a lower bound of the traced plan, and ranks layouts in a similar 
 
 from dataclasses import dataclass
 
-import torch
-
 from torchlmoe.config.batch import batch_sizes, num_stages, ranks_of_rows
 from torchlmoe.config.settings import Config
 from torchlmoe.feed_forwards.experts import Experts
@@ -68,7 +66,7 @@ def estimate(config: Config, sizes: Sizes, world_size: int, gpu: GPU, ranks_per_
     """
     layout = Layout.of(config, world_size)
     degrees, machine = layout.degrees, Machine(gpu, ranks_per_node, layout.strides)
-    dtype = getattr(torch, config.training.dtype)
+    dtype = config.training.dtype_on("cuda")
     pipeline, tensor, expert = degrees["pp"], degrees["tp"], degrees["ep"]
     shard = degrees["dp_shard"] * degrees["cp"]
     data_ranks = world_size // ranks_of_rows(config)

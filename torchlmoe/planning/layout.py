@@ -5,8 +5,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
-import torch
-
 from torchlmoe.config.batch import batch_sizes, check_degrees, ranks_of_rows
 from torchlmoe.config.settings import Config
 from torchlmoe.model.decoder import count_parameters
@@ -117,7 +115,7 @@ def make_plan(config: Config, vocab_size: int, world_size: int, gpu: GPU, gpu_na
     _, rows = batch_sizes(config.training, world_size // ranks_of_rows(config))
     tokens = rows * config.training.seq_len
     model_flops = 3 * whole.flops_per_token(config.training.seq_len) * tokens  # backward costs two forwards
-    rate = gpu.matmul_rate(getattr(torch, config.training.dtype))
+    rate = gpu.matmul_rate(config.training.dtype_on("cuda"))
     peak, room = max(trace.peak_bytes for trace in traces), USABLE_FRACTION * gpu.memory_bytes
     fits = peak <= room
     return Plan(

@@ -41,7 +41,7 @@ class PipelineStep:
         self.num_stages, self.batches_at_once = num_stages(config), ranks["pp"].size()
         rows, whole = batch_sizes(config.training, ranks.num_row_places)
         self.share = rows / whole
-        seq_len, dtype = config.training.seq_len, getattr(torch, config.training.dtype)
+        seq_len, dtype = config.training.seq_len, config.training.dtype_on(device.type)
         self._num_tokens = torch.ones((), device=device)
         self.pipeline_stages, self.schedule = self._schedule(
             whole // (rows * ranks.num_row_places), rows * seq_len, dtype, lambda nll, labels: nll / self._num_tokens

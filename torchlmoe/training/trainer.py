@@ -110,7 +110,7 @@ class Trainer:
             resources.callback(self.loader.close)
             self.flops_per_token = 3 * whole.flops_per_token(training.seq_len)  # backward costs two forwards
             peak = config.metrics.peak_tflops
-            dtype = getattr(torch, training.dtype)
+            dtype = training.dtype_on(self.device.type)
             self.peak_flops = peak_flops(self.device, dtype) if peak is None else 1e12 * peak
             self.checkpointer = Checkpointer(
                 folder / "checkpoints",
@@ -167,6 +167,7 @@ class Trainer:
     def _describe(self, whole: Decoder) -> None:
         total, active = (count_parameters(whole, active=active) / 1e6 for active in (False, True))
         training = self.config.training
+        dtype = str(training.dtype_on(self.device.type)).removeprefix("torch.")
         rows = self.order.rows_of_sources(training.steps * self.global_batch_size)
         epochs = ", ".join(
             f"{count / size:.2f} epochs" + f" of {source.name}" * (len(rows) > 1)
@@ -178,7 +179,7 @@ class Trainer:
             f"{self.flops_per_token / 1e6:.1f} MFLOP a token\n"
             f"data: {self.order.num_tokens:,} tokens; {training.steps:,} steps of {self.global_batch_size} x "
             f"{training.seq_len} tokens are {epochs}\n"
-            f"run: {training.dtype} on {self.world_size} x {self.device.type}, metrics in {self.log.folder}"
+            f"run: {dtype} on {self.world_size} x {self.device.type}, metrics in {self.log.folder}"
         )
         if self.config.parallelism.pipeline_parallel_degree > 1:
             self.log.say(describe_stages(whole, self.config))
