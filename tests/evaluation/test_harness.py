@@ -204,7 +204,7 @@ def test_tasks_of_local_files_and_the_stock_hellaswag(folder, model, tokenizer, 
     assert all(re.search(rf"\|{name} *\|", printed) for name in names.split(","))
 
 
-def test_data_that_cannot_be_had(folder, tasks, monkeypatch):
+def test_data_that_cannot_be_loaded(folder, tasks, monkeypatch):
     text = (tasks / "choice.yaml").read_text()
     (tasks / "gone.yaml").write_text(text.replace("local_choice", "gone").replace("questions.jsonl", "nowhere.jsonl"))
     with pytest.raises(
