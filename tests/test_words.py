@@ -49,6 +49,15 @@ BANNED = {
     r"(says|said) (for|of|by) whom": "a noun",
     r"by (the )?names that .{0,30} have for them": "by its names in ...",
     r"so many more": "the number itself",
+    r"the other way round": "the reverse, swapped",
+    r"from then on": "afterwards",
+    r"if need be": "if necessary",
+    r"where they lie": "without copying them",
+    r"can(not)? be had": "is (not) available, can(not) be loaded",
+    r"not there yet": "which must not exist",
+    r"as they come": "in order",
+    r"(has|is) gone before": "no longer exists",
+    r"(serves|served) are": "supported are",
 }
 
 
