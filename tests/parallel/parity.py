@@ -81,7 +81,7 @@ def _train(config: Config, path: Path) -> None:
 
 
 def _leave_groups() -> None:
-    """End the groups of a run: each has threads of its own, and those of dozens of runs slow a machine down."""
+    """End the groups of a run: each has its own threads, and those of dozens of runs slow a machine down."""
     dist.barrier()
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
