@@ -66,7 +66,7 @@ def estimate(config: Config, sizes: Sizes, world_size: int, gpu: GPU, ranks_per_
     """
     layout = Layout.of(config, world_size)
     degrees, machine = layout.degrees, Machine(gpu, ranks_per_node, layout.strides)
-    dtype = config.training.dtype_on("cuda")
+    dtype = config.training.dtype_on(gpu.device_type)
     pipeline, tensor, expert = degrees["pp"], degrees["tp"], degrees["ep"]
     shard = degrees["dp_shard"] * degrees["cp"]
     data_ranks = world_size // ranks_of_rows(config)

@@ -27,6 +27,7 @@ class GPU:
     reduced_rate: the rate of an all-reduce's bytes, relative to that of other messages.
     seconds_to_start: time to start an operation from Python. seconds_of_message: latency of a message.
     overlaps: whether messages travel while the device computes. On a CPU they need its cores, so they do not.
+    device_type: "cuda" or "cpu".
     """
 
     memory_bytes: int
@@ -40,6 +41,7 @@ class GPU:
     seconds_to_start: float = 5e-6
     seconds_of_message: float = 20e-6
     overlaps: bool = True
+    device_type: str = "cuda"
 
     def matmul_rate(self, dtype: torch.dtype) -> float:
         """FLOP/s of matrix products in `dtype`."""
@@ -100,6 +102,7 @@ def _this_cpu(ranks: int) -> GPU:
         seconds_to_start=wait * _seconds_of_operation(),
         seconds_of_message=wait * seconds,
         overlaps=False,
+        device_type=cpu.type,
     )
 
 

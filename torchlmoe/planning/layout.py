@@ -107,7 +107,7 @@ def make_plan(config: Config, vocab_size: int, world_size: int, gpu: GPU, gpu_na
     layout = Layout.of(config, world_size)
     whole = whole_model(config, vocab_size, world_size)
     traces = [
-        trace_rank(config, vocab_size, layout.rank_of_stage(stage), world_size, on_gpu=gpu_name != "cpu")
+        trace_rank(config, vocab_size, layout.rank_of_stage(stage), world_size, on_gpu=gpu.device_type != "cpu")
         for stage in range(layout.degrees["pp"])
     ]
     machine = Machine(gpu, ranks_per_node, layout.strides)
@@ -115,7 +115,7 @@ def make_plan(config: Config, vocab_size: int, world_size: int, gpu: GPU, gpu_na
     _, rows = batch_sizes(config.training, world_size // ranks_of_rows(config))
     tokens = rows * config.training.seq_len
     model_flops = 3 * whole.flops_per_token(config.training.seq_len) * tokens  # backward costs two forwards
-    rate = gpu.matmul_rate(config.training.dtype_on("cuda"))
+    rate = gpu.matmul_rate(config.training.dtype_on(gpu.device_type))
     peak, room = max(trace.peak_bytes for trace in traces), USABLE_FRACTION * gpu.memory_bytes
     fits = peak <= room
     return Plan(

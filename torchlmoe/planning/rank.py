@@ -188,7 +188,7 @@ def _held_by_schedule(step: PipelineStep, config: Config, microbatches: int, tra
     rows, _ = batch_sizes(config.training, step.ranks.num_row_places)
     exchanged = 0
     for stage in step.stages:
-        inputs, outputs = stage.examples(rows * config.training.seq_len, config.training.dtype_on("cuda"))
+        inputs, outputs = stage.examples(rows * config.training.seq_len, config.training.dtype_on(CPU.type))
         is_first, is_last = stage.place.index == 0, stage.place.index == step.num_stages - 1
         exchanged += (not is_first) * size_of(inputs) + (not is_last) * size_of(outputs)
     cat_of_batches = (microbatches - traced) * size_of(example_batch(rows, config.training.seq_len).values())
