@@ -21,7 +21,7 @@ with z = -<erase, k> v.
   scan_kernel    S in registers, float32. If documents x heads x tiles fill the chip, one pass through a document writes
                  o and stores no state. Otherwise a first pass stores S at the start of every span of a few chunks,
                  and a second one computes o of all spans in parallel.
-  step_kernel    one token: a read and a write of the state.
+  step_kernel    documents of about one token each: token by token, with a read and a write of the state.
 
 Scores with a decay per channel: C is halved down to single tokens. If the reader is in the later half of a block and
 the writer in the earlier half, the decay is a product of two factors relative to the middle, so each level is one
@@ -568,69 +568,66 @@ def scan_kernel(
 
 
 @triton.jit
-def start_of_row(x, row, head):
-    """Points to x[row, 0, head]."""
-    return x.pointer + (row.to(tl.int64) * x.row_stride + head.to(tl.int64) * x.head_stride)
+def token_of(x, row, token, head, columns):
+    """x[row, token, head, cols] in float32."""
+    pointers = start_of(x, row, token, head) + columns.cols
+    return tl.load(pointers, mask=columns.cols < columns.width, other=0).to(tl.float32)
 
 
 @triton.jit
-def token_of(x, row, head, columns):
-    """x[row, 0, head, cols] in float32."""
-    start = start_of_row(x, row, head)
-    return tl.load(start + columns.cols, mask=columns.cols < columns.width, other=0).to(tl.float32)
-
-
-@triton.jit
-def number_of(x, row, head):
-    """x[row, 0, head] in float32."""
-    return tl.load(start_of_row(x, row, head)).to(tl.float32)
+def number_of(x, row, token, head):
+    """x[row, token, head] in float32."""
+    return tl.load(start_of(x, row, token, head)).to(tl.float32)
 
 
 @triton.jit
 def step_kernel(
-    terms, initial_state, o, final_state, scale, heads,
-    GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    PER_CHANNEL: tl.constexpr, IS_BETA: tl.constexpr,
+    terms, initial_state, o, final_state, documents, scale, heads,
+    GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, SPAN: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PER_CHANNEL: tl.constexpr, IS_BETA: tl.constexpr,
 ):  # fmt: skip
-    """One token per row: read the state, decay it, erase, write, and store it and o."""
+    """A document token by token: decay the state, erase, write, read. Fast for documents of about one token."""
     q, k, v, g, erase, erase_key, h, u = terms
     tiles = tl.cdiv(V, BLOCK_V)
-    row, head = tl.program_id(0) // tiles // heads, tl.program_id(0) // tiles % heads
+    document, head = tl.program_id(0) // tiles // heads, tl.program_id(0) // tiles % heads
     keys = Columns(tl.arange(0, BLOCK_K), K)
     values = Columns(tl.program_id(0) % tiles * BLOCK_V + tl.arange(0, BLOCK_V), V)
-    entry = Entry(row, head, heads)
-    before_KV = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
+    entry = Entry(document, head, heads)
+    row, start, end, _ = bounds_of(documents, document, SPAN)
+    state_KV = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
     if initial_state is not None:
-        before_KV = load_state(initial_state, entry, keys, values)
-    k_K = token_of(k, row, head // GROUP, keys)
-    v_V = token_of(v, row, head, values)
-    state_KV = before_KV
-    if g is not None:
-        if PER_CHANNEL:
-            state_KV *= tl.exp2(token_of(g, row, head, keys) * LOG2_E)[:, None]
-        else:
-            state_KV *= tl.exp2(number_of(g, row, head) * LOG2_E)
-    if h is not None:
-        state_KV *= tl.exp2(token_of(h, row, head, values) * LOG2_E)[None, :]
-    if erase is not None:
-        erase_key_K = k_K
-        if erase_key is not None:
-            erase_key_K = token_of(erase_key, row, head, keys)
-        if IS_BETA:
-            erase_K = number_of(erase, row, head) * erase_key_K
-        else:
-            erase_K = token_of(erase, row, head, keys)
-        state_KV -= erase_key_K[:, None] * tl.sum(erase_K[:, None] * state_KV, 0)[None, :]
-    added_KV = k_K[:, None] * v_V[None, :]
-    state_KV += added_KV
+        state_KV = load_state(initial_state, entry, keys, values)
+    for step in range(0, end - start):
+        token = start + step
+        before_KV = state_KV
+        k_K = token_of(k, row, token, head // GROUP, keys)
+        v_V = token_of(v, row, token, head, values)
+        if g is not None:
+            if PER_CHANNEL:
+                state_KV *= tl.exp2(token_of(g, row, token, head, keys) * LOG2_E)[:, None]
+            else:
+                state_KV *= tl.exp2(number_of(g, row, token, head) * LOG2_E)
+        if h is not None:
+            state_KV *= tl.exp2(token_of(h, row, token, head, values) * LOG2_E)[None, :]
+        if erase is not None:
+            erase_key_K = k_K
+            if erase_key is not None:
+                erase_key_K = token_of(erase_key, row, token, head, keys)
+            if IS_BETA:
+                erase_K = number_of(erase, row, token, head) * erase_key_K
+            else:
+                erase_K = token_of(erase, row, token, head, keys)
+            state_KV -= erase_key_K[:, None] * tl.sum(erase_K[:, None] * state_KV, 0)[None, :]
+        added_KV = k_K[:, None] * v_V[None, :]
+        state_KV += added_KV
+        if q is not None:
+            q_K = token_of(q, row, token, head // GROUP, keys) * scale
+            read_KV = state_KV
+            if u is not None:
+                read_KV = before_KV + per_head(u, head, keys)[:, None] * added_KV
+            o_V = tl.sum(q_K[:, None] * read_KV, 0)
+            tl.store(start_of(o, row, token, head) + values.cols, o_V, mask=values.cols < V)
     store_state(final_state, state_KV, entry, keys, values)
-    if q is not None:
-        q_K = token_of(q, row, head // GROUP, keys) * scale
-        if u is not None:
-            state_KV = before_KV + per_head(u, head, keys)[:, None] * added_KV
-        o_V = tl.sum(q_K[:, None] * state_KV, 0)
-        start = o.pointer + row.to(tl.int64) * o.row_stride + head * o.head_stride
-        tl.store(start + values.cols, o_V, mask=values.cols < V)
 
 
 class Config(NamedTuple):
@@ -876,14 +873,14 @@ def linear_recurrence(
     [B, T, heads, K]; value_log_decay [B, T, heads, V] and bonus [heads, K], neither with erase; cu_seqlens int32
     [N + 1], rising from 0 to T, for B = 1. float32, float16 or bfloat16; K up to 256.
     """
-    _, length, heads, value_dim = v.shape
+    batch_size, length, heads, value_dim = v.shape
     problem = problem_of(q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, scale, cu_seqlens)
     o = v.new_empty(0 if q is None else v.shape)
     wanted = None if q is None else o
     final_state = v.new_empty(problem.num_documents, heads, k.shape[-1], value_dim, dtype=torch.float32)
     if initial_state is not None:
         initial_state = initial_state.contiguous()
-    if length == 1 and cu_seqlens is None:
+    if batch_size * length <= problem.num_documents:  # about a token for each: decoding
         _step(problem, initial_state, wanted, final_state)
         return o, final_state
     matrices = chunk_matrices(problem)
@@ -913,11 +910,11 @@ def flops(q, k, v, log_decay, erase, erase_key, value_log_decay, *rest, **kwargs
 
 
 def _step(problem: Problem, initial_state: Tensor | None, o: Tensor | None, final_state: Tensor) -> None:
-    shape, (batch_size, heads, key_dim, value_dim) = problem.shape, final_state.shape
+    shape, (num_documents, heads, key_dim, value_dim) = problem.shape, final_state.shape
     block_k = max(16, triton.next_power_of_2(key_dim))
     block_v = min(triton.next_power_of_2(value_dim), 8192 // block_k)
-    step_kernel[(batch_size * heads * triton.cdiv(value_dim, block_v),)](
-        problem.terms, initial_state, strided(o), final_state, problem.scale, heads, GROUP=shape["GROUP"], K=key_dim,
-        V=value_dim, BLOCK_K=block_k, BLOCK_V=block_v, PER_CHANNEL=shape["PER_CHANNEL"], IS_BETA=shape["IS_BETA"],
-        num_warps=4,
+    step_kernel[(num_documents * heads * triton.cdiv(value_dim, block_v),)](
+        problem.terms, initial_state, strided(o), final_state, problem.documents, problem.scale, heads,
+        GROUP=shape["GROUP"], K=key_dim, V=value_dim, SPAN=shape["SPAN"], BLOCK_K=block_k, BLOCK_V=block_v,
+        PER_CHANNEL=shape["PER_CHANNEL"], IS_BETA=shape["IS_BETA"], num_warps=4,
     )  # fmt: skip
