@@ -20,7 +20,7 @@ train: $(RUN)/finished
 	@$(BIN)/python -m torchlmoe.generate --checkpoint $(RUN) --temperature 0.7 --prompt "It is a truth universally acknowledged"
 
 $(RUN)/finished: $(VENV)/installed $(SOURCES)
-	@# A finished run is set aside; one that was interrupted goes on from its last checkpoint.
+	@# A finished run is set aside; one that was interrupted resumes from its last checkpoint.
 	@if [ -e $@ ]; then rm -rf $(RUN).before && mv $(RUN) $(RUN).before; fi
 	$(BIN)/python train.py --job.config_file $(CONFIG)
 

@@ -14,7 +14,7 @@ def main(arguments: list[str]) -> None:
     if config.job.print_config:
         print(to_toml(config), end="")
         return
-    # Imported here, so that --help and a mistyped setting answer at once.
+    # Imported here, so that --help and mistyped settings get a fast answer.
     from torchlmoe.training.trainer import Trainer
 
     Trainer(config).train()

@@ -50,7 +50,8 @@ MOST_SPILLS = 32  # a CUDA thread has at most 255 registers
 MOST_SPILLS_WIDE = 400  # in float32 beyond 128 channels: without tensor cores, hundreds of products follow each load
 WIDTHS = (64, 128, 256)
 DTYPES = ("bfloat16", "float32")
-LENGTHS = (1, 64, 320)  # decoding, one chunk, and documents of several spans, which may launch different kernels
+# Decoding of a row and of packed documents, one chunk, documents of several spans: they may launch different kernels.
+LENGTHS = (1, 2, 64, 320)
 HEADS = 16
 KERNELS = Path(__file__).parents[1] / "kernels"
 TABLE = KERNELS / "RESOURCES.md"
@@ -154,7 +155,7 @@ def run_recurrence(name: str) -> Call:
     terms = ("q", "k", "v", "log_decay", "erase", "erase_key", "value_log_decay", "bonus")
 
     def run(width: int, dtype: torch.dtype, length: int) -> Any:
-        bounds = torch.tensor([0, length // 3, length], dtype=torch.int32) if length == LENGTHS[-1] else None
+        bounds = torch.tensor([0, max(1, length // 3), length], dtype=torch.int32) if length in LENGTHS[1::2] else None
         state = torch.zeros(1 if bounds is None else 2, HEADS, width, width, requires_grad=True)
         operation = kernels("linear_recurrence").linear_recurrence
         return operation(*inputs_of(name, width, dtype, length, *terms), 1.0, state, bounds)

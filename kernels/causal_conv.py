@@ -8,7 +8,7 @@ A program makes one tile of y; the rows that it reads overlap, and come from the
              +------------+                      ds_t = silu'(sum_t) dy_t
      t - 3   |            |  x, or the state     dx_t = sum_i w_i ds_{t+i}
       ...    |   BLOCK_C  |  before the row      dw_i = sum_t ds_t x_{t-i}, db = sum_t ds_t
-       t     |  BLOCK_T   |                  so that nothing but x is kept. dw and db are written once a tile and summed
+       t     |  BLOCK_T   |                  so that only x is kept. dw and db are written once a tile and summed
              +------------+                  afterwards: no atomics.
 
 Used by the short convolutions of every mixer, in training (packed documents) and in decoding (with the state, the last

@@ -5,7 +5,7 @@
               D channels, padded to a power of two
            +-----------------------------------------+      A program takes such tiles one after another, each row
     rows   |  BLOCK_M whole rows, sums over channels |      whole in registers. The backward sums the squares again, so
-           +-----------------------------------------+      that nothing but the inputs is kept.
+           +-----------------------------------------+      that only the inputs are kept.
 
 Rows of groups with separate weights alternate; a program processes one group only. The gradient of the weight is
 summed over a program's rows in registers, written once per program and summed afterwards: no atomics. Used by the norms

@@ -11,7 +11,7 @@
                  channels
              +------------+       A program takes such tiles of its channels one after another. Gradients of bias and
     tokens   |  BLOCK_M x |       A_log are added up in registers, written once a program and summed afterwards: no
-             |  BLOCK_C   |       atomics. The backward makes the step again, so that nothing but x is kept.
+             |  BLOCK_C   |       atomics. The backward makes the step again, so that only x is kept.
              +------------+
 
 Computed and returned in float32, x in any dtype. Channels are read with a stride of one and rows at one distance; other

@@ -1,26 +1,27 @@
 """The linear recurrence chunk by chunk: forward, state of a span, and one token at a time.
 
-    S_t = (I - b_t e_t^T) diag(exp g_t) S_{t-1} diag(exp h_t) + k_t v_t^T          o_t = scale * S_t^T q_t
+    S_t = (I - erase_key_t erase_t^T) diag(exp g_t) S_{t-1} diag(exp h_t) + k_t v_t^T          o_t = scale * S_t^T q_t
 
 One family with flags. A term that is absent is None and its code is not compiled, so the same file serves linear
 attention, Lightning, Retention, GLA, HGRN2, RWKV6 (bonus u), Mamba2, GateLoop, Based, ReBased, DeltaNet, Gated
-DeltaNet, KDA, RWKV7 (own b), GSA and gated fast weights (h). g: none, per head or token (scalar) or per channel.
+DeltaNet, KDA, RWKV7 (erase_key is not k), GSA and gated fast weights (h). g, the log decay: none, per head or token
+(scalar) or per channel. h is the log decay of the values.
 
 A document is cut into chunks of C tokens; a program owns one head and V's columns in tiles of BLOCK_V:
 
-             K           BLOCK_V             n = T (z - (e exp G) S)            the new value, for z = v
-        +--------+      +-------+            o = (q exp G) S + P n              P = <q, k>, [C, C]
-      C | q k e  |  *  K|   S   |   -> C     S = exp(G_C) S + (k exp(G_C - G))^T n
-        +--------+      +-------+            T = (I + strict <e, k>)^-1, [C, C]
+             K             BLOCK_V           n = T (z - (erase exp G) S)        the new value, for z = v
+        +-----------+     +-------+          o = (q exp G) S + P n              P = <q, k>, [C, C]
+      C | q k erase |  * K|   S   |  -> C    S = exp(G_C) S + (k exp(G_C - G))^T n
+        +-----------+     +-------+          T = (I + strict <erase, k>)^-1, [C, C]
 
-e is erase and b is erase_key. G is the running sum of g in a chunk. Without e, n is v. If b is not k, k writes v and b
-writes n, with z = -<e, k> v.
+G is the running sum of g in a chunk. Without erase, n is v. If erase_key is not k, k writes v and erase_key writes n,
+with z = -<erase, k> v.
 
   scores_kernel  per chunk and head: P and T, if several programs need one of them or it is costly: [C, C] per chunk.
-  scan_kernel    S in registers, float32. Either from a document's start to its end, writing o on the way (no state is
-                 stored: where documents x heads x tiles fill the chip), or storing S at the start of every span of a
-                 few chunks, and then once more, all spans at a time, from these to o.
-  step_kernel    one token: a read and a write of the state.
+  scan_kernel    S in registers, float32. If documents x heads x tiles fill the chip, one pass through a document writes
+                 o and stores no state. Otherwise a first pass stores S at the start of every span of a few chunks,
+                 and a second one computes o of all spans in parallel.
+  step_kernel    documents of about one token each: token by token, with a read and a write of the state.
 
 Scores with a decay per channel: C is halved down to single tokens. If the reader is in the later half of a block and
 the writer in the earlier half, the decay is a product of two factors relative to the middle, so each level is one
@@ -45,11 +46,12 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-160.0)  # exp2 of it is zero: a gate of -inf becomes this, so that sums are finite
 
 
-# Indices of a chunk's score matrices [C, C]. Rows are readers (q or e), columns are writers (k, or b if it is not k).
+# Indices of a chunk's score matrices [C, C]. Rows are readers (q or erase), columns are writers (k, or erase_key if it
+# is not k).
 QK = tl.constexpr(0)  # P = <q, k>
-INVERSE = tl.constexpr(1)  # T = (I + strict <e, b>)^-1
-QB = tl.constexpr(2)
-EK = tl.constexpr(3)
+INVERSE = tl.constexpr(1)  # T = (I + strict <erase, erase_key>)^-1
+Q_ERASE_KEY = tl.constexpr(2)
+ERASE_K = tl.constexpr(3)
 
 
 class Strided(NamedTuple):
@@ -67,10 +69,10 @@ class Terms(NamedTuple):
     q: Any
     k: Any
     v: Any
-    g: Any  # log decay
-    e: Any  # erase: the vector, or beta, for which e = beta * b
-    b: Any  # erase_key of the operation; None if it is k
-    h: Any  # log decay of the values
+    g: Any  # log_decay
+    erase: Any  # the vector, or beta for beta * erase_key
+    erase_key: Any  # None if it is k
+    h: Any  # value_log_decay
     u: Any  # bonus, [heads, K]
 
 
@@ -151,12 +153,12 @@ def column(x, chunk, head):
 
 
 @triton.jit
-def erase_tile(e, b_CK, chunk, head, keys, IS_BETA: tl.constexpr):
-    """erase as a tile and a factor of its rows: a beta per token gives the tile b and the factor beta."""
+def erase_tile(erase, erase_key_CK, chunk, head, keys, IS_BETA: tl.constexpr):
+    """erase as a tile and a factor of its rows: a beta per token gives the tile erase_key and the factor beta."""
     if IS_BETA:
-        return b_CK, column(e, chunk, head)[:, None]
+        return erase_key_CK, column(erase, chunk, head)[:, None]
     else:
-        return tile(e, chunk, head, keys), tl.full([1, 1], 1.0, tl.float32)
+        return tile(erase, chunk, head, keys), tl.full([1, 1], 1.0, tl.float32)
 
 
 @triton.jit
@@ -395,8 +397,8 @@ def scores_kernel(
     GROUP: tl.constexpr, K: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr, BLOCK_K: tl.constexpr,
     PER_CHANNEL: tl.constexpr, IS_BETA: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Store <q, k>, T and, if b is not k, <q, b> and <e, k>, as far as q and e are given."""
-    q, k, g, e, b, u = terms.q, terms.k, terms.g, terms.e, terms.b, terms.u
+    """Store <q, k>, T and, if erase_key is not k, <q, erase_key> and <erase, k>, if q and erase are given."""
+    q, k, g, erase, erase_key, u = terms.q, terms.k, terms.g, terms.erase, terms.erase_key, terms.u
     slot, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     row, token, valid = chunk_at(documents, slot, SPAN, C)
     if valid <= 0:
@@ -404,21 +406,21 @@ def scores_kernel(
     rows = tl.arange(0, C)
     chunk, entry = Chunk(row, token, rows, valid), Entry(slot, head, heads)
     qk = tl.zeros([C, C], tl.float32)
-    qb, eb, ek = qk, qk, qk
+    q_erase_key, erase_erase_key, erase_k = qk, qk, qk
     own_k = tl.zeros([C], tl.float32)
-    own_b = own_k
+    own_erase_key = own_k
     for start in range(0, K, BLOCK_K):
         keys = Columns(start + tl.arange(0, BLOCK_K), K)
         k_CK = tile(k, chunk, head // GROUP, keys)
-        b_CK = k_CK
-        if b is not None:
-            b_CK = tile(b, chunk, head, keys)
+        erase_key_CK = k_CK
+        if erase_key is not None:
+            erase_key_CK = tile(erase_key, chunk, head, keys)
         if q is not None:
             q_CK = tile(q, chunk, head // GROUP, keys)
             own_k += own_score(q_CK, k_CK, u, head, keys)
-            own_b += tl.sum(q_CK * b_CK, 1)
-        if e is not None:
-            e_CK, _ = erase_tile(e, b_CK, chunk, head, keys, IS_BETA)
+            own_erase_key += tl.sum(q_CK * erase_key_CK, 1)
+        if erase is not None:
+            erase_CK, _ = erase_tile(erase, erase_key_CK, chunk, head, keys, IS_BETA)
         if PER_CHANNEL:
             g_CK = log2_tile(g, chunk, head, keys)
             for level in tl.static_range(6):
@@ -426,46 +428,50 @@ def scores_kernel(
                     later, earlier = halfway(g_CK, rows, 1 << level, u is not None, C, BLOCK_K)
                     if q is not None:
                         qk += within_blocks(dot(q_CK * later, transposed(k_CK * earlier, DOT), DOT), rows, 2 << level)
-                    if e is not None:
-                        eb += within_blocks(dot(e_CK * later, transposed(b_CK * earlier, DOT), DOT), rows, 2 << level)
-                    if b is not None:
-                        ek += within_blocks(dot(e_CK * later, transposed(k_CK * earlier, DOT), DOT), rows, 2 << level)
+                    if erase is not None:
+                        erase_erase_key += within_blocks(
+                            dot(erase_CK * later, transposed(erase_key_CK * earlier, DOT), DOT), rows, 2 << level
+                        )
+                    if erase_key is not None:
+                        erase_k += within_blocks(
+                            dot(erase_CK * later, transposed(k_CK * earlier, DOT), DOT), rows, 2 << level
+                        )
                         if q is not None:
-                            qb += within_blocks(
-                                dot(q_CK * later, transposed(b_CK * earlier, DOT), DOT), rows, 2 << level
+                            q_erase_key += within_blocks(
+                                dot(q_CK * later, transposed(erase_key_CK * earlier, DOT), DOT), rows, 2 << level
                             )
         else:
             if q is not None:
                 qk = add_dot(qk, q_CK, transposed(k_CK, DOT), DOT)
-            if e is not None:
-                eb = add_dot(eb, e_CK, transposed(b_CK, DOT), DOT)
-            if b is not None:
-                ek = add_dot(ek, e_CK, transposed(k_CK, DOT), DOT)
+            if erase is not None:
+                erase_erase_key = add_dot(erase_erase_key, erase_CK, transposed(erase_key_CK, DOT), DOT)
+            if erase_key is not None:
+                erase_k = add_dot(erase_k, erase_CK, transposed(k_CK, DOT), DOT)
                 if q is not None:
-                    qb = add_dot(qb, q_CK, transposed(b_CK, DOT), DOT)
+                    q_erase_key = add_dot(q_erase_key, q_CK, transposed(erase_key_CK, DOT), DOT)
     if not PER_CHANNEL:
         decay_CC = decay_matrix(g, chunk, head, u is not None)
         strict_CC = tl.where(rows[:, None] > rows[None, :], decay_CC, 0.0)
         qk *= decay_CC
-        qb *= decay_CC
-        eb *= strict_CC
-        ek *= strict_CC
+        q_erase_key *= decay_CC
+        erase_erase_key *= strict_CC
+        erase_k *= strict_CC
     if IS_BETA:
-        beta_C1 = column(e, chunk, head)[:, None]
-        eb *= beta_C1
-        ek *= beta_C1
+        beta_C1 = column(erase, chunk, head)[:, None]
+        erase_erase_key *= beta_C1
+        erase_k *= beta_C1
     if PER_CHANNEL or u is not None:
         qk += on_diagonal(own_k, rows)
     if PER_CHANNEL:
-        qb += on_diagonal(own_b, rows)
+        q_erase_key += on_diagonal(own_erase_key, rows)
     if q is not None:
         tl.store(matrix_at(matrices, QK, entry, rows, C), qk * scale)
-        if b is not None:
-            tl.store(matrix_at(matrices, QB, entry, rows, C), qb * scale)
-    if e is not None:
-        tl.store(matrix_at(matrices, INVERSE, entry, rows, C), unit_lower_inverse(eb, rows, C, PRECISION))
-        if b is not None:
-            tl.store(matrix_at(matrices, EK, entry, rows, C), ek)
+        if erase_key is not None:
+            tl.store(matrix_at(matrices, Q_ERASE_KEY, entry, rows, C), q_erase_key * scale)
+    if erase is not None:
+        tl.store(matrix_at(matrices, INVERSE, entry, rows, C), unit_lower_inverse(erase_erase_key, rows, C, PRECISION))
+        if erase_key is not None:
+            tl.store(matrix_at(matrices, ERASE_K, entry, rows, C), erase_k)
 
 
 @triton.jit
@@ -487,7 +493,7 @@ def scan_kernel(
     PER_CHANNEL: tl.constexpr, IS_BETA: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """A document from its initial state, or, FROM_STATES, a span from its stored one. BLOCK_K holds all of K."""
-    q, k, v, g, e, b, h, u = terms
+    q, k, v, g, erase, erase_key, h, u = terms
     tiles = tl.cdiv(V, BLOCK_V)
     index, head = tl.program_id(0) // tiles // heads, tl.program_id(0) // tiles % heads
     rows, keys = tl.arange(0, C), Columns(tl.arange(0, BLOCK_K), K)
@@ -517,18 +523,18 @@ def scan_kernel(
         v_CV = tile(v, chunk, head, values)
         start_CK = from_start(g, chunk, head, keys, PER_CHANNEL, u is not None)
         w_CV = v_CV  # what k writes
-        if e is not None:
-            b_CK = k_CK
+        if erase is not None:
+            erase_key_CK = k_CK
             z_CV = v_CV
-            if b is not None:
-                b_CK = tile(b, chunk, head, keys)
-                z_CV = -dot(tl.load(matrix_at(matrices, EK, entry, rows, C)), v_CV, DOT)
-            e_CK, beta_C1 = erase_tile(e, b_CK, chunk, head, keys, IS_BETA)
-            z_CV -= read_state(e_CK, start_CK, state_KV, PER_CHANNEL, DOT) * beta_C1
+            if erase_key is not None:
+                erase_key_CK = tile(erase_key, chunk, head, keys)
+                z_CV = -dot(tl.load(matrix_at(matrices, ERASE_K, entry, rows, C)), v_CV, DOT)
+            erase_CK, beta_C1 = erase_tile(erase, erase_key_CK, chunk, head, keys, IS_BETA)
+            z_CV -= read_state(erase_CK, start_CK, state_KV, PER_CHANNEL, DOT) * beta_C1
             n_CV = dot(tl.load(matrix_at(matrices, INVERSE, entry, rows, C)), z_CV, DOT)
             if n is not None:
                 store_tile(n, n_CV, chunk, head, values)
-            if b is None:
+            if erase_key is None:
                 w_CV = n_CV
         if o is not None:
             q_CK = tile(q, chunk, head // GROUP, keys)
@@ -547,84 +553,81 @@ def scan_kernel(
             else:
                 h_CV = log2_tile(h, chunk, head, values)
                 o_CV += rows_of(scores_CC, w_CV, h_CV, rows, u is not None, C, BLOCK_V, DOT)
-            if b is not None:
-                o_CV = add_dot(o_CV, tl.load(matrix_at(matrices, QB, entry, rows, C)), n_CV, DOT)
+            if erase_key is not None:
+                o_CV = add_dot(o_CV, tl.load(matrix_at(matrices, Q_ERASE_KEY, entry, rows, C)), n_CV, DOT)
             store_tile(o, o_CV, chunk, head, values)
         end_CK, whole_K = to_end(g, chunk, head, keys, PER_CHANNEL)
         end_CV, whole_V = to_end(h, chunk, head, values, True)
         state_KV *= whole_K[:, None] * whole_V[None, :]
         state_KV = add_to_state(state_KV, k_CK, end_CK, w_CV * end_CV, PER_CHANNEL, DOT)
-        if b is not None:
-            state_KV = add_to_state(state_KV, b_CK, end_CK, n_CV, PER_CHANNEL, DOT)
+        if erase_key is not None:
+            state_KV = add_to_state(state_KV, erase_key_CK, end_CK, n_CV, PER_CHANNEL, DOT)
 
     if not FROM_STATES and final_state is not None:
         store_state(final_state, state_KV, Entry(index, head, heads), keys, values)
 
 
 @triton.jit
-def start_of_row(x, row, head):
-    """Points to x[row, 0, head]."""
-    return x.pointer + (row.to(tl.int64) * x.row_stride + head.to(tl.int64) * x.head_stride)
+def token_of(x, row, token, head, columns):
+    """x[row, token, head, cols] in float32."""
+    pointers = start_of(x, row, token, head) + columns.cols
+    return tl.load(pointers, mask=columns.cols < columns.width, other=0).to(tl.float32)
 
 
 @triton.jit
-def token_of(x, row, head, columns):
-    """x[row, 0, head, cols] in float32."""
-    start = start_of_row(x, row, head)
-    return tl.load(start + columns.cols, mask=columns.cols < columns.width, other=0).to(tl.float32)
-
-
-@triton.jit
-def number_of(x, row, head):
-    """x[row, 0, head] in float32."""
-    return tl.load(start_of_row(x, row, head)).to(tl.float32)
+def number_of(x, row, token, head):
+    """x[row, token, head] in float32."""
+    return tl.load(start_of(x, row, token, head)).to(tl.float32)
 
 
 @triton.jit
 def step_kernel(
-    terms, initial_state, o, final_state, scale, heads,
-    GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    PER_CHANNEL: tl.constexpr, IS_BETA: tl.constexpr,
+    terms, initial_state, o, final_state, documents, scale, heads,
+    GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, SPAN: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PER_CHANNEL: tl.constexpr, IS_BETA: tl.constexpr,
 ):  # fmt: skip
-    """One token per row: read the state, decay it, erase, write, and store it and o."""
-    q, k, v, g, e, b, h, u = terms
+    """A document token by token: decay the state, erase, write, read. Fast for documents of about one token."""
+    q, k, v, g, erase, erase_key, h, u = terms
     tiles = tl.cdiv(V, BLOCK_V)
-    row, head = tl.program_id(0) // tiles // heads, tl.program_id(0) // tiles % heads
+    document, head = tl.program_id(0) // tiles // heads, tl.program_id(0) // tiles % heads
     keys = Columns(tl.arange(0, BLOCK_K), K)
     values = Columns(tl.program_id(0) % tiles * BLOCK_V + tl.arange(0, BLOCK_V), V)
-    entry = Entry(row, head, heads)
-    before_KV = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
+    entry = Entry(document, head, heads)
+    row, start, end, _ = bounds_of(documents, document, SPAN)
+    state_KV = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
     if initial_state is not None:
-        before_KV = load_state(initial_state, entry, keys, values)
-    k_K = token_of(k, row, head // GROUP, keys)
-    v_V = token_of(v, row, head, values)
-    state_KV = before_KV
-    if g is not None:
-        if PER_CHANNEL:
-            state_KV *= tl.exp2(token_of(g, row, head, keys) * LOG2_E)[:, None]
-        else:
-            state_KV *= tl.exp2(number_of(g, row, head) * LOG2_E)
-    if h is not None:
-        state_KV *= tl.exp2(token_of(h, row, head, values) * LOG2_E)[None, :]
-    if e is not None:
-        b_K = k_K
-        if b is not None:
-            b_K = token_of(b, row, head, keys)
-        if IS_BETA:
-            e_K = number_of(e, row, head) * b_K
-        else:
-            e_K = token_of(e, row, head, keys)
-        state_KV -= b_K[:, None] * tl.sum(e_K[:, None] * state_KV, 0)[None, :]
-    added_KV = k_K[:, None] * v_V[None, :]
-    state_KV += added_KV
+        state_KV = load_state(initial_state, entry, keys, values)
+    for step in range(0, end - start):
+        token = start + step
+        before_KV = state_KV
+        k_K = token_of(k, row, token, head // GROUP, keys)
+        v_V = token_of(v, row, token, head, values)
+        if g is not None:
+            if PER_CHANNEL:
+                state_KV *= tl.exp2(token_of(g, row, token, head, keys) * LOG2_E)[:, None]
+            else:
+                state_KV *= tl.exp2(number_of(g, row, token, head) * LOG2_E)
+        if h is not None:
+            state_KV *= tl.exp2(token_of(h, row, token, head, values) * LOG2_E)[None, :]
+        if erase is not None:
+            erase_key_K = k_K
+            if erase_key is not None:
+                erase_key_K = token_of(erase_key, row, token, head, keys)
+            if IS_BETA:
+                erase_K = number_of(erase, row, token, head) * erase_key_K
+            else:
+                erase_K = token_of(erase, row, token, head, keys)
+            state_KV -= erase_key_K[:, None] * tl.sum(erase_K[:, None] * state_KV, 0)[None, :]
+        added_KV = k_K[:, None] * v_V[None, :]
+        state_KV += added_KV
+        if q is not None:
+            q_K = token_of(q, row, token, head // GROUP, keys) * scale
+            read_KV = state_KV
+            if u is not None:
+                read_KV = before_KV + per_head(u, head, keys)[:, None] * added_KV
+            o_V = tl.sum(q_K[:, None] * read_KV, 0)
+            tl.store(start_of(o, row, token, head) + values.cols, o_V, mask=values.cols < V)
     store_state(final_state, state_KV, entry, keys, values)
-    if q is not None:
-        q_K = token_of(q, row, head // GROUP, keys) * scale
-        if u is not None:
-            state_KV = before_KV + per_head(u, head, keys)[:, None] * added_KV
-        o_V = tl.sum(q_K[:, None] * state_KV, 0)
-        start = o.pointer + row.to(tl.int64) * o.row_stride + head * o.head_stride
-        tl.store(start + values.cols, o_V, mask=values.cols < V)
 
 
 class Config(NamedTuple):
@@ -699,7 +702,7 @@ CONFIGS |= {
     for key, config in CONFIGS.items()
     if key[0] == "default"
 }
-# Triton's pipeliner fails there over a state that is stored on the way.
+# Triton's pipeliner fails there if a loop stores a state.
 CONFIGS |= {("sm_100", *key[1:]): config._replace(stages=1) for key, config in CONFIGS.items() if key[0] == "default"}
 # A warp has 64 threads there, with more registers each if they are few.
 CONFIGS |= {
@@ -709,7 +712,7 @@ CONFIGS |= {
     for key, config in CONFIGS.items()
     if key[0] == "default"
 }
-FILLS = 128  # programs that keep a chip busy: from there on no state is stored on the way
+FILLS = 128  # programs that keep a chip busy: with as many, one pass suffices and stores no state
 
 
 def architecture(x: Tensor) -> str:
@@ -782,8 +785,8 @@ def problem_of(
     if log_decay is not None and log_decay.dim() == 1:
         log_decay = log_decay.expand(batch_size, length, heads)
     terms = Terms(
-        q=strided(q), k=strided(k), v=strided(v), g=strided(log_decay), e=strided(erase), b=strided(erase_key),
-        h=strided(value_log_decay), u=None if bonus is None else bonus.contiguous(),
+        q=strided(q), k=strided(k), v=strided(v), g=strided(log_decay), erase=strided(erase),
+        erase_key=strided(erase_key), h=strided(value_log_decay), u=None if bonus is None else bonus.contiguous(),
     )  # fmt: skip
     shape = dict(
         GROUP=heads // k.shape[2], K=k.shape[-1], C=config.chunk, SPAN=span,
@@ -796,9 +799,9 @@ def problem_of(
 
 
 def empty_matrices(problem: Problem) -> Matrices:
-    """Room for <q, k> of every chunk, T with an erase term, <q, b> and <e, k> if b is not k."""
+    """Room for <q, k> of every chunk, T with an erase term, <q, erase_key> and <erase, k> if erase_key is not k."""
     terms, chunk = problem.terms, problem.config.chunk
-    per_chunk = 1 if terms.e is None else 2 if terms.b is None else 4
+    per_chunk = 1 if terms.erase is None else 2 if terms.erase_key is None else 4
     size = (problem.num_spans * problem.shape["SPAN"] // chunk, problem.heads, per_chunk, chunk, chunk)
     return Matrices(torch.empty(size, dtype=problem.dtype, device=terms.v.pointer.device), per_chunk)
 
@@ -807,12 +810,12 @@ def chunk_matrices(problem: Problem) -> Matrices | None:
     """Run scores_kernel, if scores are costly (decay per channel, wide keys in float32) or read more than once
     (erase, value decay).
 
-    Returns <q, k>, T and, if b is not k, <q, b> and <e, k> of every chunk, as far as they are needed.
+    Returns <q, k>, T and, if erase_key is not k, <q, erase_key> and <erase, k> of every chunk, if they are needed.
     """
     shape, config, terms = problem.shape, problem.config, problem.terms
     wide = problem.dtype == torch.float32 and shape["K"] > 128
     of_q = terms.q is not None and (shape["PER_CHANNEL"] or terms.h is not None or wide)
-    if not of_q and terms.e is None:
+    if not of_q and terms.erase is None:
         return None
     slots = problem.num_spans * shape["SPAN"] // config.chunk
     matrices = empty_matrices(problem)
@@ -866,18 +869,18 @@ def linear_recurrence(
     """o [B, T, heads, V] in v's dtype (empty without q) and the final state [N, heads, K, V] in float32.
 
     q, k [B, T, H, K], v [B, T, heads, V], heads a multiple of H; log_decay [heads], [B, T, heads] or [B, T, heads, K],
-    natural logarithm, <= 0; erase [B, T, heads] (e = erase * b) or [B, T, heads, K]; erase_key (b, else k)
+    natural logarithm, <= 0; erase [B, T, heads] (times erase_key) or [B, T, heads, K]; erase_key, k if None,
     [B, T, heads, K]; value_log_decay [B, T, heads, V] and bonus [heads, K], neither with erase; cu_seqlens int32
     [N + 1], rising from 0 to T, for B = 1. float32, float16 or bfloat16; K up to 256.
     """
-    _, length, heads, value_dim = v.shape
+    batch_size, length, heads, value_dim = v.shape
     problem = problem_of(q, k, v, log_decay, erase, erase_key, value_log_decay, bonus, scale, cu_seqlens)
     o = v.new_empty(0 if q is None else v.shape)
     wanted = None if q is None else o
     final_state = v.new_empty(problem.num_documents, heads, k.shape[-1], value_dim, dtype=torch.float32)
     if initial_state is not None:
         initial_state = initial_state.contiguous()
-    if length == 1 and cu_seqlens is None:
+    if batch_size * length <= problem.num_documents:  # about a token for each: decoding
         _step(problem, initial_state, wanted, final_state)
         return o, final_state
     matrices = chunk_matrices(problem)
@@ -907,11 +910,11 @@ def flops(q, k, v, log_decay, erase, erase_key, value_log_decay, *rest, **kwargs
 
 
 def _step(problem: Problem, initial_state: Tensor | None, o: Tensor | None, final_state: Tensor) -> None:
-    shape, (batch_size, heads, key_dim, value_dim) = problem.shape, final_state.shape
+    shape, (num_documents, heads, key_dim, value_dim) = problem.shape, final_state.shape
     block_k = max(16, triton.next_power_of_2(key_dim))
     block_v = min(triton.next_power_of_2(value_dim), 8192 // block_k)
-    step_kernel[(batch_size * heads * triton.cdiv(value_dim, block_v),)](
-        problem.terms, initial_state, strided(o), final_state, problem.scale, heads, GROUP=shape["GROUP"], K=key_dim,
-        V=value_dim, BLOCK_K=block_k, BLOCK_V=block_v, PER_CHANNEL=shape["PER_CHANNEL"], IS_BETA=shape["IS_BETA"],
-        num_warps=4,
+    step_kernel[(num_documents * heads * triton.cdiv(value_dim, block_v),)](
+        problem.terms, initial_state, strided(o), final_state, problem.documents, problem.scale, heads,
+        GROUP=shape["GROUP"], K=key_dim, V=value_dim, SPAN=shape["SPAN"], BLOCK_K=block_k, BLOCK_V=block_v,
+        PER_CHANNEL=shape["PER_CHANNEL"], IS_BETA=shape["IS_BETA"], num_warps=4,
     )  # fmt: skip

@@ -4,16 +4,16 @@ It needs `linear_recurrence.py`, whose notation and parts it shares. Only the in
 the scores and the state at the start of every chunk are computed again. With dS the gradient of a chunk's last state
 (stored divided by the scale, so that do multiplies the unscaled q: in float16 a small product would lose its digits):
 
-    dn   = P^T do + (k exp(G_C - G)) dS              dv = dn, or dz with an erase term (b = k)
-    dz   = T^T dn                                    dP = do n^T           dP_e = -dz n^T
-    dq   = rows(dP, k) + exp G (do S^T)              de = rows(dP_e, k) - exp G (dz S^T)
-    dk   = columns(dP, q) + columns(dP_e, e) + exp(G_C - G) (n dS^T)
-    dS  <- (q exp G)^T do + exp(G_C) dS - (e exp G)^T dz
+    dn      = P^T do + (k exp(G_C - G)) dS           dv = dn, or dz with an erase term (erase_key = k)
+    dz      = T^T dn                                 dP = do n^T           dP_erase = -dz n^T
+    dq      = rows(dP, k) + exp G (do S^T)           derase = rows(dP_erase, k) - exp G (dz S^T)
+    dk      = columns(dP, q) + columns(dP_erase, erase) + exp(G_C - G) (n dS^T)
+    dS     <- (q exp G)^T do + exp(G_C) dS - (erase exp G)^T dz
 
   reverse_kernel       per document, head and V tile: dS in registers from the last chunk to the first; dz.
   score_grads_kernel   per chunk and head: dP, a sum over V.
   value_grads_kernel   per chunk, head and V tile: dv and dh.
-  key_grads_kernel     per chunk, head and K tile: dq, dk, de, db, dg and the bonus's.
+  key_grads_kernel     per chunk, head and K tile: dq, dk, derase, derase_key, dg and du.
 
 The gradient of a decay sums the terms that pass through it, level by level: a difference of two sums would lose the
 digits of a gate that lets little through. Sums over heads that share q and k, and over K tiles, add the separate
@@ -30,9 +30,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import linear_recurrence as forward
 from .linear_recurrence import (
-    EK,
+    ERASE_K,
     INVERSE,
-    QB,
+    Q_ERASE_KEY,
     QK,
     Chunk,
     Columns,
@@ -72,8 +72,9 @@ from .linear_recurrence import (
     within_blocks,
 )
 
-# The gradients of a chunk's scores lie as what the forward makes of these: that of <e, b> where the inverse lies.
-EB = INVERSE
+# The gradients of a chunk's scores lie as what the forward makes of these: that of
+# <erase, erase_key> where the inverse lies.
+ERASE_ERASE_KEY = INVERSE
 
 
 @triton.jit
@@ -126,7 +127,7 @@ def reverse_kernel(
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PER_CHANNEL: tl.constexpr, IS_BETA: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """dz, if given: the gradient of z with an erase term, else of v, whose gradient lacks only T."""
-    q, k, g, e, b, h, u = terms.q, terms.k, terms.g, terms.e, terms.b, terms.h, terms.u
+    q, k, g, erase, erase_key, h, u = terms.q, terms.k, terms.g, terms.erase, terms.erase_key, terms.h, terms.u
     tiles = tl.cdiv(V, BLOCK_V)
     document, head = tl.program_id(0) // tiles // heads, tl.program_id(0) // tiles % heads
     rows, keys = tl.arange(0, C), Columns(tl.arange(0, BLOCK_K), K)
@@ -145,29 +146,29 @@ def reverse_kernel(
             q_CK = tile(q, chunk, head // GROUP, keys)
             do_CV = tile(do, chunk, head, values)
         if dz is not None:
-            if b is None:
-                b_CK = tile(k, chunk, head // GROUP, keys)
+            if erase_key is None:
+                erase_key_CK = tile(k, chunk, head // GROUP, keys)
             else:
-                b_CK = tile(b, chunk, head, keys)
-            dz_CV = read_state(b_CK, end_CK, grad_KV, PER_CHANNEL, DOT) * scale
+                erase_key_CK = tile(erase_key, chunk, head, keys)
+            dz_CV = read_state(erase_key_CK, end_CK, grad_KV, PER_CHANNEL, DOT) * scale
             if q is not None:
                 if matrices is None:
-                    scores_CC = scores_by_writers(q_CK, b_CK, g, u, scale, chunk, head, keys, DOT)
+                    scores_CC = scores_by_writers(q_CK, erase_key_CK, g, u, scale, chunk, head, keys, DOT)
                 else:
-                    of_b: tl.constexpr = QK if b is None else QB
-                    scores_CC = tl.trans(tl.load(matrix_at(matrices, of_b, entry, rows, C)))
+                    of_erase_key: tl.constexpr = QK if erase_key is None else Q_ERASE_KEY
+                    scores_CC = tl.trans(tl.load(matrix_at(matrices, of_erase_key, entry, rows, C)))
                 dz_CV = add_dot(dz_CV, scores_CC, do_CV, DOT)
-            if e is not None:
+            if erase is not None:
                 dz_CV = dot(tl.trans(tl.load(matrix_at(matrices, INVERSE, entry, rows, C))), dz_CV, DOT)
-                e_CK, beta_C1 = erase_tile(e, b_CK, chunk, head, keys, IS_BETA)
+                erase_CK, beta_C1 = erase_tile(erase, erase_key_CK, chunk, head, keys, IS_BETA)
             store_tile(dz, dz_CV, chunk, head, values)
         grad_KV *= whole_K[:, None] * whole_V[None, :]
         start_CK = from_start(g, chunk, head, keys, PER_CHANNEL, u is not None)
         if q is not None:
             start_CV = from_start(h, chunk, head, values, True, u is not None)
             grad_KV = add_to_state(grad_KV, q_CK, start_CK, do_CV * start_CV, PER_CHANNEL, DOT)
-        if e is not None:
-            grad_KV = add_to_state(grad_KV, e_CK, start_CK, dz_CV * (-1 / scale) * beta_C1, PER_CHANNEL, DOT)
+        if erase is not None:
+            grad_KV = add_to_state(grad_KV, erase_CK, start_CK, dz_CV * (-1 / scale) * beta_C1, PER_CHANNEL, DOT)
     if initial_grad is not None:
         store_state(initial_grad, grad_KV * scale, Entry(document, head, heads), keys, values)
 
@@ -178,8 +179,8 @@ def score_grads_kernel(
     V: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr, BLOCK_V: tl.constexpr,
     PER_CHANNEL: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Stores the gradients of <q, k>, <e, b>, <q, b> and <e, k>; those of a scalar decay times it."""
-    v, g, b, h, u = terms.v, terms.g, terms.b, terms.h, terms.u
+    """Stores the gradients of <q, k>, <erase, erase_key>, <q, erase_key> and <erase, k>, times a scalar decay."""
+    v, g, erase_key, h, u = terms.v, terms.g, terms.erase_key, terms.h, terms.u
     slot, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     row, token, valid = chunk_at(documents, slot, SPAN, C)
     if valid <= 0:
@@ -187,25 +188,25 @@ def score_grads_kernel(
     rows = tl.arange(0, C)
     chunk, entry = Chunk(row, token, rows, valid), Entry(slot, head, heads)
     qk = tl.zeros([C, C], tl.float32)
-    qb, eb, ek = qk, qk, qk
+    q_erase_key, erase_erase_key, erase_k = qk, qk, qk
     own = tl.zeros([C], tl.float32)
     for first in range(0, V, BLOCK_V):
         values = Columns(first + tl.arange(0, BLOCK_V), V)
-        if n is None or b is not None:
+        if n is None or erase_key is not None:
             v_CV = tile(v, chunk, head, values)
         if n is not None:
             n_CV = tile(n, chunk, head, values)
             dz_CV = tile(dz, chunk, head, values)
-            eb -= dot(dz_CV, transposed(n_CV, DOT), DOT)
-            if b is None:
+            erase_erase_key -= dot(dz_CV, transposed(n_CV, DOT), DOT)
+            if erase_key is None:
                 v_CV = n_CV
             else:
-                ek -= dot(dz_CV, transposed(v_CV, DOT), DOT)
+                erase_k -= dot(dz_CV, transposed(v_CV, DOT), DOT)
         if do is not None:
             do_CV = tile(do, chunk, head, values)
             own += tl.sum(do_CV * v_CV, 1)
-            if b is not None:
-                qb = add_dot(qb, do_CV, transposed(n_CV, DOT), DOT)
+            if erase_key is not None:
+                q_erase_key = add_dot(q_erase_key, do_CV, transposed(n_CV, DOT), DOT)
             if h is None:
                 qk = add_dot(qk, do_CV, transposed(v_CV, DOT), DOT)
             else:
@@ -214,8 +215,8 @@ def score_grads_kernel(
                     if (1 << level) < C:
                         later, earlier = halfway(h_CV, rows, 1 << level, u is not None, C, BLOCK_V)
                         qk += within_blocks(dot(do_CV * later, transposed(v_CV * earlier, DOT), DOT), rows, 2 << level)
-    eb *= 1 / scale
-    ek *= 1 / scale
+    erase_erase_key *= 1 / scale
+    erase_k *= 1 / scale
     strict = rows[:, None] > rows[None, :]
     if PER_CHANNEL:
         decay_CC = tl.where(rows[:, None] >= rows[None, :], 1.0, 0.0)
@@ -224,12 +225,12 @@ def score_grads_kernel(
     if do is not None:
         qk = tl.where(strict, qk * decay_CC, on_diagonal(own, rows))
         tl.store(matrix_at(grads, QK, entry, rows, C), qk)
-        if b is not None:
-            tl.store(matrix_at(grads, QB, entry, rows, C), qb * decay_CC)
+        if erase_key is not None:
+            tl.store(matrix_at(grads, Q_ERASE_KEY, entry, rows, C), q_erase_key * decay_CC)
     if n is not None:
-        tl.store(matrix_at(grads, EB, entry, rows, C), tl.where(strict, eb * decay_CC, 0.0))
-        if b is not None:
-            tl.store(matrix_at(grads, EK, entry, rows, C), tl.where(strict, ek * decay_CC, 0.0))
+        tl.store(matrix_at(grads, ERASE_ERASE_KEY, entry, rows, C), tl.where(strict, erase_erase_key * decay_CC, 0.0))
+        if erase_key is not None:
+            tl.store(matrix_at(grads, ERASE_K, entry, rows, C), tl.where(strict, erase_k * decay_CC, 0.0))
 
 
 @triton.jit
@@ -238,8 +239,8 @@ def value_grads_kernel(
     GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PER_CHANNEL: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Of what k writes: v."""
-    q, k, v, g, b, h, u = terms.q, terms.k, terms.v, terms.g, terms.b, terms.h, terms.u
+    """The gradients of v and h."""
+    q, k, v, g, erase_key, h, u = terms.q, terms.k, terms.v, terms.g, terms.erase_key, terms.h, terms.u
     tiles = tl.cdiv(V, BLOCK_V)
     slot, head = tl.program_id(0) // tiles // heads, tl.program_id(0) // tiles % heads
     row, token, valid = chunk_at(documents, slot, SPAN, C)
@@ -262,9 +263,9 @@ def value_grads_kernel(
             else:
                 scores_CC = tl.trans(tl.load(matrix_at(matrices, QK, entry, rows, C)))
             dv_CV = add_dot(dv_CV, scores_CC, do_CV, DOT)
-        if b is not None:
+        if erase_key is not None:
             dz_CV = tile(dz, chunk, head, values)
-            dv_CV -= dot(tl.trans(tl.load(matrix_at(matrices, EK, entry, rows, C))), dz_CV, DOT)
+            dv_CV -= dot(tl.trans(tl.load(matrix_at(matrices, ERASE_K, entry, rows, C))), dz_CV, DOT)
     else:
         end_CV, whole_V = to_end(h, chunk, head, values, True)
         v_CV = tile(v, chunk, head, values)
@@ -302,12 +303,13 @@ def value_grads_kernel(
 
 @triton.jit
 def reader_grads(
-    x_CK, dx_CK, k_CK, dk_CK, b_CK, db_CK, of_k, of_b, written_CK, g, chunk, head, keys,
+    x_CK, dx_CK, k_CK, dk_CK, erase_key_CK, derase_key_CK, of_k, of_erase_key, written_CK, g, chunk, head, keys,
     C: tl.constexpr, D: tl.constexpr, BEFORE: tl.constexpr, PER_CHANNEL: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Adds what x, that is q or e or None, reads of the chunk's own tokens to dx, dk and db, of_k and of_b being the
-    gradients of its scores. Also returns what passes each token's decay: of a decay per channel all of it [C, D], what
-    is `written` to the chunk's last state included; else what tokens read of one another [C, C]."""
+    """Adds what x, that is q or erase or None, reads of the chunk's own tokens to dx, dk and derase_key. of_k and
+    of_erase_key are the gradients of its scores. Also returns the terms that pass through each token's decay: with a
+    decay per channel all of them [C, D], `written` to the chunk's last state included; otherwise reads of one token
+    from another [C, C]."""
     if not PER_CHANNEL:
         passing = tl.zeros([C, C], tl.float32)
         if x_CK is not None:
@@ -315,11 +317,11 @@ def reader_grads(
             dk_CK = add_dot(dk_CK, transposed(of_k, DOT), x_CK, DOT)
             if g is not None:
                 passing += of_k * dot(x_CK, transposed(k_CK, DOT), DOT)
-            if of_b is not None:
-                dx_CK = add_dot(dx_CK, of_b, b_CK, DOT)
-                db_CK = add_dot(db_CK, transposed(of_b, DOT), x_CK, DOT)
+            if of_erase_key is not None:
+                dx_CK = add_dot(dx_CK, of_erase_key, erase_key_CK, DOT)
+                derase_key_CK = add_dot(derase_key_CK, transposed(of_erase_key, DOT), x_CK, DOT)
                 if g is not None:
-                    passing += of_b * dot(x_CK, transposed(b_CK, DOT), DOT)
+                    passing += of_erase_key * dot(x_CK, transposed(erase_key_CK, DOT), DOT)
     else:
         rows, g_CK = chunk.rows, log2_tile(g, chunk, head, keys)
         passing = tl.zeros([C, D], tl.float32)
@@ -337,18 +339,18 @@ def reader_grads(
                     by_k = dot(transposed(here, DOT), x_CK * later, DOT) * earlier
                     dk_CK += by_k
                     written_CK += k_CK * by_k
-                    if of_b is not None:
-                        here = within_blocks(of_b, rows, 64 >> level)
-                        by_x = add_dot(by_x, here, b_CK * earlier, DOT)
-                        by_b = dot(transposed(here, DOT), x_CK * later, DOT) * earlier
-                        db_CK += by_b
-                        written_CK += b_CK * by_b
+                    if of_erase_key is not None:
+                        here = within_blocks(of_erase_key, rows, 64 >> level)
+                        by_x = add_dot(by_x, here, erase_key_CK * earlier, DOT)
+                        by_erase_key = dot(transposed(here, DOT), x_CK * later, DOT) * earlier
+                        derase_key_CK += by_erase_key
+                        written_CK += erase_key_CK * by_erase_key
                     by_x *= later
                     dx_CK += by_x
                     read_CK += x_CK * by_x
         if not BEFORE:
             passing += read_CK
-    return dx_CK, dk_CK, db_CK, passing
+    return dx_CK, dk_CK, derase_key_CK, passing
 
 
 @triton.jit
@@ -356,27 +358,27 @@ def key_grads_through_states(
     terms, n, do, dz, states, state_grads, chunk, head, entry, keys,
     V: tl.constexpr, C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """The parts of dq, dk, de and db that are products with the chunk's first state or with the gradient of its last
-    one, each without its decay; and what passes through the whole chunk, [K]. Sums over all of V."""
-    q, v, g, b, h, u = terms.q, terms.v, terms.g, terms.b, terms.h, terms.u
+    """The parts of dq, dk, derase and derase_key that are products with the chunk's first state or with the gradient of
+    its last one, each without its decay; and the sum of terms that pass through the whole chunk, [K]. Sums over V."""
+    q, v, g, erase_key, h, u = terms.q, terms.v, terms.g, terms.erase_key, terms.h, terms.u
     dq_CK = tl.zeros([C, BLOCK_K], tl.float32)
-    dk_CK, de_CK, db_CK = dq_CK, dq_CK, dq_CK
+    dk_CK, derase_CK, derase_key_CK = dq_CK, dq_CK, dq_CK
     through_K = tl.zeros([BLOCK_K], tl.float32)
     for first in range(0, V, BLOCK_V):
         values = Columns(first + tl.arange(0, BLOCK_V), V)
         state_KV = load_state(states, entry, keys, values)
         grad_KV = load_state(state_grads, entry, keys, values)
         end_CV, whole_V = to_end(h, chunk, head, values, True)
-        if n is None or b is not None:
+        if n is None or erase_key is not None:
             w_CV = tile(v, chunk, head, values)
         if n is not None:
             n_CV = tile(n, chunk, head, values)
             dz_CV = tile(dz, chunk, head, values)
-            de_CK -= dot(dz_CV, transposed(state_KV, DOT), DOT)
-            if b is None:
+            derase_CK -= dot(dz_CV, transposed(state_KV, DOT), DOT)
+            if erase_key is None:
                 w_CV = n_CV
             else:
-                db_CK = add_dot(db_CK, n_CV, transposed(grad_KV, DOT), DOT)
+                derase_key_CK = add_dot(derase_key_CK, n_CV, transposed(grad_KV, DOT), DOT)
         dk_CK = add_dot(dk_CK, w_CV * end_CV, transposed(grad_KV, DOT), DOT)
         if q is not None:
             do_CV = tile(do, chunk, head, values)
@@ -384,17 +386,17 @@ def key_grads_through_states(
             dq_CK = add_dot(dq_CK, do_CV * start_CV, transposed(state_KV, DOT), DOT)
         if g is not None:
             through_K += tl.sum(state_KV * grad_KV * whole_V[None, :], 1)
-    return dq_CK, dk_CK, de_CK, db_CK, through_K
+    return dq_CK, dk_CK, derase_CK, derase_key_CK, through_K
 
 
 @triton.jit
 def key_grads_kernel(
-    terms, n, grads, states, state_grads, do, dz, dq, dk, dg, de, db, du, documents, scale, heads,
+    terms, n, grads, states, state_grads, do, dz, dq, dk, dg, derase, derase_key, du, documents, scale, heads,
     GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PER_CHANNEL: tl.constexpr, IS_BETA: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Of what meets the state's rows. dg and de of one number a token are sums of this tile's channels."""
-    q, k, g, e, b, u = terms.q, terms.k, terms.g, terms.e, terms.b, terms.u
+    """The gradients of q, k, g, erase, erase_key and u. dg and derase of one number sum this tile's channels."""
+    q, k, g, erase, erase_key, u = terms.q, terms.k, terms.g, terms.erase, terms.erase_key, terms.u
     tiles = tl.cdiv(K, BLOCK_K)
     slot, head = tl.program_id(0) // tiles // heads, tl.program_id(0) // tiles % heads
     row, token, valid = chunk_at(documents, slot, SPAN, C)
@@ -403,7 +405,7 @@ def key_grads_kernel(
     number = tl.program_id(0) % tiles
     rows, keys = tl.arange(0, C), Columns(number * BLOCK_K + tl.arange(0, BLOCK_K), K)
     chunk, entry = Chunk(row, token, rows, valid), Entry(slot, head, heads)
-    dq_CK, dk_CK, de_CK, db_CK, through_K = key_grads_through_states(
+    dq_CK, dk_CK, derase_CK, derase_key_CK, through_K = key_grads_through_states(
         terms, n, do, dz, states, state_grads, chunk, head, entry, keys, V, C, BLOCK_K, BLOCK_V, DOT
     )  # fmt: skip
     start_CK = from_start(g, chunk, head, keys, PER_CHANNEL, u is not None)
@@ -411,18 +413,18 @@ def key_grads_kernel(
     k_CK = tile(k, chunk, head // GROUP, keys)
     dk_CK *= end_CK
     written_CK = k_CK * dk_CK
-    b_CK = None
-    if b is not None:
-        b_CK = tile(b, chunk, head, keys)
-        db_CK *= end_CK
-        written_CK += b_CK * db_CK
+    erase_key_CK = None
+    if erase_key is not None:
+        erase_key_CK = tile(erase_key, chunk, head, keys)
+        derase_key_CK *= end_CK
+        written_CK += erase_key_CK * derase_key_CK
     if PER_CHANNEL:
         passing = tl.zeros([C, BLOCK_K], tl.float32) + (through_K * whole_K)[None, :]
     else:
         passing = tl.zeros([C, C], tl.float32)
         read_C, written_C = tl.zeros([C], tl.float32), tl.sum(written_CK, 1)
 
-    q_CK, of_k, of_b = None, None, None
+    q_CK, of_k, of_erase_key = None, None, None
     if q is not None:
         q_CK = tile(q, chunk, head // GROUP, keys)
         dq_CK *= start_CK
@@ -430,12 +432,12 @@ def key_grads_kernel(
         own_C = diagonal_of(of_k.to(tl.float32), rows)
         if u is not None:
             of_k = tl.where(rows[:, None] > rows[None, :], of_k, 0.0)
-        if b is not None:
-            of_b = tl.load(matrix_at(grads, QB, entry, rows, C))
+        if erase_key is not None:
+            of_erase_key = tl.load(matrix_at(grads, Q_ERASE_KEY, entry, rows, C))
         if not PER_CHANNEL:
             read_C += tl.sum(q_CK * dq_CK, 1)
-    dq_CK, dk_CK, db_CK, passed = reader_grads(
-        q_CK, dq_CK, k_CK, dk_CK, b_CK, db_CK, of_k, of_b, written_CK, g, chunk, head, keys,
+    dq_CK, dk_CK, derase_key_CK, passed = reader_grads(
+        q_CK, dq_CK, k_CK, dk_CK, erase_key_CK, derase_key_CK, of_k, of_erase_key, written_CK, g, chunk, head, keys,
         C, BLOCK_K, u is not None, PER_CHANNEL, DOT,
     )  # fmt: skip
     passing += passed
@@ -448,38 +450,38 @@ def key_grads_kernel(
                 tl.store(place, tl.sum(own_C[:, None] * q_CK * k_CK, 0) * scale, mask=keys.cols < K)
             dq_CK += own * k_CK
             dk_CK += own * q_CK
-            if b is not None:
-                own = diagonal_of(of_b.to(tl.float32), rows)[:, None]
-                dq_CK += own * b_CK
-                db_CK += own * q_CK
+            if erase_key is not None:
+                own = diagonal_of(of_erase_key.to(tl.float32), rows)[:, None]
+                dq_CK += own * erase_key_CK
+                derase_key_CK += own * q_CK
         store_tile(dq, dq_CK * scale, chunk, head, keys)
 
-    if e is not None:
-        of_k, of_b = tl.load(matrix_at(grads, EB, entry, rows, C)), None
+    if erase is not None:
+        of_k, of_erase_key = tl.load(matrix_at(grads, ERASE_ERASE_KEY, entry, rows, C)), None
         writer_CK = k_CK
-        if b is not None:
-            of_k, of_b = tl.load(matrix_at(grads, EK, entry, rows, C)), of_k
-            writer_CK = b_CK
-        e_CK, beta_C1 = erase_tile(e, writer_CK, chunk, head, keys, IS_BETA)
-        e_CK *= beta_C1
-        de_CK *= start_CK * (1 / scale)
+        if erase_key is not None:
+            of_k, of_erase_key = tl.load(matrix_at(grads, ERASE_K, entry, rows, C)), of_k
+            writer_CK = erase_key_CK
+        erase_CK, beta_C1 = erase_tile(erase, writer_CK, chunk, head, keys, IS_BETA)
+        erase_CK *= beta_C1
+        derase_CK *= start_CK * (1 / scale)
         if not PER_CHANNEL:
-            read_C += tl.sum(e_CK * de_CK, 1)
-        de_CK, dk_CK, db_CK, passed = reader_grads(
-            e_CK, de_CK, k_CK, dk_CK, b_CK, db_CK, of_k, of_b, tl.zeros([C, BLOCK_K], tl.float32), g,
-            chunk, head, keys, C, BLOCK_K, u is not None, PER_CHANNEL, DOT,
+            read_C += tl.sum(erase_CK * derase_CK, 1)
+        derase_CK, dk_CK, derase_key_CK, passed = reader_grads(
+            erase_CK, derase_CK, k_CK, dk_CK, erase_key_CK, derase_key_CK, of_k, of_erase_key,
+            tl.zeros([C, BLOCK_K], tl.float32), g, chunk, head, keys, C, BLOCK_K, u is not None, PER_CHANNEL, DOT,
         )  # fmt: skip
         passing += passed
         if IS_BETA:
-            store_number(de, tl.sum(de_CK * writer_CK, 1) * scale, chunk, head, number)
-            if b is None:
-                dk_CK += de_CK * beta_C1
+            store_number(derase, tl.sum(derase_CK * writer_CK, 1) * scale, chunk, head, number)
+            if erase_key is None:
+                dk_CK += derase_CK * beta_C1
             else:
-                db_CK += de_CK * beta_C1
+                derase_key_CK += derase_CK * beta_C1
         else:
-            store_tile(de, de_CK * scale, chunk, head, keys)
-        if b is not None:
-            store_tile(db, db_CK * scale, chunk, head, keys)
+            store_tile(derase, derase_CK * scale, chunk, head, keys)
+        if erase_key is not None:
+            store_tile(derase_key, derase_key_CK * scale, chunk, head, keys)
     store_tile(dk, dk_CK * scale, chunk, head, keys)
     if PER_CHANNEL:
         store_tile(dg, passing * scale, chunk, head, keys)
@@ -605,17 +607,17 @@ def linear_recurrence_backward(
         )  # fmt: skip
     of_heads = (*v.shape[:3], key_dim)
     dq, dk = like(q, *of_heads), torch.empty(of_heads, dtype=k.dtype, device=k.device)
-    dg, de = like(log_decay), like(erase)
+    dg, derase = like(log_decay), like(erase)
     if dg is not None and not shape["PER_CHANNEL"]:
         dg = like(log_decay, *v.shape[:3], tiles_k, dtype=torch.float32)
     if shape["IS_BETA"]:
-        de = like(erase, *v.shape[:3], tiles_k, dtype=torch.float32)
-    db = like(erase_key)
+        derase = like(erase, *v.shape[:3], tiles_k, dtype=torch.float32)
+    derase_key = like(erase_key)
     du = None if bonus is None else torch.zeros(chunks, heads, key_dim, dtype=torch.float32, device=bonus.device)
     key_grads_kernel[(chunks * heads * tiles_k,)](
         terms, strided(n), grads, states, state_grads, do, strided(dz), strided(dq), strided(dk), strided(dg),
-        strided(de), strided(db), du, documents, scale, heads, **of_keys, **common, BLOCK_K=block_k, BLOCK_V=block_v,
-        IS_BETA=shape["IS_BETA"], **of_grads,
+        strided(derase), strided(derase_key), du, documents, scale, heads, **of_keys, **common,
+        BLOCK_K=block_k, BLOCK_V=block_v, IS_BETA=shape["IS_BETA"], **of_grads,
     )  # fmt: skip
 
     if (group := shape["GROUP"]) > 1:
@@ -623,10 +625,10 @@ def linear_recurrence_backward(
     if dg is not None and not shape["PER_CHANNEL"]:
         dg = dg.sum((0, 1, 3) if log_decay.dim() == 1 else 3).to(log_decay.dtype)
     if shape["IS_BETA"]:
-        de = de.sum(3).to(erase.dtype)
+        derase = derase.sum(3).to(erase.dtype)
     if du is not None:
         du = du.sum(0).to(bonus.dtype)
-    found = (dq, dk, dv.to(v.dtype), dg, de, db, dh, du, initial_grad)
+    found = (dq, dk, dv.to(v.dtype), dg, derase, derase_key, dh, du, initial_grad)
     return [k.new_empty(0) if grad is None else grad for grad in found]
 
 

@@ -5,7 +5,7 @@
               F channels of g, then F of u
              +-------------+-------------+      A program of the forward makes a tile of BLOCK_M x BLOCK_F; one of the
     rows     | BLOCK_M x   |             |      backward goes through all channels of its rows, and so has the sum dw.
-             |    BLOCK_F  |             |      Nothing but x and w is kept.
+             |    BLOCK_F  |             |      Only x and w are kept.
              +-------------+-------------+
 
 Computed in float32. Channels are read with a stride of one; other layouts are copied first.

@@ -24,14 +24,14 @@ _TOO_LARGE = ("can't allocate memory", "not enough memory", "size calculation ov
 
 
 class FlagParser(argparse.ArgumentParser):
-    """Parser of a program that has flags and no settings. A flag that cannot be used raises ValueError."""
+    """Parser of a program's flags. A flag that is unknown or not valid raises ValueError."""
 
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, **options)
         self.add_argument("--job.debug", metavar="true", nargs="?", help="show the whole traceback of an error")
 
     def add_path(self, flag: str, **options) -> None:
-        """Add a flag whose value is a path, in which ~ is the home folder."""
+        """Add a flag whose value is a path. A leading ~ is the home folder."""
         self.add_argument(flag, type=_path, **options)
 
     def add_model(self) -> None:
@@ -54,13 +54,13 @@ class FlagParser(argparse.ArgumentParser):
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-    """Run main(arguments) and exit with 0, or with 2 after bad input. job.debug = true shows its traceback too."""
+    """Runs main(arguments). Exits with 2 and one sentence after bad input; job.debug = true adds the traceback."""
     arguments = sys.argv[1:]
     try:
         main(arguments)
     except KeyboardInterrupt:
         os._exit(128 + signal.SIGINT)
-    except BrokenPipeError:  # the reader of the output has closed it, like `| head`
+    except BrokenPipeError:  # the reader of the output has ended, such as `| head`
         os._exit(128 + signal.SIGPIPE)
     except Exception as error:
         text = _sentence(error)
@@ -71,7 +71,7 @@ def run(main: Callable[[list[str]], None]) -> None:
         rank = os.environ.get("RANK")
         where = "" if rank is None else f" (rank {rank})"
         print(f"error{where}: {text}", file=sys.stderr, flush=True)
-        # This rank cannot rejoin the others: exit at once, so that the launcher stops them.
+        # This rank cannot rejoin the others. It exits immediately, so that the launcher stops them.
         sys.stdout.flush()
         os._exit(2)
     if dist.is_initialized():
@@ -79,8 +79,8 @@ def run(main: Callable[[list[str]], None]) -> None:
 
 
 def open_flagged_model(flags: argparse.Namespace) -> "tuple[Decoder, Config, Tokenizer]":
-    """Open the model that the flags of `FlagParser.add_model` name."""
-    # Imported here, so that --help and a mistyped flag answer at once.
+    """Opens the model that the flags of `FlagParser.add_model` name. Errors: see `checkpoint.open_model`."""
+    # Imported here, so that --help and mistyped flags get a fast answer.
     from torchlmoe.checkpoint import open_model
     from torchlmoe.parallel.mesh import choose_device
 
@@ -89,7 +89,7 @@ def open_flagged_model(flags: argparse.Namespace) -> "tuple[Decoder, Config, Tok
 
 
 def _sentence(error: Exception) -> str | None:
-    """Return the message for the user, or None if the error is a fault of the program."""
+    """The message for the user, or None if the error is a fault of the program."""
     text = str(error)
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         isinstance(error, (RuntimeError, TypeError)) and any(part in text for part in _TOO_LARGE)
@@ -111,14 +111,14 @@ def _path(text: str) -> Path:
 
 
 def _shows_traceback(arguments: list[str]) -> bool:
-    """Return job.debug. The settings may be invalid, so this reads only the flag or the file's own line."""
+    """The value of job.debug. Other settings may be invalid, so this reads only the flag or the line of the file."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--job.debug", dest="debug", nargs="?", const="true")
     parser.add_argument("--job.config_file", dest="file", nargs="?")
-    given, _ = parser.parse_known_args(arguments)
-    if given.debug is not None or given.file is None:
-        return given.debug == "true"
+    flags, _ = parser.parse_known_args(arguments)
+    if flags.debug is not None or flags.file is None:
+        return flags.debug == "true"
     try:
-        return read_toml(_path(given.file))["job"]["debug"] is True
+        return read_toml(_path(flags.file))["job"]["debug"] is True
     except (OSError, ValueError, KeyError, TypeError, argparse.ArgumentTypeError):
         return False

@@ -1,4 +1,4 @@
-"""The place of `load_config` in earlier versions; it is in `torchlmoe.config.load`."""
+"""Keeps the import of `load_config` of earlier versions; it is now in `torchlmoe.config.load`."""
 
 from torchlmoe.config.load import ConfigError, config_from, load_config, to_toml
 

@@ -19,12 +19,12 @@ from torchlmoe.files import failures_to_write
 def main(arguments: list[str]) -> None:
     flags = _parser().parse_args(arguments)
     _check(flags)
-    # Imported here, so that --help and a mistyped flag answer at once.
+    # Imported here, so that --help and mistyped flags get a fast answer.
     from torchlmoe.checkpoint.conventions import conventions_of
 
     model, config, tokenizer = open_flagged_model(flags)
     conventions = conventions_of(flags.checkpoint, config, tokenizer, flags.begin_with_end)
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     refused: list[str] = []
     if flags.recall:  # first, since it takes the least time, and its options may raise an error
         from torchlmoe.evaluation.recall import NUM_DOCUMENTS, evaluate_recall, trained_options
@@ -52,20 +52,20 @@ def main(arguments: list[str]) -> None:
             rows_at_once=flags.batch_size,
             seed=flags.seed,
         )
-        found |= evaluate_tasks(
+        results |= evaluate_tasks(
             harness_model,
             flags.tasks,
             include_paths=list(map(str, flags.include_path)),
             num_fewshot=flags.num_fewshot,
             limit=flags.limit,
         )
-        print(make_table(found))
-        if found.get("groups"):
-            print(make_table(found, "groups"))
+        print(make_table(results))
+        if results.get("groups"):
+            print(make_table(results, "groups"))
     if flags.text:
         from torchlmoe.evaluation.texts import evaluate_texts
 
-        found["text"], refused = evaluate_texts(
+        results["text"], refused = evaluate_texts(
             model,
             tokenizer,
             flags.text,
@@ -73,12 +73,12 @@ def main(arguments: list[str]) -> None:
             trained_length=config.training.seq_len,
             begin_id=conventions.before_text,
         )
-        _print_texts(found["text"])
+        _print_texts(results["text"])
     if flags.recall:
-        found["recall"] = recall
+        results["recall"] = recall
     if flags.output is not None:
         with failures_to_write("The results", flags.output, "make room, or give another --output"):
-            flags.output.write_text(json.dumps(found, indent=2, ensure_ascii=False, default=_plain) + "\n")
+            flags.output.write_text(json.dumps(results, indent=2, ensure_ascii=False, default=_plain) + "\n")
     if refused:
         others = f" ({len(refused) - 1} more files have no figure either)" * (len(refused) > 1)
         raise ValueError(refused[0] + others)
@@ -92,7 +92,7 @@ def _check(flags: argparse.Namespace) -> None:
 
         check_names(flags.recall)
     if flags.include_path and not flags.tasks:
-        raise ValueError("--include-path is where --tasks are looked for; give --tasks too.")
+        raise ValueError("--include-path has no effect without --tasks; give --tasks too.")
     for path in flags.include_path:
         if not path.is_dir():
             raise ValueError(f"--include-path {path} is not a folder; give one with YAML files of tasks.")
@@ -141,8 +141,8 @@ def _print_recall(recall: dict[str, dict[str, Any]]) -> None:
         )
         print(f"{name:{name_width}}  {options:{width}}  {by:10}  {shares}  {point['num_questions']:9,}")
     for name, result in recall.items():
-        for left in result["left_out"]:
-            print(f"{name}: left out {_listed(left['options'])}: {left['reason']}")
+        for omitted in result["left_out"]:
+            print(f"{name}: left out {_listed(omitted['options'])}: {omitted['reason']}")
     sys.stdout.flush()
 
 
@@ -155,7 +155,7 @@ def _with_error(value: float, error: float | None) -> str:
 
 
 def _plain(value: object) -> object:
-    """Return a value that JSON cannot represent in the form that lm-eval writes."""
+    """Convert a value that JSON cannot represent to the form that lm-eval writes."""
     from lm_eval.utils import handle_non_serializable
 
     return handle_non_serializable(value)

@@ -11,24 +11,25 @@ from torchlmoe.checkpoint.transformers_export import write_transformers
 from torchlmoe.command import FlagParser, run
 from torchlmoe.interop.families import FAMILIES
 
-OURS = "torchlmoe"
+OWN_FORMAT = "torchlmoe"
 
 
 def main(arguments: list[str]) -> None:
     parser = FlagParser(prog="python -m torchlmoe.export", description=__doc__)
     parser.add_path("--checkpoint", required=True, help="a checkpoint, or a folder of them (the latest)")
-    parser.add_path("--output", required=True, help="the folder to write, not there yet")
+    parser.add_path("--output", required=True, help="the folder to write; it must not exist")
     parser.add_argument(
-        "--format", default=OURS, help=f"{OURS} (default), or a model_type: {', '.join(sorted(FAMILIES))}"
+        "--format", default=OWN_FORMAT, help=f"{OWN_FORMAT} (default), or a model_type: {', '.join(sorted(FAMILIES))}"
     )
-    parser.add_argument("--max-shard-gib", type=float, default=2.0, help="a file's size at most (default 2)")
+    parser.add_argument("--max-shard-gib", type=float, default=2.0, help="maximum size of a file (default 2)")
     options = parser.parse_args(arguments)
     if not 0 < options.max_shard_gib <= 2**30:
         raise ValueError(f"--max-shard-gib {options.max_shard_gib} must be positive, and at most 2**30.")
-    if options.format not in [OURS, *FAMILIES]:
-        raise ValueError(f"--format {options.format} is unknown: choose from {', '.join([OURS, *sorted(FAMILIES)])}.")
+    formats = [OWN_FORMAT, *sorted(FAMILIES)]
+    if options.format not in formats:
+        raise ValueError(f"--format {options.format} is unknown: choose from {', '.join(formats)}.")
     max_shard_bytes = max(1, int(options.max_shard_gib * 2**30))
-    if options.format == OURS:
+    if options.format == OWN_FORMAT:
         model, config, tokenizer = open_model(options.checkpoint)
         write_exported(options.output, model, config, tokenizer, max_shard_bytes=max_shard_bytes)
     else:

@@ -1,6 +1,6 @@
-"""Paths and files from outside, which may be anything.
+"""Reads files of unknown origin in bounded time and memory.
 
-Reading one takes bounded time and memory. If it cannot be read, the error is one sentence that names the path.
+If a file cannot be read or written, the error is one sentence that names the path.
 """
 
 import os
@@ -22,7 +22,7 @@ MAX_TOML_BYTES = 2**20
 
 
 def expanded(path: str) -> str:
-    """Return `path` with a leading ~ replaced by the home folder.
+    """Returns `path` with a leading ~ replaced by the home folder.
 
     Raises ValueError for text that cannot be a path. Its message is a predicate such as "should not be empty".
     """
@@ -39,7 +39,7 @@ def expanded(path: str) -> str:
 
 
 def is_unicode(text: str) -> bool:
-    """Return whether text is UTF-8. Python reads other bytes of the command line as halves of surrogate pairs."""
+    """Whether text is UTF-8. Python reads other bytes of the command line as halves of surrogate pairs."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -48,7 +48,7 @@ def is_unicode(text: str) -> bool:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a file for reading. Raises ValueError if it is missing, or is a pipe, a device or a folder."""
+    """Opens a file for reading. Raises ValueError, without a full stop, if it is missing or not a regular file."""
     try:
         # Non-blocking, since opening a pipe without a writer would wait.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -61,7 +61,7 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_small(path: Path, max_bytes: int) -> bytes:
-    """Return the content of a regular file. Raises ValueError like `open_regular`, and for more than max_bytes."""
+    """Returns the content of a regular file. Raises ValueError like `open_regular`, and for more than max_bytes."""
     with open_regular(path) as file:
         content = file.read(max_bytes + 1)
     if len(content) > max_bytes:
@@ -70,7 +70,7 @@ def read_small(path: Path, max_bytes: int) -> bytes:
 
 
 def read_json(path: Path, shape: TypeAdapter[T]) -> T:
-    """Return a JSON file as `shape`. Raises ValueError, without a full stop, if it is missing or has another shape."""
+    """Returns a JSON file as `shape`. Raises ValueError, without a full stop, if it is missing or has another shape."""
     try:
         # Not by Python's json module, which raises other errors for deep nesting and long numbers.
         return shape.validate_json(read_small(path, MAX_JSON_BYTES))
@@ -79,7 +79,7 @@ def read_json(path: Path, shape: TypeAdapter[T]) -> T:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Return the tables of a TOML file. Raises ValueError, without a full stop, if it is missing or not TOML."""
+    """Returns the tables of a TOML file. Raises ValueError, without a full stop, if it is missing or not TOML."""
     try:
         return tomli.loads(read_small(path, MAX_TOML_BYTES).decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -95,7 +95,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def complaint(error: ValidationError, prefix: str = "") -> str:
-    """Return a clause about the first problem that pydantic found, without a full stop. prefix: added to its name."""
+    """Returns a clause about the first problem that pydantic found, without a full stop. prefix: added to its name."""
     first = error.errors(include_url=False)[0]
     name = ".".join([*([prefix] if prefix else []), *map(str, first["loc"])])
     if first["type"] == "json_invalid":
@@ -110,16 +110,19 @@ def complaint(error: ValidationError, prefix: str = "") -> str:
 
 
 @contextmanager
-def failures_to_write(what: str, place: Path, remedy: str) -> Iterator[None]:
-    """Convert an OSError or an error of safetensors to an OSError of one sentence that names the place."""
+def failures_to_write(name: str, place: Path, remedy: str) -> Iterator[None]:
+    """Within the context, converts an OSError or an error of safetensors to an OSError of one sentence.
+
+    name: of what is written, at the beginning of the sentence. place: its path. remedy: an imperative clause.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise OSError(f"{what} could not be written to {place}: {reason}; {remedy}.") from error
+        raise OSError(f"{name} could not be written to {place}: {reason}; {remedy}.") from error
 
 
 def toml_value(value: Any) -> str:
-    """Return a value as TOML writes it, cut to about 100 characters."""
+    """Returns a value in the notation of TOML, cut to about 100 characters."""
     text = str(value).lower() if isinstance(value, bool) else repr(value)
     return text if len(text) <= 100 else f"{text[:80]}... ({len(text):,} characters)"

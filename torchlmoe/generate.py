@@ -1,7 +1,7 @@
 """Continues text with a trained model: python -m torchlmoe.generate --checkpoint DIR --prompt "..." [--prompt ...]
 
 All prompts are continued together. Standard output gets each prompt with its continuation, token by token, in the order
-of the prompts with a line of three hyphens between them; or, with --json, one JSON object per line.
+of the prompts, with a line of three hyphens between them. With --json it gets one JSON object per line.
 """
 
 import argparse
@@ -32,14 +32,14 @@ def main(arguments: list[str]) -> None:
         raise ValueError("A prompt is empty; give it at least one character.")
     if not prompts:
         raise ValueError("There is no prompt; give --prompt TEXT or --prompt-file FILE, once or more.")
-    # Imported here, so that --help and a mistyped flag answer at once.
+    # Imported here, so that --help and mistyped flags get a fast answer.
     from torchlmoe.checkpoint.conventions import conventions_of
     from torchlmoe.inference.sampling import Sampling
     from torchlmoe.inference.text_stream import Row, continue_rows, stream_in_order
 
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.repetition_penalty)
     model, config, tokenizer = open_flagged_model(flags)
-    # A prompt begins like a document in training: with the end token, or as the tokenizer of transformers begins it.
+    # A prompt begins like a document in the model's training: with the end token, or as transformers' tokenizer does.
     conventions = conventions_of(flags.checkpoint, config, tokenizer)
     prompt_ids = [
         [*conventions.before_context, *ids] or [conventions.before_text] for ids in tokenizer.encode_batch(prompts)
@@ -98,21 +98,21 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         action="append",
         default=[],
-        help="the same from a file, - is standard input",
+        help="text to continue from a file, or from standard input for -; may be repeated",
     )
     add(
         "--max-new-tokens",
         metavar="N",
         type=int,
         default=128,
-        help="tokens to add, or fewer to the document's end; default %(default)s",
+        help="maximum number of tokens to add; default %(default)s",
     )
     add(
         "--temperature",
         metavar="T",
         type=float,
         default=1.0,
-        help="divides the logits, 0 takes the likeliest token; default %(default)s",
+        help="divides the logits; 0 takes the likeliest token; default %(default)s",
     )
     add("--top-k", metavar="K", type=int, help="draw from the K likeliest tokens; all if unset")
     add(
@@ -120,14 +120,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="P",
         type=float,
         default=1.0,
-        help="draw from the likeliest that together reach P; default %(default)s",
+        help="draw from the likeliest tokens whose probabilities add up to P; default %(default)s",
     )
     add(
         "--repetition-penalty",
         metavar="R",
         type=float,
         default=1.0,
-        help="above 1, tokens that occurred become less likely; default %(default)s",
+        help="values above 1 make tokens that have occurred less likely; default %(default)s",
     )
     add(
         "--stop",
@@ -137,20 +137,20 @@ def _parser() -> argparse.ArgumentParser:
         help="end a continuation before this text; may be repeated",
     )
     add("--json", action="store_true", help="print one JSON object per prompt: prompt, text, num_tokens, finish_reason")
-    add("--compile", action="store_true", help="compile the step: slow to start, pays off over many tokens")
+    add("--compile", action="store_true", help="compile the step; takes minutes once, and pays off over many tokens")
     add("--seed", metavar="N", type=int, default=0, help="seed of the sampled tokens; default %(default)s")
     return parser
 
 
 def _utf8(prompt: str) -> str:
-    """Return the prompt. Raises ValueError if its bytes are not UTF-8."""
+    """Returns the prompt. Raises ValueError if its bytes are not UTF-8."""
     if not is_unicode(prompt):
         raise ValueError(f"--prompt {prompt!a} is not UTF-8 text.")
     return prompt
 
 
 def _read(path: Path) -> str:
-    """Return the text of a file or pipe, or of standard input for "-", without a newline at its end."""
+    """Returns the text of a file or pipe, or of standard input for "-", without a newline at its end."""
     try:
         with nullcontext(sys.stdin.buffer) if str(path) == "-" else path.open("rb") as file:
             content = file.read(MAX_PROMPT_BYTES + 1)

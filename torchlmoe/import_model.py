@@ -1,8 +1,8 @@
-"""Makes a checkpoint of a model from elsewhere: python -m torchlmoe.import_model --model DIR --output DUMP_FOLDER
+"""Makes a checkpoint of an exported model: python -m torchlmoe.import_model --model DIR --output DUMP_FOLDER
 
-DIR is what torchlmoe.export wrote, or what transformers' save_pretrained wrote. A run with that job.dump_folder, the
-settings in DUMP_FOLDER/import/config.toml and checkpoint.enable = true starts from its weights, with a fresh optimizer
-and at step 0.
+DIR is an export of torchlmoe.export or of transformers' save_pretrained. A run with the settings in
+DUMP_FOLDER/import/config.toml starts from its weights at step 0, with a new optimizer. These settings include
+job.dump_folder and checkpoint.enable = true.
 """
 
 from torchlmoe.checkpoint.companions import FOLDER, write_companions
@@ -16,7 +16,7 @@ from torchlmoe.config.load import to_toml
 
 def main(arguments: list[str]) -> None:
     parser = FlagParser(prog="python -m torchlmoe.import_model", description=__doc__)
-    parser.add_path("--model", required=True, help="what torchlmoe.export or transformers wrote")
+    parser.add_path("--model", required=True, help="a folder that torchlmoe.export or transformers wrote")
     parser.add_path("--output", required=True, help="job.dump_folder of the run to start")
     options = parser.parse_args(arguments)
     root = options.output / "checkpoints"

@@ -1,8 +1,8 @@
-"""Tokenizes the data of a run, without a GPU or the run: python -m torchlmoe.prepare [--job.config_file FILE ...]
+"""Tokenizes the data of a run before the run: python -m torchlmoe.prepare [--job.config_file FILE ...]
 
-Takes the settings of train.py, which then finds the tokens in data.cache_dir. Several hosts that share this folder work
-together with data.num_writers; the number of each comes from data.writer, torchrun or SLURM. After a kill the same
-command continues.
+Takes the settings of train.py, which then finds the tokens in data.cache_dir. It needs no GPU. Several hosts that share
+this folder work together with data.num_writers; data.writer, torchrun or SLURM gives each host its number. If it is
+killed, the same command continues.
 """
 
 import logging

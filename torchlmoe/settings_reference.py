@@ -1,4 +1,4 @@
-"""python -m torchlmoe.settings_reference > docs/settings.md: every setting, its type, limits, default and meaning."""
+"""Prints every setting with its type, limits, default and meaning: python -m torchlmoe.settings_reference"""
 
 from torchlmoe.config.reference import markdown
 

@@ -1,9 +1,9 @@
 """Tunes settings of a recipe: python -m torchlmoe.tune --job.config_file X --tune.optimizer.lr a,b,c --output FILE.json
 
-Successive halving: all values in short runs, the best of them in longer ones, the best of those at the recipe's length.
-Other settings are given as to train.py. After --tune.SETTING, a,b,c is a list, lo:hi or lo:hi:log a range that is drawn
-from, and x16 the recipe's own value times powers of two from 1/16 to 16. Killed, the same command resumes. Writes
-FILE.json with every run, FILE.png, and FILE.toml with the best settings.
+Successive halving: short runs of all values, longer runs of the best of them, then runs of the recipe's length of the
+best of those. Other settings are those of train.py. After --tune.SETTING, a,b,c is a list; lo:hi or lo:hi:log is a
+range to draw from; x16 is the recipe's own value times powers of two from 1/16 to 16. If it is killed, the same command
+resumes. Writes FILE.json with every run, FILE.png, and FILE.toml with the best settings.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from torchlmoe.tuning.halving import Outcome, Plan, as_json, lengths_of, search
 from torchlmoe.tuning.trials import Range, choices, trials
 
 PREFIX = "--tune."
-# What a search sets itself.
+# Settings that a search sets itself.
 OWN = ("training.steps", "lr_scheduler.warmup_steps", "job.dump_folder", "validation.interval", "validation.enable")
 
 
@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _search(flags: argparse.Namespace, settings: list[str], config: Config, plan: Plan) -> None:
-    # Imported here, so that --help and a mistyped setting answer at once.
+    # Imported here, so that --help and mistyped settings get a fast answer.
     from torchlmoe.tuning.picture import draw
     from torchlmoe.tuning.runs import Runs
 
@@ -62,10 +62,10 @@ def _search(flags: argparse.Namespace, settings: list[str], config: Config, plan
 
     def write(outcomes: list[Outcome], best: Outcome | None = None) -> dict[str, Any]:
         record = as_json(plan, outcomes, best)
-        beside = output.with_suffix(".json.partial")
+        partial = output.with_suffix(".json.partial")
         with failures_to_write("The search", output, "make room; the same command resumes it"):
-            beside.write_text(json.dumps(record, indent=1) + "\n")
-            beside.replace(output)
+            partial.write_text(json.dumps(record, indent=1) + "\n")
+            partial.replace(output)
         done[:] = outcomes
         return record
 
@@ -75,8 +75,8 @@ def _search(flags: argparse.Namespace, settings: list[str], config: Config, plan
         runs.stop()
     record = write(list(done), best)
     draw(record, output.with_suffix(".png"))
-    found = load_config([*settings, *(f"--{name}={value}" for name, value in best.values.items())])
-    output.with_suffix(".toml").write_text(to_toml(found))
+    best_config = load_config([*settings, *(f"--{name}={value}" for name, value in best.values.items())])
+    output.with_suffix(".toml").write_text(to_toml(best_config))
     print(
         f"best: {', '.join(f'{name} = {value}' for name, value in best.values.items())}, val_loss {best.val_loss:.4f}"
     )
@@ -91,16 +91,16 @@ def _plan(flags: argparse.Namespace, settings: list[str], config: Config, tuned:
         raise ValueError("There is nothing to tune; give --tune.optimizer.lr 1e-3,2e-3,4e-3 or the like, once or more.")
     if not config.validation.enable:
         raise ValueError("validation.enable = false leaves nothing to compare runs by; set it to true.")
-    given: dict[str, list[str] | Range] = {}
+    choices_of: dict[str, list[str] | Range] = {}
     for name, text in tuned.items():
         if name in OWN:
             raise ValueError(f"--tune.{name} cannot be tuned: the search sets {name}; give --{name} for the recipe.")
         try:
             own = setting(config, name)
         except AttributeError:
-            own = None  # in a table of options, or mistyped, which is refused below
-        given[name] = choices(name, text, own)
-    tried = trials(given, flags.trials, flags.seed)
+            own = None  # in a table of options, or mistyped, which raises an error below
+        choices_of[name] = choices(name, text, own)
+    tried = trials(choices_of, flags.trials, flags.seed)
     if len(tried) < 2:
         raise ValueError("Each setting has one value, so there is nothing to choose from; give several.")
     for values in tried:
@@ -118,7 +118,7 @@ def _plan(flags: argparse.Namespace, settings: list[str], config: Config, tuned:
 
 
 def _done(output: Path, plan: Plan) -> list[Outcome]:
-    """The outcomes in a JSON file that this search has begun."""
+    """The outcomes that an interrupted search with this plan has written. Raises ValueError for other files."""
     if not output.exists():
         return []
     try:
@@ -133,19 +133,19 @@ def _done(output: Path, plan: Plan) -> list[Outcome]:
 
 
 def _tuned(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
-    """The --tune flags by setting, and the arguments that are left."""
+    """The --tune flags, setting -> text, and the other arguments."""
     tuned: dict[str, str] = {}
-    rest, waiting = [], list(arguments)
-    while waiting:
-        argument = waiting.pop(0)
+    rest, remaining = [], list(arguments)
+    while remaining:
+        argument = remaining.pop(0)
         if not argument.startswith(PREFIX):
             rest.append(argument)
             continue
         name, equals, text = argument.removeprefix(PREFIX).partition("=")
         if not equals:
-            if not waiting or waiting[0].startswith("--"):
+            if not remaining or remaining[0].startswith("--"):
                 raise ValueError(f"{argument} needs values, such as 1e-3,2e-3.")
-            text = waiting.pop(0)
+            text = remaining.pop(0)
         if name in tuned:
             raise ValueError(f"{PREFIX}{name} is given twice; give all of its values at once.")
         tuned[name] = text
@@ -160,18 +160,29 @@ def _parser() -> argparse.ArgumentParser:
         "value by 1/16 to 16. All other settings are those of train.py.",
     )
     add = parser.add_argument
-    parser.add_path("--output", metavar="FILE.json", required=True, help="every run; .png and .toml lie beside it")
+    parser.add_path(
+        "--output",
+        metavar="FILE.json",
+        required=True,
+        help="the result of every run; FILE.png and FILE.toml are written beside it",
+    )
     add("--processes", metavar="N", type=int, default=1, help="runs at the same time; default %(default)s")
-    add("--rounds", metavar="N", type=int, default=3, help="lengths of runs; default %(default)s")
+    add(
+        "--rounds",
+        metavar="N",
+        type=int,
+        default=3,
+        help="number of rounds, each with longer runs; default %(default)s",
+    )
     add(
         "--keep",
         metavar="N",
         type=int,
         default=4,
-        help="one in N trials stays, for N times as long; default %(default)s",
+        help="one in N trials reaches the next round, with N times as many steps; default %(default)s",
     )
-    add("--trials", metavar="N", type=int, default=16, help="draws, if there is a range; default %(default)s")
-    add("--seed", metavar="N", type=int, default=0, help="of the draws; default %(default)s")
+    add("--trials", metavar="N", type=int, default=16, help="number of draws, if there is a range; default %(default)s")
+    add("--seed", metavar="N", type=int, default=0, help="seed of the draws; default %(default)s")
     return parser
 
 

@@ -1,7 +1,7 @@
 """Copies parts into your own package: python -m torchlmoe.vendor NAME ... --output FOLDER [--kernels] [--styles]
 
 NAME is a mixer, `moe`, an operation, a kernel or a parallel style; --list prints all names. FOLDER becomes a package
-that does not import torchlmoe, with exactly the files that NAME needs and a test.
+that does not import torchlmoe. It has exactly the files that NAME needs, and a test.
 """
 
 from itertools import groupby
@@ -14,10 +14,10 @@ from torchlmoe.vendoring.package import package_of, test_command
 
 def main(arguments: list[str]) -> None:
     parser = FlagParser(prog="python -m torchlmoe.vendor", description=__doc__)
-    parser.add_argument("names", metavar="NAME", nargs="*", help="what to copy, such as gated_deltanet")
-    parser.add_path("--output", metavar="FOLDER", help="the package to write, not there yet or an empty folder")
-    parser.add_argument("--kernels", action="store_true", help="with the Triton kernels that serve it")
-    parser.add_argument("--styles", action="store_true", help="with the parallel styles that split it over ranks")
+    parser.add_argument("names", metavar="NAME", nargs="*", help="a part to copy, such as gated_deltanet")
+    parser.add_path("--output", metavar="FOLDER", help="the package to write; a new or an empty folder")
+    parser.add_argument("--kernels", action="store_true", help="include the Triton kernels of the part")
+    parser.add_argument("--styles", action="store_true", help="include the parallel styles that split it over ranks")
     parser.add_argument("--list", action="store_true", help="print all names and end")
     options = parser.parse_args(arguments)
     if options.list:
@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> None:
 
 
 def listing() -> str:
-    """All names, a line for each kind."""
+    """Returns all names, one line per kind of part."""
     kinds = groupby(parts().values(), key=lambda part: part.kind)
     return "\n".join(f"{kind}: {' '.join(part.name for part in group)}" for kind, group in kinds)
 

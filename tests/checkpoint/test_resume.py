@@ -90,7 +90,7 @@ def fail():
 @pytest.mark.parametrize("step", [3, 8])
 @pytest.mark.parametrize("end", [ask_to_stop, fail])
 def test_a_validation_that_was_cut_off_is_made_up_for(end, step, corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(validation, "BATCHES_BETWEEN_LOOKS", 1)
+    monkeypatch.setattr(validation, "BATCHES_BETWEEN_CHECKS", 1)
     extra = f"{GLOBAL_BATCH} --validation.enable true --validation.interval 3"
     train(corpus, tmp_path / "whole", extra)
     folder = tmp_path / "cut"

@@ -253,5 +253,5 @@ def test_files_that_change_are_another_dataset(open_files, documents, tmp_path):
     before = open_files(nanogpt, documents)
     after = open_files(nanogpt, documents[:-1])
     assert (before.num_documents, after.num_documents) == (len(TEXTS), len(TEXTS) - 1)
-    with pytest.raises(ValueError, match=r"train\.bin has .* give the file that was there when the folder .* was made"):
+    with pytest.raises(ValueError, match=r"train\.bin has .* give the file from which the folder .* was made"):
         before.tokens(0, 5)

@@ -121,7 +121,7 @@ def test_generations_end_at_stop_strings(harness, model, tokenizer):
     assert cut == whole[0][: whole[0].find(stop)]
     assert drawn != whole[0]
     assert whole[0].startswith(again)
-    with pytest.raises(ValueError, match="generation with num_beams; what is served is until"):
+    with pytest.raises(ValueError, match="generation with num_beams; supported are until"):
         harness.generate_until(asked(("a", {"until": [], "num_beams": 3})))
     with pytest.raises(ValueError, match="up to 64 tokens, which leaves no room for a prompt"):
         harness.generate_until(asked(("a", {"until": [], "max_gen_toks": 64})))
@@ -204,10 +204,12 @@ def test_tasks_of_local_files_and_the_stock_hellaswag(folder, model, tokenizer, 
     assert all(re.search(rf"\|{name} *\|", printed) for name in names.split(","))
 
 
-def test_data_that_cannot_be_had(folder, tasks, monkeypatch):
+def test_data_that_cannot_be_loaded(folder, tasks, monkeypatch):
     text = (tasks / "choice.yaml").read_text()
     (tasks / "gone.yaml").write_text(text.replace("local_choice", "gone").replace("questions.jsonl", "nowhere.jsonl"))
-    with pytest.raises(ValueError, match=r"data of the tasks gone cannot be had .*without a network start") as error:
+    with pytest.raises(
+        ValueError, match=r"data of the tasks gone cannot be loaded .*without a network, start"
+    ) as error:
         main([f"--checkpoint={folder}", "--tasks=gone", f"--include-path={tasks}"])
     assert "\n" not in str(error.value)
 
@@ -220,7 +222,7 @@ def test_names_of_stock_tasks(folder, tasks, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for name in ("piqa", "winogrande", "arc_easy", "arc_challenge", "mmlu_anatomy"):
-        with pytest.raises(ValueError, match=f"data of the tasks {name} cannot be had"):
+        with pytest.raises(ValueError, match=f"data of the tasks {name} cannot be loaded"):
             main([f"--checkpoint={folder}", f"--tasks={name}"])
 
 

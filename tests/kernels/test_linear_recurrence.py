@@ -47,6 +47,30 @@ def test_rows(terms, length, device):
     check(make_inputs(TERMS[terms], 2 if length == 1 else 1, length, heads=2, value_heads=4), device)
 
 
+# Bounds of five documents: of one token each, one of none, and one of all tokens.
+DECODED = ([0, 1, 2, 3, 4, 5], [0, 0, 1, 2, 2, 3], [0, 0, 0, 4, 4, 4])
+
+
+@pytest.mark.parametrize("terms", ["head_bonus", "channel_value_bonus", "gated_delta", "rwkv7"])
+def test_decoding_of_packed_documents(terms, device, monkeypatch):
+    """About a token for each document: no launch over chunks, whichever documents the tokens belong to."""
+    from torchlmoe.kernels import linear_recurrence as kernels
+
+    def fail(*_, **__):
+        raise AssertionError("a launch over chunks")
+
+    for bounds in DECODED:
+        inputs = make_inputs(TERMS[terms], 1, bounds[-1], value_heads=4, heads=2, num_states=5, **WIDTHS)
+        bounds = torch.tensor(bounds, dtype=torch.int32)
+        check(inputs, device, cu_seqlens=bounds)
+        with monkeypatch.context() as patch, torch.no_grad():
+            patch.setattr(kernels, "scan", fail)
+            patch.setattr(kernels, "chunk_matrices", fail)
+            linear_recurrence(
+                **on(device, inputs), output_final_state=True, cu_seqlens=bounds.to(device), backend="triton"
+            )
+
+
 @pytest.mark.parametrize("key_dim", [65, 129])
 def test_wide_keys(key_dim, device):
     """Their chunks are shorter."""

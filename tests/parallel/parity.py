@@ -24,6 +24,7 @@ SETTINGS = """--model.dim 32 --model.num_layers 4 --model.num_heads 2 --moe.num_
 
 LOSSES = ("loss", "val_loss", "val_bits_per_byte")
 
+VARIANTS_OF_A_PROCESS = 16
 Variants = dict[str, str]  # name -> settings beyond SETTINGS
 Layouts = dict[int, dict[str, tuple[Variants, str]]]  # number of processes -> name -> variants, settings of the layout
 
@@ -38,9 +39,23 @@ def assert_layouts_equal_one_process(
     """
     variants = {name: flags for jobs in layouts.values() for each, _ in jobs.values() for name, flags in each.items()}
     for world_size, jobs in ({1: {"whole": (variants, "")}} | layouts).items():
-        run_on_ranks(world_size, train_layouts, jobs, corpus, folder, steps, float32 and tuple(float32), setup)
+        for batch in _batches(jobs):
+            run_on_ranks(world_size, train_layouts, batch, corpus, folder, steps, float32 and tuple(float32), setup)
         for name, (each, _) in jobs.items():
             _assert_same_runs(folder / name, folder / "whole", each, steps)
+
+
+def _batches(jobs: dict[str, tuple[Variants, str]]) -> list[dict[str, tuple[Variants, str]]]:
+    """Cut the runs of some layouts into batches, each for new processes: the threads of process groups add up."""
+    batches: list[dict[str, tuple[Variants, str]]] = []
+    runs = [(layout, variant) for layout, (variants, _) in jobs.items() for variant in variants]
+    for start in range(0, len(runs), VARIANTS_OF_A_PROCESS):
+        batch: dict[str, tuple[Variants, str]] = {}
+        for layout, variant in runs[start : start + VARIANTS_OF_A_PROCESS]:
+            variants, flags = jobs[layout]
+            batch.setdefault(layout, ({}, flags))[0][variant] = variants[variant]
+        batches.append(batch)
+    return batches
 
 
 def records(folder: Path) -> list[dict]:
@@ -81,7 +96,7 @@ def _train(config: Config, path: Path) -> None:
 
 
 def _leave_groups() -> None:
-    """End the groups of a run: each has threads of its own, and those of dozens of runs slow a machine down."""
+    """End the groups of a run: each has its own threads, and those of dozens of runs slow a machine down."""
     dist.barrier()
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:

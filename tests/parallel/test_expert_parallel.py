@@ -73,7 +73,7 @@ def test_fewer_experts_than_ranks_that_share_them(corpus, tmp_path):
 
 
 def assert_matrices_are_cut() -> None:
-    """On every process, that models trained from then on have no rank without a part of every expert."""
+    """On every process: models that are trained afterwards have a part of every expert on each rank."""
     if int(os.environ["WORLD_SIZE"]) == 1:
         return
     build = build_model

@@ -1,4 +1,4 @@
-"""Checkpoints of runs, whole or not there at all; models as folders; and opening either."""
+"""Saves and resumes runs by atomic checkpoints, exports models as folders, and opens both."""
 
 from torchlmoe.checkpoint.open import open_model
 

@@ -49,9 +49,10 @@ T = TypeVar("T")
 
 
 class Checkpointer:
-    """Every rank makes one, and calls `load`, `save` and `wait` together with the others.
+    """Saves and loads the checkpoints of a run. Every rank has one, and all ranks call its methods together.
 
     root: the folder of the run's checkpoints. With checkpoint.enable = false nothing is written or read.
+    saved_step: the last step that is saved on disk, or None.
     """
 
     def __init__(
@@ -76,20 +77,20 @@ class Checkpointer:
         self.fixed |= fixed_of_run(config, order)
         self.order = order
         self.files = {"config.toml": to_toml(config).encode(), "tokenizer.json": tokenizer.content}
-        # Creating a group waits for the address of each rank, up to the timeout if a rank has ended since they joined.
-        # A collective of the existing group fails at once.
+        # Creating a group waits for the address of each rank, up to the timeout if a rank has ended. A collective of
+        # the existing group then fails immediately, so it comes first.
         dist.all_reduce(torch.zeros(1, device=next(model.parameters()).device))
         # A separate group: a save in the background must not wait for the step's collectives.
         self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.parallelism.timeout_seconds))
-        # Plain copies, also on a CPU, since the next step writes into the tensors that are being saved.
+        # Copies the tensors, also on a CPU, since the next step changes them while they are being saved.
         self._stager = DefaultStager(StagingOptions(False, False, False, False))
 
     def load(self) -> Progress:
-        """Fills model and optimizer from the latest checkpoint, or that of checkpoint.load_step; none is step 0.
+        """Load model and optimizer from the latest checkpoint, or from that of checkpoint.load_step.
 
-        If the run has resumed from checkpoint.load_step before with this setting, the latest checkpoint is used.
-
-        Raises ValueError naming the file that is damaged, or the setting that is not as it was.
+        If the run has already resumed from checkpoint.load_step with this setting, the latest checkpoint is used.
+        Returns the progress of the checkpoint; that of step 0 if there is none.
+        Raises ValueError, on all ranks, naming the damaged file or the setting that has changed.
         """
         if not self.settings.enable:
             return Progress()
@@ -130,7 +131,7 @@ class Checkpointer:
         return progress
 
     def after_step(self, progress: Progress, *, last: bool) -> None:
-        """Save a checkpoint if one is due. After the last step, return when it is on disk. Errors: see `save`."""
+        """Save a checkpoint if one is due. After the last step, wait until it is on disk. Errors: see `save`."""
         if not self.settings.enable:
             return
         if self._pending is not None and self._pending.done():
@@ -142,9 +143,9 @@ class Checkpointer:
             self.wait()
 
     def save(self, progress: Progress) -> None:
-        """Saves model, optimizer and progress; with async_mode "async" it returns once they are copied.
+        """Save model, optimizer and progress. With async_mode = "async" it returns when they are copied.
 
-        Raises OSError where this, or the save before in the background, cannot be written.
+        Raises OSError if this checkpoint, or the previous one in the background, cannot be written.
         """
         self.wait()
         facts = {
@@ -157,7 +158,7 @@ class Checkpointer:
         state = model_state(self.model) | self.optimizer_state.tensors()
         self._saving_step = progress.step
         if self.settings.async_mode == "async":
-            self._pending = dcp.async_save(  # type: ignore[assignment]  # a response only where staging is asynchronous
+            self._pending = dcp.async_save(  # type: ignore[assignment]  # another type only if staging is asynchronous
                 state, storage_writer=writer, process_group=self.group, async_stager=self._stager
             )
         else:
@@ -174,7 +175,7 @@ class Checkpointer:
         return "" if pending is None or pending.done() else f", while step {self._saving_step} is saved"
 
     def wait(self) -> None:
-        """Returns when all is on disk."""
+        """Wait until the pending checkpoint is on disk. Raises OSError if it cannot be written."""
         if self._pending is None:
             return
         assert self._saving_step is not None
@@ -189,15 +190,15 @@ class Checkpointer:
         self.saved_step = self._saving_step
 
     def _choose(self) -> tuple[Path | None, str]:
-        """The folder to load, if any, and what to do should it be damaged."""
+        """The folder to load, or None, and the remedy if it is damaged."""
         with failures_to_write("Checkpoints", self.root, "mend that, or set job.dump_folder to another folder"):
             self.root.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.root).close()
             clean(self.root)
         available, step = published(self.root), self.settings.load_step
         if step is not None and step not in available:
-            there = ", ".join(map(str, available)) or "none"
-            raise ValueError(f"checkpoint.load_step = {step} is not in {self.root}; there are: {there}.")
+            steps = ", ".join(map(str, available)) or "none"
+            raise ValueError(f"checkpoint.load_step = {step} is not in {self.root}; there are: {steps}.")
         if not available:
             return None, ""
         last = max(available)
@@ -207,17 +208,20 @@ class Checkpointer:
             )
             step = last
         step = last if step is None else step
-        before = [other for other in available if other < step]
-        if before and before[-1] == self.settings.load_step:
+        earlier = [other for other in available if other < step]
+        if earlier and earlier[-1] == self.settings.load_step:
             remedy = f"move {available[step]} away to resume from the one before"
-        elif before:
-            remedy = f"start again with --checkpoint.load_step {before[-1]} to resume from the one before"
+        elif earlier:
+            remedy = f"start again with --checkpoint.load_step {earlier[-1]} to resume from the one before"
         else:
             remedy = f"there is none before it, so move {self.root} away to start anew"
         return available[step], remedy
 
     def _agree(self, function: Callable[[], T], *, on_first: bool = False) -> T:
-        """function() of every rank, or of the first alone; its result there, and its error anywhere, reach all."""
+        """Call function() on every rank, or only on the first. All ranks return the first rank's result.
+
+        If it raises ValueError or OSError on any rank, all ranks raise that error.
+        """
         result, error = None, None
         try:
             result = function() if dist.get_rank() == 0 or not on_first else None

@@ -1,4 +1,4 @@
-"""Files that travel with a model as they are, in a folder of the run that starts from it."""
+"""Keeps the files beside an imported model's weights, unchanged, in a folder of the run that starts from it."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,17 +14,17 @@ NAMES = (
 
 
 def find_companions(folder: Path) -> dict[str, bytes]:
-    """Return the companion files in a folder, by name."""
+    """Returns the companion files in a folder: name -> content."""
     return {name: read_small(folder / name, MAX_JSON_BYTES) for name in NAMES if (folder / name).is_file()}
 
 
 def read_companions(run: Path) -> dict[str, bytes]:
-    """Return the companion files of a run's folder. A run whose model was not imported has none."""
+    """Returns the companion files of a run's folder. A run whose model was not imported has none."""
     return find_companions(run / FOLDER)
 
 
 def write_companions(run: Path, files: Mapping[str, bytes]) -> None:
-    """Write companion files to a run's folder."""
+    """Writes companion files to a run's folder. Raises OSError if they cannot be written."""
     folder = run / FOLDER
     with failures_to_write("The files beside the weights", folder, "make room, or give another --output"):
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""What stands before a text, and how long texts may be: as the model of a folder was trained.
+"""Knows which tokens a model expects before a text, and how long texts may be, from the model's training.
 
-A model that was trained here has seen the end token before every document. One of transformers has seen what its
-tokenizer adds, often nothing; a run that starts from one keeps its conventions.
+torchlmoe trains with the end token before every document. Models of transformers expect the tokens that their tokenizer
+adds, often none; a run that starts from such a model keeps its conventions.
 """
 
 from dataclasses import dataclass
@@ -22,11 +22,13 @@ _JSON: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
 
 @dataclass(frozen=True)
 class Conventions:
-    """before_context: token ids before every context.
-    before_text: the token before a context that has no others, and before a text as a whole.
-    scores_beginning: whether `before_context` belongs to a text as a whole and is scored, as lm-eval's wrapper of
-        transformers does with what a tokenizer adds.
-    max_length: tokens that the model was trained on at once.
+    """The conventions of a model.
+
+    before_context: token ids before every context.
+    before_text: the token before a whole text, and before a context without other tokens.
+    scores_beginning: whether `before_context` is scored as part of a whole text. lm-eval's wrapper of transformers does
+        so with the tokens that a tokenizer adds.
+    max_length: number of tokens of the sequences that the model was trained on.
     """
 
     before_context: tuple[int, ...]
@@ -38,9 +40,9 @@ class Conventions:
 def conventions_of(
     folder: str | Path, config: Config, tokenizer: Tokenizer, begin_with_end: bool | None = None
 ) -> Conventions:
-    """Those of the model in a folder that `open_model` opens, where `config` and `tokenizer` come from.
+    """Returns the conventions of a model, from the folder, settings and tokenizer of `open_model`.
 
-    begin_with_end: whether the end token stands before every context; None for what the model was trained with.
+    begin_with_end: whether the end token precedes every context; None for the model's own convention.
     Raises ValueError for files of the tokenizer that cannot be read.
     """
     origin = _transformers_folder(resolve(Path(expanded(str(folder)))))
@@ -57,13 +59,13 @@ def conventions_of(
 
 
 def _transformers_folder(folder: Path) -> Path | None:
-    """Return the transformers folder of a model: the folder itself, or the one that its run was imported from."""
+    """The transformers folder of a model: the folder itself, or the one that its run was imported from."""
     places = (folder, folder.parent.parent / FOLDER)
     return next((place for place in places if is_transformers(place)), None)
 
 
 def _before_text(folder: Path, tokenizer: Tokenizer) -> int:
-    """The begin token that the tokenizer's settings name, or their end token, or that of the model's settings."""
+    """The begin token in the tokenizer's settings; without it their end token, or else `tokenizer.end_id`."""
     tables = [
         read_json(path, _JSON)
         for name in ("tokenizer_config.json", "special_tokens_map.json")

@@ -1,12 +1,12 @@
-"""A model as a folder for others: model.safetensors (or shards of it), config.json, tokenizer.json.
+"""Exports a model as a folder:
 
-    model.safetensors               every parameter and persistent buffer by its name in the model; or, by size,
-    model-00001-of-00003.safetensors, ...   and model.safetensors.index.json, which says what is where
-    config.json                     vocab_size, end_token and the settings that build the model again
+    model.safetensors               every parameter and persistent buffer by its name in the model; a large model has
+    model-00001-of-00003.safetensors, ...   and model.safetensors.index.json, which maps names to files
+    config.json                     vocab_size, end_token and the settings that build the model
     tokenizer.json
-    manifest.json                   the checksums of all these
+    manifest.json                   the checksums of all other files
 
-The same weights give the same bytes, whatever ranks had saved them.
+Equal weights give equal bytes; the number of ranks that saved them does not matter.
 """
 
 import json
@@ -43,13 +43,15 @@ class _Content(BaseModel):
 
 
 def is_exported(folder: Path) -> bool:
+    """Whether a folder is an export of torchlmoe."""
     return (folder / CONFIG).is_file() and any(folder.glob("model*.safetensors")) and not is_transformers(folder)
 
 
 def write_exported(folder: Path, model: Decoder, config: Config, tokenizer: Tokenizer, *, max_shard_bytes: int) -> None:
-    """Writes the folder, which must not exist yet; it appears when it is whole.
+    """Writes an export to `folder`, which appears when it is complete.
 
-    Raises ValueError where it exists, and OSError where it cannot be written, of which nothing stays.
+    max_shard_bytes: maximum size of a file, unless one tensor is larger. Raises ValueError if the folder exists, and
+    OSError if it cannot be written; then nothing remains.
     """
     if folder.exists():
         raise ValueError(f"{folder} exists already: give another --output, or remove it.")
@@ -83,16 +85,16 @@ def _write(partial: Path, model: Decoder, config: Config, tokenizer: Tokenizer, 
     }
     (partial / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
     (partial / "tokenizer.json").write_bytes(tokenizer.content)
-    for file in partial.iterdir():  # safetensors makes files that their owner alone can read
+    for file in partial.iterdir():  # safetensors makes files that only their owner can read
         file.chmod((partial / CONFIG).stat().st_mode)
     write_manifest(partial, {file.name: describe(file) for file in partial.iterdir()})
 
 
 def read_exported(folder: Path) -> tuple[Config, Tokenizer, int]:
-    """Settings, tokenizer and vocabulary size of a folder.
+    """Returns settings, tokenizer and vocabulary size of an export.
 
-    Files beside the model's, such as a README.md, are left alone, but not further files of tensors.
-    Raises ValueError where a file is missing, damaged or not ours.
+    Other files in the folder, such as a README.md, are ignored, except for files of tensors.
+    Raises ValueError if a file is missing, damaged, or not of an export of torchlmoe.
     """
     try:
         if (folder / NAME).exists():
@@ -112,7 +114,7 @@ def read_exported(folder: Path) -> tuple[Config, Tokenizer, int]:
 
 
 def config_of_file(path: Path, settings: dict[str, Any]) -> Config:
-    """Checked settings that a file holds, which is named if they do not fit."""
+    """Checks the settings of a file. Raises ValueError, which names the file, if they are not valid."""
     try:
         return config_from([settings], path.parent)
     except ConfigError as error:

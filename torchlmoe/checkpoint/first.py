@@ -1,4 +1,4 @@
-"""The first checkpoint of a run that starts from an imported model, written a few tensors at a time."""
+"""Writes the first checkpoint of a run that starts from an imported model, a few tensors at a time."""
 
 import shutil
 from collections.abc import Iterator, Mapping
@@ -15,7 +15,7 @@ from torchlmoe.config.settings import Config
 from torchlmoe.data.tokenizer import Tokenizer
 from torchlmoe.files import failures_to_write
 
-SHARD_BYTES = 2**29  # what is held at once
+SHARD_BYTES = 2**29  # maximum size of a file, and of the tensors in memory
 
 
 def write_first(
@@ -26,10 +26,10 @@ def write_first(
     sizes: Mapping[str, int],
     tensors: Iterator[dict[str, Tensor]],
 ) -> Path:
-    """Writes step 0 into `root`, which has no checkpoint yet; it appears when it is whole.
+    """Writes the checkpoint of step 0 into `root`, which has none yet, and returns its folder.
 
-    sizes: bytes of the model's tensors by name, in the order in which `tensors` gives them.
-    Raises OSError where it cannot be written, of which nothing stays.
+    The folder appears when it is complete. sizes: name -> bytes of the model's tensors, in the order of `tensors`.
+    Raises OSError if it cannot be written; then nothing remains.
     """
     partial = partial_of(root, 0)
     shutil.rmtree(partial, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Headers of safetensors files: what part of which tensor a file holds."""
+"""Reads the headers of safetensors files: the tensors, or parts of tensors, in a file."""
 
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -16,7 +16,7 @@ _DTYPES = {
 
 
 class Piece(NamedTuple):
-    """A tensor in a file, or the part of a tensor that starts at these offsets."""
+    """A tensor in a file, or the part of it that starts at `offsets`."""
 
     file: Path
     offsets: tuple[int, ...]
@@ -25,7 +25,7 @@ class Piece(NamedTuple):
 
     @property
     def ends(self) -> tuple[int, ...]:
-        """Return the end of the part in each dimension."""
+        """The end of the part in each dimension."""
         return tuple(offset + size for offset, size in zip(self.offsets, self.shape, strict=True))
 
 
@@ -40,11 +40,11 @@ _PLACES = TypeAdapter(dict[str, _Place])
 
 
 def read_header(path: Path) -> dict[str, Piece]:
-    """Return the tensors of a file by name. Raises ValueError for a header that torch cannot read."""
+    """Returns the tensors of a file by name. Raises ValueError for a missing file, or a header that is not valid."""
     open_regular(path).close()
     try:
         with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # it is not a dict
             tensors = {name: (piece.get_dtype(), piece.get_shape()) for name, piece in slices.items()}
             info = (file.metadata() or {}).get("DCP_SHARDING_INFO")
             places = _PLACES.validate_json(info) if info else None
@@ -56,8 +56,8 @@ def read_header(path: Path) -> dict[str, Piece]:
     for name, (dtype, shape) in tensors.items():
         if dtype not in _DTYPES:
             raise ValueError(f"{path} holds {name!r} of dtype {dtype}; supported are {', '.join(_DTYPES)}.")
-        known = places is None or (name in places and len(places[name].saved_offsets) == len(shape))
-        if not known or max(shape, default=0) >= 2**61:
+        is_placed = places is None or (name in places and len(places[name].saved_offsets) == len(shape))
+        if not is_placed or max(shape, default=0) >= 2**61:
             raise ValueError(f"{path} is damaged: it does not say which part of {name!r} it holds.")
         offsets = [0] * len(shape) if places is None else places[name].saved_offsets
         pieces[name] = Piece(path, tuple(offsets), tuple(shape), _DTYPES[dtype])
@@ -65,7 +65,7 @@ def read_header(path: Path) -> dict[str, Piece]:
 
 
 def unreadable(path: Path, error: Exception) -> Exception:
-    """Return the error that replaces one of safetensors, or of torch if it maps a missing file."""
+    """Returns a ValueError in place of safetensors' errors, and of torch's for a missing file; other errors as is."""
     if isinstance(error, SafetensorError) or (isinstance(error, RuntimeError) and "unable to" in str(error)):
         return ValueError(f"{path} is damaged or gone: {str(error).partition(chr(10))[0]}.")
     return error

@@ -1,7 +1,7 @@
-"""The manifest of a checkpoint: size and sha256 of each file, and a checksum of the manifest.
+"""Writes and checks the manifest of a checkpoint: size and sha256 of each file, and a checksum of the manifest.
 
-`manifest.json` is written when every other file is on disk. It is JSON in one canonical form and holds a checksum of
-its content, so a change of any byte is detected, in a file, in the manifest or in its white space.
+`manifest.json` is written when every other file is on disk. It is JSON in a canonical form with a checksum of its
+content, so a change of any byte is detected, in a file, in the manifest, or in its white space.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ class _Manifest(BaseModel):
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """Return the size in bytes and the sha256 of a file."""
+    """Returns the size in bytes and the sha256 of a file. Raises ValueError if it is missing or not a regular file."""
     digest, size = hashlib.sha256(), 0
     with open_regular(path) as file:
         while piece := file.read(1 << 20):
@@ -42,7 +42,7 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def write_durably(path: Path, content: bytes) -> None:
-    """Returns once the content is on disk."""
+    """Writes a file, and returns when its content is on disk."""
     with path.open("wb") as file:
         file.write(content)
         file.flush()
@@ -50,7 +50,7 @@ def write_durably(path: Path, content: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Returns once the names in the folder are on disk."""
+    """Returns when the names in a folder are on disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -59,17 +59,18 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_manifest(folder: Path, files: dict[str, dict[str, Any]]) -> None:
-    """Write the manifest, which completes the folder. files: name -> result of `describe`."""
+    """Writes the manifest, which completes the folder. files: name -> result of `describe`."""
     write_durably(folder / NAME, _sealed({"format": FORMAT, "files": files}))
     sync_folder(folder)
 
 
 def verify(folder: Path, part: int = 0, num_parts: int = 1, *, only: str = "") -> None:
-    """Checks that the folder holds what its manifest says, no file less or more.
+    """Checks that a folder has exactly the files of its manifest, with their sizes and checksums.
 
-    part, num_parts: check the content of every num_parts-th file only, from `part` on: several ranks share the work.
-    only: a file that the manifest does not list is wrong only if its name ends so.
-    Raises ValueError naming the first file that is wrong.
+    part, num_parts: compute checksums only of every num_parts-th file, beginning with number `part`, so that several
+        ranks share the work.
+    only: files that the manifest does not list are accepted unless their names end with this text.
+    Raises ValueError, without a full stop, naming the first file that is wrong.
     """
     files = _read_manifest(folder)
     present = {path.name for path in folder.iterdir()} - {NAME}

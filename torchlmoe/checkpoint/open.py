@@ -27,30 +27,30 @@ logger = logging.getLogger(__name__)
 def open_model(
     folder: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> tuple[Decoder, Config, Tokenizer]:
-    """The whole model on one device, in eval mode, with the settings and the tokenizer it was trained with.
+    """Opens a whole model on one device, in evaluation mode, with the settings and the tokenizer of its training.
 
-    folder: one checkpoint (step-...), the folder of a run or of its checkpoints (the latest is taken), what
-        torchlmoe.export wrote, or what transformers' save_pretrained wrote of a family in `interop.families`.
+    folder: a checkpoint (step-...), the folder of a run or of its checkpoints (the latest one is opened), an export of
+        torchlmoe, or a folder of transformers' save_pretrained of a family in `interop.families`.
     dtype: of the parameters; as saved if None. Modules marked `float32_island` stay in at least float32.
-    A run that saves and prunes may remove its newest checkpoint while it is read. The then newest is read instead.
-    Raises ValueError, naming the file, where something is missing or damaged.
+    A run that saves and prunes may remove a checkpoint while it is read. Then the newest one is read instead.
+    Raises ValueError, naming the file, if something is missing or damaged.
     """
     try:
-        given = Path(expanded(str(folder)))
+        path = Path(expanded(str(folder)))
     except ValueError as error:
         raise ValueError(f"The folder {str(folder)!r} is not valid: it {error}.") from None
     while True:
-        chosen = resolve(given)
+        chosen = resolve(path)
         try:
             return _open(chosen, dtype, device)
         except (ValueError, OSError):
-            if chosen.exists() or resolve(given) == chosen:
+            if chosen.exists() or resolve(path) == chosen:
                 raise
             logger.info(f"{chosen} was removed while it was read: opening the newest checkpoint again.")
 
 
 def open_folder(folder: Path) -> "SavedFolder | TransformersFolder":
-    """Open a folder like `open_model`, without the weights. Raises ValueError like it."""
+    """Opens a folder like `open_model`, but without the weights. Raises the same errors."""
     chosen = resolve(folder)
     return TransformersFolder(chosen) if is_transformers(chosen) else SavedFolder(chosen)
 
@@ -63,7 +63,7 @@ def _open(folder: Path, dtype: torch.dtype | None, device: torch.device | str) -
             module.to(torch.promote_types(opened.dtype if dtype is None else dtype, torch.float32))
     opened.check()
     model.to_empty(device=device)
-    model.init_weights(0)  # for the buffers that are not saved
+    model.init_weights(0)  # sets the buffers that are not saved
     opened.load()
     return model.eval(), opened.config, opened.tokenizer
 
@@ -72,7 +72,7 @@ class SavedFolder:
     """A checkpoint or an export, opened without its weights.
 
     Attributes: config, tokenizer, vocab_size; dtype, of the embedding; model, on the meta device.
-    Raises ValueError with one sentence where something is missing, damaged or contradicts itself.
+    Raises ValueError with one sentence if something is missing, damaged, or contradicts itself.
     """
 
     def __init__(self, folder: Path):
@@ -88,7 +88,7 @@ class SavedFolder:
                 f"{folder} gives a vocabulary of {self.vocab_size} to a tokenizer of {self.tokenizer.vocab_size} "
                 "tokens."
             )
-        # All that follows takes memory and time by the settings, so that these are first held against the files.
+        # Building the model takes time and memory, so the settings are first compared with the files.
         self._saved = saved_tensors(folder)
         start = f"{self.prefix}blocks."
         num_blocks = len({name.removeprefix(start).partition(".")[0] for name in self._saved if name.startswith(start)})
@@ -106,7 +106,7 @@ class SavedFolder:
             raise ValueError(f"The model of the settings in {folder} cannot be built: {error}.") from error
 
     def check(self) -> None:
-        """Raises ValueError for a tensor that is missing, too much, or of another shape than the model's."""
+        """Raises ValueError for a tensor that is missing, superfluous, or of another shape than the model's."""
         check_tensors(model_state(self.model, self.prefix), self._saved, self.folder, is_other=self._is_other)
 
     def load(self) -> None:
@@ -121,16 +121,16 @@ class SavedFolder:
         return TensorFolder(self.folder)
 
     def meta(self) -> dict[str, Tensor]:
-        """Return the saved tensors on the meta device, by their names in the model."""
+        """The saved tensors on the meta device: name in the model -> tensor."""
         return {name: self._source.meta([f"{self.prefix}{name}"])[0] for name in self.model.state_dict()}
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Return the bytes of each tensor."""
+        """Name in the model -> bytes of the saved tensor."""
         return {name: tensor.nbytes for name, tensor in self.meta().items()}
 
     def read(self, names: Iterable[str]) -> list[Tensor]:
-        """Return tensors by their names in the model."""
+        """Read tensors, given by their names in the model."""
         return self._source.read(f"{self.prefix}{name}" for name in names)
 
     def tensors(self) -> Iterator[dict[str, Tensor]]:
@@ -138,19 +138,19 @@ class SavedFolder:
         return ({name: self.read([name])[0]} for name in self.model.state_dict())
 
     def companions(self) -> dict[str, bytes]:
-        """Return the files beside the weights of an imported model, by name."""
+        """The files beside the weights of an imported model: name -> content."""
         return {"tokenizer.json": self.tokenizer.content, **read_companions(self.folder.parent.parent)}
 
 
 def _read_checkpoint(folder: Path) -> tuple[Config, Tokenizer, int]:
-    """Return settings, tokenizer and vocabulary size of a checkpoint. Raises ValueError if its files have changed."""
+    """Returns settings, tokenizer and vocabulary size of a checkpoint. Raises ValueError if its files have changed."""
     try:
         verify(folder)
         settings = read_toml(folder / "config.toml")
         _, fixed = read_run(folder)
     except ValueError as error:
         raise ValueError(f"{error}; give another checkpoint.") from error
-    # Where the run wrote does not matter here, and is perhaps no path here.
+    # The run's own folder does not matter, and its path may not be valid on this machine.
     job = settings.pop("job", {})
     modules = job.get("custom_modules", []) if isinstance(job, dict) else []
     config = config_of_file(folder / "config.toml", {**settings, "job": {"custom_modules": modules}})
@@ -161,7 +161,7 @@ def _read_checkpoint(folder: Path) -> tuple[Config, Tokenizer, int]:
 
 
 def resolve(folder: Path) -> Path:
-    """Return the checkpoint or exported folder that a path names. Raises ValueError if there is none."""
+    """Returns the checkpoint, export or transformers folder that a path names. Raises ValueError if there is none."""
     if (folder / NAME).is_file() or is_published(folder) or is_exported(folder) or is_transformers(folder):
         return folder
     for root in (folder, folder / "checkpoints"):

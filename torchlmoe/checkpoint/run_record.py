@@ -1,7 +1,7 @@
-"""run.json: facts about the run that saved a checkpoint, and the settings that must not change on resuming.
+"""Reads and writes run.json: the progress of a run, and the settings that must not change when it resumes.
 
 Fixed are the architecture, the tokenizer, and the settings that determine the order of data. Others may change: steps,
-learning rate, intervals, backends, recomputation, parallel degrees.
+learning rate, intervals, backends, recompute, parallel degrees.
 """
 
 import json
@@ -19,7 +19,7 @@ from torchlmoe.data.order import RowOrder
 from torchlmoe.data.tokenizer import Tokenizer
 from torchlmoe.files import read_json, toml_value
 
-# How it is computed or balanced or was drawn, not what it is. `layers` are looked at resolved, letter by letter.
+# Settings that may change: they do not determine the weights. `layers` are compared letter by letter, resolved.
 _FREE = {
     "model": {"flavor", "mixer", "layers", "backend", "init_std", "loss_chunk_size", "num_heads", "vocab_size"},
     "moe": {"aux_loss_weight", "z_loss_weight", "bias_update_rate"},
@@ -27,7 +27,7 @@ _FREE = {
 }
 
 
-# What the console's line of a step is made of.
+# Figures that the console's line of a step shows.
 _FIGURES = ("step", "loss", "grad_norm", "lr", "tokens_per_second", "memory_gib")
 
 
@@ -41,9 +41,10 @@ def _check_record(record: dict[str, Any]) -> dict[str, Any]:
 class Progress:
     """The progress of a run.
 
-    step: optimizer steps done, skipped ones included.
-    record: the figures to log for that step, before its validation; may be empty. A checkpoint is written
-        before logging and validation, so that a resumed run can do both.
+    step: number of steps done, including skipped ones. skipped_steps: number of steps without an update, since the loss
+        or a gradient was not finite.
+    record: figures to log for the last step, without those of its validation; may be empty. A checkpoint is written
+        before validation and logging, so that a resumed run can do both.
     """
 
     __pydantic_config__ = ConfigDict(strict=True)
@@ -70,15 +71,15 @@ class _Run(BaseModel):
 
 
 def fixed_of_model(config: Config, tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
-    """Return the settings that the weights depend on: name -> resolved value, as JSON."""
+    """Returns the settings that the weights depend on: name -> resolved value, as JSON."""
     fixed: dict[str, Any] = {}
     pattern = (config.model.layer_pattern * config.model.num_layers)[: config.model.num_layers]
     for letter in sorted(set(pattern)):
-        given = config.model.layers[letter]
-        options = {"mixer": given["mixer"], "mlp": given.get("mlp", "moe"), **config.block_spec(letter).mixer_options}
+        layer = config.model.layers[letter]
+        options = {"mixer": layer["mixer"], "mlp": layer.get("mlp", "moe"), **config.block_spec(letter).mixer_options}
         fixed |= {f"model.layers.{letter}.{key}": v for key, v in options.items() if key not in _FREE["layers"]}
         of_mlp = {
-            key: v for key, v in given.get("mlp_options", {}).items() if key not in _FREE["moe"] | _FREE["layers"]
+            key: v for key, v in layer.get("mlp_options", {}).items() if key not in _FREE["moe"] | _FREE["layers"]
         }
         fixed |= {f"model.layers.{letter}.mlp_options.{key}": value for key, value in of_mlp.items()}
     for table in ("model", "moe"):
@@ -93,9 +94,9 @@ def fixed_of_model(config: Config, tokenizer: Tokenizer, vocab_size: int) -> dic
 
 
 def fixed_of_run(config: Config, order: RowOrder) -> dict[str, Any]:
-    """Return the settings that the optimizer state and the order of data depend on, like `fixed_of_model`."""
+    """Returns the settings that the optimizer state and the order of data depend on, like `fixed_of_model`."""
     training = config.training
-    # Masters are at least float32: bfloat16 and float32 runs hold the same tensors.
+    # Masters are at least float32, so bfloat16 and float32 runs have the same tensors.
     masters = torch.promote_types(training.dtype_on("cpu"), torch.float32)
     stores = [source.store for source in order.sources]
     fixed: dict[str, Any] = {
@@ -105,7 +106,7 @@ def fixed_of_run(config: Config, order: RowOrder) -> dict[str, Any]:
         "training.global_batch_size": order.global_batch_size,
         "optimizer.name": config.optimizer.name,
     }
-    # Checked first: its message says how to obtain the same data again.
+    # Checked first, since its message names the revision that gives the same data.
     commits = [store.index.recipe["commit"] for store in stores if "commit" in store.index.recipe]
     if commits:
         fixed["data.dataset_revision"] = ", ".join(commits)
@@ -119,36 +120,36 @@ def fixed_of_run(config: Config, order: RowOrder) -> dict[str, Any]:
 
 
 def write_run(progress: Progress, fixed: dict[str, Any], **facts: Any) -> bytes:
-    """Return the content of run.json. facts: information for readers, such as the number of ranks."""
+    """Returns the content of run.json. facts: further entries for information, such as the number of ranks."""
     versions = {"torch": torch.__version__, "torchlmoe": torchlmoe.__version__}
     return json.dumps({"progress": asdict(progress), "fixed": fixed, **facts, "versions": versions}, indent=1).encode()
 
 
 def read_run(folder: Path) -> tuple[Progress, dict[str, Any]]:
-    """Progress and fixed settings of a checkpoint. Raises ValueError where run.json is missing or not of its shape."""
+    """Returns progress and fixed settings of a checkpoint. Raises ValueError if run.json is missing or not valid."""
     run = read_json(folder / "run.json", TypeAdapter(_Run))
     return run.progress, run.fixed.model_dump(by_alias=True)
 
 
 def load_step_of(folder: Path) -> int | None:
-    """Return checkpoint.load_step of the run that saved a checkpoint, or None if run.json is damaged."""
+    """Returns checkpoint.load_step of the run that saved a checkpoint, or None if run.json is damaged."""
     try:
         return read_json(folder / "run.json", TypeAdapter(_Run)).load_step
     except (OSError, ValueError):
         return None
 
 
-def differences(saved: dict[str, Any], ours: dict[str, Any], folder: Path) -> Iterator[tuple[str, str]]:
-    """Return a name and a clause for each fixed setting that differs from the checkpoint `folder`."""
-    for name, value in ours.items():
+def differences(saved: dict[str, Any], current: dict[str, Any], folder: Path) -> Iterator[tuple[str, str]]:
+    """Yields the name and a clause for each fixed setting that differs from the checkpoint `folder`."""
+    for name, value in current.items():
         if name in saved and saved[name] != value:
             was = toml_value(saved[name])
             yield name, f"{name} is {toml_value(value)}, but the run that saved {folder} had {was}"
 
 
-def check_same(saved: dict[str, Any], ours: dict[str, Any], folder: Path) -> None:
-    """Raises ValueError naming the first fixed setting that is not as in the checkpoint `folder`."""
-    for name, clause in differences(saved, ours, folder):
+def check_same(saved: dict[str, Any], current: dict[str, Any], folder: Path) -> None:
+    """Raises ValueError naming the first fixed setting that differs from the checkpoint `folder`."""
+    for name, clause in differences(saved, current, folder):
         # The order of data is not a setting.
         of_data = name in ("data.num_tokens", "data.num_documents", "data.content", "data.mixture")
         remedy = "give the same training data and data.max_tokens again" if of_data else "set it to that"

@@ -1,9 +1,9 @@
-"""Model and optimizer as one flat dict of tensors by name, which loads into any other way of sharding them.
+"""Represents model and optimizer as one flat dict of tensors by name, which can be loaded into any sharding.
 
     model.<parameter or persistent buffer>
     optimizer.<state>.<parameter>             e.g. optimizer.exp_avg.blocks.0.mixer.q.weight
 
-Sharded tensors are DTensors, which know their place in the whole.
+Sharded tensors are DTensors, which know their place in the whole tensor.
 """
 
 import warnings
@@ -25,20 +25,20 @@ _FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
 def model_state(model: nn.Module, prefix: str = "model.") -> dict[str, Tensor]:
-    """Return views of the parameters and persistent buffers by name."""
+    """Returns views of the parameters and persistent buffers: prefixed name -> tensor."""
     return {prefix + name: tensor.detach() for name, tensor in model.state_dict().items()}
 
 
 class OptimizerState:
-    """The state of any torch optimizer whose state is tensors per parameter. Make it before the first forward."""
+    """The state of any torch optimizer that has tensors per parameter. Create it before the first forward."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer):
         self.optimizer = optimizer
-        # Taken while FSDP has its parameters sharded: those are what the optimizer holds.
+        # Before the first forward FSDP has its parameters sharded, as the optimizer has them.
         self.names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return views of the existing state. Raises ValueError for a state that is not a tensor."""
+        """Views of the existing state: name -> tensor. Raises ValueError for a state that is not a tensor."""
         state: dict[str, Tensor] = {}
         for parameter, values in self.optimizer.state.items():
             for key, value in values.items():
@@ -69,9 +69,9 @@ class OptimizerState:
 
 
 class _Reader(dcp.HuggingFaceStorageReader):
-    """Reads the headers of a folder once, so that what has been checked is what is loaded.
+    """Reads the headers of a folder once, so that the checked headers are those that are loaded.
 
-    Raises ValueError where a header cannot be read or describes what no model holds.
+    Raises ValueError if a header cannot be read or its pieces contradict each other.
     """
 
     def __init__(self, folder: Path):
@@ -93,30 +93,30 @@ class _Reader(dcp.HuggingFaceStorageReader):
 
 
 def name_in_model(name: str) -> str:
-    """Return the parameter or buffer that an entry of the dict belongs to."""
+    """Returns the name of the parameter or buffer that an entry of the dict belongs to."""
     kind, _, rest = name.partition(".")
     return rest.partition(".")[2] if kind == "optimizer" else rest
 
 
 def saved_tensors(folder: Path) -> dict[str, TensorStorageMetadata]:
-    """The tensors in a folder of safetensors files, of which only the headers are read. ValueError if it cannot be."""
+    """Returns the tensors in a folder of safetensors files, from the headers. Raises ValueError if they are damaged."""
     return _Reader(folder).tensors
 
 
 def check_tensors(
-    wanted: dict[str, Tensor],
+    expected: dict[str, Tensor],
     saved: dict[str, TensorStorageMetadata],
     folder: Path,
     *,
     is_other: Callable[[str], bool] = lambda name: False,
 ) -> None:
-    """Checks that each saved tensor is wanted, and each element of the wanted ones saved once.
+    """Checks that each expected tensor is saved, every element exactly once, and that no other tensor is.
 
-    wanted: their values are not looked at, so that they may be on the meta device.
-    is_other: tells by its name whether a saved tensor may be there without being wanted.
+    expected: name -> tensor with the expected shape and dtype; it may be on the meta device.
+    is_other: whether a saved tensor of this name is accepted although it is not expected.
     Raises ValueError naming the first tensor that does not fit.
     """
-    for name, tensor in wanted.items():
+    for name, tensor in expected.items():
         if name not in saved:
             raise ValueError(f"{folder} has no tensor {name!r}: it belongs to another architecture.")
         size, dtype = saved[name].size, saved[name].properties.dtype
@@ -130,7 +130,7 @@ def check_tensors(
         if not _tiles(saved[name]):
             raise ValueError(f"{name} in {folder} is damaged: the saved pieces leave out elements or overlap.")
     for name in saved:
-        if name not in wanted and not is_other(name):
+        if name not in expected and not is_other(name):
             raise ValueError(
                 f"{folder} holds {name!r}, which the settings' model does not have: it belongs to another architecture."
             )
@@ -143,10 +143,10 @@ def load_tensors(
     *,
     is_other: Callable[[str], bool] = lambda name: False,
 ) -> None:
-    """Fills the tensors in place from a folder of safetensors files, converting floating-point dtypes.
+    """Loads tensors in place from a folder of safetensors files, and converts floating-point dtypes.
 
-    group: all of whose ranks load together; None for this process alone.
-    is_other: see `check_tensors`, whose errors it raises.
+    group: the ranks that load together; None for this process alone.
+    is_other: see `check_tensors`, whose errors this function raises too.
     """
     reader = _Reader(folder)
     check_tensors(state, reader.tensors, folder, is_other=is_other)
@@ -159,10 +159,10 @@ def load_tensors(
 
 
 def _tiles(tensor: TensorStorageMetadata) -> bool:
-    """Whether the saved pieces are all of the tensor, each element once."""
+    """Whether the saved pieces cover every element of the tensor exactly once."""
     if sum(piece.sizes.numel() for piece in tensor.chunks) != tensor.size.numel():
         return False
-    open_pieces: list[ChunkStorageMetadata] = []  # that reach into the first dimension's present place
+    open_pieces: list[ChunkStorageMetadata] = []  # pieces that reach the current position of the first dimension
     for piece in sorted((piece for piece in tensor.chunks if piece.sizes.numel()), key=lambda piece: piece.offsets):
         open_pieces = [other for other in open_pieces if _overlap(other, piece, slice(0, 1))]
         if any(_overlap(other, piece, slice(1, None)) for other in open_pieces):
@@ -172,7 +172,7 @@ def _tiles(tensor: TensorStorageMetadata) -> bool:
 
 
 def _overlap(first: ChunkStorageMetadata, second: ChunkStorageMetadata, dimensions: slice) -> bool:
-    """Whether two pieces share a place in each of the dimensions."""
+    """Whether two pieces overlap in each of the dimensions."""
     return all(
         start < other + size_of_other and other < start + size
         for start, size, other, size_of_other in zip(

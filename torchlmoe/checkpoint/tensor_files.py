@@ -1,4 +1,4 @@
-"""Tensors in folders of safetensors files, read and written a few at a time: no model is in memory as a whole."""
+"""Reads and writes tensors in safetensors files a few at a time, so that no whole model is in memory."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class _Index(BaseModel):
 
 
 class TensorFolder:
-    """The tensors of a folder, by name; only headers are read before `read`.
+    """The tensors of a folder, by name. The constructor reads only headers.
 
-    files: those of the folder to look at; all *.safetensors if None.
-    Raises ValueError naming a file that is missing, damaged, or does not fit the others.
+    files: the files to read; all *.safetensors of the folder if None. pieces: name -> its parts in the files.
+    Raises ValueError naming a file that is missing or damaged.
     """
 
     def __init__(self, folder: Path, files: Sequence[Path] | None = None):
@@ -43,34 +43,35 @@ class TensorFolder:
                 self.pieces[name].append(piece)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the whole tensor."""
         return tuple(map(max, zip(*(piece.ends for piece in self.pieces[name]), strict=True)))
 
     def meta(self, names: Iterable[str]) -> list[Tensor]:
-        """Return tensors of the same shapes and dtypes on the meta device."""
+        """Tensors of the same shapes and dtypes on the meta device."""
         return [torch.empty(self.shape(name), dtype=self.pieces[name][0].dtype, device="meta") for name in names]
 
     def read(self, names: Iterable[str]) -> list[Tensor]:
-        """The tensors of these names, each file opened once and closed again: an open one counts as memory."""
+        """Read whole tensors by name. Opens each file once and closes it, since an open file counts as memory."""
         names = list(names)
         places: dict[Path, list[tuple[str, Piece]]] = defaultdict(list)
         for name in names:
             for piece in self.pieces[name]:
                 places[piece.file].append((name, piece))
-        found: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for path, parts in places.items():
             with safe_open(path, framework="pt") as file:
                 for name, piece in parts:
                     tensor = file.get_tensor(name)
                     if len(self.pieces[name]) == 1:
-                        found[name] = tensor.clone()  # which does not hold the file
+                        tensors[name] = tensor.clone()  # a view would keep the file open
                         continue
-                    whole = found.setdefault(name, tensor.new_empty(self.shape(name)))
+                    whole = tensors.setdefault(name, tensor.new_empty(self.shape(name)))
                     whole[tuple(map(slice, piece.offsets, piece.ends))] = tensor
-        return [found[name] for name in names]
+        return [tensors[name] for name in names]
 
 
 def files_of_index(folder: Path) -> list[Path]:
-    """The files that hold a model as transformers writes it: one, or those that the index names.
+    """Returns the files of a model in the layout of transformers: one file, or those that the index names.
 
     Raises ValueError if a file is missing, is in another folder, or lacks a tensor that the index lists for it.
     """
@@ -85,9 +86,9 @@ def files_of_index(folder: Path) -> list[Path]:
         if not (folder / name).is_file():
             raise ValueError(f"{folder / name} is missing, but {INDEX} names it: download it.")
     files = [folder / name for name in sorted(set(weight_map.values()))]
-    found = TensorFolder(folder, files)
+    pieces = TensorFolder(folder, files).pieces
     for name, file in weight_map.items():
-        if name not in found.pieces or found.pieces[name][0].file.name != file:
+        if name not in pieces or pieces[name][0].file.name != file:
             raise ValueError(f"{folder / file} lacks the tensor {name!r} that {INDEX} lists: download both again.")
     return files
 
@@ -95,10 +96,10 @@ def files_of_index(folder: Path) -> list[Path]:
 def write_shards(
     folder: Path, sizes: Mapping[str, int], tensors: Iterator[dict[str, Tensor]], max_shard_bytes: int
 ) -> None:
-    """Writes tensors as they come into files of at most that size, or of one tensor, and an index if there are several.
+    """Writes tensors to files of at most `max_shard_bytes`, or of one tensor, and an index if there are several files.
 
-    sizes: the bytes of each tensor, in the order in which they come. No more than a file's tensors are held at once.
-    Raises OSError, before anything is written, where the disk has too little room.
+    sizes: name -> bytes of each tensor, in the order of `tensors`. At most one file's tensors are in memory.
+    Raises OSError, before anything is written, if the disk has too little space.
     """
     free, needed = shutil.disk_usage(folder).free, sum(sizes.values())
     if needed > free:
@@ -119,12 +120,12 @@ def write_shards(
 
 
 def with_progress(
-    what: str, sizes: Mapping[str, int], tensors: Iterable[dict[str, Tensor]]
+    title: str, sizes: Mapping[str, int], tensors: Iterable[dict[str, Tensor]]
 ) -> Iterator[dict[str, Tensor]]:
-    """Yield the tensors, and show the progress in bytes by a bar on standard error."""
+    """Yields the tensors, and shows a progress bar in bytes on standard error. sizes: name -> bytes."""
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(what, total=sum(sizes.values()))
+        task = progress.add_task(title, total=sum(sizes.values()))
         for each in tensors:
             progress.advance(task, sum(sizes[name] for name in each))
             yield each

@@ -22,9 +22,11 @@ from torchlmoe.model.decoder import build_on_meta
 
 
 def write_transformers(opened: SavedFolder, output: Path, model_type: str, *, max_shard_bytes: int) -> None:
-    """Writes the folder `output`, which must not exist yet; it appears when it is whole.
+    """Writes a model to folder `output` in the format of `model_type`. The folder appears when it is complete.
 
-    Raises ValueError for a model that the family cannot hold, and OSError where the folder cannot be written.
+    max_shard_bytes: maximum size of a file, unless one tensor is larger.
+    Raises ValueError if the folder exists or the family cannot represent the model, and OSError if the folder cannot be
+    written.
     """
     if output.exists():
         raise ValueError(f"{output} exists already: give another --output, or remove it.")
@@ -34,8 +36,8 @@ def write_transformers(opened: SavedFolder, output: Path, model_type: str, *, ma
     table = conversions(opened.model.state_dict(), FAMILIES[model_type].rules(opened.model), reverse=True)
     saved, sizes = opened.meta(), dict[str, int]()
     for conversion in table:
-        made = conversion([saved[name] for name in conversion.sources])
-        sizes |= {name: tensor.nbytes for name, tensor in made.items()}
+        converted = conversion([saved[name] for name in conversion.sources])
+        sizes |= {name: tensor.nbytes for name, tensor in converted.items()}
     constants = FAMILIES[model_type].constants(opened.model)
     with torch.device("meta"):
         sizes |= {name: make().to(opened.dtype).nbytes for name, make in constants.items()}
@@ -53,7 +55,7 @@ def write_transformers(opened: SavedFolder, output: Path, model_type: str, *, ma
             write_shards(partial, sizes, with_progress("Exporting", sizes, tensors), max_shard_bytes)
             for name, data in files.items():
                 (partial / name).write_bytes(data)
-            for file in partial.iterdir():  # safetensors makes files that their owner alone can read
+            for file in partial.iterdir():  # safetensors makes files that only their owner can read
                 file.chmod((partial / CONFIG).stat().st_mode)
             partial.rename(output)
             sync_folder(output.parent)
@@ -61,18 +63,21 @@ def write_transformers(opened: SavedFolder, output: Path, model_type: str, *, ma
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _config(opened: SavedFolder, family: Family, before: dict[str, Any]) -> dict[str, Any]:
-    """config.json. before: that of the folder which the model was imported from, whose further keys are kept: all of
-    them were found to have no effect on what the model computes."""
-    written = family.config(opened.model)
-    again = config_from([family.settings(written, CONFIG)])
-    check_equal(opened.model, build_on_meta(again, opened.vocab_size), family.model_type)
-    same = before.get("model_type") == family.model_type
-    kept = {name: value for name, value in before.items() if same or name in WITHOUT_EFFECT}
+def _config(opened: SavedFolder, family: Family, imported: dict[str, Any]) -> dict[str, Any]:
+    """The content of config.json.
+
+    imported: the config.json of the folder that the model was imported from; {} if there is none. Its other keys are
+        kept, since the import has checked that they do not change the model's outputs.
+    """
+    keys = family.config(opened.model)
+    config = config_from([family.settings(keys, CONFIG)])
+    check_equal(opened.model, build_on_meta(config, opened.vocab_size), family.model_type)
+    is_same = imported.get("model_type") == family.model_type
+    other_keys = {name: value for name, value in imported.items() if is_same or name in WITHOUT_EFFECT}
     return {
         "max_position_embeddings": opened.config.training.seq_len,
         "eos_token_id": opened.tokenizer.end_id,
-        **kept,
-        **written,
+        **other_keys,
+        **keys,
         "dtype": str(opened.dtype).removeprefix("torch."),
     }

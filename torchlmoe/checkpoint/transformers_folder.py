@@ -1,4 +1,4 @@
-"""A folder of transformers as a model of ours: settings, tokenizer, and weights converted a few at a time."""
+"""Opens a folder of transformers as a model of torchlmoe: settings, tokenizer, and weights, a few at a time."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _JSON: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
 
 
 def is_transformers(folder: Path) -> bool:
-    """Whether config.json names a model_type that is not ours."""
+    """Whether the folder's config.json names a model_type other than torchlmoe's."""
     if not (folder / CONFIG).is_file():
         return False
     try:
@@ -39,11 +39,12 @@ def is_transformers(folder: Path) -> bool:
 
 
 class TransformersFolder:
-    """Opened without its weights, of which only headers are read.
+    """A folder of transformers, opened without its weights: only headers are read.
 
-    Attributes: config, tokenizer, vocab_size; model, ours on the meta device; conversions, which give its state.
-    Raises ValueError with one sentence for a folder that is damaged, of an unknown family, or with an option or a
-    tensor that has no counterpart here.
+    Attributes: config, tokenizer, vocab_size; dtype, of most elements; model, torchlmoe's on the meta device;
+    conversions, from the folder's tensors to the model's; sizes, name -> bytes of the model's tensors.
+    Raises ValueError with one sentence for a folder that is damaged, of an unknown family, or has an option or a tensor
+    without a counterpart in torchlmoe.
     """
 
     def __init__(self, folder: Path):
@@ -69,39 +70,39 @@ class TransformersFolder:
 
     def _conversions(self) -> list[Conversion]:
         names, family = self._source.pieces, self.family
-        taken = family.places(self.model, names)
-        if len(taken) < len(names):
-            others = [name for name in names if name not in set(taken)]
+        used = family.places(self.model, names)
+        if len(used) < len(names):
+            others = [name for name in names if name not in set(used)]
             logger.info(f"Left out: {len(others)} tensors that have no place in the model, such as {others[0]}.")
         try:
-            return conversions(taken, family.rules_of_files(self.model, taken))
+            return conversions(used, family.rules_of_files(self.model, used))
         except ValueError as error:
             raise ValueError(f"{self.folder}: {error}") from error
 
     def _checked_sizes(self) -> dict[str, int]:
-        """Check all shapes, and return the bytes of each tensor of torchlmoe in the order of the conversions."""
+        """Check all shapes, and return the bytes of each of the model's tensors, in the order of the conversions."""
         sizes: dict[str, int] = {}
-        wanted = self.model.state_dict()
+        expected = self.model.state_dict()
         for conversion in self.conversions:
             try:
-                made = conversion(self._source.meta(conversion.sources))
+                converted = conversion(self._source.meta(conversion.sources))
             except ValueError as error:
                 raise ValueError(f"{self.folder}: {error}") from error
-            for name, tensor in made.items():
-                if name not in wanted or tensor.shape != wanted[name].shape:
-                    shape = list(wanted[name].shape) if name in wanted else "none"
+            for name, tensor in converted.items():
+                if name not in expected or tensor.shape != expected[name].shape:
+                    shape = list(expected[name].shape) if name in expected else "none"
                     raise ValueError(
                         f"{self.folder}: {conversion.sources[0]} gives a {name} of shape {list(tensor.shape)}, but "
                         f"{CONFIG} asks for {shape}: they belong to different models."
                     )
                 sizes[name] = tensor.numel() * tensor.element_size()
-        for name in wanted:
+        for name in expected:
             if name not in sizes:
                 raise ValueError(f"{self.folder} has no tensor for {name}, which {CONFIG} asks for: it is incomplete.")
         return sizes
 
     def _check_tied(self) -> None:
-        """Check tied embeddings: a file may have them twice, and transformers does not tie weights that differ."""
+        """Check tied embeddings: files may have the weight twice, and transformers does not tie weights that differ."""
         head = self.family.names.head
         if self.model.head.projection is not None or head not in self._source.pieces:
             return
@@ -129,12 +130,12 @@ class TransformersFolder:
             yield conversion(self._source.read(conversion.sources))
 
     def companions(self) -> dict[str, bytes]:
-        """Return the files beside the weights, by name."""
+        """The files beside the weights: name -> content."""
         return {"tokenizer.json": self.tokenizer.content, **find_companions(self.folder)}
 
 
 def family_of(content: dict[str, Any], place: Path) -> Family:
-    """Raises ValueError for a config.json of a family that is not supported, or of quantized weights."""
+    """Returns the family of a config.json. Raises ValueError if it is not supported. place: names it in the message."""
     kind = content.get("model_type")
     if kind not in [*FAMILIES]:
         supported = ", ".join(sorted([*FAMILIES, *MULTIMODAL]))
@@ -143,7 +144,7 @@ def family_of(content: dict[str, Any], place: Path) -> Family:
 
 
 def _tokenizer(folder: Path, content: dict[str, Any], vocab_size: int) -> Tokenizer:
-    """Return the folder's tokenizer with the end token of its settings, or without a tokenizer one of token ids."""
+    """The folder's tokenizer with the end token of its settings; without a tokenizer.json, one that reads token ids."""
     generation = read_json(folder / GENERATION, _JSON) if (folder / GENERATION).is_file() else {}
     ids = next((each["eos_token_id"] for each in (generation, content) if each.get("eos_token_id") is not None), None)
     end_id = ids[0] if isinstance(ids, list) and ids else ids
@@ -160,7 +161,7 @@ def _tokenizer(folder: Path, content: dict[str, Any], vocab_size: int) -> Tokeni
 
 
 def most_common_dtype(tensors: TensorFolder, names: Iterable[str]) -> torch.dtype:
-    """Return the dtype that most elements have."""
+    """Returns the dtype that most elements of the named tensors have."""
     counts: Counter[torch.dtype] = Counter()
     for name in names:
         counts[tensors.pieces[name][0].dtype] += math.prod(tensors.shape(name))

@@ -1,4 +1,4 @@
-"""Writes a checkpoint by torch.distributed.checkpoint: each rank a safetensors file, the first rank the rest."""
+"""Writes a checkpoint by torch.distributed.checkpoint: each rank a safetensors file, the first rank all other files."""
 
 import dataclasses
 import shutil
@@ -19,9 +19,9 @@ from torchlmoe.parallel.failures import cause_of
 class CheckpointWriter(dcp.HuggingFaceStorageWriter):
     """Collects the tensors in a partial folder, and publishes it when all ranks have written.
 
-    root: the folder of the run's checkpoints, seen by all ranks.
-    files: what the first rank writes beside the tensors, by name.
-    keep_latest_k: checkpoints that stay, this one included.
+    root: the folder of the run's checkpoints, shared by all ranks.
+    files: name -> content of the other files, which the first rank writes.
+    keep_latest_k: number of checkpoints that stay, including this one.
     """
 
     def __init__(self, root: Path, step: int, files: dict[str, bytes], keep_latest_k: int):
@@ -31,7 +31,7 @@ class CheckpointWriter(dcp.HuggingFaceStorageWriter):
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         names = [item.index.fqn for item in plan.items]
-        # The file has room for one tensor of a name: a second piece would silently take the first one's place.
+        # A file has one tensor per name: a second piece would silently replace the first.
         assert len(names) == len(set(names)), "a rank holds two pieces of one tensor"
         return plan
 
@@ -44,9 +44,9 @@ class CheckpointWriter(dcp.HuggingFaceStorageWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         results = super().write_data(plan, planner).value()
         names = {result.storage_data.relative_path for result in results}
-        written = {name: describe(self.partial / name) for name in names}
+        entries = {name: describe(self.partial / name) for name in names}
         future: Future[list[WriteResult]] = Future()
-        future.set_result([dataclasses.replace(result, storage_data=written) for result in results])
+        future.set_result([dataclasses.replace(result, storage_data=entries) for result in results])
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
@@ -65,8 +65,8 @@ class CheckpointWriter(dcp.HuggingFaceStorageWriter):
         publish(self.root, self.step, self.keep_latest_k)
 
 
-def save_failure(error: CheckpointException, what: str, root: Path, remedy: str) -> OSError:
-    """Return the error of a failed save: one sentence with the reason of the first rank."""
+def save_failure(error: CheckpointException, name: str, root: Path, remedy: str) -> OSError:
+    """Returns the error of a failed save: one sentence with the reason of the first rank. name: what was saved."""
     cause = cause_of(error)
     reason = getattr(cause, "strerror", None) or str(cause)
-    return OSError(f"{what} could not be written to {root}: {reason}; {remedy}.")
+    return OSError(f"{name} could not be written to {root}: {reason}; {remedy}.")

@@ -23,10 +23,10 @@ from torchlmoe.optim import OPTIMIZERS
 from torchlmoe.options import keyword_settings
 
 USAGE = "train.py --job.config_file FILE [--table.key value | --table.key=value ...]"
-ORDER = "Values come from the flavor, then the TOML file, then the command line."
+ORDER = "The command line overrides the TOML file, which overrides the flavor."
 LETTERS = (
-    f"A letter may also set its own {', '.join(MODEL_WIDE)}, in place of those of [model], and in mlp_options what "
-    "[moe] has."
+    f"The table of a letter may override these settings of [model]: {', '.join(MODEL_WIDE)}. Its mlp_options override "
+    "those of [moe]."
 )
 
 

@@ -395,7 +395,7 @@ class Parallelism(Table):
 
 @dataclass
 class Config(Table):
-    """Linear-MoE training. Values come from the flavor, then the TOML file, then the command line."""
+    """Linear-MoE training. The command line overrides the TOML file, which overrides the flavor."""
 
     job: Job = field(default_factory=Job)
     model: Model = field(default_factory=Model)

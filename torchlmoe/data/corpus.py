@@ -1,4 +1,4 @@
-"""The documents of one split of a dataset: the embedded one, local files, a reader's, or one streamed from the hub."""
+"""Opens one split of a dataset as documents: the embedded text, local files, a reader, or a dataset on the hub."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -27,15 +27,16 @@ class Piece(Protocol):
         """Approximate number of bytes to read; 0 if unknown."""
 
     def documents(self) -> Iterator[str]:
-        """Yield the texts of the documents, also empty ones."""
+        """Yield the texts of the documents, including empty ones."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How a corpus is read: piece by piece, in this order.
+    """How a corpus is read.
 
-    held_out: the share of documents, by a hash of their number in all pieces, that is validated on; None where every
-        document is read. revision: of a hub dataset.
+    pieces: in the order of their documents. split: "train" or "validation".
+    held_out: the fraction of documents that belong to validation, chosen by a hash of their number in the corpus; None
+        if the split has all documents. revision: commit of a hub dataset.
     """
 
     pieces: list[Piece]
@@ -44,7 +45,7 @@ class Reading:
     revision: str | None = None
 
     def takes(self, number: int) -> bool:
-        """Whether the document with this number in the corpus belongs to the split."""
+        """Whether document `number` of the corpus belongs to the split."""
         if self.held_out is None:
             return True
         digest = hashlib.sha256(str(number).encode()).digest()
@@ -66,8 +67,10 @@ class Corpus:
 
     name: for messages.
     identity: JSON that changes whenever the documents may have changed.
-    read: looks up how to read it. Takes the revision of a hub dataset that others read already, if there is one.
-    token_files: of a dataset that is tokenized already, which has nothing to read. token_dtype: theirs, if given.
+    read: returns how to read it. The argument is the commit of a hub dataset that other processes already read, or
+    None.
+    token_files: files of a dataset that is tokenized already; it has no documents to read. token_dtype: their dtype, if
+        the settings name it.
     """
 
     name: str
@@ -95,20 +98,19 @@ def open_corpus(
     reader_options: dict[str, Any] | None = None,
     token_dtype: str | None = None,
 ) -> Corpus:
-    """The "train" or "validation" split of a dataset.
+    """Opens the "train" or "validation" split of a dataset.
 
     dataset: "embedded", a reader (see readers.READERS), a local file or folder (see local_files.find_files), or the id
         of a hub dataset.
-    dataset_config: which configuration of a hub dataset.
-    dataset_revision: which commit, branch or tag of it.
+    dataset_config, dataset_revision: configuration of a hub dataset, and its commit, branch or tag.
     text_column: the column of a table that holds the text.
-    train_split, validation_split: what the dataset calls its splits.
+    train_split, validation_split: the names of the splits in the dataset.
     validation_dataset: validate on this dataset instead: its validation split, or all of it if it has none.
-    validation_fraction: of the documents, chosen by a hash of their number, that are kept from training to
-        validate on, where the dataset has no validation split and there is no validation_dataset.
+    validation_fraction: fraction of documents to validate on and not to train on, chosen by a hash of their number. It
+        applies if the dataset has no validation split and there is no validation_dataset.
     reader_options: keyword arguments of the reader that `dataset` names.
-    token_dtype: of files of tokens that do not say it: "uint16" or "uint32"; by the vocabulary if None.
-    Raises ValueError if the dataset, split or file does not exist; for the hub, when documents are read.
+    token_dtype: "uint16" or "uint32", of files of tokens without a header; None chooses by the size of the vocabulary.
+    Raises ValueError if the dataset, split or file does not exist. For a hub dataset this happens in `Corpus.read`.
     """
     assert split in ("train", "validation")
     if not 0 <= validation_fraction < 1:
@@ -126,8 +128,8 @@ def open_corpus(
     embedded = Path(str(files("torchlmoe.assets") / "embedded"))
     path = embedded if name == "embedded" else Path(name).expanduser()
     if path.exists():
-        found = find_files(path, train_split, validation_split)
-        return _local_corpus(name, split, found, text_column, held_out, token_dtype)
+        files_of_split = find_files(path, train_split, validation_split)
+        return _local_corpus(name, split, files_of_split, text_column, held_out, token_dtype)
     if _looks_like_a_path(name):
         raise ValueError(
             f'{setting} = "{name}" does not exist: give "embedded", a local file or folder, or the id '
@@ -205,7 +207,7 @@ def _reader_corpus(name: str, split: str, options: dict[str, Any], held_out: flo
 
 
 def _stamp(path: Path) -> tuple[str, int, int, int]:
-    """Return path, size and times of a file, which change with its content. The change time cannot be forged."""
+    """Path, size and times of a file, which change with its content. Programs cannot set the change time."""
     state = path.stat()
     return str(path.resolve()), state.st_size, state.st_mtime_ns, state.st_ctime_ns
 

@@ -1,4 +1,4 @@
-"""A split of a dataset on the hub, streamed at one revision."""
+"""Streams a split of a dataset on the hub, at one commit."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,7 +30,11 @@ class HubPiece:
 
 @dataclass(frozen=True)
 class HubSplit:
-    """What the settings say of it. split: "train" or "validation"; split_names: what the dataset calls them."""
+    """A split, as the settings describe it.
+
+    split: "train" or "validation". split_names: the dataset's names of both. revision: commit, branch or tag.
+    setting: name of the setting, for messages.
+    """
 
     name: str
     split: str
@@ -41,7 +45,7 @@ class HubSplit:
     setting: str
 
     def identity(self) -> dict[str, Any]:
-        """Of the settings alone, so that a run without a connection finds the tokens of an earlier one."""
+        """JSON of the settings only, so that a run without a connection finds the tokens of an earlier run."""
         identity = {
             "hub": self.name,
             "config": self.config,
@@ -52,12 +56,12 @@ class HubSplit:
         return identity if self.revision is None else {**identity, "revision": self.revision}
 
     def look_up(self, commit: str | None) -> tuple[list[HubPiece], bool, str]:
-        """The pieces, whether the dataset has a split for validation, and the commit that the pieces are read from.
+        """Return the pieces, whether the dataset has a validation split, and the commit that the pieces are read from.
 
-        commit: read that one; without it, the one that `revision` (or the main branch) leads to now.
-        Raises ValueError where the hub does not answer, or has no such dataset or split.
+        commit: the commit to read; None for the current one of `revision` (or of the main branch).
+        Raises ValueError if the hub does not answer, or has no such dataset or split.
         """
-        # Imported here because it takes seconds, and only hub datasets need it.
+        # Imported here, since it takes seconds and only hub datasets need it.
         import datasets
         import huggingface_hub
 
@@ -65,7 +69,7 @@ class HubSplit:
             if commit is None:
                 commit = huggingface_hub.HfApi().dataset_info(self.name, revision=self.revision).sha
             available = datasets.get_dataset_split_names(self.name, self.config, revision=commit)
-        # The library and the HTTP client below it raise many unrelated types for one thing to the user.
+        # The library and its HTTP client raise many unrelated types of errors.
         except Exception as error:
             raise ValueError(
                 f'{self.setting} = "{self.name}" is not a local path, and the request to the hub failed: {error} '

@@ -1,6 +1,7 @@
-"""Batches of packed rows: for training in the order of `RowOrder`, for validation in the order of the store.
+"""Loads batches of packed rows: for training in the order of `RowOrder`, for validation in the order of the store.
 
-The order does not depend on the number of data-parallel ranks. It only decides which rows of a step a rank reads.
+The order does not depend on the number of data-parallel ranks. That number only decides which rows of a step each rank
+reads.
 """
 
 from collections.abc import Iterator
@@ -16,14 +17,14 @@ from torchlmoe.data.store import TokenStore
 
 
 class TrainLoader:
-    """The microbatches of any training step, read ahead by a background thread.
+    """Loads the microbatches of any training step; a background thread reads ahead.
 
     order: the order of the rows.
-    local_batch_size: rows in one microbatch of one rank; it times world_size divides the order's global_batch_size.
+    local_batch_size: rows in one microbatch of one rank; local_batch_size * world_size must divide global_batch_size.
     rank, world_size: this rank's index among the data-parallel ranks, and their number.
     num_prefetch: steps to read ahead.
 
-    Attributes: `num_microbatches` (of a step).
+    Attribute: `num_microbatches`, the number of microbatches per step.
     """
 
     def __init__(
@@ -49,10 +50,10 @@ class TrainLoader:
         Each holds tokens, labels int64 [local_batch_size, seq_len] and document_bounds int32
         [local_batch_size, max_docs + 1]; see packing.row.
         """
-        wanted = range(step, step + self.num_prefetch + 1)
-        for other in [ahead for ahead in self._ahead if ahead not in wanted]:
+        steps = range(step, step + self.num_prefetch + 1)
+        for other in [ahead for ahead in self._ahead if ahead not in steps]:
             self._ahead.pop(other).cancel()
-        for ahead in wanted:
+        for ahead in steps:
             if ahead not in self._ahead:
                 self._ahead[ahead] = self._executor.submit(self._read, ahead)
         return self._ahead.pop(step).result()
@@ -83,10 +84,12 @@ def validation_batches(
     world_size: int = 1,
     max_batches: int | None = None,
 ) -> Iterator[TensorDict]:
-    """Yield this rank's microbatches of the store, each row once, in order, with the keys of TrainLoader.batches.
+    """Yields this rank's microbatches of the store, with the keys of TrainLoader.batches. Each row occurs once, in
+    order.
 
-    Every rank gets the same number of microbatches. After the last row, rows without labels fill them up.
-    max_batches: batches over all ranks at most, so that the rows do not depend on the ranks; None covers the split.
+    Every rank gets the same number of microbatches. After the last row, rows without labels complete them.
+    max_batches: maximum number of batches over all ranks, so that the rows do not depend on the number of ranks; None
+        for the whole split.
     """
     max_docs = max_documents(store, seq_len)
     rows = num_validation_rows(store, seq_len, batch_size, max_batches)
@@ -97,12 +100,12 @@ def validation_batches(
 
 
 def validation_text_bytes(store: TokenStore, *, seq_len: int, batch_size: int, max_batches: int | None = None) -> int:
-    """Return the UTF-8 bytes of the text of the labels in `validation_batches`, over all ranks.
+    """Returns the number of UTF-8 bytes of text in the labels of `validation_batches`, over all ranks.
 
-    Bits per byte is the sum of the labels' negative log likelihoods / ln 2 / bytes, end tokens included.
-    The result is 0 if the tokens do not represent text. The bytes of a whole split were counted from its text. Those of
-    a part are counted from its labels. Raises ValueError if the tokenizer does not allow this: it must be byte-level
-    and keep the text unchanged.
+    Bits per byte is the sum of the labels' negative log-likelihoods, end tokens included, / ln 2 / bytes.
+    The result is 0 if the tokens do not represent text. The bytes of a whole split were counted from its text, those of
+    a part are counted from its labels. That needs a byte-level tokenizer which keeps the text unchanged; with others a
+    part raises ValueError.
     """
     num_labels = num_validation_rows(store, seq_len, batch_size, max_batches) * seq_len
     if num_labels >= store.num_tokens or not store.is_text:
@@ -118,7 +121,7 @@ def validation_text_bytes(store: TokenStore, *, seq_len: int, batch_size: int, m
 
 
 def num_validation_rows(store: TokenStore, seq_len: int, batch_size: int, max_batches: int | None = None) -> int:
-    """Return the number of rows with labels in `validation_batches`, over all ranks."""
+    """Returns the number of rows with labels in `validation_batches`, over all ranks."""
     available = num_rows(store, seq_len)
     return available if max_batches is None else min(available, max_batches * batch_size)
 

@@ -1,4 +1,4 @@
-"""Finds and reads the documents of local files: .json, .jsonl, .parquet, .txt, .md; or their .gz, .zst."""
+"""Finds local files and reads their documents: .json, .jsonl, .parquet, .txt and .md, also with .gz or .zst."""
 
 import io
 import json
@@ -30,9 +30,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Span:
-    """A file, or a part of it: of .jsonl the lines that begin in bytes [start, stop), of .parquet the row groups.
+    """A file or a part of it.
 
-    num_bytes: about as many as will be read. stop: None for the whole file.
+    num_bytes: approximate number of bytes to read. start, stop: lines that begin in bytes [start, stop) of a .jsonl, or
+    row groups [start, stop) of a .parquet; stop is None for the whole file.
     """
 
     path: Path
@@ -57,21 +58,22 @@ class FilePiece:
 
 
 def pieces_of_files(files: list[Path], text_column: str) -> list[FilePiece]:
-    """Files in order, cut into pieces that depend only on their sizes. Raises ValueError like `read_files`.
+    """Cuts files, in their order, into pieces that depend only on the files' sizes. Raises ValueError like
+    `read_files`.
 
-    A file is cut where its format has places for it; one that is compressed is not.
+    A .jsonl is cut between lines and a .parquet between row groups. Other files, and compressed ones, stay whole.
     """
     sizes = [file.stat().st_size for file in files]
     piece_bytes = max(PIECE_BYTES, sum(sizes) // MOST_PIECES)
     pieces: list[FilePiece] = []
-    gathered: list[Span] = []
+    spans: list[Span] = []  # of the next piece
     for file, size in zip(files, sizes, strict=True):
         for span in _spans(file, size, piece_bytes):
-            gathered.append(span)
-            if sum(each.num_bytes for each in gathered) >= piece_bytes:
-                pieces.append(FilePiece(tuple(gathered), text_column))
-                gathered = []
-    return pieces if not gathered else [*pieces, FilePiece(tuple(gathered), text_column)]
+            spans.append(span)
+            if sum(each.num_bytes for each in spans) >= piece_bytes:
+                pieces.append(FilePiece(tuple(spans), text_column))
+                spans = []
+    return pieces if not spans else [*pieces, FilePiece(tuple(spans), text_column)]
 
 
 def _spans(path: Path, size: int, piece_bytes: int) -> list[Span]:
@@ -82,7 +84,7 @@ def _spans(path: Path, size: int, piece_bytes: int) -> list[Span]:
     if size > piece_bytes and _kind(path) == ".parquet":
         with _failures_to_read(path):
             metadata = pq.read_metadata(path)
-        # As large as on disk, of which the text is most.
+        # The bytes to read are estimated by the size on disk, of which the text is most.
         share = size / max(metadata.num_row_groups, 1)
         step = max(1, round(piece_bytes / share))
         starts = range(0, metadata.num_row_groups, step)
@@ -99,13 +101,16 @@ def _begins_with_list(path: Path) -> bool:
 
 
 def find_files(path: Path, train_split: str, validation_split: str) -> dict[str, list[Path]]:
-    """The files of "train" and of "validation" (perhaps none) under `path`, a file or a folder, sorted.
+    """Returns the files of "train" and of "validation" (possibly none) under `path`, a file or a folder, sorted.
 
-    A file or sub-folder belongs to a split when its name is the split's, alone or before a digit, a dot, a hyphen or an
-    underscore: train-00000.parquet, train/a.jsonl; not "Train to Pakistan.txt". Without any that is named for training,
-    all files are, save those named validation, valid, val, dev or test. Text files count only where a folder holds no
-    table: a README is not taken for data. Files of tokens (.bin, .npy) count only without a table, and then alone.
-    Stores that were made here are left out. Links are followed; hidden files are left out.
+    - A file or sub-folder belongs to a split if its name is the split's, alone or before a digit, dot, hyphen or
+      underscore: train-00000.parquet, train/a.jsonl; but not "Train to Pakistan.txt".
+    - If no name is that of the training split, all files are for training except those named validation, valid, val,
+      dev or test.
+    - A folder is read for one kind of files: tables if it has any, else tokens (.bin, .npy), else texts. So a README is
+      not read as data.
+    - Links are followed. Hidden files and torchlmoe's own token stores are left out.
+
     Logs once how many files each split has and how many are left out.
     Raises ValueError if there is no file to read, and for a link whose target is missing.
     """
@@ -115,10 +120,10 @@ def find_files(path: Path, train_split: str, validation_split: str) -> dict[str,
         return {"train": [path], "validation": []}
     if not path.is_dir():
         raise ValueError(f"{path} is neither a file nor a folder: give one of them.")
-    found = {file: file.relative_to(path).parts for file in _walk(path, ())}
-    kinds = ({kind for file in found if (kind := _kind(file)) in group} for group in (TABLES, TOKENS, TEXTS))
+    all_files = {file: file.relative_to(path).parts for file in _walk(path, ())}
+    kinds = ({kind for file in all_files if (kind := _kind(file)) in group} for group in (TABLES, TOKENS, TEXTS))
     chosen_kinds = next((group for group in kinds if group), set())
-    files = {file: parts for file, parts in found.items() if _kind(file) in chosen_kinds}
+    files = {file: parts for file, parts in all_files.items() if _kind(file) in chosen_kinds}
     if not files:
         raise ValueError(f"The folder {path} holds no file of a supported kind: give {_readable()}.")
 
@@ -127,8 +132,8 @@ def find_files(path: Path, train_split: str, validation_split: str) -> dict[str,
     for file, parts in files.items():
         splits[_split_of(parts, names)].append(file)
     chosen = {"train": splits["train"] or splits["unnamed"], "validation": splits["validation"]}
-    left_out = sorted(found.keys() - {*chosen["train"], *chosen["validation"]})
-    if found.keys() != {*chosen["train"]}:
+    left_out = sorted(all_files.keys() - {*chosen["train"], *chosen["validation"]})
+    if all_files.keys() != {*chosen["train"]}:
         examples = f" ({', '.join(file.name for file in left_out[:3])}{', ...' * (len(left_out) > 3)})" * bool(left_out)
         _log_once(
             f"{path}: {len(chosen['train'])} files to train on, {len(chosen['validation'])} to validate on, "
@@ -143,14 +148,14 @@ def _log_once(message: str) -> None:
 
 
 def _walk(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
-    """The files under a folder, sorted, through links; above: the real paths of the folders that it is in."""
+    """Yields the files under a folder, sorted; follows links. above: real paths of the folders that contain it."""
     above = (*above, folder.resolve())
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
             continue
         if path.is_dir():
             is_store = (path / "documents.bin").exists() or path.suffix in (".partial", ".parts")
-            if not is_store and path.resolve() not in above:  # a link to a folder that it is in
+            if not is_store and path.resolve() not in above:  # a link may lead to a folder that contains it
                 yield from _walk(path, above)
         elif path.is_file():
             yield path
@@ -161,9 +166,9 @@ def _walk(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
 
 
 def read_files(spans: Iterable[Span], text_column: str) -> Iterator[str]:
-    """The documents of files or parts of them: one a row of a table, one a text file; a null counts as an empty one.
+    """Yields the documents of files or parts of them: one per row of a table, one per text file. Null is an empty text.
 
-    Raises ValueError for a column that is not there or holds no text, and for a file that cannot be read.
+    Raises ValueError for a missing column or one without text, and for a file that cannot be read.
     """
     for span in spans:
         path = span.path
@@ -189,7 +194,7 @@ def _failures_to_read(path: Path) -> Iterator[None]:
 
 
 def text_of(record: object, text_column: str, source: object) -> str:
-    """The text of one row of a table, which `source`, as a string, names in the error."""
+    """The text of one row of a table. Raises ValueError, which names `source`, if the row has no text in the column."""
     if not isinstance(record, dict):
         raise ValueError(f"{source} holds {type(record).__name__}, not an object with a key {text_column!r}.")
     if text_column not in record:
@@ -197,7 +202,7 @@ def text_of(record: object, text_column: str, source: object) -> str:
     text = record[text_column]
     if not isinstance(text, str | None):
         raise _no_text(source, text_column, type(text).__name__, [k for k, v in record.items() if isinstance(v, str)])
-    # JSON can spell half of a surrogate pair, which is no character and has no UTF-8.
+    # JSON can have half of a surrogate pair, which is not a character and has no UTF-8.
     return (text or "").encode(errors="replace").decode()
 
 
@@ -224,7 +229,7 @@ def _is_text(kind: pa.DataType) -> bool:
 
 @dataclass(frozen=True)
 class _Place:
-    """Of a record, for a message: before a span that is not the file's first, lines are counted only then."""
+    """The place of a record, for messages. The lines before its span are counted only if a message is made."""
 
     span: Span
     kind: str
@@ -235,7 +240,7 @@ class _Place:
 
 
 def _read_json(span: Span) -> Iterator[tuple[_Place, object]]:
-    """The records of a file that is either one list of them or one on each line, and where each is."""
+    """Yields the records of a file, with their places. The file is one list, or has one record per line."""
     with io.TextIOWrapper(_open(span.path) if span.stop is None else _lines(span), encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             is_list = line.lstrip().startswith("[")
@@ -253,7 +258,7 @@ def _read_json(span: Span) -> Iterator[tuple[_Place, object]]:
 
 
 def _lines(span: Span) -> io.BytesIO:
-    """Yield the lines that begin within the span's bytes."""
+    """The lines that begin within the span's bytes."""
     assert span.stop is not None
     with span.path.open("rb") as file:
         begin = _first_line(span, file)
@@ -262,7 +267,7 @@ def _lines(span: Span) -> io.BytesIO:
 
 
 def _first_line(span: Span, file: BinaryIO) -> int:
-    """Return the start of the span's first line, and move the file there."""
+    """The start of the span's first line, to which the file is moved."""
     if span.start:
         file.seek(span.start - 1)
         file.readline()
@@ -273,10 +278,10 @@ def _lines_before(span: Span) -> int:
     if not span.start:
         return 0
     with span.path.open("rb") as file:
-        left, lines = _first_line(span, file), 0
+        remaining, lines = _first_line(span, file), 0
         file.seek(0)
-        while left and (chunk := file.read(min(left, 2**20))):
-            left, lines = left - len(chunk), lines + chunk.count(b"\n")
+        while remaining and (chunk := file.read(min(remaining, 2**20))):
+            remaining, lines = remaining - len(chunk), lines + chunk.count(b"\n")
         return lines
 
 
@@ -288,7 +293,7 @@ def _kind(path: Path) -> str:
     kind = path.suffix.lower()
     compressed = kind in COMPRESSIONS
     kind = Path(path.stem).suffix.lower() if compressed else kind
-    # Parquet is compressed inside.
+    # Parquet compresses its content itself, so a compressed .parquet is not supported.
     return "" if compressed and kind == ".parquet" else kind
 
 

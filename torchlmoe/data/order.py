@@ -1,8 +1,8 @@
-"""The rows of each training step, from one source of data or a mixture. They depend only on the seed and the step.
+"""Computes the rows of each training step, from one source of data or a mixture, by the seed and the step alone.
 
-Only the step has to be saved: row number `step * global_batch_size + i` of the run is computed by arithmetic. The rows
-of a mixture are assigned to the sources in turn, so that each source has its share of any number of rows to within one
-row. Each source has separate epochs. The shuffle of an epoch is a permutation that is computed for each place.
+Only the step must be saved: row `step * global_batch_size + i` of the run is computed by arithmetic. The rows of a
+mixture are assigned to the sources in turn, so that each source has its share of any number of rows to within one row.
+Each source has separate epochs. The shuffle of an epoch is a permutation that is computed for each place.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ from torchlmoe.data.packing import max_documents, num_rows
 from torchlmoe.data.shuffle import permuted, place_of
 from torchlmoe.data.store import TokenStore
 
-# Shares are integer fractions of it, so that counts are exact for any number of rows.
+# Shares are multiples of 1 / UNIT, so that counts are exact for any number of rows.
 UNIT = 2**40
 
 
@@ -29,7 +29,7 @@ class Source:
 
 
 class StepRows(NamedTuple):
-    """The rows of a step: for each, int64 [global_batch_size], its source and its number in the source's store."""
+    """The rows of a step, int64 [global_batch_size]. sources: index of each row's source. rows: its number there."""
 
     sources: np.ndarray
     rows: np.ndarray
@@ -39,9 +39,9 @@ class RowOrder:
     """The order of the rows of one or several sources.
 
     seq_len: tokens in a row. global_batch_size: rows in one optimizer step. seed: of the shuffle.
-    Attributes: `sources`, those of weight 0 left out; `num_rows` (of each, in an epoch), `num_tokens`, `max_docs` (in
-    any row).
-    Raises ValueError where a store is shorter than a row, and for weights that are negative or all zero.
+    Attributes: `sources`, without those of weight 0; `num_rows`, of each source in an epoch; `num_tokens`, of all
+    sources; `max_docs`, the maximum number of documents in a row.
+    Raises ValueError if a store is shorter than a row, and for weights that are negative or all zero.
     """
 
     def __init__(self, sources: Sequence[Source], *, seq_len: int, global_batch_size: int, seed: int = 0):
@@ -49,9 +49,9 @@ class RowOrder:
         self.sources = [source for source in sources if source.weight > 0]
         for source in self.sources:
             if source.store.num_tokens < seq_len:
-                what = "the training data" if len(self.sources) == 1 else f"the data of {source.name!r} in data.mixture"
+                name = "the training data" if len(self.sources) == 1 else f"the data of {source.name!r} in data.mixture"
                 raise ValueError(
-                    f"training.seq_len = {seq_len} is longer than {what}, {source.store.num_tokens} tokens: choose a "
+                    f"training.seq_len = {seq_len} is longer than {name}, {source.store.num_tokens} tokens: choose a "
                     "shorter one or give more data."
                 )
         self.seq_len, self.global_batch_size, self.seed = seq_len, global_batch_size, seed
@@ -59,8 +59,8 @@ class RowOrder:
         self.num_tokens = sum(source.store.num_tokens for source in self.sources)
         self.max_docs = max(max_documents(source.store, seq_len) for source in self.sources)
         weights = np.array([source.weight for source in self.sources])
-        left = np.cumsum(weights[::-1])[::-1]  # of a source and those behind it
-        self._shares = [round(UNIT * weight / rest) for weight, rest in zip(weights, left, strict=True)]
+        rests = np.cumsum(weights[::-1])[::-1]  # sums of the weights of each source and all later ones
+        self._shares = [round(UNIT * weight / rest) for weight, rest in zip(weights, rests, strict=True)]
 
     def rows_of_step(self, step: int) -> StepRows:
         """Return the rows of a step over all ranks: by microbatch, then by rank."""
@@ -69,13 +69,14 @@ class RowOrder:
         for source, places, positions in self._dealt(step * count, count):
             sources[places], rows[places] = source, self._shuffled(source, positions)
         if len(self.sources) > 1:
-            # Dealing in turn gives each rank the same sources over and over; a shuffle evens their work out.
+            # Assigned in turn, rows of one source would always go to the same rank. A shuffle within the step prevents
+            # it.
             places = permuted(np.arange(count), count, (self.seed, step, len(self.sources)))
             sources, rows = sources[places], rows[places]
         return StepRows(sources, rows)
 
     def rows_of_sources(self, num_rows: int) -> list[int]:
-        """Return how many of the run's first `num_rows` rows come from each source."""
+        """Return the number of rows of each source among the run's first `num_rows` rows."""
         counts = []
         for share in self._shares:
             counts.append(_dealt_before(num_rows, share))
@@ -83,16 +84,19 @@ class RowOrder:
         return counts
 
     def tokens_of_sources(self, num_steps: int) -> list[int]:
-        """Tokens of each source in the first `num_steps` steps, without what fills the last row of an epoch up."""
+        """Return the tokens of each source in the first `num_steps` steps, without padding."""
         counts = self.rows_of_sources(num_steps * self.global_batch_size)
         return [self._tokens(source, count) for source, count in enumerate(counts)]
 
     def tokens_of_steps(self, num_steps: int) -> int:
-        """Tokens in the first `num_steps` steps, over all ranks, without what fills the last row of an epoch up."""
+        """Return the tokens in the first `num_steps` steps, over all ranks, without padding."""
         return sum(self.tokens_of_sources(num_steps))
 
     def figures(self, num_steps: int) -> dict[str, float]:
-        """Of each source of a mixture: its share of the rows of the first `num_steps` steps, and its epochs."""
+        """Return for each source of a mixture its share of the first `num_steps` steps' rows, and its epochs.
+
+        Empty for a single source.
+        """
         rows, tokens = self.rows_of_sources(num_steps * self.global_batch_size), self.tokens_of_sources(num_steps)
         figures = {}
         for source, count, seen in zip(self.sources, rows, tokens, strict=True):
@@ -101,9 +105,9 @@ class RowOrder:
         return figures if len(self.sources) > 1 else {}
 
     def _dealt(self, first: int, count: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """Rows [first, first + count) of the run, by source: their places among them, and the source's own numbers.
+        """Yield for each source its places among rows [first, first + count) of the run, and its own row numbers.
 
-        The first source takes its share of all rows, the next its share of those that are left, and so on.
+        The first source takes its share of all rows, the next its share of the remaining ones, and so on.
         """
         places = np.arange(count)
         for source, share in enumerate(self._shares):
@@ -111,7 +115,7 @@ class RowOrder:
             if share == UNIT:
                 yield source, places, before + np.arange(len(places))
                 return
-            # Of what the rows before left over, in whole units less than one row.
+            # The fraction of a row that earlier rows left over, in units.
             remainder = first * share - before * UNIT
             whole = (remainder + np.arange(len(places) + 1) * share + UNIT // 2) // UNIT
             is_own = np.diff(whole).astype(bool)
@@ -119,7 +123,7 @@ class RowOrder:
             places, first = places[~is_own], first - before
 
     def _shuffled(self, source: int, positions: np.ndarray) -> np.ndarray:
-        """Rows of a source's store at these places of its run."""
+        """The rows of a source's store at some positions of its sequence of epochs."""
         size = self.num_rows[source]
         out = np.empty_like(positions)
         for epoch in np.unique(positions // size):
@@ -148,5 +152,5 @@ def check_weights(weights: Sequence[float]) -> None:
 
 
 def _dealt_before(num_rows: int, share: int) -> int:
-    """Rows that a source with this share takes of the first `num_rows`."""
+    """Number of rows that a source with this share takes of the first `num_rows`."""
     return (num_rows * share + UNIT // 2) // UNIT

@@ -1,10 +1,9 @@
-"""Cuts a token stream into rows of `seq_len` tokens and says where documents begin in each.
+"""Cuts a token stream into rows of `seq_len` tokens, with the bounds of documents in each row.
 
-Row r holds tokens [r L, (r + 1) L) of the store, and the label of a token is the next token of the stream.
-A document is stored as [end, t1 .. tn], so its last token has an end token for a label (the next document's;
-after the last document, one that is not stored): the model learns to stop, and every token of the text is a
-label exactly once, also at row boundaries. If a row boundary cuts a document, the rest is a separate
-document in the next row.
+Row r has tokens [r L, (r + 1) L) of the store, and the label of a token is the next token of the stream. A document is
+stored as [end, t1 .. tn], so the label of its last token is the end token of the next document (after the last
+document, one that is not stored). So the model learns to stop, and every token of the text is a label exactly once,
+also at row boundaries. If a row boundary cuts a document, the rest is a separate document in the next row.
 
 Only the last row can be short. It is filled with end tokens, a separate document with IGNORE_INDEX as labels.
 """
@@ -16,21 +15,21 @@ from torch import Tensor
 from torchlmoe.data.store import TokenStore
 from torchlmoe.layers.cross_entropy import IGNORE_INDEX
 
-STARTS_AT_ONCE = 2**22  # documents; starts of all documents may not fit in memory twice
+STARTS_AT_ONCE = 2**22  # documents, since a copy of all starts may not fit in memory
 
 
 def num_rows(store: TokenStore, seq_len: int) -> int:
-    """Return the number of rows of `seq_len` tokens. The last one may have padding."""
+    """Returns the number of rows of `seq_len` tokens. The last one may have padding."""
     return -(-store.num_tokens // seq_len)
 
 
 def max_documents(store: TokenStore, seq_len: int) -> int:
-    """Return the largest number of documents in any row, which gives all `document_bounds` one shape."""
+    """Returns the largest number of documents in any row, which gives all `document_bounds` one shape."""
     starts = store.document_starts[:-1]
     most = last_row = in_last_row = 0
     for first in range(0, len(starts), STARTS_AT_ONCE):
         piece = starts[first : first + STARTS_AT_ONCE]
-        # Starts rise, so those of a row are neighbours; one at the very start of a row does not split it.
+        # Starts rise, so those of a row are consecutive. A start at the beginning of a row adds no document.
         rows, counts = np.unique(piece[piece % seq_len != 0] // seq_len, return_counts=True)
         if not len(rows):
             continue
@@ -43,10 +42,10 @@ def max_documents(store: TokenStore, seq_len: int) -> int:
 
 
 def row(store: TokenStore, index: int, seq_len: int, max_docs: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return row `index` of the store, or a row of padding after the last one.
+    """Returns row `index` of the store, or a row of padding after the last one.
 
-    Returns tokens int64 [seq_len], labels int64 [seq_len] (IGNORE_INDEX where there is none) and document_bounds
-    int32 [max_docs + 1]: 0, the later documents' starts, and then `seq_len`.
+    Returns tokens int64 [seq_len], labels int64 [seq_len] (IGNORE_INDEX for no label) and document_bounds int32
+    [max_docs + 1]: 0, the starts of the other documents, and then `seq_len` until the end.
     """
     begin = index * seq_len
     stream = store.tokens(begin, begin + seq_len + 1)
@@ -60,7 +59,7 @@ def row(store: TokenStore, index: int, seq_len: int, max_docs: int) -> tuple[Ten
         labels_L[:length] = own
 
     starts = store.document_starts
-    # The end of the last document counts as a start: the filling's.
+    # The end of the last document counts as a start, that of the padding.
     first, last = np.searchsorted(starts, [begin + 1, begin + seq_len])
     inside = starts[first:last] - begin
     assert len(inside) < max_docs, "max_docs must come from max_documents(store, seq_len)"

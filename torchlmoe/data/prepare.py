@@ -1,7 +1,7 @@
-"""Tokenizes one split of a dataset into a token store, once: later runs and other processes reuse it.
+"""Tokenizes one split of a dataset into a token store. Later runs and other processes reuse the store.
 
 The corpus is cut into pieces, which any number of processes on any number of hosts tokenize. If they are killed, the
-finished pieces are kept. The store depends only on the corpus and the tokenizer.
+finished pieces are kept. The store depends only on the corpus and the tokenizer, not on who builds it.
 """
 
 import hashlib
@@ -35,20 +35,20 @@ from torchlmoe.data.workers import do_task, do_tasks
 
 logger = logging.getLogger(__name__)
 
-# Part of every store's name: raise it when the same recipe would be other tokens.
+# Part of every store's name: increase it if a change makes other tokens from the same recipe.
 FORMAT = 2
-NAME_BYTES = 100  # of a store's folder, from the dataset's name; file systems take 255 in all
-SECONDS_BETWEEN_LOOKS = 0.5  # at what other hosts have finished
+NAME_BYTES = 100  # of the dataset's name in that of its folder; file systems allow 255 for the whole name
+SECONDS_BETWEEN_LOOKS = 0.5  # between two looks for the results of other hosts
 SECONDS_BETWEEN_LINES = 60.0
 
 
 @dataclass(frozen=True)
 class Effort:
-    """Who tokenizes.
+    """The processes and hosts that tokenize.
 
-    num_workers: processes on this host; all of its cores if None. num_writers: hosts that share the folder and the
-    work; writer: which of them this is. timeout: seconds without a sign of life after which another one is lost.
-    Raises ValueError for a writer that is not one of them.
+    num_workers: processes on this host; as many as it has cores if None. num_writers: hosts that share the folder and
+    the work. writer: this host's number, from 0. timeout: seconds without a sign of life after which a writer is lost.
+    Raises ValueError unless writer < num_writers.
     """
 
     num_workers: int | None = None
@@ -65,6 +65,7 @@ class Effort:
 
     @property
     def processes(self) -> int:
+        """Number of processes on this host."""
         if self.num_workers is not None:
             return self.num_workers
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -80,15 +81,16 @@ def prepare(
     effort: Effort | None = None,
     **options: Any,
 ) -> TokenStore:
-    """The token store of one split, "train" or "validation", built if `cache_dir` does not have it yet.
+    """Returns the token store of one split, "train" or "validation", and builds it if `cache_dir` does not have it.
 
-    Its folder is named by a hash of all that it depends on: the dataset (local files by path, size and times
-    of change), the tokenizer, `max_tokens` and the options. Of several processes one builds, the others wait.
+    Its folder is named by a hash of everything that it depends on: the dataset (local files by path, size and times of
+    change), the tokenizer, `max_tokens` and the options. One of several processes builds it, the others wait.
 
-    max_tokens: stop there, within a document if need be; end tokens count. None takes all.
-    effort: who builds it; by default this process and as many as there are cores.
-    options: those of corpus.open_corpus. Documents without text are left out.
-    Raises ValueError where the dataset is not there or has no text, and TimeoutError where another writer is lost.
+    max_tokens: maximum number of tokens, including end tokens; the last document may be cut. None for all.
+    effort: the processes and hosts that build it; by default one process per core of this host.
+    options: see corpus.open_corpus. Documents without text are left out.
+    Raises ValueError if the dataset does not exist or has no text, TimeoutError if another writer is lost, and OSError
+    if the store cannot be written.
     """
     if max_tokens is not None and max_tokens < 2:
         raise ValueError(f"max_tokens = {max_tokens} leaves no text to read: give at least 2.")
@@ -139,7 +141,7 @@ class _Build:
                             )
                 else:
                     self._build()
-        if self.parts.folder.exists():  # left by a process that was killed when the store was whole
+        if self.parts.folder.exists():  # a process was killed after it had completed the store
             shutil.rmtree(self.parts.folder, ignore_errors=True)
         return TokenStore(self.folder)
 
@@ -163,7 +165,7 @@ class _Build:
                         self._publish()
 
     def _tokenize(self) -> None:
-        """Return the pieces of this writer."""
+        """Tokenize the pieces of this writer."""
         pieces, effort = self.job.reading.pieces, self.effort
         own = range(effort.writer, len(pieces), effort.num_writers)
         sizes = {piece: pieces[piece].num_bytes for piece in own if not self.parts.is_done(piece)}
@@ -175,25 +177,25 @@ class _Build:
                     self._wait(self._all_counted, self._is_counted, "counts")
                 self._do(self._tasks(own), len(sizes), progress)
         except ValueError:
-            if effort.num_writers == 1:  # a corrected corpus is another corpus, which cannot continue from these parts
+            if effort.num_writers == 1:  # once corrected, the corpus is another one, which cannot use these parts
                 self.parts.remove()
             raise
 
     @cached_property
     def job(self) -> Job:
-        """Return how the corpus is read: as recorded by the process that began to build the store."""
+        """How the corpus is read, at the revision that the first process recorded."""
         plan = self.parts.folder / "plan.json"
         if not plan.exists():
             reading = self.corpus.read(None)
-            offered = plan.with_name(f"plan.{socket.gethostname()}.{os.getpid()}")
-            replace(offered, json.dumps({"revision": reading.revision}).encode())
-            with suppress(FileExistsError):  # where another host was faster
-                os.link(offered, plan)
-            offered.unlink()
+            own_plan = plan.with_name(f"plan.{socket.gethostname()}.{os.getpid()}")
+            replace(own_plan, json.dumps({"revision": reading.revision}).encode())
+            with suppress(FileExistsError):  # another host was faster
+                os.link(own_plan, plan)
+            own_plan.unlink()
         return Job(self.corpus.read(json.loads(plan.read_text())["revision"]), self.tokenizer, self.parts)
 
     def _tasks(self, own: range) -> Iterator[Task]:
-        """The pieces that are left, as long as tokens are wanted; each is made up when somebody is free for it."""
+        """Yield the remaining pieces until there are enough tokens. A task is made when a process is free for it."""
         for piece in own:
             if self._has_enough():
                 return
@@ -201,14 +203,14 @@ class _Build:
                 yield Task(piece, self._limit(piece))
 
     def _limit(self, piece: int) -> int | None:
-        """Tokens of a piece that can be wanted, as far as is known of the pieces before it."""
+        """Maximum number of tokens that the store can need of a piece, as far as earlier pieces are done."""
         if self.max_tokens is None:
             return None
         before = list(self._done_in_order(piece))
         return self.max_tokens - (sum(map(self.parts.tokens_of, before)) if len(before) == piece else 0)
 
     def _done_in_order(self, stop: int) -> Iterator[int]:
-        """Pieces before `stop` that are whole, up to the first that is not."""
+        """Yield the pieces before `stop` that are done, up to the first that is not."""
         return takewhile(self.parts.is_done, range(stop))
 
     def _has_enough(self) -> bool:
@@ -234,14 +236,17 @@ class _Build:
         return all(map(self._is_counted, range(len(self.job.reading.pieces))))
 
     def _is_whole(self) -> bool:
-        """Whether every piece that is wanted is there, or the store itself."""
+        """Whether all pieces that the store needs are done, or the store itself exists."""
         if self.folder.exists() or self._has_enough():
             return True
         num_pieces = len(self.job.reading.pieces)
         return sum(1 for _ in self._done_in_order(num_pieces)) == num_pieces
 
-    def _wait(self, until: Callable[[], bool], has: Callable[[int], bool], what: str) -> None:
-        """until: whether all is there. has: whether that of a piece is. Raises TimeoutError as `prepare` does."""
+    def _wait(self, until: Callable[[], bool], has: Callable[[int], bool], name: str) -> None:
+        """Wait for results of all writers. Raises TimeoutError if a writer is lost.
+
+        until: returns whether all results exist. has: whether that of a piece does. name: of the results, for messages.
+        """
         effort = self.effort
         watch = writers.Watch(self.parts.folder, effort.timeout)
         last_said = last_looked = time.monotonic()
@@ -255,35 +260,35 @@ class _Build:
             missing = sorted({piece % effort.num_writers for piece in pieces if not has(piece)})
             if (lost := watch.lost(missing)) and not until():
                 raise TimeoutError(
-                    f"The {what} of {_writers(lost)} of {self.folder.name} are missing, without a sign of life for "
+                    f"The {name} of {_writers(lost)} of {self.folder.name} are missing, without a sign of life for "
                     f"data.writer_timeout_seconds = {effort.timeout:g}: start the command again on all hosts, with a "
                     f"lower data.num_writers (now {effort.num_writers}) if there are fewer; it continues from what is "
                     "finished."
                 )
             if now - last_said > SECONDS_BETWEEN_LINES:
                 last_said = now
-                logger.info(f"Waiting for the {what} of {_writers(missing)} of {self.folder.name}.")
+                logger.info(f"Waiting for the {name} of {_writers(missing)} of {self.folder.name}.")
 
     def _publish(self) -> None:
         dtype = token_dtype(self.tokenizer.vocab_size)
-        wanted: list[tuple[int, int]] = []  # piece and number of each shard
+        places: list[tuple[int, int]] = []  # piece and number of each shard
         num_tokens = 0
         for piece in range(len(self.job.reading.pieces)):
             room = None if self.max_tokens is None else self.max_tokens - num_tokens
             if room == 0:
                 break
             if room is not None and self.parts.tokens_of(piece) > room:
-                # It was written before it was known how much of it is wanted.
+                # It was written before the tokens of earlier pieces were known, and is too long.
                 self.parts.forget(piece)
                 do_task(self.job, Task(piece, room), lambda *more: None)
             num_tokens += self.parts.tokens_of(piece)
-            wanted += [(piece, number) for number, _ in enumerate(self.parts.of_piece(piece))]
-        facts = [self.parts.of_piece(piece)[number] for piece, number in wanted]
+            places += [(piece, number) for number, _ in enumerate(self.parts.of_piece(piece))]
+        facts = [self.parts.of_piece(piece)[number] for piece, number in places]
         if num_tokens == 0:
             self.parts.remove()
             raise _no_text(self.corpus.name, self.split)
         _warn_of_dropped(self.corpus.name, facts)
-        with_tokens = [place for place, each in zip(wanted, facts, strict=True) if each.num_tokens]
+        with_tokens = [place for place, each in zip(places, facts, strict=True) if each.num_tokens]
         publish_store(
             self.parts.partial,
             self.folder,
@@ -298,13 +303,13 @@ class _Build:
 
 
 def _writers(numbers: list[int]) -> str:
-    """Return "writer 3", or "writers 0, 1, 2" with at most eight numbers."""
+    """ "writer 3", or "writers 0, 1, 2" with at most eight numbers."""
     shown = ", ".join(map(str, numbers[:8])) + f" and {len(numbers) - 8} more" * (len(numbers) > 8)
     return f"{'writer' if len(numbers) == 1 else 'writers'} {shown}"
 
 
 def _lock(folder: Path) -> AcquireReturnProxy:
-    """Acquired already, and released at the end of its `with`."""
+    """Acquires the lock of a store's folder. Use it in a `with` statement, which releases it."""
     lock = FileLock(f"{folder}.lock")
     try:
         return lock.acquire(timeout=0)
@@ -315,7 +320,7 @@ def _lock(folder: Path) -> AcquireReturnProxy:
 
 @contextmanager
 def _threads(several: bool) -> Iterator[None]:
-    """Whether the tokenizer may use several threads."""
+    """Sets whether the tokenizer may use several threads, within the context."""
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     if not several:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"

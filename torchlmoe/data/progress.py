@@ -1,4 +1,4 @@
-"""Says how far tokenization has come: a live line on a terminal, else a logged line every few seconds."""
+"""Shows the progress of tokenization: a live line on a terminal, otherwise a log line every few seconds."""
 
 import logging
 import sys
@@ -15,7 +15,7 @@ LOG_INTERVAL_SECONDS = 5.0
 
 
 class Task(NamedTuple):
-    """Tokenize a piece of the corpus up to `limit` tokens, or count its documents."""
+    """Tokenize a piece of the corpus up to `limit` tokens or, with only_count, count its documents."""
 
     piece: int
     limit: int | None = None
@@ -25,8 +25,7 @@ class Task(NamedTuple):
 class TokenizationProgress:
     """Counts documents, UTF-8 bytes of text and tokens within a `with`, and logs the totals at its end.
 
-    sizes: bytes to read of each piece that is to be tokenized, 0 if unknown.
-    max_tokens: after which it stops.
+    name: of the data, for messages. sizes: piece -> bytes to read, 0 if unknown. max_tokens: limit of tokenization.
     """
 
     def __init__(self, name: str, sizes: dict[int, int] | None = None, max_tokens: int | None = None):
@@ -52,7 +51,7 @@ class TokenizationProgress:
         """Record that a piece is complete."""
         if task.only_count:
             self.num_counted += 1
-            self._start = time.monotonic()  # the estimate is of what follows
+            self._start = time.monotonic()  # the estimate is of tokenization, which follows
         else:
             self.bytes_done += self.sizes[task.piece]
         self._say()
@@ -86,7 +85,7 @@ class TokenizationProgress:
         )
 
     def _estimate(self) -> str:
-        """Return the finished share and the estimated remaining time in words, or "" at the beginning and the end."""
+        """The finished percentage and the estimated remaining time in words; "" at the beginning and the end."""
         done = [self.bytes_done / total if (total := sum(self.sizes.values())) else 0.0]
         if self.max_tokens is not None:
             done.append(self.num_tokens / self.max_tokens)

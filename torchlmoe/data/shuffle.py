@@ -1,8 +1,8 @@
-"""A keyed permutation of 0 .. size - 1, computed place by place, so that no array of it is ever held.
+"""Permutes 0 .. size - 1 by a key, computed for each place, so that the permutation is never in memory.
 
-A balanced Feistel network permutes the smallest power of four that holds `size`, whatever its round function.
-Places that land outside are sent through it again until they are inside ("cycle walking": Black and Rogaway,
-Ciphers with Arbitrary Finite Domains, CT-RSA 2002), on average at most four times.
+A balanced Feistel network permutes 0 .. n - 1, with n the smallest power of four that is at least `size`. If the result
+is `size` or more, the network runs again on it until it is less ("cycle walking": Black and Rogaway, Ciphers with
+Arbitrary Finite Domains, CT-RSA 2002), on average at most four times.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ NUM_ROUNDS = 8
 
 
 def permuted(places: np.ndarray, size: int, key: tuple[int, ...]) -> np.ndarray:
-    """Where the permutation of range(size) named by `key` sends `places`: int64 in [0, size) to the same."""
+    """Applies the permutation of range(size) with a key to `places`, int64 in [0, size). Returns the same kind."""
     half_bits, round_keys = _network(size, key)
     out = places.astype(np.uint64)
     outside = np.ones(len(out), dtype=bool)
@@ -24,11 +24,11 @@ def permuted(places: np.ndarray, size: int, key: tuple[int, ...]) -> np.ndarray:
 
 
 def place_of(value: int, size: int, key: tuple[int, ...]) -> int:
-    """Return the place that `permuted` maps to `value`."""
+    """The inverse of `permuted`: returns the place that it maps to `value`."""
     half_bits, round_keys = _network(size, key)
     out = np.array([value], dtype=np.uint64)
     while True:
-        # A Feistel network run with its halves swapped and its keys in reverse order undoes itself.
+        # With swapped halves and keys in reverse order, a Feistel network is its own inverse.
         out = _swapped(_feistel(_swapped(out, half_bits), half_bits, round_keys[::-1]), half_bits)
         if out[0] < size:
             return int(out[0])
@@ -53,7 +53,7 @@ def _feistel(x: np.ndarray, half_bits: np.uint64, round_keys: list[np.uint64]) -
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """SplitMix64's finaliser: every input bit moves every output bit (Steele, Lea, Flood, OOPSLA 2014)."""
+    """SplitMix64's finalizer: every input bit affects every output bit (Steele, Lea, Flood, OOPSLA 2014)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

@@ -1,15 +1,15 @@
-"""Tokens on disk: memory-mapped shards, the bounds of the documents, and an index of its contents.
+"""Reads token stores: memory-mapped shards of tokens, the bounds of documents, and an index.
 
 A store is a folder of raw little-endian files:
 
-    index.json          counts, the shards, and what the store was made from
+    index.json          counts, the shards, and the recipe of the store
     tokens_00000.bin    a shard: consecutive documents, each as [end_id, t1 .. tn]; uint16, or uint32 if the vocabulary
                         is over 65,536
-    documents.bin       int64 [num_documents + 1], where each document starts, and the end of the last
-    token_bytes.bin     uint16 [vocab_size], UTF-8 bytes of each token; only where they are exact for this text
+    documents.bin       int64 [num_documents + 1], the start of each document, and the end of the last
+    token_bytes.bin     uint16 [vocab_size], UTF-8 bytes of each token; only if they are exact for this text
 
-Shards may lie elsewhere: files that other programs have tokenized are read where they are, and then documents end with
-`end_id`, or have none (StoreIndex.end_tokens). A reader sees the same stream of [end_id, t1 .. tn] in any case.
+Shards may be outside the folder: token files of other programs are not copied. Their documents end with `end_id`, or
+have no end token (StoreIndex.end_tokens). Readers always see the same stream of [end_id, t1 .. tn].
 """
 
 import json
@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-MOST_OPEN_SHARDS = 256  # at once: each takes a file descriptor, of which a process may have few
+MOST_OPEN_SHARDS = 256  # open at the same time, since each takes a file descriptor, whose number is limited
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,11 @@ class Shard:
 class StoreIndex:
     """The content of index.json.
 
-    recipe: what the store was made from, for people and for the cache.
-    content: sha256 of its documents' tokens in their order, the store's identity.
+    recipe: the data, tokenizer and options of which the store was made; the cache compares it.
+    content: identity of the store, a sha256 of its documents in order.
+    text_bytes: UTF-8 bytes of its text. has_token_bytes: whether token_bytes.bin exists.
     end_tokens: whether documents in the shards begin with the end token, end with it, or have none.
-    token_dtype, shard_size: of stores of version 0.1, whose shards all have so many tokens but for the last.
+    token_dtype, shard_size: only in stores of version 0.1, whose shards have shard_size tokens, except for the last.
     """
 
     recipe: dict
@@ -67,23 +68,24 @@ class StoreIndex:
     @classmethod
     def from_json(cls, text: str) -> "StoreIndex":
         """Raises ValueError, TypeError or KeyError if the text is not a valid index."""
-        given: dict[str, Any] = json.loads(text)
-        if "shards" in given:
-            given["shards"] = [Shard(**shard) for shard in given["shards"]]
+        fields: dict[str, Any] = json.loads(text)
+        if "shards" in fields:
+            fields["shards"] = [Shard(**shard) for shard in fields["shards"]]
         else:
-            num_tokens, size, dtype = given["num_tokens"], given["shard_size"], given["token_dtype"]
-            given["shards"] = [
+            num_tokens, size, dtype = fields["num_tokens"], fields["shard_size"], fields["token_dtype"]
+            fields["shards"] = [
                 Shard(f"tokens_{number:05d}.bin", min(size, num_tokens - start), dtype)
                 for number, start in enumerate(range(0, num_tokens, size))
             ]
-        return cls(**given)
+        return cls(**fields)
 
 
 class TokenStore:
-    """A finished store, opened for reading; the attributes of StoreIndex are its own.
+    """A finished store, opened for reading.
 
-    token_bytes: uint16 [vocab_size] or None. is_text: whether the tokens stand for text, which has bits per byte.
-    Raises ValueError where a file is missing or does not have the size that the index gives, also while reading.
+    index: its StoreIndex. token_bytes: uint16 [vocab_size] or None. is_text: whether the tokens represent text, whose
+    bits per byte can be computed. Raises ValueError, also while reading, if a file is missing or does not have the size
+    that the index gives.
     """
 
     is_text = True
@@ -115,7 +117,7 @@ class TokenStore:
         return self._map(shard.file, shard.dtype, shard.num_tokens, shard.offset)
 
     def _check(self, path: Path, expected: int) -> None:
-        """Check the size before each read: the kernel kills a process that reads past the end of a mapped file."""
+        """Check a file's size before each read: the kernel kills a process that reads past the end of a mapped file."""
         try:
             size = path.stat().st_size
         except OSError:
@@ -125,12 +127,12 @@ class TokenStore:
 
     @property
     def document_starts(self) -> np.ndarray:
-        """int64 [num_documents + 1]."""
+        """int64 [num_documents + 1]: position of each document's first token, and the number of tokens."""
         self._check(self.folder / "documents.bin", self._document_starts.nbytes)
         return self._document_starts
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
-        """int64 tokens [start, stop) of the stream, cut off at its end."""
+        """Tokens [start, stop) of the stream, int64; fewer at its end."""
         stop = min(stop, self.num_tokens)
         if stop <= start:
             return np.empty(0, dtype=np.int64)
@@ -145,11 +147,11 @@ class TokenStore:
         return np.insert(self._stored(start - first, stop - last), inside - np.arange(len(inside)), self.end_id)
 
     def own_labels(self, start: int, stop: int) -> np.ndarray | None:
-        """int64 labels of tokens [start, stop), cut off at the end; None if they are the next tokens, as in text."""
+        """Labels of tokens [start, stop), int64; fewer at the end. None if they are the next tokens, as in text."""
         return None
 
     def _stored(self, start: int, stop: int) -> np.ndarray:
-        """int64 tokens [start, stop) of the shards."""
+        """Tokens [start, stop) of the shards, int64."""
         out = np.empty(stop - start, dtype=np.int64)
         position = int(start)
         while position < stop:
@@ -164,7 +166,7 @@ class TokenStore:
             position += len(piece)
         return out
 
-    def _damaged(self, path: Path, what: str) -> ValueError:
+    def _damaged(self, path: Path, problem: str) -> ValueError:
         if path.parent != self.folder:
-            return ValueError(f"{path} {what}: give the file that was there when the folder {self.folder} was made.")
-        return ValueError(f"{path} {what}: delete the folder {path.parent} and the tokens are built again.")
+            return ValueError(f"{path} {problem}: give the file from which the folder {self.folder} was made.")
+        return ValueError(f"{path} {problem}: delete the folder {path.parent} and the tokens are built again.")

@@ -1,4 +1,4 @@
-"""Writes token stores: each shard by the process that has its documents, and the index after all shards."""
+"""Writes token stores: each shard by the process that has its documents, then the index."""
 
 import hashlib
 import os
@@ -15,31 +15,33 @@ TOKENS_HASHED_AT_ONCE = 2**24
 
 
 def token_dtype(vocab_size: int) -> str:
+    """NumPy dtype of tokens on disk: uint16, or uint32 if the vocabulary has more than 65,536 tokens."""
     return "<u2" if vocab_size <= 2**16 else "<u4"
 
 
 class ShardWriter:
-    """One shard, written beside its place and moved there by `finish`.
+    """Writes one shard under a temporary name. `finish` renames it.
 
-    lengths: tokens in each document so far, end token included.
+    lengths: number of tokens in each document so far, including the end token.
     """
 
     def __init__(self, path: Path, *, vocab_size: int, end_id: int):
         self.path, self.end_id, self.dtype = path, end_id, token_dtype(vocab_size)
-        # Of a process's own: what writes after its parent was killed must not meet what its successor writes.
+        # A separate name per process: one that still writes after its parent was killed must not write to the same file
+        # as its successor.
         self._unfinished = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.unfinished")
         self._file = self._unfinished.open("wb")
         self.lengths: list[int] = []
         self.num_tokens = 0
 
     def append(self, ids: np.ndarray) -> None:
-        """Adds one document: its tokens, without an end token."""
+        """Add one document. ids: its tokens, without an end token."""
         self._file.write(np.concatenate([[self.end_id], ids]).astype(self.dtype).tobytes())
         self.lengths.append(len(ids) + 1)
         self.num_tokens += len(ids) + 1
 
     def finish(self) -> None:
-        """Move the shard to its place, or remove it if it has no documents."""
+        """Close the shard and rename it, or remove it if it has no documents."""
         self._file.close()
         if self.lengths:
             self._unfinished.replace(self.path)
@@ -47,6 +49,7 @@ class ShardWriter:
             self.drop()
 
     def drop(self) -> None:
+        """Close the shard and remove it, unless `finish` renamed it."""
         try:
             self._file.close()
         finally:
@@ -65,10 +68,10 @@ def publish_store(
     text_bytes: int,
     token_bytes: np.ndarray | None = None,
 ) -> TokenStore:
-    """Makes a store of the shards in `partial`, in their order, and moves it to `folder` in one step.
+    """Makes a store of the shards in folder `partial`, in their order, and renames the folder to `folder`.
 
-    lengths: of the documents of each shard, int64. token_bytes: uint16 [vocab_size], if exact for every document.
-    All else that is in `partial` is removed.
+    lengths: int64 for each shard, numbers of tokens of its documents. token_bytes: uint16 [vocab_size], if exact for
+    every document. Other files in `partial` are removed.
     """
     dtype = token_dtype(vocab_size)
     digest = hashlib.sha256(f"{dtype} {vocab_size} {end_id}".encode())
@@ -94,15 +97,16 @@ def publish_store(
         shards=shards,
     )
     (partial / "index.json").write_text(index.to_json())
-    kept = {"documents.bin", "index.json", *(shard.file for shard in shards)}
-    for path in partial.iterdir():  # such as what a killed process had not finished
-        if path.name not in (kept | {"token_bytes.bin"} if token_bytes is not None else kept):
+    names = {"documents.bin", "index.json", *(shard.file for shard in shards)}
+    for path in partial.iterdir():  # killed processes may have left files
+        if path.name not in (names | {"token_bytes.bin"} if token_bytes is not None else names):
             path.unlink()
     partial.rename(folder)
     return TokenStore(folder)
 
 
 def partial_reader(path: Path, dtype: str) -> Callable[[int, int], np.ndarray]:
+    """Returns a function of (start, stop) that reads these tokens of a shard."""
     tokens = np.memmap(path, dtype=dtype, mode="r")
     return lambda start, stop: np.asarray(tokens[start:stop])
 
@@ -110,14 +114,15 @@ def partial_reader(path: Path, dtype: str) -> Callable[[int, int], np.ndarray]:
 def update_digest(
     digest: "hashlib._Hash", read: Callable[[int, int], np.ndarray], lengths: np.ndarray, dtype: str
 ) -> None:
-    """Adds documents to the store's identity: of each its length, int64, and its tokens.
+    """Adds documents to the digest that identifies a store: for each its length, int64, and its tokens.
 
-    read: their tokens [start, stop), as `dtype`; called once for each token, in order.
+    read: returns tokens [start, stop) of these documents as `dtype`; called in order, once for every token.
+    lengths: int64, number of tokens in each document.
     """
     stops = np.cumsum(lengths)
     starts = stops - lengths
     first = 0
-    while first < len(lengths):  # as many documents at once as memory holds with ease
+    while first < len(lengths):  # documents of up to TOKENS_HASHED_AT_ONCE tokens at a time, to bound memory
         last = int(np.searchsorted(stops, starts[first] + TOKENS_HASHED_AT_ONCE, side="right"))
         if last == first:
             digest.update(np.array([lengths[first]], dtype="<i8").tobytes())
@@ -126,7 +131,7 @@ def update_digest(
             first += 1
             continue
         content = read(int(starts[first]), int(stops[last - 1])).view(np.uint8)
-        # Each document's length before its first token's bytes.
+        # Inserts each document's length before the bytes of its first token.
         places = np.repeat((starts[first:last] - starts[first]) * np.dtype(dtype).itemsize, 8)
         digest.update(np.insert(content, places, lengths[first:last].astype("<i8").view(np.uint8)).tobytes())
         first = last
@@ -134,11 +139,11 @@ def update_digest(
 
 @contextmanager
 def failures_named(folder: Path) -> Iterator[None]:
-    """Name the folder in errors of writing."""
+    """Adds the folder and the remedy to errors of writing, within the context."""
     try:
         yield
     except OSError as error:
-        if error.strerror is None:  # which says already what to do
+        if error.strerror is None:  # an error of this package, which names the remedy
             raise
         raise OSError(
             f"The tokens could not be written to {folder}: {error.strerror}; make room, or set data.cache_dir to a "

@@ -1,15 +1,15 @@
-"""Files of tokens that other programs have made, read where they lie: uint16 or uint32, one document after another.
+"""Reads token files of other programs without copying them: uint16 or uint32, one document after another.
 
-Served are, by what lies beside a file,
+The files beside a token file decide its format:
 
-    x.bin, x.idx       Megatron-LM's indexed dataset: the index gives type and documents (megatron/core/datasets/
+    x.bin, x.idx       Megatron-LM's indexed dataset: the index has the dtype and the documents (megatron/core/datasets/
                        indexed_dataset.py); documents may end with the end token (--append-eod) or not
     x.npy, x.csv.gz    OLMo-core's and dolma's (OLMo-core, src/olmo_core/data/utils.py): numbers without a header in
                        spite of the name, and lines of start,end,...; documents end with the end token
-    x.bin or x.npy     nanoGPT's (data/openwebtext/prepare.py) and the above without their index: documents end
+    x.bin or x.npy     nanoGPT's (data/openwebtext/prepare.py), and the formats above without their index: documents end
                        with the end token; files of numpy.save, with their header, are read too
 
-A token costs nothing more on disk: a store of them holds where documents start and the identity of it all.
+A store of such files has only the starts of documents and the identity of the whole.
 """
 
 import gzip
@@ -30,15 +30,19 @@ from torchlmoe.data.tokenizer import Tokenizer
 
 TOKENS_AT_ONCE = 2**24
 MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
-MEGATRON_HEADER = struct.Struct("<9sQBQQ")  # magic, version, type, sequences, documents and one
-MEGATRON_TYPES = {4: "<u4", 8: "<u2"}  # int32, whose tokens are not negative, and uint16
+MEGATRON_HEADER = struct.Struct("<9sQBQQ")  # magic, version, type, number of sequences, number of documents plus one
+MEGATRON_TYPES = {4: "<u4", 8: "<u2"}  # int32, which is never negative here, and uint16
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class TokenFile:
-    """A file of tokens. bounds: where documents start, and the end of the last, int64, if an index says so."""
+    """A file of tokens.
+
+    offset: bytes before the tokens. bounds: int64, the starts of documents and the end of the last, from an index; None
+    without an index.
+    """
 
     path: Path
     dtype: str
@@ -47,10 +51,11 @@ class TokenFile:
     bounds: np.ndarray | None = None
 
     def tokens(self) -> np.ndarray:
+        """The tokens, memory-mapped."""
         return np.memmap(self.path, self.dtype, mode="r", offset=self.offset, shape=(self.num_tokens,))
 
     def documents(self, end_id: int) -> np.ndarray:
-        """`bounds`, found by the end tokens without an index."""
+        """`bounds` or, without an index, bounds after each end token."""
         if self.bounds is not None:
             return self.bounds
         tokens = self.tokens()
@@ -64,9 +69,10 @@ class TokenFile:
 def index_token_files(
     folder: Path, corpus: Corpus, split: str, tokenizer: Tokenizer, recipe: dict, max_tokens: int | None
 ) -> TokenStore:
-    """Makes a store at `folder` whose shards are the corpus's files. Reads all of them once, for the store's identity.
+    """Makes a store at `folder` whose shards are the corpus's files. Reads them once, to identify the store.
 
-    Raises ValueError for a file that is none of the kinds above, an index that does not match its file, and tokens that
+    max_tokens: maximum number of tokens in the store; None for all.
+    Raises ValueError for a file in none of the formats above, an index that does not match its file, and tokens that
     are not the tokenizer's.
     """
     assert corpus.token_files is not None
@@ -79,7 +85,7 @@ def index_token_files(
     starts = np.concatenate([[0], *(of_file[1:] + first for of_file, first in zip(bounds, firsts, strict=False))])
     if end_tokens == "none":
         starts = starts + np.arange(len(starts))
-    elif files[-1].tokens()[-1] != end_id:  # the last document's, which the stream holds in front
+    elif files[-1].tokens()[-1] != end_id:  # the last document lacks its end token, which the stream has in front
         starts[-1] += 1
     if max_tokens is not None and max_tokens < starts[-1]:
         starts = np.append(starts[starts < max_tokens], max_tokens)
@@ -110,9 +116,10 @@ def index_token_files(
 
 
 def open_token_file(path: Path, dtype: str, *, is_given: bool = False) -> TokenFile:
-    """dtype: of a file that does not say so itself. is_given: by the user, not by the size of the vocabulary.
+    """Opens a file of tokens, with its index if there is one.
 
-    Raises ValueError as `index_token_files`.
+    dtype: of a file without a header or index. is_given: whether the user chose it, not the size of the vocabulary.
+    Raises ValueError for a file in no known format, and for an index that does not match it.
     """
     size = path.stat().st_size
     if path.suffix == ".bin" and path.with_suffix(".idx").is_file():
@@ -186,12 +193,12 @@ def _with_line_index(file: TokenFile) -> TokenFile:
     return replace(file, bounds=np.unique(bounds))
 
 
-def _no_match(index: Path, path: Path, what: str) -> ValueError:
-    return ValueError(f"{index} does not match {path.name}: it {what}; give the index that was written with it.")
+def _no_match(index: Path, path: Path, problem: str) -> ValueError:
+    return ValueError(f"{index} does not match {path.name}: it {problem}; give the index that was written with it.")
 
 
 def _end_tokens(files: list[TokenFile], bounds: list[np.ndarray], tokenizer: Tokenizer) -> Literal["last", "none"]:
-    """Whether documents hold their end token. Only the very last one may lack it."""
+    """Whether documents end with the end token. Only the last document of the last file may lack it."""
     kinds = set[str]()
     for file, of_file in zip(files, bounds, strict=True):
         ended = file.tokens()[of_file[1:] - 1] == tokenizer.end_id
@@ -208,14 +215,14 @@ def _end_tokens(files: list[TokenFile], bounds: list[np.ndarray], tokenizer: Tok
             f"{files[0].path.parent} has documents with and without the end token {tokenizer.end_token!r} "
             f"({tokenizer.end_id}) at their end: set data.tokenizer and data.end_token to those of its writer."
         )
-    is_one_document = files[-1].bounds is None and kinds == {"none"}  # and no end token in all of it
+    is_one_document = files[-1].bounds is None and kinds == {"none"}  # a file without any end token
     return "last" if is_one_document or kinds == {"last"} else "none"
 
 
 def _identified(store: TokenStore, tokenizer: Tokenizer, split: str) -> tuple[str, int]:
-    """The identity of the documents, as if they were tokenized here, and the UTF-8 bytes of their text.
+    """The identity of the documents, the same as if they were tokenized here, and the UTF-8 bytes of their text.
 
-    The latter are of use in validation alone, where decoding tells them if tokens do not.
+    Only validation needs the bytes. It decodes the tokens if the tokenizer does not know the bytes of each token.
     """
     dtype = token_dtype(store.vocab_size)
     digest = hashlib.sha256(f"{dtype} {store.vocab_size} {store.end_id}".encode())

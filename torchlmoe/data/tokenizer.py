@@ -1,4 +1,4 @@
-"""Text to token ids and back: a thin wrapper over `tokenizers.Tokenizer` that knows its end token."""
+"""Converts text to token ids and ids to text: a thin wrapper of `tokenizers.Tokenizer` that knows its end token."""
 
 import hashlib
 import re
@@ -11,19 +11,19 @@ import numpy as np
 import tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
 
-MOST_TOKENS = 2**24  # of a vocabulary; the largest in use have 2**18
+MOST_TOKENS = 2**24  # in a vocabulary; the largest in use have 2**18
 END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "</s>")
 
 
 class Tokenizer:
-    """A tokenizer.json and the token that both begins and ends a document.
+    """A tokenizer.json and its end token, which separates documents.
 
     path: the tokenizer.json.
-    end_token: its end token; None looks for one of END_TOKENS, in that order.
-    content: of the file, where it was read before.
+    end_token: the end token; None takes the first of END_TOKENS that the vocabulary has.
+    content: of the file; None reads it.
 
-    Attributes: `vocab_size` (one past the largest id), `end_token`, `end_id`, `content` (of the file),
-    `fingerprint` (its sha256).
+    Attributes: `vocab_size` (the largest id plus one), `end_token`, `end_id`, `content` (of the file), `fingerprint`
+    (its sha256).
     Raises ValueError for a file that is not a valid tokenizer, and for an end token that the vocabulary lacks.
     """
 
@@ -39,7 +39,7 @@ class Tokenizer:
         # A tokenizer.json may have the truncation and padding of the program that saved it.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        # A document that spells out "<|endoftext|>" is text like any other, and does not end there.
+        # Documents that contain "<|endoftext|>" as text do not end there.
         self._tokenizer.encode_special_tokens = True
 
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
@@ -49,24 +49,24 @@ class Tokenizer:
                 f"{path} has a token with the id {self.vocab_size - 1}; the largest supported id is {MOST_TOKENS - 1}."
             )
         candidates = END_TOKENS if end_token is None else (end_token,)
-        found = [token for token in candidates if token in vocabulary]
-        if not found:
+        available = [token for token in candidates if token in vocabulary]
+        if not available:
             raise ValueError(
                 f"The vocabulary of {path} has no end token {' or '.join(candidates)}: "
                 "set data.end_token to one that it has."
             )
-        self.end_token = found[0]
+        self.end_token = available[0]
         self.end_id = vocabulary[self.end_token]
 
     def __reduce__(self) -> tuple[type["Tokenizer"], tuple[Path, str, bytes]]:
         return Tokenizer, (self.path, self.end_token, self.content)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """One list of ids per text, without special tokens; runs on several threads."""
+        """One list of ids per text, without special tokens. Runs on several threads."""
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`, special tokens left out."""
+        """The text of `ids`, without special tokens."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def added_before(self) -> tuple[int, ...]:
@@ -76,19 +76,20 @@ class Tokenizer:
         return tuple(encoding.ids[:text_begins])
 
     def id_of(self, token: str) -> int | None:
-        """The id of a token of the vocabulary, None if there is none."""
+        """The id of a token; None if the vocabulary lacks it."""
         return self._tokenizer.token_to_id(token)
 
     def is_byte(self, index: int) -> bool:
-        """Whether a token is a single byte of a tokenizer with byte fallback (Llama's), which decodes bytes in a row
-        together: one that is wrong spoils all of them."""
+        """Whether a token is a single byte, in a tokenizer with byte fallback such as Llama's.
+
+        The tokenizer decodes consecutive bytes together, and one invalid byte makes all of them U+FFFD.
+        """
         return re.fullmatch("<0x[0-9A-F]{2}>", self._tokenizer.id_to_token(index) or "") is not None
 
     def token_bytes(self) -> np.ndarray | None:
         """UTF-8 bytes of text in each token, uint16 [vocab_size]; None unless this is byte-level BPE.
 
-        Special tokens and the end token stand for no text. Where a normalizer rewrites text, these are bytes of the
-        result.
+        Special tokens and the end token have no text. If a normalizer changes text, these are bytes of its result.
         """
         return self._token_bytes
 
@@ -104,18 +105,18 @@ class Tokenizer:
                 table[index] = len(token)  # byte-level BPE writes every byte as one character
             else:
                 return None
-        table[self.end_id] = 0  # which not every tokenizer marks as special
+        table[self.end_id] = 0  # not every tokenizer marks its end token as special
         return table
 
     def dropped_characters(self, text: str) -> list[str]:
-        """The characters of `text`, white space aside, that no token stands for."""
+        """The characters of `text` that no token covers, except white space."""
         covered = np.zeros(len(text) + 1, dtype=bool)
         for start, end in self._tokenizer.encode(text, add_special_tokens=False).offsets:
             covered[start:end] = True
         return [text[place] for place in np.flatnonzero(~covered[:-1]) if not text[place].isspace()]
 
     def bytes_covered(self, text: str, num_tokens: int) -> int:
-        """UTF-8 bytes of `text` up to the end of its token `num_tokens`, in whole characters."""
+        """UTF-8 bytes of the part of `text` that its first `num_tokens` tokens cover, in whole characters."""
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         end = encoding.offsets[num_tokens - 1][1] if num_tokens else 0
         return len(text[:end].encode())
@@ -125,7 +126,7 @@ def token_of_id(path: Path, index: int) -> str:
     """The token with an id in a tokenizer.json. Raises ValueError if there is none."""
     try:
         token = tokenizers.Tokenizer.from_file(str(path)).id_to_token(index)
-    except Exception as error:  # whatever `tokenizers` raises
+    except Exception as error:  # `tokenizers` documents no types of errors
         raise ValueError(f"{path} is not a tokenizer.json that this version of `tokenizers` reads: {error}.") from error
     if token is None:
         raise ValueError(f"{path} has no token with the id {index}, which should end documents.")
@@ -133,7 +134,7 @@ def token_of_id(path: Path, index: int) -> str:
 
 
 def number_tokenizer(vocab_size: int, end_id: int) -> Tokenizer:
-    """Token ids as text: "17 3" is the tokens 17 and 3. For a model that came without a tokenizer."""
+    """A tokenizer for a model without one: text consists of token ids, so "17 3" has the tokens 17 and 3."""
     model = tokenizers.models.WordLevel({str(index): index for index in range(vocab_size)})
     numbers = tokenizers.Tokenizer(model)
     numbers.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
@@ -141,9 +142,9 @@ def number_tokenizer(vocab_size: int, end_id: int) -> Tokenizer:
 
 
 def load_tokenizer(name_or_path: str | Path, end_token: str | None = None) -> Tokenizer:
-    """The tokenizer "embedded" (byte-level BPE, 4096 tokens), or a tokenizer.json, or one in a folder.
+    """Loads the tokenizer "embedded" (byte-level BPE, 4096 tokens), a tokenizer.json, or the one in a folder.
 
-    Raises ValueError if the file does not exist.
+    end_token: see `Tokenizer`. Raises ValueError if the file does not exist or is not a tokenizer.
     """
     if str(name_or_path) == "embedded":
         return Tokenizer(Path(str(files("torchlmoe.assets") / "tokenizer.json")), end_token)

@@ -1,4 +1,4 @@
-"""Tokenizes a piece of a corpus into shards, in this process or in one of several workers."""
+"""Tokenizes a piece of a corpus into shards. This process does it, or one of several workers."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -12,14 +12,14 @@ from torchlmoe.data.parts import Parts, ShardFacts
 from torchlmoe.data.store_writer import ShardWriter
 from torchlmoe.data.tokenizer import Tokenizer
 
-# Enough to keep the tokenizer's threads busy, little enough for memory and for a progress line that moves.
+# Enough to keep the tokenizer's threads busy, but few enough to bound memory and to show progress.
 CHARACTERS_AT_ONCE = 2**22
-# Of every batch, what is looked at for text that the tokenizer drops.
+# Number of characters per batch that are checked for text that the tokenizer drops.
 CHARACTERS_LOOKED_AT = 2**17
-# A piece becomes several shards where it has more, each of which a killed run need not write again.
+# A piece with more characters becomes several shards, so that a killed run keeps the finished ones.
 CHARACTERS_PER_SHARD = 2**30
 
-Report = Callable[[int, int, int], None]  # documents, bytes of text and tokens more
+Report = Callable[[int, int, int], None]  # called with the numbers of further documents, bytes of text and tokens
 
 
 @dataclass(frozen=True)
@@ -32,19 +32,19 @@ class Job:
 
     @property
     def counts(self) -> bool:
-        """Whether the numbers of documents matter; they depend on the preceding pieces."""
+        """Whether documents must be counted: they are held out by number, which depends on earlier pieces."""
         return bool(self.reading.held_out) and len(self.reading.pieces) > 1
 
 
 def count_documents(job: Job, piece: int) -> None:
-    """So that the number of a later piece's documents is known, by which they are held out."""
+    """Counts the documents of a piece, from which the numbers of later pieces' documents follow."""
     job.parts.save_count(piece, sum(1 for _ in job.reading.pieces[piece].documents()))
 
 
 def tokenize_piece(job: Job, piece: int, limit: int | None, report: Report) -> None:
-    """Writes the shards of a piece that are not there yet.
+    """Writes the shards of a piece that do not exist yet.
 
-    limit: tokens of the piece to stop at, within a document if need be.
+    limit: maximum number of tokens of the piece; the last document may be cut. None for all.
     """
     first_number = sum(job.parts.count(earlier) or 0 for earlier in range(piece)) if job.counts else 0
     shards = list(job.parts.of_piece(piece))
@@ -58,7 +58,7 @@ def tokenize_piece(job: Job, piece: int, limit: int | None, report: Report) -> N
 def _write_shard(
     job: Job, piece: int, number: int, numbered: Iterator[tuple[int, str]], limit: int | None, report: Report
 ) -> ShardFacts:
-    """The next shard of a piece, from the documents that are left of it."""
+    """Writes the next shard of a piece, from its remaining documents."""
     tokenizer = job.tokenizer
     shard = _Shard(tokenizer, job.parts.write(piece, number, vocab_size=tokenizer.vocab_size, end_id=tokenizer.end_id))
     num_read = num_characters = 0
@@ -79,7 +79,7 @@ def _write_shard(
 
 
 def _batch(numbered: Iterator[tuple[int, str]], takes: Callable[[int], bool]) -> tuple[list[str], int, bool]:
-    """Documents to tokenize at once, how many were read for them, and whether they are the last."""
+    """Documents to tokenize at once, the number of documents read for them, and whether they are the last."""
     texts: list[str] = []
     num_read = num_characters = 0
     for number, text in numbered:
@@ -102,16 +102,16 @@ class _Shard:
         self.dropped = Counter[str]()
 
     def append(self, texts: list[str], limit: int | None) -> bool:
-        """Whether there is room for more."""
-        looked_at = 0
+        """Tokenize and write documents. Returns False once the limit of tokens is reached."""
+        num_checked = 0
         for text, ids in zip(texts, self.tokenizer.encode_batch(texts), strict=True):
             ids_N = np.array(ids, dtype=np.int64)
             text_bytes = len(text.encode())
-            # A normalizer may have rewritten the text: only the text itself proves the bytes of its tokens.
+            # A normalizer may have changed the text, so the bytes of its tokens are compared with those of the text.
             if self.token_bytes is not None and int(self.token_bytes[ids_N].sum()) != text_bytes:
                 self.token_bytes = None
-            if self.token_bytes is None and looked_at < CHARACTERS_LOOKED_AT:
-                looked_at += len(text)
+            if self.token_bytes is None and num_checked < CHARACTERS_LOOKED_AT:
+                num_checked += len(text)
                 self.dropped.update(self.tokenizer.dropped_characters(text))
             room = len(ids) if limit is None else limit - self.writer.num_tokens - 1
             if room < 0:
@@ -127,6 +127,7 @@ class _Shard:
         return True
 
     def facts(self, num_read: int, is_last: bool) -> ShardFacts:
+        """The facts about the shard. num_read, is_last: see `ShardFacts`."""
         return ShardFacts(
             num_tokens=self.writer.num_tokens,
             num_documents=len(self.writer.lengths),

@@ -1,6 +1,6 @@
-"""Processes that tokenize pieces: each receives one piece after another, and ends with the process that started it.
+"""Runs processes that tokenize pieces, one after another. They end with the process that started them.
 
-python -m torchlmoe.data.workers     what they run: tasks come on standard input, answers go to standard output
+python -m torchlmoe.data.workers     the program that they run: tasks on standard input, answers on standard output
 """
 
 import os
@@ -17,6 +17,7 @@ from torchlmoe.data.tokenizing import Job, Report, count_documents, tokenize_pie
 
 
 def do_task(job: Job, task: Task, report: Report) -> None:
+    """Runs a task in this process."""
     if task.only_count:
         count_documents(job, task.piece)
     else:
@@ -24,7 +25,7 @@ def do_task(job: Job, task: Task, report: Report) -> None:
 
 
 def do_tasks(job: Job, tasks: Iterator[Task], num_workers: int, progress: TokenizationProgress) -> None:
-    """Run all tasks in a number of processes. Raises the first ValueError or OSError of any task."""
+    """Runs all tasks in a number of processes. Raises the first ValueError or OSError of any task."""
     lock, errors = threading.Lock(), list[Exception]()
     workers = [_Worker(job) for _ in range(num_workers)]
 
@@ -64,7 +65,7 @@ class _Worker:
     """A process that runs tasks one after another."""
 
     def __init__(self, job: Job):
-        # One thread each: there are as many processes as there are cores to be used.
+        # One thread per process, since there are as many processes as cores to use.
         environment = {
             "TOKENIZERS_PARALLELISM": "false",
             "OMP_NUM_THREADS": "1",
@@ -75,14 +76,14 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | environment,
-            start_new_session=True,  # Ctrl-C is for the parent alone, which ends it
+            start_new_session=True,  # Ctrl-C reaches only the parent, which ends this process
         )
         self._job: Job | None = job
 
     def do(self, task: Task, report: Report) -> None:
         try:
             self._send((self._job, task))
-            self._job = None  # which is sent once
+            self._job = None  # the process keeps it
             while (answer := self._receive()) is not None:
                 if isinstance(answer, Exception):
                     raise answer
@@ -115,7 +116,7 @@ def _serve() -> None:
 
     def answer(message: object) -> None:
         pickle.dump(message, answers)
-        answers.flush()  # fails once the parent is gone, which ends this process too
+        answers.flush()  # fails if the parent has ended, which ends this process too
 
     job: Job | None = None
     while True:

@@ -1,6 +1,6 @@
-"""Which of several writers of a store is lost: each leaves a sign of life beside it, which the others watch.
+"""Detects lost writers of a store: each writer updates a sign of life in the shared folder, which the others watch.
 
-A sign is a number that rises, and a watcher measures the time for which it stands still: clocks of hosts do not matter.
+A sign is a counter. A watcher measures with its own clock how long a counter stands still, so hosts' clocks may differ.
 """
 
 import threading
@@ -15,9 +15,9 @@ SECONDS_BETWEEN_SIGNS = 5.0
 
 
 class SignOfLife:
-    """Within a `with`, this writer is seen to live, whatever it does or waits for.
+    """Updates this writer's sign in a background thread, within a `with`.
 
-    folder: which all writers see.
+    folder: shared by all writers. writer: this writer's number.
     """
 
     def __init__(self, folder: Path, writer: int):
@@ -35,23 +35,23 @@ class SignOfLife:
     def _run(self) -> None:
         while True:
             self._number += 1
-            with suppress(
-                OSError
-            ):  # The store is whole and the folder gone; or the disk is full, which others will say.
+            # Fails if the folder is gone, since the store is complete; or if the disk is full, which other writes
+            # report.
+            with suppress(OSError):
                 replace(self._path, str(self._number).encode())
             if self._stopped.wait(SECONDS_BETWEEN_SIGNS):
                 return
 
 
 class Watch:
-    """Looks at the signs of other writers. timeout: seconds after which one whose sign stands still is lost."""
+    """Watches the signs of other writers. timeout: seconds after which a writer whose sign stands still is lost."""
 
     def __init__(self, folder: Path, timeout: float):
         self.folder, self.timeout = folder, timeout
         self._last: dict[int, tuple[str | None, float]] = {}
 
     def lost(self, writers: Iterable[int]) -> list[int]:
-        """Those whose sign has not changed for so long, from the first look at it; one without a sign, too."""
+        """Return the lost writers among some. The time counts from the first look at a sign, even at a missing one."""
         now = time.monotonic()
         lost = []
         for writer in writers:

@@ -1,9 +1,9 @@
 """Adapts a model to the interface of lm-eval (lm-evaluation-harness), and runs its tasks.
 
-Requests are those of lm-eval's own wrapper of transformers (`HFLM`), so that equal weights get equal scores, except
-the tokens before a context, which depend on the model's training (`checkpoint/conventions.py`). Spaces
-at the end of a context belong to the continuation; text longer than `max_length` loses tokens on the left; a whole
-text is scored in windows of `max_length`.
+Requests are cut and scored as in lm-eval's own wrapper of transformers (`HFLM`), so equal weights get equal scores.
+Only the tokens before a context differ: they depend on the model's training (`checkpoint/conventions.py`). Spaces at
+the end of a context belong to the continuation. Text longer than `max_length` loses tokens on the left. A whole text is
+scored in windows of `max_length` tokens.
 """
 
 import json
@@ -29,14 +29,15 @@ from torchlmoe.inference.text_stream import Row, continue_rows
 from torchlmoe.model.decoder import Decoder
 
 logger = logging.getLogger(__name__)
-MAX_NEW_TOKENS = 256  # of a generation whose task does not say
-OURS = ("temperature", "top_k", "top_p", "repetition_penalty")  # of the arguments of a generation
+MAX_NEW_TOKENS = 256  # if a task sets no limit
+SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "repetition_penalty")  # of `generation_kwargs`
 
 
 class HarnessModel(TemplateLM):
-    """model: in evaluation mode. conventions: what stands before a context or text, and how long both together are.
+    """A model with lm-eval's interface.
 
-    tokens_at_once: in one forward pass that scores. rows_at_once: that generate together. seed: of drawn tokens.
+    model: in evaluation mode. conventions: the tokens before a context or text, and the maximum length of both.
+    tokens_at_once: tokens per forward when scoring. rows_at_once: rows generated together. seed: of sampling.
     """
 
     def __init__(
@@ -68,12 +69,12 @@ class HarnessModel(TemplateLM):
         return self.text_tokenizer.fingerprint
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
-        """Token ids, after those that stand before every context unless add_special_tokens is False."""
+        """Token ids of a string. The tokens before every context precede them unless add_special_tokens is False."""
         before = () if add_special_tokens is False else self.conventions.before_context
         return [*before, *self.text_tokenizer.encode_batch([string])[0]]
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Of whole strings, each after the token that stands before a text."""
+        """Log-likelihoods of whole strings, each given the token that precedes a text; a float per request."""
         windows: list[Request] = []
         owners: list[int] = []
         for owner, request in enumerate(requests):
@@ -84,8 +85,8 @@ class HarnessModel(TemplateLM):
                 windows.append(Request(tuple(context), tuple(continuation)))
                 owners.append(owner)
         parts: list[list[float]] = [[] for _ in requests]
-        for owner, found in zip(owners, self._score(windows, "texts", disable_tqdm), strict=True):
-            parts[owner].append(found[0])
+        for owner, (log_likelihood, _) in zip(owners, self._score(windows, "texts", disable_tqdm), strict=True):
+            parts[owner].append(log_likelihood)
         sums = list(map(fsum, parts))
         for request, total in zip(requests, sums, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
@@ -96,19 +97,19 @@ class HarnessModel(TemplateLM):
     ) -> list[tuple[float, bool]]:
         cut = []
         for _, context, continuation in requests:
-            # The last token is not read.
+            # The model does not read the last token.
             room = max(1, self.max_length + 1 - len(continuation))
             cut.append(Request(tuple(context[-room:]), tuple(continuation)))
-        num_cut = sum(len(given[1]) > len(request.context) for given, request in zip(requests, cut, strict=True))
+        num_cut = sum(len(whole[1]) > len(request.context) for whole, request in zip(requests, cut, strict=True))
         if num_cut:
             logger.warning(f"{num_cut} of {len(cut)} requests have more than {self.max_length} tokens and are cut.")
-        found = self._score(cut, "log-likelihoods", disable_tqdm)
-        for (strings, _, _), answer in zip(requests, found, strict=True):
+        answers = self._score(cut, "log-likelihoods", disable_tqdm)
+        for (strings, _, _), answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("loglikelihood", strings, answer)
-        return found
+        return answers
 
-    def _score(self, requests: list[Request], what: str, disable_tqdm: bool) -> list[tuple[float, bool]]:
-        with tqdm(total=len(requests), desc=what, disable=disable_tqdm or None) as bar:
+    def _score(self, requests: list[Request], title: str, disable_tqdm: bool) -> list[tuple[float, bool]]:
+        with tqdm(total=len(requests), desc=title, disable=disable_tqdm or None) as bar:
             scores = score(
                 self.model,
                 requests,
@@ -116,10 +117,14 @@ class HarnessModel(TemplateLM):
                 tokens_at_once=self.tokens_at_once,
                 done=bar.update,
             )
-        return [(found.log_likelihood, found.is_greedy) for found in scores]
+        return [(entry.log_likelihood, entry.is_greedy) for entry in scores]
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continuations up to a stop string, the end token or `max_gen_toks`; requests of equal arguments together."""
+        """Continuations up to a stop string, the end token or `max_gen_toks` tokens; a text per request.
+
+        Requests with equal arguments are generated together. Raises ValueError for arguments that are not supported,
+        and if `max_gen_toks` leaves no room for a prompt.
+        """
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
@@ -138,7 +143,7 @@ class HarnessModel(TemplateLM):
                     index: (self.tok_encode(requests[index].args[0]) or [self.prefix_token_id])[-room:]
                     for index in group
                 }
-                # The longest first, so that a lack of memory shows at once.
+                # The longest first, so that a lack of memory appears at the start.
                 order = sorted(group, key=lambda index: -len(prompts[index]))
                 for start in range(0, len(order), self.rows_at_once):
                     batch = order[start : start + self.rows_at_once]
@@ -162,16 +167,16 @@ class HarnessModel(TemplateLM):
 
 
 def _generation(arguments: dict[str, Any]) -> tuple[list[str], int, Sampling]:
-    """Stop strings, the most new tokens and the sampling that a task's `generation_kwargs` mean."""
-    given = dict(normalize_gen_kwargs(arguments, MAX_NEW_TOKENS))
-    stop = [text for text in given.pop("until") if text]
-    max_new_tokens, do_sample = given.pop("max_gen_toks"), given.pop("do_sample")
-    if unknown := given.keys() - set(OURS):
+    """Stop strings, the maximum number of new tokens and the sampling, from a task's `generation_kwargs`."""
+    remaining = dict(normalize_gen_kwargs(arguments, MAX_NEW_TOKENS))
+    stop = [text for text in remaining.pop("until") if text]
+    max_new_tokens, do_sample = remaining.pop("max_gen_toks"), remaining.pop("do_sample")
+    if unknown := remaining.keys() - set(SAMPLING_OPTIONS):
         raise ValueError(
-            f"A task asks for a generation with {', '.join(sorted(unknown))}; what is served is until, max_gen_toks, "
-            f"do_sample, {', '.join(OURS)}."
+            f"A task asks for a generation with {', '.join(sorted(unknown))}; supported are until, max_gen_toks, "
+            f"do_sample, {', '.join(SAMPLING_OPTIONS)}."
         )
-    options = {name: value for name, value in given.items() if value is not None}
+    options = {name: value for name, value in remaining.items() if value is not None}
     if not do_sample:
         options |= {"temperature": 0.0}
     elif not options.get("temperature"):
@@ -180,7 +185,7 @@ def _generation(arguments: dict[str, Any]) -> tuple[list[str], int, Sampling]:
 
 
 class _Tasks(TaskManager):
-    """Tasks by name, whose data may fail to come."""
+    """Loads tasks by name; data that cannot be loaded raises a ValueError that names the remedy."""
 
     def load(self, task_list):
         try:
@@ -188,8 +193,8 @@ class _Tasks(TaskManager):
         except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
             reason = " ".join(str(error).split())[:300].rstrip(".")
             raise ValueError(
-                f"The data of the tasks {', '.join(map(str, task_list))} cannot be had ({reason}); without a network "
-                "start from a folder that holds them by the name they have on the hub, as "
+                f"The data of the tasks {', '.join(map(str, task_list))} cannot be loaded ({reason}); without a "
+                "network, start in a folder that holds the data under its name on the hub, such as "
                 "Rowan/hellaswag/validation.jsonl, or give tasks with local files by --include-path."
             ) from error
 
@@ -202,15 +207,15 @@ def evaluate_tasks(
     num_fewshot: int | None = None,
     limit: float | None = None,
 ) -> dict[str, Any]:
-    """What lm-eval finds for tasks or groups of these names: `results` and the rest of what it writes, without samples.
+    """Runs lm-eval on tasks or groups of tasks. Returns its result object, with `results`, without samples.
 
-    include_paths: folders with YAML files of more tasks. num_fewshot: examples before each question; the tasks' own if
-    None. limit: documents of each task, or their share below 1. Raises ValueError for unknown names and for
-    data that cannot be had.
+    include_paths: folders with YAML files of more tasks. num_fewshot: examples before each question; each task's
+    default if None. limit: maximum number of documents per task or, below 1, their fraction.
+    Raises ValueError for unknown names and for data that cannot be loaded.
     """
     manager = _Tasks(include_path=list(include_paths), include_defaults=False)
     if not set(names) <= set(manager.all_subtasks):
-        manager = _Tasks(include_path=list(include_paths))  # which takes seconds: there are thousands of files
+        manager = _Tasks(include_path=list(include_paths))  # takes seconds, since it reads thousands of files
     if unknown := [name for name in names if name not in manager.all_tasks]:
         raise ValueError(f"There is no task {', '.join(unknown)}; see `lm-eval ls tasks`, or give --include-path DIR.")
     results = simple_evaluate(

@@ -1,4 +1,4 @@
-"""The tasks of data/recall as an evaluation, by number of pairs, length and depth."""
+"""Evaluates models on the tasks of data/recall, by number of pairs, length and depth."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
@@ -13,7 +13,7 @@ from torchlmoe.layers.cross_entropy import IGNORE_INDEX
 from torchlmoe.model.decoder import Decoder
 from torchlmoe.options import keyword_settings
 
-# The options of each point of an evaluation.
+# Task -> the options of each point at which it is evaluated.
 RECALL: dict[str, tuple[dict[str, Any], ...]] = {
     "mqar": tuple(
         {"num_pairs": pairs, "length": length} for pairs, length in ((4, 64), (8, 64), (16, 128), (32, 256), (64, 512))
@@ -43,24 +43,25 @@ def evaluate_recall(
     end_id: int = END,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """The accuracy of each task at each of its points; all of it JSON.
+    """Measures the accuracy of each task at each of its points. The result is JSON.
 
     model: put into evaluation mode.
-    names: of RECALL. options: of each task, for all of its points, as in data.reader_options; vocab_size is the task's
-        default or, if that has more, the model's. points: in place of those of RECALL, of which those that do not fit
-        the options are left out, as 64 pairs where the vocabulary has 30 keys.
+    names: tasks, keys of RECALL.
+    options: task -> options for all of its points, as in data.reader_options. vocab_size is by default the smaller of
+        the task's default and the model's number of tokens.
+    points: task -> options of each point, in place of RECALL's. Points of RECALL that do not fit the options are left
+        out, such as 64 pairs if the vocabulary has 30 keys.
     by: "likelihood" takes the likeliest token at each label, given the tokens before it. "generation" continues the
-        tokens before each document's last question greedily, which is the same for answers of one token.
-    num_documents: at each point, from a split that is neither trained nor validated on; seed: of it.
-    end_id: the model's end token, which changes places with the task's.
-    progress: takes a line before each point.
+        tokens before each document's last question greedily; both agree for answers of one token.
+    num_documents: number per point, from a split that is used neither for training nor for validation. seed: of it.
+    end_id: the model's end token, swapped with the task's.
+    progress: called with a line before each point.
+
     Returns for each name `by`, `points`, and the means over points of `token_accuracy` (answer tokens) and
-    `exact_match` (questions all of whose tokens are right). Each point has these with standard errors (`_se`, of the
-    mean over documents), `num_documents`, `num_questions`, `num_tokens`, `last_exact_match` (of documents' last
-    questions) and, by likelihood, `nll`, nats per answer token.
-    `left_out` has the options of the points that were, and the `reason` of each.
-    Raises ValueError for an unknown name, and for options that do not fit points that were given or any of
-    RECALL's.
+    `exact_match` (questions with no wrong token). Each point has both with standard errors (`_se`, of the mean over
+    documents), `num_documents`, `num_questions`, `num_tokens`, `last_exact_match` (of each document's last question)
+    and, by likelihood, `nll` in nats per answer token. `left_out` lists the options of omitted points with a `reason`.
+    Raises ValueError for an unknown name, for options that do not fit one of `points`, and if no point of RECALL fits.
     """
     if by not in get_args(By):
         raise ValueError(f"by = {by!r} must be one of {', '.join(get_args(By))}.")
@@ -71,13 +72,14 @@ def evaluate_recall(
     results: dict[str, dict[str, Any]] = {}
     stores: dict[str, list[tuple[dict[str, Any], RecallStore]]] = {}
     left_out: dict[str, list[dict[str, Any]]] = {}
-    for name in names:  # all before the first runs, so that options that do not fit raise at once
+    for name in names:  # before any evaluation, so that options that do not fit raise immediately
         stores[name], left_out[name] = [], []
         for point in map(dict, (points or RECALL).get(name, RECALL[name])):
-            given = {"vocab_size": _vocab_size(model, name), **(options or {}).get(name, {}), **point}
-            own = {key: value for key, value in given.items() if key not in ("num_documents", "validation_documents")}
+            merged = {"vocab_size": _vocab_size(model, name), **(options or {}).get(name, {}), **point}
+            # The size of the training split does not concern the test split.
+            merged.pop("num_documents", None)
             try:
-                store = RecallStore(name, "test", **{**own, "validation_documents": num_documents, "seed": seed})
+                store = RecallStore(name, "test", **{**merged, "validation_documents": num_documents, "seed": seed})
                 _check_vocabulary(model, store)
             except ValueError as error:
                 if name in (points or {}):
@@ -101,7 +103,7 @@ def evaluate_recall(
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Raises ValueError for an unknown name."""
+    """Raises ValueError for a name that is not in RECALL."""
     for name in names:
         if name not in RECALL:
             raise ValueError(f"There is no recall task {name!r}; choose from {', '.join(RECALL)}.")
@@ -110,7 +112,8 @@ def check_names(names: Sequence[str]) -> None:
 def trained_options(dataset: str, reader_options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The options for `evaluate_recall` of a model that was trained on `data.dataset` with `data.reader_options`.
 
-    Its length and vocabulary; what a point names itself stays the point's.
+    They are the task's reader options; a point's own options take precedence. Empty if the dataset is not a recall
+    task.
     """
     task = dataset.removeprefix("recall:")
     return {task: dict(reader_options)} if task in TASKS and task != dataset else {}
@@ -123,13 +126,13 @@ def _by_likelihood(model: Decoder, documents: list[Document], batch_size: int) -
         batch = documents[first : first + batch_size]
         tokens = torch.from_numpy(np.stack([document.tokens for document in batch])).to(device)
         labels = torch.from_numpy(np.stack([document.labels for document in batch])).to(device)
-        asked = labels != IGNORE_INDEX
-        logits = model(tokens)[asked]
+        is_answer = labels != IGNORE_INDEX
+        logits = model(tokens)[is_answer]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        nll += torch.nn.functional.cross_entropy(logits, labels[asked], reduction="sum").item()
-        hits = torch.zeros_like(asked)
-        hits[asked] = logits.argmax(-1) == labels[asked]
-        num_tokens += int(asked.sum())
+        nll += torch.nn.functional.cross_entropy(logits, labels[is_answer], reduction="sum").item()
+        hits = torch.zeros_like(is_answer)
+        hits[is_answer] = logits.argmax(-1) == labels[is_answer]
+        num_tokens += int(is_answer.sum())
         right += [
             _by_question(row, document.questions) for row, document in zip(hits.cpu().numpy(), batch, strict=True)
         ]
@@ -155,7 +158,7 @@ def _by_question(hits: np.ndarray, questions: np.ndarray) -> list[np.ndarray]:
 
 
 def _figures(right: list[list[np.ndarray]]) -> dict[str, Any]:
-    """right: by document and question, whether each token of the answer is."""
+    """Accuracies with standard errors. right: by document and question, whether each token of the answer is right."""
     tokens = [np.concatenate(document) for document in right]
     exact = [np.array([question.all() for question in document]) for document in right]
     figures: dict[str, Any] = {
@@ -184,7 +187,7 @@ def _check_vocabulary(model: Decoder, store: RecallStore) -> None:
 
 
 def _with_end(document: Document, end_id: int) -> Document:
-    """With the end token's id in place of END, and the other way round."""
+    """The document with the ids `end_id` and END swapped."""
     if end_id == END:
         return document
     tokens, labels = (

@@ -1,7 +1,7 @@
-"""Log-likelihoods of continuations, many at a time and without padding.
+"""Computes log-likelihoods of continuations, many at a time and without padding.
 
-Requests are packed into rows as documents are in training. Requests that share a long context, as the answers to a
-question after many examples do, read it once and continue from copies of its state.
+Requests are packed into rows as documents are in training. If requests share a long context, such as several answers to
+one question after many examples, the model reads it once and continues from copies of its state.
 """
 
 from collections import Counter
@@ -17,13 +17,13 @@ from torchlmoe.model.batch import describe
 from torchlmoe.model.decoder import Decoder
 
 TOKENS_AT_ONCE = 4096  # in a packed row
-MIN_SAVED = 1024  # tokens that reading a context once must save, since it costs extra calls
-LOGITS_AT_ONCE = 2**24
+MIN_SAVED = 1024  # tokens that sharing a context must save, since it costs extra calls
+LOGITS_AT_ONCE = 2**24  # numbers, which bounds the memory of the head
 Tokens = tuple[int, ...]
 
 
 class Request(NamedTuple):
-    """Token ids; the context has at least one, since something must predict the first of the continuation."""
+    """Token ids. The context has at least one, from which the first token of the continuation is predicted."""
 
     context: Tokens
     continuation: Tokens
@@ -35,7 +35,7 @@ class Request(NamedTuple):
 
 
 class Score(NamedTuple):
-    """log_likelihood: natural, a float64 sum. is_greedy: whether each token is the likeliest one."""
+    """log_likelihood: sum of natural logarithms, in float64. is_greedy: whether each token is the likeliest one."""
 
     log_likelihood: float
     is_greedy: bool
@@ -50,11 +50,12 @@ def score(
     tokens_at_once: int = TOKENS_AT_ONCE,
     done: Callable[[int], object] = lambda number: None,
 ) -> list[Score]:
-    """The score of each request; an empty continuation has log-likelihood 0.
+    """Returns the score of each request, in order. An empty continuation has log-likelihood 0.
 
-    model: in evaluation mode. vocab_size: ids that the tokenizer has; other rows of the embedding get no probability.
-    tokens_at_once: in a packed row; a request that is longer is a separate row. done: called with the number of
-    requests that have been scored since it was called last.
+    model: in evaluation mode. vocab_size: number of the tokenizer's ids; other rows of the embedding get no
+    probability.
+    tokens_at_once: maximum length of a packed row; a longer request is a separate row. done: called with the number of
+    requests scored since its last call.
 
     Raises ValueError for a request without a context, and FloatingPointError if logits are not finite.
     """
@@ -63,7 +64,7 @@ def score(
     times = Counter(requests)
     scores = {request: Score(0.0, True) for request in times if not request.continuation}
     done(sum(times[request] for request in scores))
-    # Each input is read once: one-token answers to one context have the same input, and so do equal requests.
+    # The model reads each input once. Equal requests have the same input, and so have one-token answers to one context.
     of_input: dict[Tokens, list[Request]] = {}
     for request in times:
         if request.continuation:
@@ -78,16 +79,19 @@ def score(
 def token_log_likelihoods(
     model: Decoder, x: Tensor, targets: Tensor, vocab_size: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """What the head makes of x [T, dim]: for targets int64 [T], piece by piece, their log-likelihoods, float64, and the
-    likeliest tokens."""
+    """Runs the head on x [T, dim] in pieces of t tokens, to bound its memory.
+
+    Yields for each piece the log-likelihoods of targets int64 [T], float64 [t], and the likeliest tokens, int64 [t].
+    Raises FloatingPointError if logits are not finite.
+    """
     size = max(1, LOGITS_AT_ONCE // model.spec.vocab_size)
-    for piece, wanted in zip(x.split(size), targets.split(size), strict=True):
+    for piece, target in zip(x.split(size), targets.split(size), strict=True):
         logits = model.run_head(piece[None])[0, :, :vocab_size].double()
         if not logits.isfinite().all():
             raise FloatingPointError(
                 "The model's logits are not finite: its weights are damaged or its dtype is too narrow."
             )
-        yield logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0], logits.argmax(-1)
+        yield logits.log_softmax(-1).gather(1, target[:, None])[:, 0], logits.argmax(-1)
 
 
 def _score(model: Decoder, x: Tensor, continuation: Tokens, vocab_size: int | None) -> Score:
@@ -98,10 +102,10 @@ def _score(model: Decoder, x: Tensor, continuation: Tokens, vocab_size: int | No
 
 
 def _shared_contexts(of_input: dict[Tokens, list[Request]]) -> dict[Tokens, list[Tokens]]:
-    """The contexts that are worth reading once, each with its inputs."""
+    """The contexts that are worth reading separately, each with the inputs that begin with it."""
     inputs_of: dict[Tokens, list[Tokens]] = {}
     for read, alike in of_input.items():
-        # The shortest, as equal inputs may be cut in several places.
+        # Requests with equal inputs may have contexts of different lengths: take the shortest.
         inputs_of.setdefault(min((request.context for request in alike), key=len), []).append(read)
     return {context: inputs for context, inputs in inputs_of.items() if (len(inputs) - 1) * len(context) >= MIN_SAVED}
 
@@ -109,12 +113,12 @@ def _shared_contexts(of_input: dict[Tokens, list[Request]]) -> dict[Tokens, list
 def _read_all(
     model: Decoder, inputs: list[Tokens], shared: dict[Tokens, list[Tokens]], tokens_at_once: int
 ) -> Iterator[tuple[Tokens, int, Tensor]]:
-    """Yields inputs in some order, each with what the head takes, [T - start, dim], from a place `start` on."""
+    """Yields each input, in any order, with a position `start` and the head's inputs from there, [T - start, dim]."""
     for context, continued in shared.items():
         yield from _read_after(model, context, continued)
     rest = set(inputs).difference(*shared.values())
     row: list[Tokens] = []
-    # The longest first, so that a lack of memory shows at once.
+    # The longest first, so that a lack of memory appears at the start.
     for read in sorted(rest, key=lambda read: (-len(read), read)):
         if row and sum(map(len, row)) + len(read) > tokens_at_once:
             yield from _read_packed(model, row)
@@ -135,7 +139,7 @@ def _read_packed(model: Decoder, row: list[Tokens]) -> Iterator[tuple[Tokens, in
 
 
 def _read_after(model: Decoder, context: Tokens, continued: list[Tokens]) -> Iterator[tuple[Tokens, int, Tensor]]:
-    """As `_read_all`, of inputs that begin with `context`: those of one length together, from copies of its state."""
+    """Like `_read_all`, for inputs that begin with `context`: equal lengths together, from copies of its state."""
     device = model.embedding.weight.device
     cache = new_cache(model, 1, max(map(len, continued)))
     for x in read_pieces(model, cache, torch.tensor([context], device=device)):

@@ -1,9 +1,9 @@
-"""Bits per byte and perplexity of text files, exact to the byte.
+"""Computes bits per byte and perplexity of text files, exact to the byte.
 
 A file is one document: the end token (for a transformers model its begin token, if it has one), then the tokens of
-the whole file, each predicted from earlier tokens. The sum of their log-likelihoods is divided by the file's bytes
-on disk, so the figure does not depend on the tokenizer. The end token after the document is not counted, since it
-stands for no byte.
+the whole file, each predicted from earlier tokens. The sum of their log-likelihoods is divided by the number of bytes
+on disk, so figures of models with different tokenizers can be compared. The end token after the document is not
+counted, since it stands for no byte.
 """
 
 import logging
@@ -36,7 +36,10 @@ class Text:
 
 
 def read_text(path: Path, tokenizer: Tokenizer) -> Text:
-    """Raises ValueError, naming the file, if it is missing, empty, too large or not UTF-8, or has no tokens."""
+    """Reads and tokenizes a file.
+
+    Raises ValueError, naming the file, if it is missing, empty, larger than MAX_BYTES or not UTF-8, or has no tokens.
+    """
     try:
         content = read_small(path, MAX_BYTES)
         if not content:
@@ -50,19 +53,20 @@ def read_text(path: Path, tokenizer: Tokenizer) -> Text:
     if not tokens:
         raise ValueError(f"{path} gives no tokens; use a tokenizer that keeps all of a text.")
     if tokenizer.decode(tokens) != text:
-        logger.warning(f"The tokenizer does not keep all of {path}: its figure counts what it keeps, over all bytes.")
+        logger.warning(f"The tokenizer does not keep all of {path}: its figure counts the kept text, over all bytes.")
     return Text(len(content), tokens)
 
 
 def score_text(
     model: Decoder, text: Text, tokenizer: Tokenizer, max_length: int | None = None, begin_id: int | None = None
 ) -> dict[str, float | int]:
-    """bits_per_byte, perplexity (per token), num_bytes, num_tokens.
+    """Returns bits_per_byte, perplexity (per token), num_bytes and num_tokens of a text.
 
-    max_length: None carries the state through the whole file, piece by piece, so that each token is predicted from all
-    before it. A number cuts windows of so many tokens, each of which begins with the last token of the one before, as
-    lm-eval does: what models need whose attention would grow with the file.
-    begin_id: the token that stands before the text; the end token if None.
+    max_length: None carries the state through the whole file, so each token is predicted from all tokens before it. A
+    number cuts the text into windows of that many predicted tokens, each beginning with the last token of the window
+    before it, as in lm-eval. Models with softmax attention need it, since their memory grows with the text.
+    begin_id: the token before the text; the end token if None.
+    Raises FloatingPointError if logits are not finite.
     """
     tokens = [tokenizer.end_id if begin_id is None else begin_id, *text.tokens]
     if max_length is None:
@@ -72,7 +76,7 @@ def score_text(
             Request((tokens[start],), tuple(tokens[start + 1 : start + max_length + 1]))
             for start in range(0, len(text.tokens), max_length)
         ]
-        log_likelihood = fsum(found.log_likelihood for found in score(model, windows, vocab_size=tokenizer.vocab_size))
+        log_likelihood = fsum(entry.log_likelihood for entry in score(model, windows, vocab_size=tokenizer.vocab_size))
     per_token = -log_likelihood / len(text.tokens)
     return {
         "bits_per_byte": -log_likelihood / log(2) / text.num_bytes,
@@ -84,7 +88,7 @@ def score_text(
 
 @torch.inference_mode()
 def _log_likelihood(model: Decoder, tokens: list[int], vocab_size: int) -> float:
-    """Of all tokens but the first, which begins the document, in a float64 sum."""
+    """Log-likelihood of all tokens but the first, which begins the document; a float64 sum."""
     device = model.embedding.weight.device
     cache = new_cache(model, 1, len(tokens))
     targets = torch.tensor(tokens[1:], device=device)
@@ -104,9 +108,9 @@ def evaluate_texts(
     trained_length: int,
     begin_id: int | None = None,
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """The figures of each file by its name as given, or `error`, a sentence; and these sentences.
+    """Scores each file. Returns path -> figures of `score_text`, or {"error": sentence}; and the list of errors.
 
-    max_length: see `score_text`; if None, `trained_length` for a model whose memory grows with the text.
+    max_length: see `score_text`; if None, a model whose memory grows with the text uses `trained_length`.
     begin_id: see `score_text`.
     """
     if max_length is None and growing(model):

@@ -1,4 +1,4 @@
-"""The interface of feed-forward layers."""
+"""Defines the interface of feed-forward layers."""
 
 from typing import get_args
 
@@ -9,21 +9,21 @@ from torchlmoe.options import Configurable
 
 
 class FeedForward(Configurable, nn.Module):
-    """x [B, T, dim] -> [B, T, dim], token by token.
+    """Base class: x [B, T, dim] -> [B, T, dim], token by token.
 
-    Its constructor takes dim and keyword arguments, which are its settings: annotate each with its type and, through
-    `pydantic.Field`, its range and meaning.
+    The constructor takes dim and keyword arguments, which are the layer's settings. Annotate each with its type and,
+    through `pydantic.Field`, its range and meaning.
     """
 
     def forward(self, x: Tensor, *, sequence: SequenceLayout) -> Tensor:
         raise TypeError(f"{type(self).__name__} must define forward(x, *, sequence).")
 
     def init_weights(self) -> None:
-        """Draws the parameters."""
+        """Initialize the parameters."""
         raise TypeError(f"{type(self).__name__} must define init_weights().")
 
     def flops_per_token(self) -> int:
-        """Forward FLOPs of one token, a multiply-add counting two."""
+        """Forward FLOPs of one token; a multiply-add counts as two."""
         raise TypeError(f"{type(self).__name__} must define flops_per_token().")
 
     def idle_parameters(self) -> int:
@@ -31,9 +31,9 @@ class FeedForward(Configurable, nn.Module):
         return 0
 
     @classmethod
-    def check_choices(cls, **given: str) -> None:
+    def check_choices(cls, **values: str) -> None:
         """Raises ValueError for a value that its setting, a Literal, does not list."""
-        for name, value in given.items():
-            known = get_args(cls.settings()[name][0].__origin__)
-            if value not in known:
-                raise ValueError(f"{name} = {value!r} is unknown: choose from {', '.join(known)}.")
+        for name, value in values.items():
+            choices = get_args(cls.settings()[name][0].__origin__)
+            if value not in choices:
+                raise ValueError(f"{name} = {value!r} is unknown: choose from {', '.join(choices)}.")

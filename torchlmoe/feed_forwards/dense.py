@@ -12,6 +12,8 @@ from torchlmoe.options import InitStd
 
 
 class Dense(MLP, FeedForward):
+    """x [B, T, dim] -> [B, T, dim]: one MLP for every token."""
+
     def __init__(
         self,
         dim: int,
@@ -23,7 +25,7 @@ class Dense(MLP, FeedForward):
         init_std: InitStd = 0.02,
     ):
         self.check_choices(activation=activation)
-        # With 8/3 a SwiGLU has as many parameters as a plain MLP of width 4.
+        # A SwiGLU of width 8/3 dim has as many parameters as an MLP without a gate of width 4 dim.
         width = 16 * max(1, round(dim * 8 / 3 / 16)) if activation == "swiglu" else 4 * dim
         super().__init__(dim, mlp_dim or width, activation=activation, init_std=init_std)
 

@@ -1,7 +1,7 @@
-"""The routed experts: E layers like `layers.mlp.MLP` with stacked weights, each over its own run of rows.
+"""The routed experts: E layers like `layers.mlp.MLP` with stacked weights, each over its run of rows.
 
-A row's routing weight is applied to the hidden activation rather than to the output. The product is the same, but
-the output [M, D] need not be kept for the backward, and the combine is a plain sum.
+A row's routing weight multiplies the hidden activation instead of the output. The result is the same, but the output
+[M, D] need not be kept for the backward, and the combine is a plain sum.
 
 Legend: M rows sorted by expert, E experts, D width, F hidden width of an expert.
 """
@@ -19,8 +19,8 @@ from torchlmoe.ops.weighted_swiglu import weighted_swiglu
 class Experts(nn.Module):
     """x [M, D], weight [M], offset [E] -> weight * MLP_e(x), [M, D].
 
-    The rows are sorted by expert, the weights in at least float32. offset_E: int32, the row at which each
-    expert's run ends; runs may be empty, and the last ends at M.
+    The rows are sorted by expert. weight_M: in at least float32. offset_E: int32, the row at which each expert's run
+    ends; runs may be empty, and the last one ends at M.
     """
 
     head_dims: dict[str, int] = {}  # split by expert, not by head
@@ -36,9 +36,9 @@ class Experts(nn.Module):
     ):
         super().__init__()
         self.init_std = init_std
-        self.matmul = grouped_matmul  # or one in a lower precision
+        self.matmul = grouped_matmul  # float8.experts replaces it
         if activation == "swiglu":
-            # Gate and up in one matrix: one product over x instead of two narrow ones.
+            # One matrix for gate and up: one product over x instead of two narrow ones.
             self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * expert_dim, dim))
         else:
             self.up_proj = nn.Parameter(torch.empty(num_experts, expert_dim, dim))

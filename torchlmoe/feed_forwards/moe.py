@@ -1,6 +1,6 @@
 """The mixture-of-experts layer: route, dispatch, experts, combine, plus the shared experts.
 
-Settings that equal the routing of published models:
+Settings for the routing of published models:
 
     Mixtral       score_function="softmax", normalize_top_k=True
     Qwen2-MoE     score_function="softmax", normalize_top_k=False, shared_expert_dim=..., shared_expert_gate=True
@@ -32,15 +32,14 @@ from torchlmoe.routing.router import Router
 
 
 class MoE(RoutedLayer, FeedForward):
-    """x [B, T, dim] -> like x: routed experts, and shared ones that every token passes.
+    """x [B, T, dim] -> like x: the sum of a token's routed experts and of shared experts, which process every token.
 
-    With a capacity an expert processes at most ceil(factor * top_k * T / num_experts) tokens of a microbatch, the first
-    ones in token order, as in Switch; further choices get weight zero and are counted. The other weights of the
-    token do not change. Padding does not count among the T tokens and takes no room. In evaluation and decoding
-    nothing is
-    dropped: there, a token's output must not depend on the other tokens of the batch.
+    With a capacity, an expert processes at most ceil(capacity_factor * top_k * T / num_experts) tokens of a microbatch,
+    the first ones in token order, as in Switch (arXiv 2101.03961). Further choices get weight zero and are counted as
+    dropped; the token's other weights do not change. Padding does not count among the T tokens and takes no capacity.
+    Evaluation and decoding drop nothing, since a token's output must not depend on other tokens of the batch.
 
-    After each optimizer step pass the step's counts to `end_step`. Raises ValueError if settings contradict each
+    After each optimizer step pass the step's counts to `end_step`. Raises ValueError for settings that contradict each
     other.
     """
 
@@ -170,8 +169,8 @@ class MoE(RoutedLayer, FeedForward):
             weight_TK, dropped = weight_TK.masked_fill(beyond_TK, 0.0), beyond_TK.sum()
         if self.training and sequence.share.loss_weight and torch.is_grad_enabled():
             weight_TK = self.load_balance(weight_TK, routing, dropped, sequence)
-        given_TD = x_TD if self.to_latent is None else self.to_latent(x_TD)
-        x_MD, weight_M = gather_slots(given_TD, slots), reorder_choices(weight_TK, slots)
+        latent_TD = x_TD if self.to_latent is None else self.to_latent(x_TD)
+        x_MD, weight_M = gather_slots(latent_TD, slots), reorder_choices(weight_TK, slots)
         if self.exchange is None:
             shared = self._shared(x)
             y_MD = self.experts(x_MD, weight_M, slots.offset_E)
@@ -192,9 +191,9 @@ class MoE(RoutedLayer, FeedForward):
         return shared if self.shared_expert_gate is None else self.shared_expert_gate(x).sigmoid() * shared
 
     def _beyond_capacity(self, expert_TK: Tensor, slots: Slots, counted_T: Tensor) -> Tensor:
-        """bool [T, K]: the choices whose expert is full. Padding takes no room and is never dropped.
+        """bool [T, K]: choices beyond their expert's capacity. Padding takes no capacity and is never dropped.
 
-        A choice's place is counted over the whole microbatch, whose earlier tokens may be on other ranks.
+        Places are counted over the whole microbatch, whose earlier tokens may be on other ranks.
         """
         assert self.capacity_factor is not None
         place_TK, num_tokens = slots.place_TK(expert_TK, counted_T), counted_T.sum()
@@ -210,13 +209,14 @@ class MoE(RoutedLayer, FeedForward):
 
     @torch.no_grad()
     def end_step(self, counts_E: Tensor) -> None:
-        """Keep the counts for the "global_batch" loss; with balance "loss_free" move the bias by one step of arXiv
-        2408.15664.
+        """Keep the counts for the "global_batch" loss. With balance = "loss_free", take a step of the bias.
+
+        The bias follows arXiv 2408.15664. counts_E: see `RoutedLayer.end_step`.
         """
         super().end_step(counts_E)
         bias_E = self.router.expert_bias
         if bias_E is not None:
-            # E * (mean - count), in integers, so that the bias of an expert exactly at the mean does not move.
+            # E * (mean - count), in integers, so that the bias of an expert whose load is the mean does not move.
             shortage_E = counts_E.sum() - self.num_experts * counts_E
             bias_E.add_(shortage_E.sign().to(bias_E.dtype), alpha=self.bias_update_rate)
 

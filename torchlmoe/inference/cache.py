@@ -1,14 +1,14 @@
-"""Decoding states of many rows as one TensorDict: continued, reset, copied, forked, saved and loaded.
+"""Holds the decoding states of many rows in one TensorDict, which can be reset, copied, forked, saved and loaded.
 
     cache = new_cache(model, num_rows=1, max_length=4096)
     logits = read(model, cache, prefix)                     # prefix int64 [1, T], any number of tokens
     save_cache(cache, "prefix.safetensors", model)
     cache = load_cache("prefix.safetensors", model, max_length=8192)
-    many = cache[torch.zeros(8, dtype=torch.int64)]         # forked: one row to eight; an index tensor copies
+    many = cache[torch.zeros(8, dtype=torch.int64)]         # fork: an index tensor copies one row to eight
     reset_rows(many, [3])
 
-`length` int64 [rows] is the number of tokens that each row has read; the other entries, by block, come from
-`Decoder.init_cache`. A slice of a cache shares its memory, so `cache[2:4]` can continue alone.
+`length` int64 [rows] is the number of tokens that each row has read; the other entries, one per block, come from
+`Decoder.init_cache`. A slice of a cache shares its memory, so `cache[2:4]` can be decoded separately.
 """
 
 import hashlib
@@ -29,18 +29,18 @@ from torchlmoe.model.decoder import Decoder
 PIECE = 512  # tokens read at once: bounds the activations and the attention mask of a long prompt
 LENGTH = "length"
 FORMAT = "torchlmoe cache 1"
-SAMPLES = 256  # values of a weight that identify it
+SAMPLES = 256  # values per weight in a model's fingerprint
 
 
 def new_cache(model: Decoder, num_rows: int, max_length: int, dtype: torch.dtype | None = None) -> TensorDict:
-    """Empty rows of at most `max_length` tokens. dtype: see `Decoder.init_cache`."""
+    """Returns a cache of empty rows, each for at most `max_length` tokens. dtype: see `Decoder.init_cache`."""
     cache = model.init_cache(num_rows, max_length, dtype)
     cache[LENGTH] = torch.zeros(num_rows, dtype=torch.int64, device=model.embedding.weight.device)
     return cache
 
 
 def read(model: Decoder, cache: TensorDict, tokens: Tensor) -> Tensor:
-    """Reads tokens int64 [rows, T] after what `cache` holds -> logits [rows, V] of the last, PIECE tokens at a time."""
+    """Reads tokens int64 [rows, T] after those in `cache`, PIECE at a time, and returns the last logits [rows, V]."""
     for x in read_pieces(model, cache, tokens):
         last = x[:, -1:]
     return model.run_head(last)[:, 0]
@@ -57,7 +57,7 @@ def read_pieces(model: Decoder, cache: TensorDict, tokens: Tensor) -> Iterator[T
 
 
 def reset_rows(cache: TensorDict, rows: Sequence[int] | Tensor) -> None:
-    """Reset rows in place."""
+    """Empties rows in place."""
     index = torch.as_tensor(rows, dtype=torch.int64, device=cache[LENGTH].device)
     for tensor in cache.values(True, True):
         tensor[index] = 0
@@ -66,9 +66,10 @@ def reset_rows(cache: TensorDict, rows: Sequence[int] | Tensor) -> None:
 def copy_rows(
     source: TensorDict, source_rows: Sequence[int] | Tensor, target: TensorDict, target_rows: Sequence[int] | Tensor
 ) -> None:
-    """Copies rows of one cache over rows of another, or of itself, in place; a source row may come several times.
+    """Copies rows of one cache over rows of another or of the same, in place. A source row may occur several times.
 
-    The two may differ in `max_length`. Raises ValueError if a row of the source has more tokens than fit.
+    The caches may differ in `max_length`. Raises ValueError if a source row has more tokens than fit, or if the caches
+    are of different models.
     """
     source_index, target_index = (
         torch.as_tensor(rows, dtype=torch.int64, device=cache[LENGTH].device)
@@ -81,16 +82,16 @@ def copy_rows(
         new = target[name]
         if old.shape[2:] != new.shape[2:]:
             raise ValueError(f"The caches differ in {'.'.join(_parts(name))}: they are of different models.")
-        kept = [min(sizes) for sizes in zip(old.shape[1:], new.shape[1:], strict=True)]
-        if kept != list(old.shape[1:]) and longest > kept[0]:
-            raise ValueError(f"A row of {longest} tokens does not fit into a cache of max_length = {kept[0]}.")
+        common = [min(sizes) for sizes in zip(old.shape[1:], new.shape[1:], strict=True)]
+        if common != list(old.shape[1:]) and longest > common[0]:
+            raise ValueError(f"A row of {longest} tokens does not fit into a cache of max_length = {common[0]}.")
         # Places after a row's tokens are overwritten before they are read.
-        places: list[Any] = [slice(size) for size in kept]
+        places: list[Any] = [slice(size) for size in common]
         new[(target_index, *places)] = old[(source_index, *places)].to(new)
 
 
 def resized(cache: TensorDict, model: Decoder, max_length: int) -> TensorDict:
-    """A copy of all rows with another `max_length`. Raises ValueError as `copy_rows`."""
+    """Returns a copy of all rows with another `max_length`. Raises ValueError if a row has more tokens."""
     rows, grown = range(len(cache)), growing(model)
     dtype = next((tensor.dtype for name, tensor in _flat(cache).items() if name in grown), None)
     other = new_cache(model, len(cache), max_length, dtype)
@@ -103,7 +104,7 @@ def save_cache(cache: TensorDict, path: str | Path, model: Decoder) -> None:
     tensors, grown = _flat(cache), growing(model)
     longest = int(cache[LENGTH].max()) if len(cache) else 0
     for name, tensor in tensors.items():
-        # Of tensors that grow with the text, only the filled places.
+        # Tensors that grow with the text are saved up to the longest row.
         tensors[name] = (tensor[:, :longest] if name in grown else tensor).cpu().contiguous()
     metadata = {"format": FORMAT, "model": _fingerprint(model), "sha256": _digest(tensors)}
     path = Path(path)
@@ -119,9 +120,9 @@ def save_cache(cache: TensorDict, path: str | Path, model: Decoder) -> None:
 def load_cache(
     path: str | Path, model: Decoder, max_length: int | None = None, dtype: torch.dtype | None = None
 ) -> TensorDict:
-    """Reads what `save_cache` wrote, onto the model's device.
+    """Reads a cache that `save_cache` wrote, onto the model's device.
 
-    max_length: of the rows, at least the tokens of the longest one, which is the default. dtype: see `new_cache`.
+    max_length: at least the number of tokens of the longest row, which is the default. dtype: see `new_cache`.
     Raises ValueError, naming the file, if it is damaged or was saved with another model, shape or dtype.
     """
     try:
@@ -153,21 +154,21 @@ def load_cache(
             raise ValueError(f"{path} holds rows of {longest} tokens; max_length = {max_length} must be at least that.")
         place = tensor[:, :longest] if name in grown else tensor
         if saved.dtype != tensor.dtype or saved.shape != place.shape:
-            found, wanted = (f"{list(x.shape)} of {x.dtype}" for x in (saved, place))
-            raise ValueError(f"{path} holds {name} as {found}, but needs {wanted}; give the dtype it had.")
+            actual, expected = (f"{list(x.shape)} of {x.dtype}" for x in (saved, place))
+            raise ValueError(f"{path} holds {name} as {actual}, but needs {expected}; give the dtype it had.")
         place.copy_(saved)
     return cache
 
 
 def growing(model: Decoder) -> set[str]:
-    """The tensors of a cache, by name, that have a place for each token, found by comparing caches of one and two."""
+    """Names of a cache's tensors that have a place per token, by comparison of caches for one and for two tokens."""
     meta = torch.device("meta")
     one, two = (_flat(model.init_cache(1, length, device=meta)) for length in (1, 2))
     return {name for name in one if one[name].shape != two[name].shape}
 
 
 def _flat(cache: Any) -> dict[str, Tensor]:
-    """By name, complex numbers as pairs of real ones, since safetensors has no complex128."""
+    """Name -> tensor; complex tensors as pairs of real numbers, since safetensors has no complex128."""
     return {
         ".".join(_parts(name)): torch.view_as_real(tensor) if tensor.is_complex() else tensor
         for name, tensor in cache.items(True, True)

@@ -1,8 +1,8 @@
 """Compiles a decoding step, with small custom operations replaced by plain torch.
 
-Calling a custom operation takes longer on a CPU than its work on one token. Without derivatives
-some of them are a few lines of plain torch, which the compiler fuses with the code around them. On a GPU they are
-kernels and are not replaced.
+On a CPU, calling a custom operation takes longer than its work on one token. Without derivatives some of them are a few
+lines of plain torch, which the compiler fuses with the code around them. On a GPU they are kernels and are not
+replaced.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,19 +18,19 @@ import torchlmoe.ops.weighted_swiglu
 import torchlmoe.routing.dispatch
 import torchlmoe.routing.router  # noqa: F401  (these define the operations)
 
-# Of a loop that several threads share on a CPU. A step's loops are short: with Inductor's default of 512 they wait for
-# each other at every one of them, which on a busy machine takes longer than all the work.
+# Smallest part of a loop that a CPU thread runs. A step's loops are short: with Inductor's default of 512, threads
+# share every loop and wait for each other after it, which on a busy machine takes longer than the work.
 MIN_ELEMENTS_PER_THREAD = 2**14
 
 
 def compile_step(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, compiled when it is first called: once for all positions, and once more for other numbers of rows."""
+    """Returns `function`, compiled at its first call: once for all positions, and again for other numbers of rows."""
     return torch.compile(function, backend=backend)
 
 
 def backend(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-    """Inductor with the table below. A module's function, since another backend would mean compiling anew."""
-    from torch._inductor.compile_fx import compile_fx  # the one place that needs these
+    """Inductor with the replacements of `opened`. One function of the module: another backend object recompiles."""
+    from torch._inductor.compile_fx import compile_fx  # imported here, since only this function needs Inductor
     from torch._inductor.decomposition import select_decomp_table
 
     _allow_closed()
@@ -43,7 +43,7 @@ def backend(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[...,
 
 
 def _allow_closed() -> None:
-    """Lets Inductor call an operation of the table whose plain form declines: it refuses to unless told before."""
+    """Registers fallbacks, so that Inductor calls a custom operation if its plain form returns NotImplemented."""
     from torch._inductor.graph import get_layout_constraint_tag, tag_to_layout_constraint
     from torch._inductor.lowering import lowerings, make_fallback
 
@@ -54,7 +54,7 @@ def _allow_closed() -> None:
 
 
 def opened() -> dict[Any, Callable[..., Any]]:
-    """By operation, the plain form; if it returns NotImplemented, the operation is not replaced."""
+    """Custom operation -> its form in plain torch. If that returns NotImplemented, the operation is not replaced."""
     operations = torch.ops.torchlmoe
     return {
         operations.causal_conv.default: _causal_conv,
@@ -96,7 +96,7 @@ def _weighted_swiglu(gate_up: Tensor, weight: Tensor) -> Tensor:
 
 @_on_cpu
 def _grouped_matmul(x_MD: Tensor, weight_EFD: Tensor, offsets_E: Tensor) -> Any:
-    """Each row by its own expert's matrix, if there are fewer rows than experts: a group at a time would visit all."""
+    """With at most as many rows as experts, one product per row: a loop over groups would visit every expert."""
     num_rows = x_MD.shape[0]
     if type(num_rows) is not int or num_rows > weight_EFD.shape[0]:
         return NotImplemented
@@ -113,7 +113,7 @@ def _top_indices(score: Tensor, k: int) -> Tensor:
 
 @_on_cpu
 def _sort_slots(expert_TK: Tensor, num_experts: int, alignment: int) -> Any:
-    if alignment > 1:  # how many slots there are then depends on the choices
+    if alignment > 1:  # the number of slots then depends on the choices
         return NotImplemented
     expert_M, choice_M = expert_TK.flatten().sort(stable=True)
     end_E = torch.searchsorted(expert_M, torch.arange(num_experts, device=expert_M.device), right=True)

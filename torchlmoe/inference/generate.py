@@ -1,8 +1,7 @@
 """Continues prompts token by token, from recurrent states and key-value caches.
 
 `inference/prefill.py` reads prompts without padding, and shared prefixes once. Then all rows decode together, one token
-per step, each at its own position; a row that ends leaves the batch. Blocks with a recurrence need constant
-memory.
+per step, each at its own position. A row that ends leaves the batch. A recurrence needs constant memory per row.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +17,7 @@ from torchlmoe.model.decoder import Decoder
 
 
 def generate(model: Decoder, prompts: Sequence[Sequence[int]], **options) -> list[list[int]]:
-    """The continuation of each prompt; arguments as in `generate_stepwise`."""
+    """Returns the continuation of each prompt, as token ids. Arguments and errors: see `generate_stepwise`."""
     continuations: list[list[int]] = [[] for _ in prompts]
     for step in generate_stepwise(model, prompts, **options):
         for continuation, token in zip(continuations, step, strict=True):
@@ -40,17 +39,18 @@ def generate_stepwise(
     has_ended: Callable[[int, int], bool] | None = None,
     compile: bool = False,
 ) -> Iterator[list[int | None]]:
-    """Yields step by step the next token of each prompt, None for those that have ended, until all have.
+    """Yields at each step the next token of each prompt, None if the prompt has ended, until all have ended.
 
     model: put into evaluation mode, where experts drop nothing and count nothing.
-    prompts: token ids, of any lengths; the first of a document is the end token, as in training.
+    prompts: token ids, of any lengths. A document begins with the end token, as in training.
     end_id: the token that ends a row, and is not part of it; None to continue to max_new_tokens.
-    vocab_size: ids that the tokenizer has, if the embedding has more rows: the others are never chosen.
-    sampling: greedy unless given. seed: of its draws; one seed gives the same tokens for the same prompts.
-    has_ended: called with the number of a prompt and its next token; True ends the row with this token.
-    compile: compile the step, which takes minutes once and pays off over many tokens.
+    vocab_size: number of the tokenizer's ids, if the embedding has more rows. The other rows are never chosen.
+    sampling: greedy if None. seed: of random draws; equal seeds give equal tokens for equal prompts.
+    has_ended: called with the index of a prompt and its next token; True ends the row with this token.
+    compile: compile the step. This takes minutes once and pays off over many tokens.
 
-    Raises ValueError for prompts without tokens or with unknown ids, and for max_new_tokens < 1.
+    Raises ValueError for no prompts, prompts without tokens or with unknown ids, max_new_tokens < 1, and a vocab_size
+    above the number of the embedding's rows; FloatingPointError if logits are not finite.
     """
     vocab_size = vocab_size or model.embedding.num_embeddings
     if vocab_size > model.embedding.num_embeddings:
@@ -69,29 +69,29 @@ def generate_stepwise(
     for row, prompt in zip(seen, prompts, strict=True):
         row[torch.tensor(prompt, device=device)] = True
     if end_id is not None:
-        seen[:, end_id] = False  # it begins every document; to end one is no repetition
+        seen[:, end_id] = False  # every document begins with it, so ending one is not a repetition
 
     live = list(range(len(prompts)))  # the prompt of each row of the cache
     for step in range(max_new_tokens):
         distribution = next_token_distribution(logits[:, :vocab_size], sampling, seen)
-        # A number for every prompt, so that a row draws the same whenever others end.
+        # One number for every prompt, so that a row's draws do not depend on when others end.
         uniform = torch.rand(len(prompts), dtype=torch.float64, device=device, generator=generator)
         tokens = draw(distribution, uniform[live])[:, None]
         seen.scatter_(1, tokens, True)
         chosen: list[int | None] = [None] * len(prompts)
-        kept = []
+        kept_rows = []
         for row, (index, token) in enumerate(zip(live, tokens[:, 0].tolist(), strict=True)):
             if token == end_id:
                 continue
             chosen[index] = token
             if has_ended is None or not has_ended(index, token):
-                kept.append(row)
+                kept_rows.append(row)
         if any(token is not None for token in chosen):
             yield chosen
-        if not kept:
+        if not kept_rows:
             return
-        if len(kept) < len(live):
-            cache, order = _without_others(cache, kept)
+        if len(kept_rows) < len(live):
+            cache, order = _keep_rows(cache, kept_rows)
             live = [live[row] for row in order]
             tokens, seen = tokens[order], seen[order]
         if step + 1 < max_new_tokens:
@@ -99,15 +99,15 @@ def generate_stepwise(
             cache[LENGTH].add_(1)
 
 
-def _without_others(cache: TensorDict, kept: list[int]) -> tuple[TensorDict, list[int]]:
-    """A cache of these rows alone, in the memory of `cache`, and which row each was: the last ones fill the gaps."""
-    order = list(range(len(kept)))
-    gaps = sorted(set(order) - set(kept))
-    moved = [row for row in kept if row >= len(kept)]
+def _keep_rows(cache: TensorDict, rows: list[int]) -> tuple[TensorDict, list[int]]:
+    """Reduces a cache to some rows in place: the last rows fill the gaps. Returns it and the new order of its rows."""
+    order = list(range(len(rows)))
+    gaps = sorted(set(order) - set(rows))
+    moved = [row for row in rows if row >= len(rows)]
     for gap, row in zip(gaps, moved, strict=True):
         order[gap] = row
     copy_rows(cache, moved, cache, gaps)
-    return cache[: len(kept)], order
+    return cache[: len(rows)], order
 
 
 def _check(prompts: Sequence[Sequence[int]], max_new_tokens: int, vocab_size: int) -> None:

@@ -1,4 +1,4 @@
-"""How the next token is chosen: repetition penalty, temperature, top-k and top-p act on the logits, in this order.
+"""Chooses the next token: repetition penalty, temperature, top-k and top-p act on the logits in this order.
 
 Legend: B rows, V vocabulary.
 """
@@ -11,11 +11,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature: divides the logits; 0 is greedy, the likeliest token.
-    top_k: only the k likeliest tokens (and those equal to the k-th); None for all.
-    top_p: only the likeliest tokens that together reach the probability p (arXiv 1904.09751).
-    repetition_penalty: divides the logit of a token that is already in the row, prompt included, where positive, and
-        multiplies it where negative, so that above 1 it always makes it less likely (arXiv 1909.05858).
+    """Settings of sampling.
+
+    temperature: divides the logits; 0 is greedy, the likeliest token.
+    top_k: sample from the k likeliest tokens (and those equal to the k-th); None for all.
+    top_p: sample from the smallest set of likeliest tokens whose probability reaches p (arXiv 1904.09751).
+    repetition_penalty: applies to tokens that are already in the row, prompt included. It divides a positive logit and
+        multiplies a negative one, so values above 1 make the token less likely (arXiv 1909.05858).
 
     Raises ValueError for values out of range.
     """
@@ -39,10 +41,10 @@ class Sampling:
 
 
 def next_token_distribution(logits_BV: Tensor, sampling: Sampling, seen_BV: Tensor | None = None) -> Tensor:
-    """logits [B, V] -> probabilities, float64 [B, V], zero where a token may not be chosen.
+    """logits [B, V] -> probabilities, float64 [B, V]; zero for tokens that sampling excludes.
 
-    seen_BV: bool, the tokens of each row so far, to which the repetition penalty applies.
-    Raises FloatingPointError where the logits are not finite.
+    seen_BV: bool, the tokens that each row contains so far, to which the repetition penalty applies.
+    Raises FloatingPointError if logits are not finite.
     """
     if not logits_BV.isfinite().all():
         raise FloatingPointError(
@@ -55,7 +57,7 @@ def next_token_distribution(logits_BV: Tensor, sampling: Sampling, seen_BV: Tens
         logits_BV = torch.where(seen_BV, penalized_BV, logits_BV)
     if sampling.temperature == 0:
         return torch.zeros_like(logits_BV).scatter_(1, logits_BV.argmax(1, keepdim=True), 1.0)
-    # Relative to the largest, so that no temperature overflows.
+    # Relative to the largest logit, so that no temperature overflows.
     logits_BV = (logits_BV - logits_BV.amax(1, keepdim=True)) / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < logits_BV.shape[1]:
         smallest_B1 = logits_BV.topk(sampling.top_k).values[:, -1:]
@@ -63,7 +65,7 @@ def next_token_distribution(logits_BV: Tensor, sampling: Sampling, seen_BV: Tens
     probability_BV = logits_BV.softmax(1)
     if sampling.top_p < 1:
         sorted_BV, order_BV = probability_BV.sort(1, descending=True)
-        # A token stays as long as those before it have not reached p; so the likeliest always does.
+        # A token stays if the tokens before it have not reached p, so the likeliest token always stays.
         sorted_BV = sorted_BV.masked_fill(sorted_BV.cumsum(1) - sorted_BV >= sampling.top_p, 0.0)
         probability_BV = torch.zeros_like(probability_BV).scatter_(1, order_BV, sorted_BV)
         probability_BV = probability_BV / probability_BV.sum(1, keepdim=True)
@@ -71,10 +73,10 @@ def next_token_distribution(logits_BV: Tensor, sampling: Sampling, seen_BV: Tens
 
 
 def draw(probability_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """A token of each row, int64 [B]: the first whose cumulative probability is above a number from [0, 1).
+    """Draws a token per row, int64 [B]: the first whose cumulative probability exceeds the row's number.
 
-    probability_BV, uniform_B: float64. One number per row, so that a row's token does not depend on the other rows.
+    probability_BV: float64. uniform_B: float64 in [0, 1), one per row, so that rows do not depend on each other.
     """
     cumulative_BV = probability_BV.cumsum(1)
-    cumulative_BV = cumulative_BV / cumulative_BV[:, -1:]  # ends with 1, which no number reaches
+    cumulative_BV = cumulative_BV / cumulative_BV[:, -1:]  # the last is exactly 1, which exceeds every number
     return torch.searchsorted(cumulative_BV, uniform_B[:, None], right=True)[:, 0]

@@ -1,4 +1,4 @@
-"""Texts as they grow, for a terminal: whole characters only, one text after another."""
+"""Streams generated texts to a terminal: only whole characters, one text after another."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -7,24 +7,24 @@ from torchlmoe.inference.generate import generate_stepwise
 from torchlmoe.inference.stop_strings import StopStrings
 from torchlmoe.model.decoder import Decoder
 
-UNFINISHED = "\ufffd"  # what bytes decode to that are no character, or not yet
+UNFINISHED = "\ufffd"  # the decoded text of bytes that are not a whole character
 
 
 class TextStream:
-    """A text that is given token by token; what `push` and, at the end, `close` return adds up to the whole.
+    """Decodes a text token by token. The results of `push` and, at the end, of `close` add up to the whole text.
 
-    A decoder may write a token otherwise after others than alone (a space before it, a byte of a character). So a
-    window of the last tokens is decoded: what is new is what it has beyond its text before.
+    The text of a token depends on the tokens before it: a space, or a byte of a character. So a window of the last
+    tokens is decoded each time, and the new text is what it has beyond its previous text.
     """
 
     def __init__(self, tokenizer: Tokenizer, window: int = 64):
         self.tokenizer, self.window = tokenizer, window
-        self.ids: list[int] = []  # of the window
-        self.shown = ""  # its text so far
+        self.ids: list[int] = []  # the window's tokens
+        self.shown = ""  # the window's text that was returned
         self.in_bytes = False
 
     def push(self, index: int) -> str:
-        """What is new, without a character whose bytes are not all there yet."""
+        """Take the next token and return the new text, without a character whose bytes are incomplete."""
         self.ids.append(index)
         text = self.tokenizer.decode(self.ids)
         # A token without text, such as a special token, does not end a row of bytes.
@@ -33,24 +33,25 @@ class TextStream:
             return ""
         new, self.shown = text[len(self.shown) :], text
         if len(self.ids) >= 2 * self.window:
-            kept = self.ids[-self.window :]
-            kept_text = self.tokenizer.decode(kept)
-            if not self.tokenizer.is_byte(kept[0]) and not kept_text.startswith(UNFINISHED):  # else within a character
-                self.ids, self.shown = kept, kept_text
+            ids = self.ids[-self.window :]
+            window_text = self.tokenizer.decode(ids)
+            if not self.tokenizer.is_byte(ids[0]) and not window_text.startswith(UNFINISHED):  # not within a character
+                self.ids, self.shown = ids, window_text
         return new
 
     def close(self) -> str:
-        """What was held back: a character that stayed unfinished, as U+FFFD."""
+        """Return the rest of the text: a character that stayed incomplete, as U+FFFD."""
         return self.tokenizer.decode(self.ids)[len(self.shown) :]
 
 
 class Row:
-    """A prompt and the text that continues it, as the tokens come.
+    """A prompt and the text of its continuation, token by token.
 
-    prompt: its token ids. stop: stop strings, of the continuation alone.
+    prompt: token ids. stop: stop strings; they apply to the continuation, not to the prompt.
 
-    Attributes: `prompt_text`; `text`, the continuation so far that may be shown; `num_tokens`, of the continuation;
-    `finish_reason`: "stop" (a stop string came), "end" (the end token) or "length", once the row is closed.
+    Attributes: `prompt_text`; `text`, the part of the continuation that may be shown; `num_tokens`, of the
+    continuation; `finish_reason`: "" until the row is closed, then "stop" (a stop string), "end" (the end token) or
+    "length".
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str] = ()):
@@ -59,13 +60,13 @@ class Row:
         self.text, self.num_tokens, self.finish_reason = "", 0, ""
 
     def push(self, token: int) -> bool:
-        """Takes the next token; returns whether it brought a stop string to its end."""
+        """Take the next token. Returns whether it completed a stop string."""
         self.num_tokens += 1
         self.text += self._stop.push(self._stream.push(token))
         return self._stop.found
 
     def close(self, max_new_tokens: int) -> None:
-        """The row has ended: shows what was held back. Does nothing the second time."""
+        """End the row, and show the text that was held back. A second call does nothing."""
         if self.finish_reason:
             return
         self.text += self._stop.push(self._stream.close()) + self._stop.close()
@@ -75,7 +76,10 @@ class Row:
 def continue_rows(
     model: Decoder, rows: Sequence[Row], prompts: Sequence[Sequence[int]], *, max_new_tokens: int, **options
 ) -> Iterator[None]:
-    """Generates, and yields after each step; `rows` then have their texts so far. Options: see `generate_stepwise`."""
+    """Generates into `rows`, and yields after each step, when they have their new texts.
+
+    prompts: token ids, one per row. options and errors: see `generate_stepwise`.
+    """
 
     def has_ended(row: int, token: int) -> bool:
         return rows[row].push(token)
@@ -92,9 +96,9 @@ def continue_rows(
 
 
 def stream_in_order(rows: Sequence[Row], steps: Iterable[object]) -> Iterator[tuple[int, str]]:
-    """Yields (row, new text): each prompt with its continuation, the rows one after another.
+    """Yields (row index, new text): each prompt with its continuation, the rows one after another.
 
-    steps: see `continue_rows`. A row is yielded as it grows, once those before it have ended.
+    steps: an iterator such as `continue_rows`. A row is yielded while it grows, once the rows before it have ended.
     """
     row, shown = 0, 0
     yield row, rows[row].prompt_text

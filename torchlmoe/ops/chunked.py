@@ -1,12 +1,12 @@
-"""The recurrence chunk by chunk in plain PyTorch: used on CPUs and wherever no kernel is available.
+"""The recurrence chunk by chunk in plain PyTorch: used on CPUs, and on a GPU if no kernel serves the call.
 
 Let S be the state at the start of a chunk, and G and H the inclusive cumulative sums of log_decay and value_log_decay.
-A token has readers x: q and, if given, e = erase. It has writers y with values w: k with v and, if erase is given,
-b = erase_key with n, which removes the old value. If b = k, n replaces v, and k is the only writer:
+A token has readers x: q and, if given, erase. It has writers y with values w: k with v and, if erase is given,
+erase_key with n, which removes the old value. If erase_key = k, n replaces v, and k is the only writer:
 
-    P    = <x, y>                                         scores: see `chunk_decay.py`; strict for e
-    n    = (I + P_eb)^-1 z - E S                          z = v if b = k, otherwise -P_ek v
-    E    = (I + P_eb)^-1 (e * exp G)
+    P    = <x, y>                                         scores: see `chunk_decay.py`; strict for erase
+    n    = T z - T (erase * exp G) S                      z = v if erase_key = k, otherwise -<erase, k> v
+    T    = (I + <erase, erase_key>)^-1
     o_i  = (S^T (q_i * exp G_i)) * exp H_i + sum_j P_ij w_j * exp(H_i - H_j)
     S   <- exp(G_C) S exp(H_C) + sum_j (y_j * exp(G_C - G_j)) (w_j * exp(H_C - H_j))^T
 
@@ -77,13 +77,13 @@ class Chunks:
     y_NCWK: Tensor  # k, then erase_key if it is not k
     read_keys_NCRK: Tensor  # x * exp G
     written_keys_NCWK: Tensor  # y * exp(G_C - G)
-    beta_NC: Tensor | None  # if erase is a beta: e = beta * b
+    beta_NC: Tensor | None  # if erase is a beta: x is then beta * erase_key
     bonus_N1K: Tensor | None
     key_decay: Undecayed
     value_decay: Undecayed
     scores_NCRCW: Tensor
-    inverse_NCC: Tensor | None  # (I + P_eb)^-1, with an erase term
-    erased_keys_NCK: Tensor | None  # E, with an erase term
+    inverse_NCC: Tensor | None  # T, with an erase term
+    erased_keys_NCK: Tensor | None  # T (erase * exp G), with an erase term
     starts_NKV: Tensor  # the first state of every chunk, from `scan`
 
     @property
@@ -193,7 +193,7 @@ def scan(chunks: Chunks, state: Tensor, finished: list[Tensor]) -> tuple[Tensor,
         added = torch.bmm(written_keys[:, :, 0].mT, decayed(v_NCV, chunks.value_decay.to_end))
     if chunks.inverse_NCC is not None:
         z_NCV = -torch.bmm(chunks.scores_NCRCW[:, :, -1, :, 0], v_NCV) if chunks.writes_v else v_NCV
-        removed = torch.bmm(chunks.inverse_NCC, z_NCV)  # n of every step, once E S is subtracted
+        removed = torch.bmm(chunks.inverse_NCC, z_NCV)  # n of every step, after erased_keys S is subtracted
     erase = () if removed is None else (removed, chunks.erased_keys_NCK, written_keys[:, :, -1].mT)
     per_step = [chunks.steps(x) for x in (chunks.starts_NKV, added, chunks.whole(), *erase)]
     for start, plus, whole, *of_erase in zip(*per_step, strict=True):

@@ -3,12 +3,12 @@
 In the notation of `chunked.py`, with dS the gradient of a chunk's last state and P' the gradient of the scores:
 
     dw   = columns(P_q, do) + (y * exp(G_C - G)) dS * exp(H_C - H)                  (for v and n alike)
-    dz   = (I + P_eb)^-T dn                                      (dn, of n, is the dw of the last writer)
-    dv   = dz if b = k, otherwise dv - P_ek^T dz
-    P'_q = pair(do, w)          P'_e = -dz w^T, strict          (`pair` and `columns` of the value side's decay)
+    dz   = T^T dn                                                (dn, of n, is the dw of the last writer)
+    dv   = dz if erase_key = k, otherwise dv - <erase, k>^T dz
+    P'_q = pair(do, w)      P'_erase = -dz w^T, strict      (`pair` and `columns` of the value side's decay)
     dx   = rows(P', y) + exp G * (do * exp H, -dz) S^T
     dy   = columns(P', x) + exp(G_C - G) * (w * exp(H_C - H)) dS^T
-    dS  <- (q * exp G)^T (do * exp H) + exp(G_C) dS exp(H_C) - E^T dn
+    dS  <- (q * exp G)^T (do * exp H) + exp(G_C) dS exp(H_C) - (T (erase * exp G))^T dn
     dg_s = sum_{i>=s} x_i * (dx_i through S) + sum_{j<s} y_j * (dy_j through dS) + sum_{i>=s>j} P'_ij P_ij
            + sum S * exp(G_C) dS exp(H_C)              (dh likewise of do, o and v, dv; per channel level by level)
 

@@ -1,8 +1,8 @@
-"""Optimizers by the name that the settings use.
+"""Optimizers, by their names in the settings.
 
-An optimizer is a function of `Parameters` whose keyword arguments are settings: those that [optimizer] has by the same
-name, and its own annotated ones (`optimizer.options`). It returns a `torch.optim.Optimizer`, whose groups' learning
-rates are the peaks of the schedule.
+An optimizer is a function of `Parameters` whose keyword arguments are settings: those of [optimizer] with the same
+name, and its own annotated ones (`optimizer.options`). It returns a `torch.optim.Optimizer`, whose groups have the peak
+learning rates of the schedule.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def muon(
     matrix_lr: float | None,
     momentum: float,
 ) -> torch.optim.Optimizer:
-    """Muon for the matrices of the blocks, AdamW for all else."""
+    """Muon (arXiv 2502.16982) for the matrices of the blocks, AdamW for all other parameters. matrix_lr: lr if None."""
     groups = parameters.groups(weight_decay, without=[*parameters.matrices, *parameters.fused])
     of_matrices = {"weight_decay": weight_decay, "lr": matrix_lr or lr}
     groups += [

@@ -3,9 +3,9 @@
     M <- mu M + (1 - mu) grad             U = mu M + (1 - mu) grad             (Nesterov)
     W <- (1 - lr wd) W - lr 0.2 sqrt(max(m, n)) orth(U)
 
-orth(U) is near the closest semi-orthogonal matrix, by a few Newton-Schulz steps. The factor gives updates the size that
-AdamW's have, so both share one learning rate. It is a rule for single matrices: a stack of experts is many, and layers
-fused into one weight count apart. All else (embeddings, router, vectors) moves by AdamW.
+orth(U) approximates the closest semi-orthogonal matrix by a few Newton-Schulz steps. The factor gives updates the size
+of AdamW's, so both can share a learning rate. The rule is for single matrices: each expert of a stack has its own
+update, and so has each layer of a fused weight. All other parameters (embeddings, router, vectors) use AdamW.
 """
 
 import torch
@@ -15,19 +15,19 @@ from torch.distributed.tensor import DTensor, Placement, Replicate
 from torchlmoe.layers.initialization import own_part
 from torchlmoe.ops.host_dtype import cpu_lacks_bfloat16
 
-# The quintic whose iterates push singular values towards 1 (Jordan et al. 2024).
+# Coefficients of a quintic whose iterates move singular values towards 1 (Jordan et al. 2024).
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, and Muon for groups that have the key `fused_rows`, whose parameters are matrices [..., m, n].
+    """AdamW, and Muon for groups with the key `fused_rows`, whose parameters are matrices [..., m, n].
 
-    fused_rows: how many matrices a weight's rows are, one below the other; 1 for an ordinary weight.
-    momentum, num_iterations: of Muon.
+    fused_rows: number of matrices that are concatenated along the rows of a weight; 1 for an ordinary weight.
+    momentum, num_iterations: of Muon. adamw: arguments of `torch.optim.AdamW`.
 
-    A sharded weight (DTensor) is gathered for its step and every rank keeps its own part, so that the number of ranks
-    does not change a run. A stack is gathered only along the axes that cut its matrices: sharded between them, it needs
-    no communication.
+    A sharded weight (DTensor) is gathered for its step, and every rank keeps its own part, so the number of ranks does
+    not change a run. A stack is gathered only along mesh axes that cut its matrices: if it is sharded between matrices,
+    it needs no communication.
     """
 
     def __init__(self, groups: list[dict], *, momentum: float = 0.95, num_iterations: int = 5, **adamw):
@@ -62,11 +62,11 @@ class Muon(torch.optim.AdamW):
             stacks[index] = matrices.mT if matrices.shape[-2] > matrices.shape[-1] else matrices
         for shape in {stack.shape[1:] for stack in stacks.values()}:
             members = [index for index, stack in stacks.items() if stack.shape[1:] == shape]
-            together = orthogonalize(torch.cat([stacks[index] for index in members]), self.num_iterations)
-            parts = (together * (0.2 * max(shape) ** 0.5)).split([len(stacks[index]) for index in members])
+            updates = orthogonalize(torch.cat([stacks[index] for index in members]), self.num_iterations)
+            parts = (updates * (0.2 * max(shape) ** 0.5)).split([len(stacks[index]) for index in members])
             for index, part in zip(members, parts, strict=True):
-                tall = shapes[index][-2] // group["fused_rows"] > shapes[index][-1]
-                update = (part.mT if tall else part).reshape(shapes[index])
+                is_tall = shapes[index][-2] // group["fused_rows"] > shapes[index][-1]
+                update = (part.mT if is_tall else part).reshape(shapes[index])
                 parameters[index].mul_(1 - group["lr"] * group["weight_decay"])
                 local = parameters[index].to_local() if isinstance(parameters[index], DTensor) else parameters[index]
                 local.add_(_own_part(update, parameters[index]), alpha=-group["lr"])
@@ -75,7 +75,7 @@ class Muon(torch.optim.AdamW):
 def orthogonalize(x_NMK: Tensor, num_iterations: int = 5) -> Tensor:
     """Stacked matrices [N, m, n], m <= n -> like x, with singular values near 1 (between about 0.7 and 1.2).
 
-    Products run in bfloat16 where the hardware multiplies it natively, in float64 for float64.
+    Products run in bfloat16 if the hardware multiplies it natively and x is not float64, otherwise in the dtype of x.
     """
     a, b, c = _QUINTIC
     native = not (x_NMK.device.type == "cpu" and cpu_lacks_bfloat16())
@@ -89,7 +89,7 @@ def orthogonalize(x_NMK: Tensor, num_iterations: int = 5) -> Tensor:
 
 
 def _whole_matrices(update: Tensor) -> Tensor:
-    """This rank's matrices, gathered along the axes of its mesh that cut them."""
+    """The matrices of which this rank has a part, gathered along the mesh axes that cut them."""
     if not isinstance(update, DTensor):
         return update
     whole = [Replicate() if _cuts_matrices(place, update) else place for place in update.placements]
@@ -97,7 +97,7 @@ def _whole_matrices(update: Tensor) -> Tensor:
 
 
 def _own_part(update: Tensor, parameter: Tensor) -> Tensor:
-    """A plain tensor like the rank's part of the parameter, of whole matrices from `_whole_matrices`."""
+    """The rank's part of an update from `_whole_matrices`: a plain tensor like the rank's part of the parameter."""
     return own_part(update, parameter, first_dim=parameter.dim() - 2)
 
 

@@ -1,4 +1,4 @@
-"""A model's parameters by what an update rule has to know of them."""
+"""Groups a model's parameters by the update rules that apply to them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,10 +11,10 @@ from torchlmoe.feed_forwards.experts import Experts
 
 @dataclass(frozen=True)
 class Parameters:
-    """every: all trained parameters, in the model's order.
+    """The parameters of a model.
 
-    matrices: of these, the weights of the blocks' linear layers, and stacks of experts' ones. fused: weights of the
-        blocks whose rows are two matrices, one below the other.
+    every: all trained parameters, in the model's order. matrices: weights of the blocks' linear layers, [m, n], and
+    stacks of experts' weights, [E, m, n]. fused: weights of the blocks with two matrices concatenated along their rows.
     """
 
     every: Sequence[Tensor]
@@ -23,7 +23,7 @@ class Parameters:
 
     @classmethod
     def of(cls, model: nn.Module) -> "Parameters":
-        """model: a decoder."""
+        """The parameters of a decoder."""
         parameters = dict(model.named_parameters())  # an attribute may be a cast of its parameter
         matrices: list[Tensor] = []
         fused: list[Tensor] = []
@@ -36,9 +36,12 @@ class Parameters:
         return cls([parameter for parameter in parameters.values() if parameter.requires_grad], matrices, fused)
 
     def groups(self, weight_decay: float, without: Sequence[Tensor] = ()) -> list[dict[str, Any]]:
-        """Two groups: tensors of two and more dims, which decay, and vectors, which do not; either may be left out."""
-        left_out = {id(parameter) for parameter in without}
-        rest = [parameter for parameter in self.every if id(parameter) not in left_out]
+        """Groups for torch.optim: tensors of two and more dimensions, with weight decay, and vectors, without.
+
+        without: parameters to leave out. Empty groups are omitted.
+        """
+        excluded = {id(parameter) for parameter in without}
+        rest = [parameter for parameter in self.every if id(parameter) not in excluded]
         groups = [
             {"params": [parameter for parameter in rest if parameter.dim() >= 2], "weight_decay": weight_decay},
             {"params": [parameter for parameter in rest if parameter.dim() < 2], "weight_decay": 0.0},

@@ -1,4 +1,4 @@
-"""`torch.compile` of each block: one graph, in which recurrence, attention and grouped products are operations."""
+"""Compiles each block into one graph, in which recurrence, attention and grouped products are custom operations."""
 
 from collections.abc import Callable
 from functools import cache, partial
@@ -10,14 +10,14 @@ from torch._inductor.exc import InvalidCxxCompiler
 
 from torchlmoe.model.decoder import Decoder
 
-# Graphs of one kind of block: training and evaluation, each for one length and, once lengths vary, for all.
+# Graphs per kind of block: for training and evaluation, with a static length and, once lengths vary, a dynamic one.
 _GRAPHS_PER_BLOCK = 8
 
 
 def compile_blocks(model: Decoder, device: torch.device) -> None:
-    """Make each block run as one graph, compiled at its first call; equal blocks share a graph.
+    """Makes each block run as one graph, compiled at its first call. Equal blocks share a graph.
 
-    Hooks (of FSDP) stay outside the graphs. Raises ValueError on a CPU without a C++ compiler.
+    FSDP's hooks stay outside the graphs. Raises ValueError on a CPU without a C++ compiler.
     """
     if device.type == "cpu":
         try:
@@ -27,7 +27,7 @@ def compile_blocks(model: Decoder, device: torch.device) -> None:
                 "compile.enable = true needs a C++ compiler on a CPU, and none is found; install g++ or clang++, or "
                 "set it to false."
             ) from None
-    # All blocks are one function to torch, which would give up at eight kinds.
+    # All blocks call one compiled function, which torch by default recompiles at most eight times.
     limit = _GRAPHS_PER_BLOCK * len(model.blocks)
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
     for block in model.blocks.values():
@@ -35,13 +35,13 @@ def compile_blocks(model: Decoder, device: torch.device) -> None:
 
 
 def compile_block(block: nn.Module, backend: str = "inductor") -> None:
-    """The block's forward is compiled at its first call. A deep copy of the block runs its own parameters."""
+    """Compiles the block's forward at its first call. A deep copy of the block uses its own parameters."""
     block.forward = partial(_compiled(backend), block.forward)  # type: ignore[method-assign]
 
 
 @cache
 def _compiled(backend: str) -> Callable:
-    """Compiles a call of the forward that it is given: what it is bound to is an argument, which a copy replaces."""
+    """The compiled `_call`. The bound forward is an argument, so that a deep copy of a block replaces it."""
     return torch.compile(_call, fullgraph=True, backend=backend)
 
 

@@ -1,8 +1,8 @@
-"""Context parallelism: a microbatch is split into contiguous spans of tokens, and ranks exchange what crosses them.
+"""Context parallelism: splits a microbatch into contiguous spans of tokens, one per rank.
 
-Mixers look across tokens only in submodules that have a parallel style for it (`Mixer.context_parallel_plan`). The
-rest of a model works token by token, except the token shift of a feed-forward layer's input (`apply_halos`), and the
-load of a row of data, which is summed over its spans.
+Mixers look across tokens only in submodules that have a parallel style for it (`Mixer.context_parallel_plan`). The rest
+of a model works token by token. There are two exceptions: the token shift before a feed-forward layer (`apply_halos`),
+and the loads of a row, which are summed over its spans.
 """
 
 from dataclasses import replace
@@ -16,15 +16,15 @@ from torchlmoe.styles.halo import Halo, TokenShiftHalo
 
 
 def context_parallel_plans(model: Decoder, settings: Parallelism, span: int) -> dict[str, dict[str, ParallelStyle]]:
-    """By block, the styles of its mixer's submodules.
+    """Block -> styles of its mixer's submodules by name.
 
-    span: tokens of the shortest span. Raises ValueError if a mixer cannot be split, or looks further back than that.
+    span: number of tokens in the shortest span. Raises ValueError if a mixer cannot be split, or looks back further.
     """
     plans = {}
     for index, block in model.blocks.items():
         mixer, (letter, _) = block.mixer, model.places_in_common[index]
         if mixer is None:
-            continue  # outside of mixers only `apply_halos` has something to do
+            continue  # a block without a mixer needs only `apply_halos`
         lsm, attention = settings.lsm_context_parallel, settings.attention_context_parallel
         plan = mixer.context_parallel_plan(lsm=lsm, attention=attention)  # type: ignore[operator,union-attr]
         if not plan:
@@ -46,14 +46,14 @@ def context_parallel_plans(model: Decoder, settings: Parallelism, span: int) -> 
 
 
 def apply_context_parallel(model: Decoder, mesh: DeviceMesh, settings: Parallelism, span: int) -> None:
-    """Each rank of `mesh` works on its part of every microbatch. span and errors: of `context_parallel_plans`."""
+    """Makes each rank of `mesh` work on its span of every microbatch. span, errors: see `context_parallel_plans`."""
     for index, plan in context_parallel_plans(model, settings, span).items():
         parallelize_module(model.blocks[index].get_submodule("mixer"), mesh, plan)
     model.span = replace(model.span, index=mesh.get_local_rank(), number=mesh.size())
 
 
 def apply_halos(model: Decoder, pieces: DeviceMesh) -> None:
-    """Between mixer and feed-forward layer, a token shift receives the last token of the preceding piece.
+    """Makes the token shift before a feed-forward layer receive the last token of the preceding rank.
 
     pieces: the ranks that have the pieces of a microbatch, under context and tensor parallelism.
     """

@@ -1,4 +1,4 @@
-"""Data parallelism: FSDP2 with float32 masters, and float32 islands where the model casts down."""
+"""Data parallelism: FSDP2 with float32 masters. In a lower precision, float32 islands stay outside FSDP."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,13 +15,13 @@ from torchlmoe.parallel.ranks import Ranks
 
 
 def apply_fsdp(model: Decoder, roots: Sequence[nn.Module], ranks: Ranks, dtype: torch.dtype) -> None:
-    """Shard each block's parameters over `ranks.parameters`, or `ranks.expert_parameters`; computes in `dtype`.
+    """Shards parameters over `ranks.parameters`, and experts over `ranks.expert_parameters`. Computes in `dtype`.
 
-    roots: the modules whose forward is called, the model or its pipeline stages. A stage runs several microbatches
-        before the first backward, and so it keeps gathered parameters from its first forward to its last backward.
-    Parameters keep their own dtype and so do the modules marked `float32_island`; gradients are reduced in at least
-    float32. Activations have the dtype of the parameters, and inputs of a module are not cast (HGRN2's lower bounds
-    are float32). The loss must be a mean over all ranks' tokens: gradients are summed, not averaged.
+    roots: the modules whose forward is called: the model, or its pipeline stages. A stage runs several microbatches
+        before its first backward, so it keeps gathered parameters from its first forward to its last backward.
+    Parameters keep their dtype, and modules marked `float32_island` compute in it. Gradients are reduced in at least
+    float32. Inputs of a module are not cast, since HGRN2's lower bounds are float32. Gradients are summed over ranks,
+    not averaged, so the loss must be divided by the number of all ranks' tokens.
     """
     mesh = ranks.parameters
     casts_down = torch.promote_types(dtype, torch.float32) != dtype
@@ -48,22 +48,22 @@ def apply_fsdp(model: Decoder, roots: Sequence[nn.Module], ranks: Ranks, dtype: 
     if not model.spec.tie_embeddings:
         for module in model.ends():
             fully_shard(module, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy)
-    elif is_whole:  # the head uses the embedding's weight: they live in one group
+    elif is_whole:  # the head uses the embedding's weight, so both are one group
         fully_shard(model.ends(), mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    # A last stage whose head uses the embedding's weight has it in the group of the stage.
+    # With tied embeddings, a stage has the weight in its root's group.
     for root in roots:
         fully_shard(root, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy, ignored_params=common)
         for module in root.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)
-                module.set_force_sum_reduction_for_comms(True)  # gloo has no sum with a scale
+                module.set_force_sum_reduction_for_comms(True)  # gloo does not support a scaled sum
 
 
 def _placing_experts(model: Decoder, ranks: Ranks) -> Callable[[nn.Parameter], Any]:
-    """Return FSDP's placement of parameters: the first dimension over the group's ranks, except for experts.
+    """Returns FSDP's placement of parameters: the first dimension over the group's ranks, except for experts.
 
     Experts may be on other ranks. They are not a separate group, since its hooks would break a compiled block into
-    pieces.
+    several graphs.
     """
     mesh = ranks.expert_parameters
     degree = mesh.size(mesh.ndim - 1)
@@ -84,10 +84,10 @@ def _placing_experts(model: Decoder, ranks: Ranks) -> Callable[[nn.Parameter], A
 
 
 def _dim_of_experts(parameter: nn.Parameter, degree: int) -> int:
-    """Return the dimension along which a rank's experts [E, m, n] are sharded over `degree` ranks.
+    """Returns the dimension along which a rank's experts [E, m, n] are sharded over `degree` ranks.
 
     It is 0 if each rank gets at least one expert. FSDP would pad fewer experts to one per rank, and every rank would
-    gather the padding. Then each expert's matrix is cut along a dimension that `degree` divides.
+    gather the padding. In that case it is a dimension of the matrices that `degree` divides.
     """
     shape = (parameter.to_local() if isinstance(parameter, DTensor) else parameter).shape
     if shape[0] >= degree:

@@ -1,8 +1,8 @@
 """Expert parallelism: each rank of `ep` has a part of the experts of every layer, and tokens are sent to them.
 
 The ranks of `ep` are taken from the ranks with different tokens: dp_shard, cp and tp. FSDP shards the experts over the
-remaining ranks. Without expert parallelism these are all of them, including ranks of tp: between blocks
-each rank has different tokens, so experts need not be split by their width.
+remaining ranks. Without expert parallelism it shards them over all, including those of tp: between blocks each rank has
+different tokens, so experts need not be split by their width.
 """
 
 from torchlmoe.feed_forwards.moe import MoE
@@ -25,7 +25,7 @@ def check_experts(model: Decoder, degree: int) -> None:
 
 
 def apply_expert_parallel(model: Decoder, ranks: Ranks) -> None:
-    """Split the experts of every layer over `ep`. Raises the errors of `check_experts`."""
+    """Splits the experts of every layer over `ep`. Raises the errors of `check_experts`."""
     mesh = ranks.experts["ep"]
     check_experts(model, mesh.size())
     for block in model.blocks.values():

@@ -1,4 +1,4 @@
-"""Explains failures among ranks in one sentence: a rank is lost, hangs, or failed to write or read."""
+"""Explains failures among ranks in one sentence: a rank is lost, hangs, or could not write or read."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,31 +8,31 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from torchlmoe.parallel.heartbeat import Heartbeat
 
-# What gloo says in plain RuntimeErrors, of collectives and of what goes from one rank to another.
+# Messages of gloo's RuntimeErrors, in collectives and point-to-point operations, if another rank has ended.
 _LOST = (
     "Connection closed by peer",
     "Connection reset by peer",
     "Connection refused",
-    "Connection timed out",  # by TCP: a node no longer answers
+    "Connection timed out",  # from TCP: a node no longer answers
     "Broken pipe",
     "No route to host",
     "Socket closed",
     "connectFullMesh failed",
 )
-# The second is that of any operation after one with the same rank that timed out.
+# Messages if an operation timed out. The second is the message of any later operation with the same rank.
 _TIMED_OUT = ("Timed out waiting", "Application timeout caused pair closure")
-# What NCCL's watchdog and the store say, as DistError.
+# Messages of the DistErrors of NCCL's watchdog and the store.
 _TIMED_OUT_OF_TORCH = ("timeout", "timed out", "timing out")
 
 
 @contextmanager
 def collective_failures(heartbeat: Heartbeat, timeout_seconds: float) -> Iterator[None]:
-    """Convert a failed collective in its body to a ConnectionError or TimeoutError with a message of one sentence.
+    """Converts a failed collective within the context to a ConnectionError or TimeoutError with a one-sentence message.
 
-    The sentence names the rank that is lost or late and its last operation, if its reports show them. Any other
-    error is reported to the other ranks, which then fail and name this one.
+    The sentence names the rank that is lost or late and its last operation, if its reports show them. Any other error
+    is reported to the other ranks, which then fail and name this one.
 
-    timeout_seconds: of the process groups.
+    timeout_seconds: timeout of the process groups.
     """
     try:
         yield
@@ -56,13 +56,13 @@ def collective_failures(heartbeat: Heartbeat, timeout_seconds: float) -> Iterato
 
 
 def cause_of(error: CheckpointException) -> Exception:
-    """The first rank's own error behind a failed save or load."""
+    """The error of the first rank that failed in a save or load."""
     cause, _ = error.failures[min(error.failures)]
     return cause if isinstance(cause, Exception) else RuntimeError(str(cause))
 
 
 def _kind_of_failure(error: Exception) -> type[ConnectionError] | type[TimeoutError] | None:
-    """Return the type of error to raise; None if the error is not a failed collective."""
+    """Returns the type of error to raise; None if the error is not a failed collective."""
     text, of_torch = str(error), isinstance(error, dist.DistError)
     if not isinstance(error, RuntimeError):
         return None
@@ -76,7 +76,7 @@ def _kind_of_failure(error: Exception) -> type[ConnectionError] | type[TimeoutEr
 
 
 def _without_wrapping(error: Exception) -> Exception:
-    """Unwrap an error of a pipeline stage: torch wraps it in a RuntimeError that prints all inputs of the stage."""
+    """Unwraps an error of a pipeline stage: torch wraps it in a RuntimeError that prints all inputs of the stage."""
     while (
         type(error) is RuntimeError and "failed to run" in str(error).lower() and isinstance(error.__cause__, Exception)
     ):

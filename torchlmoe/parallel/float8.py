@@ -1,4 +1,4 @@
-"""Products of the blocks in low precision, through torchao: weights and results keep their dtype.
+"""Runs products of the blocks in low precision, through torchao. Weights and results keep their dtype.
 
 Linear layers run in float8 (arXiv 2209.05433), and routed experts in MXFP8 (OCP Microscaling Formats 1.0).
 """
@@ -16,20 +16,20 @@ from torchlmoe.model.decoder import Decoder
 from torchlmoe.ops.mxfp8_matmul import BLOCK, mxfp8_grouped_matmul, why_mxfp8_cannot_run
 
 logger = logging.getLogger(__name__)
-_MULTIPLE = 16  # of both widths, which float8 products need
+_MULTIPLE = 16  # float8 products need inputs and outputs that are multiples of it
 
 
 def convert_to_float8(model: Decoder, settings: Float8, device: torch.device, heads: DeviceMesh | None = None) -> None:
-    """Products of the blocks' linear layers run on operands scaled to float8; on emulated ones without such hardware.
+    """Makes the blocks' linear layers multiply in float8. Hardware without float8 emulates it, with a warning.
 
-    Left out are the routed experts, the head, modules marked `float32_island` and, said by name, layers with a width
-    that is not a multiple of 16.
+    Routed experts, the head and modules marked `float32_island` stay as they are, and so do layers with a width that is
+    not a multiple of 16, with a warning that names them.
 
-    heads: ranks that heads and hidden channels are going to be split over. What counts is then the width of a rank's
-    part. With one scale for a tensor, it is that of the whole tensor; rows that are cut have a scale on each rank.
-    Hooks and attributes of a layer stay. Make the plan of tensor parallelism before, and apply it afterwards.
+    heads: the ranks of tensor parallelism, if any; widths are then those of a rank's part. The "tensorwise" recipe uses
+        the scale of the whole tensor; others scale each rank's part of a row.
+    Hooks and attributes of a layer stay. Make the plan of tensor parallelism before this, and apply it afterwards.
     """
-    # Imported here, because it takes a second and warns of kernels that it cannot load.
+    # Imported here, since torchao takes a second and warns of kernels that it cannot load.
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     from torchlmoe.parallel.float8_linear import Float8LinearPart
@@ -57,16 +57,16 @@ def convert_to_float8(model: Decoder, settings: Float8, device: torch.device, he
             unfit.setdefault(f"{layer} ({inputs} x {outputs})", []).append(block)
         return fits
 
-    before = dict(model.blocks.named_modules())
+    originals = dict(model.blocks.named_modules())
     convert_to_float8_training(model.blocks, module_filter_fn=is_converted, config=config)
     for name, layer in model.blocks.named_modules():
-        exact = before[name]
-        if layer is exact:
+        original = originals[name]
+        if layer is original:
             continue
-        # Hooks and attributes, which torchao leaves behind.
-        kept = {key: value for key, value in vars(exact).items() if "hook" in key or key not in vars(layer)}
-        vars(layer).update(kept)
-        dim = _split_dim(exact)
+        # torchao does not copy hooks and attributes.
+        missing = {key: value for key, value in vars(original).items() if "hook" in key or key not in vars(layer)}
+        vars(layer).update(missing)
+        dim = _split_dim(original)
         if degree > 1 and dim is not None and settings.recipe == "tensorwise":
             layer.__class__ = Float8LinearPart
             layer.mesh, layer.dim = heads, dim
@@ -79,12 +79,12 @@ def convert_to_float8(model: Decoder, settings: Float8, device: torch.device, he
 
 
 def convert_experts_to_mxfp8(model: Decoder, device: torch.device, is_compiled: bool = False) -> None:
-    """Grouped products of the routed experts run in MXFP8, which a CPU emulates.
+    """Makes the routed experts multiply in MXFP8. A CPU emulates it, with a warning.
 
-    is_compiled: whether blocks are going to be compiled.
+    is_compiled: whether blocks will be compiled.
 
-    Raises ValueError where they cannot: without torchao's kernels or a GPU that has the format, where the emulation
-    would be compiled, for a model without routed experts, and for experts whose widths are not multiples of 32.
+    Raises ValueError on a GPU without the format or without torchao's kernels, on a CPU if blocks will be compiled, for
+    a model without routed experts, and for experts whose widths are not multiples of 32.
     """
     setting = "float8.experts = 'mxfp8'"
     if reason := why_mxfp8_cannot_run(device):
@@ -116,12 +116,12 @@ def convert_experts_to_mxfp8(model: Decoder, device: torch.device, is_compiled: 
 
 
 def _split_dim(layer: nn.Module) -> int | None:
-    """The dimension of the weight along which heads are laid."""
+    """The dimension of heads in the layer's weight; None if tensor parallelism does not split it."""
     return getattr(layer, "head_dims", {}).get("weight")
 
 
 def _local_shape(layer: nn.Linear, degree: int) -> list[int]:
-    """Outputs and inputs of the part that one of `degree` ranks computes with; ranks may have a unit together."""
+    """Outputs and inputs of the part that one of `degree` ranks computes with; ranks may share a unit."""
     shape = [layer.out_features, layer.in_features]
     dim = _split_dim(layer)
     if dim is not None:

@@ -1,9 +1,9 @@
-"""A float8 linear layer of which each rank has a part, with the scales of the whole.
+"""A float8 linear layer that is split over ranks, with the scales of the whole layer.
 
-torchao scales an operand by its largest magnitude. Of a DTensor that is the largest one on all ranks, so the product
-takes the parts as DTensors. What is around it computes with plain tensors.
+torchao scales an operand by its largest magnitude. For a DTensor it takes the largest one on all ranks, so the product
+takes the parts as DTensors. The code around the layer computes with plain tensors.
 
-Import this file where float8 is asked for: torchao takes a second, and warns of kernels that it cannot load.
+Import this file only if float8 is enabled: torchao takes a second, and warns of kernels that it cannot load.
 """
 
 from torch import Tensor
@@ -25,8 +25,8 @@ class Float8LinearPart(Float8Linear):
     def forward(self, x: Tensor) -> Tensor:
         is_row = self.dim == 1
         channels = Shard(x.dim() - 1)
-        of_x, of_its_gradient = (channels, channels) if is_row else (Replicate(), Partial())
-        x = DTensor.from_local(x, self.mesh, [of_x], run_check=False, grad_placements=[of_its_gradient])
+        placement, grad_placement = (channels, channels) if is_row else (Replicate(), Partial())
+        x = DTensor.from_local(x, self.mesh, [placement], run_check=False, grad_placements=[grad_placement])
         weight = DTensor.from_local(self.weight, self.mesh, [Shard(self.dim)], run_check=False)
         y = matmul_with_hp_or_float8_args.apply(x, weight.t(), self.linear_mm_config, self.config)
         y = y.to_local(grad_placements=[Replicate() if is_row else channels])

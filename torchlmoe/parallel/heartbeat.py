@@ -1,7 +1,7 @@
-"""Finds which rank is lost or late if a collective fails: each rank reports its operation to the launch's store.
+"""Finds the rank that is lost or late if a collective fails: each rank reports its operation to the launch's store.
 
 A thread of each rank writes one short report every second, without a collective and without access to the device.
-Reports are read only after a failure, all of them in one request. Reports are counted, so clocks need not agree.
+Ranks read reports only after a failure, all in one request. Reports are counted, so clocks need not agree.
 """
 
 import atexit
@@ -27,30 +27,34 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 INTERVAL = 1.0  # seconds between two reports of a rank
-BEATS_TO_WAIT = 3.5  # in which a rank that is not lost reports again
-_SECONDS_OF_A_REQUEST = 5.0  # and twice as many until a store that answers nothing is given up
+BEATS_TO_WAIT = 3.5  # intervals within which a rank that is not lost reports again
+_SECONDS_OF_A_REQUEST = 5.0  # the store's timeout; after twice as long a store without any answer counts as lost
 
 _VERDICT = "verdict"
-# Heartbeats of this process so far: the n-th of one rank belongs to the n-th of the others, and not to one before.
+# Number of heartbeats of this process: the n-th of one rank reads only reports of the n-th of the others.
 _number = itertools.count()
 
 
 @dataclass
 class _Pause:
-    """In which the rank begins nothing new. before: the reports of all ranks at a beat of it."""
+    """A time in which this rank begins no operation.
+
+    moves: the rank's operations so far. since: when it began. before: the reports of all ranks at this rank's beat
+    `first_beat`. is_reported: whether a verdict was logged.
+    """
 
     moves: int
     since: float
     first_beat: int = 0
     before: list[Report | None] = field(default_factory=list)
-    is_told: bool = False
+    is_reported: bool = False
 
 
 class Heartbeat:
-    """A rank's own reports, and what it concludes from those of all ranks when a collective has failed.
+    """Writes a rank's reports, and judges those of all ranks when a collective has failed.
 
-    `at` says what the rank does now; every rank calls it alike. As a context manager it reports how the rank ended.
-    A single process reports nothing.
+    Every rank calls `at` with the same sequence of operations. As a context manager it reports how the rank ended. A
+    single process reports nothing.
     """
 
     def __init__(self) -> None:
@@ -66,11 +70,11 @@ class Heartbeat:
         self._writing, self._stopped = threading.Lock(), threading.Event()
 
     def start(self, store: dist.Store, rank: int, world_size: int, patience: float | None = None) -> None:
-        """Begins to report. Raises RuntimeError where the store does not answer.
+        """Begin to report. Raises RuntimeError if the store does not answer.
 
-        store: of all ranks. It is cloned, since a request of the process group may wait in it for minutes.
-        patience: seconds after which this rank, if it has begun nothing new, logs which other is lost or late. For
-        NCCL: a collective that hangs there raises nothing, and when it times out the watchdog aborts the process.
+        store: shared by all ranks. It is cloned, since a request of the process group may wait in it for minutes.
+        patience: seconds without a new operation after which this rank logs which other is lost or late. NCCL needs it:
+            a collective that hangs raises no error there, and when it times out the watchdog aborts the process.
         """
         if world_size == 1:
             return
@@ -86,17 +90,17 @@ class Heartbeat:
         self._thread.start()
 
     def at(self, operation: str, step: int | None = None) -> None:
-        """operation: what begins now. step: of training, if it is part of one."""
+        """Report that an operation begins. step: number of the training step, if the operation is part of one."""
         self._where = operation if step is None else f"step {step} ({operation})"
         self._moves += 1
 
     @property
     def where(self) -> str:
-        """The step and the operation of this rank."""
+        """This rank's current step and operation."""
         return self._where + self.beside()
 
     def end(self, error: BaseException) -> None:
-        """Report to the others that this rank ends by an error. Raises nothing."""
+        """Report to the other ranks that this rank ends with an error. Never raises."""
         if self._store is None or self._is_gone or self._state != RUNNING:
             return
         text = (str(error).strip() or type(error).__name__).partition("\n")[0].rstrip(".")
@@ -104,12 +108,12 @@ class Heartbeat:
         try:
             self._write()
             self._publish(f"rank {self.rank} ended in {self.where}: {text[:500]}")
-        except RuntimeError:  # the store has gone before
+        except RuntimeError:  # the store no longer exists
             return
         self._let_others_read()
 
     def cause(self) -> str | None:
-        """Return a clause that names the rank which made a collective fail; None if it is unknown.
+        """Return a clause that names the rank that made a collective fail; None if it is unknown.
 
         Takes a few seconds: a rank that does not report in the meantime is lost.
         """
@@ -128,7 +132,7 @@ class Heartbeat:
         return self._verdict
 
     def stop(self) -> None:
-        """Ends the reports."""
+        """Stop reporting."""
         atexit.unregister(self.stop)
         self._stopped.set()
         if self._thread is not None:
@@ -142,7 +146,7 @@ class Heartbeat:
             self.end(error)
         elif self._store is not None and not self._is_gone:
             self._state = ENDED
-            with suppress(RuntimeError):  # the store has gone before
+            with suppress(RuntimeError):  # the store no longer exists
                 self._write()
         self.stop()
 
@@ -154,7 +158,7 @@ class Heartbeat:
     def _run(self) -> None:
         while not self._stopped.wait(INTERVAL):
             try:
-                if self._is_late:  # A late answer would be taken for that of the next request.
+                if self._is_late:  # On the same connection a late answer would be read as that of the next request.
                     self._ask(self._connect)
                     self._is_late = False
                 self._write()
@@ -162,15 +166,15 @@ class Heartbeat:
                 self._watch()
             except dist.DistStoreError:
                 self._is_late = True
-            except RuntimeError:  # The store is gone, which a collective that fails will tell.
+            except RuntimeError:  # The store is gone. The next collective fails and reports it.
                 self._is_gone = True
                 return
 
     def _ask(self, request: Callable[[], T]) -> T:
-        """request() of the store. Raises DistStoreError where the store does not answer in time.
+        """Run a request to the store in a thread. Raises DistStoreError if the store does not answer in time.
 
-        The time limit of a store is none where its host is cut off or its process stands still: some requests have no
-        limit, and after one that has torch asks to be let go, and waits for that answer without a limit.
+        The store's timeout does not suffice if its host is cut off or its process is stopped. Some requests have no
+        timeout. After one that has, torch asks the store to cancel, and waits for that answer without a timeout.
         """
         answer = Future[T]()
 
@@ -193,7 +197,7 @@ class Heartbeat:
             self._ask(lambda: self._store.set(f"{self.rank}", json.dumps(report)))
 
     def _look(self) -> None:
-        """Keeps what another rank has concluded, which outlasts the store."""
+        """Read the verdict of another rank, if any, and keep it, since the store may end."""
         if self._verdict is None and self._ask(lambda: self._store.check([_VERDICT])):
             self._verdict = self._ask(lambda: self._store.get(_VERDICT)).decode()
 
@@ -202,31 +206,31 @@ class Heartbeat:
             self._watched = _Pause(self._moves, time.monotonic())
         pause = self._watched
         seconds = time.monotonic() - pause.since
-        if self._patience is None or seconds < self._patience or pause.is_told or self._state != RUNNING:
+        if self._patience is None or seconds < self._patience or pause.is_reported or self._state != RUNNING:
             return
         if not pause.before:
             pause.first_beat, pause.before = self._beat, self._read()
         elif self._verdict is not None or self._beat > pause.first_beat + BEATS_TO_WAIT:
             verdict = self._verdict or judge(self.rank, pause.before, self._read())
-            if verdict is None:  # something long, such as a validation: looks again when as much time has passed
+            if verdict is None:  # a long operation, such as a validation: judge again after the same time
                 self._watched = None
                 return
-            pause.is_told = True
+            pause.is_reported = True
             self._publish(verdict)
             logger.error(f"rank {self.rank} has been in {self.where} for {seconds:.0f} seconds: {self._verdict}.")
 
     def _publish(self, verdict: str) -> None:
-        """Takes the first rank's verdict for all."""
+        """Publish a verdict. The first one that a rank publishes holds for all ranks."""
         self._verdict = self._ask(lambda: self._store.compare_set(_VERDICT, "", verdict)).decode()
 
     def _let_others_read(self) -> None:
-        """Keeps the store that this process serves until the threads of all ranks have looked."""
+        """If this process serves the store, wait until the threads of all ranks have read the verdict."""
         if self.rank == 0 and not self._is_launchers:
             time.sleep(2 * INTERVAL)
 
     def _wait_and_judge(self) -> str | None:
         before = self._read()
-        # One after another, so that most of a thousand ranks find the verdict instead of reading all reports.
+        # Ranks judge one after another, so that most of a thousand find a verdict instead of reading all reports.
         end = time.monotonic() + INTERVAL * (BEATS_TO_WAIT + self.rank / self.world_size)
         while time.monotonic() < end:
             time.sleep(INTERVAL / 4)
@@ -236,12 +240,12 @@ class Heartbeat:
         return judge(self.rank, before, self._read())
 
     def _read(self) -> list[Report | None]:
-        """The reports of all ranks; None of a rank that has written none."""
+        """The reports of all ranks; None for a rank that has not reported."""
         return self._ask(self._read_at_once)
 
     def _read_at_once(self) -> list[Report | None]:
         keys = [f"{rank}" for rank in range(self.world_size)]
-        if not self._store.check(keys):  # some rank has not started
+        if not self._store.check(keys):  # a rank has not started
             keys = [key for key in keys if self._store.check([key])]
         if self._store.has_extended_api():
             values = self._store.multi_get(keys)

@@ -1,10 +1,9 @@
-"""Modules outside of FSDP2, whose few parameters are whole on every data rank.
+"""Keeps modules with few parameters outside of FSDP2. Their parameters are whole on every data rank.
 
 An FSDP group computes in one dtype, and the hooks of a group inside a block would break the graph of a compiled block.
 So in a lower precision, modules marked `float32_island` (decay gates, routers) stay outside FSDP. Modules shared by
-several layers stay outside too: a group has one root, and each pipeline stage is a separate root. Each
-rank computes with the whole parameter in its dtype, and the gradients of a step are summed over ranks at its end,
-in one collective.
+several layers stay outside too: a group has one root, and each pipeline stage is a separate root. Each rank computes
+with the whole parameter in its dtype, and one collective at the end of a step sums the gradients over ranks.
 """
 
 from collections.abc import Iterable
@@ -21,14 +20,14 @@ from torchlmoe.parallel.ranks import Ranks
 
 
 def float32_islands(module: nn.Module) -> list[nn.Module]:
-    """Return the modules that compute in at least float32 in every model dtype."""
+    """Returns the modules that compute in at least float32 in every model dtype."""
     return [inner for inner in module.modules() if getattr(inner, "float32_island", False)]
 
 
 def replicate(islands: Iterable[nn.Module], ranks: Ranks) -> set[nn.Parameter]:
-    """The modules' own parameters become DTensors on the ranks that FSDP works on; returns them for FSDP to ignore.
+    """Turns the modules' own parameters into DTensors, replicated over the ranks of FSDP.
 
-    What tensor parallelism has split stays so.
+    Returns them, so that FSDP can ignore them. Parameters that tensor parallelism has split stay split.
     """
     replicated = set()
     for island in islands:
@@ -54,7 +53,7 @@ def replicate(islands: Iterable[nn.Module], ranks: Ranks) -> set[nn.Parameter]:
 
 
 def read_islands(model: nn.Module) -> None:
-    """Make every read of a parameter of a replicated module return this rank's plain tensor. Initialize before."""
+    """Makes parameters of replicated modules read as this rank's plain tensor. Initialize parameters before this."""
     for module in model.modules():
         if names := getattr(module, "replicated", ()):
             module.__class__ = _reading_local(type(module), names)  # type: ignore[arg-type]  # classes are hashable
@@ -62,7 +61,7 @@ def read_islands(model: nn.Module) -> None:
 
 @torch.no_grad()
 def sum_island_gradients(model: nn.Module) -> None:
-    """Sum the gradients of replicated modules over ranks. Until then they are this rank's part."""
+    """Sums the gradients of replicated modules over ranks. Until then each rank has only its own part."""
     of_group: dict[Any, list[Tensor]] = {}  # by mesh and axes
     for parameter in model.parameters():
         gradient = parameter.grad
@@ -79,16 +78,16 @@ def sum_island_gradients(model: nn.Module) -> None:
                 stride=parameter.stride(),
             )
     for (mesh, axes), gradients in of_group.items():
-        together = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
         for axis in axes:
-            dist.all_reduce(together, group=mesh.get_group(axis))
-        for gradient, part in zip(gradients, together.split([g.numel() for g in gradients]), strict=True):
+            dist.all_reduce(flat, group=mesh.get_group(axis))
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
 
 
 @cache
 def _reading_local(kind: type, names: tuple[str, ...]) -> type:
-    """One class for all modules of a kind, so that equal blocks stay equal to `torch.compile`."""
+    """A subclass whose parameters read as local parts; one per kind of module, so that `torch.compile` reuses code."""
 
     def reading(name: str) -> property:
         def read(self: nn.Module) -> Tensor:

@@ -1,4 +1,4 @@
-"""The process group and the one device mesh, with named axes, that every parallelism takes its groups from."""
+"""Starts the process group, and builds the device mesh from whose axes all parallel layouts take their groups."""
 
 import os
 from collections.abc import Iterable
@@ -14,9 +14,9 @@ from torchlmoe.config.settings import Parallelism
 
 
 def choose_device(name: str) -> torch.device:
-    """name: "auto" (CUDA if there is one), "cpu" or "cuda"; under torchrun each local rank has its own GPU.
+    """Returns the device of this process. Under torchrun each local rank has its own GPU.
 
-    Raises ValueError if there is no such device.
+    name: "auto" (CUDA if available), "cpu" or "cuda". Raises ValueError if there is no such device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -34,12 +34,12 @@ def choose_device(name: str) -> torch.device:
 
 
 def world_size_of_launch() -> int:
-    """Ranks that torchrun started; 1 for a plain process."""
+    """Number of ranks that torchrun started; 1 for a plain process."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 class Launch(NamedTuple):
-    """This process among those of the run. store: one that all ranks share."""
+    """This process among those of the run. store: shared by all ranks."""
 
     store: dist.Store
     rank: int
@@ -47,9 +47,9 @@ class Launch(NamedTuple):
 
 
 def join_launch(timeout_seconds: float = 300.0) -> Launch:
-    """Join the store of all ranks, by the variables that torchrun sets; a plain process creates a store for itself.
+    """Joins the store of all ranks, by the variables that torchrun sets. A plain process creates its own store.
 
-    timeout_seconds: of the store, and to wait for the rank that serves it.
+    timeout_seconds: timeout of requests, and of waiting for the rank that serves the store.
     """
     if dist.is_initialized():
         assert dist.group.WORLD is not None
@@ -72,9 +72,9 @@ def is_store_of_launcher() -> bool:
 
 
 def start_process_group(device: torch.device, timeout_seconds: float = 300.0, launch: Launch | None = None) -> None:
-    """Start gloo on CPU, NCCL on CUDA; a plain process is a group of one.
+    """Starts the process group: gloo on a CPU, NCCL on CUDA. A plain process is a group of one.
 
-    timeout_seconds: after which a collective has failed. launch: the result of `join_launch`, if it was called before.
+    timeout_seconds: timeout of collectives. launch: the result of `join_launch`, if it was called before.
     """
     if dist.is_initialized():
         return
@@ -89,7 +89,7 @@ def start_process_group(device: torch.device, timeout_seconds: float = 300.0, la
 
 
 def build_mesh(degrees: Parallelism, device_type: str) -> DeviceMesh:
-    """Axes pp, dp_replicate, dp_shard, cp, tp over all ranks; a shard degree of -1 is the rest."""
+    """Returns a mesh with axes pp, dp_replicate, dp_shard, cp, tp over all ranks. dp_shard has the remaining ranks."""
     pipeline, replicate = degrees.pipeline_parallel_degree, degrees.data_parallel_replicate_degree
     context, tensor = degrees.context_parallel_degree, degrees.tensor_parallel_degree
     shard = dist.get_world_size() // (pipeline * replicate * context * tensor)
@@ -105,8 +105,9 @@ def parameter_mesh(mesh: DeviceMesh) -> DeviceMesh:
 
 
 def expert_mesh(mesh: DeviceMesh, degree: int) -> DeviceMesh:
-    """Axes pp, dp_replicate, efsdp, ep: the ranks of dp_shard, cp and tp in order, of which `degree` consecutive ones
-    split all experts of a layer.
+    """The mesh of experts, with axes pp, dp_replicate, efsdp, ep.
+
+    efsdp and ep have the ranks of dp_shard, cp and tp in order; `degree` consecutive ranks split a layer's experts.
     """
     pipeline, replicate = mesh["pp"].size(), mesh["dp_replicate"].size()
     sizes = (pipeline, replicate, mesh.size() // (pipeline * replicate * degree), degree)
@@ -114,11 +115,11 @@ def expert_mesh(mesh: DeviceMesh, degree: int) -> DeviceMesh:
 
 
 def pieces_mesh(mesh: DeviceMesh) -> DeviceMesh:
-    """The ranks that have the pieces of one microbatch between blocks: the axes cp and tp as one, tokens in order."""
+    """The ranks that have the pieces of a microbatch between blocks, in the order of tokens: cp and tp, flattened."""
     return mesh["cp", "tp"]._flatten("cp_tp")
 
 
 def set_timeouts(meshes: Iterable[DeviceMesh], seconds: float) -> None:
-    """Set the timeout of all groups of the meshes. Subgroups otherwise keep the backend's long default timeout."""
+    """Sets the timeout of all groups of the meshes. Subgroups otherwise keep the backend's long default timeout."""
     for group in {group for mesh in meshes for group in mesh.get_all_groups()}:
         _set_pg_timeout(timedelta(seconds=seconds), group)

@@ -1,4 +1,4 @@
-"""From settings to a model that is ready to train: the statements of `shape` are the order of application."""
+"""Builds a model from settings, ready to train. `shape` applies parallel layouts in the order of its statements."""
 
 import torch
 
@@ -21,7 +21,7 @@ from torchlmoe.styles.heads import read_local_parts
 
 
 def whole_model(config: Config, vocab_size: int, world_size: int) -> Decoder:
-    """Return the whole model on the meta device. Raises ValueError if the degrees cannot split it.
+    """Returns the whole model on the meta device. Raises ValueError if the degrees cannot split it.
 
     Every rank checks the whole model, so that no rank waits for one that has failed.
     """
@@ -37,21 +37,22 @@ def whole_model(config: Config, vocab_size: int, world_size: int) -> Decoder:
 
 
 def build_model(config: Config, vocab_size: int, ranks: Ranks, device: torch.device) -> Decoder:
-    """Return the model on `device`, sharded over `ranks`. Its initial weights do not depend on the layout."""
+    """Returns the model on `device`, sharded over `ranks`. Its initial weights do not depend on the layout."""
     return fill(shape(config, vocab_size, ranks, device), config, ranks, device)
 
 
 def shape(config: Config, vocab_size: int, ranks: Ranks, device: torch.device) -> Decoder:
-    """Return the rank's model on the meta device, with all parallel layouts applied and no memory allocated.
+    """Returns the rank's model on the meta device, with all parallel layouts applied and no memory allocated.
 
-    Parameters are in at least float32; a single process has the plain module.
+    Parameters are in at least float32. A single process has the plain module. Raises ValueError if the settings do not
+    fit the model or the device.
     """
     dtype = config.training.dtype_on(device.type)
     model = build_on_meta(config, vocab_size).to(_master_dtype(dtype))
     if ranks["pp"].size() > 1:
         model = cut(model, stage_bounds(model, config), ranks["pp"].get_local_rank(), ranks["pp"].size())
     tensor = ranks["tp"].size()
-    plan = tensor_parallel_plan(model, tensor) if tensor > 1 else []  # before layers are replaced by float8's
+    plan = tensor_parallel_plan(model, tensor) if tensor > 1 else []  # before float8 replaces layers
     if config.float8.enable:
         convert_to_float8(model, config.float8, device, ranks["tp"])
     if config.float8.experts == "mxfp8":
@@ -77,7 +78,7 @@ def shape(config: Config, vocab_size: int, ranks: Ranks, device: torch.device) -
 
 
 def spread_balance(model: Decoder, ranks: Ranks) -> None:
-    """Set the ranks that share a microbatch in routed layers: those of spans for mixers, of pieces for other layers."""
+    """Sets the ranks over which routed layers count a microbatch: cp for mixers, cp and tp for feed-forward layers."""
     for block in model.blocks.values():
         for layer, mesh in ((block.mixer, ranks["cp"]), (block.feed_forward, ranks.pieces)):
             if isinstance(layer, RoutedLayer) and mesh.size() > 1:
@@ -85,14 +86,14 @@ def spread_balance(model: Decoder, ranks: Ranks) -> None:
 
 
 def fill(model: Decoder, config: Config, ranks: Ranks, device: torch.device) -> Decoder:
-    """Allocate the storage of a shaped model, and initialize each rank's slices of the same weights."""
+    """Allocates the storage of a shaped model, and initializes each rank's slices of the same weights."""
     model.to_empty(device=device)
     model.init_weights(config.training.seed)
     return ready(model, config, ranks)
 
 
 def ready(model: Decoder, config: Config, ranks: Ranks) -> Decoder:
-    """Make reads of parameters return casts or local parts. Done last, since a write to a cast would be lost."""
+    """Makes parameters read as casts or local parts. This comes last, since a write to a cast would be lost."""
     dtype = config.training.dtype_on(ranks.mesh.device_type)
     if ranks.world_size == 1 and dtype != _master_dtype(dtype):
         compute_in(dtype, model)

@@ -1,4 +1,4 @@
-"""Mixed precision of a single process: what FSDP2's policy does on many ranks, without its buffers and copies."""
+"""Mixed precision for a single process, like FSDP2's policy on many ranks but without its buffers and copies."""
 
 from functools import cache
 
@@ -7,10 +7,10 @@ from torch import nn
 
 
 def compute_in(dtype: torch.dtype, model: nn.Module) -> None:
-    """Make every read of a parameter return a cast to `dtype`; `parameters()` do not change.
+    """Makes every read of a parameter return a cast to `dtype`. `parameters()` does not change.
 
-    Modules marked `float32_island` are left out. Each read makes a new cast, so casts need not be kept if
-    activations are recomputed. Gradients have the dtype of the parameters. Initialize parameters before.
+    Modules marked `float32_island` are left out. Each read makes a new cast, so recompute need not keep casts.
+    Gradients have the dtype of the parameters. Initialize parameters before this.
     """
     for module in model.modules():
         names = tuple(name for name, _ in module.named_parameters(recurse=False))
@@ -20,7 +20,7 @@ def compute_in(dtype: torch.dtype, model: nn.Module) -> None:
 
 @cache
 def _reading_casts(kind: type, names: tuple[str, ...], dtype: torch.dtype) -> type:
-    """One class for all modules of a kind, so that equal blocks stay equal to `torch.compile`."""
+    """A subclass whose parameters read as casts; one per kind of module, so that `torch.compile` reuses code."""
 
     def cast(name: str) -> property:
         return property(lambda self: self._parameters[name].to(dtype))

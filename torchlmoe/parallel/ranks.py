@@ -1,4 +1,4 @@
-"""The rows of each rank, and sums over ranks that count nothing twice."""
+"""Knows the rows of each rank, and sums figures over ranks without counting any twice."""
 
 import torch
 import torch.distributed as dist
@@ -13,12 +13,11 @@ _SAME_ROWS = ("pp", "cp", "tp")
 
 
 class Ranks:
-    """The mesh, and the groups of ranks with the same rows, tokens or experts. Every rank of a run has one.
+    """The meshes of a run, seen from one rank.
 
-    mesh: axes pp, dp_replicate, dp_shard, cp, tp. parameters: what FSDP works on. pieces: the ranks of one microbatch,
-    with its tokens in order. experts: axes pp, dp_replicate, efsdp, ep, on which experts live. row_index,
-    num_row_places: the place of this rank's rows among those of all ranks, and how many places there are; ranks with
-    the same rows share one.
+    mesh: axes pp, dp_replicate, dp_shard, cp, tp. parameters: the mesh of FSDP. pieces: the ranks of one microbatch, in
+    the order of its tokens. experts: axes pp, dp_replicate, efsdp, ep, over which experts are spread.
+    num_row_places: number of groups of ranks with the same rows. row_index: index of this rank's group.
     """
 
     def __init__(self, degrees: Parallelism, device_type: str):
@@ -32,12 +31,12 @@ class Ranks:
 
     @property
     def spreads_experts(self) -> bool:
-        """Whether experts live on other ranks than the parameters around them."""
+        """Whether experts are sharded over other ranks than the parameters around them."""
         return self.experts["ep"].size() > 1 or self.mesh["tp"].size() > 1
 
     @property
     def expert_parameters(self) -> DeviceMesh:
-        """Return the mesh over which FSDP shards experts."""
+        """The mesh over which FSDP shards experts."""
         has_replicas = self.experts["dp_replicate"].size() > 1
         return self.experts["dp_replicate", "efsdp"] if has_replicas else self.experts["efsdp"]
 
@@ -49,7 +48,7 @@ class Ranks:
         return self.mesh.size()
 
     def total(self, figure: Tensor) -> Tensor:
-        """Sum over all ranks, in place, a figure of which each rank has a separate part: losses, counters, signals."""
+        """Sum over all ranks, in place, a figure of which each rank has its own part: losses, counters, signals."""
         dist.all_reduce(figure)
         return figure
 
@@ -62,6 +61,6 @@ class Ranks:
         return self._once(loss, ("tp",))
 
     def _once(self, figure: Tensor, axes: tuple[str, ...]) -> Tensor:
-        """Return the figure on the first rank of some axes and zero on the others. Dividing a sum would round."""
+        """Return the figure on the first rank of some axes, and zero on the others. Dividing a sum would round."""
         is_first = all(self.mesh[axis].get_local_rank() == 0 for axis in axes)
         return figure if is_first else torch.zeros_like(figure)

@@ -1,4 +1,4 @@
-"""Activation recompute: a block keeps little of its forward and runs it again for its backward (arXiv 1604.06174)."""
+"""Activation recompute (arXiv 1604.06174): a block keeps few activations and runs its forward again in the backward."""
 
 from collections.abc import Callable
 from functools import partial
@@ -23,7 +23,7 @@ _PRODUCTS = {
 }
 # The choice of experts is kept: recomputed scores may round differently and choose other experts.
 _CHOICES = {"torchlmoe::top_indices", "torchlmoe::sort_slots", "torchlmoe::exchange_counts"}
-# Our operations that are as cheap as elementwise ones.
+# torchlmoe's operations that are as cheap as elementwise ones.
 _POINTWISE = {
     f"torchlmoe::{name}"
     for name in ("causal_conv", "weighted_swiglu", "gather_slots", "permute", "gated_rms_norm", "decay_gate")
@@ -34,12 +34,13 @@ def _policy(selective: bool, context, operation, *args, **kwargs) -> CheckpointP
     name = operation.name().partition(".")[0]
     keep = name in _CHOICES
     if selective:
-        ours = name.startswith(("torchlmoe::", "torch_attn::")) and name.removesuffix("_triton") not in _POINTWISE
-        keep = keep or ours or operation.overloadpacket in _PRODUCTS
+        is_custom = name.startswith(("torchlmoe::", "torch_attn::"))
+        is_costly = is_custom and name.removesuffix("_triton") not in _POINTWISE
+        keep = keep or is_costly or operation.overloadpacket in _PRODUCTS
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-# One each, so that equal blocks stay equal to `torch.compile`.
+# One object per mode, so that `torch.compile` reuses the code of equal blocks.
 _CONTEXTS = {
     mode: partial(create_selective_checkpoint_contexts, partial(_policy, mode == "selective"))
     for mode in ("selective", "full")
@@ -47,17 +48,17 @@ _CONTEXTS = {
 
 
 def recompute(block: nn.Module, mode: str) -> None:
-    """From now on `block` runs its forward again in its backward.
+    """Makes `block` run its forward again in its backward.
 
-    mode: "selective" keeps the results of products and of our operations (recurrence, attention, experts) and
-    recomputes what is cheap; "full" keeps the block's input and which experts were chosen.
+    mode: "selective" keeps the results of products and of custom operations (recurrence, attention, experts) and
+    recomputes cheap operations; "full" keeps only the block's input and the choice of experts.
     """
-    # A partial of the bound forward, not a closure, so that a deep copy of the block runs its own. It is no wrapper
-    # around the block, so that names stay.
+    # A partial of the bound forward, not a closure, so that a deep copy of the block runs its own forward. It does not
+    # wrap the block, so that names of parameters stay.
     block.forward = partial(_run_again, mode, block.forward)  # type: ignore[method-assign]
 
 
 def _run_again(mode: str, forward: Callable, *args, **kwargs):
-    # Nothing in a block draws random numbers, so their state need not be kept.
+    # Blocks draw no random numbers, so the generator's state need not be saved.
     contexts = _CONTEXTS[mode]
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts, **kwargs)

@@ -1,4 +1,4 @@
-"""The place of `LSMSequenceParallel` in earlier versions; it is in `torchlmoe.styles.recurrence`."""
+"""Keeps the import of `LSMSequenceParallel` of earlier versions; it is now in `torchlmoe.styles.recurrence`."""
 
 from torchlmoe.styles.recurrence import ElementwiseSequenceParallel, LSMSequenceParallel, StateRing
 

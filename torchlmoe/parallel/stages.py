@@ -1,4 +1,4 @@
-"""Stages of a pipeline: which blocks each of them has, by cost or by the settings, and the module that runs them.
+"""Cuts a model into pipeline stages, by cost or by the settings, and defines the module that runs a stage.
 
 The model is built whole on the meta device and then cut. So names, initial weights, checkpoints and figures do not
 depend on the cut. With P ranks along `pp`, rank r has the stages r, r + P, r + 2 P and so on.
@@ -19,7 +19,11 @@ from torchlmoe.model.decoder import Decoder
 
 @dataclass(frozen=True)
 class Place:
-    """The index-th stage of the pipeline, and whether layers share a tensor across its beginning and its end."""
+    """The place of a stage in the model.
+
+    index: of the stage. blocks: indices of its blocks. takes_shared, gives_shared: whether the stage receives from the
+    preceding stage, and sends to the next one, a tensor that layers share.
+    """
 
     index: int
     blocks: range
@@ -30,9 +34,9 @@ class Place:
 class Stage(nn.Module):
     """Consecutive blocks of a decoder, with its embedding before the first and its head after the last.
 
-    The first stage takes nothing and the others what the one before returns, x [B, T, dim] and, if `takes_shared`, what
-    layers share; they return the same, the last one the loss of the microbatch. Every stage is given the microbatch,
-    from which it takes the layout of its documents.
+    A stage takes the outputs of the preceding one: x [1, T, dim] and, if `takes_shared`, the tensor that layers share.
+    The first stage takes neither. A stage returns the same for the next one; the last stage returns the loss of the
+    microbatch. Every stage also takes the microbatch itself, for the layout of its documents.
     """
 
     def __init__(self, model: Decoder, place: Place):
@@ -60,22 +64,26 @@ class Stage(nn.Module):
         return x
 
     def examples(self, num_tokens: int, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """What it takes and what it returns, on the meta device. num_tokens: of a microbatch."""
+        """The tensors that the stage takes, and those that it returns, on the meta device.
+
+        num_tokens: of a microbatch. dtype: of activations.
+        """
         part = self.part
         span = num_tokens // part.span.number
         x = torch.empty(1, span // part.span.pieces, part.spec.dim, dtype=dtype, device="meta", requires_grad=True)
         shared = torch.empty(1, span, part.shared_width, dtype=dtype, device="meta", requires_grad=True)
         loss = torch.empty((), dtype=torch.promote_types(dtype, torch.float32), device="meta", requires_grad=True)
-        taken = () if part.is_first else (x, shared)[: 1 + self.place.takes_shared]
-        return taken, (loss,) if part.is_last else (x, shared)[: 1 + self.place.gives_shared]
+        inputs = () if part.is_first else (x, shared)[: 1 + self.place.takes_shared]
+        return inputs, (loss,) if part.is_last else (x, shared)[: 1 + self.place.gives_shared]
 
 
 @dataclass
 class Pipeline:
-    """What a rank knows of the pipeline beside its part of the model.
+    """The pipeline, seen from one rank.
 
-    places: of its stages, in order. stages: the modules that run them, once made by `make_stages`. names: by rank along
-    `pp`, what parameters it has. elsewhere: names of the parameters and persistent buffers that this rank has not.
+    places: of the rank's stages, in order. names: for each rank along `pp`, the names of its parameters.
+    elsewhere: names of parameters and persistent buffers that only other ranks have.
+    stages: the modules that run this rank's stages; `make_stages` sets them.
     """
 
     places: list[Place]
@@ -85,7 +93,10 @@ class Pipeline:
 
 
 def cut(model: Decoder, bounds: Sequence[int], rank: int, num_ranks: int) -> Decoder:
-    """What rank `rank` of `num_ranks` along `pp` has of a model, with a `pipeline`. bounds: of `stage_bounds`."""
+    """Returns the part of a model for rank `rank` of `num_ranks` along `pp`. It has a `pipeline`.
+
+    bounds: see `stage_bounds`.
+    """
     sharing = [int(index) for index, block in model.blocks.items() if block.shared_width]
 
     def crosses(bound: int) -> bool:
@@ -106,7 +117,7 @@ def cut(model: Decoder, bounds: Sequence[int], rank: int, num_ranks: int) -> Dec
 
 
 def make_stages(model: Decoder) -> list[Stage]:
-    """The stages of a cut model, whose modules are those of the model as it is now."""
+    """Returns the stages of a cut model. They use the model's current modules, so layouts must be applied before."""
     assert isinstance(model.pipeline, Pipeline)
     model.pipeline.stages = [Stage(model, place) for place in model.pipeline.places]
     return model.pipeline.stages
@@ -118,9 +129,9 @@ def elsewhere(model: Decoder) -> frozenset[str]:
 
 
 def stage_bounds(model: Decoder, config: Config) -> list[int]:
-    """The first block of each stage, then the number of blocks.
+    """Returns the index of the first block of each stage, then the number of blocks.
 
-    model: whole, on the meta device. Raises ValueError for a split that does not fit the model.
+    model: the whole model, on the meta device. Raises ValueError for a split that does not fit it.
     """
     number, num_blocks, split = num_stages(config), len(model.blocks), config.parallelism.pipeline_parallel_split
     if split is None:
@@ -140,18 +151,18 @@ def stage_bounds(model: Decoder, config: Config) -> list[int]:
 
 
 def stage_costs(model: Decoder, seq_len: int) -> list[int]:
-    """Forward FLOPs of one token in each block; those of the head count with the last."""
+    """Forward FLOPs of one token in each block; the last includes the head."""
     costs = [block.flops_per_token(seq_len) for block in model.blocks.values()]  # type: ignore[operator]
     return [*costs[:-1], costs[-1] + model.head_flops_per_token()]
 
 
 def balanced(costs: Sequence[int], number: int) -> list[int]:
-    """Cuts `costs` into `number` consecutive parts, of which the most costly is as cheap as can be.
+    """Cuts `costs` into `number` consecutive parts so that the highest cost of a part is as low as possible.
 
-    Returns where the parts begin, then the number of costs.
+    Returns the index of the first cost of each part, then the number of costs.
     """
     before = [0, *accumulate(costs)]
-    # By the end of what is cut: the cost of the dearest part, and where the parts begin.
+    # best[end]: for costs[:end], the highest cost of a part, and the beginnings of the parts.
     best: list[tuple[int, list[int]]] = [(before[end], [0]) for end in range(len(before))]
     for parts in range(2, number + 1):
         best = [
@@ -168,7 +179,7 @@ def balanced(costs: Sequence[int], number: int) -> list[int]:
 
 
 def describe_stages(model: Decoder, config: Config) -> str:
-    """One line for the console: the blocks of each stage and its part of the cost. model: whole."""
+    """One line for the console: the blocks of each stage and its share of the cost. model: the whole model."""
     costs, bounds = stage_costs(model, config.training.seq_len), stage_bounds(model, config)
     of_stages = [sum(costs[start:stop]) for start, stop in pairwise(bounds)]
     stages = [

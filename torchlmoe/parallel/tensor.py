@@ -1,4 +1,4 @@
-"""Tensor parallelism: one walk over the model collects from its modules how each of them is split over heads.
+"""Tensor parallelism: splits the modules of a model over heads, as each of them declares.
 
 Modules name the dimension of each parameter along which heads lie (`head_dims`), and their communication
 (`tensor_parallel_style`). Between blocks every rank has a part of the tokens, on which norms, residuals and routers
@@ -24,15 +24,18 @@ from torchlmoe.routing.balance import RoutedLayer
 from torchlmoe.styles.heads import EnterHeads, HeadParameters
 from torchlmoe.styles.vocabulary import VocabularyEmbedding, VocabularyHead
 
-Plan = list[tuple[str, ParallelStyle]]  # by the name of a module
+Plan = list[tuple[str, ParallelStyle]]  # (name of a module, its style), in the order of application
 
 
 @dataclass(frozen=True)
 class _Split:
-    """A module whose parameters are laid in `units`; `may_share`: ranks may have a unit together."""
+    """A module whose parameters consist of `units`, which ranks can divide.
+
+    name, module: for messages, the setting and the module. may_share: whether several ranks may have the same unit.
+    """
 
     name: str
-    what: str
+    module: str
     units: int
     may_share: bool
 
@@ -41,10 +44,10 @@ class _Split:
 
 
 def tensor_parallel_plan(model: Decoder, degree: int) -> Plan:
-    """Styles by module, in the order in which they are applied.
+    """Returns the styles of all modules, in the order of application.
 
-    Raises ValueError, with the degrees that would fit, for heads that cannot be spread over `degree` ranks, and, by
-    name, for a module that does not say how it is split.
+    Raises ValueError for heads that cannot be split over `degree` ranks, with the degrees that fit, and for a module
+    with parameters but without `head_dims`.
     """
     plan: Plan = []
     splits = list(_splits(model))
@@ -53,7 +56,7 @@ def tensor_parallel_plan(model: Decoder, degree: int) -> Plan:
             fitting = [str(other) for other in range(1, split.units + 1) if all(x.fits(other) for x in splits)]
             raise ValueError(
                 f"parallelism.tensor_parallel_degree = {degree} cannot split the {split.units} heads or channels of "
-                f"{split.what} of {split.name}; degrees that fit this model: {', '.join(fitting)}."
+                f"{split.module} of {split.name}; degrees that fit this model: {', '.join(fitting)}."
             )
     for name, module in model.named_modules():
         if isinstance(module, Experts) or not list(module.parameters(recurse=False)):
@@ -85,7 +88,7 @@ def tensor_parallel_plan(model: Decoder, degree: int) -> Plan:
 
 
 def apply_tensor_parallel(model: Decoder, plan: Plan, mesh: DeviceMesh) -> None:
-    """Each rank of `mesh` has its part of the heads. Call `read_local_parts` once FSDP is applied."""
+    """Splits heads over the ranks of `mesh`. Call `read_local_parts` after FSDP is applied."""
     rank, degree = mesh.get_local_rank(), mesh.size()
     for name, style in plan:
         style._apply(model.get_submodule(name), mesh)
@@ -127,7 +130,7 @@ def _splits(model: Decoder) -> Iterator[_Split]:
 
 
 def _owner(part: nn.Module, name: str) -> nn.Module:
-    """The innermost module around `name` that has a number of heads or channels, and is no leaf."""
+    """The innermost module that contains module `name` and has a number of units; `part` if there is none."""
     owner = part
     path = ""
     for step in name.split(".")[:-1]:
@@ -139,22 +142,22 @@ def _owner(part: nn.Module, name: str) -> nn.Module:
 
 
 def _entrances(name: str, module: nn.Module | None) -> list[str]:
-    """The outermost modules that themselves have a projection into hidden channels."""
+    """Names of the outermost modules with a child that projects into hidden channels."""
     if module is None:
         return []
     if any(isinstance(child, ColumnLinear) for child in module.children()):
         return [name]
-    return [found for child, inner in module.named_children() for found in _entrances(f"{name}.{child}", inner)]
+    return [inside for child, inner in module.named_children() for inside in _entrances(f"{name}.{child}", inner)]
 
 
 def _piece(rank: int, degree: int, module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]):
-    """The layout of the rank's own tokens, whose balance losses are its share of the span's."""
+    """Pass a layer the layout of the rank's own tokens. Its balance losses are the rank's share of the span's."""
     sequence = options["sequence"]
     share = replace(sequence.share, loss_weight=sequence.share.loss_weight / degree)
     return inputs, {**options, "sequence": replace(sequence, share=share).span(rank, degree)}
 
 
 def _uncounted(module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]):
-    """A router before heads sees the same tokens on every rank; the first one counts and balances them."""
+    """Turn off counting and balancing, since rank 0 does both: a mixer's router sees the same tokens on every rank."""
     sequence = options["sequence"]
     return inputs, {**options, "sequence": replace(sequence, share=replace(sequence.share, loss_weight=0.0))}

@@ -10,7 +10,11 @@ _MOST_NAMED = 8  # ranks that a sentence names
 
 
 class Report(NamedTuple):
-    """beat: counts reports. moves: counts operations that the rank has begun. where: names the last of them."""
+    """One report of a rank.
+
+    beat: number of its reports so far. moves: number of operations that it has begun. where: the last of them.
+    state: RUNNING, FAILED or ENDED.
+    """
 
     beat: int
     moves: int
@@ -19,9 +23,9 @@ class Report(NamedTuple):
 
 
 def judge(rank: int, before: Sequence[Report | None], now: Sequence[Report | None]) -> str | None:
-    """Return a clause that names the rank which made a collective fail on `rank`; None if it cannot be determined.
+    """Returns a clause that names the rank that made a collective fail on `rank`; None if it cannot be determined.
 
-    before, now: reports of all ranks, some beats apart.
+    before, now: reports of all ranks, some beats apart; None for a rank that has not reported.
     """
     absent = [other for other, report in enumerate(now) if report is None]
     if absent:
@@ -31,7 +35,7 @@ def judge(rank: int, before: Sequence[Report | None], now: Sequence[Report | Non
     lost = [other for other in running if (seen := before[other]) is not None and seen.beat == reports[other].beat]
     if lost:
         return f"{_names(lost)} {_are(lost)} lost (killed, stopped or cut off), last seen in {_places(lost, reports)}"
-    # Some of the ranks that are behind may wait for others. Those have failed by now, since they began earlier.
+    # Some of the ranks that are behind may wait for others. Those have failed already, since they began earlier.
     moves = min((reports[other].moves for other in running), default=0)
     last = [other for other in running if reports[other].moves == moves]
     if last and moves < reports[rank].moves:
@@ -47,12 +51,12 @@ def _are(ranks: Sequence[int]) -> str:
 
 
 def _names(ranks: Sequence[int]) -> str:
-    named = [f"{rank}" for rank in ranks[:_MOST_NAMED]]
+    names = [f"{rank}" for rank in ranks[:_MOST_NAMED]]
     if len(ranks) > _MOST_NAMED:
-        named.append(f"{len(ranks) - _MOST_NAMED} more")
-    return f"rank {named[0]}" if len(named) == 1 else f"ranks {', '.join(named[:-1])} and {named[-1]}"
+        names.append(f"{len(ranks) - _MOST_NAMED} more")
+    return f"rank {names[0]}" if len(names) == 1 else f"ranks {', '.join(names[:-1])} and {names[-1]}"
 
 
 def _places(ranks: Sequence[int], reports: Sequence[Report]) -> str:
-    """Join the places where the ranks are, each place once."""
+    """The operations of the ranks, each named once."""
     return " and ".join(dict.fromkeys(reports[rank].where for rank in ranks[:_MOST_NAMED]))

@@ -1,4 +1,4 @@
-"""Counts the bytes of collectives and sends by mesh axis: those of FSDP, functional ones and ours."""
+"""Counts the bytes of collectives and sends by mesh axis: FSDP's, functional collectives and torchlmoe's own."""
 
 from collections import Counter
 from collections.abc import Hashable, Sequence
@@ -12,7 +12,7 @@ from torch import Tensor
 from torchlmoe.parallel.ranks import Ranks
 from torchlmoe.styles import recurrence
 
-# By operation: the collective's name, and which argument holds its bytes, "out" for its result.
+# Operation -> the collective's name, and the position of the argument whose bytes count ("out": the result's).
 _COLLECTIVES: dict[str, tuple[str, int | str]] = {
     "c10d::allreduce_": ("all_reduce", 0),
     "c10d::_allgather_base_": ("all_gather", 0),
@@ -36,10 +36,11 @@ _COLLECTIVES: dict[str, tuple[str, int | str]] = {
 
 @dataclass(frozen=True)
 class Message:
-    """One collective as a rank takes part in it.
+    """One collective or send, seen from one rank.
 
-    axis: of the mesh. num_ranks: that take part. num_bytes: of what the rank sends: its part of an all-to-all, a tensor
-        to another rank, the whole of what is reduced, or, of an all-gather, the whole of what is gathered.
+    axis: the mesh axis. collective: "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast" or "send".
+    num_ranks: size of the process group.
+    num_bytes: the rank's input of an all-to-all, a reduction or a send; the whole output of an all-gather.
     """
 
     axis: str
@@ -49,7 +50,7 @@ class Message:
 
 
 class Communication:
-    """messages: by phase of the step, how often each was sent."""
+    """Counts messages. messages: by phase of the step, how often each was sent."""
 
     def __init__(self, ranks: Ranks):
         self.messages: dict[Hashable, Counter[Message]] = {}
@@ -57,11 +58,11 @@ class Communication:
 
     def see(self, phase: Hashable, operation: torch._ops.OpOverload, arguments: Sequence[Any], result: Any) -> None:
         """Count an operation, if it is a collective or a send between two or more ranks."""
-        known = _COLLECTIVES.get(operation._schema.name)
-        if known is None:
+        entry = _COLLECTIVES.get(operation._schema.name)
+        if entry is None:
             return
-        collective, place = known
-        tensors = result if place == "out" else arguments[place]  # type: ignore[index]
+        collective, position = entry
+        tensors = result if position == "out" else arguments[position]  # type: ignore[index]
         num_bytes = sum(x.numel() * x.element_size() for x in ([tensors] if isinstance(tensors, Tensor) else tensors))
         axis, num_ranks = self._axes.get(_group_name(arguments), ("pp", 2))
         if num_ranks > 1:
@@ -69,7 +70,7 @@ class Communication:
 
 
 def _axes(ranks: Ranks) -> dict[str, tuple[str, int]]:
-    """Name and size of the axis by name of its process group. What is not among them are stages that share weights."""
+    """Process group's name -> name and size of its mesh axis. Only groups of stages with shared weights are missing."""
     axes: dict[str, tuple[str, int]] = {}
     for mesh in (ranks.mesh, ranks.parameters, ranks.pieces, ranks.experts):
         for dim, name in enumerate(mesh.mesh_dim_names or ()):
@@ -80,7 +81,7 @@ def _axes(ranks: Ranks) -> dict[str, tuple[str, int]]:
 
 
 def _group_name(arguments: Sequence[Any]) -> str:
-    """Of an operation's process group, which it is given as an object or by name."""
+    """Name of an operation's process group. The argument is the group itself or its name."""
     for argument in reversed(arguments):
         if isinstance(argument, str):
             return argument

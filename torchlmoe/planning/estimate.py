@@ -1,4 +1,7 @@
-"""Estimates memory and time of a layout from sizes, without a trace: below a traced plan, but in a similar order."""
+"""Estimates memory and time of a layout from sizes, without a trace.
+
+An estimate is a lower bound of the traced plan, and ranks layouts in a similar order.
+"""
 
 from dataclasses import dataclass
 
@@ -12,13 +15,17 @@ from torchlmoe.planning.gpus import GPU
 from torchlmoe.planning.layout import Layout
 from torchlmoe.planning.roofline import PRODUCT_FRACTION, Machine
 
-# Operations of a block, forward and backward. Blocks have more: an estimate must not be above what a trace finds.
+# Operations of a block, forward and backward. Blocks have more, since an estimate must not exceed the traced plan.
 _OPERATIONS_OF_BLOCK = 100
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a model. experts, others: numbers of parameters. top_k: choices of a token, summed over routed layers."""
+    """Sizes of a model.
+
+    dim: width. blocks: number of blocks. experts, others: numbers of parameters in experts and elsewhere.
+    top_k: experts per token, summed over routed layers. flops_per_token: of a forward.
+    """
 
     dim: int
     blocks: int
@@ -45,26 +52,27 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Estimate:
-    """peak_bytes: parameters, gradients and one number of the optimizer each. seconds: of a step."""
+    """peak_bytes: per rank, of parameters, gradients and one optimizer value per parameter. seconds: per step."""
 
     peak_bytes: int
     seconds: float
 
 
 def estimate(config: Config, sizes: Sizes, world_size: int, gpu: GPU, ranks_per_node: int) -> Estimate:
-    """Counts products at their full rate, FSDP's, tensor and expert parallelism's messages, and the bubble of 1F1B.
+    """Estimates one layout: products at full rate, messages of FSDP, tensor and expert parallelism, bubble of 1F1B.
 
     Stages are assumed to be equal. Nothing else of a step is counted, not even recompute.
+    Raises ConfigError for degrees that do not fit the number of ranks.
     """
     layout = Layout.of(config, world_size)
     degrees, machine = layout.degrees, Machine(gpu, ranks_per_node, layout.strides)
-    dtype = config.training.dtype_on("cuda")
+    dtype = config.training.dtype_on(gpu.device_type)
     pipeline, tensor, expert = degrees["pp"], degrees["tp"], degrees["ep"]
     shard = degrees["dp_shard"] * degrees["cp"]
     data_ranks = world_size // ranks_of_rows(config)
     rows, whole = batch_sizes(config.training, data_ranks)
     microbatches = whole // (rows * data_ranks)
-    tokens = rows * config.training.seq_len // (degrees["cp"] * tensor)  # of a rank, in a microbatch, between blocks
+    tokens = rows * config.training.seq_len // (degrees["cp"] * tensor)  # per rank and microbatch, between blocks
 
     def send(axis: str, collective: str, ranks: int, num_bytes: float) -> float:
         return machine.seconds_to_send(Message(axis, collective, ranks, int(num_bytes))) if ranks > 1 else 0.0
@@ -82,12 +90,12 @@ def estimate(config: Config, sizes: Sizes, world_size: int, gpu: GPU, ranks_per_
         fsdp += send("dp_replicate", "all_reduce", degrees["dp_replicate"], number * max(4, dtype.itemsize) / ranks)
 
     activation = tokens * sizes.dim * dtype.itemsize
-    of_heads = 4 * sizes.blocks * send("tp", "all_gather", tensor, activation * tensor)
-    of_experts = 4 * sizes.top_k * send("ep", "all_to_all", expert, activation) if sizes.top_k else 0.0
-    waited = microbatches / pipeline * (of_heads + of_experts)
+    for_heads = 4 * sizes.blocks * send("tp", "all_gather", tensor, activation * tensor)
+    for_experts = 4 * sizes.top_k * send("ep", "all_to_all", expert, activation) if sizes.top_k else 0.0
+    waiting = microbatches / pipeline * (for_heads + for_experts)
 
     chunks = microbatches * (num_stages(config) // pipeline)
-    busy = computing + waited
+    busy = computing + waiting
     seconds = busy * (1 + (pipeline - 1) / chunks) + (max(0.0, fsdp - computing) if gpu.overlaps else fsdp)
     state = max(4, dtype.itemsize) * 3 * (sizes.others + sizes.experts) * degrees["dp_replicate"] / world_size
     return Estimate(int(state), seconds)

@@ -1,4 +1,4 @@
-"""GPUs by name: memory and rates, from their makers' data sheets; and this CPU, measured."""
+"""Memory and rates of GPUs, from their makers' data sheets, and of this machine's CPU, measured."""
 
 import os
 import time
@@ -19,11 +19,15 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class GPU:
-    """memory_bytes: that a program can use. Rates of dense matrix products in FLOP/s, of its memory and of its links in
-    bytes/s, one way: `link` to the others of a node, `network` its part of a node's connection to other nodes.
-    reduced_rate: that of an all-reduce's bytes over that of others. seconds_to_start: an operation, from Python;
-    seconds_of_message: before its first byte. overlaps: whether messages travel while the device computes; on a CPU
-    they take its cores.
+    """Memory and rates of one device.
+
+    memory_bytes: memory that a program can use.
+    bfloat16, float8, float32: rates of dense matrix products, in FLOP/s.
+    memory_rate: in bytes/s. link, network: in bytes/s in one direction, to devices of the same node and of other nodes.
+    reduced_rate: the rate of an all-reduce's bytes, relative to that of other messages.
+    seconds_to_start: time to start an operation from Python. seconds_of_message: latency of a message.
+    overlaps: whether messages travel while the device computes. On a CPU they need its cores, so they do not.
+    device_type: "cuda" or "cpu".
     """
 
     memory_bytes: int
@@ -37,6 +41,7 @@ class GPU:
     seconds_to_start: float = 5e-6
     seconds_of_message: float = 20e-6
     overlaps: bool = True
+    device_type: str = "cuda"
 
     def matmul_rate(self, dtype: torch.dtype) -> float:
         """FLOP/s of matrix products in `dtype`."""
@@ -49,7 +54,7 @@ class GPU:
 # 200 Gbit/s for A100), as in the makers' reference systems of eight.
 GPUS = {
     # NVIDIA A100 80GB SXM data sheet: 80 GB, 312 TFLOP/s, 19.5 in float32, 2,039 GB/s; NVLink 600 GB/s both ways.
-    # No float8: as bfloat16.
+    # It has no float8, which is counted as bfloat16.
     "a100": GPU(80 * GIB, 312e12, 312e12, 19.5e12, 2039 * GB, 300 * GB, 25 * GB),
     # NVIDIA H100 SXM data sheet: 80 GB, 989 TFLOP/s, 1,979 in float8, 67 in float32, 3.35 TB/s; NVLink 900 GB/s.
     "h100": GPU(80 * GIB, 989e12, 1979e12, 67e12, 3.35 * TB, 450 * GB, 50 * GB),
@@ -65,7 +70,10 @@ GPUS = {
 
 
 def gpu_named(name: str, ranks_per_node: int) -> GPU:
-    """One of `GPUS`, or for "cpu" a rank's part of this machine, measured. Raises ValueError for another name."""
+    """Returns one of `GPUS`, or for "cpu" one rank's part of this machine, measured. Raises ValueError for other names.
+
+    ranks_per_node: number of ranks that share this machine; ignored for GPUs.
+    """
     if name == "cpu":
         return _this_cpu(ranks_per_node)
     if name not in GPUS:
@@ -74,14 +82,14 @@ def gpu_named(name: str, ranks_per_node: int) -> GPU:
 
 
 def _this_cpu(ranks: int) -> GPU:
-    """What each of `ranks` processes has that share this machine: its cores, and so its rates and times."""
+    """Memory and rates of each of `ranks` processes that share this machine."""
     cpu = torch.device("cpu")
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     cores = os.cpu_count() or 1
-    part = max(1.0, cores / torch.get_num_threads()) / ranks  # of what this process reaches with its threads
+    part = max(1.0, cores / torch.get_num_threads()) / ranks  # relative to this process with its number of threads
     float32, bfloat16 = ((peak_flops(cpu, dtype) or 0.0) * part for dtype in (torch.float32, torch.bfloat16))
     seconds, rate, reduced_rate = _gloo()
-    wait = max(1.0, ranks / cores)  # for a core
+    wait = max(1.0, ranks / cores)  # ranks that take turns on a core
     return GPU(
         memory_bytes=memory // ranks,
         bfloat16=bfloat16,
@@ -94,18 +102,19 @@ def _this_cpu(ranks: int) -> GPU:
         seconds_to_start=wait * _seconds_of_operation(),
         seconds_of_message=wait * seconds,
         overlaps=False,
+        device_type=cpu.type,
     )
 
 
 def _copy_rate() -> float:
-    """Bytes/s that are read and written when a large tensor is copied."""
+    """Bytes/s read and written by a copy of a large tensor."""
     source = torch.ones(2**24)
     target = torch.empty_like(source)
     return 2 * source.nbytes / _least_seconds(lambda: target.copy_(source), 5)
 
 
 def _seconds_of_operation() -> float:
-    """Of an operation on few numbers, with its part of autograd's work."""
+    """Seconds of an operation on a few numbers, with its share of autograd's work."""
     x = torch.ones(16, requires_grad=True)
 
     def chain() -> None:
@@ -114,14 +123,14 @@ def _seconds_of_operation() -> float:
             y = y * x
         y.sum().backward()
 
-    return _least_seconds(chain, 10) / 200  # each product is two more in the backward, and a sum
+    return _least_seconds(chain, 10) / 200  # 50 products; the backward of each is two products and a sum
 
 
 def _gloo() -> tuple[float, float, float]:
     """Seconds of a small message between two ranks; bytes/s of large ones, of both ranks together; `GPU.reduced_rate`.
 
-    The ranks are threads, which gloo takes for processes: messages go through a socket. It adds on the way what is
-    reduced, and copies what is gathered: their rates differ.
+    The ranks are threads, but gloo sends their messages through sockets as it does between processes. It adds while it
+    reduces and copies while it gathers, so the two rates differ.
     """
     store, large = dist.HashStore(), 2**19
 
@@ -141,7 +150,7 @@ def _gloo() -> tuple[float, float, float]:
         small = least(lambda group, part, whole: group.allreduce([part]), 16, 50)
         gathering = least(lambda group, part, whole: group._allgather_base(whole, part), large, 30)
         reducing = least(lambda group, part, whole: group.allreduce([whole]), large, 30)
-    # A rank of two sends its half of what is gathered, and of what is reduced as much as there is.
+    # Of two ranks, each sends half of the result of an all-gather, and as many bytes as the result of an all-reduce.
     return small, 2 * 4 * large / gathering, 2 * gathering / reducing
 
 

@@ -1,4 +1,4 @@
-"""A plan: memory, communication and step time of a layout, for every distinct rank."""
+"""Makes a plan: memory, communication and step time of a layout, from a trace of one rank per pipeline place."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -15,37 +15,37 @@ from torchlmoe.planning.rank import Part, RankTrace, trace_rank
 from torchlmoe.planning.roofline import Machine
 from torchlmoe.planning.schedule import makespan
 
-# Of a GPU's memory: the rest is for its context, the buffers of NCCL, and fragmentation.
+# Fraction of a GPU's memory that a plan may use. The rest is for its context, NCCL's buffers and fragmentation.
 USABLE_FRACTION = 0.9
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Degrees by axis: pp, dp_replicate, dp_shard, cp, tp and, of them borrowed, ep."""
+    """Degrees by mesh axis: pp, dp_replicate, dp_shard, cp, tp, and ep, whose ranks are borrowed from the others."""
 
     degrees: Mapping[str, int]
 
     @classmethod
     def of(cls, config: Config, world_size: int) -> "Layout":
-        """Raises ConfigError for degrees that do not fit the number of ranks."""
+        """The layout that the settings describe. Raises ConfigError for degrees that do not fit the number of ranks."""
         check_degrees(config, world_size)
-        given = config.parallelism
+        parallelism = config.parallelism
         others = {
-            "pp": given.pipeline_parallel_degree,
-            "dp_replicate": given.data_parallel_replicate_degree,
-            "cp": given.context_parallel_degree,
-            "tp": given.tensor_parallel_degree,
+            "pp": parallelism.pipeline_parallel_degree,
+            "dp_replicate": parallelism.data_parallel_replicate_degree,
+            "cp": parallelism.context_parallel_degree,
+            "tp": parallelism.tensor_parallel_degree,
         }
         shard = world_size // prod(others.values())
         degrees = {"pp": others["pp"], "dp_replicate": others["dp_replicate"], "dp_shard": shard}
-        return cls({**degrees, "cp": others["cp"], "tp": others["tp"], "ep": given.expert_parallel_degree})
+        return cls({**degrees, "cp": others["cp"], "tp": others["tp"], "ep": parallelism.expert_parallel_degree})
 
     def __str__(self) -> str:
         return " ".join(f"{axis} {degree}" for axis, degree in self.degrees.items())
 
     @property
     def strides(self) -> dict[str, int]:
-        """From a rank to its next neighbour on an axis. On joined axes the last one's."""
+        """By axis, the difference between the ranks of two neighbors. A joined axis has that of its last member."""
         sizes = self.degrees
         strides = {"tp": 1, "cp_tp": 1, "ep": 1, "world": 1, "efsdp": sizes["ep"], "cp": sizes["tp"]}
         strides["dp_shard_cp"] = sizes["tp"]
@@ -55,15 +55,18 @@ class Layout:
         return strides
 
     def rank_of_stage(self, stage: int) -> int:
-        """The rank that represents a stage: among the first data ranks, the last span, which sees the most keys."""
+        """The rank that is traced for a stage: the last span of the first data rank, which attends to the most keys."""
         return stage * self.strides["pp"] + (self.degrees["cp"] - 1) * self.degrees["tp"]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What `report` shows. traces: of one rank for each place along pp. flops_per_rank: of the rank that computes most,
-    in a step, what is recomputed included. mfu: model FLOPs over the peak. fits: whether every rank's peak is at most
-    `USABLE_FRACTION` of its memory; reason: why, in one sentence.
+    """The figures that `report` prints.
+
+    flops_per_rank: FLOPs of a step, including recompute, of the rank that computes most.
+    mfu: model FLOPs, without recompute, as a fraction of the devices' peak. bubble_fraction: time in which ranks wait.
+    fits: whether every rank's peak is at most `USABLE_FRACTION` of its memory; reason: why, in one sentence.
+    traces: of one rank per place along pp.
     """
 
     world_size: int
@@ -82,12 +85,12 @@ class Plan:
 
     @property
     def peak_bytes(self) -> int:
-        """Of the rank that needs most."""
+        """Peak memory of the rank that needs most."""
         return max(trace.peak_bytes for trace in self.traces)
 
     def communication(self) -> list[tuple[str, str, int, int]]:
-        """Axis, collective, how many in a step and their bytes: of the rank that has most of them."""
-        found: dict[tuple[str, str], tuple[int, int]] = {}
+        """Axis, collective, count and bytes per step, of the rank that sends most of them; sorted by name."""
+        largest: dict[tuple[str, str], tuple[int, int]] = {}
         for trace in self.traces:
             of_rank: dict[tuple[str, str], tuple[int, int]] = {}
             for message, count in trace.total_messages().items():
@@ -95,16 +98,16 @@ class Plan:
                 before = of_rank.get(key, (0, 0))
                 of_rank[key] = (before[0] + count, before[1] + count * message.num_bytes)
             for key, figures in of_rank.items():
-                found[key] = max(found.get(key, (0, 0)), figures, key=lambda pair: pair[1])
-        return [(*key, *figures) for key, figures in sorted(found.items())]
+                largest[key] = max(largest.get(key, (0, 0)), figures, key=lambda pair: pair[1])
+        return [(*key, *figures) for key, figures in sorted(largest.items())]
 
 
 def make_plan(config: Config, vocab_size: int, world_size: int, gpu: GPU, gpu_name: str, ranks_per_node: int) -> Plan:
-    """Of a layout of `world_size` ranks. Raises ValueError where model, batch and degrees do not fit together."""
+    """Plans a layout of `world_size` ranks. Raises ValueError if model, batch and degrees do not fit together."""
     layout = Layout.of(config, world_size)
     whole = whole_model(config, vocab_size, world_size)
     traces = [
-        trace_rank(config, vocab_size, layout.rank_of_stage(stage), world_size, on_gpu=gpu_name != "cpu")
+        trace_rank(config, vocab_size, layout.rank_of_stage(stage), world_size, on_gpu=gpu.device_type != "cpu")
         for stage in range(layout.degrees["pp"])
     ]
     machine = Machine(gpu, ranks_per_node, layout.strides)
@@ -112,7 +115,7 @@ def make_plan(config: Config, vocab_size: int, world_size: int, gpu: GPU, gpu_na
     _, rows = batch_sizes(config.training, world_size // ranks_of_rows(config))
     tokens = rows * config.training.seq_len
     model_flops = 3 * whole.flops_per_token(config.training.seq_len) * tokens  # backward costs two forwards
-    rate = gpu.matmul_rate(config.training.dtype_on("cuda"))
+    rate = gpu.matmul_rate(config.training.dtype_on(gpu.device_type))
     peak, room = max(trace.peak_bytes for trace in traces), USABLE_FRACTION * gpu.memory_bytes
     fits = peak <= room
     return Plan(
@@ -134,7 +137,7 @@ def make_plan(config: Config, vocab_size: int, world_size: int, gpu: GPU, gpu_na
 
 
 def _step_seconds(traces: list[RankTrace], machine: Machine) -> tuple[float, float]:
-    """Seconds of a step, and of its pipeline the part in which ranks wait."""
+    """Seconds of a step, and the fraction of the pipeline's time in which ranks wait."""
     once = [_once_seconds(trace, machine) for trace in traces]
     if len(traces) == 1:
         trace = traces[0]
@@ -154,13 +157,13 @@ def _step_seconds(traces: list[RankTrace], machine: Machine) -> tuple[float, flo
     assert traces[0].order is not None
     end, bubble = makespan(traces[0].order, lambda kind, stage: of_stage[kind, stage], transfer)
     if not machine.gpu.overlaps:
-        end *= 1 - bubble  # ranks share cores: one that waits leaves its part of them to others
-    # What is gathered before the first microbatch and reduced after the last one is not hidden by a typical one.
+        end *= 1 - bubble  # ranks share cores: while one waits, others use its part
+    # FSDP gathers before the first microbatch and reduces after the last, and no typical microbatch overlaps with it.
     return end + max(once), bubble
 
 
 def _once_seconds(trace: RankTrace, machine: Machine) -> float:
-    """Of what a step does once: the update, sums of gradients, and in a pipeline what FSDP gathers and reduces."""
+    """Seconds of what happens once per step: the update, sums of gradients and, in a pipeline, FSDP's messages."""
     seconds = 0.0
     for part in trace.parts():
         messages = trace.messages.get(part, Counter[Message]())

@@ -1,4 +1,4 @@
-"""Memory over time of a computation, from the lifetimes of its tensors' storages."""
+"""Records the memory of a computation over time, from the lifetimes of its tensors' storages."""
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Set
@@ -17,24 +17,24 @@ class Memory:
     """
 
     def __init__(self) -> None:
-        self._number_of: dict[int, int] = {}  # by the address of a storage that lives
-        self._bytes: list[int] = []  # by number: its size now, zero once it is freed
-        self._changes: list[tuple[int, int]] = []  # (number, bytes more or less), in order
+        self._number_of: dict[int, int] = {}  # address of a live storage -> its number
+        self._bytes: list[int] = []  # by number: the current size, zero once the storage is freed
+        self._changes: list[tuple[int, int]] = []  # (number, change in bytes), in order
 
     def see(self, tensor: Tensor) -> int:
-        """Notes the tensor's storage, and returns its number."""
+        """Record the tensor's storage, and return its number."""
         return self._see_storage(tensor.untyped_storage())
 
     def numbers(self, tensors: Iterable[Tensor]) -> Set[int]:
-        """Of the storages of tensors, local parts of DTensors."""
+        """Record the storages of tensors (for a DTensor, of its local part), and return their numbers."""
         return {self.see(part) for tensor in tensors for part in local_parts(tensor)}
 
     def bytes_of(self, tensors: Iterable[Tensor]) -> int:
-        """Of all their storages together, each counted once."""
+        """Current bytes of the tensors' storages together, each counted once."""
         return sum(self._bytes[number] for number in self.numbers(tensors))
 
     def peak(self, without: Set[int] = frozenset()) -> int:
-        """The most that lived at once, of all but some storages."""
+        """The most bytes that were allocated at once. without: numbers of storages that are not counted."""
         now = most = 0
         for number, change in self._changes:
             if number not in without:
@@ -44,15 +44,15 @@ class Memory:
 
     @contextmanager
     def following_resizes(self) -> Iterator[None]:
-        """Within it, a storage may be resized in place, as FSDP frees gathered parameters."""
+        """Within the context, storages that are resized in place are recorded: FSDP so frees gathered parameters."""
         resize: Callable[..., Any] = torch.UntypedStorage.resize_
 
-        def followed(storage: torch.UntypedStorage, size: int) -> Any:
+        def resize_recorded(storage: torch.UntypedStorage, size: int) -> Any:
             resized = resize(storage, size)
             self._see_storage(storage)
             return resized
 
-        torch.UntypedStorage.resize_ = followed  # type: ignore[method-assign,assignment]
+        torch.UntypedStorage.resize_ = resize_recorded  # type: ignore[method-assign,assignment]
         try:
             yield
         finally:
@@ -77,5 +77,5 @@ class Memory:
 
 
 def local_parts(tensor: Tensor) -> list[Tensor]:
-    """This rank's plain tensors of which `tensor` is made."""
+    """The plain tensors of this rank that `tensor` consists of."""
     return [tensor.to_local()] if isinstance(tensor, DTensor) else [tensor]

@@ -29,9 +29,10 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Part:
-    """A phase of a step: the forward or backward of one microbatch through one stage, or "update" of all parameters.
+    """A part of a step.
 
-    Between them: "step", what is done once.
+    kind: "forward" or "backward" of one microbatch through one stage; "update" of all parameters; or "step", for
+    operations between these.
     """
 
     kind: str
@@ -43,11 +44,12 @@ class Part:
 class RankTrace:
     """Memory of a rank, in bytes, and its work in a step.
 
-    activation_bytes: the most that is allocated at once beside parameters, buffers, their gradients and the optimizer's
-        state: what the backward needs, what operations pass on, gathered parameters and buffers of collectives.
-    peak_bytes: the most of all that at once. tasks, messages: by part of the step, of the `traced` microbatches; those
-        of the rest are like the typical one (see `total`).
-    order: of a pipeline, by rank, the actions of the schedule.
+    activation_bytes: peak of all memory except parameters, buffers, gradients and optimizer state. It includes tensors
+        saved for the backward, temporary tensors, gathered parameters and buffers of collectives.
+    peak_bytes: peak of all memory.
+    microbatches: number in a step; `traced` of them were traced. tasks, messages: by part of the step, of the traced
+        microbatches; the others are counted like the typical one (see `weight`).
+    order: with a pipeline, the actions of the schedule by rank.
     """
 
     stage: int
@@ -64,38 +66,38 @@ class RankTrace:
     order: Mapping[int, Sequence[Any]] | None = None
 
     def parts(self) -> list[Part]:
-        """In which something is computed or sent."""
+        """The parts in which something is computed or sent."""
         return [*dict.fromkeys((*self.tasks, *self.messages))]
 
     def typical(self, kind: str) -> int:
-        """A microbatch that is neither the first to need gathered parameters nor the last to complete gradients."""
+        """A microbatch that is neither the first, which gathers parameters, nor the last, which reduces gradients."""
         return self.traced - 1 if kind == "forward" else max(0, self.traced - 2)
 
     def weight(self, part: Part) -> int:
-        """How often a traced part of the step stands for one of the whole step."""
+        """How many parts of the whole step a traced part stands for."""
         if part.kind in ("forward", "backward"):
             rest = self.microbatches - self.traced
             return 1 + rest * (part.microbatch == self.typical(part.kind))
         return 1
 
     def total_messages(self) -> Counter[Message]:
-        """Of the whole step."""
+        """Number of messages of the whole step."""
         total = _total(self.messages, self.weight)
         for message in total:
-            if message.axis == "pp" and message.collective == "send":  # of each microbatch, between its parts
+            if message.axis == "pp" and message.collective == "send":  # counted under "step": one per microbatch
                 total[message] = total[message] * self.microbatches // self.traced
         return total
 
     def flops(self) -> int:
-        """Of the whole step, of products, recurrences and attention, what is recomputed included."""
+        """FLOPs of the whole step in products, recurrences and attention, including recompute."""
         return sum(task.flops * count for task, count in _total(self.tasks, self.weight).items())
 
 
 def trace_rank(config: Config, vocab_size: int, rank: int, world_size: int, *, on_gpu: bool = True) -> RankTrace:
-    """The trace of one rank of `world_size`. Raises the errors of `shape`.
+    """Traces one rank of `world_size`. Raises the errors of `shape`.
 
-    on_gpu: whether tensors stand for those of a GPU; else they are a CPU's. Rows are one document each, and every
-    expert is chosen as often as any other. Blocks are not compiled.
+    on_gpu: trace what a GPU would do, not a CPU. Each row is one document, experts have equal loads, and blocks are not
+    compiled.
     """
     config = replace(config, compile=replace(config.compile, enable=False))
     with fake_rank(rank, world_size) as fake, as_on_gpu() if on_gpu else nullcontext():
@@ -122,7 +124,7 @@ def trace_rank(config: Config, vocab_size: int, rank: int, world_size: int, *, o
 
 
 def example_batch(rows: int, length: int) -> dict[str, Tensor]:
-    """A microbatch whose rows are one document each."""
+    """A microbatch whose rows are one document each: tokens and labels int64 [rows, length], bounds int32 [rows, 2]."""
     return {
         "tokens": torch.zeros(rows, length, dtype=torch.int64),
         "labels": torch.zeros(rows, length, dtype=torch.int64),
@@ -133,7 +135,7 @@ def example_batch(rows: int, length: int) -> dict[str, Tensor]:
 def trace_step(
     model: Decoder, step: Step, config: Config, batches: Sequence[dict[str, Tensor]], ranks: Ranks
 ) -> RankTrace:
-    """One step on `batches`, with fake or real tensors: losses, gradients, their clipping, and the update."""
+    """Traces one step on `batches`, fake or real tensors: forward, backward, clipping and the optimizer's update."""
     trace, rank = Trace(ranks), RankTrace(ranks["pp"].get_local_rank())
     memory = trace.memory
     optimizer = build_optimizer(model, config.optimizer)
@@ -152,21 +154,21 @@ def trace_step(
     state = [x for of_one in optimizer.state.values() for x in of_one.values() if isinstance(x, Tensor)]
     rank.parameter_bytes, rank.buffer_bytes = size_of(parameters), size_of(buffers)
     rank.gradient_bytes, rank.optimizer_bytes = size_of(gradients), size_of(state)
-    # After the first step, the optimizer's state is there from the beginning.
+    # From the second step on, the optimizer's state exists during the forward and backward.
     rank.peak_bytes = max(peak + rank.optimizer_bytes, memory.peak())
     rank.tasks, rank.messages = trace.work.tasks, trace.communication.messages  # type: ignore[assignment]
     return rank
 
 
 def size_of(tensors: Iterable[Tensor]) -> int:
-    """Bytes of this rank's parts of them."""
+    """Bytes of this rank's parts of the tensors."""
     return sum(part.numel() * part.element_size() for tensor in tensors for part in local_parts(tensor))
 
 
 def _shortened(config: Config, ranks: Ranks, microbatches: int) -> tuple[Config, int]:
-    """Settings of a step of as few microbatches as make the pipeline as full as it gets, and their number.
+    """Settings of a step with just enough microbatches to fill the pipeline, and their number.
 
-    One more than there are stages: the first stage holds gradients of a microbatch, and still as many activations.
+    This is the number of stages plus one: then the first stage holds gradients together with its most activations.
     """
     of_round = 1
     if config.parallelism.pipeline_parallel_schedule == "Interleaved1F1B":
@@ -178,24 +180,24 @@ def _shortened(config: Config, ranks: Ranks, microbatches: int) -> tuple[Config,
 
 
 def _held_by_schedule(step: PipelineStep, config: Config, microbatches: int, traced: int) -> int:
-    """Bytes that torch's schedules hold for the microbatches of a step, beyond what a trace of `traced` of them shows.
+    """Bytes that torch's schedules hold for the microbatches of a step and that a trace of `traced` of them misses.
 
-    There is a buffer for each tensor that a stage receives, of each microbatch. An interleaved schedule waits for what
-    it sends at the end of the step. Until then real messages hold the tensors; those of a fake group hold nothing.
+    A stage has a receive buffer per tensor and microbatch. An interleaved schedule waits for its sends at the end of
+    the step; until then real messages hold their tensors, but those of a fake group do not.
     """
     rows, _ = batch_sizes(config.training, step.ranks.num_row_places)
-    travels = 0
+    exchanged = 0
     for stage in step.stages:
-        taken, returned = stage.examples(rows * config.training.seq_len, config.training.dtype_on("cuda"))
+        inputs, outputs = stage.examples(rows * config.training.seq_len, config.training.dtype_on(CPU.type))
         is_first, is_last = stage.place.index == 0, stage.place.index == step.num_stages - 1
-        travels += (not is_first) * size_of(taken) + (not is_last) * size_of(returned)
+        exchanged += (not is_first) * size_of(inputs) + (not is_last) * size_of(outputs)
     cat_of_batches = (microbatches - traced) * size_of(example_batch(rows, config.training.seq_len).values())
-    return travels * (microbatches - traced + step.is_interleaved * microbatches) + cat_of_batches
+    return exchanged * (microbatches - traced + step.is_interleaved * microbatches) + cat_of_batches
 
 
 @contextmanager
 def _in_parts(trace: Trace, model: Decoder, step: Step) -> Iterator[None]:
-    """Within it, what is seen is counted by the part of the step that it belongs to."""
+    """Within the context, operations are counted under their part of the step."""
     if isinstance(step, PipelineStep):
         for stage in step.pipeline_stages:
             for kind in ("forward", "backward"):
@@ -232,6 +234,6 @@ def _one_chunk(
 def _total(counted: Mapping[Part, Counter], weight: Callable[[Part], int]) -> Counter:
     total: Counter = Counter()
     for part, counter in counted.items():
-        for what, count in counter.items():
-            total[what] += count * weight(part)
+        for entry, count in counter.items():
+            total[entry] += count * weight(part)
     return total

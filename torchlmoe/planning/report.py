@@ -8,7 +8,7 @@ GIB = 2**30
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """Bytes and FLOPs of a step, seconds, fractions."""
+    """The plan as a JSON object. Units: bytes and FLOPs per step, seconds; fractions lie between 0 and 1."""
     return {
         "world_size": plan.world_size,
         "layout": dict(plan.layout.degrees),
@@ -38,7 +38,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
 
 
 def as_table(plan: Plan) -> str:
-    """Several lines."""
+    """The plan as a table of several lines: memory in GiB, messages in MiB."""
     total, active = (number / 1e6 for number in (plan.parameters, plan.active_parameters))
     lines = [
         f"{plan.world_size:,} x {plan.gpu}: {plan.layout}",
@@ -69,7 +69,7 @@ def as_table(plan: Plan) -> str:
 
 
 def as_line(plan: Plan) -> str:
-    """Of a search."""
+    """The plan as one line of a search's output."""
     fits = "" if plan.fits else "  does not fit"
     return (
         f"{plan.seconds_per_step:>9.3f} s  MFU {plan.mfu:>6.1%}  bubble {plan.bubble_fraction:>5.1%}  "

@@ -1,13 +1,13 @@
-"""Time of a step: each operation takes the longer of its computation and memory time, each message its link's time.
+"""Predicts the time of operations by a roofline model, and that of messages from the rate of their link.
 
 Assumptions, besides a device's rates (gpus.py):
 
-- an operation takes what its FLOPs take at a fraction of the matrix rate, or its bytes at a fraction of the memory's,
-  the longer of the two, and at least the time of starting it; operations are not fused;
-- a ring collective over n ranks sends (n - 1) / n of its bytes, an all-reduce twice as much; an all-to-all as a ring;
-- an axis whose ranks are spread over more than one node moves its bytes at the network's rate;
-- what FSDP gathers and reduces runs beside the computation, and takes time only so far as it takes longer; all other
-  messages are waited for, and all are if the device computes them itself (a CPU).
+- An operation takes the longest of three times: its FLOPs at a fraction of the matrix rate, its bytes at a fraction of
+  the memory rate, and the time to start it. Operations are not fused.
+- A ring collective over n ranks, and an all-to-all, sends (n - 1) / n of its bytes; an all-reduce sends twice as much.
+- If the ranks of an axis are spread over several nodes, its messages move at the rate of the network.
+- FSDP's messages overlap with the computation, and cost only the time by which they exceed it. The computation waits
+  for all other messages. On a CPU nothing overlaps.
 """
 
 from collections import Counter
@@ -18,10 +18,9 @@ from torchlmoe.planning.communication import Message
 from torchlmoe.planning.gpus import GPU
 from torchlmoe.planning.work import Task
 
-PRODUCT_FRACTION = (
-    0.7  # of the matrix rate, in products: what large ones reach on an H100 (769-798 of 989 TFLOP/s), less
-)
-OTHER_FRACTION = 0.25  # in recurrences and attention
+# Fraction of the matrix rate that products reach. Large ones reach more on an H100: 769-798 of 989 TFLOP/s.
+PRODUCT_FRACTION = 0.7
+OTHER_FRACTION = 0.25  # of the matrix rate, in recurrences and attention
 MEMORY_FRACTION = 0.8
 LINK_FRACTION = 0.8
 FSDP_AXES = ("dp_replicate", "dp_shard", "dp_shard_cp", "efsdp")
@@ -29,8 +28,10 @@ FSDP_AXES = ("dp_replicate", "dp_shard", "dp_shard_cp", "efsdp")
 
 @dataclass(frozen=True)
 class Machine:
-    """gpu: of every rank. ranks_per_node: neighbours with the fast link. strides: by axis, from a rank to its next
-    neighbour on it.
+    """The devices of a run.
+
+    gpu: every rank's device. ranks_per_node: number of ranks connected by the fast link. strides: by mesh axis, the
+    difference between the ranks of two neighbors.
     """
 
     gpu: GPU
@@ -38,12 +39,14 @@ class Machine:
     strides: Mapping[str, int]
 
     def seconds_of(self, task: Task) -> float:
+        """Seconds that an operation takes."""
         fraction = PRODUCT_FRACTION if task.is_product else OTHER_FRACTION
         computing = task.flops / (self.gpu.matmul_rate(task.dtype) * fraction)
         moving = task.num_bytes / (self.gpu.memory_rate * MEMORY_FRACTION)
         return max(computing, moving, self.gpu.seconds_to_start)
 
     def seconds_to_send(self, message: Message) -> float:
+        """Seconds that a message takes."""
         n, num_bytes = message.num_ranks, float(message.num_bytes)
         if message.collective != "send":
             num_bytes *= (n - 1) / n * (2 / self.gpu.reduced_rate if message.collective == "all_reduce" else 1)
@@ -52,15 +55,16 @@ class Machine:
         return self.gpu.seconds_of_message + num_bytes / (rate * LINK_FRACTION)
 
     def beside(self, computing: float, messages: Counter[Message]) -> float:
-        """Seconds that FSDP's messages take longer than the computation that they run beside."""
+        """Seconds by which FSDP's messages exceed the computation that they overlap with."""
         sending = self.sending(messages, fsdp=True)
         return max(0.0, sending - computing) if self.gpu.overlaps else sending
 
     def computing(self, tasks: Counter[Task]) -> float:
+        """Seconds that all tasks take, one after another."""
         return sum(self.seconds_of(task) * count for task, count in tasks.items())
 
     def sending(self, messages: Counter[Message], *, fsdp: bool) -> float:
-        """Of FSDP's messages, or of all others, but those between stages of a pipeline."""
+        """Seconds of FSDP's messages or, with fsdp = False, of all others except those between pipeline stages."""
         return sum(
             self.seconds_to_send(message) * count
             for message, count in messages.items()

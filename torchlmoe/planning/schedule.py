@@ -1,4 +1,4 @@
-"""Times at which a pipeline's ranks work and wait: runs the schedule's order of actions with the time of each."""
+"""Simulates a pipeline schedule: when its ranks compute and when they wait, from the time of each action."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ class _Chunk(NamedTuple):
     microbatch: int
 
     def needs(self, last: int) -> "_Chunk | None":
-        """What has to be done with the same microbatch before. last: the last stage."""
+        """The chunk of the same microbatch that must end before this one. last: index of the last stage."""
         if self.kind == "forward":
             return self._replace(stage=self.stage - 1) if self.stage else None
         return self._replace(stage=self.stage + 1) if self.stage < last else self._replace(kind="forward")
@@ -26,18 +26,18 @@ class _Chunk(NamedTuple):
 def makespan(
     order: Mapping[int, Sequence[Any]], seconds: Callable[[str, int], float], transfer: float
 ) -> tuple[float, float]:
-    """Seconds from the first action to the last, and the mean over ranks of the part of it in which they wait.
+    """Returns the schedule's time in seconds, and the fraction of it in which ranks wait, as a mean over ranks.
 
-    order: by rank, the actions of a schedule of torch.distributed.pipelining. seconds(kind, stage): of the "forward" or
-    "backward" of one microbatch through a stage. transfer: seconds until the next stage has what a stage has made.
+    order: by rank, the actions of a schedule of torch.distributed.pipelining. seconds(kind, stage): time of the
+    "forward" or "backward" of one microbatch through a stage. transfer: seconds to send a stage's output to the next.
     """
-    to_do = {rank: list(_chunks(actions)) for rank, actions in order.items()}
-    last = max(chunk.stage for chunks in to_do.values() for chunk in chunks)
+    remaining = {rank: list(_chunks(actions)) for rank, actions in order.items()}
+    last = max(chunk.stage for chunks in remaining.values() for chunk in chunks)
     ended: dict[_Chunk, float] = {}
-    clock, busy = dict.fromkeys(to_do, 0.0), dict.fromkeys(to_do, 0.0)
-    while any(to_do.values()):
+    clock, busy = dict.fromkeys(remaining, 0.0), dict.fromkeys(remaining, 0.0)
+    while any(remaining.values()):
         before = len(ended)
-        for rank, chunks in to_do.items():
+        for rank, chunks in remaining.items():
             while chunks and ((needed := chunks[0].needs(last)) is None or needed in ended):
                 chunk = chunks.pop(0)
                 ready = 0.0 if needed is None else ended[needed] + transfer * (needed.stage != chunk.stage)
@@ -49,8 +49,11 @@ def makespan(
 
 
 def _chunks(actions: Sequence[_Action | None]) -> Iterator[_Chunk]:
-    """What a rank computes, in order. Each stage takes its microbatches in order, and so they are counted here: torch
-    2.13 numbers those of a 1F1B's last rank from 1."""
+    """Yields a rank's computations in order.
+
+    Microbatches are counted here, since each stage runs them in order: torch 2.13 numbers those of the last rank of a
+    1F1B schedule from 1.
+    """
     so_far: Counter[tuple[str, int]] = Counter()
     for action in actions:
         if action is not None and (kind := _KINDS.get(action.computation_type)) is not None:

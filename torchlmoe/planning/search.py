@@ -1,4 +1,4 @@
-"""The fastest layouts of a number of ranks that a model and its batch allow: all are estimated, the best are traced."""
+"""Searches the fastest layouts that a model and its batch allow: estimates all of them and traces the best."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -12,11 +12,13 @@ from torchlmoe.planning.layout import USABLE_FRACTION, Plan, make_plan
 
 
 def legal_layouts(config: Config, vocab_size: int, world_size: int) -> Iterator[Config]:
-    """The settings with each combination of degrees that `check_degrees` and `whole_model` let pass.
+    """Yields the settings with each combination of degrees that `check_degrees` and `whole_model` accept.
 
-    What else the settings say (schedule, ways of context parallelism, batch) stays.
+    All other settings (schedule, kinds of context parallelism, batch) stay.
     """
-    fits: dict[tuple[str, int, int], bool] = {}  # whole_model judges each axis alone, and a span by the data ranks
+    # Whether whole_model accepts a degree does not depend on other axes, except for context parallelism: the length of
+    # a span depends on the number of data ranks.
+    fits: dict[tuple[str, int, int], bool] = {}
     for degrees in _combinations(config.parallelism, world_size):
         layout = replace(config, parallelism=degrees)
         try:
@@ -46,13 +48,14 @@ def search(
     tell: Callable[[Plan], None],
     num_traced: int = 16,
 ) -> tuple[list[Plan], int]:
-    """Plans of the layouts that can be the fastest, and the number of legal layouts.
+    """Returns plans of the fastest layouts, and the number of legal layouts.
 
-    All legal layouts are put in order by `estimate`. Of those whose state alone fits, the first `num_traced` are
-    traced, or fewer: no layout is traced whose estimate is longer than the time of a traced one that fits. Plans that
-    fit come first, by predicted time; then those that do not, by how much they need.
+    Legal layouts are sorted by the time that `estimate` gives. Of those whose parameters, gradients and optimizer state
+    fit, at most the first `num_traced` are traced. Tracing stops at a layout whose estimate is slower than a traced
+    plan that fits. Plans that fit come first, sorted by predicted time; the others follow, sorted by peak memory.
 
-    tell: is called with each plan as it is made. Raises ValueError if no layout is legal, or no layout's state fits.
+    gpu: every rank's device; gpu_name: its name in messages. tell: called with each plan as soon as it is traced.
+    Raises ValueError if no layout is legal, or if no layout's state fits.
     """
     legal = list(legal_layouts(config, vocab_size, world_size))
     if not legal:
@@ -91,27 +94,27 @@ def _is_legal(config: Config, vocab_size: int, world_size: int) -> bool:
     return True
 
 
-def _one_of_each(given: Parallelism) -> Parallelism:
+def _one_of_each(parallelism: Parallelism) -> Parallelism:
     return replace(
-        given,
+        parallelism,
         pipeline_parallel_degree=1,
         data_parallel_replicate_degree=1,
         data_parallel_shard_degree=-1,
         context_parallel_degree=1,
         tensor_parallel_degree=1,
         expert_parallel_degree=1,
-        pipeline_parallel_split=None,  # one that was given is for another number of stages
+        pipeline_parallel_split=None,  # the configured split is for another number of stages
     )
 
 
-def _combinations(given: Parallelism, world_size: int) -> Iterator[Parallelism]:
+def _combinations(parallelism: Parallelism, world_size: int) -> Iterator[Parallelism]:
     for pipeline in _divisors(world_size):
         for replicas in _divisors(world_size // pipeline):
             for context in _divisors(world_size // pipeline // replicas):
                 for tensor in _divisors(world_size // pipeline // replicas // context):
                     for expert in _divisors(world_size // pipeline // replicas):
                         yield replace(
-                            _one_of_each(given),
+                            _one_of_each(parallelism),
                             pipeline_parallel_degree=pipeline,
                             data_parallel_replicate_degree=replicas,
                             context_parallel_degree=context,

@@ -1,4 +1,4 @@
-"""A mode in which every operation of a step is seen: memory, communication and work of one rank."""
+"""Records every operation of a step, as a dispatch mode: memory, communication and work of one rank."""
 
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
@@ -20,25 +20,25 @@ _PLAIN = (Tensor, Parameter, FakeTensor)
 
 
 class Trace(TorchDispatchMode):
-    """Sees a computation on real tensors or, entered within a FakeTensorMode, on tensors without values.
+    """Records a computation on real tensors or, entered within a FakeTensorMode, on tensors without values.
 
-    phase: by which messages and tasks are counted from now on.
+    phase: key under which the following messages and tasks are counted.
     """
 
     def __init__(self, ranks: Ranks):
         super().__init__()
         self.memory, self.communication, self.work = Memory(), Communication(ranks), Work()
         self.phase: Hashable = None
-        self._is_asked = False
+        self._is_inferring_shapes = False
 
     def __torch_dispatch__(
         self, func: Any, types: tuple[type, ...], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if any(kind not in _PLAIN for kind in types):
-            return NotImplemented  # DTensors and others first become what they are made of
+            return NotImplemented  # DTensors and other subclasses are unwrapped first
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if self._is_asked:
+        if self._is_inferring_shapes:
             return result
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
@@ -49,24 +49,24 @@ class Trace(TorchDispatchMode):
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Within it all is seen, storages that are resized in place included."""
-        with self, self.memory.following_resizes(), self._without_questions():
+        """Within the context every operation is recorded, and every storage that is resized in place."""
+        with self, self.memory.following_resizes(), self._without_shape_inference():
             yield
 
     @contextmanager
-    def _without_questions(self) -> Iterator[None]:
-        """DTensor asks for an operation's shapes by running it on fake tensors of whole size, which is no work."""
-        ask = ShardingPropagator._propagate_tensor_meta_non_cached
+    def _without_shape_inference(self) -> Iterator[None]:
+        """DTensor infers an operation's shapes by running it on fake tensors of whole size, which is not work."""
+        infer = ShardingPropagator._propagate_tensor_meta_non_cached
 
-        def asked(*args: Any) -> Any:
-            self._is_asked = True
+        def infer_unrecorded(*args: Any) -> Any:
+            self._is_inferring_shapes = True
             try:
-                return ask(*args)
+                return infer(*args)
             finally:
-                self._is_asked = False
+                self._is_inferring_shapes = False
 
-        ShardingPropagator._propagate_tensor_meta_non_cached = asked  # type: ignore[method-assign,assignment]
+        ShardingPropagator._propagate_tensor_meta_non_cached = infer_unrecorded  # type: ignore[method-assign,assignment]
         try:
             yield
         finally:
-            ShardingPropagator._propagate_tensor_meta_non_cached = ask  # type: ignore[method-assign]
+            ShardingPropagator._propagate_tensor_meta_non_cached = infer  # type: ignore[method-assign]

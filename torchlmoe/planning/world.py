@@ -1,4 +1,4 @@
-"""One process as any rank of a run that does not exist: collectives return at once, and tensors have no storage."""
+"""Runs one process as any rank of a larger run: collectives return at once, and tensors have no storage."""
 
 import warnings
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from torchlmoe.ops import host_dtype
 
 @contextmanager
 def as_on_gpu() -> Iterator[None]:
-    """Within it, a CPU's tensors are laid out, and their products done, as a GPU's would be."""
+    """Within the context, tensors on the CPU get the layouts and the products that they would get on a GPU."""
     host_dtype.stands_for_gpu = True
     try:
         yield
@@ -27,11 +27,11 @@ def as_on_gpu() -> Iterator[None]:
 
 @contextmanager
 def fake_rank(rank: int, world_size: int) -> Iterator[FakeTensorMode]:
-    """This process is rank `rank` of `world_size`. Yields the mode in which tensors have shapes and no values.
+    """Within the context, this process is rank `rank` of `world_size`. Yields a mode whose tensors have no values.
 
-    The process must not have joined a process group.
+    Raises AssertionError if the process has joined a process group.
     """
-    assert not dist.is_initialized(), "a process that has joined other ranks cannot play another one"
+    assert not dist.is_initialized(), "a process that belongs to a process group cannot stand for another rank"
     vote = _PipelineSchedule._warmup_p2p
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Set timeout is now only supported")  # a fake group has none
@@ -39,16 +39,16 @@ def fake_rank(rank: int, world_size: int) -> Iterator[FakeTensorMode]:
         _PipelineSchedule._warmup_p2p = _agree  # type: ignore[method-assign,assignment]
         _clear_sharding_prop_cache()
         try:
-            # What was shaped before has meta tensors, of which none is computed with.
+            # A model that was shaped before has meta tensors. No operation uses their values.
             yield FakeTensorMode(allow_non_fake_inputs=True)
         finally:
             _PipelineSchedule._warmup_p2p = vote  # type: ignore[method-assign]
-            # Equal meshes share its entries, and would get the groups of ranks that are gone.
+            # Equal meshes share cache entries: a later run would get process groups that no longer exist.
             _clear_sharding_prop_cache()
             dist.destroy_process_group()
 
 
 def _agree(schedule: Any, stages: list[Any], *_: Any) -> None:
-    """Ranks of a pipeline vote on whether all of them know the shapes that travel. Ours do; see `PipelineStep`."""
+    """Replaces the vote of a pipeline's ranks on whether all know the shapes they exchange. All do: `PipelineStep`."""
     for stage in stages:
         stage._inference_mode = InferenceMode.STATIC

@@ -1,12 +1,12 @@
-"""Moves tokens to their experts and back, by gathers only: nothing is added in an order that could vary.
+"""Token dispatch and combine, by gathers only, so that the order of sums is fixed.
 
-A *slot* is one (token, choice) pair in the order in which the experts work, sorted by expert. Gathering slots
-from tokens and summing a token's slots are each other's derivative:
+A *slot* is a pair of a token and one of its experts; slots are sorted by expert. Gathering slots from tokens and
+summing a token's slots are each other's derivative:
 
     gather_slots:  y_MD = x_TD[token_of_slot]                    backward: sum_slots
     sum_slots:     y_TD = sum_k x_MD[slot_of_choice[:, k]]       backward: gather_slots
 
-On a GPU both are kernels/moe_permute.py.
+On a GPU both run as kernels (kernels/moe_permute.py).
 
 Legend: T tokens, K experts per token, M = T * K slots, E experts, D width.
 """
@@ -23,13 +23,12 @@ from torchlmoe.ops.operation import custom_op, data_dependent_size, operation
 
 @dataclass(frozen=True)
 class Slots:
-    """The order in which the experts work.
+    """The order of slots.
 
-    choice_M: int64, the index into the flattened [T, K] choices that each slot serves. token_M: int64, its token.
-    slot_TK: int64, the inverse of choice_M. offset_E: int32, the slot at
-    which each expert's run ends.
-    padding_M: True at slots that serve no choice, and only fill up runs; None where there are none. They carry some
-    token's values, and a weight of zero.
+    choice_M: int64, each slot's index into the flattened [T, K] choices. token_M: int64, its token. slot_TK: int64, the
+    inverse of choice_M. offset_E: int32, the slot at which each expert's run ends.
+    padding_M: bool, True for slots of no choice, which only fill up runs; None if there are none. They have the values
+    of some token, and a weight of zero.
     """
 
     choice_M: Tensor
@@ -40,24 +39,24 @@ class Slots:
 
     @classmethod
     def sorted_by_expert(cls, expert_TK: Tensor, num_experts: int, alignment: int = 1) -> "Slots":
-        """expert_TK int64; an expert's slots keep the order of the tokens, and runs are multiples of `alignment`."""
+        """Sort choices expert_TK, int64, by expert and then by token. Lengths of runs are multiples of `alignment`."""
         choice_M, slot_TK, offset_E, padding_M = _sort(expert_TK, num_experts, alignment)
         token_M = choice_M // expert_TK.shape[1]
         return cls(choice_M, token_M, slot_TK, offset_E, padding_M if alignment > 1 else None)
 
     def place_TK(self, expert_TK: Tensor, counted_T: Tensor) -> Tensor:
-        """int64, how many choices of counted tokens (bool [T]) precede each choice in its expert's run."""
+        """int64 [T, K]: number of choices of counted tokens (bool [T]) before each choice in its expert's run."""
         start_E = self.offset_E.roll(1)
         start_E[0] = 0
         counted_M = counted_T[self.token_M] if self.padding_M is None else counted_T[self.token_M] & ~self.padding_M
-        before_M = F.pad(counted_M.cumsum(0), (1, 0))  # and one beyond, where empty runs at the end begin
+        before_M = F.pad(counted_M.cumsum(0), (1, 0))  # M + 1 numbers: empty runs at the end begin at M
         return before_M[self.slot_TK] - before_M[start_E[expert_TK]]
 
 
 @custom_op("torchlmoe::sort_slots")
 def _sort(expert_TK: Tensor, num_experts: int, alignment: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns choice_M, slot_TK, offset_E and padding_M (empty with alignment 1) of `Slots`."""
-    # A CPU sorts digit by digit, and 32 bits have half as many.
+    # A CPU uses radix sort, which needs half as many passes for 32 bits as for 64.
     expert_M = expert_TK.flatten().int() if expert_TK.device.type == "cpu" else expert_TK.flatten()
     expert_M, choice_M = expert_M.sort(stable=True)
     experts = torch.arange(num_experts, dtype=expert_M.dtype, device=expert_M.device)
@@ -79,7 +78,7 @@ def _sort(expert_TK: Tensor, num_experts: int, alignment: int) -> tuple[Tensor, 
 @_sort.register_fake
 def _(expert_TK, num_experts, alignment):
     num_slots = expert_TK.numel()
-    if alignment > 1:  # how many slots fill up the runs depends on the choices
+    if alignment > 1:  # the number of padding slots depends on the choices
         num_slots = data_dependent_size(
             lambda: -(-expert_TK.numel() // alignment) * alignment + num_experts * alignment
         )
@@ -105,7 +104,7 @@ def _(x_TD, token_M, slot_TK):
 def _sum(x_MD: Tensor, token_M: Tensor, slot_TK: Tensor) -> Tensor:
     if slot_TK.shape[1] == 1:
         return x_MD.index_select(0, slot_TK[:, 0])
-    # Gathers and adds without writing the gathered rows; low precisions are added up in float32.
+    # Gathers and sums without writing the gathered rows; low precisions are summed in float32.
     return F.embedding_bag(slot_TK, x_MD.contiguous(), mode="sum")
 
 
@@ -132,7 +131,7 @@ torch.library.register_autograd(
 
 @operation
 def gather_slots(x_TD: Tensor, slots: Slots) -> Tensor:
-    """x [T, D] -> [M, D]: every slot's token."""
+    """Dispatch: x [T, D] -> [M, D], the token of each slot."""
     if kernels_serve("auto", x_TD):
         from torchlmoe.kernels import moe_permute as kernels
 
@@ -142,7 +141,7 @@ def gather_slots(x_TD: Tensor, slots: Slots) -> Tensor:
 
 @operation
 def sum_slots(x_MD: Tensor, slots: Slots) -> Tensor:
-    """x [M, D] -> [T, D]: the sum over each token's slots, added in at least float32, in x's dtype."""
+    """Combine: x [M, D] -> [T, D], the sum over each token's slots, accumulated in at least float32, in x's dtype."""
     if kernels_serve("auto", x_MD):
         from torchlmoe.kernels import moe_permute as kernels
 
@@ -152,7 +151,7 @@ def sum_slots(x_MD: Tensor, slots: Slots) -> Tensor:
 
 @operation
 def permute_slots(x_MD: Tensor, old: Slots, new: Slots) -> Tensor:
-    """x [M, D] in the order of `old` -> in that of `new`, which has no padding, both of the same [T, K] choices."""
+    """x [M, D] in the order of `old` -> in the order of `new`. Both are of the same choices; `new` has no padding."""
     if old.padding_M is not None:
         x_MD = x_MD.masked_fill(old.padding_M[:, None], 0)  # their gradient is zero too
     source_M, target_M = old.slot_TK.flatten()[new.choice_M], new.slot_TK.flatten()[old.choice_M]
@@ -161,6 +160,6 @@ def permute_slots(x_MD: Tensor, old: Slots, new: Slots) -> Tensor:
 
 @operation
 def reorder_choices(x_TK: Tensor, slots: Slots) -> Tensor:
-    """x [T, K] -> [M]: one number per choice, in the order of the slots; zero at padding."""
+    """x [T, K] -> [M]: one number per choice, in the order of slots; zero for padding."""
     x_M = _gather(x_TK.flatten(), slots.choice_M, slots.slot_TK.view(-1, 1))  # as tokens with one choice each
     return x_M if slots.padding_M is None else x_M.masked_fill(slots.padding_M, 0)

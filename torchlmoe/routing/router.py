@@ -1,8 +1,9 @@
 """Chooses each token's experts (or memories) and their weights: softmax or sigmoid, top-k, group-limited, biased.
 
-Covers the routing of Mixtral (arXiv 2401.04088), Qwen2-MoE (arXiv 2407.10671), DeepSeek-V2 (arXiv 2405.04434)
-and DeepSeek-V3 (arXiv 2412.19437). Legend: T tokens, D width, E experts, K experts per token, G groups of
-experts.
+Covers the routing of Mixtral (arXiv 2401.04088), Qwen2-MoE (arXiv 2407.10671), DeepSeek-V2 (arXiv 2405.04434) and
+DeepSeek-V3 (arXiv 2412.19437).
+
+Legend: T tokens, D width, E experts, K experts per token, G groups of experts.
 """
 
 from dataclasses import dataclass
@@ -17,11 +18,10 @@ from torchlmoe.ops.operation import custom_op, without_autocast
 
 @dataclass(frozen=True)
 class Routing:
-    """Where the tokens go.
+    """The experts of each token.
 
-    expert_TK: int64, distinct in each row, the most wanted first. weight_TK: the factors of their outputs, at
-    least float32. logits_TE, probability_TE: what the choice came from; the probabilities of a token sum to
-    one.
+    expert_TK: int64, distinct in each row, the highest score first. weight_TK: the factors of their outputs, at least
+    float32. logits_TE, probability_TE: of all experts, in the dtype of weight_TK; a token's probabilities sum to one.
     """
 
     expert_TK: Tensor
@@ -31,10 +31,11 @@ class Routing:
 
 
 class Router(nn.Module):
-    """x [T, D] -> Routing, computed in at least float32 whatever x's dtype.
+    """x [T, D] -> Routing, computed in at least float32 for any dtype of x.
 
-    `expert_bias` [E] (None unless asked) is added to the scores for the choice only and never enters a
-    weight: loss-free balancing (arXiv 2408.15664). It is part of the model's state.
+    expert_bias: float32 [E], or None without `with_bias`. It is added to the scores that choose experts, but not to
+    weights: loss-free balancing (arXiv 2408.15664). It is part of the model's state.
+    Settings are described in `MoE`, which checks them.
     """
 
     float32_island = True
@@ -113,9 +114,9 @@ class Router(nn.Module):
 
 @custom_op("torchlmoe::top_indices")
 def _top(score: Tensor, k: int) -> Tensor:
-    """Indices of the k largest of the last dim; of equals the lower first, which `topk` does not promise.
+    """Indices of the k largest scores of the last dimension. Ties go to the lower index, which `topk` does not promise.
 
-    One operation to torch, so that recompute can keep the choice and never draws it again.
+    It is one custom operation, so that recompute can keep the choice instead of making it again.
     """
     if score.device.type == "cpu" and score.dtype is torch.float32:
         return _top_by_keys(score, k)
@@ -123,15 +124,15 @@ def _top(score: Tensor, k: int) -> Tensor:
 
 
 def _top_by_keys(score: Tensor, k: int) -> Tensor:
-    """The same of float32, in a third of the time of a CPU's sort.
+    """`_top` for float32, in a third of the time of a CPU's sort.
 
-    The upper half of a 64-bit key is the score, as a whole number of the same order; the lower half is how many places
-    there are after its own. No two keys are equal, so whatever finds the k largest finds the same.
+    The upper half of a 64-bit key is the score, mapped to an integer that sorts alike. The lower half is the number of
+    places after its own. No two keys are equal, so every algorithm finds the same k largest.
     """
     last = score.shape[-1] - 1
-    bits = (score + 0.0).view(torch.int32)  # -0.0, which equals 0.0, becomes it
-    order = bits ^ (bits >> 31 & 0x7FFFFFFF)  # of negative numbers the larger magnitude is the smaller
-    order.masked_fill_(score.isnan(), 0x7FFFFFFF)  # above all numbers, as for a sort
+    bits = (score + 0.0).view(torch.int32)  # adding 0.0 turns -0.0 into 0.0, which it equals
+    order = bits ^ (bits >> 31 & 0x7FFFFFFF)  # reverses the order of negative numbers
+    order.masked_fill_(score.isnan(), 0x7FFFFFFF)  # NaN is above all numbers, as in torch.sort
     places_after = torch.arange(last, -1, -1, device=score.device)
     key = order.long().bitwise_left_shift_(32).bitwise_or_(places_after)
     return last - (key.topk(k).values & 0xFFFFFFFF)

@@ -1,10 +1,10 @@
-"""Modules that look a few tokens back, on a sequence split over ranks: each gets its left neighbor's last tokens.
+"""Context parallelism for modules that look a few tokens back: each rank gets its left neighbor's last tokens.
 
     parallelize_module(mixer, mesh["cp"], {"q_conv": ConvHalo(), "token_shift": TokenShiftHalo()})
 
 A module of width w runs on w - 1 tokens of the neighbor and on its span; the outputs for the former are dropped.
-Rank r of the mesh holds tokens [r * L, (r + 1) * L) of each row; all spans are of one length L. It is one all-to-all in
-either direction, in which a rank sends only to its neighbor: traffic does not grow with ranks or tokens.
+Rank r of the mesh holds tokens [r * L, (r + 1) * L) of each row. The forward and the backward each have one all-to-all,
+in which a rank sends only to its neighbor: traffic does not grow with ranks or tokens.
 
 The file needs only torch. It supports any module with `forward(x, *, sequence, cache=None)`, where `sequence` is a
 dataclass with the fields `positions` and `cu_seqlens`.
@@ -23,31 +23,31 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 
 def left_halo(x: Tensor, width: int, mesh: DeviceMesh) -> Tensor:
-    """x [B, L, ...] -> the left neighbour's last `width` tokens [B, width, ...]; zeros on the first rank."""
+    """x [B, L, ...] -> the left neighbor's last `width` tokens [B, width, ...]; zeros on the first rank."""
     rank, num_ranks, batch_size = mesh.get_local_rank(), mesh.size(), x.shape[0]
     to_right = [batch_size if other == rank + 1 else 0 for other in range(num_ranks)]
     from_left = [batch_size if other == rank - 1 else 0 for other in range(num_ranks)]
     last = x[: sum(to_right), x.shape[1] - width :].contiguous()
     received = all_to_all_single_autograd(last, from_left, to_right, mesh)
-    # Padded on every rank: what the first one received, nothing, stays part of the graph, and the backward is a
-    # collective too.
+    # Every rank pads. So the empty tensor that the first rank received stays part of the graph, and that rank takes
+    # part in the collective of the backward.
     return F.pad(received, (0, 0) * (x.dim() - 1) + (0, batch_size - sum(from_left)))
 
 
 def extended_bounds(cu_seqlens: Tensor, start: int, length: int, width: int) -> Tensor:
-    """Bounds of the documents in tokens [start - width, start + length), counted from there.
+    """Bounds, int32 [N + 2], of the documents in tokens [start - width, start + length), counted from start - width.
 
-    The first one holds what lies before the row's first token; elsewhere it is empty.
+    The first document is extra: it has the places before the row's first token, and is empty on other ranks.
     """
     return F.pad((cu_seqlens - (start - width)).clamp(0, width + length), (1, 0))
 
 
 class Halo(ParallelStyle):
-    """The module runs on the span extended to the left. Raises ValueError where a span is shorter than the halo."""
+    """Runs a module on the span extended to the left. Raises ValueError if a span is shorter than the halo."""
 
     @abstractmethod
     def width(self, module: nn.Module) -> int:
-        """Tokens before its own that the module looks at."""
+        """Number of tokens before the current one that the module reads."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         width = self.width(module)

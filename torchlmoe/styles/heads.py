@@ -1,15 +1,15 @@
 """Tensor parallelism over heads or hidden channels, as styles for `parallelize_module`.
 
-Each of the P ranks of a mesh has a P-th of the heads, and, between blocks, a contiguous P-th of the tokens (arXiv
+Each of the P ranks of a mesh has 1 / P of the heads and, between blocks, a contiguous 1 / P of the tokens (arXiv
 2205.05198). A layer gathers the tokens at its input, computes its heads' part of the output for all of them, and
 reduce-scatters the output, so that each rank keeps the sums for its tokens. The backward reverses both:
 
     forward     all-gather of x       ...   reduce-scatter of the output
     backward    reduce-scatter of dx  ...   all-gather of the output's gradient
 
-Between the two, every rank computes the parts that all heads share, and their gradient on a rank is that of the rank's
-heads. It is summed over ranks together with dx or, for a parameter, once per step. If the layer sums over heads,
-`total` sums over ranks, in both directions. The file needs only torch.
+Between the two, every rank computes the tensors that all heads share, and a rank's gradient of them is that of its
+heads. Ranks sum it together with dx or, for a parameter, once per step. If the layer sums over heads, `total` sums over
+ranks, in both directions. The file needs only torch.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
-TOKENS = 1  # the dimension of x [B, L, ...] along which tokens are laid
+TOKENS = 1  # the dimension of tokens in x [B, L, ...]
 
 
 def gather_tokens(x: Tensor, mesh: DeviceMesh) -> Tensor:
@@ -32,20 +32,20 @@ def gather_tokens(x: Tensor, mesh: DeviceMesh) -> Tensor:
 
 
 def scatter_sums(y: Tensor, mesh: DeviceMesh) -> Tensor:
-    """The sum over ranks of y [B, L, ...], of which each keeps its own tokens: [B, L / P, ...]."""
+    """Sums y [B, L, ...] over ranks, and returns each rank's own tokens [B, L / P, ...]."""
     return DTensor.from_local(y, mesh, [Partial()], run_check=False).redistribute(placements=[Shard(TOKENS)]).to_local()
 
 
 def total(x: Tensor, mesh: DeviceMesh) -> Tensor:
-    """The sum over ranks, like x, on every rank; gradients of the ranks are summed too."""
+    """The sum of x over ranks, on every rank. Gradients are summed over ranks too."""
     summed = DTensor.from_local(x, mesh, [Partial()], run_check=False).redistribute(placements=[Replicate()])
     return summed.to_local(grad_placements=[Partial()])
 
 
 def total_of_group(x: Tensor, mesh: DeviceMesh, num_groups: int, num_copies: int = 1) -> Tensor:
-    """`total` over the ranks of this rank's group, of `num_groups` equal ones in order: one collective for all.
+    """`total` within this rank's group, if the ranks form `num_groups` consecutive groups. One collective for all.
 
-    num_copies: how many ranks of a group bring each term.
+    num_copies: number of ranks of a group that have the same term.
     """
     x = x if num_copies == 1 else x / num_copies
     group = mesh.get_local_rank() * num_groups // mesh.size()
@@ -54,11 +54,11 @@ def total_of_group(x: Tensor, mesh: DeviceMesh, num_groups: int, num_copies: int
 
 
 class HeadParameters(ParallelStyle):
-    """Gives a module its part of its parameters, as DTensors; `read_local_parts` makes it compute with them.
+    """Turns a module's parameters into DTensors split by heads. `read_local_parts` makes the module compute with parts.
 
-    head_dims: by parameter, the dimension along which heads are laid; what is not named is whole on every rank. With
-    `units` below the number of ranks, ranks share a unit (a key head, a group), and the parameter is whole, too: each
-    rank computes with its unit's part.
+    head_dims: parameter -> its dimension of heads. Parameters that are not named are whole on every rank.
+    units: number of heads, or of groups of heads, in these parameters. If there are fewer units than ranks, ranks share
+        a unit: the parameters are whole, and each rank computes with its unit's part.
     """
 
     def __init__(self, head_dims: dict[str, int], units: int | None = None):
@@ -84,7 +84,7 @@ class HeadParameters(ParallelStyle):
 
 
 class EnterHeads(ParallelStyle):
-    """For a layer with forward(x, ...): from then on x is the rank's own tokens."""
+    """For a layer with forward(x, ...): the caller passes x [B, L / P, ...], the rank's own tokens."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         module.register_forward_pre_hook(partial(_gather_first, device_mesh))
@@ -92,7 +92,7 @@ class EnterHeads(ParallelStyle):
 
 
 class LeaveHeads(ParallelStyle):
-    """For a projection out of heads: its output is that of all heads, for the rank's own tokens."""
+    """For a projection out of heads: the output is the sum over all heads, for the rank's own tokens."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         module.terms_of_sum = device_mesh.size()  # type: ignore[assignment]
@@ -101,7 +101,7 @@ class LeaveHeads(ParallelStyle):
 
 
 class SumHeads(ParallelStyle):
-    """For a projection out of heads whose result goes back into them: its output is that of all heads on every rank."""
+    """For a projection out of heads whose output the heads read: it is the sum over all heads, on every rank."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         module.terms_of_sum = device_mesh.size()  # type: ignore[assignment]
@@ -110,10 +110,10 @@ class SumHeads(ParallelStyle):
 
 
 class NormOverHeads(ParallelStyle):
-    """For a norm with an attribute `total`, which adds up over the ranks that have the other channels.
+    """For a norm with an attribute `total`, which sums over the ranks that have the other channels.
 
-    num_groups: of channels that are normed apart, if they span ranks. num_copies: how many ranks have each channel, if
-    ranks share a head.
+    num_groups: number of groups of channels that are normalized separately, if a group spans ranks. num_copies: number
+    of ranks that have each channel, if ranks share a head.
     """
 
     def __init__(self, num_groups: int = 1, num_copies: int = 1):
@@ -138,10 +138,10 @@ def _total_output(mesh: DeviceMesh, module: nn.Module, inputs: tuple[Any, ...], 
 
 
 def read_local_parts(model: nn.Module) -> None:
-    """Make reads of parameters under `HeadParameters` return the rank's part, a plain tensor, while the layer runs.
+    """Makes parameters of `HeadParameters` read as the rank's part, a plain tensor, while the layer runs.
 
-    Gradients reach the parameter as parts, or as terms of the sum over ranks. At other times, when FSDP has sharded the
-    parameter further, it is what it was. Apply FSDP before.
+    Gradients reach the parameter as parts, or as terms of the sum over ranks. While FSDP has the parameter sharded, it
+    reads as it is. Call this after FSDP.
     """
     for module in model.modules():
         parts = getattr(module, "parts_of_heads", ())
@@ -152,9 +152,9 @@ def read_local_parts(model: nn.Module) -> None:
 
 @cache
 def _reading_parts(kind: type, parts: Sequence[tuple], terms: int) -> type:
-    """One class for all modules of a kind, so that equal blocks stay equal to `torch.compile`.
+    """A subclass whose parameters read as parts; one per kind of module, so that `torch.compile` reuses code.
 
-    terms: how many ranks' outputs are summed. Each of them adds that part of a bias, so that the sum has it once.
+    terms: number of ranks whose outputs are summed. Each adds 1 / terms of a bias, so that the sum has it once.
     """
 
     def reading(name: str, dim: int = 0, index: int = 0, number: int = 1) -> property:

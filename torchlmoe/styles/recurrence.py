@@ -1,19 +1,19 @@
-"""Sequence parallelism for linear sequence models: LASP-2 (arXiv 2502.07563), LASP (2404.02882), for any recurrence.
+"""Context parallelism for linear sequence models: LASP-2 (arXiv 2502.07563), LASP (2404.02882), for any recurrence.
 
 Each of P ranks holds a span of L tokens. A span acts on the state that it receives as an affine map, however long:
 
     S_out = A S_in + S_ext         A: a diagonal (decays), K x K (erasing), a diagonal on either side (value decay)
 
-so ranks exchange (A, S_ext) and nothing that grows with the sequence. `all_gather`: one all-gather of all maps forward,
-one reduce-scatter backward; every rank combines the maps of earlier spans. `ring`: the state itself is sent from
-neighbor to neighbor. If a state only decays, its contribution to a span's outputs is one product with q: the span runs
-from zero while the maps are sent. With an erase term or elementwise decay, reading the state takes a pass over the
-span, so a single pass starts from it.
+So ranks exchange (A, S_ext), whose size does not grow with the sequence. `all_gather`: one all-gather of all maps in
+the forward, one reduce-scatter in the backward; every rank combines the maps of earlier spans. `ring`: each rank sends
+the state to the next one. If a state only decays, its contribution to a span's outputs is one product with q, so the
+span runs from a zero state while the maps are sent. With an erase term or elementwise decay, reading the state takes a
+pass over the span, so a single pass starts from the received state.
 
-Packed documents may straddle any number of ranks. Their bounds are those of the whole row on every rank; a span's map
-is that of its last document, and only its first document receives a state, if it began before.
+Packed documents may straddle any number of ranks. Every rank has the bounds of the whole row. A span's map is that of
+its last document. Its first document receives a state if it began on an earlier rank.
 
-The file needs torch alone. `LSMSequenceParallel` serves any module with the forward of `LinearRecurrence`:
+The file needs only torch. `LSMSequenceParallel` supports any module with the forward of `LinearRecurrence`:
 
     forward(q, k, v, *, log_decay, erase, erase_key, value_log_decay, bonus, scale, initial_state, output_final_state,
             cu_seqlens) -> (o, final_state)
@@ -42,13 +42,14 @@ COMMUNICATIONS = ("all_gather", "ring")
 
 @dataclass(frozen=True)
 class Span:
-    """What a rank knows of its span and of the others'.
+    """How the documents of a row lie on the ranks.
 
-    runs: int32 [N * S + 1], bounds of the span's own runs of tokens, S of them a document and most of them empty; None
-        where rows are not packed.
-    first, last: int64 [X], the runs of the documents that its first and its last token are in.
-    continued_P: whether the document of a span's first token began before. whole_P: whether that of its last token did,
-        so that the received state passes through. past: 0-dim or an int, tokens of the first document before the span.
+    runs: int32 [N * S + 1], bounds of this span's runs of tokens, S per document and most of them empty; None if rows
+        are not packed.
+    first, last: int64 [X], indices of the runs of the documents of the span's first and last token; None like runs.
+    continued_P: bool, by span, whether the document of its first token began in an earlier span.
+    whole_P: bool, by span, whether the document of its last token did, so that the received state passes through.
+    past: int or 0-dim tensor, number of tokens of the first document before this span.
     """
 
     runs: Tensor | None
@@ -60,7 +61,7 @@ class Span:
 
     @classmethod
     def of_rows(cls, length: int, rank: int, num_ranks: int, device: torch.device) -> "Span":
-        """Each row is one document."""
+        """The span of rows that are one document each. length: L."""
         later = torch.arange(num_ranks, device=device) > 0
         return cls(None, None, None, later, torch.ones_like(later), rank * length)
 
@@ -68,7 +69,10 @@ class Span:
     def of_documents(
         cls, bounds: Tensor, rank: int, num_ranks: int, length: int | Tensor, runs: Tensor | None = None
     ) -> "Span":
-        """bounds: int32 [N + 1] of the whole row. runs: where a document has several, of the span's own tokens."""
+        """The span of a row of packed documents. bounds: int32 [N + 1], of the whole row. length: L.
+
+        runs: see `Span`, if a document has several; by default S = 1.
+        """
         starts_P = torch.arange(num_ranks, device=bounds.device, dtype=bounds.dtype) * length
         ends = bounds[1:].contiguous()
         first_P, last_P = (torch.searchsorted(ends, token, right=True) for token in (starts_P, starts_P + length - 1))
@@ -87,19 +91,19 @@ class Span:
         )
 
     def bounds_of_last(self) -> Tensor | None:
-        """int32 [X + 2]: what lies before the last document, then its runs."""
+        """int32 [X + 2]: bounds of all tokens before the last document as one run, then of its runs."""
         if self.runs is None or self.last is None:
             return None
         return torch.cat([self.runs[:1], self.runs[self.last], self.runs[-1:]])
 
     def end_of_first(self) -> Tensor | None:
-        """Where the first document ends in the span, if it has one run."""
+        """Position in the span at which the first document ends, if it has one run."""
         return None if self.runs is None or self.first is None else self.runs[self.first + 1]
 
 
 def all_gather(x: Tensor, mesh: DeviceMesh) -> Tensor:
     """[...] -> [P, ...], of all ranks. The backward is one reduce-scatter of the gradients."""
-    # The gradient comes without being waited for, which views of it do not do; multiplying it does.
+    # The gradient arrives asynchronously, and views of it do not wait. The multiplication does.
     sharded = DTensor.from_local(x[None] * 1, mesh, [Shard(0)], run_check=False)
     return sharded.redistribute(placements=[Replicate()], async_op=True).to_local(grad_placements=[Partial()])
 
@@ -136,7 +140,7 @@ def _receive_gradient(grad_x: Tensor, like: Tensor, rank: int, group_name: str) 
 
 @torch.library.custom_op(f"{_NAMESPACE}::send_gradient", mutates_args=())
 def _send_gradient(grad: Tensor, rank: int, group_name: str) -> Tensor:
-    """Zeros, for what `receive_state` was given as an example."""
+    """Send a gradient to the preceding rank. Returns zeros, the gradient of the `like` of `receive_state`."""
     dist.send(grad.contiguous(), group=_group(group_name), group_dst=rank - 1)
     return torch.zeros_like(grad)
 
@@ -183,29 +187,29 @@ send_state.register_autograd(_backward_of_send, setup_context=_setup_send)
 
 
 class StateStyle(ParallelStyle):
-    """Replaces a module's forward by `self.run(forward, mesh, q, k, v, ...)`; with one rank nothing changes."""
+    """Replaces a module's forward by `self.run(forward, mesh, q, k, v, ...)`, if there is more than one rank."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         if device_mesh.ndim != 1:
-            raise ValueError(f"{type(self).__name__} needs a mesh of one axis; it was given {device_mesh}.")
+            raise ValueError(f"{type(self).__name__} needs a mesh of one axis; got {device_mesh}.")
         if device_mesh.size() > 1:
             module.forward = partial(_without_autocast, self.run, module.forward, device_mesh)
         return module
 
     def run(self, forward: Callable, mesh: DeviceMesh, q: Tensor, k: Tensor, v: Tensor, **terms) -> tuple[Tensor, None]:
-        """The module's forward of the whole sequence, for this rank's span of it."""
+        """Run the module's forward on this rank's span of the sequence."""
         raise TypeError(f"{type(self).__name__} must define run(forward, mesh, q, k, v, **terms).")
 
 
 class LSMSequenceParallel(StateStyle):
-    """For a module with `LinearRecurrence`'s forward: tensors of the rank's span in, o [B, L, R, V] of the span out.
+    """Splits the sequence of a module with `LinearRecurrence`'s forward: inputs and o [B, L, R, V] are of the span.
 
     communication: "all_gather" (LASP-2) or "ring" (LASP).
-    span_summary: the affine map of a span, as `torchlmoe.ops.span_summary`; found by the module's own forward if None,
-        which costs the outputs that go with it.
-    The module's cu_seqlens are those of the whole row, [0 .. P * L], on every rank. With `document_bounds` they are
-    bounds of the span's own runs of tokens, several of them a document (a mixture of memories), and those are the whole
-    row's. Raises ValueError for initial and final states, which belong to no single rank.
+    span_summary: computes the affine map of a span, like `torchlmoe.ops.span_summary`. If None, the module's forward
+        computes it, which also computes outputs that are not used.
+    cu_seqlens are bounds in the whole row, from 0 to P * L, on every rank. If the caller passes `document_bounds` (a
+    mixture of memories), those are bounds in the whole row, and cu_seqlens are bounds of the span's runs of tokens,
+    several per document. Raises ValueError for initial and final states, which belong to no single rank.
     """
 
     def __init__(self, communication: str = "all_gather", span_summary: Callable | None = None):
@@ -234,9 +238,9 @@ class LSMSequenceParallel(StateStyle):
         if span.last is not None:
             *factors, state = (x[-len(span.last) :] for x in (*factors, state))
         if self.reads_by_product(terms) and document_bounds is None:
-            travelling = self.start(mesh, factors, state)
+            gathered = self.start(mesh, factors, state)
             o, _ = forward(q, k, v, cu_seqlens=span.runs, **terms)
-            incoming = self.receive(mesh, span, factors, state, travelling)
+            incoming = self.receive(mesh, span, factors, state, gathered)
             return _add_reading(o, q, incoming, span.end_of_first(), **terms), None
         incoming = self.receive(mesh, span, factors, state, self.start(mesh, factors, state))
         if span.runs is not None and span.first is not None:
@@ -245,14 +249,16 @@ class LSMSequenceParallel(StateStyle):
         return forward(q, k, v, cu_seqlens=span.runs, initial_state=incoming, **terms)[0], None
 
     def reads_by_product(self, terms: dict) -> bool:
-        """Whether o_t = (what the span's own tokens give) + exp(G_t) q_t S."""
+        """Whether o_t = (o_t from a zero state) + exp(G_t) q_t S, for a received state S."""
         return terms.get("erase") is None
 
     def summarize(
         self, forward: Callable, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, terms: dict
     ) -> tuple[Tensor, ...]:
-        """The map of each run: factors of the state, broadcast against it ([X, R, K, 1] and the like) or the one matrix
-        [X, R, K, K] of an erasing recurrence, then S_ext [X, R, K, V], in at least float32."""
+        """Compute the map of each run, in at least float32: the factors of A, then S_ext [X, R, K, V].
+
+        The factors broadcast against the state, such as [X, R, K, 1]; with an erase term A is one matrix [X, R, K, K].
+        """
         terms = {name: x for name, x in terms.items() if name not in ("bonus", "scale")}
         summary = self.span_summary or partial(summary_by_forward, forward)
         transition, state = summary(k, v, cu_seqlens=cu_seqlens, **terms)
@@ -261,12 +267,12 @@ class LSMSequenceParallel(StateStyle):
             return of_keys, state
         factors = [of_value[..., None, :] for of_value in of_values]
         log_decay = terms.get("log_decay")
-        if log_decay is not None:  # one number a head where all channels have the same
+        if log_decay is not None:  # one number per head if all channels decay alike
             factors.append((of_keys if log_decay.dim() == 4 else of_keys[..., :1])[..., None])
         return *factors, state
 
     def advance(self, factors: list[Tensor], state: Tensor) -> Tensor:
-        """A S"""
+        """A S, the state after a span that writes nothing."""
         if factors and min(factors[0].shape[-2:]) > 1:
             return factors[0] @ state
         for factor in factors:
@@ -274,28 +280,28 @@ class LSMSequenceParallel(StateStyle):
         return state
 
     def start(self, mesh: DeviceMesh, factors: list[Tensor], state: Tensor) -> Tensor | None:
-        """Start to gather the maps of all ranks: [P, X, R, numbers of a map]."""
+        """Start the all-gather of the maps, flattened: [P, X, R, numbers per map]. None for a ring."""
         if self.communication == "ring":
             return None
         numbers = torch.cat([x.to(state.dtype).flatten(2) for x in (*factors, state)], -1)
         return all_gather(torch.view_as_real(numbers).flatten(-2) if numbers.is_complex() else numbers, mesh)
 
     def receive(
-        self, mesh: DeviceMesh, span: Span, factors: list[Tensor], state: Tensor, travelling: Tensor | None
+        self, mesh: DeviceMesh, span: Span, factors: list[Tensor], state: Tensor, gathered: Tensor | None
     ) -> Tensor:
-        """The state [X, R, K, V] that the span's first document has when the span begins; zero if it begins there."""
+        """The state [X, R, K, V] of the span's first document before the span; zero if the document begins there."""
         rank = mesh.get_local_rank()
-        if travelling is None:
+        if gathered is None:
             return self._ring(mesh, rank, span, factors, state)
         if state.is_complex():
-            travelling = torch.complex(*travelling.unflatten(-1, (-1, 2)).unbind(-1))
+            gathered = torch.complex(*gathered.unflatten(-1, (-1, 2)).unbind(-1))
         *factors_P, states_P = (
             part.unflatten(-1, x.shape[2:])
             for part, x in zip(
-                travelling.split([prod(x.shape[2:]) for x in (*factors, state)], -1), (*factors, state), strict=True
+                gathered.split([prod(x.shape[2:]) for x in (*factors, state)], -1), (*factors, state), strict=True
             )
         )
-        # Rank 0 takes the last one and drops it, since every rank has to take part in the collective of the backward.
+        # Rank 0 uses the last state and masks it: every rank must take part in the collective of the backward.
         incoming = states_P[0] if rank else states_P[-1]
         for other in range(1, rank):
             moved = self.advance([x[other] for x in factors_P], incoming)
@@ -316,7 +322,7 @@ class LSMSequenceParallel(StateStyle):
 
 
 def _without_autocast(run: Callable, forward: Callable, mesh: DeviceMesh, q: Tensor, k: Tensor, v: Tensor, **terms):
-    """`run`, whose products of states would lose their digits to autocast."""
+    """Call `run` without autocast, in which products of states would lose digits."""
     device = v.device.type
     if not torch.amp.is_autocast_available(device):
         return run(forward, mesh, q, k, v, **terms)
@@ -325,12 +331,15 @@ def _without_autocast(run: Callable, forward: Callable, mesh: DeviceMesh, q: Ten
 
 
 def _as_real(x: Tensor) -> Tensor:
-    """What communication libraries can send."""
+    """Complex numbers as pairs of real ones, which communication libraries can send."""
     return torch.view_as_real(x) if x.is_complex() else x
 
 
 class ElementwiseSequenceParallel(LSMSequenceParallel):
-    """For a module with `ElementwiseRecurrence`'s forward; span_summary as `torchlmoe.ops.elementwise_span_summary`."""
+    """Like `LSMSequenceParallel`, for a module with `ElementwiseRecurrence`'s forward.
+
+    span_summary: like `torchlmoe.ops.elementwise_span_summary`.
+    """
 
     def __init__(self, communication: str = "all_gather", *, span_summary: Callable):
         super().__init__(communication, span_summary)
@@ -349,10 +358,10 @@ class ElementwiseSequenceParallel(LSMSequenceParallel):
 
 
 class StateRing(StateStyle):
-    """For a state whose update is not an affine map, as in `OnlineGradient`: passed from rank to rank.
+    """Sends the state from rank to rank, for a module whose update is not an affine map, such as `OnlineGradient`.
 
-    The module takes initial_state [N, ...], of every document of the whole row, and offset [N], how many tokens of its
-    first mini-batch are past.
+    The module takes initial_state [N, ...], for every document of the whole row, and offset [N], the number of tokens
+    of a document's current mini-batch that earlier ranks have processed.
     """
 
     def run(  # type: ignore[override]
@@ -378,7 +387,8 @@ class StateRing(StateStyle):
         first, last = (own if x is None else x for x in (span.first, span.last))
         offset = torch.zeros_like(own)
         if rank > 0:
-            # Tied to all that makes the sender's state need a gradient: its backward waits for this one's.
+            # The sender's backward waits for a gradient from here if any of its terms needs one. Adding zeros that
+            # depend on the same terms makes this rank send it.
             tie = sum(x[:, :0].sum() for x in (k, v, *terms.values()) if isinstance(x, Tensor) and x.dim() > 2)
             fresh = initial_state[first] + tie
             state = torch.where(span.continued_P[rank], receive_state(fresh, rank, name), fresh)
@@ -418,10 +428,10 @@ def _span_of(v: Tensor, cu_seqlens: Tensor | None, document_bounds: Tensor | Non
 def summary_by_forward(
     forward: Callable, k: Tensor, v: Tensor, *, cu_seqlens: Tensor | None = None, **terms: Tensor | None
 ) -> tuple[Tensor | tuple[Tensor, ...], Tensor]:
-    """`torchlmoe.ops.span_summary` for any module with `LinearRecurrence`'s forward.
+    """Computes `torchlmoe.ops.span_summary` by the forward of any module like `LinearRecurrence`.
 
-    Without an erase term the transition is found by letting ones decay: a column of ones for the key
-    side, a row for the value side. With an erase term, it is found by starting from the identity.
+    Without an erase term, the transition is the decay of an initial state of ones: a column of ones for the keys, a row
+    for the values. With an erase term, it is the final state after the identity.
     """
     options = {"cu_seqlens": cu_seqlens, "output_final_state": True}
     num_runs = v.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
@@ -429,8 +439,8 @@ def summary_by_forward(
     _, state = forward(k, k, v, **terms, **options)
     if terms.get("erase") is not None:
         identity = torch.eye(key_dim, dtype=state.dtype, device=v.device).expand(num_runs, num_heads, -1, -1)
-        nothing = v.new_zeros(*v.shape[:3], key_dim)
-        return forward(k, k, nothing, initial_state=identity, **terms, **options)[1], state
+        zeros = v.new_zeros(*v.shape[:3], key_dim)
+        return forward(k, k, zeros, initial_state=identity, **terms, **options)[1], state
     of_values = terms.pop("value_log_decay", None)
     if terms.get("log_decay") is None:
         of_keys = state.new_ones(num_runs, num_heads, key_dim)
@@ -439,9 +449,9 @@ def summary_by_forward(
         of_keys = forward(k, k, torch.zeros_like(v[..., :1]), initial_state=ones, **terms, **options)[1][..., 0]
     if of_values is None:
         return of_keys, state
-    nothing, ones = torch.zeros_like(k[..., :1]), state.new_ones(num_runs, num_heads, 1, v.shape[-1])
-    kept = forward(nothing, nothing, v, initial_state=ones, value_log_decay=of_values, **options)[1]
-    return (of_keys, kept[..., 0, :]), state
+    zeros, ones = torch.zeros_like(k[..., :1]), state.new_ones(num_runs, num_heads, 1, v.shape[-1])
+    decayed = forward(zeros, zeros, v, initial_state=ones, value_log_decay=of_values, **options)[1]
+    return (of_keys, decayed[..., 0, :]), state
 
 
 def _add_reading(
@@ -456,9 +466,9 @@ def _add_reading(
     scale: float = 1.0,
     **_,
 ) -> Tensor:
-    """o + scale * exp(H_t) (exp(G_t) q_t) S up to `end`, G and H the sums of the decays since the span began.
+    """Adds what q reads from a received state S: o_t + scale * exp(H_t) (exp(G_t) q_t) S for tokens before `end`.
 
-    With a bonus the token reads the state before its own decay.
+    G and H are the sums of the log decays since the span began. With a bonus a token reads the state before its decay.
     """
     length = o.shape[1]
 
@@ -466,7 +476,7 @@ def _add_reading(
         if log.dim() == 1:
             log = log.expand(1, length, -1)
         total = log.to(state.dtype).cumsum(1)
-        if bonus is not None:  # moved by a token, since a difference would cancel
+        if bonus is not None:  # shifted by a token: subtracting the token's own decay would lose digits
             total = torch.cat([torch.zeros_like(total[:, :1]), total[:, :-1]], 1)
         return total.exp()
 

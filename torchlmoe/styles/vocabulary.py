@@ -1,8 +1,8 @@
-"""Embedding and output head with a vocabulary that is split over ranks, which have the same tokens between them.
+"""Tensor parallelism for embedding and output head: the vocabulary is split over ranks.
 
 Each of P ranks has a contiguous part of the rows of the embedding, or of the output weight. The embedding of a token
 comes from the rank that has its row: one reduce-scatter leaves each rank with its own tokens. The head gathers its
-input; logits stay split, and a loss exchanges two or three numbers per token. The file needs torch alone.
+input. Logits stay split, and a loss exchanges two or three numbers per token. The file needs only torch.
 """
 
 from functools import partial
@@ -19,20 +19,23 @@ from torchlmoe.styles.heads import gather_tokens, scatter_sums
 
 
 class VocabularyPart:
-    """The rows from `start` on that this rank has of `vocab_size`, and sums over the ranks that have the others."""
+    """This rank's part of a vocabulary of `vocab_size` rows, which begins at row `start`, and sums over all parts."""
 
     def __init__(self, mesh: DeviceMesh, vocab_size: int):
         self.mesh = mesh
         self.start = min(mesh.get_local_rank() * -(-vocab_size // mesh.size()), vocab_size)
 
     def own(self, token: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-        """token int64 -> its row here, 0 if it is elsewhere, and whether it is here. num_rows: that this rank has."""
+        """token int64 -> its row in this part (0 if it is in another), and whether it is in this part, bool.
+
+        num_rows: number of rows in this part.
+        """
         row = token - self.start
         is_own = (row >= 0) & (row < num_rows)
         return row.where(is_own, 0), is_own
 
     def total(self, x: Tensor, operation: str = "sum") -> Tensor:
-        """Over ranks; "sum" or "max". Not differentiable."""
+        """Reduce x over ranks. operation: "sum" or "max". Not differentiable."""
         return wait_tensor(all_reduce(x, operation, self.mesh))
 
     def gather(self, logits: Tensor) -> Tensor:
@@ -42,7 +45,7 @@ class VocabularyPart:
 
 
 class VocabularyEmbedding(ParallelStyle):
-    """For an `nn.Embedding` split by rows: tokens [B, L] of all ranks -> those of the rank itself [B, L / P, dim]."""
+    """For an `nn.Embedding` split by rows: all tokens [B, L] -> embeddings of the rank's own tokens [B, L / P, dim]."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         assert isinstance(module, nn.Embedding)
@@ -54,7 +57,7 @@ class VocabularyEmbedding(ParallelStyle):
 def _embed(module: nn.Embedding, vocabulary: VocabularyPart, tokens: Tensor) -> Tensor:
     weight = module.weight
     row, is_own = vocabulary.own(tokens, weight.shape[0])
-    if not weight.shape[0]:  # a rank beyond the last row
+    if not weight.shape[0]:  # a rank without rows still takes part in the collectives
         x = weight.sum() + weight.new_zeros(*tokens.shape, weight.shape[1])
     else:
         x = torch.nn.functional.embedding(row, weight).masked_fill(~is_own[..., None], 0)
@@ -64,7 +67,7 @@ def _embed(module: nn.Embedding, vocabulary: VocabularyPart, tokens: Tensor) -> 
 class VocabularyHead(ParallelStyle):
     """For a head with `forward(x, labels, tied_weight)`, a `norm` before its projection, and an attribute `vocabulary`.
 
-    x is the rank's own tokens; labels are those of all ranks. vocab_size: rows of the output weight in all.
+    x has the rank's own tokens, labels those of all ranks. vocab_size: number of rows of the whole output weight.
     """
 
     def __init__(self, vocab_size: int):

@@ -1,4 +1,4 @@
-"""The counts of all routed layers in a step, as one vector for the whole model on every rank."""
+"""Collects the counts of all routed layers in a step. Every rank has one vector, laid out for the whole model."""
 
 from typing import Any
 
@@ -12,15 +12,15 @@ _SCALARS = ("dropped", "aux_loss", "z_loss")
 
 
 class Counters:
-    """sizes: by layer, in the model's order, how many experts or memories it has."""
+    """sizes: name of a layer -> its number of experts or memories, in the model's order."""
 
     def __init__(self, sizes: dict[str, int]):
         self.sizes = sizes
 
     def pop(self, model: Decoder, device: torch.device) -> Tensor:
-        """Return and reset this rank's counts since the last call, float64, zero for layers of other ranks.
+        """Return and reset this rank's counts since the last call, as a float64 vector; zero for layers of other ranks.
 
-        Counts stay exact: they are far below 2^53.
+        Counts stay exact, since they are far below 2^53.
         """
         layers = model.routed_layers()
         parts = []
@@ -33,7 +33,7 @@ class Counters:
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64, device=device)
 
     def by_layer(self, totals: Tensor) -> dict[str, dict[str, Tensor]]:
-        """From the sum of all ranks' vectors: counts [E], dropped, aux_loss and z_loss of each layer."""
+        """Layer -> counts [E], dropped, aux_loss and z_loss. totals: the sum of all ranks' vectors."""
         rows = totals.split([size + len(_SCALARS) for size in self.sizes.values()])
         return {
             name: {"counts": row[:size], **dict(zip(_SCALARS, row[size:], strict=True))}
@@ -41,7 +41,7 @@ class Counters:
         }
 
     def figures(self, totals: Tensor) -> dict[str, Any]:
-        """The figures to log."""
+        """The figures to log, by name. totals: the sum of all ranks' vectors."""
         figures: dict[str, Any] = {}
         for name, layer in self.by_layer(totals).items():
             of_layer = {

@@ -16,7 +16,10 @@ from torchlmoe.data.tokenizer import Tokenizer, load_tokenizer
 
 
 def training_sources(data: Data, tokenizer: Tokenizer) -> list[Source]:
-    """The stores of the training data, tokenized if they do not exist; of a mixture, those with a weight above 0."""
+    """Opens the stores of the training data, and tokenizes those that do not exist.
+
+    Of a mixture, it opens the sources with a weight above 0. Raises ValueError if data cannot be read.
+    """
     if not data.mixture:
         return [Source(_store("train", data, tokenizer, max_tokens=data.max_tokens))]
     sources = []
@@ -36,14 +39,16 @@ def training_sources(data: Data, tokenizer: Tokenizer) -> list[Source]:
 
 
 def load_tokenizer_of(data: Data) -> Tokenizer:
-    """The tokenizer of a run; that of tasks of recall has a token for each id of the largest vocabulary among them."""
-    given = recall_data(data)
-    if given[0][0] is None:
+    """Returns the tokenizer of a run. For recall tasks it has a token per id of the largest vocabulary among them."""
+    datasets = recall_data(data)
+    if datasets[0][0] is None:
         return load_tokenizer(data.tokenizer, data.end_token)
-    return symbol_tokenizer(max(RecallStore(task, "train", **options).vocab_size for task, options, _ in given if task))
+    tasks = [(task, options) for task, options, _ in datasets if task]
+    return symbol_tokenizer(max(RecallStore(task, "train", **options).vocab_size for task, options in tasks))
 
 
 def validation_store(data: Data, tokenizer: Tokenizer) -> TokenStore:
+    """Opens the store of the validation data, and tokenizes it if it does not exist."""
     return _store("validation", data, tokenizer, max_tokens=data.validation_max_tokens)
 
 
@@ -68,7 +73,7 @@ def _store(split: str, data: Data, tokenizer: Tokenizer, **options: Any) -> Toke
     writer = data.writer
     if writer is None:
         writer = int(os.environ.get("GROUP_RANK") or os.environ.get("SLURM_NODEID") or 0)
-    # If there are more hosts than writers, the others have no share and wait for the writers.
+    # With more hosts than writers, several hosts have the number of one writer. One of them writes, the others wait.
     effort = Effort(
         data.num_workers,
         data.num_writers,
@@ -80,7 +85,7 @@ def _store(split: str, data: Data, tokenizer: Tokenizer, **options: Any) -> Toke
 
 
 def check_same_data(sources: list[Source], validation: TokenStore | None) -> None:
-    """Check that all ranks have the same documents. All ranks call it before the first step.
+    """Checks that all ranks have the same documents. All ranks call it before the first step.
 
     Hosts may have tokenized separately. Raises ValueError on all ranks if documents differ.
     """
@@ -89,14 +94,14 @@ def check_same_data(sources: list[Source], validation: TokenStore | None) -> Non
         stores.append(("validation data", validation))
     of_ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(of_ranks, [store.index.content for _, store in stores])
-    for (what, _), contents in zip(stores, zip(*of_ranks, strict=True), strict=True):
+    for (name, _), contents in zip(stores, zip(*of_ranks, strict=True), strict=True):
         ranks_with: dict[str, list[int]] = {}
         for rank, content in enumerate(contents):
             ranks_with.setdefault(content, []).append(rank)
         if len(ranks_with) > 1:
-            found = ", ".join(f"sha256 {content[:16]} on {_ranks(ranks)}" for content, ranks in ranks_with.items())
+            hashes = ", ".join(f"sha256 {content[:16]} on {_ranks(ranks)}" for content, ranks in ranks_with.items())
             raise ValueError(
-                f"The {what} differs between hosts: {found}; give all of them the same files, revision and tokenizer, "
+                f"The {name} differs between hosts: {hashes}; give all of them the same files, revision and tokenizer, "
                 "or copy one host's data.cache_dir to the others."
             )
 

@@ -1,4 +1,4 @@
-"""Writes a run's metrics to the console, `metrics.jsonl`, TensorBoard and a picture of the loss."""
+"""Writes a run's metrics to the console, `metrics.jsonl`, TensorBoard and a plot of the loss."""
 
 import errno
 import json
@@ -27,10 +27,11 @@ RESUMES = "what was saved before is whole, and the same command continues from i
 
 
 class MetricsLog:
-    """Written by the first rank; on the others every call does nothing.
+    """The metrics of a run. Only the first rank writes; on the others every call does nothing.
 
-    first_step: steps done before. A resumed run keeps its rows up to this step and removes later ones; a
-        new run renames the metrics.jsonl of an earlier one to include its date.
+    num_steps: of the whole run. active: whether this is the first rank.
+    first_step: number of steps that were done before. A resumed run keeps the rows up to this step and removes later
+        ones. A new run renames the metrics.jsonl of an earlier run to include its date.
     """
 
     def __init__(self, folder: Path, settings: Metrics, *, num_steps: int, active: bool, first_step: int = 0):
@@ -44,10 +45,10 @@ class MetricsLog:
         if first_step:
             self.records = _keep_rows(path, first_step)
         elif path.exists():
-            written = datetime.fromtimestamp(path.stat().st_mtime)
-            path.rename(folder / f"metrics.{written:%Y-%m-%d_%H-%M-%S}.jsonl")
+            modified = datetime.fromtimestamp(path.stat().st_mtime)
+            path.rename(folder / f"metrics.{modified:%Y-%m-%d_%H-%M-%S}.jsonl")
         self._file = path.open("a")
-        self._folder = os.open(folder, os.O_RDONLY)  # to tell it from another of the same name
+        self._folder = os.open(folder, os.O_RDONLY)  # to notice if another folder replaces it under the same name
         self._tensorboard = self._tensorboard_from(first_step + 1) if settings.tensorboard else None
 
     @property
@@ -56,10 +57,10 @@ class MetricsLog:
         return self.records[-1]["step"] if self.records else 0
 
     def log(self, record: dict[str, Any]) -> None:
-        """record: `step` and figures by name. A list goes to metrics.jsonl only; values that are not finite are
-        dropped.
+        """Write a record: `step` and figures by name.
 
-        Raises OSError, with the remedy, if it cannot be written.
+        Lists are written to metrics.jsonl only. Floats that are not finite are dropped. Raises OSError, with the
+        remedy, if the record cannot be written.
         """
         if not self.active:
             return
@@ -72,7 +73,7 @@ class MetricsLog:
         self.say(self._line(record))
 
     def _restore(self) -> None:
-        """Write files again that were removed during the run. Raises OSError if the folder or the file was replaced."""
+        """Write removed files again. Raises OSError if the folder or metrics.jsonl was replaced during the run."""
         if not _is_open(self.path, self._file.fileno()):
             if self.path.exists() or not _is_open(self.folder, self._folder):
                 raise FileNotFoundError(errno.ENOENT, f"{self.path} was removed or replaced during the run")
@@ -82,7 +83,7 @@ class MetricsLog:
             self._write(self.records)
         if self._tensorboard is not None and not any(self.folder.glob("tensorboard/*")):
             logger.warning(f"{self.folder / 'tensorboard'} was removed during the run: it is written again.")
-            with suppress(OSError):  # its file is gone
+            with suppress(OSError):  # its file no longer exists
                 self._tensorboard.close()
             self._tensorboard = self._tensorboard_from(1)
             self._draw(self.records)
@@ -100,7 +101,7 @@ class MetricsLog:
         return _EventFile(self.folder / "tensorboard", step)
 
     def say(self, text: str) -> None:
-        """One line on the console."""
+        """Print a line on the console."""
         if self.active:
             print(text, flush=True)
 
@@ -123,7 +124,7 @@ class MetricsLog:
         return "  ".join(parts)
 
     def finish(self) -> None:
-        """Check that all files exist, and draw the loss."""
+        """Check that all files exist, and plot the loss."""
         if not self.active:
             return
         with failures_to_write("The figures", self.folder, RESUMES):
@@ -135,7 +136,7 @@ class MetricsLog:
             self.say(f"loss curve: {path}")
 
     def close(self) -> None:
-        """Close the files. Failures to write have raised before."""
+        """Close the files. Errors are suppressed, since failed writes have already raised."""
         if not self.active:
             return
         os.close(self._folder)
@@ -146,7 +147,7 @@ class MetricsLog:
 
 
 def _is_open(path: Path, descriptor: int) -> bool:
-    """Whether `path` leads to the file or folder that is open as `descriptor`."""
+    """Whether `path` is the file or folder that is open as `descriptor`."""
     try:
         return os.path.samestat(path.stat(), os.fstat(descriptor))
     except FileNotFoundError:
@@ -154,9 +155,9 @@ def _is_open(path: Path, descriptor: int) -> bool:
 
 
 class _EventFile:
-    """A TensorBoard file, written at once: the thread of torch's SummaryWriter prints a traceback on a full disk.
+    """A TensorBoard file, written synchronously: the thread of torch's SummaryWriter prints a traceback on a full disk.
 
-    first_step: records of earlier files from this step on are hidden.
+    first_step: TensorBoard hides records of earlier files from this step on.
     """
 
     def __init__(self, folder: Path, first_step: int):
@@ -179,29 +180,30 @@ class _EventFile:
 
 
 def _keep_rows(path: Path, last_step: int) -> list[dict[str, Any]]:
-    """Cuts metrics.jsonl down to the rows up to `last_step`, and returns them; warns of invalid lines."""
+    """Removes rows after `last_step` from metrics.jsonl, and returns the others. Warns of invalid lines."""
     records: list[dict[str, Any]] = []
     for number, line in enumerate(path.read_text(errors="replace").splitlines() if path.exists() else [], start=1):
         try:
             record = json.loads(line)
             past = record["step"] > last_step
-        except (ValueError, TypeError, KeyError, RecursionError):  # half written when the run was killed, or not ours
+        except (ValueError, TypeError, KeyError, RecursionError):  # cut off when the run was killed, or edited
             logger.warning(f"Ignored: line {number} of {path} is not a record of a step.")
             continue
         if past:
             break
         records.append(record)
-    kept = path.with_suffix(".partial")
-    with failures_to_write("The figures of earlier steps", kept, "make room; none is lost"):
-        kept.write_text("".join(json.dumps(record) + "\n" for record in records))
-        kept.replace(path)
+    partial = path.with_suffix(".partial")
+    with failures_to_write("The figures of earlier steps", partial, "make room; none is lost"):
+        partial.write_text("".join(json.dumps(record) + "\n" for record in records))
+        partial.replace(path)
     return records
 
 
 def load_figures(counts_E: torch.Tensor) -> dict[str, Any]:
-    """How evenly experts are loaded: counts [E], choices per expert.
+    """Returns how evenly experts are loaded. counts_E: [E], choices per expert.
 
-    load_max_over_mean: 1 when even. load_entropy: of the loads over that of even ones, 1 when even, 0 when one has all.
+    load_max_over_mean: 1 if loads are equal. load_entropy: relative to that of equal loads; 1 if they are equal, 0 if
+    one expert has all. load: the counts.
     """
     counts = counts_E.double()
     share = counts / counts.sum()
@@ -214,7 +216,7 @@ def load_figures(counts_E: torch.Tensor) -> dict[str, Any]:
 
 
 def memory_gib(device: torch.device) -> float:
-    """Peak memory so far: the allocator's on CUDA, the process's resident set on a CPU."""
+    """Peak memory so far in GiB: of the allocator on CUDA, of the process's resident set on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -222,7 +224,7 @@ def memory_gib(device: torch.device) -> float:
 
 
 def duration(seconds: float) -> str:
-    """As 1h 02m, 3m 04s or 5s."""
+    """Formats seconds as 1h 02m, 3m 04s or 5s."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
@@ -231,8 +233,8 @@ def duration(seconds: float) -> str:
 
 
 def plot_loss(records: list[dict[str, Any]], path: Path) -> None:
-    """Training and validation loss over steps (nats per token), and validation bits per byte."""
-    import matplotlib  # here, because it takes a second that a run's start need not wait for
+    """Plots training and validation loss over steps (nats per token), with the last validation bits per byte."""
+    import matplotlib  # imported here, so that a run does not start a second later
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -259,7 +261,7 @@ def plot_loss(records: list[dict[str, Any]], path: Path) -> None:
 
 
 def _smoothed(values: list[float], keep: float = 0.8) -> list[float]:
-    """A running mean that weighs a value by keep^age."""
+    """A running mean in which a value has the weight keep^age."""
     means, total, weight = [], 0.0, 0.0
     for value in values:
         total, weight = keep * total + value, keep * weight + 1

@@ -1,4 +1,4 @@
-"""Builds the optimizer of the settings, sets the learning rate of a step, and clips gradients."""
+"""Builds the optimizer, sets the learning rate of a step, and clips gradients."""
 
 from collections.abc import Set
 
@@ -14,21 +14,21 @@ from torchlmoe.options import keyword_settings
 
 
 def build_optimizer(model: Decoder, settings: Optimizer) -> torch.optim.Optimizer:
-    """Build the optimizer that the settings name, with the settings that it takes."""
+    """Builds the optimizer that the settings name, with the settings that it takes."""
     builder = OPTIMIZERS[settings.name]
     options = {name: getattr(settings, name) for name in keyword_settings(builder) if hasattr(settings, name)}
     return builder(Parameters.of(model), **options, **settings.options)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Set the learning rate of every group to `factor` times its peak."""
+    """Sets the learning rate of every group to `factor` times its peak."""
     for group in optimizer.param_groups:
         group["lr"] = factor * group.setdefault("peak_lr", group["lr"])
 
 
 @torch.no_grad()
 def clip_gradients(model: nn.Module, max_norm: float, counted_elsewhere: Set[str] = frozenset()) -> torch.Tensor:
-    """Scale all gradients so that their 2-norm over all ranks is at most `max_norm`. Returns the norm before scaling.
+    """Scales all gradients so that their 2-norm over all ranks is at most `max_norm`. Returns the norm before scaling.
 
     max_norm: 0 for no limit. counted_elsewhere: names of parameters that other ranks count in the norm.
     """
@@ -40,14 +40,14 @@ def clip_gradients(model: nn.Module, max_norm: float, counted_elsewhere: Set[str
     else:
         norm = torch.nn.utils.get_total_norm(gradients)
     if max_norm > 0:
-        # The norm's value is not read, since the CPU would have to wait for it.
+        # Stays on the device: reading the norm would make the CPU wait for it.
         factor = (max_norm / norm).clamp(max=1.0)
         torch._foreach_mul_([g.to_local() if isinstance(g, DTensor) else g for g in gradients], factor)
     return norm
 
 
 def _norm_over_ranks(gradients: list[torch.Tensor], device: torch.device) -> torch.Tensor:
-    """Return the norm of gradients over all ranks, float64. Replicas along an axis count on the first rank only."""
+    """The norm of gradients over all ranks, float64. Replicas along an axis count on its first rank only."""
     sharded = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
     local = [gradient.to_local() for gradient in sharded if _is_counted(gradient)]
     squares = torch.zeros((), dtype=torch.float64, device=device)

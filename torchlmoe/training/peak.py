@@ -1,4 +1,4 @@
-"""The peak rate of a device's matrix products, against which model FLOPs utilisation (MFU) is counted."""
+"""Knows the peak rate of a device's matrix products, the base of model FLOPs utilization (MFU)."""
 
 import time
 from functools import cache
@@ -24,21 +24,21 @@ _BFLOAT16_TFLOPS = {
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """FLOP/s of matrix products in `dtype`: a data sheet's for a known GPU, measured on a CPU, None if not known."""
+    """FLOP/s of matrix products in `dtype`: from data sheets for known GPUs, measured on a CPU; None if unknown."""
     if device.type == "cpu":
         return _measured_on_cpu(dtype)
     if dtype is not torch.bfloat16:
         return None
     name = torch.cuda.get_device_name(device)
-    return next((1e12 * tflops for known, tflops in _BFLOAT16_TFLOPS.items() if known in name), None)
+    return next((1e12 * tflops for part, tflops in _BFLOAT16_TFLOPS.items() if part in name), None)
 
 
 @cache
 def _measured_on_cpu(dtype: torch.dtype) -> float:
-    """The best of ten or more products of 1024 x 1024 matrices, as the model computes them; a fifth of a second or so.
+    """FLOP/s of the fastest of at least ten products of 1024 x 1024 matrices. Takes about 0.2 s.
 
-    The first product is not timed: it also pays for threads, kernels and pages that later ones find. Were it the only
-    one in its time, as on a busy machine, the peak would be many times too low.
+    The first product is not timed, since it starts threads and allocates pages. A single product on a busy machine
+    could give a peak that is many times too low.
     """
     size = 1024
     a, b = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)

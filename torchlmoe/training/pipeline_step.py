@@ -1,9 +1,8 @@
-"""A step through a pipeline, by the schedules of torch.distributed.pipelining.
+"""Runs a step through a pipeline, by the schedules of torch.distributed.pipelining.
 
-A pipeline's microbatches are those of gradient accumulation. Each stage receives all of them from the loader of its
-rank; stages send only activations and their gradients. Schedules that split the backward
-in two are not supported: the counters of routed layers are gradients of a buffer, which such a backward does not
-compute.
+A pipeline's microbatches are those of gradient accumulation. Each stage gets all of them from the loader of its rank;
+stages send only activations and their gradients. Schedules that split the backward in two are not supported: the
+counters of routed layers are gradients of a buffer, which such a backward does not compute.
 """
 
 import logging
@@ -23,14 +22,14 @@ from torchlmoe.parallel.ranks import Ranks
 from torchlmoe.parallel.shared import SharedParameters
 from torchlmoe.parallel.stages import Pipeline
 
-# They log the whole order of a schedule in which an action failed, beside the error that they raise.
+# If an action fails, torch raises an error and also logs the whole order of the schedule.
 logging.getLogger("torch.distributed.pipelining").setLevel(logging.CRITICAL)
 
 
 class PipelineStep:
     """A `Step` for a model with a `pipeline`.
 
-    pipeline_stages, schedule: of training, as torch has them.
+    pipeline_stages, schedule: torch's objects for training. The planner reads them.
     """
 
     def __init__(self, model: Decoder, config: Config, ranks: Ranks, device: torch.device):
@@ -47,8 +46,7 @@ class PipelineStep:
         self.pipeline_stages, self.schedule = self._schedule(
             whole // (rows * ranks.num_row_places), rows * seq_len, dtype, lambda nll, labels: nll / self._num_tokens
         )
-        # A separate schedule, since schedules set up their stages again whenever they switch from training to
-        # evaluation.
+        # A separate schedule for evaluation: a schedule that switches between both sets up its stages each time.
         _, self._evaluation = self._schedule(
             self.batches_at_once, validation_batch_size(config) * seq_len, dtype, lambda nll, labels: nll
         )
@@ -58,7 +56,7 @@ class PipelineStep:
     ) -> tuple[list[PipelineStage], Any]:
         stages = []
         for stage in self.stages:
-            taken, returned = stage.examples(num_tokens, dtype)
+            inputs, outputs = stage.examples(num_tokens, dtype)
             group = self.ranks["pp"].get_group()
             stages.append(
                 PipelineStage(
@@ -66,12 +64,12 @@ class PipelineStep:
                     stage.place.index,
                     self.num_stages,
                     self.device,
-                    input_args=taken,
-                    output_args=returned,
+                    input_args=inputs,
+                    output_args=outputs,
                     group=group,
                 )
             )
-        # The loss has been divided already.
+        # scale_grads = False: the loss is already divided by the number of tokens.
         if self.is_interleaved:
             return stages, ScheduleInterleaved1F1B(stages, num_microbatches, loss, scale_grads=False)  # type: ignore[arg-type]
         return stages, Schedule1F1B(stages[0], num_microbatches, loss, scale_grads=False)
@@ -89,9 +87,9 @@ class PipelineStep:
     def evaluate(self, batches: Sequence[Any]) -> Tensor:
         for stage in self.stages:
             stage.eval()
-        # Batches without labels fill the pipeline up.
-        filling = {**batches[0], "labels": torch.full_like(batches[0]["labels"], IGNORE_INDEX)}
-        return self._run(self._evaluation.eval, [*batches, *[filling] * (self.batches_at_once - len(batches))])
+        # Copies without labels make up the number of batches that the schedule needs.
+        filler = {**batches[0], "labels": torch.full_like(batches[0]["labels"], IGNORE_INDEX)}
+        return self._run(self._evaluation.eval, [*batches, *[filler] * (self.batches_at_once - len(batches))])
 
     def _run(self, schedule: Callable[..., Any], batches: Sequence[Any], **options: Any) -> Tensor:
         """The sum of the microbatches' losses, float64; zero on ranks without the last stage."""

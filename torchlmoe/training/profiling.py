@@ -1,4 +1,4 @@
-"""Traces of some training steps (torch.profiler), and the history of the CUDA allocator."""
+"""Traces some training steps by torch.profiler, and records the history of the CUDA allocator."""
 
 import warnings
 from pathlib import Path
@@ -10,11 +10,11 @@ from torchlmoe.config.settings import Profiling
 
 
 class StepProfiler:
-    """Call `step` after every training step and `stop` after the last; does nothing unless enabled.
+    """Call `step` after every training step and `stop` after the last. Does nothing unless `profiling.enable` is set.
 
     Writes <dump_folder>/profile/step_<last traced step>_rank_<rank>.json.gz, for chrome://tracing or ui.perfetto.dev,
-    and on request the same with .pickle, for pytorch.org/memory_viz. Raises ValueError for a snapshot without CUDA.
-    first_step: steps of the run that are done already.
+    and with `profiling.memory_snapshot` the same with .pickle, for pytorch.org/memory_viz.
+    first_step: number of steps that were done before. Raises ValueError for a snapshot without CUDA.
     """
 
     def __init__(self, settings: Profiling, dump_folder: Path, rank: int, device: torch.device, first_step: int = 0):
@@ -36,7 +36,7 @@ class StepProfiler:
             if settings.memory_snapshot:
                 torch.cuda.memory._dump_snapshot(f"{path}.pickle")
 
-        # Each trace is written when it is whole, and its events are not needed again.
+        # Each trace is written when it is complete, so its events may be cleared.
         warnings.filterwarnings("ignore", "(Warning: )?Profiler clears events")
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
         # The step before a trace warms the profiler up.
@@ -49,7 +49,7 @@ class StepProfiler:
         )
         self._profile = profile(
             activities=activities,
-            schedule=lambda step: action_of(first_step + step),  # the profiler counts this process's steps
+            schedule=lambda step: action_of(first_step + step),  # the profiler counts only this process's steps
             on_trace_ready=write,
         )
         self._profile.start()

@@ -1,4 +1,4 @@
-"""The interface through which the trainer computes losses and gradients of a model."""
+"""Defines the interface by which the trainer computes losses and gradients of a model."""
 
 from collections.abc import Sequence, Set
 from typing import Any, Protocol
@@ -17,8 +17,8 @@ from torchlmoe.training.pipeline_step import PipelineStep
 class Step(Protocol):
     """Computes losses and gradients. Batches have tokens, labels int64 [B, T], document_bounds int32 [B, max_docs + 1].
 
-    batches_at_once: number of batches that an evaluation processes together. counted_elsewhere: names of parameters of
-    this rank that other ranks have too, and whose gradients another rank counts in the gradient norm.
+    batches_at_once: number of batches that an evaluation processes together. counted_elsewhere: names of this rank's
+    parameters that another rank has too and counts in the gradient norm.
     """
 
     batches_at_once: int
@@ -39,7 +39,7 @@ class Step(Protocol):
 class PlainStep:
     """Runs one microbatch after another.
 
-    share: the share of a microbatch in the rows of a step over all ranks.
+    share: a microbatch's number of rows, as a fraction of the rows of a step over all ranks.
     """
 
     batches_at_once = 1
@@ -67,7 +67,7 @@ class PlainStep:
 
 
 def build_step(model: Decoder, config: Config, ranks: Ranks, device: torch.device) -> Step:
-    """Return the step for a rank's model."""
+    """Returns the step for a rank's model."""
     rows, whole = batch_sizes(config.training, ranks.num_row_places)
     if model.pipeline is None:
         return PlainStep(model, rows / whole)

@@ -1,8 +1,8 @@
-"""SIGTERM and SIGINT request a stop: the step is finished and saved first. A second request stops at once.
+"""Turns SIGTERM and SIGINT into requests to stop: the run first finishes and saves its step. A second signal kills it.
 
-The death of torchrun asks for an end too. If torchrun is killed by SIGKILL it cannot stop its workers, and they would
-train on unseen. A worker notices that its parent is another process. Unlike Linux's PR_SET_PDEATHSIG this lets all
-ranks finish the same step and save it. A process that torchrun did not start does not look at its parent, so that
+The death of torchrun is a request too. If SIGKILL kills torchrun, it cannot stop its workers, and they would continue
+unnoticed. So a worker checks whether its parent is still the same process. Unlike Linux's PR_SET_PDEATHSIG this lets
+all ranks finish the same step and save it. A process that torchrun did not start does not check its parent, so that
 `nohup python train.py` outlives its shell.
 """
 
@@ -13,12 +13,12 @@ from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# On one Ctrl-C a rank gets the terminal's SIGINT, and torchrun's SIGINT and SIGTERM a moment later.
+# After one Ctrl-C a rank gets the terminal's SIGINT and, a moment later, torchrun's SIGINT and SIGTERM.
 SECONDS_OF_ONE_REQUEST = 2.0
 
 
 class StopRequest:
-    """Within its `with`, `name` is that of the first signal, or says that torchrun died; None before either."""
+    """Handles signals as a context manager. `name` is that of the first signal, or "the death of torchrun", or None."""
 
     def __init__(self) -> None:
         self._name: str | None = None

@@ -1,7 +1,7 @@
 """The training loop: data, model, optimizer and metrics of one run, on any number of ranks.
 
-The loss of a step is the mean over the tokens of its global batch, for any number of ranks and microbatches:
-each microbatch contributes its sum divided by the global count, and gradients are summed over ranks.
+The loss of a step is the mean over the tokens of its global batch, for any number of ranks and microbatches: each
+microbatch contributes its sum divided by the global number of tokens, and gradients are summed over ranks.
 """
 
 import logging
@@ -49,10 +49,10 @@ from torchlmoe.training.validation import validate
 
 
 class Trainer:
-    """Set up a run from its settings; `train` runs it. Raises ValueError if the model or the data cannot be used.
+    """Sets up a run from its settings; `train` runs it. Raises ValueError if the model or the data cannot be used.
 
-    It holds files, threads and the lock of the dump folder until the constructor fails, `train` ends (by an error too)
-    or `close` is called.
+    A trainer holds files, threads and the lock of the dump folder until `train` ends, even with an error, or `close` is
+    called. If the constructor fails, it releases them.
     """
 
     def __init__(self, config: Config):
@@ -70,7 +70,7 @@ class Trainer:
         _start_logging()
         keep_freed_pages()
         self.device = choose_device(config.training.device)
-        # Before the ranks join: while one tokenizes for an hour, no collective may time out.
+        # Before the ranks join, so that no collective times out while one rank tokenizes for an hour.
         sources, self.validation_store, tokenizer, whole = self._prepare_data()
         vocab_size = whole.spec.vocab_size
         folder = Path(config.job.dump_folder)
@@ -81,7 +81,7 @@ class Trainer:
         with collective_failures(self.heartbeat, timeout):
             launch = join_launch(timeout)
             self.rank, self.world_size = launch.rank, launch.world_size
-            # Earlier than NCCL's watchdog.
+            # Shorter than NCCL's timeout, whose watchdog aborts the process.
             patience = max(timeout / 2, timeout - 10) if self.device.type == "cuda" else None
             self.heartbeat.start(*launch, patience)
             start_process_group(self.device, timeout, launch)
@@ -143,7 +143,7 @@ class Trainer:
         self._describe(whole)
 
     def _prepare_data(self) -> tuple[list[Source], TokenStore | None, Tokenizer, Decoder]:
-        """Training and validation data, the tokenizer, and the whole model on the meta device."""
+        """Returns training and validation data, the tokenizer, and the whole model on the meta device."""
         data = self.config.data
         tokenizer = load_tokenizer_of(data)
         vocab_size = self.config.model.vocab_size or tokenizer.vocab_size
@@ -155,7 +155,7 @@ class Trainer:
         # Built first, so that settings that do not fit raise an error before tokenizing.
         whole = whole_model(self.config, vocab_size, world_size_of_launch())
         validation = validation_store(data, tokenizer) if self.config.validation.enable else None
-        if validation is not None:  # raises now if the first validation could not count bytes
+        if validation is not None:  # raises an error now if the first validation could not count bytes
             validation_text_bytes(
                 validation,
                 seq_len=self.config.training.seq_len,
@@ -185,11 +185,15 @@ class Trainer:
             self.log.say(describe_stages(whole, self.config))
         if modules := self.config.job.custom_modules:
             self.log.say(f"modules: {', '.join(modules)}")
-        for name, needed in idle_settings(self.config).items():
-            self.log.say(f"{name} has no effect in this run: it needs {needed}.")
+        for name, condition in idle_settings(self.config).items():
+            self.log.say(f"{name} has no effect in this run: it needs {condition}.")
 
     def train(self) -> dict[str, Any]:
-        """Runs the steps that are left, fewer if a signal asks to stop, and returns the last logged record."""
+        """Run the remaining steps, or fewer if a signal requests a stop. Returns the last logged record.
+
+        Raises FloatingPointError for a loss or gradient that is not finite unless training.non_finite = "skip",
+        ConnectionError or TimeoutError if another rank is lost or late, and OSError if files cannot be written.
+        """
         with self._resources:
             self._run()
         return self.log.records[-1] if self.log.records else {}
@@ -199,7 +203,7 @@ class Trainer:
         tokens_per_step = self.global_batch_size * self.config.training.seq_len
         timed_steps, begin = 0, time.perf_counter()
         timeout = self.config.parallelism.timeout_seconds
-        # The signal by which a launcher ends the remaining ranks must not interrupt their error messages.
+        # The signal with which a launcher ends the remaining ranks must not interrupt their error messages.
         with self.stop_request, collective_failures(self.heartbeat, timeout):
             if self._was_cut_off():
                 self._validate_and_log()
@@ -213,7 +217,7 @@ class Trainer:
                     speed = timed_steps * tokens_per_step / (time.perf_counter() - begin)
                     self.progress.record = self._record(step, totals, grad_norm, lr, speed)
                 paused = time.perf_counter()
-                # Before the validation, so that an interrupted validation is repeated on resuming.
+                # Save before the validation, so that a resumed run repeats an interrupted validation.
                 self._save_if_due(last=step == steps or self.stopping)
                 begin += time.perf_counter() - paused
                 if self.progress.record:
@@ -231,13 +235,14 @@ class Trainer:
 
     def _was_cut_off(self) -> bool:
         """Whether the previous run saved its last step but stopped before logging it."""
-        owed = bool(self.progress.record) and self.log.last_step < self.progress.step
-        owed_by_first = torch.tensor(float(owed and self.rank == 0), device=self.device)
-        dist.all_reduce(owed_by_first)
-        return owed_by_first.item() > 0
+        is_unlogged = bool(self.progress.record) and self.log.last_step < self.progress.step
+        # Only the first rank knows the log.
+        of_first_rank = torch.tensor(float(is_unlogged and self.rank == 0), device=self.device)
+        dist.all_reduce(of_first_rank)
+        return of_first_rank.item() > 0
 
     def _validate_and_log(self) -> None:
-        """Finish the last step, unless a signal interrupts its validation: then the resumed run does it."""
+        """Validate if due, and log the step. If a signal interrupts the validation, the resumed run does both."""
         figures: dict[str, float] | None = {}
         if self._validates(self.progress.step):
             assert self.validation_store is not None
@@ -267,7 +272,7 @@ class Trainer:
             self._say_how_it_stopped()
 
     def train_step(self, index: int) -> tuple[torch.Tensor, torch.Tensor, float]:
-        """Step `index` (from 0); returns the summed figures (see `_totals`), gradient norm and learning rate."""
+        """Run step `index` (from 0). Returns the totals over ranks (see `_totals`), gradient norm and learning rate."""
         training, step = self.config.training, index + 1
         self.heartbeat.at("data", step)
         # Seeds depend only on (seed, step, rank), so resuming restores no generator state.
@@ -284,15 +289,15 @@ class Trainer:
         self.heartbeat.at("gradient norm", step)
         totals = self._totals(loss_sum)
         grad_norm = clip_gradients(self.model, training.max_norm, self.step.counted_elsewhere)
-        # The only time that the CPU waits for the step's results, before the optimizer runs.
+        # Only here the CPU waits for the step's results, before the optimizer runs.
         loss_value, num_stops, norm = torch.stack([*totals[:2], grad_norm.to(totals.dtype)]).tolist()
         self.stopping = num_stops > 0
         if math.isfinite(loss_value) and math.isfinite(norm):
             self.heartbeat.at("optimizer", step)
             self.optimizer.step()
-            counted = self.counters.by_layer(totals[2:])
+            counters = self.counters.by_layer(totals[2:])
             for name, layer in self.model.routed_layers().items():
-                layer.end_step(counted[name]["counts"].long())
+                layer.end_step(counters[name]["counts"].long())
         else:
             self._skip_or_stop(step, loss_value, norm)
         self.optimizer.zero_grad()
@@ -300,16 +305,17 @@ class Trainer:
         return totals, grad_norm, factor * self.config.optimizer.lr
 
     def _skip_or_stop(self, step: int, loss: float, grad_norm: float) -> None:
-        what = f"The loss is {loss} and the gradient's norm {grad_norm} at step {step}"
+        problem = f"The loss is {loss} and the gradient's norm {grad_norm} at step {step}"
         if self.config.training.non_finite == "skip":
             self.progress.skipped_steps += 1
-            self.log.say(f"{what}: skipped, the {self.progress.skipped_steps}. so far.")
+            self.log.say(f"{problem}: skipped, the {self.progress.skipped_steps}. so far.")
             return
         self.checkpointer.wait()
         saved = self.checkpointer.saved_step
         raise FloatingPointError(
-            f"{what}; lower optimizer.lr, lengthen lr_scheduler.warmup_steps, set training.non_finite = 'skip' or look "
-            f"at the data of this step; the last good checkpoint is {'none' if saved is None else f'of step {saved}'}."
+            f"{problem}; lower optimizer.lr, lengthen lr_scheduler.warmup_steps, set training.non_finite = 'skip' or "
+            f"look at the data of this step; the last good checkpoint is "
+            f"{'none' if saved is None else f'of step {saved}'}."
         )
 
     def _say_how_it_stopped(self) -> None:
@@ -321,7 +327,7 @@ class Trainer:
         self.log.say(f"Stopped after step {self.progress.step} by {why}: {saved}.")
 
     def _totals(self, loss_sum: torch.Tensor) -> torch.Tensor:
-        """The loss, the number of ranks asked to stop and all counters, float64, summed over ranks at once."""
+        """Loss, number of ranks with a request to stop, and all counters: a float64 vector, summed over ranks."""
         stops = loss_sum.new_tensor([self.stop_request.name is not None])
         loss_sum = self.ranks.own_loss(loss_sum)
         return self.ranks.total(torch.cat([loss_sum[None], stops, self.counters.pop(self.model, self.device)]))
@@ -329,7 +335,7 @@ class Trainer:
     def _record(
         self, step: int, totals: torch.Tensor, grad_norm: torch.Tensor, lr: float, speed: float
     ) -> dict[str, Any]:
-        """The record of a step; speed: tokens/s."""
+        """The record of a step. totals: see `_totals`. speed: tokens per second."""
         totals = totals.cpu()
         figures: dict[str, Any] = {
             "step": step,
@@ -348,7 +354,7 @@ class Trainer:
 
 
 def _lock(folder: Path) -> FileLock:
-    """A lock that this process holds until it ends: a second run would overwrite the first one's files."""
+    """Locks a dump folder, since a second run would overwrite its files. Raises ValueError if another run holds it."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock", timeout=0, thread_local=False, is_singleton=True)
     try:
@@ -361,7 +367,7 @@ def _lock(folder: Path) -> FileLock:
 
 
 def _start_logging() -> None:
-    """Log warnings of all libraries and our messages on the first rank, and only errors on the others."""
+    """Shows warnings of all libraries and torchlmoe's messages on the first rank, and only errors on the others."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     first = os.environ.get("RANK", "0") == "0"
     logging.getLogger("torchlmoe").setLevel(logging.INFO if first else logging.ERROR)

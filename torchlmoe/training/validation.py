@@ -1,4 +1,4 @@
-"""Validation loss and bits per byte of text, of the whole split or a part of it."""
+"""Computes validation loss and bits per byte, of the whole validation split or a part of it."""
 
 import math
 import time
@@ -18,7 +18,7 @@ from torchlmoe.training.metrics import duration
 from torchlmoe.training.step import Step
 
 SECONDS_BETWEEN_LINES = 5.0
-BATCHES_BETWEEN_LOOKS = 4  # at least: checking for stop requests waits for all ranks
+BATCHES_BETWEEN_CHECKS = 4  # at least, since a check for stop requests waits for all ranks
 
 
 def validate(
@@ -32,11 +32,11 @@ def validate(
     say: Callable[[str], None],
     asked_to_stop: Callable[[], bool],
 ) -> dict[str, float] | None:
-    """Loss (nats per token) and, if the data is text, bits per byte, of the whole split or its first
-    `validation.max_batches`.
+    """Returns val_loss (nats per token) and, if the data is text, val_bits_per_byte. All ranks call it.
 
-    All ranks call it. say: takes a line now and then about how far it has come.
-    asked_to_stop: asked of every rank between batches; if one says so, all of them return None soon after.
+    whole: validate on the whole split, instead of its first `validation.max_batches` batches.
+    say: called with a line about the progress every few seconds.
+    asked_to_stop: called between batches. If it returns True on one rank, all ranks return None soon after.
     """
     settings, training = config.validation, config.training
     options: dict[str, Any] = dict(
@@ -49,20 +49,20 @@ def validate(
     begin = last_said = time.monotonic()
     num_rows = num_validation_rows(store, **options)
     batches = validation_batches(store, rank=ranks.row_index, world_size=ranks.num_row_places, **options)
-    done = looked = 0
+    done = next_check = 0
     while group := [batch.to(device) for batch in islice(batches, step.batches_at_once)]:
-        if done >= looked:
+        if done >= next_check:
             if ranks.total(nll.new_tensor(asked_to_stop())) > 0:
                 return None
-            looked = done + BATCHES_BETWEEN_LOOKS
+            next_check = done + BATCHES_BETWEEN_CHECKS
         nll += step.evaluate(group)
         num_tokens += torch.stack([(batch["labels"] != IGNORE_INDEX).sum() for batch in group]).sum()
         done += len(group)
         if time.monotonic() - last_said > SECONDS_BETWEEN_LINES:
             last_said = time.monotonic()
             rows = min(num_rows, done * options["batch_size"] * ranks.num_row_places)
-            left = (last_said - begin) / rows * (num_rows - rows)
-            say(f"validating: row {rows:,} of {num_rows:,}, eta {duration(left)}")
+            remaining = (last_said - begin) / rows * (num_rows - rows)
+            say(f"validating: row {rows:,} of {num_rows:,}, eta {duration(remaining)}")
     loss_sum, tokens = ranks.total(ranks.own_loss(nll)).item(), ranks.total_of_rows(num_tokens).item()
     figures = {"val_loss": loss_sum / tokens}
     return figures | ({"val_bits_per_byte": loss_sum / math.log(2) / num_bytes} if store.is_text else {})

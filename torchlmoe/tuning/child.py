@@ -1,6 +1,6 @@
-"""A training run of a search, in a separate process: it does what train.py does, and ends with the search.
+"""Runs one training run of a search in a separate process, like train.py. The process ends with the search.
 
-Processes are forked from a server that has imported what they need, since a short run would take less time than its
+Processes are forked from a server that has already imported their modules, since a short run takes less time than the
 imports.
 """
 
@@ -17,9 +17,11 @@ from torchlmoe.training.trainer import Trainer
 
 
 def start(arguments: list[str], printed: str, num_threads: int, gpu: int | None) -> None:
-    """Trains and exits as train.py does. printed: a file that takes standard output and error, behind what it has.
+    """Trains and exits as train.py does.
 
-    If the search is killed, this process ends at once; the next search resumes the run from its last checkpoint.
+    arguments: of train.py. printed: a file to which standard output and error are appended. num_threads: CPU threads,
+    unless OMP_NUM_THREADS is set. gpu: index of the only visible GPU; None for all.
+    If the search is killed, this process ends too, and the next search resumes the run from its last checkpoint.
     """
     file = os.open(printed, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     os.dup2(file, 1)

@@ -1,9 +1,9 @@
-"""Successive halving (arXiv 1502.07943): short runs of all trials, longer ones of the best of them, and so on.
+"""Successive halving (arXiv 1502.07943): short runs of all trials, then longer runs of the best of them, and so on.
 
-Every run starts from scratch and has the whole schedule of its length, warm-up and decay included, so that the losses
-of a round compare runs that have ended. Runs that are continued at a longer length would have to be compared before
-their decay, which favors low learning rates, or would decay twice. Starting anew costs little, since early rounds are
-short. The last round has at least two runs, because the best rate of a short run may be too high for a long one.
+Every run starts from scratch and has the whole schedule of its length, including warm-up and decay, so a round compares
+the losses of complete runs. If runs were continued at a longer length, they would be compared before their decay, which
+favors low learning rates, or would decay twice. Starting from scratch costs little, since early rounds are short. The
+last round has at least two runs, since the best learning rate of a short run may be too high for a long one.
 """
 
 import math
@@ -17,10 +17,10 @@ from torchlmoe.tuning.trials import Values, at_edge
 
 @dataclass(frozen=True)
 class Plan:
-    """What a search does, before any run.
+    """The plan of a search.
 
-    settings: of the recipe, resolved. tried: the trials. lengths: steps of a run in each round.
-    keep: one of `keep` trials reaches the next round.
+    settings: of the recipe, resolved. tried: values of each trial. lengths: steps of a run in each round.
+    keep: one in `keep` trials reaches the next round.
     """
 
     settings: dict[str, Any]
@@ -31,8 +31,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one run: the trial's number and the round's, its steps, what was set, the last validation loss or the error,
-    and the seconds that it took since it was last started."""
+    """The outcome of one run.
+
+    trial, round: numbers from 0. values: of the tuned settings. val_loss: the last validation loss, or None with an
+    `error`. seconds: since the run was last started.
+    """
 
     trial: int
     round: int
@@ -44,7 +47,7 @@ class Outcome:
 
 
 def lengths_of(steps: int, rounds: int, keep: int) -> list[int]:
-    """Steps in each round: `steps` in the last, and in each before it as much less as there are more trials."""
+    """Returns the steps of a run in each round: `steps` in the last, and 1 / keep of the next in each other."""
     return [math.ceil(steps / keep ** (rounds - 1 - round_)) for round_ in range(rounds)]
 
 
@@ -57,20 +60,22 @@ def search(
     processes: int,
     say: Callable[[str], None],
 ) -> Outcome:
-    """Runs what is not among `done` and returns the best run of the last round.
+    """Does the runs that are not among `done`, and returns the best run of the last round.
 
-    run: (trial, round, values, steps) -> its outcome; `processes` of them at a time.
-    write: takes all outcomes after each run.
-    Raises ValueError where all runs of a round failed.
+    done: outcomes of an interrupted search. run: (trial, round, values, steps) -> its outcome; called in `processes`
+    threads. write: called with all outcomes after each run. say: called with lines for the console.
+    Raises ValueError if all runs of a round failed.
     """
-    outcomes, left = list(done), list(range(len(plan.tried)))
+    outcomes, remaining = list(done), list(range(len(plan.tried)))
     for round_, steps in enumerate(plan.lengths):
-        say(f"round {round_ + 1} of {len(plan.lengths)}: {len(left)} runs of {steps} steps")
-        have = {outcome.trial for outcome in outcomes if outcome.round == round_}
+        say(f"round {round_ + 1} of {len(plan.lengths)}: {len(remaining)} runs of {steps} steps")
+        finished = {outcome.trial for outcome in outcomes if outcome.round == round_}
         executor = ThreadPoolExecutor(processes)
         try:
             futures = [
-                executor.submit(run, trial, round_, plan.tried[trial], steps) for trial in left if trial not in have
+                executor.submit(run, trial, round_, plan.tried[trial], steps)
+                for trial in remaining
+                if trial not in finished
             ]
             for future in as_completed(futures):
                 outcomes.append(future.result())
@@ -87,12 +92,12 @@ def search(
                 f"All runs of round {round_ + 1} failed. The first error: {of_round[0].error} Try other "
                 "values, or keep more of them (--keep 2)."
             )
-        left = [outcome.trial for outcome in good[: max(2, math.ceil(len(left) / plan.keep))]]
+        remaining = [outcome.trial for outcome in good[: max(2, math.ceil(len(remaining) / plan.keep))]]
     return good[0]
 
 
 def as_json(plan: Plan, outcomes: list[Outcome], best: Outcome | None) -> dict[str, Any]:
-    """The plan, the runs in order, their cost and that of a sweep at full length, and the best once it is known."""
+    """Returns the search as JSON: plan, runs, their cost in steps, that of a full sweep, and `best` if it is known."""
     record: dict[str, Any] = {
         "plan": asdict(plan),
         "runs": [asdict(outcome) for outcome in sorted(outcomes, key=lambda each: (each.round, each.trial))],
@@ -110,5 +115,5 @@ def as_json(plan: Plan, outcomes: list[Outcome], best: Outcome | None) -> dict[s
 
 def _line(outcome: Outcome) -> str:
     values = ", ".join(f"{name} {value}" for name, value in outcome.values.items())
-    found = f"val_loss {outcome.val_loss:.4f}" if outcome.val_loss is not None else f"failed: {outcome.error}"
-    return f"  {values}: {found}, {outcome.seconds:.0f} s"
+    result = f"val_loss {outcome.val_loss:.4f}" if outcome.val_loss is not None else f"failed: {outcome.error}"
+    return f"  {values}: {result}, {outcome.seconds:.0f} s"

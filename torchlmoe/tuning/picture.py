@@ -1,11 +1,11 @@
-"""The validation losses of a search, drawn from its JSON."""
+"""Plots the validation losses of a search from its JSON."""
 
 from pathlib import Path
 from typing import Any
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
-    """One panel for each tuned setting, one line or cloud for each round; the best run has a star."""
+    """Plots one panel per tuned setting, with a line or points per round. A star marks the best run."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""Runs of a search as processes: starts or resumes a run and reads its result."""
+"""Starts or resumes the runs of a search as processes, and reads their results."""
 
 import json
 import math
@@ -22,8 +22,8 @@ from torchlmoe.tuning.trials import Values
 class Runs:
     """Starts runs of one recipe, each in a separate folder, at most `processes` at a time.
 
-    arguments: of the recipe, the same as for train.py. steps: of the recipe's last round. folder: for the runs.
-    `stop` ends those that run.
+    arguments: the recipe's arguments for train.py. config: the recipe's settings. folder: of all runs. steps: of a run
+    in the last round. `stop` ends all processes.
     """
 
     def __init__(self, arguments: list[str], config: Config, folder: Path, *, processes: int, steps: int):
@@ -36,7 +36,10 @@ class Runs:
         self._lock, self._stopped = threading.Lock(), False
 
     def __call__(self, trial: int, round_: int, values: Values, steps: int) -> Outcome:
-        """The outcome of a run, which is done, resumed or begun. Raises ValueError if it was ended from outside."""
+        """Start a run, or resume it if it was interrupted, and return its outcome.
+
+        A run that has finished is only read. Raises ValueError if the run's process was ended from outside.
+        """
         folder = self.folder / f"round-{round_}-trial-{trial}"
         place, begin = self._places.get(), time.monotonic()
         try:
@@ -53,7 +56,7 @@ class Runs:
         return Outcome(trial, round_, steps, values, val_loss, error, time.monotonic() - begin)
 
     def flags(self, folder: Path, values: Values, steps: int) -> list[str]:
-        """The arguments of a run; of a setting given twice, the last one counts."""
+        """The arguments of a run for train.py. If a setting occurs twice, the last one counts."""
         settings = {
             "job.dump_folder": folder,
             "training.steps": steps,
@@ -69,13 +72,14 @@ class Runs:
         return [*self.arguments, *(f"--{name}={value}" for name, value in settings.items())]
 
     def stop(self) -> None:
+        """End all processes, and start no more."""
         with self._lock:
             self._stopped = True
             for process in self._running:
                 process.kill()
 
     def _train(self, folder: Path, values: Values, steps: int, place: int) -> str | None:
-        """Runs it to its end; returns the sentence of a run that failed."""
+        """Train in a process, and return the error message of a run that failed, or None."""
         folder.mkdir(parents=True, exist_ok=True)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         gpus = 0 if "CUDA_VISIBLE_DEVICES" in os.environ else torch.cuda.device_count()

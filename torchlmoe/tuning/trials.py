@@ -1,6 +1,7 @@
-"""Which settings are tried: a grid of lists, or draws from ranges."""
+"""Chooses the values to try: a grid of lists, or random draws from ranges."""
 
 import itertools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ Values = dict[str, str]  # setting -> value, as on the command line
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers from low to high; by their logarithm if `log`, whole ones if `whole`."""
+    """Numbers from low to high. log: spaced by their logarithm. whole: rounded to integers."""
 
     low: float
     high: float
@@ -19,7 +20,7 @@ class Range:
     whole: bool
 
     def at(self, share: float) -> str:
-        """The number at a share, from 0 to 1, of the way."""
+        """The number at a fraction `share` of the range, as text."""
         if self.log:
             number = float(self.low * (self.high / self.low) ** share)
         else:
@@ -28,12 +29,12 @@ class Range:
 
 
 def choices(name: str, text: str, own: Any) -> list[str] | Range:
-    """What `--tune.<name> text` tries.
+    """Returns the values that `--tune.<name> text` means.
 
-    text: "a,b,c" is a list; "lo:hi" and "lo:hi:log" a range; "x16" the recipe's own value times the powers of two from
-        1/16 to 16.
+    text: "a,b,c" is a list; "lo:hi" and "lo:hi:log" are ranges; "x16" is the recipe's own value times the powers of two
+        from 1/16 to 16.
     own: the setting's value in the recipe.
-    Raises ValueError for anything else.
+    Raises ValueError for other texts.
     """
     if text.startswith("x") and text[1:].isdigit():
         if isinstance(own, bool) or not isinstance(own, (int, float)) or own == 0:
@@ -49,31 +50,32 @@ def choices(name: str, text: str, own: Any) -> list[str] | Range:
         low, _, rest = text.partition(":")
         high, _, kind = rest.partition(":")
         try:
-            found = Range(float(low), float(high), kind == "log", isinstance(own, int))
+            values_between = Range(float(low), float(high), kind == "log", isinstance(own, int))
         except ValueError:
-            found = None
-        if found is None or kind not in ("", "log") or not found.low < found.high < float("inf"):
+            values_between = None
+        if values_between is None or kind not in ("", "log") or not values_between.low < values_between.high < math.inf:
             raise ValueError(f"--tune.{name} {text} is not a range; write lo:hi or lo:hi:log with lo less than hi.")
-        if found.log and found.low <= 0:
+        if values_between.log and values_between.low <= 0:
             raise ValueError(f"--tune.{name} {text} needs a logarithm; begin above 0.")
-        return found
+        return values_between
     values = list(dict.fromkeys(part.strip() for part in text.split(",")))
     if not all(values):
         raise ValueError(f"--tune.{name} {text!r} has an empty value; write a,b,c.")
     return values
 
 
-def trials(given: dict[str, list[str] | Range], num_trials: int, seed: int) -> list[Values]:
-    """All combinations of lists; or, if there is a range among them, `num_trials` draws.
+def trials(choices_of: dict[str, list[str] | Range], num_trials: int, seed: int) -> list[Values]:
+    """Returns all combinations of lists or, if there is a range, `num_trials` random draws.
 
-    The draws of a range are spread evenly: one in each of num_trials equal parts of it, in a separate random order.
+    choices_of: setting -> result of `choices`. Draws are spread evenly: each of num_trials equal parts of a range, or
+    of a list, has one draw, in a random order that is independent per setting. Equal draws are tried once.
     """
-    if not any(isinstance(each, Range) for each in given.values()):
-        lists = [each for each in given.values() if isinstance(each, list)]
-        return [dict(zip(given, combination, strict=True)) for combination in itertools.product(*lists)]
+    if not any(isinstance(each, Range) for each in choices_of.values()):
+        lists = [each for each in choices_of.values() if isinstance(each, list)]
+        return [dict(zip(choices_of, combination, strict=True)) for combination in itertools.product(*lists)]
     rng = np.random.default_rng(seed)
     drawn: list[Values] = [{} for _ in range(num_trials)]
-    for name, each in given.items():
+    for name, each in choices_of.items():
         shares = (rng.permutation(num_trials) + rng.random(num_trials)) / num_trials
         for values, share in zip(drawn, shares, strict=True):
             values[name] = each.at(share) if isinstance(each, Range) else each[int(share * len(each))]
@@ -81,13 +83,13 @@ def trials(given: dict[str, list[str] | Range], num_trials: int, seed: int) -> l
 
 
 def at_edge(tried: list[Values], best: Values) -> list[str]:
-    """The settings whose best value is the smallest or the largest of several that were tried."""
-    found = []
+    """Returns the settings whose best value is the smallest or the largest of several numbers that were tried."""
+    names = []
     for name, value in best.items():
         try:
             numbers = sorted({float(values[name]) for values in tried})
         except ValueError:
             continue
         if len(numbers) > 1 and float(value) in (numbers[0], numbers[-1]):
-            found.append(name)
-    return found
+            names.append(name)
+    return names

@@ -1,4 +1,4 @@
-"""The test of a copy: the checks of the requested parts, concatenated in one file."""
+"""Composes the test of a copy: the checks of its parts, concatenated in one file."""
 
 import ast
 import sys
@@ -9,11 +9,11 @@ from torchlmoe.vendoring.names import CHECKS, Part
 from torchlmoe.vendoring.needed import import_line
 from torchlmoe.vendoring.sources import imports_of, text_of, tree_of
 
-KINDS_LINE = "KINDS: list[type[Mixer]] = []"  # of the check of mixers, to be filled
+KINDS_LINE = "KINDS: list[type[Mixer]] = []"  # in the check of mixers; replaced by the copied mixers
 
 
 def composed_test(parts: Iterable[Part]) -> str:
-    """The source, importing from torchlmoe like the checks themselves."""
+    """Returns the source of the test. It imports from torchlmoe, like the checks themselves."""
     parts = list(parts)
     checks: list[str] = []
     for part in parts:
@@ -38,7 +38,7 @@ def composed_test(parts: Iterable[Part]) -> str:
 
 
 def _add(check: str, checks: list[str]) -> None:
-    """Appends the check once, after the others that it is made of."""
+    """Appends a check, if it is not in the list, after the checks that it imports."""
     if check in checks:
         return
     for module, _ in imports_of(tree_of(check), check):
@@ -57,7 +57,7 @@ def _definitions(check: str) -> Iterator[str]:
 
 
 def _split(check: str) -> tuple[list[ast.stmt], str]:
-    """The imports that the file begins with, and the text after them."""
+    """The imports at the beginning of a file, without those of other checks, and the text after them."""
     tree = tree_of(check)
     imports = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
     kept = [x for x in imports if not (isinstance(x, ast.ImportFrom) and str(x.module).startswith(f"{CHECKS}."))]
@@ -66,7 +66,7 @@ def _split(check: str) -> tuple[list[ast.stmt], str]:
 
 
 def _merged(statements: Iterable[ast.stmt]) -> str:
-    """The imports, each once, in the usual groups and order."""
+    """Merges imports: each name once, in the usual groups and order."""
     whole: set[str] = set()
     names: dict[str, set[str]] = defaultdict(set)
     for node in statements:

@@ -1,4 +1,4 @@
-"""What can be copied, by name: found in the source, so that a new mixer, operation, kernel or style needs no entry."""
+"""Lists the parts that can be copied. They are found in the source, so a new mixer or operation needs no entry."""
 
 import ast
 import difflib
@@ -7,7 +7,7 @@ from functools import cache
 
 from torchlmoe.vendoring.sources import KERNELS, STYLES, is_package, modules_in, path_of, providers, text_of, tree_of
 
-STYLE_BASES = ("StateStyle", "Halo")  # what other styles are made of
+STYLE_BASES = ("StateStyle", "Halo")  # base classes of styles, which are not styles themselves
 CHECKS = "torchlmoe.vendoring.checks"
 # What a name needs beyond what its files import: MIXERS of a copy holds what was copied, and this is `inner`'s default.
 COMPANIONS = {"mom": ("gated_deltanet",)}
@@ -15,11 +15,12 @@ COMPANIONS = {"mom": ("gated_deltanet",)}
 
 @dataclass(frozen=True)
 class Part:
-    """Something that can be copied.
+    """A part that can be copied.
 
-    modules: the files that define it. exported: what it is called there, in the first of them; None for a kernel, which
-        is imported from its own file: when that is imported, Triton decides whether to interpret it.
-    check: the module with its test. companions: names that are copied with it.
+    modules: those that define it. exported: its name in the first of them; None for a kernel, which the package must
+    not
+        import, since Triton decides at the import whether to interpret it.
+    check: the module with its test. companions: names of parts that are copied with it.
     """
 
     name: str
@@ -32,7 +33,7 @@ class Part:
 
 @cache
 def parts() -> dict[str, Part]:
-    """All of them by name, kind by kind."""
+    """Returns all parts by name, sorted by kind."""
     moe = providing("torchlmoe.feed_forwards", "MoE")
     found = [
         *(_mixer(name, kind) for name, kind in _mixers()),
@@ -45,7 +46,7 @@ def parts() -> dict[str, Part]:
 
 
 def part_of(name: str) -> Part:
-    """Raises ValueError, with the nearest names, for an unknown name."""
+    """Returns a part by name. Raises ValueError, with the nearest names, for an unknown name."""
     found = parts()
     if name in found:
         return found[name]
@@ -58,7 +59,7 @@ def part_of(name: str) -> Part:
 
 
 def providing(module: str, name: str) -> str:
-    """The file that defines what `from module import name` gives."""
+    """Returns the module that defines the result of `from module import name`."""
     return next(provider for provider in providers(module, name) if not is_package(provider))
 
 
@@ -68,7 +69,7 @@ def _mixer(name: str, kind: str) -> Part:
 
 
 def _mixers() -> list[tuple[str, str]]:
-    """(name, class) of every row of MIXERS."""
+    """(name, class name) of every row of MIXERS."""
     for node in tree_of("torchlmoe.mixers").body:
         if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "MIXERS":
             assert node.value is not None
@@ -79,7 +80,7 @@ def _mixers() -> list[tuple[str, str]]:
 
 
 def _operations() -> list[Part]:
-    """The public functions of torchlmoe.ops that are an operation to torch."""
+    """The functions of torchlmoe.ops with the decorator `operation`."""
     return [
         Part(node.name, "operation", (module,), node.name, f"{CHECKS}.{node.name}")
         for module in modules_in("torchlmoe.ops")
@@ -89,7 +90,7 @@ def _operations() -> list[Part]:
 
 
 def _kernels() -> list[Part]:
-    """One for each file that registers an operation; a backward in a separate file belongs to it."""
+    """One part per file that registers a custom operation, together with its backward in a separate file, if any."""
     files = modules_in(KERNELS)
     return [
         Part(
@@ -105,7 +106,7 @@ def _kernels() -> list[Part]:
 
 
 def _styles() -> list[Part]:
-    """Classes that `parallelize_module` takes, and that derive from torch's `ParallelStyle` by whatever steps."""
+    """The classes that derive from torch's `ParallelStyle`, directly or not."""
     classes = {
         node.name: (module, [ast.unparse(base) for base in node.bases])
         for module in modules_in(STYLES)
@@ -117,7 +118,7 @@ def _styles() -> list[Part]:
         return name == "ParallelStyle" or any(is_style(base) for base in classes.get(name, ("", []))[1])
 
     def check_of(name: str, module: str) -> str:
-        """Its own, or one for all styles of the file."""
+        """The check of this style, or that of all styles in its file."""
         own = f"{CHECKS}.{name}"
         return own if path_of(own) else f"{CHECKS}.{module.rpartition('.')[2]}"
 

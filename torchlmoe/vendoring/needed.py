@@ -1,4 +1,4 @@
-"""Which files a part needs, and what of them: without kernels and styles unless they are wanted."""
+"""Finds the files that a part needs, without kernels and parallel styles unless they are requested."""
 
 import ast
 from collections.abc import Iterable
@@ -6,16 +6,15 @@ from functools import cache
 
 from torchlmoe.vendoring.sources import KERNELS, STYLES, imports_of, is_package, providers, text_of, tree_of
 
-# By which a module names its styles, and a mixer those of all its modules.
+# Methods by which a module names its parallel styles.
 STYLE_METHODS = ("context_parallel_style", "context_parallel_plan", "tensor_parallel_style")
 LINE_LENGTH = 120
 
 
 def needed(modules: Iterable[str], kernels: bool, styles: bool) -> tuple[dict[str, str], set[str]]:
-    """The text of the modules and of all of ours that they import, by module, without packages; and the names of
-    packages from which a name is imported.
+    """Returns module -> text, for the modules and all modules of torchlmoe that they import; and imported packages.
 
-    kernels: whether kernels that others import are taken. styles: whether the methods that name a style are.
+    kernels: include kernels that modules import. styles: keep the methods that name parallel styles.
     """
     found: dict[str, str] = {}
     packages: set[str] = set()
@@ -44,7 +43,7 @@ def _imports_in(text: str, module: str) -> list[tuple[str, str | None]]:
 
 @cache
 def without_styles(module: str) -> str:
-    """The file without its methods that name a style, and without the imports that only they used."""
+    """Returns a file's text without the methods that name a style, and without the imports that only those use."""
     tree, lines = tree_of(module), text_of(module).splitlines()
     if module.startswith(f"{STYLES}."):
         return text_of(module)
@@ -69,5 +68,6 @@ def _names(tree: ast.AST) -> set[str]:
 
 
 def import_line(module: str, names: list[str]) -> str:
+    """Returns an import statement, formatted like ruff does."""
     line = f"from {module} import {', '.join(names)}"
     return line if len(line) <= LINE_LENGTH else f"from {module} import (\n    " + ",\n    ".join(names) + ",\n)"

@@ -1,4 +1,4 @@
-"""A package of one's own with some parts of torchlmoe: which files it has, and what is in them."""
+"""Makes a separate package of some parts of torchlmoe: its files and their content."""
 
 import keyword
 import re
@@ -23,16 +23,17 @@ CHECKOUT = Path(torchlmoe.__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Package:
-    """files: text by path in the folder. requirements: packages of others, such as "torch>=2.11"."""
+    """The package. files: path in its folder -> text. requirements: such as "torch>=2.11"."""
 
     files: dict[str, str]
     requirements: list[str]
 
     def num_lines(self) -> dict[str, int]:
-        """Of every Python file."""
+        """Path of each Python file -> its number of lines."""
         return {path: text.count("\n") for path, text in self.files.items() if path.endswith(".py")}
 
     def write(self, folder: Path) -> None:
+        """Write all files to a folder."""
         for path, text in self.files.items():
             place = folder / path
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -42,10 +43,10 @@ class Package:
 def package_of(
     names: Sequence[str], folder: Path, kernels_of_all: bool = False, styles_of_all: bool = False
 ) -> Package:
-    """What `folder` is to hold. Raises ValueError for an unknown name and a folder that cannot be.
+    """Returns the package for `folder`. Raises ValueError for an unknown name, and for a folder that cannot be one.
 
-    kernels_of_all, styles_of_all: whether the kernels that serve the parts, or their styles, come with their tests.
-    If a kernel or a style is named, those of the other parts come too, since existing files will be imported.
+    kernels_of_all, styles_of_all: include the kernels of the parts, or their parallel styles, with their tests.
+    If `names` has a kernel or a style, the kernels or styles of other parts are included too.
     """
     parts = _with_companions(names)
     with_kernels = kernels_of_all or any(part.kind == "kernel" for part in parts)
@@ -74,8 +75,10 @@ def package_of(
 
 
 def renamed(text: str, name: str) -> str:
-    """The text with another package in the place of torchlmoe: in imports and in names of torch's operations, which two
-    packages in one process must not share."""
+    """Replaces torchlmoe by package `name`, in imports and in names of torch's custom operations.
+
+    Two packages in one process must not register the same operations.
+    """
     namespace = name.replace(".", "_")
     text = re.sub(r"\btorchlmoe(?=::)|(?<=torch\.ops\.)torchlmoe\b", namespace, text)
     return re.sub(r"\btorchlmoe(?=\.\w)|(?<=^import )torchlmoe\b", name, text, flags=re.MULTILINE)
@@ -91,7 +94,7 @@ def _with_companions(names: Sequence[str]) -> list[Part]:
 
 
 def _package_name(folder: Path, requirements: list[str]) -> str:
-    """By which the folder is imported, inside the packages that it lies in."""
+    """The full name of the package in `folder`, with the packages that contain it. Raises ValueError if it has none."""
     name = folder.name
     taken = {PACKAGE, "pytest", *requirements, *sys.stdlib_module_names}
     if not name.isidentifier() or keyword.iskeyword(name) or name in taken:
@@ -146,13 +149,13 @@ Licence: Apache-2.0 (`LICENSE`).
 
 
 def test_command(package: Package, place: str) -> str:
-    """What tests a copy, on a CPU too: Triton decides whether to interpret kernels when anything first imports it."""
+    """Returns the shell command that tests a copy. TRITON_INTERPRET runs its kernels without a GPU."""
     interpreted = any(path.startswith("kernels/") for path in package.files)
     return f"{'TRITON_INTERPRET=1 ' * interpreted}python -m pytest {place}"
 
 
 def source_version(modules: list[str]) -> str:
-    """The version of torchlmoe and, from a checkout, its commit and whether the files have changed since."""
+    """Returns the version of torchlmoe and, in a checkout, its commit and whether the files have changed since."""
     version = torchlmoe.__version__
     try:
         commit = _git("rev-parse", "HEAD")
@@ -170,7 +173,7 @@ def _git(*arguments: str) -> str:
 
 
 def _minimum_versions() -> dict[str, str]:
-    """By package, what pyproject.toml asks of it, such as "torch>=2.11"."""
+    """Package -> its requirement in pyproject.toml, such as "torch>=2.11"."""
     if (CHECKOUT / "pyproject.toml").is_file():
         project = read_toml(CHECKOUT / "pyproject.toml")["project"]
         requirements = [*project["dependencies"], *project["optional-dependencies"]["test"]]
@@ -181,7 +184,7 @@ def _minimum_versions() -> dict[str, str]:
 
 
 def _license() -> str:
-    """Of the checkout, or of the installed package."""
+    """The text of the license, from the checkout or the installed package."""
     path = CHECKOUT / "LICENSE"
     if not path.is_file():
         (path,) = (Path(str(file.locate())) for file in metadata.files(PACKAGE) or [] if file.name == "LICENSE")

@@ -1,4 +1,4 @@
-"""A package's __init__.py with no more in it than what was copied."""
+"""Reduces a package's __init__.py to the modules that were copied."""
 
 import ast
 from collections.abc import Container
@@ -7,8 +7,9 @@ from torchlmoe.vendoring.sources import is_package, providers, source_of, text_o
 
 
 def thinned(package: str, copied: Container[str]) -> str:
-    """The source of `package`'s __init__.py without imports of modules that are not in `copied`, and without the lines
-    that list what those would have brought: entries of __all__ and of tables such as MIXERS.
+    """Returns the source of a package's __init__.py without imports of modules that are not in `copied`.
+
+    Entries of __all__ and of tables such as MIXERS for these imports are removed too.
     """
     tree, lines = tree_of(package), text_of(package).splitlines()
     absent: set[str] = set()

@@ -1,4 +1,4 @@
-"""The files of torchlmoe and what they import, read with `ast`: nothing is imported or run."""
+"""Finds the files of torchlmoe and their imports with `ast`. Nothing is imported or run."""
 
 import ast
 import sys
@@ -15,7 +15,7 @@ STYLES = "torchlmoe.styles"
 
 @cache
 def path_of(module: str) -> Path | None:
-    """The file of `module`, of a package its __init__.py; None if there is none."""
+    """Returns the file of a module, or the __init__.py of a package; None if there is none."""
     for root in torchlmoe.__path__:
         place = Path(root, *module.split(".")[1:])
         for path in (place.with_name(f"{place.name}.py"), place / "__init__.py"):
@@ -25,6 +25,7 @@ def path_of(module: str) -> Path | None:
 
 
 def text_of(module: str) -> str:
+    """Returns the source of a module."""
     path = path_of(module)
     assert path is not None, module
     return path.read_text(encoding="utf-8")
@@ -32,19 +33,20 @@ def text_of(module: str) -> str:
 
 @cache
 def tree_of(module: str) -> ast.Module:
+    """Returns the syntax tree of a module."""
     return ast.parse(text_of(module))
 
 
 def modules_in(package: str) -> list[str]:
-    """The modules that lie in the folder of a package, sorted."""
+    """Returns the modules in the folder of a package, sorted."""
     folders = (Path(root, *package.split(".")[1:]) for root in torchlmoe.__path__)
     return sorted(f"{package}.{path.stem}" for folder in folders for path in folder.glob("[!_]*.py"))
 
 
 def imports_of(tree: ast.AST, module: str) -> Iterator[tuple[str, str | None]]:
-    """Every import anywhere in the tree, in functions too: (module, name), of `import module` (module, None).
+    """Yields all imports in a tree, also in functions: (module, name), or (module, None) for `import module`.
 
-    module: the one that the tree is of, from which relative imports start.
+    module: the module of the tree, to which relative imports refer.
     """
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -54,7 +56,7 @@ def imports_of(tree: ast.AST, module: str) -> Iterator[tuple[str, str | None]]:
 
 
 def source_of(node: ast.ImportFrom, module: str) -> str:
-    """The module that is imported from, by its whole name."""
+    """Returns the absolute name of the module that `from ... import` refers to. module: the importing one."""
     if not node.level:
         return node.module or ""
     parts = module.split(".")[: -node.level]
@@ -62,14 +64,18 @@ def source_of(node: ast.ImportFrom, module: str) -> str:
 
 
 def is_package(module: str) -> bool:
+    """Whether a module is a package of torchlmoe."""
     path = path_of(module)
     return path is not None and path.name == "__init__.py"
 
 
 @cache
 def providers(module: str, name: str | None) -> list[str]:
-    """The files of ours that `from module import name` takes it from: a package's __init__.py with what that imports
-    for the name, which comes before a file of the same name."""
+    """Returns the modules of torchlmoe that `from module import name` needs.
+
+    For a package these are its __init__.py and the modules that it imports for the name. A name in the __init__.py
+    takes precedence over a file of the same name.
+    """
     if is_package(module):
         tree = tree_of(module)
         passed_on = [(origin, imported) for origin, imported in imports_of(tree, module) if imported == name]
@@ -82,14 +88,14 @@ def providers(module: str, name: str | None) -> list[str]:
 
 
 def needed_by_definitions(tree: ast.Module, module: str) -> list[tuple[str, str | None]]:
-    """The imports that an __init__.py itself uses, other than to list them in a table such as MIXERS."""
+    """Returns the imports that an __init__.py uses itself, not those that it only lists in a table such as MIXERS."""
     listed = {id(value) for table in ast.walk(tree) if isinstance(table, ast.Dict) for value in table.values}
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and id(node) not in listed}
     return [imported for imported in imports_of(tree, module) if imported[1] in used]
 
 
 def foreign_imports(module: str, tree: ast.Module) -> set[str]:
-    """The top-level packages of others, beyond the standard library, without which the file cannot be imported."""
+    """Returns the top-level packages, without the standard library and torchlmoe, that importing the file needs."""
     statements = (node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom)))
     found = {name.split(".")[0] for node in statements for name, _ in imports_of(node, module)}
     return found - sys.stdlib_module_names - {PACKAGE}

@@ -1,5 +1,6 @@
-"""A recall task as training or validation data: `data.dataset = "recall:mqar"`. Nothing is stored: a document is drawn
-when it is read, from the seed and its number.
+"""A recall task as training or validation data: `data.dataset = "recall:mqar"`.
+
+Nothing is stored: a document is drawn when it is read, from the seed and its number.
 """
 
 import hashlib
@@ -64,7 +65,7 @@ class RecallStore(TokenStore):
         self.vocab_size, self.end_id, self.text_bytes = self.index.vocab_size, END, 0
         self.token_bytes = None
         self.document = lru_cache(DOCUMENTS_KEPT)(self._draw)
-        self.document(0)  # raises now if options contradict each other
+        self.document(0)  # raises an error now if options contradict each other
 
     def _draw(self, number: int) -> Document:
         rng = np.random.default_rng((self.seed, SPLITS.index(self.split), number))
@@ -90,7 +91,7 @@ class RecallStore(TokenStore):
 
 
 def recall_task(dataset: str) -> str | None:
-    """Return the task of a data.dataset, or None if it is no recall task. Raises ValueError for an unknown task."""
+    """Returns the task of a data.dataset, or None if it is not a recall task. Raises ValueError for an unknown task."""
     if not dataset.startswith(PREFIX):
         return None
     task = dataset.removeprefix(PREFIX)
@@ -100,5 +101,5 @@ def recall_task(dataset: str) -> str | None:
 
 
 def recall_settings(task: str) -> dict[str, tuple[Any, Any]]:
-    """Return the options of a task in data.reader_options: name -> (annotation, default)."""
+    """Returns the options of a task in data.reader_options: name -> (annotation, default)."""
     return {**keyword_settings(RecallStore.__init__), **keyword_settings(TASKS[task])}

@@ -20,8 +20,11 @@ MOST_SYMBOLS = 2**20
 
 
 class Document(NamedTuple):
-    """tokens, labels: int64 [length]. questions: int64 [length], the number of the question that a label answers, or
-    -1 without a label."""
+    """One document of a task.
+
+    tokens, labels: int64 [length]. questions: int64 [length], number of the question that a label answers; -1 without a
+    label.
+    """
 
     tokens: np.ndarray
     labels: np.ndarray
@@ -50,7 +53,8 @@ def mqar(
 ) -> Document:
     """Multi-query associative recall (arXiv 2312.04927): pairs of a key and its value, then the keys among blanks.
 
-    The label of a key in the second part is its value, which does not follow it there. Gaps have the paper's power law.
+    The label of a key in the second part is its value, which is not written after it. The distances of questions from
+    the pairs follow the paper's power law.
     """
     keys, values = _halves(vocab_size)
     _need(len(keys) >= num_pairs, f"vocab_size = {vocab_size} has {len(keys)} keys for num_pairs = {num_pairs}")
@@ -58,13 +62,13 @@ def mqar(
     num_pairs = _between(rng, "pairs", min_pairs, num_pairs)
     slots = (length - 1 - 2 * num_pairs) // 2
     document = _blank(length)
-    asked = rng.choice(keys, num_pairs, replace=False)
+    questions = rng.choice(keys, num_pairs, replace=False)
     answers = rng.choice(values, num_pairs)
-    document.tokens[1 : 1 + 2 * num_pairs : 2] = asked
+    document.tokens[1 : 1 + 2 * num_pairs : 2] = questions
     document.tokens[2 : 2 + 2 * num_pairs : 2] = answers
     weights = np.arange(1, slots + 1) ** (power - 1)
     places = 1 + 2 * num_pairs + 2 * rng.choice(slots, num_pairs, replace=False, p=weights / weights.sum())
-    document.tokens[places] = asked
+    document.tokens[places] = questions
     document.labels[places] = answers
     document.questions[np.sort(places)] = np.arange(num_pairs)
     return document
@@ -78,7 +82,7 @@ def selective_copying(
     num_symbols: Annotated[int, Field(ge=1, description="Symbols to copy.")] = 8,
     vocab_size: VocabSize = 32,
 ) -> Document:
-    """Symbols at random places among blanks, which the end of the document repeats in order (arXiv 2312.00752)."""
+    """Symbols at random places among blanks. The end of the document repeats them in order (arXiv 2312.00752)."""
     symbols = np.arange(FIRST_SYMBOL, vocab_size)
     _need_tokens(length, 2 + 2 * num_symbols, f"num_symbols = {num_symbols}")
     start = length - 1 - num_symbols  # place of the question
@@ -104,8 +108,7 @@ def needle(
     """A needle in a haystack (after RULER, arXiv 2404.06654): ASK, a key and its value between words. The end of the
     document asks for the key.
 
-    Keys and values are symbols of one half of the vocabulary, and words are symbols of the other half. Each needle has
-    another key.
+    Keys and values are symbols of one half of the vocabulary, words are symbols of the other half. Keys are distinct.
     """
     words, symbols = _halves(vocab_size)
     size = 2 + answer_length  # tokens of a needle, and of the question with its answer
@@ -241,10 +244,10 @@ def _halves(vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
     return np.arange(FIRST_SYMBOL, middle), np.arange(middle, vocab_size)
 
 
-def _between(rng: np.random.Generator, what: str, least: int | None, most: int) -> int:
+def _between(rng: np.random.Generator, name: str, least: int | None, most: int) -> int:
     if least is None:
         return most
-    _need(least <= most, f"min_{what} = {least} is more than num_{what} = {most}")
+    _need(least <= most, f"min_{name} = {least} is more than num_{name} = {most}")
     return int(rng.integers(least, most + 1))
 
 

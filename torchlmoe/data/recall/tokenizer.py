@@ -8,7 +8,7 @@ from torchlmoe.data.tokenizer import END_TOKENS, Tokenizer
 
 
 def symbol_tokenizer(vocab_size: int) -> Tokenizer:
-    """Return a tokenizer that reads the text "17 4" as the ids 17 and 4. END is the end token and the unknown token."""
+    """Returns a tokenizer that reads the text "17 4" as ids 17 and 4. END is the end token and the unknown token."""
     vocabulary = {END_TOKENS[0] if number == END else str(number): number for number in range(vocab_size)}
     special = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
     content = {
