@@ -53,7 +53,7 @@ DECODED = ([0, 1, 2, 3, 4, 5], [0, 0, 1, 2, 2, 3], [0, 0, 0, 4, 4, 4])
 
 @pytest.mark.parametrize("terms", ["head_bonus", "channel_value_bonus", "gated_delta", "rwkv7"])
 def test_decoding_of_packed_documents(terms, device, monkeypatch):
-    """About a token for each document: no launch over chunks, whichever documents the tokens belong to."""
+    """About a token for each document: no launch over chunks, also if one document has all tokens."""
     from torchlmoe.kernels import linear_recurrence as kernels
 
     def fail(*_, **__):
