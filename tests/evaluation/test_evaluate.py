@@ -52,7 +52,7 @@ def test_recall_as_a_table_and_as_json(folder, model, tokenizer, tmp_path, capsy
 BAD = {
     "": "There is nothing to evaluate; give --tasks NAME,NAME, --text FILE or --recall NAME,NAME.",
     "--tasks ,": "There is nothing to evaluate",
-    "--text x --include-path .": "--include-path is where --tasks are looked for; give --tasks too.",
+    "--text x --include-path .": "--include-path has no effect without --tasks; give --tasks too.",
     "--tasks a --include-path nowhere": "--include-path nowhere is not a folder; give one with YAML files of tasks.",
     "--text x --max-length 0": "--max-length 0 must be at least 1.",
     "--text x --batch-size 0": "--batch-size 0 must be at least 1.",
