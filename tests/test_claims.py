@@ -1,6 +1,7 @@
 """The harness of the claims: verdicts, resumption, pictures and the page, on figures that were made up."""
 
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -132,6 +133,23 @@ def test_a_claim_that_was_cut_off_resumes(tmp_path, monkeypatch):
     monkeypatch.setitem(CLAIMS, "recall", replace(CLAIMS["recall"], sizes={"other": 1}))
     with pytest.raises(ValueError, match=r"was measured at other sizes than those of benchmarks/claims/table\.py"):
         fill("recall", units, measure, tmp_path)
+
+
+def test_units_measured_at_the_same_time(tmp_path, monkeypatch):
+    """Two at a time, each of which waits for the other; an error ends the call and keeps the rows of other units."""
+    monkeypatch.setattr(record, "machine", lambda: MACHINE)
+    units, both = [{"n": number} for number in range(4)], threading.Barrier(2, timeout=20)
+
+    def measure(unit):
+        both.wait()
+        if unit["n"] == 2:
+            raise RuntimeError("killed")
+        return {"square": unit["n"] ** 2}
+
+    with pytest.raises(RuntimeError, match="killed"):
+        fill("recall", units, measure, tmp_path, processes=2)
+    measured = {row["unit"]["n"]: row["square"] for row in record.read("recall", tmp_path)["rows"]}
+    assert measured == {0: 0, 1: 1, 3: 9}
 
 
 def test_pages_and_pictures_of_whole_and_partial_figures(tmp_path):

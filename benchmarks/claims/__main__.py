@@ -22,6 +22,8 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     name, processes = arguments.name, arguments.processes
+    if processes < 1:
+        parser.error(f"--processes {processes} must be at least 1.")
     if processes > 1 and name in ("throughput", "decoding"):
         parser.error(f"{name} measures time: it takes --processes 1 only.")
     if name in CHECKS:
