@@ -1,5 +1,8 @@
 """The claims, the sizes at which they are checked, and the rules for a verdict. All are stated before anything is run.
 
+Optimizer and steps of the recall claim were chosen by the training loss of short runs with seed 0, of pure, LN and
+softmax models; its figures are of other seeds.
+
 The error of a figure is two standard errors of its mean over seeds. For times it is the 95% range of the median. A rule
 is checked over the whole range of figure ± error: the verdict is "held" if the rule holds everywhere, "not held" if it
 holds nowhere, and "not decidable at this size" otherwise.
@@ -66,12 +69,10 @@ CLAIMS = {
             "settings": {
                 "model.num_layers": 8,
                 "model.num_heads": 2,
-                "training.steps": 1200,
+                "training.steps": 1000,
                 "training.global_batch_size": 32,
                 "training.dtype": "float32",
-                "optimizer.name": "muon",
-                "optimizer.lr": 6e-3,
-                "optimizer.matrix_lr": 2e-2,
+                "optimizer.lr": 4e-3,
                 "lr_scheduler.warmup_steps": 30,
                 "lr_scheduler.decay": "linear",
             },
@@ -88,7 +89,7 @@ CLAIMS = {
             "length": 64,
             "vocab_size": 64,
             "pairs": [4, 8, 15],
-            "seeds": [0, 1],
+            "seeds": [1, 2],
             "documents": 512,
         },
     ),

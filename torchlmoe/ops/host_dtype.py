@@ -20,7 +20,7 @@ def _cpu_lacks_bfloat16() -> bool:
     lacks = not torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if lacks:
         logger.warning(
-            "This CPU has no bfloat16 matrix instructions: products run in float32 on bfloat16 values and "
-            "are rounded to bfloat16 (same numbers or better, no gain in speed)."
+            "This CPU has no bfloat16 matrix instructions: bfloat16 products (those of Muon too) are computed in "
+            "float32 and rounded to bfloat16 (same numbers or better, no gain in speed)."
         )
     return lacks
