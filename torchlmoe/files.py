@@ -1,9 +1,10 @@
-"""Reads files of unknown origin in bounded time and memory.
+"""Reads files of unknown origin in bounded time and memory, and replaces files by complete ones.
 
 If a file cannot be read or written, the error is one sentence that names the path.
 """
 
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -120,6 +121,40 @@ def failures_to_write(name: str, place: Path, remedy: str) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise OSError(f"{name} could not be written to {place}: {reason}; {remedy}.") from error
+
+
+@contextmanager
+def replacing(path: Path, name: str, remedy: str) -> Iterator[Path]:
+    """Yields a path beside `path` for a new file or folder, which is renamed to `path` when the context ends.
+
+    So `path` is never incomplete. After an error, `path` is unchanged and nothing else remains. name, remedy, and the
+    OSError: as in `failures_to_write`.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    _remove(partial)
+    try:
+        with failures_to_write(name, path, remedy):
+            yield partial
+            partial.replace(path)
+            sync_folder(path.parent)
+    finally:
+        _remove(partial)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Returns when the names in a folder are on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def toml_value(value: Any) -> str:

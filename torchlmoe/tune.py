@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from torchlmoe.command import FlagParser, run
 from torchlmoe.config.load import load_config, to_dict, to_toml
 from torchlmoe.config.settings import Config, setting
-from torchlmoe.files import failures_to_write
+from torchlmoe.files import failures_to_write, replacing
 from torchlmoe.tuning.halving import Outcome, Plan, as_json, lengths_of, search
 from torchlmoe.tuning.trials import Range, choices, trials
 
@@ -62,10 +62,8 @@ def _search(flags: argparse.Namespace, settings: list[str], config: Config, plan
 
     def write(outcomes: list[Outcome], best: Outcome | None = None) -> dict[str, Any]:
         record = as_json(plan, outcomes, best)
-        partial = output.with_suffix(".json.partial")
-        with failures_to_write("The search", output, "make room; the same command resumes it"):
+        with replacing(output, "The search", "make room; the same command resumes it") as partial:
             partial.write_text(json.dumps(record, indent=1) + "\n")
-            partial.replace(output)
         done[:] = outcomes
         return record
 

@@ -11,7 +11,6 @@ Equal weights give equal bytes; the number of ranks that saved them does not mat
 
 import json
 import logging
-import shutil
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,13 +18,13 @@ from huggingface_hub import save_torch_state_dict
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 import torchlmoe
-from torchlmoe.checkpoint.manifest import NAME, describe, sync_folder, verify, write_manifest
+from torchlmoe.checkpoint.manifest import NAME, describe, verify, write_manifest
 from torchlmoe.checkpoint.state import model_state
 from torchlmoe.checkpoint.transformers_folder import is_transformers
 from torchlmoe.config.load import ConfigError, config_from, to_dict
 from torchlmoe.config.settings import Config
 from torchlmoe.data.tokenizer import Tokenizer
-from torchlmoe.files import MAX_JSON_BYTES, failures_to_write, open_regular, read_json
+from torchlmoe.files import MAX_JSON_BYTES, open_regular, read_json, replacing
 from torchlmoe.model.decoder import Decoder
 
 CONFIG = "config.json"
@@ -55,15 +54,8 @@ def write_exported(folder: Path, model: Decoder, config: Config, tokenizer: Toke
     """
     if folder.exists():
         raise ValueError(f"{folder} exists already: give another --output, or remove it.")
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        with failures_to_write("The model", folder, "make room, or give another --output"):
-            _write(partial, model, config, tokenizer, max_shard_bytes)
-            partial.rename(folder)
-            sync_folder(folder.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with replacing(folder, "The model", "make room, or give another --output") as partial:
+        _write(partial, model, config, tokenizer, max_shard_bytes)
 
 
 def _write(partial: Path, model: Decoder, config: Config, tokenizer: Tokenizer, max_shard_bytes: int) -> None:

@@ -14,7 +14,7 @@ import shutil
 from itertools import chain, count
 from pathlib import Path
 
-from torchlmoe.checkpoint.manifest import sync_folder
+from torchlmoe.files import sync_folder
 
 _PUBLISHED = re.compile(r"step-(\d{8,})")
 

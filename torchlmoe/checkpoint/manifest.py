@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
-from torchlmoe.files import MAX_JSON_BYTES, open_regular, read_json, read_small
+from torchlmoe.files import MAX_JSON_BYTES, open_regular, read_json, read_small, sync_folder
 
 NAME = "manifest.json"
 FORMAT = 1
@@ -47,15 +47,6 @@ def write_durably(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Returns when the names in a folder are on disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_manifest(folder: Path, files: dict[str, dict[str, Any]]) -> None:

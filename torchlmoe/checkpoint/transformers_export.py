@@ -1,7 +1,6 @@
 """Writes a model as a folder of transformers, a few tensors at a time."""
 
 import json
-import shutil
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -9,11 +8,10 @@ from typing import Any
 import torch
 
 from torchlmoe.checkpoint.companions import CONFIG, GENERATION
-from torchlmoe.checkpoint.manifest import sync_folder
 from torchlmoe.checkpoint.open import SavedFolder
 from torchlmoe.checkpoint.tensor_files import with_progress, write_shards
 from torchlmoe.config.load import config_from
-from torchlmoe.files import failures_to_write
+from torchlmoe.files import replacing
 from torchlmoe.interop.families import FAMILIES
 from torchlmoe.interop.family import Family, check_equal
 from torchlmoe.interop.keys import WITHOUT_EFFECT
@@ -47,20 +45,13 @@ def write_transformers(opened: SavedFolder, output: Path, model_type: str, *, ma
     )
     files = {**companions, CONFIG: (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()}
     files.setdefault(GENERATION, json.dumps({"eos_token_id": content["eos_token_id"]}).encode())
-    partial = output.with_name(f"{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        with failures_to_write("The model", output, "make room, or give another --output"):
-            partial.mkdir(parents=True)
-            write_shards(partial, sizes, with_progress("Exporting", sizes, tensors), max_shard_bytes)
-            for name, data in files.items():
-                (partial / name).write_bytes(data)
-            for file in partial.iterdir():  # safetensors makes files that only their owner can read
-                file.chmod((partial / CONFIG).stat().st_mode)
-            partial.rename(output)
-            sync_folder(output.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with replacing(output, "The model", "make room, or give another --output") as partial:
+        partial.mkdir(parents=True)
+        write_shards(partial, sizes, with_progress("Exporting", sizes, tensors), max_shard_bytes)
+        for name, data in files.items():
+            (partial / name).write_bytes(data)
+        for file in partial.iterdir():  # safetensors makes files that only their owner can read
+            file.chmod((partial / CONFIG).stat().st_mode)
 
 
 def _config(opened: SavedFolder, family: Family, imported: dict[str, Any]) -> dict[str, Any]:

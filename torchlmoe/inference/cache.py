@@ -22,7 +22,7 @@ from safetensors.torch import save
 from tensordict import TensorDict
 from torch import Tensor
 
-from torchlmoe.files import failures_to_write, open_regular
+from torchlmoe.files import open_regular, replacing
 from torchlmoe.layers.sequence import MicrobatchShare, SequenceLayout
 from torchlmoe.model.decoder import Decoder
 
@@ -107,14 +107,8 @@ def save_cache(cache: TensorDict, path: str | Path, model: Decoder) -> None:
         # Tensors that grow with the text are saved up to the longest row.
         tensors[name] = (tensor[:, :longest] if name in grown else tensor).cpu().contiguous()
     metadata = {"format": FORMAT, "model": _fingerprint(model), "sha256": _digest(tensors)}
-    path = Path(path)
-    partial = path.with_name(f"{path.name}.partial")
-    with failures_to_write("The cache", path, "make room, or give another path"):
-        try:
-            partial.write_bytes(save(tensors, metadata))
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+    with replacing(Path(path), "The cache", "make room, or give another path") as partial:
+        partial.write_bytes(save(tensors, metadata))
 
 
 def load_cache(

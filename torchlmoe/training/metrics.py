@@ -20,7 +20,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from torchlmoe.config.settings import Metrics
-from torchlmoe.files import failures_to_write
+from torchlmoe.files import failures_to_write, replacing
 
 logger = logging.getLogger(__name__)
 RESUMES = "what was saved before is whole, and the same command continues from it"
@@ -192,10 +192,8 @@ def _keep_rows(path: Path, last_step: int) -> list[dict[str, Any]]:
         if past:
             break
         records.append(record)
-    partial = path.with_suffix(".partial")
-    with failures_to_write("The figures of earlier steps", partial, "make room; none is lost"):
+    with replacing(path, "The figures of earlier steps", "make room; none is lost") as partial:
         partial.write_text("".join(json.dumps(record) + "\n" for record in records))
-        partial.replace(path)
     return records
 
 
