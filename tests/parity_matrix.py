@@ -136,6 +136,11 @@ LAYOUTS = [
 # Combinations that are not supported, with the number of ranks: each raises an error when the model is built.
 REFUSED = {
     (2, "--parallelism.tensor_parallel_degree 2 --model.num_heads 3 --model.dim 48"): "heads that ranks cannot share",
+    (
+        4,
+        "--parallelism.context_parallel_degree 2 --parallelism.tensor_parallel_degree 2 --model.num_heads 6 "
+        "--model.dim 48 --parallelism.attention_context_parallel ulysses",
+    ): "heads that Ulysses cannot spread",
     (3, "--parallelism.expert_parallel_degree 3"): "experts that ranks cannot share",
     (2, "--parallelism.expert_parallel_degree 2 --parallelism.pipeline_parallel_degree 2"): "ep without other ranks",
     (2, "--parallelism.pipeline_parallel_degree 2 --parallelism.pipeline_parallel_schedule ZBVZeroBubble"): (

@@ -125,7 +125,7 @@ ALWAYS = {
     "compile": "enable",
     "activation_checkpoint": "mode",
     "parallelism": "data_parallel_replicate_degree data_parallel_shard_degree tensor_parallel_degree "
-    "pipeline_parallel_degree expert_parallel_degree context_parallel_degree timeout_seconds",
+    "pipeline_parallel_degree context_parallel_degree timeout_seconds",
 }
 
 
@@ -174,6 +174,9 @@ IDLE = {
     "--model.layers.L.mlp dense --model.layers.N.mlp dense --moe.top_k 3 --moe.expert_dim 8": [
         "moe.top_k",
         "moe.expert_dim",
+    ],
+    "--model.layers.L.mlp dense --model.layers.N.mlp dense --parallelism.expert_parallel_degree 2": [
+        "parallelism.expert_parallel_degree"
     ],
     "--model.mlp_dim 8": ["model.mlp_dim"],
     "--model.mlp_dim 8 --model.layers.L.mlp dense": [],
@@ -372,10 +375,12 @@ def test_degrees():
         check_degrees(load(f"{interleaved} --parallelism.pipeline_parallel_split [0,1,2]"), 2)
     with pytest.raises(ConfigError, match=r"gives 5 microbatches, which Inter.* in 2 equal rounds; set .* = 4\."):
         check_degrees(load(f"{interleaved} --training.local_batch_size 1 --training.global_batch_size 5"), 2)
-    with pytest.raises(ConfigError, match=r"a multiple of 16 tokens at once; .* seq_len is 24"):
+    with pytest.raises(ConfigError, match=r"a multiple of 16 tokens on each rank; .* seq_len is 24"):
         check_degrees(load("--float8.enable true --training.seq_len 3"), 2)
-    with pytest.raises(ConfigError, match=r"seq_len is 16, over context_parallel_degree = 2"):
+    with pytest.raises(ConfigError, match=r"seq_len is 16, over context_parallel_degree times tensor_p.* = 2"):
         check_degrees(context(2, "--float8.enable true --training.seq_len 2"), 2)
+    with pytest.raises(ConfigError, match=r"seq_len is 16, over context_parallel_degree times tensor_p.* = 2"):
+        check_degrees(load("--float8.enable true --training.seq_len 2 --parallelism.tensor_parallel_degree 2"), 2)
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,14 @@ def test_logits_of_a_span():
         "--training.seq_len 4 --validation.local_batch_size 1 --model.mixer mom --model.layers.L.single_kv_proj true": (
             "spans of 2 tokens, and inner.q_conv of model.layers.L looks back 3"
         ),
+        "--model.num_heads 3 --model.dim 48 --parallelism.attention_context_parallel ulysses": (
+            "parallelism.context_parallel_degree = 2 does not divide the 3 heads of model.layers.N, which "
+            "attention_context_parallel = 'ulysses' spreads; choose a divisor, or 'all_gather'."
+        ),
+        "--parallelism.tensor_parallel_degree 2 --parallelism.attention_context_parallel ulysses "
+        "--model.num_heads 6 --model.dim 48": (
+            "context_parallel_degree = 2 times tensor_parallel_degree = 2 does not divide the 6 heads of model.layers.N"
+        ),
         "--model.mixer gla": (
             "parallelism.context_parallel_degree = 2 cannot split the GatedLinearAttention of model.layers.L with "
             "lsm_context_parallel = 'all_gather' and attention_context_parallel = 'all_gather'; choose another"
@@ -113,7 +121,7 @@ def test_logits_of_a_span():
     }.items(),
 )
 def test_refused_before_data_is_looked_for(settings, sentence, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("WORLD_SIZE", "4" if "tensor" in settings else "2")
     if "gla" in settings:  # as a mixer that has no style
         monkeypatch.setattr(Mixer, "context_parallel_plan", lambda *_, **__: {})
     arguments = [*SETTINGS, *f"{SPANS} 2 --training.local_batch_size 2 --data.dataset nowhere.jsonl {settings}".split()]

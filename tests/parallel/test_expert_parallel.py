@@ -13,6 +13,8 @@ from tests.parallel.parity import SETTINGS, assert_layouts_equal_one_process
 from torchlmoe.checkpoint import open_model
 from torchlmoe.config.load import load_config
 from torchlmoe.feed_forwards.experts import Experts
+from torchlmoe.model.decoder import build_on_meta
+from torchlmoe.parallel.expert import check_experts
 from torchlmoe.parallel.mesh import start_process_group
 from torchlmoe.parallel.parallelize import build_model
 from torchlmoe.parallel.ranks import Ranks
@@ -140,6 +142,15 @@ def test_numbers_of_rows_are_exchanged_once(corpus, tmp_path):
 
 def test_experts_that_do_not_divide_are_refused():
     run_on_ranks(2, refuse)
+
+
+def test_experts_outside_of_moe_layers_are_refused():
+    model = build_on_meta(load_config([]), 50)
+    check_experts(model, 2)
+    model.blocks["1"].feed_forward.others = Experts(8, 8, 2)
+    check_experts(model, 1)
+    with pytest.raises(ValueError, match=r"MoE layers only, not feed_forward.others of model\.layers\.\w; make its"):
+        check_experts(model, 2)
 
 
 def refuse() -> None:

@@ -13,14 +13,17 @@ from torch.profiler import ProfilerActivity, profile
 
 from tests.conftest import run_on_ranks
 from tests.mixers.test_every_mixer import CASES
-from tests.parallel.parity import assert_layouts_equal_one_process
+from tests.parallel.parity import SETTINGS, assert_layouts_equal_one_process
 from tests.parallel.test_context_parallel import EVERY_HYBRID, ONE_BLOCK, ROWS, compile_by_aot_eager
 from torchlmoe.config.batch import check_degrees
 from torchlmoe.config.load import ConfigError, load_config
 from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.mixers import MIXERS
 from torchlmoe.model.decoder import build_on_meta
+from torchlmoe.parallel.islands import sum_island_gradients
 from torchlmoe.parallel.mesh import start_process_group
+from torchlmoe.parallel.parallelize import build_model
+from torchlmoe.parallel.ranks import Ranks
 from torchlmoe.parallel.tensor import apply_tensor_parallel, tensor_parallel_plan
 from torchlmoe.styles.heads import read_local_parts
 
@@ -148,12 +151,47 @@ def test_collectives_are_those_of_the_table():
     run_on_ranks(2, count_collectives)
 
 
+def check_uneven_vocabularies() -> None:
+    """Logits, and gradients of logits and of losses."""
+    device = torch.device("cpu")
+    start_process_group(device)
+    for vocab_size, degree in ((50, 4), (5, 2)):
+        for tied in ("true", "false"):
+            flags = f"{TWO_BLOCKS} --model.tie_embeddings {tied} --training.dtype float64 --moe.balance none"
+            config = load_config([*SETTINGS, *flags.split(), *f"{HEADS} {degree} --model.num_heads 4".split()])
+            ranks = Ranks(config.parallelism, "cpu")
+            model = build_model(config, vocab_size, ranks, device)
+            whole = build_on_meta(config, vocab_size).double().to_empty(device="cpu")
+            whole.init_weights(config.training.seed)
+            tokens = torch.arange(48).view(1, 48) % vocab_size
+            logits, expected = model(tokens), whole(tokens)
+            torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-12)
+            weight = torch.linspace(-1, 1, expected.numel(), dtype=torch.float64).view_as(expected)
+            for found, right in (
+                ((logits * weight).sum(), (expected * weight).sum()),
+                (model(tokens, None, tokens), whole(tokens, None, tokens)),
+            ):
+                found.backward()
+                (right * ranks.num_row_places).backward()  # the sum over ranks with other rows, which are equal here
+                sum_island_gradients(model)
+                for name, parameter in whole.named_parameters():
+                    gradient = model.get_parameter(name).grad.full_tensor()
+                    torch.testing.assert_close(gradient, parameter.grad, rtol=1e-9, atol=1e-12, msg=name)
+                model.zero_grad()
+                whole.zero_grad()
+
+
+def test_vocabularies_that_ranks_cannot_divide():
+    run_on_ranks(4, check_uneven_vocabularies)
+
+
 REFUSED = {
     "--model.num_heads 6": "cannot split the 6 heads or channels of q_proj (GatedDeltaNet) of model.layers.L; "
     "degrees that fit this model: 1, 2, 3, 6.",
     "--model.num_heads 4 --model.layers.L.mlp dense --model.mlp_dim 30": "cannot split the 30 heads or channels of "
     "gate_proj (Dense) of model.layers.L",
-    "--model.num_heads 12 --model.layers.N.num_kv_heads 3": "cannot split the 3 heads or channels of k_proj",
+    "--model.num_heads 12 --model.layers.N.num_kv_heads 3": "cannot split the 3 heads or channels of k_proj "
+    "(Attention) of model.layers.N; degrees that fit this model: 1, 3, 6, 12.",
 }
 
 
@@ -169,6 +207,13 @@ def test_modules_without_a_role_are_refused():
     model.blocks["0"].mixer.extra = nn.Linear(4, 4)
     with pytest.raises(ValueError, match=r"cannot split blocks.0.mixer.extra \(Linear\), which does not name in"):
         tensor_parallel_plan(model, 3)
+
+
+def test_a_vocabulary_that_leaves_a_rank_without_rows_is_refused():
+    flags = "--model.layer_pattern L --model.num_layers 1 --model.num_heads 4".split()
+    with pytest.raises(ValueError, match=r"leaves a rank without any of the 5 rows of the vocabulary; choose a lower"):
+        tensor_parallel_plan(build_on_meta(load_config(flags), 5), 4)
+    assert tensor_parallel_plan(build_on_meta(load_config(flags), 7), 4)
 
 
 def test_a_loss_without_a_split_vocabulary_is_refused():

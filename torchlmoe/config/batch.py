@@ -37,8 +37,8 @@ def check_degrees(config: Config, world_size: int) -> None:
             "data_parallel_shard_degree times context_parallel_degree times tensor_parallel_degree; choose a divisor."
         )
     seq_len, rows = config.training.seq_len, batch_rows(config, world_size)
+    pieces = context * degrees.tensor_parallel_degree
     for table, num_rows in rows.items():
-        pieces = context * degrees.tensor_parallel_degree
         for name, parts in (("context_parallel_degree", context), ("tensor_parallel_degree", pieces)):
             if num_rows * seq_len % parts:
                 each = f" times context_parallel_degree = {context}" * (parts != context)
@@ -47,10 +47,10 @@ def check_degrees(config: Config, world_size: int) -> None:
                     f"tokens of {table}.local_batch_size rows of training.seq_len; choose a divisor."
                 )
     tokens = rows["training"] * seq_len
-    if config.float8.enable and tokens // context % 16:
+    if config.float8.enable and tokens // pieces % 16:
         raise ConfigError(
-            "float8.enable = true needs a multiple of 16 tokens at once; training.local_batch_size * seq_len is "
-            f"{tokens}, over context_parallel_degree = {context}."
+            "float8.enable = true needs a multiple of 16 tokens on each rank; training.local_batch_size * seq_len is "
+            f"{tokens}, over context_parallel_degree times tensor_parallel_degree = {pieces}."
         )
     if degrees.pipeline_parallel_degree > 1:
         _check_microbatches(config, world_size)

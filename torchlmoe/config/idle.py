@@ -64,6 +64,7 @@ def _reads_tokens(config: Config) -> bool:
 NEEDS: dict[str, Need] = {
     "model.mlp_dim": _blocks_with("dense"),
     **{f"model.{option}": _mixer_with(option) for option in ("num_heads", "rope_base", "rope_scaling", "backend")},
+    "parallelism.expert_parallel_degree": _blocks_with("moe"),
     **{f"moe.{field.name}": _blocks_with("moe") for field in dataclasses.fields(MoE)},
     **{f"data.{key}": ("a dataset of the hub", _reads_hub) for key in ("dataset_config", "dataset_revision")},
     "data.token_dtype": ("files of tokens (.bin or .npy)", _reads_tokens),

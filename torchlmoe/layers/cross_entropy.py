@@ -55,7 +55,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 index_C1, own_C1 = vocabulary.own(index_C1, weight.shape[0])
             logits_CV = linear(hidden_CD, weight).to(dtype)
             logits_CV -= _largest(logits_CV, vocabulary)
-            chosen_C1 = _chosen(logits_CV, index_C1)
+            chosen_C1 = logits_CV.gather(-1, index_C1)
             sum_C1 = logits_CV.exp_().sum(-1, keepdim=True)
             if vocabulary is not None:
                 assert own_C1 is not None
@@ -66,8 +66,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             # The gradient is softmax, minus one at the label; zero for tokens that do not count.
             logits_CV *= counted_C[:, None] / sum_C1
             here_C1 = counted_C[:, None] if own_C1 is None else counted_C[:, None] & own_C1
-            if logits_CV.shape[1]:
-                logits_CV.scatter_add_(-1, index_C1, -here_C1.to(dtype))
+            logits_CV.scatter_add_(-1, index_C1, -here_C1.to(dtype))
             grad_CV = logits_CV.to(hidden.dtype)
             grad_hidden[rows] = linear(grad_CV, weight.mT)
             if grad_weight.dtype == grad_CV.dtype:
@@ -87,12 +86,5 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _largest(logits_CV: Tensor, vocabulary: Vocabulary | None) -> Tensor:
     """[C, 1], over the whole vocabulary."""
-    if vocabulary is None:
-        return logits_CV.amax(-1, keepdim=True)
-    if not logits_CV.shape[1]:
-        return vocabulary.total(logits_CV.new_full((len(logits_CV), 1), -torch.inf), "max")
-    return vocabulary.total(logits_CV.amax(-1, keepdim=True), "max")
-
-
-def _chosen(logits_CV: Tensor, index_C1: Tensor) -> Tensor:
-    return logits_CV.gather(-1, index_C1) if logits_CV.shape[1] else logits_CV.new_zeros(index_C1.shape)
+    largest_C1 = logits_CV.amax(-1, keepdim=True)
+    return largest_C1 if vocabulary is None else vocabulary.total(largest_C1, "max")

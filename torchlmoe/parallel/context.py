@@ -12,6 +12,7 @@ from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
 from torchlmoe.config.settings import Parallelism
 from torchlmoe.model.decoder import Decoder
+from torchlmoe.styles.attention import AttentionSequenceParallel
 from torchlmoe.styles.halo import Halo, TokenShiftHalo
 
 
@@ -20,7 +21,7 @@ def context_parallel_plans(model: Decoder, settings: Parallelism, span: int) -> 
 
     span: number of tokens in the shortest span. Raises ValueError if a mixer cannot be split, or looks back further.
     """
-    plans = {}
+    plans, degree = {}, settings.context_parallel_degree
     for index, block in model.blocks.items():
         mixer, (letter, _) = block.mixer, model.places_in_common[index]
         if mixer is None:
@@ -29,20 +30,34 @@ def context_parallel_plans(model: Decoder, settings: Parallelism, span: int) -> 
         plan = mixer.context_parallel_plan(lsm=lsm, attention=attention)  # type: ignore[operator,union-attr]
         if not plan:
             raise ValueError(
-                f"parallelism.context_parallel_degree = {settings.context_parallel_degree} cannot split the "
+                f"parallelism.context_parallel_degree = {degree} cannot split the "
                 f"{type(mixer).__name__} of model.layers.{letter} with lsm_context_parallel = {lsm!r} and "
                 f"attention_context_parallel = {attention!r}; choose another way, another mixer or degree 1."
             )
         for name, style in plan.items():
+            if isinstance(style, AttentionSequenceParallel) and style.communication == "ulysses":
+                _check_heads(settings, letter, (style.num_heads or 0) * model.span.pieces)
             reach = style.width(mixer.get_submodule(name)) if isinstance(style, Halo) else 0  # type: ignore[union-attr]
             if reach > span:
                 raise ValueError(
-                    f"parallelism.context_parallel_degree = {settings.context_parallel_degree} leaves spans of {span} "
+                    f"parallelism.context_parallel_degree = {degree} leaves spans of {span} "
                     f"tokens, and {name} of model.layers.{letter} looks back {reach}; choose a lower degree or longer "
                     "rows."
                 )
         plans[index] = plan
     return plans
+
+
+def _check_heads(settings: Parallelism, letter: str, num_heads: int) -> None:
+    """num_heads: of the whole model. Tensor parallelism divides them first."""
+    spans, parts = settings.context_parallel_degree, settings.tensor_parallel_degree
+    if num_heads % (spans * parts):
+        times = f" times tensor_parallel_degree = {parts}" if parts > 1 else ""
+        raise ValueError(
+            f"parallelism.context_parallel_degree = {spans}{times} does not divide the {num_heads} heads of "
+            f"model.layers.{letter}, which attention_context_parallel = 'ulysses' spreads; choose a divisor, or "
+            "'all_gather'."
+        )
 
 
 def apply_context_parallel(model: Decoder, mesh: DeviceMesh, settings: Parallelism, span: int) -> None:

@@ -19,9 +19,10 @@ def apply_fsdp(model: Decoder, roots: Sequence[nn.Module], ranks: Ranks, dtype: 
 
     roots: the modules whose forward is called: the model, or its pipeline stages. A stage runs several microbatches
         before its first backward, so it keeps gathered parameters from its first forward to its last backward.
-    Parameters keep their dtype, and modules marked `float32_island` compute in it. Gradients are reduced in at least
-    float32. Inputs of a module are not cast, since HGRN2's lower bounds are float32. Gradients are summed over ranks,
-    not averaged, so the loss must be divided by the number of all ranks' tokens.
+    Parameters keep their dtype, and modules marked `float32_island` compute in it. Gradients are summed over
+    `ranks.parameters` in at least float32; those of parameters that ranks of tp share are first summed over tp in
+    `dtype`. Inputs of a module are not cast, since HGRN2's lower bounds are float32. Gradients are summed, not
+    averaged, so the loss must be divided by the number of all ranks' tokens.
     """
     mesh = ranks.parameters
     casts_down = torch.promote_types(dtype, torch.float32) != dtype

@@ -5,6 +5,7 @@ remaining ranks. Without expert parallelism it shards them over all, including t
 different tokens, so experts need not be split by their width.
 """
 
+from torchlmoe.feed_forwards.experts import Experts
 from torchlmoe.feed_forwards.moe import MoE
 from torchlmoe.model.decoder import Decoder
 from torchlmoe.parallel.ranks import Ranks
@@ -15,9 +16,15 @@ from torchlmoe.styles.heads import HeadParameters
 def check_experts(model: Decoder, degree: int) -> None:
     """Raises ValueError if the experts of a layer cannot be spread over `degree` ranks."""
     for index, block in model.blocks.items():
-        layer = block.feed_forward
+        layer, (letter, _) = block.feed_forward, model.places_in_common[index]
+        spread = [layer.experts] if isinstance(layer, MoE) else []
+        for name, module in block.named_modules():
+            if degree > 1 and isinstance(module, Experts) and module not in spread:
+                raise ValueError(
+                    f"parallelism.expert_parallel_degree = {degree} spreads the experts of MoE layers only, not {name} "
+                    f"of model.layers.{letter}; make its feed-forward layer a subclass of MoE, or use degree 1."
+                )
         if isinstance(layer, MoE) and layer.num_experts % degree:
-            letter, _ = model.places_in_common[index]
             raise ValueError(
                 f"parallelism.expert_parallel_degree = {degree} does not divide the {layer.num_experts} experts of "
                 f"model.layers.{letter}; choose a divisor."

@@ -46,14 +46,15 @@ class _Split:
 def tensor_parallel_plan(model: Decoder, degree: int) -> Plan:
     """Returns the styles of all modules, in the order of application.
 
-    Raises ValueError for heads that cannot be split over `degree` ranks, with the degrees that fit, and for a module
-    with parameters but without `head_dims`.
+    Raises ValueError for heads that cannot be split over `degree` ranks, with the degrees that fit, for a module with
+    parameters but without `head_dims`, and for a vocabulary with fewer rows than ranks need.
     """
     plan: Plan = []
     splits = list(_splits(model))
     for split in splits:
         if not split.fits(degree):
-            fitting = [str(other) for other in range(1, split.units + 1) if all(x.fits(other) for x in splits)]
+            most = max(x.units for x in splits)
+            fitting = [str(other) for other in range(1, most + 1) if all(x.fits(other) for x in splits)]
             raise ValueError(
                 f"parallelism.tensor_parallel_degree = {degree} cannot split the {split.units} heads or channels of "
                 f"{split.module} of {split.name}; degrees that fit this model: {', '.join(fitting)}."
@@ -80,10 +81,16 @@ def tensor_parallel_plan(model: Decoder, degree: int) -> Plan:
             f"parallelism.tensor_parallel_degree = {degree} splits the vocabulary, but the loss of training.loss "
             "does not take the argument `vocabulary`, as cross_entropy does; use degree 1."
         )
+    vocab_size = model.spec.vocab_size
+    if -(-vocab_size // degree) * (degree - 1) >= vocab_size:  # rows per rank, times the ranks before the last one
+        raise ValueError(
+            f"parallelism.tensor_parallel_degree = {degree} leaves a rank without any of the {vocab_size} rows of the "
+            "vocabulary; choose a lower degree."
+        )
     if hasattr(model, "embedding"):
         plan.append(("embedding", VocabularyEmbedding()))
     if hasattr(model, "head"):
-        plan.append(("head", VocabularyHead(model.spec.vocab_size)))
+        plan.append(("head", VocabularyHead(vocab_size)))
     return plan
 
 

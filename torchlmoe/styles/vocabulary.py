@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_reduce, wait_tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from torchlmoe.styles.heads import gather_tokens, scatter_sums
@@ -22,8 +22,8 @@ class VocabularyPart:
     """This rank's part of a vocabulary of `vocab_size` rows, which begins at row `start`, and sums over all parts."""
 
     def __init__(self, mesh: DeviceMesh, vocab_size: int):
-        self.mesh = mesh
-        self.start = min(mesh.get_local_rank() * -(-vocab_size // mesh.size()), vocab_size)
+        self.mesh, self.vocab_size = mesh, vocab_size
+        self.start = mesh.get_local_rank() * -(-vocab_size // mesh.size())
 
     def own(self, token: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
         """token int64 -> its row in this part (0 if it is in another), and whether it is in this part, bool.
@@ -39,9 +39,13 @@ class VocabularyPart:
         return wait_tensor(all_reduce(x, operation, self.mesh))
 
     def gather(self, logits: Tensor) -> Tensor:
-        """[..., V / P] -> [..., V]."""
-        sharded = DTensor.from_local(logits, self.mesh, [Shard(logits.dim() - 1)], run_check=False)
-        return sharded.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+        """This rank's [..., V / P] -> [..., V] on every rank, all of which must compute the same loss from it."""
+        shape = torch.Size([*logits.shape[:-1], self.vocab_size])
+        stride = torch.empty(shape, device="meta").stride()
+        part = DTensor.from_local(
+            logits.contiguous(), self.mesh, [Shard(logits.dim() - 1)], run_check=False, shape=shape, stride=stride
+        )
+        return part.redistribute(placements=[Replicate()]).to_local()
 
 
 class VocabularyEmbedding(ParallelStyle):
@@ -57,10 +61,7 @@ class VocabularyEmbedding(ParallelStyle):
 def _embed(module: nn.Embedding, vocabulary: VocabularyPart, tokens: Tensor) -> Tensor:
     weight = module.weight
     row, is_own = vocabulary.own(tokens, weight.shape[0])
-    if not weight.shape[0]:  # a rank without rows still takes part in the collectives
-        x = weight.sum() + weight.new_zeros(*tokens.shape, weight.shape[1])
-    else:
-        x = torch.nn.functional.embedding(row, weight).masked_fill(~is_own[..., None], 0)
+    x = torch.nn.functional.embedding(row, weight).masked_fill(~is_own[..., None], 0)
     return scatter_sums(x, vocabulary.mesh)
 
 
