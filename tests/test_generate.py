@@ -115,6 +115,8 @@ BAD = {
     "--prompt x --top-k 0": "top_k = 0 must be at least 1",
     "--prompt x --top-p 1.5": "top_p = 1.5 must lie above 0",
     "--prompt x --repetition-penalty 0": "repetition_penalty = 0.0 must be a positive number",
+    "--prompt x --seed -1": "seed = -1 must be at least 0 and less than 2^63.",
+    f"--prompt x --seed {2**64}": "must be at least 0 and less than 2^63.",
     "--prompt x --max-new-tokens 0": "max_new_tokens = 0 must be at least 1",
     "--prompt x --dtype float8": "argument --dtype: invalid choice: 'float8'",
     "--prompt x --topk 3": "unrecognized arguments: --topk 3",

@@ -7,6 +7,7 @@ lm-eval, `text` by file, and `recall` by task.
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import replace
 from importlib.util import find_spec
@@ -32,7 +33,7 @@ def main(arguments: list[str]) -> None:
         recall = evaluate_recall(
             model,
             flags.recall,
-            options=trained_options(config.data.dataset, config.data.reader_options),
+            options=trained_options(config.data),
             by=flags.recall_by,
             num_documents=NUM_DOCUMENTS if flags.limit is None else int(flags.limit),
             batch_size=flags.batch_size,
@@ -107,6 +108,10 @@ def _check(flags: argparse.Namespace) -> None:
         raise ValueError(f"--limit {flags.limit} must be a whole number of documents with --recall.")
     if flags.output is not None and not flags.output.parent.is_dir():
         raise ValueError(f"--output {flags.output} is in a folder that is missing; make it first.")
+    if flags.output is not None and not os.access(flags.output.parent, os.W_OK):
+        raise ValueError(f"--output {flags.output} is in a folder that cannot be written to; name another file.")
+    if not 0 <= flags.seed < 2**63:
+        raise ValueError(f"--seed {flags.seed} must be at least 0 and less than 2^63.")
     if flags.output is not None and flags.output.is_dir():
         raise ValueError(f"--output {flags.output} is a folder; give the name of a file.")
     if flags.tasks and find_spec("lm_eval") is None:

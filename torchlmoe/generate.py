@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> None:
         rows,
         prompt_ids,
         max_new_tokens=flags.max_new_tokens,
-        end_id=tokenizer.end_id,
+        end_id=conventions.end_ids,
         vocab_size=tokenizer.vocab_size,
         sampling=sampling,
         seed=flags.seed,

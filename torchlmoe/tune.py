@@ -17,8 +17,9 @@ from filelock import FileLock, Timeout
 
 from torchlmoe.command import FlagParser, run
 from torchlmoe.config.load import load_config, to_dict, to_toml
-from torchlmoe.config.settings import Config, setting
+from torchlmoe.config.settings import Config
 from torchlmoe.files import failures_to_write, replacing
+from torchlmoe.mixers import MIXERS
 from torchlmoe.tuning.halving import Outcome, Plan, as_json, lengths_of, search
 from torchlmoe.tuning.trials import Range, choices, trials
 
@@ -39,14 +40,16 @@ def main(arguments: list[str]) -> None:
         )
     config = load_config(settings)
     plan = _plan(flags, settings, config, tuned)
-    with failures_to_write("The search", flags.output, "make room, or name another file"):
-        flags.output.parent.mkdir(parents=True, exist_ok=True)
+    _check_files(flags.output)
     lock = FileLock(f"{flags.output}.lock", timeout=0)
     try:
-        with lock:
-            _search(flags, settings, config, plan)
+        with failures_to_write("The search", flags.output, "make room, or name another file"):
+            flags.output.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
     except Timeout:
         raise ValueError(f"Another search writes {flags.output}: wait until it ends, or name another file.") from None
+    with lock:
+        _search(flags, settings, config, plan)
 
 
 def _search(flags: argparse.Namespace, settings: list[str], config: Config, plan: Plan) -> None:
@@ -93,11 +96,7 @@ def _plan(flags: argparse.Namespace, settings: list[str], config: Config, tuned:
     for name, text in tuned.items():
         if name in OWN:
             raise ValueError(f"--tune.{name} cannot be tuned: the search sets {name}; give --{name} for the recipe.")
-        try:
-            own = setting(config, name)
-        except AttributeError:
-            own = None  # in a table of options, or mistyped, which raises an error below
-        choices_of[name] = choices(name, text, own)
+        choices_of[name] = choices(name, text, _own(config, name))
     tried = trials(choices_of, flags.trials, flags.seed)
     if len(tried) < 2:
         raise ValueError("Each setting has one value, so there is nothing to choose from; give several.")
@@ -113,6 +112,25 @@ def _plan(flags: argparse.Namespace, settings: list[str], config: Config, tuned:
             f"{flags.keep}; give more steps or fewer rounds."
         )
     return Plan(resolved, tried, lengths, flags.keep)
+
+
+def _own(config: Config, name: str) -> Any:
+    """The recipe's value of a setting; None if it has none, or if the name is mistyped, which raises an error later."""
+    value: Any = config
+    for step in name.split("."):
+        value = value.get(step) if isinstance(value, dict) else getattr(value, step, None)
+    if value is None and name.startswith("model.layers."):
+        *_, letter, option = name.split(".")
+        mixer = config.model.layers.get(letter, {}).get("mixer")
+        _, value = MIXERS[mixer].settings().get(option, (None, None)) if mixer in [*MIXERS] else (None, None)
+    return value
+
+
+def _check_files(output: Path) -> None:
+    """Raises ValueError if a file of another origin, such as the recipe, has the name of one that is written."""
+    for other in (output.with_suffix(".png"), output.with_suffix(".toml")):
+        if other.exists() and not output.exists():
+            raise ValueError(f"{other} exists, and would be replaced; name another --output, or remove it.")
 
 
 def _done(output: Path, plan: Plan) -> list[Outcome]:

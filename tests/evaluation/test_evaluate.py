@@ -66,7 +66,9 @@ BAD = {
     "--recall s3 --limit 0.5": "--limit 0.5 must be a whole number of documents with --recall.",
     "--recall s3 --limit inf": "--limit inf must be a whole number of documents with --recall.",
     "--recall s3 --recall-by guess": "argument --recall-by: invalid choice: 'guess'",
+    "--recall s3 --seed -1": "--seed -1 must be at least 0 and less than 2^63.",
     "--text nowhere.txt": "nowhere.txt is missing.",
+    "--text pyproject.toml/x": "pyproject.toml/x: Not a directory.",
     "--text x --checkpoint nowhere": "nowhere",
 }
 

@@ -7,6 +7,7 @@ import torch
 
 from tests.recall_answers import ANSWERED
 from torchlmoe.config.load import load_config
+from torchlmoe.config.settings import Data, MixtureSource
 from torchlmoe.data.recall.store import RecallStore
 from torchlmoe.evaluation import recall
 from torchlmoe.evaluation.recall import RECALL, evaluate_recall, trained_options
@@ -162,5 +163,13 @@ def test_points_that_do_not_fit_the_options_are_left_out():
 
 
 def test_options_of_a_run():
-    assert trained_options("recall:mqar", {"vocab_size": 64}) == {"mqar": {"vocab_size": 64}}
-    assert trained_options("embedded", {}) == trained_options("mqar", {}) == {}
+    """Also of a mixture, and without the least number of pairs, which would make a point's number an upper bound."""
+    given = {"vocab_size": 64, "min_pairs": 2}
+    assert trained_options(Data(dataset="recall:mqar", reader_options=given)) == {"mqar": {"vocab_size": 64}}
+    assert trained_options(Data()) == trained_options(Data(dataset="mqar")) == {}
+    sources = [
+        MixtureSource("recall:s3", reader_options={"length": 8}),
+        MixtureSource("recall:mqar"),
+        MixtureSource("x"),
+    ]
+    assert trained_options(Data(mixture=sources)) == {"s3": {"length": 8}, "mqar": {}}

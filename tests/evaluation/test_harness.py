@@ -55,7 +55,9 @@ def harness(model, tokenizer):
 
 def as_wrapper(tokenizer, before=()):
     """What lm-eval's wrapper does with a tokenizer that adds `before`."""
-    return Conventions(tuple(before), tokenizer.end_id, scores_beginning=True, max_length=64)
+    return Conventions(
+        tuple(before), tokenizer.end_id, scores_beginning=True, max_length=64, end_ids=(tokenizer.end_id,)
+    )
 
 
 def test_log_likelihoods_are_those_computed_by_hand(harness, model, tokenizer):
@@ -226,37 +228,61 @@ def test_names_of_stock_tasks(folder, tasks, monkeypatch):
             main([f"--checkpoint={folder}", f"--tasks={name}"])
 
 
-def byte_tokenizer(folder, *, adds_begin):
-    """Bytes with <s> and </s>, of which the first is put before every text if `adds_begin`, as Llama's are."""
+def byte_tokenizer(folder, kind, special=0):
+    """Bytes with <s> and </s>. kind: "begins" puts <s> before every text; "falls_back" spells words by bytes and puts a
+    space before the first one, as Llama's does. special: the id of one more special token."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate(["</s>", "<s>", *alphabet])}
-    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
-    made.add_special_tokens(["</s>", "<s>"])
-    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = tokenizers.decoders.ByteLevel()
-    if adds_begin:
+    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"] if kind == "falls_back" else alphabet
+    vocabulary = {token: index for index, token in enumerate(["</s>", "<s>", *pieces])}
+    options = dict(unk_token="<unk>", byte_fallback=True) if kind == "falls_back" else {}
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], **options))
+    made.add_special_tokens(["</s>", "<s>", made.id_to_token(special)])
+    if kind == "falls_back":
+        normal, back = tokenizers.normalizers, tokenizers.decoders
+        made.normalizer = normal.Sequence([normal.Prepend("▁"), normal.Replace(" ", "▁")])
+        made.decoder = back.Sequence([back.Replace("▁", " "), back.ByteFallback(), back.Fuse(), back.Strip(" ", 1, 0)])
+    else:
+        made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        made.decoder = tokenizers.decoders.ByteLevel()
+    if kind == "begins":
         made.post_processor = tokenizers.processors.TemplateProcessing(
             single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
         )
-    begin = {"bos_token": "<s>"} if adds_begin else {}
+    begin = {"bos_token": "<s>"} if kind == "begins" else {}
     PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>", pad_token="</s>", **begin).save_pretrained(folder)
     return len(vocabulary)
 
 
-@pytest.mark.parametrize(("model_type", "adds_begin"), [("mixtral", True), ("qwen3_next", False)])
-def test_a_folder_of_transformers_gets_the_scores_of_lm_evals_own_wrapper(
-    model_type, adds_begin, tmp_path, tasks, capsys
-):
-    """Log-likelihoods, rolling ones and generations; opened directly, imported, and by the program as it is."""
+@pytest.mark.parametrize(
+    ("model_type", "kind"), [("mixtral", "begins"), ("qwen3_next", "plain"), ("mixtral", "falls_back")]
+)
+def test_a_folder_of_transformers_gets_the_scores_of_lm_evals_own_wrapper(model_type, kind, tmp_path, tasks, capsys):
+    """Log-likelihoods, rolling ones and generations; opened directly, imported, and by the program as it is.
+
+    The embedding has more rows than the tokenizer has tokens, and two tokens end a text.
+    """
     from lm_eval.models.huggingface import HFLM
 
-    size = byte_tokenizer(tmp_path / "theirs", adds_begin=adds_begin)
-    options = CASES[model_type][1] | dict(vocab_size=size, max_position_embeddings=96, eos_token_id=0, bos_token_id=1)
-    theirs = their_model(model_type, **options)
-    theirs.save_pretrained(tmp_path / "theirs")
-    wrapper = HFLM(pretrained=theirs, tokenizer=str(tmp_path / "theirs"), batch_size=2, device="cpu")
+    size = byte_tokenizer(tmp_path / "theirs", kind)
+    options = CASES[model_type][1] | dict(max_position_embeddings=96, eos_token_id=0, bos_token_id=1)
+    theirs = their_model(model_type, **options | {"vocab_size": size + 5})
+    theirs.get_output_embeddings().weight.data[size:] = 0  # are never the likeliest
+
+    def wrapped():
+        theirs.save_pretrained(tmp_path / "theirs")
+        return HFLM(pretrained=theirs, tokenizer=str(tmp_path / "theirs"), batch_size=2, device="cpu")
+
+    wrapper = wrapped()
+    prompt = wrapper.tok_encode("The whale")
+    with all_in_float64():
+        written = theirs.generate(torch.tensor([prompt]), max_new_tokens=9, do_sample=False)[0, len(prompt) :].tolist()
+    texts = LONG + "".join(context + "".join(answers) for context, answers, _ in QUESTIONS)
+    ending = next(token for token in written[2:] if token not in wrapper.tok_encode(texts))
+    byte_tokenizer(tmp_path / "theirs", kind, special=ending)
+    theirs.generation_config.eos_token_id = [0, ending]
+    wrapper = wrapped()
     assert wrapper.max_length == 96
-    assert wrapper.tok_encode("a")[:-1] == [1] * adds_begin
+    assert (wrapper.tok_encode("a")[0] == 1) == (kind == "begins")
     pairs = [(context, answer) for context, answers, _ in QUESTIONS for answer in answers]
     scored = asked(*pairs, ("", "Call me"), (LONG, "End"), (LONG.rstrip(), " in the end"))
     whole = asked((LONG,), ("Call me Ishmael",))
@@ -270,7 +296,10 @@ def test_a_folder_of_transformers_gets_the_scores_of_lm_evals_own_wrapper(
     capsys.readouterr()
     greedy = ["--temperature=0", "--max-new-tokens=10", "--stop=\n\n", "--json"]
     program.main([f"--checkpoint={tmp_path / 'theirs'}", *prompts, *greedy])
-    assert [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()] == texts[:2]
+    lines = list(map(json.loads, capsys.readouterr().out.splitlines()))
+    # The program shows the space between prompt and continuation, which the wrapper loses.
+    assert [line["text"].removeprefix(" " * (kind == "falls_back")) for line in lines] == texts[:2]
+    assert lines[0]["finish_reason"] == "end"
 
     import_model.main(["--model", str(tmp_path / "theirs"), "--output", str(tmp_path / "run")])
     for folder in (tmp_path / "theirs", tmp_path / "run"):

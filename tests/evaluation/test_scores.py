@@ -69,11 +69,21 @@ def test_a_shared_context_is_read_once(model, monkeypatch):
     assert numbers == [30]
 
 
-def test_rows_of_the_embedding_beyond_the_tokenizer_get_no_probability(model):
-    (whole,), (part,) = (score(model, [Request((1, 2), (3, 4))], vocab_size=size) for size in (None, 10))
-    assert part.log_likelihood > whole.log_likelihood
-    total = score(model, [Request((1, 2), (token,)) for token in range(10)], vocab_size=10)
-    assert sum(torch.tensor(one.log_likelihood).exp() for one in total) == pytest.approx(1)
+@pytest.mark.parametrize(("tokens_at_once", "most"), [(64, 32), (6, 3)])
+def test_continuations_of_a_shared_context_are_read_in_batches(model, monkeypatch, tokens_at_once, most):
+    """Of the new tokens, and of those in copies of the context's state."""
+    monkeypatch.setattr(scores, "MIN_SAVED", 8)
+    numbers = []
+    run_blocks = model.run_blocks
+    monkeypatch.setattr(model, "run_blocks", lambda x, *rest: (numbers.append(x.shape[:2]), run_blocks(x, *rest))[1])
+    asked = [Request(tuple(range(10)), (token, token, token)) for token in range(50)]
+    expected = [by_hand(model, request) for request in asked[:3]]
+    numbers.clear()
+    found = score(model, asked, tokens_at_once=tokens_at_once)
+    rows = [shape[0] for shape in numbers[1:]]
+    assert max(rows) == most
+    assert sum(rows) == 50
+    assert [one.log_likelihood for one in found[:3]] == pytest.approx([one for one, _ in expected], abs=1e-9)
 
 
 def test_refusals(model):

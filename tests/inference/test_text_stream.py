@@ -87,6 +87,18 @@ def steps_of(rows, continuations):
     yield
 
 
+def test_a_prompt_that_ends_in_bytes_is_whole(byte_fallback):
+    """Its last character does not appear in the continuation, whether bytes follow or not."""
+    prompt, more = ([2 + byte for byte in text.encode()] for text in ("né", "ñ!"))
+    for continuation in (more, [258 + 1], []):
+        row = Row(byte_fallback, prompt)
+        assert row.prompt_text == "né"
+        for token in continuation:
+            row.push(token)
+        row.close(9)
+        assert row.prompt_text + row.text == byte_fallback.decode([*prompt, *continuation])
+
+
 def test_rows_come_one_after_another(tokenizer):
     rows = [Row(tokenizer, prompt) for prompt in tokenizer.encode_batch(["One", "Two 🙂", "Three"])]
     continuations = tokenizer.encode_batch([" 日本", "", " and so on, a good deal longer"])

@@ -43,7 +43,7 @@ def test_a_run_on_a_recall_task(tmp_path, monkeypatch):
     assert len(nll) == 20
     assert records[-1]["val_loss"] == pytest.approx(sum(nll) / 20, rel=1e-5)
 
-    options = trained_options(config.data.dataset, config.data.reader_options)
+    options = trained_options(config.data)
     points = {"mqar": [{"num_pairs": 2, "length": 20}]}
     found = evaluate_recall(model, ["mqar"], options=options, points=points, num_documents=2)
     assert found["mqar"]["points"][0]["num_questions"] == 4

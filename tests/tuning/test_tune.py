@@ -1,18 +1,22 @@
 """A search without runs: trials, halving, resuming after a kill; and one with runs."""
 
+import errno
 import json
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from tests.conftest import write_corpus
 from torchlmoe import tune
 from torchlmoe.config.load import load_config
+from torchlmoe.tuning import runs as runs_module
 from torchlmoe.tuning.halving import Outcome, Plan, as_json, lengths_of, search
 from torchlmoe.tuning.picture import draw
 from torchlmoe.tuning.runs import Runs
@@ -35,6 +39,7 @@ def test_lists_ranges_and_multiples():
         ("x16", None, "multiplies the recipe's value, which is None"),
         ("x1", 0.1, "tries one value"),
         ("2:1", 0.1, "is not a range; write lo:hi"),
+        ("-inf:1", 0.1, "is not a range; write lo:hi"),
         ("1:2:lag", 0.1, "is not a range"),
         ("0:1:log", 0.1, "needs a logarithm"),
         ("1,,2", 0.1, "has an empty value"),
@@ -163,8 +168,76 @@ def test_bad_input(arguments, sentence, tmp_path):
     assert not (tmp_path / "found.json").exists()
 
 
+def test_values_of_a_mixers_own_settings():
+    """Given in the recipe, the mixer's default, in another table of options, or mistyped."""
+    config = load_config(["--model.layers.L.conv_size", "3", "--data.dataset", "recall:mqar"])
+    config.data.reader_options = {"num_pairs": 8}
+    values = {
+        "model.layers.L.conv_size": 3,
+        "model.layers.L.expand_v": 1.0,
+        "data.reader_options.num_pairs": 8,
+        "optimizer.lr": config.optimizer.lr,
+        "model.layers.Q.conv_size": None,
+        "model.layers.L.conf_size": None,
+        "optimiser.lr": None,
+    }
+    assert {name: tune._own(config, name) for name in values} == values
+
+
+def test_gpus_are_those_that_are_visible(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert runs_module._gpus() == ["0", "1", "2"]
+    for visible, expected in (("2,0", ["2", "0"]), ("1", []), ("", []), ("GPU-a,GPU-b", ["GPU-a", "GPU-b"])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert runs_module._gpus() == expected
+
+
+def test_a_full_disk_ends_the_search_and_other_errors_a_run(tmp_path, monkeypatch):
+    """So that the same command tries a run again that found no room."""
+
+    def start(arguments, printed, threads, gpu):
+        Path(printed).write_text(f"a line\nerror: {message}\n")
+        os._exit(2)
+
+    runs = Runs(SMALL, load_config(SMALL), tmp_path, processes=1, steps=4)
+    forking = multiprocessing.get_context("fork")  # whose processes know of `start`
+    monkeypatch.setattr(forking, "set_forkserver_preload", lambda _: None, raising=False)
+    monkeypatch.setattr(runs_module, "start", start)
+    monkeypatch.setattr(runs_module.multiprocessing, "get_context", lambda _: forking)
+    message = "The loss is not finite."
+    assert runs(0, 0, {}, 4).error == f"error: {message}"
+    message = f"The checkpoint could not be written to x: {os.strerror(errno.ENOSPC)}; make room."
+    with pytest.raises(ValueError, match=r"exit code 2: The checkpoint could not be .* No space left on device"):
+        runs(1, 0, {}, 4)
+
+
+def test_runs_start_from_an_imported_model(tmp_path):
+    """A run's first checkpoint is that of the import, and a run without it cannot begin."""
+    imported = tmp_path / "imported"
+    (imported / "import").mkdir(parents=True)
+    config = load_config([*SMALL, "--job.dump_folder", str(imported)])
+    runs = Runs(SMALL, config, tmp_path / "runs", processes=1, steps=4)
+    with pytest.raises(ValueError, match="no checkpoint of step 0 any more, from which runs would start"):
+        runs(0, 0, {}, 4)
+    first = imported / "checkpoints" / "step-00000000"
+    first.mkdir(parents=True)
+    (first / "weights").write_text("w")
+    root = tmp_path / "run" / "checkpoints"
+    for _ in range(2):
+        runs._copy_imported(root)
+        assert (root / "step-00000000" / "weights").read_text() == "w"
+    assert (first / "weights").exists()
+
+
 def test_a_file_of_another_search_is_kept(tmp_path):
     output = tmp_path / "found.json"
+    recipe = tmp_path / "found.toml"
+    recipe.write_text("# mine")
+    with pytest.raises(ValueError, match=r"found\.toml exists, and would be replaced; name another --output"):
+        tune.main([*SMALL, "--output", str(output), "--tune.optimizer.lr", "1e-3,2e-3"])
+    assert recipe.read_text() == "# mine"
+    recipe.unlink()
     for content, sentence in (
         (json.dumps({"plan": {}, "runs": []}), "belongs to another search; give its settings again"),
         ("{", "was not written by a search"),

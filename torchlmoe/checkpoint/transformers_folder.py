@@ -143,11 +143,16 @@ def family_of(content: dict[str, Any], place: Path) -> Family:
     return FAMILIES[kind]
 
 
+def end_ids_of(folder: Path, content: dict[str, Any]) -> tuple[int, ...]:
+    """Returns the tokens that end a text, often one, in generation_config.json or else config.json; may be none."""
+    generation = read_json(folder / GENERATION, _JSON) if (folder / GENERATION).is_file() else {}
+    ids = next((each["eos_token_id"] for each in (generation, content) if each.get("eos_token_id") is not None), ())
+    return tuple(index for index in (ids if isinstance(ids, (list, tuple)) else [ids]) if isinstance(index, int))
+
+
 def _tokenizer(folder: Path, content: dict[str, Any], vocab_size: int) -> Tokenizer:
     """The folder's tokenizer with the end token of its settings; without a tokenizer.json, one that reads token ids."""
-    generation = read_json(folder / GENERATION, _JSON) if (folder / GENERATION).is_file() else {}
-    ids = next((each["eos_token_id"] for each in (generation, content) if each.get("eos_token_id") is not None), None)
-    end_id = ids[0] if isinstance(ids, list) and ids else ids
+    end_id = next(iter(end_ids_of(folder, content)), None)
     if not (folder / "tokenizer.json").is_file():
         if (folder / "tokenizer.model").is_file():
             raise ValueError(
@@ -155,9 +160,9 @@ def _tokenizer(folder: Path, content: dict[str, Any], vocab_size: int) -> Tokeni
                 "AutoTokenizer."
             )
         logger.warning(f"{folder} has no tokenizer.json: write texts as token ids, such as '17 3 256'.")
-        return number_tokenizer(vocab_size, end_id if isinstance(end_id, int) else vocab_size - 1)
+        return number_tokenizer(vocab_size, vocab_size - 1 if end_id is None else end_id)
     path = folder / "tokenizer.json"
-    return Tokenizer(path, token_of_id(path, end_id) if isinstance(end_id, int) else None)
+    return Tokenizer(path, None if end_id is None else token_of_id(path, end_id))
 
 
 def most_common_dtype(tensors: TensorFolder, names: Iterable[str]) -> torch.dtype:

@@ -92,6 +92,12 @@ class HarnessModel(TemplateLM):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return sums
 
+    def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """The log-likelihood of each (context, continuation), and whether it is greedy; (0, True) if both are empty."""
+        whole = [request for request in requests if any(request.args)]  # lm-eval fails on the others
+        answers = iter(super().loglikelihood(whole, disable_tqdm))
+        return [next(answers) if any(request.args) else (0.0, True) for request in requests]
+
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **kwargs
     ) -> list[tuple[float, bool]]:
@@ -110,13 +116,7 @@ class HarnessModel(TemplateLM):
 
     def _score(self, requests: list[Request], title: str, disable_tqdm: bool) -> list[tuple[float, bool]]:
         with tqdm(total=len(requests), desc=title, disable=disable_tqdm or None) as bar:
-            scores = score(
-                self.model,
-                requests,
-                vocab_size=self.text_tokenizer.vocab_size,
-                tokens_at_once=self.tokens_at_once,
-                done=bar.update,
-            )
+            scores = score(self.model, requests, tokens_at_once=self.tokens_at_once, done=bar.update)
         return [(entry.log_likelihood, entry.is_greedy) for entry in scores]
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -147,13 +147,14 @@ class HarnessModel(TemplateLM):
                 order = sorted(group, key=lambda index: -len(prompts[index]))
                 for start in range(0, len(order), self.rows_at_once):
                     batch = order[start : start + self.rows_at_once]
-                    rows = [Row(self.text_tokenizer, prompts[index], stop) for index in batch]
+                    # Without the prompt, since HFLM decodes a continuation alone: Llama's loses its first space.
+                    rows = [Row(self.text_tokenizer, [], stop) for _ in batch]
                     for _ in continue_rows(
                         self.model,
                         rows,
                         [prompts[index] for index in batch],
                         max_new_tokens=max_new_tokens,
-                        end_id=self.eot_token_id,
+                        end_id=self.conventions.end_ids,
                         vocab_size=self.text_tokenizer.vocab_size,
                         sampling=sampling,
                         seed=self.seed + start,

@@ -6,6 +6,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
+from torchlmoe.config.recall import recall_data
+from torchlmoe.config.settings import Data
 from torchlmoe.data.recall.store import RecallStore
 from torchlmoe.data.recall.tasks import END, TASKS, Document
 from torchlmoe.inference.generate import generate
@@ -109,14 +111,17 @@ def check_names(names: Sequence[str]) -> None:
             raise ValueError(f"There is no recall task {name!r}; choose from {', '.join(RECALL)}.")
 
 
-def trained_options(dataset: str, reader_options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The options for `evaluate_recall` of a model that was trained on `data.dataset` with `data.reader_options`.
+def trained_options(data: Data) -> dict[str, dict[str, Any]]:
+    """The options for `evaluate_recall` of a model that was trained with the settings `data`.
 
-    They are the task's reader options; a point's own options take precedence. Empty if the dataset is not a recall
-    task.
+    They are the reader options of its recall tasks, except for the least number of pairs or entries: a document of a
+    point has as many as the point says. A point's own options take precedence.
     """
-    task = dataset.removeprefix("recall:")
-    return {task: dict(reader_options)} if task in TASKS and task != dataset else {}
+    options: dict[str, dict[str, Any]] = {}
+    for task, given, _ in recall_data(data):
+        if task is not None and task not in options:
+            options[task] = {name: value for name, value in given.items() if not name.startswith("min_")}
+    return options
 
 
 def _by_likelihood(model: Decoder, documents: list[Document], batch_size: int) -> dict[str, Any]:

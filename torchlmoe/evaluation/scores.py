@@ -5,8 +5,8 @@ one question after many examples, the model reads it once and continues from cop
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby, islice
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from torchlmoe.model.batch import describe
 from torchlmoe.model.decoder import Decoder
 
 TOKENS_AT_ONCE = 4096  # in a packed row
+COPIED = 8  # tokens in copies of a state, for each token of a packed row
 MIN_SAVED = 1024  # tokens that sharing a context must save, since it costs extra calls
 LOGITS_AT_ONCE = 2**24  # numbers, which bounds the memory of the head
 Tokens = tuple[int, ...]
@@ -46,14 +47,12 @@ def score(
     model: Decoder,
     requests: Sequence[Request],
     *,
-    vocab_size: int | None = None,
     tokens_at_once: int = TOKENS_AT_ONCE,
     done: Callable[[int], object] = lambda number: None,
 ) -> list[Score]:
     """Returns the score of each request, in order. An empty continuation has log-likelihood 0.
 
-    model: in evaluation mode. vocab_size: number of the tokenizer's ids; other rows of the embedding get no
-    probability.
+    model: in evaluation mode. All rows of its head get probability, as in training and in lm-eval's wrapper.
     tokens_at_once: maximum length of a packed row; a longer request is a separate row. done: called with the number of
     requests scored since its last call.
 
@@ -71,14 +70,12 @@ def score(
             of_input.setdefault(request.read, []).append(request)
     for read, start, x in _read_all(model, list(of_input), _shared_contexts(of_input), tokens_at_once):
         for request in of_input[read]:
-            scores[request] = _score(model, x[len(request.context) - 1 - start :], request.continuation, vocab_size)
+            scores[request] = _score(model, x[len(request.context) - 1 - start :], request.continuation)
             done(times[request])
     return [scores[request] for request in requests]
 
 
-def token_log_likelihoods(
-    model: Decoder, x: Tensor, targets: Tensor, vocab_size: int | None = None
-) -> Iterator[tuple[Tensor, Tensor]]:
+def token_log_likelihoods(model: Decoder, x: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Runs the head on x [T, dim] in pieces of t tokens, to bound its memory.
 
     Yields for each piece the log-likelihoods of targets int64 [T], float64 [t], and the likeliest tokens, int64 [t].
@@ -86,7 +83,7 @@ def token_log_likelihoods(
     """
     size = max(1, LOGITS_AT_ONCE // model.spec.vocab_size)
     for piece, target in zip(x.split(size), targets.split(size), strict=True):
-        logits = model.run_head(piece[None])[0, :, :vocab_size].double()
+        logits = model.run_head(piece[None])[0].double()
         if not logits.isfinite().all():
             raise FloatingPointError(
                 "The model's logits are not finite: its weights are damaged or its dtype is too narrow."
@@ -94,9 +91,9 @@ def token_log_likelihoods(
         yield logits.log_softmax(-1).gather(1, target[:, None])[:, 0], logits.argmax(-1)
 
 
-def _score(model: Decoder, x: Tensor, continuation: Tokens, vocab_size: int | None) -> Score:
+def _score(model: Decoder, x: Tensor, continuation: Tokens) -> Score:
     targets = torch.tensor(continuation, device=x.device)
-    pieces = list(token_log_likelihoods(model, x, targets, vocab_size))
+    pieces = list(token_log_likelihoods(model, x, targets))
     log_likelihood = torch.cat([piece for piece, _ in pieces]).sum()
     return Score(float(log_likelihood), torch.equal(torch.cat([likeliest for _, likeliest in pieces]), targets))
 
@@ -115,7 +112,7 @@ def _read_all(
 ) -> Iterator[tuple[Tokens, int, Tensor]]:
     """Yields each input, in any order, with a position `start` and the head's inputs from there, [T - start, dim]."""
     for context, continued in shared.items():
-        yield from _read_after(model, context, continued)
+        yield from _read_after(model, context, continued, tokens_at_once)
     rest = set(inputs).difference(*shared.values())
     row: list[Tokens] = []
     # The longest first, so that a lack of memory appears at the start.
@@ -138,18 +135,29 @@ def _read_packed(model: Decoder, row: list[Tokens]) -> Iterator[tuple[Tokens, in
         yield read, 0, part
 
 
-def _read_after(model: Decoder, context: Tokens, continued: list[Tokens]) -> Iterator[tuple[Tokens, int, Tensor]]:
+def _read_after(
+    model: Decoder, context: Tokens, continued: list[Tokens], tokens_at_once: int
+) -> Iterator[tuple[Tokens, int, Tensor]]:
     """Like `_read_all`, for inputs that begin with `context`: equal lengths together, from copies of its state."""
     device = model.embedding.weight.device
     cache = new_cache(model, 1, max(map(len, continued)))
     for x in read_pieces(model, cache, torch.tensor([context], device=device)):
         last = x[:, -1:]
     for length, group in groupby(sorted(continued, key=len), key=len):
-        inputs = list(group)
-        parts = [last.expand(len(inputs), -1, -1)]
-        if length > len(context):
-            tokens = torch.tensor([read[len(context) :] for read in inputs], device=device)
-            forked = cache[torch.zeros(len(inputs), dtype=torch.int64, device=device)]
-            parts += read_pieces(model, forked, tokens)
-        for read, x in zip(inputs, torch.cat(parts, 1), strict=True):
-            yield read, len(context) - 1, x
+        # The copies of the state may have a place for each token, so their tokens are counted too.
+        most = min(tokens_at_once // max(1, length - len(context)), COPIED * tokens_at_once // length)
+        for inputs in _batched(group, max(1, most)):
+            parts = [last.expand(len(inputs), -1, -1)]
+            if length > len(context):
+                tokens = torch.tensor([read[len(context) :] for read in inputs], device=device)
+                forked = cache[torch.zeros(len(inputs), dtype=torch.int64, device=device)]
+                parts += read_pieces(model, forked, tokens)
+            for read, x in zip(inputs, torch.cat(parts, 1), strict=True):
+                yield read, len(context) - 1, x
+
+
+def _batched(items: Iterable[Tokens], number: int) -> Iterator[list[Tokens]]:
+    """Lists of `number` items; the last may be shorter. Python 3.12 has it in itertools."""
+    iterator = iter(items)
+    while batch := list(islice(iterator, number)):
+        yield batch

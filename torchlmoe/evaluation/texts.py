@@ -70,13 +70,13 @@ def score_text(
     """
     tokens = [tokenizer.end_id if begin_id is None else begin_id, *text.tokens]
     if max_length is None:
-        log_likelihood = _log_likelihood(model, tokens, tokenizer.vocab_size)
+        log_likelihood = _log_likelihood(model, tokens)
     else:
         windows = [
             Request((tokens[start],), tuple(tokens[start + 1 : start + max_length + 1]))
             for start in range(0, len(text.tokens), max_length)
         ]
-        log_likelihood = fsum(entry.log_likelihood for entry in score(model, windows, vocab_size=tokenizer.vocab_size))
+        log_likelihood = fsum(entry.log_likelihood for entry in score(model, windows))
     per_token = -log_likelihood / len(text.tokens)
     return {
         "bits_per_byte": -log_likelihood / log(2) / text.num_bytes,
@@ -87,7 +87,7 @@ def score_text(
 
 
 @torch.inference_mode()
-def _log_likelihood(model: Decoder, tokens: list[int], vocab_size: int) -> float:
+def _log_likelihood(model: Decoder, tokens: list[int]) -> float:
     """Log-likelihood of all tokens but the first, which begins the document; a float64 sum."""
     device = model.embedding.weight.device
     cache = new_cache(model, 1, len(tokens))
@@ -95,7 +95,7 @@ def _log_likelihood(model: Decoder, tokens: list[int], vocab_size: int) -> float
     sums = []
     for x in read_pieces(model, cache, torch.tensor([tokens[:-1]], device=device)):
         here, targets = targets[: x.shape[1]], targets[x.shape[1] :]
-        sums += [float(piece.sum()) for piece, _ in token_log_likelihoods(model, x[0], here, vocab_size)]
+        sums += [float(piece.sum()) for piece, _ in token_log_likelihoods(model, x[0], here)]
     return fsum(sums)
 
 
@@ -121,6 +121,6 @@ def evaluate_texts(
         try:
             figures[str(path)] = score_text(model, read_text(path, tokenizer), tokenizer, max_length, begin_id)
         except (ValueError, OSError) as error:
-            refused.append(str(error))
+            refused.append(str(error) if isinstance(error, ValueError) else f"{path}: {error.strerror}.")
             figures[str(path)] = {"error": refused[-1]}
     return figures, refused

@@ -13,6 +13,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch import Tensor
 from torchlmoe.files import open_regular, replacing
 from torchlmoe.layers.sequence import MicrobatchShare, SequenceLayout
 from torchlmoe.model.decoder import Decoder
+from torchlmoe.model.spec import ModelSpec
 
 PIECE = 512  # tokens read at once: bounds the activations and the attention mask of a long prompt
 LENGTH = "length"
@@ -174,13 +176,20 @@ def _parts(name: str | tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _fingerprint(model: Decoder) -> str:
-    """Identifies a model, its dtype and its training step by names and shapes of weights, and some values of each."""
-    digest = hashlib.sha256()
+    """Identifies a model, its dtype and its training step by settings, shapes of weights, and some values of each."""
+    digest = hashlib.sha256(repr(_settings(model.spec)).encode())
     for name, weight in model.state_dict().items():
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
         some = weight.flatten()[:: max(1, weight.numel() // SAMPLES)]
         digest.update(some.double().cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _settings(spec: ModelSpec) -> list[Any]:
+    """The settings of a model that change what it computes in evaluation, such as rope_base."""
+    blocks = [replace(each, mixer_options=each.mixer_options | {"backend": None}) for each in spec.blocks]
+    left_out = ("blocks", "loss", "loss_chunk_size")
+    return [*blocks, *(getattr(spec, each.name) for each in fields(spec) if each.name not in left_out)]
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:

@@ -32,7 +32,7 @@ def generate_stepwise(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    end_id: int | None = None,
+    end_id: int | Sequence[int] | None = None,
     vocab_size: int | None = None,
     sampling: Sampling | None = None,
     seed: int = 0,
@@ -43,14 +43,15 @@ def generate_stepwise(
 
     model: put into evaluation mode, where experts drop nothing and count nothing.
     prompts: token ids, of any lengths. A document begins with the end token, as in training.
-    end_id: the token that ends a row, and is not part of it; None to continue to max_new_tokens.
+    end_id: the token that ends a row, and is not part of it, or several; None to continue to max_new_tokens.
     vocab_size: number of the tokenizer's ids, if the embedding has more rows. The other rows are never chosen.
     sampling: greedy if None. seed: of random draws; equal seeds give equal tokens for equal prompts.
     has_ended: called with the index of a prompt and its next token; True ends the row with this token.
     compile: compile the step. This takes minutes once and pays off over many tokens.
 
-    Raises ValueError for no prompts, prompts without tokens or with unknown ids, max_new_tokens < 1, and a vocab_size
-    above the number of the embedding's rows; FloatingPointError if logits are not finite.
+    Raises ValueError for no prompts, prompts without tokens or with unknown ids, max_new_tokens < 1, a seed below 0 or
+    above 2^63 - 1, and a vocab_size above the number of the embedding's rows; FloatingPointError if logits are not
+    finite.
     """
     vocab_size = vocab_size or model.embedding.num_embeddings
     if vocab_size > model.embedding.num_embeddings:
@@ -58,7 +59,7 @@ def generate_stepwise(
             f"The tokenizer has {vocab_size} tokens, but the model only {model.embedding.num_embeddings} rows of its "
             "embedding; use the tokenizer that it was trained with."
         )
-    _check(prompts, max_new_tokens, vocab_size)
+    _check(prompts, max_new_tokens, vocab_size, seed)
     model.eval()
     next_logits = compile_step(model.next_logits) if compile else model.next_logits
     sampling = sampling or Sampling(temperature=0)
@@ -68,8 +69,9 @@ def generate_stepwise(
     seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
     for row, prompt in zip(seen, prompts, strict=True):
         row[torch.tensor(prompt, device=device)] = True
-    if end_id is not None:
-        seen[:, end_id] = False  # every document begins with it, so ending one is not a repetition
+    end_ids = [] if end_id is None else [end_id] if isinstance(end_id, int) else list(end_id)
+    for index in end_ids:
+        seen[:, index : index + 1] = False  # a document begins with it, so ending one is not a repetition
 
     live = list(range(len(prompts)))  # the prompt of each row of the cache
     for step in range(max_new_tokens):
@@ -81,7 +83,7 @@ def generate_stepwise(
         chosen: list[int | None] = [None] * len(prompts)
         kept_rows = []
         for row, (index, token) in enumerate(zip(live, tokens[:, 0].tolist(), strict=True)):
-            if token == end_id:
+            if token in end_ids:
                 continue
             chosen[index] = token
             if has_ended is None or not has_ended(index, token):
@@ -110,7 +112,9 @@ def _keep_rows(cache: TensorDict, rows: list[int]) -> tuple[TensorDict, list[int
     return cache[: len(rows)], order
 
 
-def _check(prompts: Sequence[Sequence[int]], max_new_tokens: int, vocab_size: int) -> None:
+def _check(prompts: Sequence[Sequence[int]], max_new_tokens: int, vocab_size: int, seed: int) -> None:
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed = {seed} must be at least 0 and less than 2^63.")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens = {max_new_tokens} must be at least 1.")
     if not prompts:

@@ -39,6 +39,17 @@ class TextStream:
                 self.ids, self.shown = ids, window_text
         return new
 
+    def settle(self) -> str:
+        """Return the text that is held back although its last character is complete: more bytes may follow a byte.
+
+        A prompt needs it: what follows is the continuation.
+        """
+        text = self.tokenizer.decode(self.ids)
+        if text.endswith(UNFINISHED) or not text.startswith(self.shown):
+            return ""
+        new, self.shown = text[len(self.shown) :], text
+        return new
+
     def close(self) -> str:
         """Return the rest of the text: a character that stayed incomplete, as U+FFFD."""
         return self.tokenizer.decode(self.ids)[len(self.shown) :]
@@ -56,7 +67,7 @@ class Row:
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str] = ()):
         self._stream, self._stop = TextStream(tokenizer), StopStrings(stop)
-        self.prompt_text = "".join(map(self._stream.push, prompt))
+        self.prompt_text = "".join(map(self._stream.push, prompt)) + self._stream.settle()
         self.text, self.num_tokens, self.finish_reason = "", 0, ""
 
     def push(self, token: int) -> bool:

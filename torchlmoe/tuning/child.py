@@ -16,11 +16,11 @@ from torchlmoe.config.load import load_config
 from torchlmoe.training.trainer import Trainer
 
 
-def start(arguments: list[str], printed: str, num_threads: int, gpu: int | None) -> None:
+def start(arguments: list[str], printed: str, num_threads: int, gpu: str | None) -> None:
     """Trains and exits as train.py does.
 
     arguments: of train.py. printed: a file to which standard output and error are appended. num_threads: CPU threads,
-    unless OMP_NUM_THREADS is set. gpu: index of the only visible GPU; None for all.
+    unless OMP_NUM_THREADS is set. gpu: the only visible GPU, as in CUDA_VISIBLE_DEVICES; None for all.
     If the search is killed, this process ends too, and the next search resumes the run from its last checkpoint.
     """
     file = os.open(printed, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -30,7 +30,7 @@ def start(arguments: list[str], printed: str, num_threads: int, gpu: int | None)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(num_threads)
     if gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     sys.argv[1:] = arguments
     run(_train)
 

@@ -1,5 +1,6 @@
 """Starts or resumes the runs of a search as processes, and reads their results."""
 
+import errno
 import json
 import math
 import multiprocessing
@@ -13,7 +14,10 @@ from queue import SimpleQueue
 
 import torch
 
+from torchlmoe.checkpoint.companions import FOLDER
+from torchlmoe.checkpoint.folders import partial_of, publish, published
 from torchlmoe.config.settings import Config
+from torchlmoe.files import failures_to_write
 from torchlmoe.tuning.child import start
 from torchlmoe.tuning.halving import Outcome
 from torchlmoe.tuning.trials import Values
@@ -81,12 +85,13 @@ class Runs:
     def _train(self, folder: Path, values: Values, steps: int, place: int) -> str | None:
         """Train in a process, and return the error message of a run that failed, or None."""
         folder.mkdir(parents=True, exist_ok=True)
+        self._copy_imported(folder / "checkpoints")
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        gpus = 0 if "CUDA_VISIBLE_DEVICES" in os.environ else torch.cuda.device_count()
+        gpus = _gpus()
         printed = folder / "printed.txt"
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torchlmoe.tuning.child"])
-        threads, gpu = max(1, cores // self.processes), place % gpus if gpus > 1 else None
+        threads, gpu = max(1, cores // self.processes), gpus[place % len(gpus)] if gpus else None
         process = context.Process(target=start, args=(self.flags(folder, values, steps), str(printed), threads, gpu))
         with self._lock:
             if self._stopped:
@@ -100,12 +105,36 @@ class Runs:
         if code == 0 and (folder / "finished").exists():
             return None
         lines = printed.read_text(errors="replace").splitlines()
-        if code == 2:
-            return next((line for line in reversed(lines) if line.startswith("error")), "error: none was printed")
+        error = next((line for line in reversed(lines) if line.startswith("error")), "error: none was printed")
+        if code == 2 and not any(os.strerror(number) in error for number in (errno.ENOSPC, errno.EDQUOT)):
+            return error
+        why = f": {error.partition(': ')[2]}" if code == 2 else ", perhaps for lack of memory," if code == -9 else ""
         raise ValueError(
-            f"A run ended with exit code {code} before its last step; see {printed}. The same command resumes the "
-            "search."
+            f"A run ended with exit code {code}{why} before its last step; see {printed}. The same command resumes the "
+            "search; fewer --processes need less memory."
         )
+
+    def _copy_imported(self, root: Path) -> None:
+        """Begin a run in `root` with the first checkpoint of an imported model, if the recipe starts from one."""
+        source = Path(self.config.job.dump_folder)
+        if not (source / FOLDER).is_dir() or published(root):
+            return
+        first = published(source / "checkpoints").get(0)
+        if first is None:
+            raise ValueError(
+                f"{source} has no checkpoint of step 0 any more, from which runs would start; import the model again."
+            )
+        with failures_to_write("The imported model", root, "make room; the same command resumes the search"):
+            shutil.rmtree(partial_of(root, 0), ignore_errors=True)
+            shutil.copytree(first, partial_of(root, 0))
+            publish(root, 0, keep_latest_k=1)
+
+
+def _gpus() -> list[str]:
+    """The GPUs for runs, as in CUDA_VISIBLE_DEVICES, if there are several."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [str(index) for index in range(torch.cuda.device_count())] if visible is None else visible.split(",")
+    return names if len(names) > 1 else []
 
 
 def _last_val_loss(folder: Path, steps: int) -> float:

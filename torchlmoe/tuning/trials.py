@@ -53,7 +53,11 @@ def choices(name: str, text: str, own: Any) -> list[str] | Range:
             values_between = Range(float(low), float(high), kind == "log", isinstance(own, int))
         except ValueError:
             values_between = None
-        if values_between is None or kind not in ("", "log") or not values_between.low < values_between.high < math.inf:
+        if (
+            values_between is None
+            or kind not in ("", "log")
+            or not (-math.inf < values_between.low < values_between.high < math.inf)
+        ):
             raise ValueError(f"--tune.{name} {text} is not a range; write lo:hi or lo:hi:log with lo less than hi.")
         if values_between.log and values_between.low <= 0:
             raise ValueError(f"--tune.{name} {text} needs a logarithm; begin above 0.")
