@@ -9,6 +9,7 @@ resumes. Writes FILE.json with every run, FILE.png, and FILE.toml with the best 
 import argparse
 import hashlib
 import json
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -41,15 +42,19 @@ def main(arguments: list[str]) -> None:
     config = load_config(settings)
     plan = _plan(flags, settings, config, tuned)
     _check_files(flags.output)
-    lock = FileLock(f"{flags.output}.lock", timeout=0)
-    try:
-        with failures_to_write("The search", flags.output, "make room, or name another file"):
-            flags.output.parent.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
-    except Timeout:
-        raise ValueError(f"Another search writes {flags.output}: wait until it ends, or name another file.") from None
+    with failures_to_write("The search", flags.output, "make room, or name another file"):
+        flags.output.parent.mkdir(parents=True, exist_ok=True)
+        lock = _locked(flags.output)
     with lock:
         _search(flags, settings, config, plan)
+
+
+def _locked(output: Path) -> AbstractContextManager:
+    """A lock on a search's files. Raises ValueError if another search has it."""
+    try:
+        return FileLock(f"{output}.lock", timeout=0).acquire()
+    except Timeout:
+        raise ValueError(f"Another search writes {output}: wait until it ends, or name another file.") from None
 
 
 def _search(flags: argparse.Namespace, settings: list[str], config: Config, plan: Plan) -> None:

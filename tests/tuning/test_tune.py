@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from tests.conftest import write_corpus
 from torchlmoe import tune
@@ -264,6 +265,8 @@ def test_what_is_written(tmp_path, monkeypatch):
     arguments = [*SMALL, "--training.steps", "64", "--output", str(output), "--optimizer.lr", "1e-3"]
     arguments += ["--tune.optimizer.lr", "x64"]
     with pytest.raises(ValueError, match="exit code -9"):
+        tune.main(arguments)
+    with FileLock(f"{output}.lock", timeout=0), pytest.raises(ValueError, match="Another search writes"):
         tune.main(arguments)
     assert runs_done(output) == 3
     assert "best" not in json.loads(output.read_text())
