@@ -111,6 +111,8 @@ def page(folder: Path = RESULTS) -> str:
             verdict, figures = check.verdict(rows)
             verdicts.append(verdict)
         sections += ["", f"## {titles[-1]}", "", claim.rule, "", f"**Verdict: {verdicts[-1]}.** {figures}.", ""]
+        if claim.remark and not missing:
+            sections += [claim.remark, ""]
         for table in _tables(check, rows):
             sections += [*table, ""]
         if rows:
