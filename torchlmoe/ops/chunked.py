@@ -151,9 +151,7 @@ def cut(terms: Terms, slab: Slab) -> Chunks:
         per_head = terms.log_decay.dim() == 1
         of_groups = terms.log_decay[:, None].expand(-1, chunk_size) if per_head else of_tokens
         key_decay = MatrixDecay(of_tokens, of_groups, reads_before, dtype)
-    value_decay = Undecayed()
-    if terms.value_log_decay is not None:
-        value_decay = ChannelDecay(chunks_of(terms.value_log_decay), reads_before)
+    value_decay = Undecayed() if (h := terms.value_log_decay) is None else ChannelDecay(chunks_of(h), reads_before)
 
     scores_NCRCW = key_decay.pair(x_NCRK, y_NCWK)
     read_keys_NCRK = decayed(x_NCRK, key_decay.from_start)
@@ -188,18 +186,18 @@ def scan(chunks: Chunks, state: Tensor, finished: list[Tensor]) -> tuple[Tensor,
     States of documents that have ended are appended to `finished`, shortest last.
     """
     written_keys, v_NCV = chunks.written_keys_NCWK, chunks.v_NCV
-    added = removed = None
-    if chunks.writes_v:
-        added = torch.bmm(written_keys[:, :, 0].mT, decayed(v_NCV, chunks.value_decay.to_end))
+    removed = None
+    added = torch.bmm(written_keys[:, :, 0].mT, decayed(v_NCV, chunks.value_decay.to_end)) if chunks.writes_v else None
     if chunks.inverse_NCC is not None:
         z_NCV = -torch.bmm(chunks.scores_NCRCW[:, :, -1, :, 0], v_NCV) if chunks.writes_v else v_NCV
         removed = torch.bmm(chunks.inverse_NCC, z_NCV)  # n of every step, after erased_keys S is subtracted
     erase = () if removed is None else (removed, chunks.erased_keys_NCK, written_keys[:, :, -1].mT)
-    per_step = [chunks.steps(x) for x in (chunks.starts_NKV, added, chunks.whole(), *erase)]
-    for start, plus, whole, *of_erase in zip(*per_step, strict=True):
-        finished.append(state[start.shape[0] :])
-        start.copy_(state[: start.shape[0]])
-        state = carry(start, whole, plus)
+    starts, *others = (chunks.steps(x) for x in (chunks.starts_NKV, added, chunks.whole(), *erase))
+    for start, following, plus, whole, *of_erase in zip(starts, [*starts[1:], None], *others, strict=True):
+        if state is not start:
+            finished.append(state[start.shape[0] :])
+            start.copy_(state[: start.shape[0]])
+        state = carry(start, whole, plus, following)
         if of_erase:
             n, erased_keys, keys = of_erase
             n.baddbmm_(erased_keys, start, alpha=-1)
@@ -208,11 +206,12 @@ def scan(chunks: Chunks, state: Tensor, finished: list[Tensor]) -> tuple[Tensor,
     return state, values[0].unsqueeze(2) if len(values) == 1 else torch.stack(values, 2)
 
 
-def carry(state: Tensor, whole: Tensor | None, added: Tensor | None) -> Tensor:
-    """Return the state, or its gradient, after a chunk's decay and the chunk's additions: a new tensor."""
+def carry(state: Tensor, whole: Tensor | None, added: Tensor | None, place: Tensor | None = None) -> Tensor:
+    """Return the state, or its gradient, after a chunk's decay and additions: in `place` if it fits, or a copy."""
+    out = place if place is not None and place.shape == state.shape else torch.empty_like(state)
     if whole is None:
-        return state.clone() if added is None else state + added
-    return state * whole if added is None else torch.addcmul(added, state, whole)
+        return out.copy_(state) if added is None else torch.add(state, added, out=out)
+    return torch.mul(state, whole, out=out) if added is None else torch.addcmul(added, state, whole, out=out)
 
 
 def read(chunks: Chunks, w_NCWV: Tensor) -> Tensor:

@@ -129,7 +129,7 @@ def _slab_backward(
         """What passes from the first state of each chunk to its last, summed over keys (1), values (2) or both."""
         return carry(starts_NKV, chunks.whole(), None).mul_(grad_end_NKV).sum(dims)
 
-    grads = {}
+    grads = {"v": grad_v}
     if isinstance(key_decay, MatrixDecay):
         from_start, to_end = ((x * grad).sum((2, 3)) for x, grad in ((x_NCRK, grad_x), (y_NCWK, grad_y)))
         within = None
@@ -149,7 +149,6 @@ def _slab_backward(
         grads["value_log_decay"] = value_decay.gradient(
             of_scores, readers, w_NCWV, read_NCRV, grad_v.unsqueeze(2), through(1), before
         )
-    grads["v"] = grad_v
 
     k_NCK, grad_k = y_NCWK[:, :, 0], grad_y[:, :, 0]
     weight, bonus_N1K = chunks.bonus_weight(), chunks.bonus_N1K
@@ -184,12 +183,14 @@ def _mirrored_scan(
     grad_ends_NKV = torch.empty_like(chunks.starts_NKV)
     keys, erased = chunks.written_keys_NCWK[:, :, -1], chunks.erased_keys_NCK
     erase = () if erased is None else (grad_w_NCWV[:, :, -1], keys, erased.mT)
-    per_step = [chunks.steps(x) for x in (grad_ends_NKV, grad_added, chunks.whole(), *erase)]
-    for grad_end, plus, whole, *of_erase in reversed(list(zip(*per_step, strict=True))):
-        num_before = grad_state.shape[0]
-        grad_end[:num_before] = grad_state
-        grad_end[num_before:] = last_grad[num_before : grad_end.shape[0]]
-        grad_state = carry(grad_end, whole, plus)
+    ends, *others = (chunks.steps(x) for x in (grad_ends_NKV, grad_added, chunks.whole(), *erase))
+    ends[-1][: grad_state.shape[0]] = grad_state
+    per_step = list(zip(ends, [last_grad[:0], *ends[:-1]], *others, strict=True))
+    for grad_end, preceding, plus, whole, *of_erase in reversed(per_step):
+        num_active, num_before = grad_end.shape[0], grad_state.shape[0]
+        if num_before < num_active:
+            grad_end[num_before:] = last_grad[num_before:num_active]
+        grad_state = carry(grad_end, whole, plus, preceding[:num_active])
         if of_erase:
             grad_n, keys, erased_keys = of_erase
             grad_n.baddbmm_(keys, grad_end)
