@@ -291,6 +291,26 @@ def test_flops_of_projections(case):
     assert said == pytest.approx(across_tokens + 64 * convolutions, rel=1e-6)
 
 
+@pytest.mark.parametrize("case", MIXERS)
+@pytest.mark.parametrize("sequence", [PACKED, SequenceLayout.of_rows(1, 300)], ids=["packed", "one_row"])
+def test_gradients_under_a_dispatch_mode(case, sequence):
+    """Such as FlopCounterMode. Operations that it calls have neither torch.func nor lazy conjugation."""
+    mixer, length = build(case), sequence.positions.shape[1]
+    shared = {"shared": torch.zeros(1, length, DIM, dtype=torch.float64)} if mixer.shared_width else {}
+
+    def gradients():
+        x = inputs(1, length).requires_grad_()
+        mixer.zero_grad()
+        y = mixer(x, sequence=sequence, **shared)
+        (y[0] if shared else y).square().sum().backward()
+        return [x.grad, *(parameter.grad for parameter in mixer.parameters())]
+
+    expected = gradients()
+    with FlopCounterMode(display=False):
+        found = gradients()
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_settings_reach_the_constructor(case):
     name, options = CASES[case]

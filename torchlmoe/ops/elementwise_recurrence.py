@@ -313,7 +313,7 @@ def _scan_back(grad_states: Tensor, decay: Tensor, counts: list[int], carry: Ten
         The gradient of the states at the start of the slab.
     """
     by_place = grad_states.split(counts)
-    conjugates = _by_place(decay.conj().resolve_conj(), counts)
+    conjugates = _by_place(torch.conj_physical(decay), counts)
     for place in reversed(range(len(counts))):
         now = by_place[place]
         if place + 1 < len(counts):
@@ -371,16 +371,16 @@ def _scan_backward(
             grad_states = torch.zeros_like(states)
         else:
             q_PHK, grad_o_PHV = _take(q, tokens, 4, dtype), _take(grad_o, tokens, 4, dtype)
-            grad_states = q_PHK.conj()[..., None] * grad_o_PHV[:, :, None]
-            _give(grad_q, tokens, 4, _over_values(states.conj(), grad_o_PHV))
+            grad_states = torch.conj_physical(q_PHK)[..., None] * grad_o_PHV[:, :, None]
+            _give(grad_q, tokens, 4, _over_values(torch.conj_physical(states), grad_o_PHV))
         carry = _scan_back(grad_states, decay, counts, carry, grad_final)
         _give(grad_k, tokens, 4, _over_values(grad_states, v_PHV))
-        _give(grad_v, tokens, 4, _over_keys(k_PHK.conj(), grad_states))
-        grad_decay = grad_states.mul_(decayed.conj())
+        _give(grad_v, tokens, 4, _over_keys(torch.conj_physical(k_PHK), grad_states))
+        grad_decay = grad_states.mul_(torch.conj_physical(decayed))
         if step is None:
             _give(grad_log_decay, tokens, 5, grad_decay)
         else:
-            _give(grad_step, tokens, 4, (grad_decay * log_decay.conj()).sum(2))
+            _give(grad_step, tokens, 4, (grad_decay * torch.conj_physical(log_decay)).sum(2))
             _give(grad_log_decay, tokens, 5, grad_decay.mul_(_take(step, tokens, 4, dtype)[:, :, None]))
     # A document without tokens passes the gradient of its final state to its initial state.
     grad_initial = torch.cat([carry, grad_final[carry.shape[0] :]])

@@ -32,6 +32,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from torchlmoe.ops.checks import check_bounds, check_shape, num_documents
 from torchlmoe.ops.operation import custom_op, gradients_of, keep_for_backward, operation, size_by_documents
+from torchlmoe.ops.pull_back import pull_back
 from torchlmoe.ops.scan_backend import check_backend
 from torchlmoe.ops.scan_layout import chunk_layout, kept_scan_layout, num_scan_starts
 
@@ -390,10 +391,10 @@ def _backward(grad_o: Tensor, grad_final: Tensor, starts: Tensor, *arguments) ->
     for slab in reversed(slabs):
         state = starts[end - slab.counts[0] : end]
         end -= slab.counts[0]
-        # Autograd is off within an operation; torch.func is not.
-        pull_back = torch.func.vjp(partial(_descend, slab, norm_eps), state, _slab_terms(slab, dtype, terms))[1]
-        grad_o_MHCV = slab.take(grad_o, dtype)
-        grad_state[: slab.counts[0]], grads_of_slab = pull_back((grad_o_MHCV, grad_state[: slab.counts[0]].clone()))
+        grads_of_results = slab.take(grad_o, dtype), grad_state[: slab.counts[0]].clone()
+        grad_state[: slab.counts[0]], grads_of_slab = pull_back(
+            partial(_descend, slab, norm_eps), (state, _slab_terms(slab, dtype, terms)), grads_of_results
+        )
         for name, grad in grads_of_slab.items():
             if grads[name].dim() == 2:
                 grads[name] += grad

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from torchlmoe.ops.checks import num_documents
 from torchlmoe.ops.chunk_layout import ChunkLayout, Slab, chunk_layouts, restore_order
+from torchlmoe.ops.pull_back import pull_back
 
 CHUNK_SIZE = 64
 
@@ -65,10 +66,9 @@ def time_invariant_backward(
             def convolve(x, state, k, log_decay, q=None, slab=slab):
                 return _convolve(slab, k, x, log_decay, state, q)
 
-            # Autograd is off within an operation; torch.func is not.
-            pull_back = torch.func.vjp(convolve, _cut(slab, v, state), state, *constants)[1]
             grads = (grad_state,) if q is None else (grad_state, _cut(slab, grad_o, state))
-            grad_x, grad_state, *of_slab = pull_back(grads)
+            inputs = _cut(slab, v, state), state, *constants
+            grad_x, grad_state, *of_slab = pull_back(convolve, inputs, grads)
             _paste(slab, grad_x, grad_v)
             of_constants = [x + y for x, y in zip(of_constants, of_slab, strict=True)]
         of_states.append(grad_state)
