@@ -375,12 +375,14 @@ def test_degrees():
         check_degrees(load(f"{interleaved} --parallelism.pipeline_parallel_split [0,1,2]"), 2)
     with pytest.raises(ConfigError, match=r"gives 5 microbatches, which Inter.* in 2 equal rounds; set .* = 4\."):
         check_degrees(load(f"{interleaved} --training.local_batch_size 1 --training.global_batch_size 5"), 2)
-    with pytest.raises(ConfigError, match=r"a multiple of 16 tokens on each rank; .* seq_len is 24"):
+    with pytest.raises(ConfigError, match=r"a multiple of 16 tokens at once; .* seq_len is 24"):
         check_degrees(load("--float8.enable true --training.seq_len 3"), 2)
-    with pytest.raises(ConfigError, match=r"seq_len is 16, over context_parallel_degree times tensor_p.* = 2"):
+    with pytest.raises(ConfigError, match=r"seq_len is 16, over context_parallel_degree = 2\."):
         check_degrees(context(2, "--float8.enable true --training.seq_len 2"), 2)
-    with pytest.raises(ConfigError, match=r"seq_len is 16, over context_parallel_degree times tensor_p.* = 2"):
-        check_degrees(load("--float8.enable true --training.seq_len 2 --parallelism.tensor_parallel_degree 2"), 2)
+    heads = "--float8.enable true --training.seq_len 2 --parallelism.tensor_parallel_degree 2"
+    check_degrees(load(heads), 2)
+    with pytest.raises(ConfigError, match=r"seq_len is 16, over .* = 1 times tensor_parallel_degree = 2, for latent"):
+        check_degrees(load(f"{heads} --moe.latent_dim 16"), 2)
 
 
 @pytest.mark.parametrize(

@@ -47,13 +47,25 @@ def check_degrees(config: Config, world_size: int) -> None:
                     f"tokens of {table}.local_batch_size rows of training.seq_len; choose a divisor."
                 )
     tokens = rows["training"] * seq_len
-    if config.float8.enable and tokens // pieces % 16:
+    # Other linear layers in float8 have the tokens of all ranks of tensor parallelism.
+    parts = pieces if _has_latent_experts(config) else context
+    if config.float8.enable and tokens // parts % 16:
+        of_latent = f" times tensor_parallel_degree = {degrees.tensor_parallel_degree}, for latent_dim" * (
+            parts > context
+        )
         raise ConfigError(
-            "float8.enable = true needs a multiple of 16 tokens on each rank; training.local_batch_size * seq_len is "
-            f"{tokens}, over context_parallel_degree times tensor_parallel_degree = {pieces}."
+            "float8.enable = true needs a multiple of 16 tokens at once; training.local_batch_size * seq_len is "
+            f"{tokens}, over context_parallel_degree = {context}{of_latent}."
         )
     if degrees.pipeline_parallel_degree > 1:
         _check_microbatches(config, world_size)
+
+
+def _has_latent_experts(config: Config) -> bool:
+    """Whether projections before and after experts run on each rank's piece of the tokens."""
+    tables = [config.model.layers[letter] for letter in config.model.layer_pattern[: config.model.num_layers]]
+    of_moe = [table.get("mlp_options", {}) for table in tables if table.get("mlp", "moe") == "moe"]
+    return any(options.get("latent_dim", config.moe.latent_dim) is not None for options in of_moe)
 
 
 def ranks_of_rows(config: Config) -> int:

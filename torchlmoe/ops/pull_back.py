@@ -1,4 +1,4 @@
-"""Gradients by `torch.func` within an operation, whose backward has no formula of its own."""
+"""Gradients by `torch.func` within an operation, for backwards that are not written as formulas."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
