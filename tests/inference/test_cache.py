@@ -191,6 +191,8 @@ def test_a_cache_of_something_else_is_refused(saved, tmp_path):
         trained,
         build("--model.layer_pattern", "NL", dtype=torch.float32),
         build("--model.layer_pattern", "LN"),
+        # Equal weights, other settings.
+        build("--model.layer_pattern", "LN", "--model.rope_base", "500.0", dtype=torch.float32),
     ):
         assert "was saved with another model" in refusal(path, other)
     assert "rows of 11 tokens; max_length = 5" in refusal(path, model, max_length=5)
