@@ -17,7 +17,7 @@ from tests.interop.families import CASES, all_in_float64, their_model
 from torchlmoe import generate as program
 from torchlmoe import import_model
 from torchlmoe.checkpoint import open_model
-from torchlmoe.checkpoint.conventions import Conventions, conventions_of
+from torchlmoe.checkpoint.conventions import Conventions, _max_length, conventions_of
 from torchlmoe.evaluate import main
 from torchlmoe.evaluation.harness import HarnessModel
 from torchlmoe.inference.generate import generate
@@ -356,3 +356,14 @@ def test_what_was_trained_here_begins_with_the_end_token(folder, model, tokenize
     assert found[""] == found["--begin-with-end"] == pytest.approx(math.exp(-sum(begun) / 3), rel=1e-9)
     assert found["--no-begin-with-end"] == pytest.approx(math.exp(-sum(plain) / 3), rel=1e-9)
     assert found[""] != pytest.approx(found["--no-begin-with-end"], rel=1e-3)
+
+
+def test_maximum_lengths_are_those_of_lm_evals_wrapper():
+    """Of the model's settings, else of the tokenizer's, else 2048; 10**30 stands for no limit."""
+    from lm_eval.models.huggingface import resolve_max_length
+    from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
+
+    for content in ({}, {"n_ctx": 7}, {"n_positions": 5, "max_position_embeddings": 6}, {"max_position_embeddings": 6}):
+        for tokenizer in ({}, {"model_max_length": 300}, {"model_max_length": VERY_LARGE_INTEGER}):
+            expected = resolve_max_length(SimpleNamespace(**content), SimpleNamespace(**tokenizer))
+            assert _max_length(content, tokenizer) == expected
