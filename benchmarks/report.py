@@ -81,6 +81,7 @@ class Worker:
         self._pipe, pipe = context.Pipe()
         self._process = context.Process(target=_serve, args=(pipe, make, args), daemon=True)
         self._process.start()
+        pipe.close()  # otherwise the end of the process would not end `recv`
         self()
 
     def __call__(self) -> None:

@@ -51,7 +51,7 @@ MISTAKES = {
         "weighted_swiglu(gate_up_MF, weight_M)",
         "weighted_swiglu(gate_up_MF, weight_M * 0.99)",
     ),
-    "causal_conv": ("ops/causal_conv.py", "reach = (distance >= shift)", "reach = (distance >= 0)"),
+    "causal_conv": ("ops/causal_conv.py", "x.index_fill_(1, (bounds - shift if", "x.index_fill_(1, (bounds - 1 if"),
     "kernel:gates": ("kernels/gates.py", "of_A_log += tl.sum(grad * s, 0)", "of_A_log += tl.sum(grad, 0)"),
     "ConvHalo": ("styles/halo.py", "y: y[:, width:]", "y: y[:, : y.shape[1] - width]"),
 }

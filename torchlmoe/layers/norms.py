@@ -11,6 +11,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from torchlmoe.layers.initialization import constant_
 from torchlmoe.ops.kernel_backend import kernels_serve
 from torchlmoe.ops.operation import operation
+from torchlmoe.ops.row_sum import row_sum
 from torchlmoe.styles.heads import NormOverHeads
 
 Total = Callable[[Tensor], Tensor] | None  # sums over the ranks that have the other channels, if there are any
@@ -25,26 +26,24 @@ class _ScaleToUnit(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor | None, factor: float, eps: float) -> Tensor:
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
-        inverse = norm.square_().mul_(factor).add_(eps).rsqrt_()
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        inverse = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().mul_(factor).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
         ctx.factor = factor
-        y = x * inverse
+        y = wide * inverse
         return (y if weight is None else y.mul_(weight)).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         x, weight, inverse = ctx.saved_tensors
-        unit = x * inverse
+        unit, grad = x.to(inverse.dtype) * inverse, grad.to(inverse.dtype)
         product = unit * grad
         grad_weight = None
         if weight is not None:
-            grad_weight = product.reshape(-1, *weight.shape).sum(0).to(weight.dtype)
-            product, grad = product.mul_(weight), grad.to(product.dtype) * weight
-        along = product.sum(-1, keepdim=True)
-        grad_x = unit.mul_(along.mul_(-ctx.factor)).add_(grad).mul_(inverse)
+            grad_weight = row_sum(product.reshape(-1, *weight.shape)).to(weight.dtype)
+            product, grad = product.mul_(weight), grad * weight
+        grad_x = torch.addcmul(grad, unit, product.sum(-1, keepdim=True).mul_(-ctx.factor)).mul_(inverse)
         return grad_x.to(x.dtype), grad_weight, None, None
 
 

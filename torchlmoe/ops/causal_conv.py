@@ -2,10 +2,11 @@
 
     y_t = silu(bias + sum_i w_i x_{t-i})        i = 0 .. width - 1, without tokens of earlier documents
 
-On a GPU kernels/causal_conv.py computes it. Otherwise it is a sum of shifted multiply-adds on [B, T, channels]: on a
-CPU this is several times faster than `conv1d` with its transposes, forward and backward. It is one operation to
-torch. The sum before the SiLU is kept for the backward. Sums are in at least float32 and rounded once.
+On a GPU kernels/causal_conv.py computes it. Otherwise it is one operation to torch, a sum of shifted multiply-adds: on
+a CPU several times faster than `conv1d`. It keeps the sum before the SiLU. Sums are in at least float32.
 """
+
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torch import Tensor
 from torchlmoe.ops.checks import check_bounds_at_hand, num_documents
 from torchlmoe.ops.kernel_backend import kernels_serve, within_reach
 from torchlmoe.ops.operation import custom_op, gradients_of, keep_for_backward, operation
+from torchlmoe.ops.row_sum import row_sum
 
 
 @operation
@@ -53,47 +55,34 @@ def causal_conv(
     return F.silu(y) if activation else y
 
 
-def _edges(cu_seqlens: Tensor, length: int, reach: int, at_end: bool) -> tuple[Tensor, Tensor]:
-    """Return the tokens within `reach` of their document's start (or end), and the distance of each (from 0)."""
-    check_bounds_at_hand(cu_seqlens, length)  # here too, since a compiled caller could not check
-    bounds = cu_seqlens.long()
-    lengths = bounds[1:] - bounds[:-1]
-    distance = torch.arange(reach, device=bounds.device).expand(len(lengths), -1)
-    tokens = (bounds[1:, None] - 1 - distance) if at_end else (bounds[:-1, None] + distance)
-    inside = distance < lengths[:, None]
-    return tokens[inside], distance[inside]
+def _columns(weight: Tensor, like: Tensor) -> list[Tensor]:
+    """The weights of the token itself, the one before it, and so on, each [channels]."""
+    return list(weight.to(like.dtype).T.flip(0).contiguous().unbind())
 
 
-def _shifted_sum(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None, forward: bool) -> Tensor:
-    """sum_i w_i x_{t-i}, or x_{t+i} for the backward, over the tokens of the same document, in x's dtype."""
-    width = weight.shape[1]
-    columns = [weight[:, width - 1 - shift].to(x.dtype).contiguous() for shift in range(width)]
-    y = x * columns[0]
-    for shift in range(1, min(width, x.shape[1])):
-        if forward:
-            y[:, shift:].addcmul_(x[:, :-shift], columns[shift])
-        else:
-            y[:, :-shift].addcmul_(x[:, shift:], columns[shift])
-    if cu_seqlens is not None and width > 1:
-        # Recompute the sum near a document's edge, so that the neighboring document does not even change the rounding.
-        tokens, distance = _edges(cu_seqlens, x.shape[1], width - 1, at_end=not forward)
-        edge = x[0, tokens] * columns[0]
-        for shift in range(1, width):
-            reach = (distance >= shift)[:, None]
-            source = (tokens - shift if forward else tokens + shift).clamp(0, x.shape[1] - 1)
-            edge = edge + torch.where(reach, x[0, source], 0) * columns[shift]
-        y[0, tokens] = edge
-    return y
+def _shifts(x: Tensor, width: int, cu_seqlens: Tensor | None, forward: bool) -> Iterator[tuple[int, slice, slice]]:
+    """For i = 1 .. width - 1: i, the tokens t, and the tokens t - i that they see (t + i for the backward).
 
-
-def _sum_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+    It clears x at the tokens that another document would see."""
+    length = x.shape[1]
+    bounds = None if cu_seqlens is None else cu_seqlens[1:-1].long()
+    for shift in range(1, min(width, length)):
+        if bounds is not None:
+            # A token outside the row becomes one at its other end, which no token sees any more.
+            x.index_fill_(1, (bounds - shift if forward else bounds + shift - 1) % length, 0)
+        earlier, later = slice(length - shift), slice(shift, length)
+        yield (shift, later, earlier) if forward else (shift, earlier, later)
 
 
 @custom_op("torchlmoe::causal_conv")
 def _forward(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None, activation: bool) -> tuple[Tensor, Tensor]:
     """Returns y, and the sum before the SiLU (empty without one)."""
-    total = _shifted_sum(x.to(_sum_dtype(x)), weight, cu_seqlens, forward=True)
+    check_bounds_at_hand(cu_seqlens, x.shape[1])  # here too, since a compiled caller could not check
+    wide = x.to(torch.promote_types(x.dtype, torch.float32), copy=cu_seqlens is not None)
+    columns = _columns(weight, wide)
+    total = wide * columns[0]
+    for shift, tokens, seen in _shifts(wide, weight.shape[1], cu_seqlens, forward=True):
+        total[:, tokens].addcmul_(wide[:, seen], columns[shift])
     y = F.silu(total) if activation else total
     return y.to(x.dtype), (total.to(x.dtype) if activation else x.new_empty(0))
 
@@ -108,25 +97,19 @@ def _(x, weight, cu_seqlens, activation):
 def _backward(
     grad: Tensor, x: Tensor, weight: Tensor, cu_seqlens: Tensor | None, activation: bool, total: Tensor
 ) -> tuple[Tensor, Tensor]:
-    dtype = x.dtype
-    x, grad = x.to(_sum_dtype(x)), grad.to(_sum_dtype(x))
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    grad = grad.to(wide.dtype, copy=not activation and cu_seqlens is not None)
     if activation:
         grad = torch.ops.aten.silu_backward(grad, total.to(grad.dtype))
-    width = weight.shape[1]
-    edges = None if cu_seqlens is None else _edges(cu_seqlens, x.shape[1], width - 1, at_end=False)
-    columns = []
-    for shift in range(width):
-        if shift >= x.shape[1]:
-            columns.append(grad.new_zeros(weight.shape[0]))
-            continue
-        product = grad[:, shift:] * x[:, : x.shape[1] - shift]
-        if edges is not None and shift:
-            tokens, distance = edges
-            crossing = tokens[(distance < shift) & (tokens >= shift)] - shift
-            product.index_fill_(1, crossing, 0)
-        columns.append(product.sum((0, 1)))
-    grad_weight = torch.stack(columns[::-1], 1).to(weight.dtype)
-    return _shifted_sum(grad, weight, cu_seqlens, forward=False).to(dtype), grad_weight
+    columns = _columns(weight, grad)
+    grad_x, product = grad * columns[0], grad * wide
+    grad_columns = [row_sum(product.flatten(0, 1)), *(torch.zeros_like(column) for column in columns[1:])]
+    for shift, tokens, seen_by in _shifts(grad, weight.shape[1], cu_seqlens, forward=False):
+        grad_x[:, tokens].addcmul_(grad[:, seen_by], columns[shift])
+        torch.mul(grad[:, seen_by], wide[:, tokens], out=product[:, tokens])
+        product[:, tokens.stop] = 0
+        grad_columns[shift] = row_sum(product.flatten(0, 1))
+    return grad_x.to(x.dtype), torch.stack(grad_columns[::-1], 1).to(weight.dtype)
 
 
 @_backward.register_fake
