@@ -1,6 +1,7 @@
 """By what a generated page knows whether it is of the files as they are."""
 
 import hashlib
+import re
 import tokenize
 from pathlib import Path
 
@@ -16,3 +17,13 @@ def fingerprint(path: Path) -> str:
             first_of_line = token.type in layout
             digest.update(layout.get(token.type, token.string).replace(" ", "").encode())
     return digest.hexdigest()[:16]
+
+
+def parts_of(path: Path) -> set[Path]:
+    """Return a file and the files of its folder that it imports, and that those import."""
+    found, new = set(), {path}
+    while new:
+        found |= new
+        names = {name for file in new for name in re.findall(r"^from \.(\w+) import", file.read_text(), re.MULTILINE)}
+        new = {path.with_name(f"{name}.py") for name in names} - found
+    return found

@@ -20,6 +20,7 @@ speed of kernels.
 import argparse
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -214,7 +215,11 @@ def sweep(name: str, scale: Scale) -> Iterator[Row]:
 
     size = replace(scale.anchor, length=min(scale.anchor.length, 4096))
     trial = Trial(name, size, getattr(torch, scale.dtype), scale.device)
-    modules = [module for module in kernel_modules() if "linear_recurrence" in module.__name__]
+    modules = [
+        module
+        for module in kernel_modules()
+        if re.search("(recurrence_launch|linear_recurrence_backward)$", module.__name__)
+    ]
     x = torch.empty(0, device=scale.device)
     family = next(module.architecture(x) for module in modules if hasattr(module, "architecture"))
     faults: list[str] = []

@@ -34,7 +34,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from benchmarks.fingerprints import fingerprint
+from benchmarks.fingerprints import fingerprint, parts_of
 from benchmarks.operations import OPERATIONS, Size, kernel_modules
 from benchmarks.report import arguments, show
 
@@ -291,10 +291,9 @@ def to_keep(table: str) -> Cells:
     if f"Triton {triton.__version__} " not in table or "\nNothing.\n" not in table:
         return {}
     cells = cells_of(table)
-    changed = {path.stem for path in KERNELS.glob("*.py") if f"- {path.name}: {fingerprint(path)}" not in table}
-    files = {key: key[0].split(".")[0] for key in cells}
-    # A backward also has what its forward's file defines.
-    again = {key[1] for key, file in files.items() if {file, file.removesuffix("_backward")} & changed}
+    changed = {path for path in KERNELS.glob("*.py") if f"- {path.name}: {fingerprint(path)}" not in table}
+    files = {file: parts_of(KERNELS / f"{file}.py") for file in {key[0].split(".")[0] for key in cells}}
+    again = {key[1] for key in cells if files[key[0].split(".")[0]] & changed}
     return {key: cell for key, cell in cells.items() if key[1] not in again}
 
 

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.fingerprints import parts_of
 from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.mixers import MIXERS
 from torchlmoe.mixers.base import Place
@@ -88,11 +89,13 @@ def table() -> str:
     called = {name: operations_of(name) for name in MIXERS}
     lines = ["| file | lines | what | mixers |", "|---|---|---|---|"]
     total, served = 0, set()
-    for path in sorted(FOLDER.glob("*.py")):
-        text = path.read_text()
-        operations = set(re.findall(r'"torchlmoe::(\w+)"', text))
+    files = {path: path.read_text() for path in sorted(FOLDER.glob("*.py"))}
+    needed = {path: parts_of(path) for path in files}
+    for path, text in files.items():
+        whole = "".join(of_user for user, of_user in files.items() if path in needed[user])
+        operations = set(re.findall(r'"torchlmoe::(\w+)"', whole))
         mixers = [name for name in MIXERS if operations & called[name]]
-        summary = text.lstrip('"').split("\n\n")[0].replace("\n", " ").rstrip(".")
+        summary = text.split('"""')[1].split("\n\n")[0].replace("\n", " ").rstrip(".")
         total, served = total + text.count("\n"), served | set(mixers)
         names = f"{len(mixers)}: {', '.join(mixers)}" if mixers else "every block"
         lines.append(f"| [{path.name}]({path.name}) | {text.count(chr(10))} | {summary} | {names} |")

@@ -1,6 +1,6 @@
 """The gradient of the elementwise recurrence; importing it registers the gradient with the forward's operation.
 
-It needs `elementwise_recurrence.py`, whose notation and parts it shares. With dS_t the gradient of S_t, and z_t the
+It has the notation of `elementwise_recurrence.py`. With dS_t the gradient of S_t, and z_t the
 decayed preceding state exp(G_t) * S_{t-1}:
 
     dS_t = conj(q_t) do_t^T + conj(exp G_{t+1}) * dS_{t+1}         dk_t = dS_t v_t          dv_t = Re(dS_t^T conj(k_t))
@@ -28,25 +28,21 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .elementwise_recurrence import (
+from .elementwise_recurrence import Problem, elementwise_recurrence, flops, raw, strided
+from .elementwise_tiles import (
     Complex,
-    Problem,
     Rows,
     chunk_rows,
     conjugate,
-    elementwise_recurrence,
     exp,
-    flops,
     key_tile,
     load,
     log_decay_tile,
     place,
     plus,
-    raw,
     scaled,
     scan,
     store,
-    strided,
     sum_along,
     tile_columns,
     times,

@@ -146,7 +146,7 @@ BREAKS = [
     ),
     Break(
         "kernel ignores the decay between tokens of a chunk",
-        "kernels/linear_recurrence.py",
+        "kernels/recurrence_tiles.py",
         'return tl.exp2(tl.where(seen, passed, -float("inf")))',
         "return tl.where(seen, 1.0, 0.0)",
         "tests/kernels/test_linear_recurrence.py",

@@ -44,7 +44,7 @@ STATES = empty(DOCUMENTS, HEADS, WIDTH, WIDTH, dtype=torch.float32)
 def test_linear_recurrence(erases, fills, launches, monkeypatch):
     forward = module("linear_recurrence", monkeypatch)
     backward = module("linear_recurrence_backward", monkeypatch)
-    monkeypatch.setattr(forward, "FILLS", fills)
+    monkeypatch.setattr(module("recurrence_launch", monkeypatch), "FILLS", fills)
     keys, values = empty(*OF_KEYS), empty(*OF_VALUES)
     erase = empty(*OF_VALUES[:3], dtype=torch.float32) if erases else None
     decay = empty(*OF_VALUES, dtype=torch.float32)

@@ -87,12 +87,12 @@ def test_long_row(terms, device):
 def test_few_or_many_programs(terms, device, monkeypatch):
     """Where programs for documents, heads and tiles of values would not fill a chip, states are stored on the way, each
     shared by two chunks, and read by all spans at a time; backward, chunks wait less for one another."""
-    from torchlmoe.kernels import linear_recurrence as kernels
+    from torchlmoe.kernels import recurrence_launch
 
     bounds = torch.tensor([0, 0, 130, 331, 332], dtype=torch.int32, device=device)
     inputs = make_inputs(TERMS[terms], 1, 332, value_heads=1, num_states=4)
     for fills in (1, 1000):
-        monkeypatch.setattr(kernels, "FILLS", fills)
+        monkeypatch.setattr(recurrence_launch, "FILLS", fills)
         check(inputs, device, cu_seqlens=bounds)
 
 

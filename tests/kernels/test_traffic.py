@@ -13,7 +13,7 @@ from benchmarks.fingerprints import fingerprint
 from benchmarks.launch_traffic import BETWEEN, Traffic, counted_launches, machine, traffic_of
 from benchmarks.operations import OPERATIONS, Size
 from tests.kernels.conftest import INTERPRETED
-from torchlmoe.kernels import linear_recurrence
+from torchlmoe.kernels import recurrence_launch
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="counts in Triton's interpreter")
 AGAIN = "; kernels have changed since it was written: run python -m benchmarks.kernel_traffic"
@@ -90,7 +90,7 @@ def recurrence_args(instance, length, rows=1, heads=2, width=24, dtype=torch.flo
 )
 def test_linear_recurrence(instance, fills, monkeypatch):
     """Chunks and tiles that are not full."""
-    monkeypatch.setattr(linear_recurrence, "FILLS", fills)
+    monkeypatch.setattr(recurrence_launch, "FILLS", fills)
     args = recurrence_args(instance, 80)
     o, final = assert_counts("torchlmoe::linear_recurrence_triton", args)
     assert_counts("torchlmoe::linear_recurrence_triton_backward", (o, final, *args))
