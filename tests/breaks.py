@@ -56,8 +56,8 @@ BREAKS = [
     Break(
         "convolution sees the preceding document",
         "torchlmoe/ops/causal_conv.py",
-        "reach = (distance >= shift)[:, None]",
-        "reach = (distance >= 0)[:, None]",
+        "x.index_fill_(1, (bounds - shift if forward else bounds + shift - 1) % length, 0)",
+        "pass",
         "tests/ops tests/mixers",
     ),
     Break(
