@@ -85,10 +85,10 @@ class Worker:
         self()
 
     def __call__(self) -> None:
-        self._pipe.send("run")
         try:
+            self._pipe.send("run")
             self._pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):  # which of them depends on when it ended
             raise RuntimeError("A benchmark's process ended before it answered; its error is above.") from None
 
     def close(self) -> None:

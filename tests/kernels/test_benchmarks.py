@@ -107,6 +107,11 @@ def test_a_case_that_fails_ends_alone(tmp_path):
     assert not over["finished"]
 
 
+def test_a_process_that_ends_is_an_error():
+    with pytest.raises(RuntimeError, match="A benchmark's process ended before it answered"):
+        report.Worker(os._exit, 3)
+
+
 def test_a_broken_gpu_or_toolchain_leaves_what_was_measured(monkeypatch):
     """After an illegal access every call of CUDA raises, and a Triton may lack a tool."""
 

@@ -96,6 +96,9 @@ def test_only_what_changed_is_compiled_again(table, resources):
     known = resources.fingerprint(resources.KERNELS / "linear_recurrence.py")
     kept = {key[1] for key in resources.to_keep(table.replace(known, "another"))}
     assert kept == set(resources.CALLS) - set(resources.RECURRENCES)
+    known = resources.fingerprint(resources.KERNELS / "recurrence_tiles.py")  # which other files import
+    kept = {key[1] for key in resources.to_keep(table.replace(known, "another"))}
+    assert kept == set(resources.CALLS) - set(resources.RECURRENCES)
     assert resources.to_keep(table.replace("with Triton ", "with Triton 0")) == {}
     assert resources.to_keep(table.replace("\nNothing.\n", "\n- a fault\n")) == {}
 
