@@ -56,6 +56,14 @@ def test_linear_recurrence(erases, fills, launches, monkeypatch):
     assert launches.count("scan") == (2 if fills == 1 else 3)
 
 
+def test_rows_of_one_span_store_no_states(launches, monkeypatch):
+    """Spans make no more programs than rows, so one pass suffices, however few programs there are."""
+    monkeypatch.setattr(module("recurrence_launch", monkeypatch), "FILLS", 1000)
+    row = empty(2, 32, HEADS, WIDTH)
+    module("linear_recurrence", monkeypatch).linear_recurrence._init_fn(row, row, row, *[None] * 5, 1.0, None, None)
+    assert launches == ["scan"]
+
+
 def test_elementwise_recurrence(launches, monkeypatch):
     forward = module("elementwise_recurrence", monkeypatch)
     backward = module("elementwise_recurrence_backward", monkeypatch)
