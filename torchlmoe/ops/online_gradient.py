@@ -21,40 +21,22 @@ mini-batches, and the backward runs and differentiates each slab again.
 Legend: B batch, T tokens, H heads, K key width, V value width, N documents, M mini-batches, C slots of a mini-batch.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from torchlmoe.ops.checks import check_bounds, check_shape, num_documents
+from torchlmoe.ops.chunk_layout import Slab, chunk_plan
+from torchlmoe.ops.mini_batches import MiniBatches, Terms, descend, read, weigh
+from torchlmoe.ops.mini_batches_backward import climb
 from torchlmoe.ops.operation import custom_op, gradients_of, keep_for_backward, operation, size_by_documents
 from torchlmoe.ops.pull_back import pull_back
 from torchlmoe.ops.scan_backend import check_backend
-from torchlmoe.ops.scan_layout import chunk_layout, kept_scan_layout, num_scan_starts
+from torchlmoe.ops.scan_layout import chunk_layout, kept_chunk_layout
 
-SLAB_STEPS = 16  # mini-batches; one state is kept per slab
-
-
-class Terms(NamedTuple):
-    """The tensor arguments of `online_gradient`."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    learning_rate: Tensor
-    norm_weight: Tensor
-    norm_bias: Tensor
-    log_decay: Tensor | None = None
-    log_momentum: Tensor | None = None
-    step_scale: Tensor | None = None
-
-    def present(self, function: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        """Apply `function` to each term that is not None; returns results by name."""
-        return {name: function(x) for name, x in self._asdict().items() if x is not None}
+SLAB_TOKENS = 8192  # times heads; one state is kept per slab
 
 
 @operation
@@ -217,34 +199,15 @@ def _reference(
     return o, torch.stack(last_states) if last_states else states
 
 
-@dataclass
-class _MiniBatches:
-    """The mini-batches of a slab, ordered by place in the document, then from the longest document to the shortest."""
-
-    counts: list[int]  # documents that have a j-th mini-batch of the slab, for each j
-    tokens_MC: Tensor  # the token at each slot, counted over all rows; 0 at empty ones
-    filled_MC: Tensor  # whether the slot has a token
-    complete_M: Tensor  # whether the mini-batch ends with its last slot
-    first: bool  # whether the slab's first mini-batches may have begun earlier, so that W differs from W_a
-
-    def take(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """[B, T, H, ...] -> [M, H, C, ...], zero in empty slots."""
-        taken = x.flatten(0, 1)[self.tokens_MC].to(dtype)
-        filled = self.filled_MC.view(*self.filled_MC.shape, *[1] * (taken.dim() - 2))
-        return taken.masked_fill(~filled, 0).movedim(2, 1)
-
-    def put(self, into: Tensor, x: Tensor) -> None:
-        """Writes the filled slots of x [M, H, C, ...] to their tokens in [B, T, H, ...]."""
-        rows = x.movedim(1, 2)[self.filled_MC].to(into.dtype)
-        into.view(-1, *into.shape[2:]).index_copy_(0, self.tokens_MC[self.filled_MC], rows)
-
-
 def _mini_batches(
     v: Tensor, cu_seqlens: Tensor | None, offset: Tensor | None, size: int
-) -> tuple[list[_MiniBatches], Tensor]:
+) -> tuple[list[MiniBatches], Tensor]:
     """The slabs of mini-batches, and the documents in their order."""
+    num_heads = v.shape[2]
     if offset is None:
-        layout = kept_scan_layout(v, cu_seqlens, size, SLAB_STEPS)
+        layout = kept_chunk_layout(
+            *_layout_key(v, None if cu_seqlens is None else tuple(cu_seqlens.tolist()), size), v.device
+        )
         token_at = None
     else:
         # Tokens that were read before get slots too, but empty ones.
@@ -254,86 +217,32 @@ def _mini_batches(
             if end > start:
                 places += [-1] * past + list(range(start, end))
             shifted.append(len(places))
-        layout = chunk_layout(1, len(places), shifted, size, SLAB_STEPS * len(offset), v.device)
+        layout = chunk_layout(1, len(places), shifted, size, _slab_size(num_heads, size), v.device)
         token_at = torch.tensor(places, dtype=torch.int64, device=v.device)
-    slabs: list[_MiniBatches] = []
+    batches: list[MiniBatches] = []
     for slab in layout.slabs:
-        tokens = slab.tokens_MC if token_at is None else token_at[slab.tokens_MC]
-        reached = torch.ones_like(tokens, dtype=torch.bool) if slab.padded_MC is None else ~slab.padded_MC
         # A layout of shorter chunks has no document as long as a mini-batch.
-        complete = reached.all(1) & (tokens.shape[1] == size)
-        filled = reached & (tokens >= 0)
-        slabs.append(_MiniBatches(slab.num_active, tokens.clamp_min(0), filled, complete, first=not slabs))
-    return slabs, layout.order_N
+        reached = torch.ones_like(slab.tokens_MC, dtype=torch.bool) if slab.padded_MC is None else ~slab.padded_MC
+        complete = reached.all(1) & (reached.shape[1] == size)
+        if token_at is not None:
+            tokens = token_at[slab.tokens_MC]
+            slab = Slab(slab.num_active, tokens.clamp_min(0), ~reached | (tokens < 0), None)
+        batches.append(MiniBatches(slab, num_heads, complete, first=not batches))
+    return batches, layout.order_N
 
 
-def _decays(log: Tensor) -> tuple[Tensor, Tensor]:
-    """exp of the sums of log [M, H, C] since the start, and between two places, [M, H, C, C] (zero above)."""
-    total = log.double().cumsum(-1)
-    between = (total[..., :, None] - total[..., None, :]).tril()  # no exponent is positive
-    return total.to(log.dtype).exp(), between.to(log.dtype).exp().tril()
+def _layout_key(v: Tensor, bounds: tuple[int, ...] | None, size: int) -> tuple:
+    batch_size, length, num_heads = v.shape[:3]
+    return batch_size, length, bounds, size, _slab_size(num_heads, size)
 
 
-def _descend(slab: _MiniBatches, norm_eps: float, state: Tensor, terms: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Run a slab of mini-batches from the state of its documents; differentiable.
-
-    terms: the present ones of `Terms`, [M, H, C, ...] if they vary with tokens. Returns o [M, H, C, V], and the state
-    after the slab or after the document's last mini-batch.
-    """
-    q, k, v, learning_rate, norm_weight, norm_bias, log_decay, log_momentum, step_scale = Terms(**terms)
-    from_start, path = _decays(torch.zeros_like(learning_rate) if log_decay is None else log_decay)
-    if log_momentum is not None:
-        momentum_from_start, momentum_path = _decays(log_momentum)
-        path = path * slab.filled_MC[:, None, None, :]  # an empty slot must not add S to W again
-        from_momentum = (path @ momentum_from_start[..., None])[..., 0]
-        path = path @ momentum_path
-        momentum_key = k * (momentum_path[..., -1, :] * learning_rate)[..., None]
-    path = path * learning_rate[..., None, :]
-    scores = (q @ k.mT) * path
-    written_key = k * path[..., -1, :, None]
-    read_q = decayed_q = q * from_start[..., None]
-    if step_scale is not None:
-        scale = step_scale[:, : q.shape[2], None]  # short documents have fewer slots
-        read_q, decayed_q, scores = torch.lerp(q, decayed_q, scale), scale * decayed_q, scale * scores
-    if log_momentum is not None:
-        momentum_q = q * from_momentum[..., None] * (1 if step_scale is None else scale)
-    complete = slab.complete_M[:, None, None, None]
-    weight, bias = norm_weight[:, None], norm_bias[:, None]
-
-    outputs, finished = [], []
-    start = 0
-    for step, count in enumerate(slab.counts):
-        rows = slice(start, start + count)
-        start += count
-        finished.append(state[count:])
-        anchor, current, *momentum = state[:count].unbind(2)
-        gradient = _gradient(k[rows] @ anchor, v[rows], weight, bias, norm_eps)
-        o = read_q[rows] @ anchor - scores[rows] @ gradient
-        if slab.first and step == 0:
-            o = o + decayed_q[rows] @ (current - anchor)
-        changed = from_start[rows, :, -1:, None] * current - written_key[rows].mT @ gradient
-        if momentum:
-            o = o + momentum_q[rows] @ momentum[0]
-            changed = changed + from_momentum[rows, :, -1:, None] * momentum[0]
-            kept = momentum_from_start[rows, :, -1:, None] * momentum[0]
-            momentum = [kept - momentum_key[rows].mT @ gradient]
-        current = ended = changed
-        if step_scale is not None:
-            ended = torch.lerp(anchor, changed, scale[:, -1:])
-            current = torch.where(complete[rows], ended, changed)
-        outputs.append(o)
-        state = torch.stack([torch.where(complete[rows], ended, anchor), current, *momentum], 2)
-    return torch.cat(outputs), torch.cat([state, *reversed(finished)])
+def _slab_size(num_heads: int, size: int) -> int:
+    return max(1, SLAB_TOKENS // (size * num_heads))
 
 
 def _split(arguments: tuple) -> tuple[Terms, tuple]:
     """The terms, and the arguments of the operation after them."""
     return Terms(*arguments[: len(Terms._fields)]), arguments[len(Terms._fields) :]
-
-
-def _slab_terms(slab: _MiniBatches, dtype: torch.dtype, terms: Terms) -> dict[str, Tensor]:
-    """The terms as `_descend` takes them."""
-    return terms.present(lambda x: x.to(dtype) if x.dim() == 2 else slab.take(x, dtype))
 
 
 _ARGUMENTS = (
@@ -345,19 +254,18 @@ _ARGUMENTS = (
 
 @custom_op("torchlmoe::online_gradient", schema=f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
 def _forward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns o, the final state and, for the backward, each slab's first state, [rows, H, 2 or 3, K, V]."""
+    """Returns o, the final state and, for the backward, each slab's first state, [rows * H, 2 or 3, K, V]."""
     terms, (initial_state, norm_eps, mini_batch_size, offset, cu_seqlens) = _split(arguments)
     v = terms.v
     slabs, order_N = _mini_batches(v, cu_seqlens, offset, mini_batch_size)
-    state = _first_state(terms, initial_state, cu_seqlens).index_select(0, order_N)
-    o = torch.zeros_like(v, memory_format=torch.contiguous_format)
-    final, starts = state.clone(), []  # an empty document keeps its initial state
+    final = _first_state(terms, initial_state, cu_seqlens).index_select(0, order_N)
+    o, starts = torch.zeros_like(v, memory_format=torch.contiguous_format), []
+    state = final.flatten(0, 1)  # an empty document keeps its initial state
     for slab in slabs:
-        starts.append(state[: slab.counts[0]])
-        o_MHCV, state = _descend(slab, norm_eps, starts[-1], _slab_terms(slab, state.dtype, terms))
-        slab.put(o, o_MHCV)
-        final[: state.shape[0]] = state
-        state = state[: slab.counts[-1]]
+        starts.append(state[: slab.counts[0]].clone())
+        steps, reads = weigh(slab, slab.cut_terms(terms, state.dtype))
+        states, _, state[: slab.counts[0]] = descend(slab, norm_eps, steps, starts[-1])
+        slab.slab.paste(read(reads, states), o)
     return o, torch.empty_like(final).index_copy_(0, order_N, final), torch.cat([*starts, state[:0]])
 
 
@@ -366,13 +274,13 @@ def _(*arguments):
     terms, (initial_state, _, mini_batch_size, offset, cu_seqlens) = _split(arguments)
     state = _first_state(terms, initial_state, cu_seqlens)
     rows = size_by_documents(
-        lambda bounds: num_scan_starts(terms.v, bounds, mini_batch_size, SLAB_STEPS),
+        lambda bounds: chunk_plan(*_layout_key(terms.v, bounds, mini_batch_size)).num_first * terms.v.shape[2],
         terms.v,
         cu_seqlens,
         known=offset is None,
     )
     o = torch.empty_like(terms.v, memory_format=torch.contiguous_format)
-    return o, torch.empty_like(state), state.new_empty(rows, *state.shape[1:])
+    return o, torch.empty_like(state), state.new_empty(rows, *state.shape[2:])
 
 
 @custom_op(
@@ -387,19 +295,23 @@ def _backward(grad_o: Tensor, grad_final: Tensor, starts: Tensor, *arguments) ->
     dtype = starts.dtype
     grads = terms.present(lambda x: torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format))
     grad_state = grad_final.to(dtype).index_select(0, order_N)  # of every document's state after the slab
-    end = starts.shape[0]
+    of_documents, end = grad_state.flatten(0, 1), starts.shape[0]
     for slab in reversed(slabs):
-        state = starts[end - slab.counts[0] : end]
-        end -= slab.counts[0]
-        grads_of_results = slab.take(grad_o, dtype), grad_state[: slab.counts[0]].clone()
-        grad_state[: slab.counts[0]], grads_of_slab = pull_back(
-            partial(_descend, slab, norm_eps), (state, _slab_terms(slab, dtype, terms)), grads_of_results
+        count = slab.counts[0]
+        state, end = starts[end - count : end], end - count
+        slab_terms = slab.cut_terms(terms, dtype)
+        steps, reads = weigh(slab, slab_terms)
+        states, inner, _ = descend(slab, norm_eps, steps, state)
+        grad_reads, grad_states = pull_back(read, (reads, states), slab.cut(grad_o, dtype))
+        grad_steps, of_documents[:count] = climb(
+            slab, norm_eps, steps, states, inner, grad_states, of_documents[:count]
         )
+        (grads_of_slab,) = pull_back(partial(weigh, slab), (slab_terms,), (grad_steps, grad_reads))
         for name, grad in grads_of_slab.items():
             if grads[name].dim() == 2:
                 grads[name] += grad
             else:
-                slab.put(grads[name], grad)
+                slab.slab.paste(grad, grads[name])
     result = [v.new_empty(0) if x is None else grads[name].to(x.dtype) for name, x in terms._asdict().items()]
     if initial_state is None:
         return [*result, v.new_empty(0)]
