@@ -7,13 +7,14 @@ import torch.nn.functional as F
 from torchlmoe.layers.biased_decay import BiasedDecay, LogSigmoidDecay
 from torchlmoe.layers.cross_entropy import linear_cross_entropy
 from torchlmoe.layers.decay_gate import DecayGate
-from torchlmoe.layers.feature_maps import pair_products, taylor_features
+from torchlmoe.layers.feature_maps import taylor_features
 from torchlmoe.layers.group_norms import GroupRMSNorm
 from torchlmoe.layers.norms import RMSNorm, l2_norm, rms_norm
 from torchlmoe.layers.rotary import rotary_phases, rotate
 from torchlmoe.layers.sequence import SequenceLayout
 from torchlmoe.layers.token_shift import TokenShift
 from torchlmoe.ops.packed_attention import packed_attention
+from torchlmoe.ops.pair_products import pair_products
 
 
 def randn(*shape, seed=0):
@@ -77,6 +78,7 @@ def test_polynomial_features():
     assert_same((pair_products(x) * pair_products(y)).sum(-1), product.square(), [x, y])
     taylor = (taylor_features(x) * taylor_features(y)).sum(-1)
     assert_same(taylor, 1 + product + product.square() / 2, [x, y])
+    torch.library.opcheck(torch.ops.torchlmoe.pair_products.default, (x,))
 
 
 @pytest.mark.parametrize("channels", [None, 5])

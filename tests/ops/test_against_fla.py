@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from torchlmoe.layers.feature_maps import pair_products, taylor_features
+from torchlmoe.layers.feature_maps import taylor_features
 from torchlmoe.ops import elementwise_recurrence, linear_recurrence, online_gradient
+from torchlmoe.ops.pair_products import pair_products
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 

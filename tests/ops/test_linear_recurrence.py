@@ -9,6 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from torchlmoe.ops import linear_recurrence, span_summary
 from torchlmoe.ops.chunk_layout import chunk_layouts
+from torchlmoe.ops.chunked import layouts_of
 
 TERMS = {
     "none": (),
@@ -265,6 +266,21 @@ def test_no_documents(backend):
     o, state = linear_recurrence(**inputs, output_final_state=True, cu_seqlens=none, backend=backend)
     assert o.shape == inputs["v"].shape
     assert state.shape == inputs["initial_state"].shape
+
+
+def test_documents_of_whole_chunks_are_read_as_rows():
+    """Without indices, whatever the order of dimensions in memory is."""
+    inputs = make_inputs(TERMS["gated_delta"], 3, 64)
+    expected = run(inputs)
+    not_per_token = {"initial_state"}
+    for order in ("tokens first", "heads first"):
+        packed = {name: x if name in not_per_token else x.flatten(0, 1)[None] for name, x in inputs.items()}
+        if order == "heads first":
+            packed |= {name: packed[name].transpose(1, 2).contiguous().transpose(1, 2) for name in ("q", "k", "v")}
+        bounds = torch.tensor([0, 64, 128, 192], dtype=torch.int32)
+        assert all(slab.steps is not None for layout in layouts_of(packed["v"], bounds) for slab in layout.slabs)
+        for name, x in run(packed, cu_seqlens=bounds).items():
+            assert torch.equal(x.reshape(expected[name].shape), expected[name]), name
 
 
 def test_packings_of_many_layers_are_laid_out_once():

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from tensordict import TensorDict
 from torch import Tensor
 
-from torchlmoe.layers.feature_maps import pair_products
 from torchlmoe.layers.group_norms import LayerNorm
 from torchlmoe.mixers.based import Based
+from torchlmoe.ops.pair_products import pair_products
 from torchlmoe.options import NormEps
 
 NORMALIZER_EPS = 1e-5  # the sum of the weights is rounded by up to 1e-6 in float32

@@ -32,7 +32,7 @@ class Slab:
     num_active: list[int]  # documents that take part in each step of the scan
     tokens_MC: Tensor  # int64: the token at each slot (0 at padded ones)
     padded_MC: Tensor | None  # bool; None without padding
-    steps: slice | None  # if all rows are whole chunks, the slab's place in each row; then no indices are needed
+    steps: slice | None  # if documents are equal whole chunks, the slab's place in each; then no indices are needed
     indices: dict[str, Tensor] = field(default_factory=dict)  # made once, for every layer
 
     def cut_into(self, x: Tensor, out: Tensor) -> Tensor:
@@ -66,8 +66,10 @@ class Slab:
         out.view(-1, *out.shape[3:]).index_copy_(0, places, rows)
 
     def _view(self, x: Tensor, steps: slice) -> Tensor:
-        """[B, T, H, ...] -> [steps, B, H, C, ...]"""
-        return x.unflatten(1, (-1, self.tokens_MC.shape[1]))[:, steps].transpose(0, 1).transpose(2, 3)
+        """[B, T, H, ...] -> [steps, documents, H, C, ...]"""
+        documents = x if x.shape[0] > 1 else x[0].unflatten(0, (self.num_active[0], -1))
+        chunks = documents.unflatten(1, (-1, self.tokens_MC.shape[1]))
+        return chunks[:, steps].transpose(0, 1).transpose(2, 3)
 
     def _rows(self, num_heads: int, repeat: int) -> Tensor:
         """The rows of [B * T * num_heads] that the slots of repeat * num_heads heads hold."""
@@ -113,6 +115,13 @@ class Plan:
     def num_first(self) -> int:
         """Number of documents at the start of the slabs, summed over all slabs."""
         return sum(active[0] for active in self.num_active)
+
+    @property
+    def is_regular(self) -> bool:
+        """Whether documents of equal lengths, each of them whole chunks, follow one another."""
+        length = self.lengths[0] if self.lengths else 0
+        regular = [document * length for document in range(len(self.lengths))]
+        return length > 0 and length % self.chunk_size == 0 and {*self.lengths} == {length} and self.starts == regular
 
     @property
     def num_slots(self) -> int:
@@ -173,10 +182,10 @@ def chunk_plans(
     return [chunk_plan(*shape, documents=documents) for documents in groups.values()]
 
 
-def layout_of(plan: Plan, whole_rows: bool, device: torch.device) -> ChunkLayout:
-    """The plan's layout on a device. whole_rows: whether documents are rows of whole chunks."""
+def layout_of(plan: Plan, device: torch.device) -> ChunkLayout:
+    """The plan's layout on a device."""
     slots = torch.arange(plan.chunk_size, device=device)
-    slabs, start = [], 0
+    slabs, start, is_regular = [], 0, plan.is_regular
     for num_active in plan.num_active:
         steps = range(start, start + len(num_active))
         places = [(document, step) for step in steps for document in plan.order[: num_active[step - start]]]
@@ -187,7 +196,7 @@ def layout_of(plan: Plan, whole_rows: bool, device: torch.device) -> ChunkLayout
         if min(num_valid) < plan.chunk_size:
             padded = slots >= torch.tensor(num_valid, dtype=torch.int64, device=device)[:, None]
             tokens = tokens.masked_fill(padded, 0)
-        slabs.append(Slab(num_active, tokens, padded, slice(steps.start, steps.stop) if whole_rows else None))
+        slabs.append(Slab(num_active, tokens, padded, slice(steps.start, steps.stop) if is_regular else None))
         start = steps.stop
     return ChunkLayout(slabs, torch.tensor(plan.order, dtype=torch.int64, device=device))
 
@@ -199,4 +208,4 @@ def chunk_layouts(
 ) -> tuple[ChunkLayout, ...]:
     """Arguments are the same as those of `chunk_plans`."""
     plans = chunk_plans(batch_size, length, bounds, max_chunk_size, slab_size)
-    return tuple(layout_of(plan, bounds is None and length % plan.chunk_size == 0, device) for plan in plans)
+    return tuple(layout_of(plan, device) for plan in plans)

@@ -12,8 +12,7 @@ from torchlmoe.ops.chunk_layout import ChunkLayout, chunk_plan, layout_of
 
 def chunk_layout(batch_size, length, bounds, max_chunk_size: int, slab_size: int, device: torch.device) -> ChunkLayout:
     """Arguments are the same as those of `chunk_plan`."""
-    plan = chunk_plan(batch_size, length, bounds, max_chunk_size, slab_size)
-    return layout_of(plan, bounds is None and length % plan.chunk_size == 0, device)
+    return layout_of(chunk_plan(batch_size, length, bounds, max_chunk_size, slab_size), device)
 
 
 # Made once for the forward and backward of all layers of a step.
