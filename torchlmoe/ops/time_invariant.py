@@ -13,6 +13,8 @@ are at the left of the chunk for reads and at the right for writes. The state de
 Legend: N documents, M chunks, C slots of a chunk, H heads, K key width, V value width.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,9 +38,10 @@ def time_invariant_forward(
     for layout in layouts:
         state = state_NHKV.index_select(0, layout.order_N)
         for slab in layout.slabs:
-            state, *read = _convolve(slab, k, _cut(slab, v, state), log_decay, state, q)
-            for o_HVMC in read:
-                _paste(slab, o_HVMC, o)
+            x_HVMC = _cut(slab, v, state)
+            starts_HVMK, state = _scan(slab, *_write(slab, state.dtype, x_HVMC, k, log_decay), state)
+            if q is not None:
+                _paste(slab, _read(x_HVMC, starts_HVMK, k, log_decay, q), o)
         final.append(state)
     return o, restore_order(layouts, torch.cat(final))
 
@@ -54,27 +57,34 @@ def time_invariant_backward(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q (None without it), k, v, log_decay and the state before."""
-    constants = [k, log_decay] if q is None else [k, log_decay, q]
-    of_constants = [torch.zeros_like(x) for x in constants]
-    layouts, of_states = _layouts(v, cu_seqlens), []
+    grad_q = None if q is None else torch.zeros_like(q)
+    grad_k, grad_log_decay, of_states = torch.zeros_like(k), torch.zeros_like(log_decay), []
+    layouts = _layouts(v, cu_seqlens)
     grad_v = torch.zeros_like(v, memory_format=torch.contiguous_format)
     for layout in layouts:
         state = state_NHKV.index_select(0, layout.order_N)
-        grad_state = grad_final.to(state.dtype).index_select(0, layout.order_N)
+        of_state = grad_final.to(state.dtype).index_select(0, layout.order_N)
         for slab in layout.slabs:
-
-            def convolve(x, state, k, log_decay, q=None, slab=slab):
-                return _convolve(slab, k, x, log_decay, state, q)
-
-            grads = (grad_state,) if q is None else (grad_state, _cut(slab, grad_o, state))
-            inputs = _cut(slab, v, state), state, *constants
-            grad_x, grad_state, *of_slab = pull_back(convolve, inputs, grads)
-            _paste(slab, grad_x, grad_v)
-            of_constants = [x + y for x, y in zip(of_constants, of_slab, strict=True)]
-        of_states.append(grad_state)
-    grad_k, grad_log_decay, *of_q = of_constants
+            x_HVMC, write = _cut(slab, v, state), partial(_write, slab, state.dtype)
+            added, decay = write(x_HVMC, k, log_decay)
+            starts, _ = _scan(slab, added, decay, state)
+            of_x, of_starts = torch.zeros_like(x_HVMC), torch.zeros_like(starts)
+            if q is not None:
+                of_x, of_starts, *of_constants = pull_back(
+                    _read, (x_HVMC, starts, k, log_decay, q), _cut(slab, grad_o, state)
+                )
+                for total, x in zip((grad_k, grad_log_decay, grad_q), of_constants, strict=True):
+                    total += x
+            of_added, of_state = _scan_back(slab, decay, of_starts, of_state)
+            written_x, *of_constants = pull_back(
+                write, (x_HVMC, k, log_decay), (of_added, torch.conj_physical(starts) * of_added)
+            )
+            for total, x in zip((grad_k, grad_log_decay), of_constants, strict=True):
+                total += x
+            _paste(slab, of_x + written_x, grad_v)
+        of_states.append(of_state)
     grad_state = restore_order(layouts, torch.cat(of_states))
-    return of_q[0] if of_q else None, grad_k, grad_v, grad_log_decay, grad_state
+    return grad_q, grad_k, grad_v, grad_log_decay, grad_state
 
 
 def _layouts(v: Tensor, cu_seqlens: Tensor | None) -> tuple[ChunkLayout, ...]:
@@ -101,44 +111,68 @@ def _real(x: Tensor, sign: int = 1) -> Tensor:
     return torch.cat([x.real, sign * x.imag], -1) if x.is_complex() else x
 
 
-def _convolve(
-    slab: Slab, k: Tensor, x_HVMC: Tensor, log_decay: Tensor, state_NHKV: Tensor, q: Tensor | None = None
-) -> tuple[Tensor, ...]:
-    """The state after each document, longest first, and with q also o [H, V, M, C]; differentiable."""
-    dtype, chunk_size = state_NHKV.dtype, x_HVMC.shape[-1]
-    once_HV1K = log_decay.to(torch.promote_types(log_decay.dtype, torch.float64)).exp().mT[:, :, None]
-    powers_HVCK, power_HV1K = torch.ones_like(once_HV1K, dtype=dtype), once_HV1K
-    while powers_HVCK.shape[2] < chunk_size:
-        powers_HVCK = torch.cat([powers_HVCK, powers_HVCK * power_HV1K.to(dtype)], 2)
-        power_HV1K = power_HV1K * power_HV1K
-    decay_HVMK, powers = power_HV1K.to(dtype), _real(powers_HVCK)
+def _powers(log_decay: Tensor, dtype: torch.dtype, chunk_size: int) -> tuple[Tensor, Tensor]:
+    """exp(n G) for n below the chunk size, [H, V, C, K] in `dtype`, and for n = 1 and the chunk size, [H, V, 2, K]."""
+    once = log_decay.to(torch.promote_types(log_decay.dtype, torch.float64)).exp().mT[:, :, None]
+    powers, power = torch.ones_like(once, dtype=dtype), once
+    while powers.shape[2] < chunk_size:
+        powers = torch.cat([powers, powers * power.to(dtype)], 2)
+        power = power * power
+    return powers, torch.cat([once, power], 2).to(dtype)
 
-    written = x_HVMC
+
+def _write(slab: Slab, dtype: torch.dtype, x_HVMC: Tensor, k: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor]:
+    """What each chunk adds to the state, and the state's decay over it, [H, V, M, K]; differentiable."""
+    chunk_size = x_HVMC.shape[-1]
+    powers_HVCK, ends = _powers(log_decay, dtype, chunk_size)
+    written, decay_HVMK = x_HVMC, ends[:, :, 1:]
     if slab.padded_MC is not None:
         length_M = chunk_size - slab.padded_MC.sum(1)
         source_MC = torch.arange(chunk_size, device=x_HVMC.device) - (chunk_size - length_M)[:, None]
         written = x_HVMC.gather(-1, source_MC.clamp_min(0).expand_as(x_HVMC)) * (source_MC >= 0)
         decay_HVMK = torch.cat([powers_HVCK, decay_HVMK], 2)[:, :, length_M]
-    added_HVMK = written.flip(-1) @ powers
+    added_HVMK = written.flip(-1) @ _real(powers_HVCK)
     if dtype.is_complex:
         added_HVMK = torch.complex(*added_HVMK.chunk(2, -1))
     added_HVMK = added_HVMK * k.to(dtype)[:, None, None]
+    return added_HVMK, decay_HVMK.expand_as(added_HVMK)
 
+
+def _read(x_HVMC: Tensor, starts_HVMK: Tensor, k: Tensor, log_decay: Tensor, q: Tensor) -> Tensor:
+    """o [H, V, M, C]; differentiable. starts: the states at the start of each chunk."""
+    dtype, chunk_size = starts_HVMK.dtype, x_HVMC.shape[-1]
+    powers_HVCK, ends = _powers(log_decay, dtype, chunk_size)
+    powers, q_H11K = _real(powers_HVCK), q.to(dtype)[:, None, None]
+    # Re(z w) is the product of (Re z, Im z) and (Re w, -Im w).
+    taps_HVC = (powers @ _real(q_H11K * k.to(dtype)[:, None, None], -1).mT)[..., 0]
+    toeplitz = F.pad(taps_HVC, (chunk_size - 1, 0)).unfold(-1, chunk_size, 1).flip(-1)
+    before = starts_HVMK * (q_H11K * ends[:, :, :1])
+    return x_HVMC @ toeplitz.mT + _real(before, -1) @ powers.mT
+
+
+def _scan(slab: Slab, added_HVMK: Tensor, decay_HVMK: Tensor, state_NHKV: Tensor) -> tuple[Tensor, Tensor]:
+    """The states at the start of each chunk, [H, V, M, K], and after each document, longest first."""
     state, starts, finished = state_NHKV.permute(1, 3, 0, 2), [], []
-    by_step = zip(
-        added_HVMK.split(slab.num_active, 2), decay_HVMK.expand_as(added_HVMK).split(slab.num_active, 2), strict=True
-    )
-    for added, decay in by_step:
+    for added, decay in _by_step(slab, added_HVMK, decay_HVMK):
         starts.append(state[:, :, : added.shape[2]])
         finished.append(state[:, :, added.shape[2] :])
         state = torch.addcmul(added, decay, starts[-1])
-    final = torch.cat([state, *reversed(finished)], 2).permute(2, 0, 3, 1)
-    if q is None:
-        return (final,)
+    return torch.cat(starts, 2), torch.cat([state, *reversed(finished)], 2).permute(2, 0, 3, 1)
 
-    # Re(z w) is the product of (Re z, Im z) and (Re w, -Im w).
-    q_H11K = q.to(dtype)[:, None, None]
-    taps_HVC = (powers @ _real(q_H11K * k.to(dtype)[:, None, None], -1).mT)[..., 0]
-    toeplitz = F.pad(taps_HVC, (chunk_size - 1, 0)).unfold(-1, chunk_size, 1).flip(-1)
-    before = torch.cat(starts, 2) * (q_H11K * once_HV1K.to(dtype))
-    return final, x_HVMC @ toeplitz.mT + _real(before, -1) @ powers.mT
+
+def _scan_back(slab: Slab, decay_HVMK: Tensor, of_starts_HVMK: Tensor, of_final_NHKV: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of what each chunk adds, and of the state before the slab, from those of the results of `_scan`."""
+    of_final = of_final_NHKV.permute(1, 3, 0, 2)
+    of_state, of_added = of_final[:, :, :0], []
+    for decay, of_start in reversed(_by_step(slab, torch.conj_physical(decay_HVMK), of_starts_HVMK)):
+        if of_state.shape[2] < decay.shape[2]:  # documents that end here
+            of_state = torch.cat([of_state, of_final[:, :, of_state.shape[2] : decay.shape[2]]], 2)
+        of_added.append(of_state)
+        of_state = torch.addcmul(of_start, decay, of_state)
+    of_state = torch.cat([of_state, of_final[:, :, of_state.shape[2] :]], 2)
+    return torch.cat(of_added[::-1], 2), of_state.permute(2, 0, 3, 1)
+
+
+def _by_step(slab: Slab, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """The chunks [H, V, M, K] of each step of the scan."""
+    return list(zip(*(x.split(slab.num_active, 2) for x in tensors), strict=True))
