@@ -160,8 +160,8 @@ def descend(
     Returns G [N, C, V], A and S at the start of every mini-batch [N, K, V] and, in the first slab, W - A before it
     [D, K, V], by name; z [N, C, V]; and the state after the slab or after the document's last mini-batch.
     """
-    inner = torch.empty_like(steps["target"])
-    states = {"gradients": torch.empty_like(inner)}
+    inner, gradients = torch.empty_like(steps["target"]), []
+    states = {}
     for name, x in zip(("anchors", "momenta"), state_DPKV[:, ::2].unbind(1), strict=False):
         states[name] = x.new_empty(len(inner), *x.shape[1:])
         states[name][: len(x)] = x
@@ -176,8 +176,8 @@ def descend(
         anchor, z = here["anchors"], torch.bmm(here["keys"], here["anchors"], out=here["inner"])
         unit, *norm = normed(z, norm_eps)
         error = torch.addcmul(here["target"], unit, here["squared_weight"])
-        gradient = here["gradients"].copy_(norm_gradient(error, *norm))
-        change = torch.bmm(here["written"].mT, gradient * here["scale"] if "scale" in here else gradient)
+        gradients.append(gradient := norm_gradient(error, *norm))
+        change = torch.bmm(here["written"].mT, gradient)
         if plus is not None:
             change, plus = change.add_(plus), None
         if "momenta" in here:
@@ -193,17 +193,15 @@ def descend(
             torch.stack(ends, 1, out=after_DPKV[ended])
             for name in following.keys() & parts:
                 following[name].copy_(parts[name][: ended.start])
-    return states, inner, after_DPKV
+    return states | {"gradients": torch.cat(gradients)}, inner, after_DPKV
 
 
 def scaled(steps: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The coefficients of a step that is scaled, if it is: what it keeps of A = W, and adds of S."""
+    """The coefficients with the step scale in them, if there is one."""
     if "scale" not in steps:
         return steps
-    scaled = {"keep": torch.lerp(torch.ones_like(steps["keep"]), steps["keep"], steps["scale"])}
-    if "from_momentum" in steps:
-        scaled["from_momentum"] = steps["scale"] * steps["from_momentum"]
-    return steps | scaled
+    scaled = {name: steps["scale"] * steps[name] for name in ("written", "from_momentum") if name in steps}
+    return steps | scaled | {"keep": torch.lerp(torch.ones_like(steps["keep"]), steps["keep"], steps["scale"])}
 
 
 def normed(z: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:

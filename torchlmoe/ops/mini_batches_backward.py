@@ -24,14 +24,14 @@ def climb(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Gradients of the arguments `steps` and `state` of `descend`, from those of its results, z left out.
 
-    of_read: the gradients of `states`; that of G is overwritten. of_after: that of the state after the slab.
+    of_read: the gradients of `states`; that of G is completed in place. of_after: that of the state after the slab.
     """
     unit, shifted, mean, inverse = normed(inner, norm_eps)
     error = torch.addcmul(steps["target"], unit, steps["squared_weight"])
     share = inverse / inner.shape[-1]
-    found = {"of_error": torch.empty_like(inner), "of_inner": torch.empty_like(inner)}
-    # Of A and S after each mini-batch.
-    found |= {f"of_{name}": torch.empty_like(states[name]) for name in ("anchors", "momenta") if name in states}
+    # Of z, and of A and S after each mini-batch.
+    found = {f"of_{name}": torch.empty_like(states[name]) for name in ("anchors", "momenta") if name in states}
+    found["of_inner"] = torch.empty_like(inner)
     given = {
         "shifted": shifted,
         "mean": mean,
@@ -49,13 +49,14 @@ def climb(
         of_excess = torch.addcmul(of_read["excess"], found["of_anchors"][first], kept[first])
         of_state[:, 0] -= of_excess
         of_state[:, 1] = of_excess
+    found["of_error"] = norm_gradient(of_read["gradients"], shifted, mean, inverse)
     grads = _of_steps(steps, states, unit, found)
     return {name: grads[name] for name in steps}, of_state  # `torch.func.vjp` wants the order of `weigh`
 
 
 def _reverse(batches: MiniBatches, tensors: dict[str, Tensor], of_after_DPKV: Tensor) -> Tensor:
-    """Fill the gradients of e and z, and those of A and S after each mini-batch. Returns dA and dS before the slab, in
-    the places of A and S, zero for W.
+    """Fill the gradients of z, and those of A and S after each mini-batch; complete that of G. Returns dA and dS before
+    the slab, in the places of A and S, zero for W.
     """
     rows = batches.split(tensors)
     of_state = torch.zeros_like(of_after_DPKV)
@@ -71,13 +72,12 @@ def _reverse(batches: MiniBatches, tensors: dict[str, Tensor], of_after_DPKV: Te
             if of_momentum is not None:
                 of_momentum[ended] = of_others[0]
         dG = here["read_gradients"]
-        dG.baddbmm_(here["written"], of_anchor * here["scale"] if "scale" in here else of_anchor)
+        dG.baddbmm_(here["written"], of_anchor)
         if of_momentum is not None:
             dG.baddbmm_(here["momentum_written"], of_momentum)
         norm = here["shifted"], here["mean"], here["inverse"]
-        of_error = here["of_error"].copy_(norm_gradient(dG, *norm))
         along_unit, along_gradient = (dG.unsqueeze(2) * here["unit_and_gradient"]).sum(-1, keepdim=True).unbind(2)
-        x = (of_error * here["squared_weight"]).addcmul_(dG, here["mean_error"], value=-1)
+        x = (norm_gradient(dG, *norm) * here["squared_weight"]).addcmul_(dG, here["mean_error"], value=-1)
         x = norm_gradient(x.addcmul_(here["scaled_error"], along_unit, value=-1), *norm)
         of_inner = torch.addcmul(x, here["scaled_unit"], along_gradient, value=-1, out=here["of_inner"])
         into = preceding["of_anchors"][: len(of_anchor)]

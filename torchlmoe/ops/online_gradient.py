@@ -36,7 +36,7 @@ from torchlmoe.ops.pull_back import pull_back
 from torchlmoe.ops.scan_backend import check_backend
 from torchlmoe.ops.scan_layout import chunk_layout, kept_chunk_layout
 
-SLAB_TOKENS = 8192  # times heads; one state is kept per slab
+SLAB_TOKENS = 16384  # times heads; one state is kept per slab
 
 
 @operation
