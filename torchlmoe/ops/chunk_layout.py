@@ -68,8 +68,7 @@ class Slab:
     def _view(self, x: Tensor, steps: slice) -> Tensor:
         """[B, T, H, ...] -> [steps, documents, H, C, ...]"""
         documents = x if x.shape[0] > 1 else x[0].unflatten(0, (self.num_active[0], -1))
-        chunks = documents.unflatten(1, (-1, self.tokens_MC.shape[1]))
-        return chunks[:, steps].transpose(0, 1).transpose(2, 3)
+        return documents.unflatten(1, (-1, self.tokens_MC.shape[1]))[:, steps].transpose(0, 1).transpose(2, 3)
 
     def _rows(self, num_heads: int, repeat: int) -> Tensor:
         """The rows of [B * T * num_heads] that the slots of repeat * num_heads heads hold."""
@@ -115,13 +114,6 @@ class Plan:
     def num_first(self) -> int:
         """Number of documents at the start of the slabs, summed over all slabs."""
         return sum(active[0] for active in self.num_active)
-
-    @property
-    def is_regular(self) -> bool:
-        """Whether documents of equal lengths, each of them whole chunks, follow one another."""
-        length = self.lengths[0] if self.lengths else 0
-        regular = [document * length for document in range(len(self.lengths))]
-        return length > 0 and length % self.chunk_size == 0 and {*self.lengths} == {length} and self.starts == regular
 
     @property
     def num_slots(self) -> int:
@@ -185,7 +177,8 @@ def chunk_plans(
 def layout_of(plan: Plan, device: torch.device) -> ChunkLayout:
     """The plan's layout on a device."""
     slots = torch.arange(plan.chunk_size, device=device)
-    slabs, start, is_regular = [], 0, plan.is_regular
+    slabs, start = [], 0
+    are_equal = len({*plan.lengths}) == 1 and plan.lengths[0] % plan.chunk_size == 0
     for num_active in plan.num_active:
         steps = range(start, start + len(num_active))
         places = [(document, step) for step in steps for document in plan.order[: num_active[step - start]]]
@@ -196,7 +189,7 @@ def layout_of(plan: Plan, device: torch.device) -> ChunkLayout:
         if min(num_valid) < plan.chunk_size:
             padded = slots >= torch.tensor(num_valid, dtype=torch.int64, device=device)[:, None]
             tokens = tokens.masked_fill(padded, 0)
-        slabs.append(Slab(num_active, tokens, padded, slice(steps.start, steps.stop) if is_regular else None))
+        slabs.append(Slab(num_active, tokens, padded, slice(steps.start, steps.stop) if are_equal else None))
         start = steps.stop
     return ChunkLayout(slabs, torch.tensor(plan.order, dtype=torch.int64, device=device))
 
@@ -207,5 +200,4 @@ def chunk_layouts(
     batch_size, length, bounds, max_chunk_size: int, slab_size: int, device: torch.device
 ) -> tuple[ChunkLayout, ...]:
     """Arguments are the same as those of `chunk_plans`."""
-    plans = chunk_plans(batch_size, length, bounds, max_chunk_size, slab_size)
-    return tuple(layout_of(plan, device) for plan in plans)
+    return tuple(layout_of(x, device) for x in chunk_plans(batch_size, length, bounds, max_chunk_size, slab_size))
