@@ -32,9 +32,9 @@ from torchlmoe.ops.chunk_layout import Slab, chunk_plan
 from torchlmoe.ops.mini_batches import MiniBatches, Terms, descend, read, weigh
 from torchlmoe.ops.mini_batches_backward import climb
 from torchlmoe.ops.operation import custom_op, gradients_of, keep_for_backward, operation, size_by_documents
-from torchlmoe.ops.pull_back import pull_back
 from torchlmoe.ops.scan_backend import check_backend
 from torchlmoe.ops.scan_layout import chunk_layout, kept_chunk_layout
+from torchlmoe.ops.vjp import vjp
 
 SLAB_TOKENS = 16384  # times heads; one state is kept per slab
 
@@ -299,14 +299,13 @@ def _backward(grad_o: Tensor, grad_final: Tensor, starts: Tensor, *arguments) ->
     for slab in reversed(slabs):
         count = slab.counts[0]
         state, end = starts[end - count : end], end - count
-        slab_terms = slab.cut_terms(terms, dtype)
-        steps, reads = weigh(slab, slab_terms)
+        (steps, reads), of_weigh = vjp(partial(weigh, slab), slab.cut_terms(terms, dtype))
         states, inner, _ = descend(slab, norm_eps, steps, state)
-        grad_reads, grad_states = pull_back(read, (reads, states), slab.cut(grad_o, dtype))
+        grad_reads, grad_states = vjp(read, reads, states)[1](slab.cut(grad_o, dtype))
         grad_steps, of_documents[:count] = climb(
             slab, norm_eps, steps, states, inner, grad_states, of_documents[:count]
         )
-        (grads_of_slab,) = pull_back(partial(weigh, slab), (slab_terms,), (grad_steps, grad_reads))
+        (grads_of_slab,) = of_weigh((grad_steps, grad_reads))
         for name, grad in grads_of_slab.items():
             if grads[name].dim() == 2:
                 grads[name] += grad

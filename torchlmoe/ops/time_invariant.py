@@ -21,7 +21,7 @@ from torch import Tensor
 
 from torchlmoe.ops.checks import num_documents
 from torchlmoe.ops.chunk_layout import ChunkLayout, Slab, chunk_layouts, restore_order
-from torchlmoe.ops.pull_back import pull_back
+from torchlmoe.ops.vjp import vjp
 
 CHUNK_SIZE = 64
 
@@ -65,20 +65,17 @@ def time_invariant_backward(
         state = state_NHKV.index_select(0, layout.order_N)
         of_state = grad_final.to(state.dtype).index_select(0, layout.order_N)
         for slab in layout.slabs:
-            x_HVMC, write = _cut(slab, v, state), partial(_write, slab, state.dtype)
-            added, decay = write(x_HVMC, k, log_decay)
+            x_HVMC = _cut(slab, v, state)
+            (added, decay), of_write = vjp(partial(_write, slab, state.dtype), x_HVMC, k, log_decay)
             starts, _ = _scan(slab, added, decay, state)
             of_x, of_starts = torch.zeros_like(x_HVMC), torch.zeros_like(starts)
             if q is not None:
-                of_x, of_starts, *of_constants = pull_back(
-                    _read, (x_HVMC, starts, k, log_decay, q), _cut(slab, grad_o, state)
-                )
+                of_read = vjp(_read, x_HVMC, starts, k, log_decay, q)[1](_cut(slab, grad_o, state))
+                of_x, of_starts, *of_constants = of_read
                 for total, x in zip((grad_k, grad_log_decay, grad_q), of_constants, strict=True):
                     total += x
             of_added, of_state = _scan_back(slab, decay, of_starts, of_state)
-            written_x, *of_constants = pull_back(
-                write, (x_HVMC, k, log_decay), (of_added, torch.conj_physical(starts) * of_added)
-            )
+            written_x, *of_constants = of_write((of_added, torch.conj_physical(starts) * of_added))
             for total, x in zip((grad_k, grad_log_decay), of_constants, strict=True):
                 total += x
             _paste(slab, of_x + written_x, grad_v)

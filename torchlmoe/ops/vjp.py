@@ -1,7 +1,7 @@
 """Gradients by `torch.func` within an operation, for backwards that are not written as formulas."""
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -19,9 +19,24 @@ _TURNED_OFF = (
 )
 
 
-def pull_back(function: Callable[..., Any], inputs: tuple[Any, ...], grads: Any) -> tuple[Any, ...]:
-    """Return the gradients of `inputs`, from those of function(*inputs). Autograd is off within an operation."""
+def vjp(function: Callable[..., Any], *inputs: Any) -> tuple[Any, Callable[[Any], tuple[Any, ...]]]:
+    """Return function(*inputs), and a function from the gradients of that to those of `inputs`.
+
+    Autograd is off within an operation.
+    """
+    with _transforms():
+        outputs, pull_back = torch.func.vjp(function, *inputs)[:2]
+
+    def gradients(grads: Any) -> tuple[Any, ...]:
+        with _transforms():
+            return pull_back(grads)
+
+    return outputs, gradients
+
+
+@contextmanager
+def _transforms() -> Iterator[None]:
     with ExitStack() as stack:
         for key in _TURNED_OFF:
             stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
-        return torch.func.vjp(function, *inputs)[1](grads)
+        yield
