@@ -169,8 +169,7 @@ def descend(
     plus = None
     if batches.first:
         states["excess"] = state_DPKV[:, 1] - state_DPKV[:, 0]
-        kept = steps["keep"] * steps["scale"] if "scale" in steps else steps["keep"]
-        plus = states["excess"] * kept[: len(state_DPKV)]
+        plus = states["excess"] * kept_excess(steps, len(state_DPKV))
     after_DPKV = torch.empty_like(state_DPKV)
     for here, following, end in zip(rows, [*rows[1:], {}], batches.ends(), strict=True):
         anchor, z = here["anchors"], torch.bmm(here["keys"], here["anchors"], out=here["inner"])
@@ -202,6 +201,12 @@ def scaled(steps: dict[str, Tensor]) -> dict[str, Tensor]:
         return steps
     scaled = {name: steps["scale"] * steps[name] for name in ("written", "from_momentum") if name in steps}
     return steps | scaled | {"keep": torch.lerp(torch.ones_like(steps["keep"]), steps["keep"], steps["scale"])}
+
+
+def kept_excess(steps: dict[str, Tensor], count: int) -> Tensor:
+    """s f of the first `count` rows, by which W - A before a slab reaches the next A."""
+    keep = steps["keep"][:count]
+    return keep * steps["scale"][:count] if "scale" in steps else keep
 
 
 def normed(z: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:

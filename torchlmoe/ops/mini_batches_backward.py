@@ -10,7 +10,7 @@ In the notation of `mini_batches.py`, with dA and dS the gradients of the A and 
 import torch
 from torch import Tensor
 
-from torchlmoe.ops.mini_batches import MiniBatches, norm_gradient, normed, scaled
+from torchlmoe.ops.mini_batches import MiniBatches, kept_excess, norm_gradient, normed, scaled
 
 
 def climb(
@@ -44,9 +44,8 @@ def climb(
     }
     of_state = _reverse(batches, scaled(steps) | given | found, of_after_DPKV)
     if "excess" in states:
-        kept = steps["keep"] * steps["scale"] if "scale" in steps else steps["keep"]
-        first = slice(len(of_state))
-        of_excess = torch.addcmul(of_read["excess"], found["of_anchors"][first], kept[first])
+        count = len(of_state)
+        of_excess = torch.addcmul(of_read["excess"], found["of_anchors"][:count], kept_excess(steps, count))
         of_state[:, 0] -= of_excess
         of_state[:, 1] = of_excess
     found["of_error"] = norm_gradient(of_read["gradients"], shifted, mean, inverse)
